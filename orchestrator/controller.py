@@ -1,0 +1,228 @@
+"""A sweep in progress: decide what is missing, have it made, record it, and say how it ended.
+
+The decisions are `plan`'s, the work is done by `execution`, MLflow is told by `tracking`; this module holds them
+together. It runs in the thread that called it.
+"""
+
+import signal
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from orchestrator import execution, plan, results
+from orchestrator.experiment import Experiment, Variant
+from orchestrator.record import Record
+from orchestrator.results import Row
+from orchestrator.terminal import Display, Line
+from workers import checkpoint as checkpoints
+from workers import tasks
+from workers.checkpoint import CheckpointError
+from workers.config import DataConfig
+from workers.data import Source, prepare
+from workers.evaluation import nll_blocks, sample_blocks, summarise, summary_path
+from workers.frechet import Reference, reference_path
+from workers.storage import Storage
+
+
+def run(
+    experiment: Experiment,
+    trials: Mapping[str, Variant],
+    sources: Mapping[DataConfig, Source],
+    storage_root: str,
+    address: str | None,
+    fresh: bool,
+    quiet: bool,
+) -> int:
+    """Makes what is missing of `trials` and prints the result. Gives the exit status.
+
+    Raises ValueError for a user's mistake that shows only here: storage, address or tracking server.
+    """
+    storage = Storage(storage_root)
+    console = Console(width=None if Console().is_terminal else 200)
+    with storage.lock(f"sweeps/{experiment.name}/lock"):
+        sweep = Sweep(experiment, trials, sources, storage, console, quiet)
+        if fresh:
+            sweep.forget()
+        try:
+            sweep.make(address)
+        except KeyboardInterrupt:
+            console.print("\nInterrupted. The same command resumes.", markup=False)
+            return 128 + signal.SIGINT
+        finally:
+            sweep.publish()
+        return sweep.conclude()
+
+
+class Sweep:
+    """The trials of an experiment on their way; it is what `execution.train` tells its events to."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        trials: Mapping[str, Variant],
+        sources: Mapping[DataConfig, Source],
+        storage: Storage,
+        console: Console,
+        quiet: bool,
+    ) -> None:
+        self.experiment, self.trials, self.sources, self.storage, self.console = experiment, trials, sources, storage, console
+        self.folder = f"sweeps/{experiment.name}"
+        self.scheduler = plan.scheduler_key(experiment.search.scheduler.model_dump(mode="json"))
+        self.errors: dict[str, str] = {}
+        self.found = {address: self._look(address) for address in trials}
+        self.lines = {
+            address: Line(row.name, v.trial.training.steps, v.trial.training.batch_size)
+            for (address, v), row in zip(trials.items(), self.rows(), strict=True)
+        }
+        self.display = Display(self.lines, console, quiet)
+        self.evaluations = execution.Evaluations()
+        self.jobs: dict[str, tasks.Job] = {}
+        self.record = Record(experiment, trials, sources, storage)
+
+    # What is there.
+
+    def _look(self, address: str) -> plan.Found:
+        """What the storage holds of a trial."""
+        trial, folder = self.trials[address].trial, tasks.folder_of(address)
+        status = self.storage.read_json(f"{folder}/status.json")
+        newest = checkpoints.newest(self.storage, f"{folder}/checkpoints")
+        data = self.sources[trial.data].digest
+        summary = self.storage.read_json(summary_path(trial, data, newest.digest)) if newest else None
+        return plan.Found(status, newest.digest if newest else None, summary)
+
+    def rows(self) -> list[Row]:
+        return [Row(address, v, self.found[address], self.errors.get(address, "")) for address, v in self.trials.items()]
+
+    def forget(self) -> None:
+        """Removes what the storage holds of these trials and of the measurements of their checkpoints."""
+        for address, found in self.found.items():
+            self.storage.delete(tasks.folder_of(address))
+            if found.checkpoint:
+                self.storage.delete(f"evaluations/{found.checkpoint}")
+        self.found = {address: plan.Found() for address in self.trials}
+
+    # Making what is missing.
+
+    def make(self, address: str | None) -> None:
+        decisions = {a: plan.decide(found, self.scheduler) for a, found in self.found.items()}
+        for a, line in self.lines.items():
+            line.step = int((self.found[a].status or {}).get("step", 0))
+            line.state = "waiting" if decisions[a].action != "nothing" else self.found[a].state
+            if decisions[a].action != "nothing":
+                self.display.say(f"{a[:8]}  {decisions[a].action:<10}  {decisions[a].why}  {line.name}")
+        missing = {a for a, decision in decisions.items() if decision.action != "nothing"}
+        if not missing:
+            return
+        self.record.open()
+        for config in self.sources:
+            prepare(config)
+        with self.display, execution.session(address):
+            for a in missing:
+                trial = self.trials[a].trial
+                self.jobs[a] = tasks.make_job(self.storage, a, trial, execution.gpus_a_worker(trial.training))
+            for a in missing:
+                if decisions[a].action == "evaluate":
+                    self._evaluate(a)
+            to_train = [self.jobs[a] for a in self.trials if a in missing and decisions[a].action == "train"]
+            if to_train:
+                execution.train(to_train, self.experiment.search, self)
+            while self.evaluations:
+                self.tick(wait_s=0.5)
+
+    def progress(self, address: str, result: dict[str, Any]) -> None:
+        if result["state"] == "failed":
+            return
+        line = self.lines[address]
+        line.state, line.step, line.images_per_s = "training", result["step"], result["images_per_s"]
+        line.nll_bpd = result["valid/nll_bpd"] if result["state"] != "diverged" else None
+        self.record.trial_went_on(address, line.name)
+        self.display.changed(address)
+
+    def trained(self, address: str, result: dict[str, Any]) -> None:
+        line = self.lines[address]
+        if result["state"] == "running":  # the scheduler stopped it
+            path = f"{tasks.folder_of(address)}/status.json"
+            status = self.storage.read_json(path) or {}
+            detail = f"pruned at step {line.step}: valid/nll_bpd {line.nll_bpd:.3f} was not among the best of its rung"
+            self.storage.write_json(path, {**status, "state": "pruned", "scheduler": self.scheduler, "detail": detail})
+        self.found[address] = self._look(address)
+        if self.found[address].state == "finished":
+            self._evaluate(address)
+        else:
+            line.state = self.found[address].state
+            self.display.changed(address)
+            self.display.say(f"{address[:8]}  {(self.found[address].status or {}).get('detail')}")
+            self._record(address)
+
+    def failed(self, address: str, why: str) -> None:
+        self.errors[address] = why
+        self.lines[address].state = "failed"
+        self.found[address] = self._look(address)
+        self.display.changed(address)
+        self.display.say(f"{address[:8]}  failed: {why}")
+        self._record(address)
+
+    def tick(self, wait_s: float = 0) -> None:
+        for address, why in self.evaluations.poll(wait_s):
+            if why:
+                self.failed(address, f"evaluation: {why}")
+            else:
+                self._summarise(address)
+        for address, line in self.lines.items():
+            line.blocks_left = self.evaluations.left(address)
+        self.display.refresh()
+
+    def _evaluate(self, address: str) -> None:
+        """Starts the blocks of a trained trial that are not there."""
+        trial, line = self.trials[address].trial, self.lines[address]
+        source = self.sources[trial.data]
+        checkpoint = checkpoints.newest(self.storage, f"{tasks.folder_of(address)}/checkpoints")
+        assert checkpoint
+        blocks = nll_blocks(trial, source.digest, source.held_out) + sample_blocks(trial, source.digest)
+        missing = [b for b in blocks if not self.storage.exists(b.path(checkpoint.digest))]
+        line.state, line.blocks, line.blocks_left, line.step = "evaluating", len(blocks), len(missing), line.steps
+        self.evaluations.submit(self.jobs[address], checkpoint, missing, source.digest)
+        self.display.changed(address)
+
+    def _summarise(self, address: str) -> None:
+        trial = self.trials[address].trial
+        checkpoint = checkpoints.newest(self.storage, f"{tasks.folder_of(address)}/checkpoints")
+        assert checkpoint
+        try:
+            _, process = checkpoints.load(self.storage, checkpoint)
+        except CheckpointError as error:
+            self.failed(address, str(error))
+            return
+        dataset, fid = prepare(trial.data), trial.evaluation.fid
+        reference = None
+        if fid:
+            reference = Reference.from_bytes(self.storage.read(reference_path(dataset.digest, fid.features)))
+        summary = summarise(self.storage, trial, dataset, process, reference, checkpoint.digest)
+        self.storage.write_json(summary_path(trial, dataset.digest, checkpoint.digest), summary)
+        self.found[address] = self._look(address)
+        self.lines[address].state = "done"
+        self.display.changed(address)
+        self._record(address)
+
+    # Telling of it.
+
+    def _record(self, address: str) -> None:
+        [row] = [row for row in self.rows() if row.digest == address]
+        self.record.trial_ended(row)
+
+    def publish(self) -> None:
+        """Writes the results, and ships to MLflow what it does not have yet."""
+        rows = results.ranked(self.rows(), self.experiment.search.metric, self.experiment.search.mode)
+        self.record.sweep_ended(rows)
+
+    def conclude(self) -> int:
+        """Prints the result; gives the exit status."""
+        rows = results.ranked(self.rows(), self.experiment.search.metric, self.experiment.search.mode)
+        self.console.print(results.table(rows))
+        for row in rows:
+            if row.error:
+                self.console.print(f"{row.digest[:8]} failed: {row.error}", markup=False, highlight=False)
+        self.console.print(f"results     {self.storage.url(self.folder)}/results.parquet", soft_wrap=True, highlight=False)
+        self.console.print(f"comparison  {self.record.link}", soft_wrap=True, highlight=False)
+        return 1 if self.errors else 0

@@ -1,0 +1,252 @@
+"""Ray's side of a sweep: trials to Ray Tune, evaluation blocks to Ray tasks.
+
+`session` brings Ray up and down; `train` runs trials until all have ended and tells what happens to `Events`;
+`Evaluations` runs the blocks of trials that are trained, on whatever the training leaves free. Everything happens in
+the caller's thread: Tune's loop calls `Events.tick` some ten times a second.
+"""
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Protocol
+
+import ray
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+
+from orchestrator.experiment import SearchConfig
+from orchestrator.plan import concurrency
+from workers import tasks
+from workers.checkpoint import Checkpoint
+from workers.config import TrainingConfig
+from workers.evaluation import Block
+
+BLOCK_GPUS = 0.25  # of a GPU, for an evaluation block where trials train on GPUs
+QUIET = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files beside our journal
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ctrl-C reaches us
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+# Ray Train looks at reports once in 2 s by default; on a laptop a validation may come more often.
+WORKERS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}
+
+
+class Events(Protocol):
+    """What a sweep wants to know of its training."""
+
+    def progress(self, digest: str, result: dict[str, Any]) -> None: ...
+    def trained(self, digest: str, result: dict[str, Any]) -> None: ...
+    def failed(self, digest: str, why: str) -> None: ...
+    def tick(self) -> None: ...
+
+
+@contextmanager
+def session(address: str | None) -> Iterator[None]:
+    """A Ray cluster: the one at `address`, or one of this machine that ends with the block."""
+    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "runtime_env": {"env_vars": WORKERS}}
+    if address is None:
+        # A logical core more than the machine has, so that evaluation blocks run while the others train.
+        options |= {"num_cpus": cores() + 1, "include_dashboard": False, "object_store_memory": 256 * 2**20}
+    try:
+        ray.init(address or "local", **options)
+    except ConnectionError as error:
+        raise ValueError(f"--address {address}: no Ray cluster answers there ({error})") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus_a_worker(training: TrainingConfig) -> int:
+    """`training.gpus` on this cluster. Raises ValueError where it asks for a GPU and there is none."""
+    available = int(ray.cluster_resources().get("GPU", 0))
+    if training.gpus == "auto":
+        return int(available > 0)
+    if training.gpus and not available:
+        raise ValueError("training.gpus: 1, but no node of the cluster has a GPU; set it to 0 or auto")
+    return training.gpus
+
+
+def train(jobs: Sequence[tasks.Job], search: SearchConfig, events: Events) -> None:
+    """Trains all jobs and returns when all have ended. Jobs of one shape share a Tuner; one-worker trials come first.
+
+    Raises ValueError where the cluster cannot hold a trial.
+    """
+
+    def shape(job: tasks.Job) -> tuple[int, int, int]:
+        training = tasks.trial_of(job).training
+        return training.workers, training.cpus, job["gpus"]
+
+    resources = ray.cluster_resources()
+    batches = []
+    for _, group in groupby(sorted(jobs, key=shape), key=shape):
+        batch = list(group)
+        training, gpus = tasks.trial_of(batch[0]).training, batch[0]["gpus"]
+        most = concurrency(training, gpus, resources.get("CPU", 0), resources.get("GPU", 0))
+        if most == 0:
+            raise ValueError(
+                f"training.workers: {training.workers} workers of {training.cpus} CPUs and {gpus} GPUs never fit a "
+                f"cluster of {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
+            )
+        batches.append((batch, training.workers, most if search.max_concurrent == "auto" else search.max_concurrent))
+    with tempfile.TemporaryDirectory(prefix="orchestrator-") as scratch:
+        for batch, workers, concurrent in batches:
+            _tune(batch, workers, concurrent, search, events, scratch)
+
+
+def _tune(
+    jobs: list[tasks.Job], workers: int, concurrent: int, search: SearchConfig, events: Events, scratch: str
+) -> None:
+    space: dict[str, Any] = {"job": tune.grid_search(jobs)}
+    trainable: Any = tasks.OneWorker
+    if workers > 1:
+        # Its driver takes next to nothing: the workers' cores are asked for by Ray Train.
+        trainable = tune.with_resources(tasks.data_parallel, {"CPU": 0.01})
+        space |= {"scratch": scratch, "max_failures": search.max_failures}
+    tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            scheduler=_scheduler(search, max(tasks.trial_of(job).training.steps for job in jobs)),
+            max_concurrent_trials=concurrent,
+            reuse_actors=workers == 1,
+            trial_name_creator=_digest,
+            trial_dirname_creator=_digest,
+        ),
+        run_config=tune.RunConfig(
+            name=f"workers-{workers}",
+            storage_path=scratch,
+            callbacks=[_Relay(events)],
+            failure_config=tune.FailureConfig(max_failures=search.max_failures),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+            verbose=0,
+        ),
+    ).fit()
+
+
+def _scheduler(search: SearchConfig, steps: int) -> TrialScheduler:
+    scheduler = search.scheduler
+    if scheduler.kind == "none":
+        return FIFOScheduler()
+    return AsyncHyperBandScheduler(
+        time_attr="step",  # not Tune's iteration: that starts again when an actor does
+        metric=scheduler.metric,
+        mode="min",
+        max_t=steps,
+        grace_period=min(scheduler.grace, steps),
+        reduction_factor=scheduler.reduction,
+    )
+
+
+def _digest(trial: Any) -> str:
+    return str(trial.config["job"]["digest"])
+
+
+class _Relay(tune.Callback):
+    """Tune's callbacks in the sweep's words."""
+
+    def __init__(self, events: Events) -> None:
+        self._events = events
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune writes its callbacks into a snapshot, which nobody restores here
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        self._events.progress(_digest(trial), result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        result = trial.last_result
+        if result.get("state") == "failed":
+            self._events.failed(_digest(trial), str(result["detail"]))
+        else:
+            self._events.trained(_digest(trial), result)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._events.failed(_digest(trial), _last_line(trial.error_file) or "its process died too often")
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        self._events.tick()
+
+
+def _last_line(path: str | None) -> str:
+    if not path or not os.path.exists(path):
+        return ""
+    with open(path) as file:
+        lines = [line.strip() for line in file if line.strip()]
+    return lines[-1] if lines else ""
+
+
+@dataclass
+class _Evaluation:
+    digest: str
+    left: set[Any]
+    failed: str = ""
+
+
+@dataclass
+class Evaluations:
+    """Blocks in flight, by trial. `submit` starts a trial's blocks, `poll` takes what has ended."""
+
+    _open: dict[str, _Evaluation] = field(default_factory=dict)
+    _owner: dict[Any, str] = field(default_factory=dict)  # the trial of each task in flight
+    _references: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    def submit(self, job: tasks.Job, checkpoint: Checkpoint, blocks: Sequence[Block], data_digest: str) -> None:
+        """Starts the blocks; the feature space of their data set is made once, before any of them."""
+        fid = tasks.trial_of(job).evaluation.fid
+        reference = (data_digest, fid.features if fid else "")
+        if reference not in self._references:
+            self._references[reference] = tasks.make_reference.remote(job["storage"], job["trial"]) if fid else None
+        options = {"num_cpus": 1, "num_gpus": BLOCK_GPUS if job["gpus"] else 0}
+        refs = [
+            tasks.make_block.options(**options).remote(job, checkpoint, block, self._references[reference])
+            for block in blocks
+        ]
+        self._open[job["digest"]] = _Evaluation(job["digest"], set(refs))
+        self._owner.update(dict.fromkeys(refs, job["digest"]))
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def left(self, digest: str) -> int:
+        """Blocks of a trial still to come."""
+        return len(self._open[digest].left) if digest in self._open else 0
+
+    def poll(self, timeout_s: float = 0) -> list[tuple[str, str]]:
+        """(digest, what failed or "") of each trial whose blocks have all ended since."""
+        if self._owner:
+            ready, _ = ray.wait(list(self._owner), num_returns=len(self._owner), timeout=timeout_s)
+            for ref in ready:
+                self._take(ref)
+        ended = [e for e in self._open.values() if not e.left]
+        for evaluation in ended:
+            del self._open[evaluation.digest]
+        return [(e.digest, e.failed) for e in ended]
+
+    def _take(self, ref: Any) -> None:
+        evaluation = self._open[self._owner.pop(ref)]
+        evaluation.left.discard(ref)
+        try:
+            ray.get(ref)
+        except ray.exceptions.TaskCancelledError:
+            return
+        except (ray.exceptions.RayTaskError, ray.exceptions.RaySystemError, ray.exceptions.WorkerCrashedError) as error:
+            if not evaluation.failed:
+                evaluation.failed = str(error).strip().splitlines()[-1]
+            for other in evaluation.left:
+                ray.cancel(other)

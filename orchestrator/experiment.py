@@ -1,0 +1,507 @@
+"""The experiment file: read it, override it from the command line, check it, expand it into trials.
+
+    file + overrides -> load -> Experiment -> expand -> Variants -> by_digest -> trials by their address
+
+An experiment is a trial, and around it what to search and where to track it. `load` tells all mistakes at once, in
+words of its own. Everything but the reading of the file is a pure function; neither torch nor ray is imported.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_serializer, model_validator
+
+from orchestrator.settings import (
+    invalid,
+    leaves,
+    meant,
+    meant_path,
+    merge,
+    overlap,
+    paths,
+    put,
+    read_yaml,
+    show,
+    valid,
+    write_yaml,
+)
+from workers.config import NOT_ADDRESSED, DataConfig, Record, Trial, sub_batches, trial_digest
+
+MOST_VARIANTS = 10_000
+
+
+class ExperimentError(ValueError):
+    """All mistakes found in an experiment, one text each in `problems`; `where` names the file."""
+
+    def __init__(self, problems: Iterable[str], where: str = "the experiment") -> None:
+        self.problems, self.where = list(problems), where
+        super().__init__(self.problems, where)
+
+    def __str__(self) -> str:
+        count = "1 mistake" if len(self.problems) == 1 else f"{len(self.problems)} mistakes"
+        return "\n  ".join([f"{self.where}: {count}", *self.problems])
+
+
+# ---- The records -----------------------------------------------------------------------------------------------
+
+
+def _safe_name(name: str) -> str:
+    if not re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,100}", name) or ".." in name:
+        raise ValueError(
+            f"{name!r} must stay inside the storage root: 1 to 100 letters, digits, '.', '_' or '-', "
+            "without a dot in front or two in a row"
+        )
+    return name
+
+
+def _not_a_loss(metric: object) -> object:
+    if isinstance(metric, str) and (metric.startswith("train/") or "loss" in metric):
+        raise ValueError(
+            f"{metric!r} is measured on the training objective, which is not comparable across weightings, targets "
+            f"or T; valid: {', '.join(MEASURED_BY)}"
+        )
+    return metric
+
+
+# The metrics to rank on, and the part of `evaluation` that measures each.
+MEASURED_BY = {"eval/nll_bpd": "nll", "eval/fd_classifier": "fid", "valid/nll_bpd": None}
+Metric = Annotated[Literal["eval/nll_bpd", "eval/fd_classifier", "valid/nll_bpd"], BeforeValidator(_not_a_loss)]
+EarlyMetric = Annotated[Literal["valid/nll_bpd"], BeforeValidator(_not_a_loss)]
+Values = Annotated[tuple[Any, ...], Field(strict=False)]
+Range = Annotated[tuple[float, float], Field(strict=False)]
+WholeRange = Annotated[tuple[int, int], Field(strict=False)]
+
+
+class Axis(Record):
+    """What one path of the search space takes: exactly one of these. Ranges include both ends."""
+
+    grid: Values | None = Field(default=None, description="each of these values")
+    choice: Values | None = Field(default=None, description="one of these values, drawn")
+    uniform: Range | None = Field(default=None, description="drawn from [low, high]")
+    loguniform: Range | None = Field(default=None, description="drawn from [low, high], uniform in the logarithm")
+    int_uniform: WholeRange | None = Field(default=None, description="a whole number drawn from low..high")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_bare(cls, content: Any) -> Any:
+        if isinstance(content, list | str | int | float):
+            values = content if isinstance(content, list) else [content]
+            raise ValueError(f"{show(content)} does not say how to search; write {{grid: {show(values)}}} to try each")
+        return content
+
+    @field_validator("grid", "choice")
+    @classmethod
+    def _not_empty(cls, values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        if values == ():
+            raise ValueError("[] is an empty search: no trial would run; give at least one value")
+        return values
+
+    @field_validator("uniform", "loguniform", "int_uniform")
+    @classmethod
+    def _rising(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
+        if ends and ends[0] > ends[1]:
+            raise ValueError(f"{show(ends)} is reversed; write {show(ends[::-1])}")
+        return ends
+
+    @field_validator("loguniform")
+    @classmethod
+    def _positive(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
+        if ends and ends[0] <= 0:
+            raise ValueError(f"{show(ends)} has no logarithm at {show(ends[0])}; start above 0, or use uniform")
+        return ends
+
+    @model_validator(mode="after")
+    def _one(self) -> "Axis":
+        given = [name for name, value in self if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"takes exactly one of {', '.join(Axis.model_fields)}; given: {' and '.join(given) or 'none'}"
+            )
+        return self
+
+    @model_serializer
+    def _given(self) -> dict[str, Any]:
+        return {self.kind: list(self.values)}
+
+    @property
+    def kind(self) -> str:
+        return next(name for name, value in self if value is not None)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The values of a grid or choice, the two ends of a range."""
+        return tuple(getattr(self, self.kind))
+
+
+class SchedulerConfig(Record):
+    """Stops trials early. `grace` steps are safe; after each rung the best 1 in `reduction` go on."""
+
+    kind: Literal["none", "asha"] = "none"
+    grace: int = Field(default=1000, ge=1, description="training steps before a trial may be stopped")
+    reduction: int = Field(default=4, ge=2)
+    metric: EarlyMetric = "valid/nll_bpd"
+
+
+class SearchConfig(Record):
+    """`space` maps dotted paths of the trial, sections included, to what they take; empty, it means one trial."""
+
+    space: dict[str, Axis] = Field(default_factory=dict)
+    algorithm: Literal["grid", "random"] = "grid"
+    samples: int | None = Field(default=None, ge=1, description="draws of a random search, each crossed with any grid")
+    metric: Metric = "eval/nll_bpd"
+    mode: Literal["min", "max"] = "min"
+    scheduler: SchedulerConfig = SchedulerConfig()
+    max_concurrent: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    max_failures: int = Field(default=3, ge=0, description="restarts of a trial after faults of machines")
+
+    @field_validator("samples", mode="before")
+    @classmethod
+    def _some(cls, samples: object) -> object:
+        if samples == 0:
+            raise ValueError("0 is an empty search: no trial would run; take at least 1")
+        return samples
+
+
+class TrackingConfig(Record):
+    uri: str | None = Field(default=None, description="MLflow's; null: a local database under the storage root")
+
+
+class PreflightConfig(Record):
+    max_prior_bpd: float = Field(default=0.1, ge=0, description="largest prior gap L_T, in bits/dim")
+
+
+class Experiment(Trial):
+    """A trial, and what to make of it. `trial` is the part outside the search."""
+
+    name: Annotated[str, AfterValidator(_safe_name)]
+    search: SearchConfig = SearchConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    preflight: PreflightConfig = PreflightConfig()
+
+    @property
+    def trial(self) -> Trial:
+        return Trial(**{name: getattr(self, name) for name in Trial.model_fields})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One point of the search space: the searched values by path, and the trial that they make of the experiment."""
+
+    params: dict[str, Any]
+    trial: Trial
+
+    def __str__(self) -> str:
+        return ", ".join(f"{path}={show(value)}" for path, value in self.params.items()) or "the experiment itself"
+
+
+# ---- Reading ---------------------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment in a YAML file, with `a.b=value` overrides applied. Raises ExperimentError with all mistakes.
+
+    An override replaces what is at its path, be it a whole section. `search.space.<path>.<kind>=[...]` replaces how
+    a path is searched and `search.space.<path>=null` takes it out of the search.
+    """
+    try:
+        content, problems = _read(Path(path))
+    except ValueError as mistake:
+        raise ExperimentError([str(mistake)], str(path)) from None
+    given: dict[str, Any] = {}
+    for text in overrides:
+        try:
+            name, value = _assignment(text)
+            content = _override(content, name, value)
+            given[name] = value
+        except ValueError as mistake:
+            problems.append(f"override {text!r}: {mistake}")
+    problems += mistakes(content) + _without_effect(content, given)
+    if problems:
+        raise ExperimentError(problems, str(path))
+    return Experiment.model_validate(content)
+
+
+def parse(content: Mapping[str, Any]) -> Experiment:
+    """The experiment that `content` describes. Raises ExperimentError with all mistakes."""
+    if problems := mistakes(content):
+        raise ExperimentError(problems)
+    return Experiment.model_validate(content)
+
+
+def resolved(experiment: Experiment) -> dict[str, Any]:
+    """Every setting with its value, in plain types, name first: `parse` makes an equal experiment of it."""
+    content = experiment.model_dump(mode="json")
+    return {"name": content.pop("name"), **content}
+
+
+def to_yaml(experiment: Experiment) -> str:
+    """`resolved` as the text of an experiment file: `load` makes an equal experiment of it."""
+    return write_yaml(resolved(experiment))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The content of the file and the keys that it holds twice. Raises ValueError where there is nothing to check."""
+    try:
+        content, problems = read_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise ValueError(f"no such file (looked at {path.absolute()}){meant(path.name, siblings)}") from None
+    except UnicodeDecodeError:
+        raise ValueError("not a text file in UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    if content is None:
+        raise ValueError("the file is empty; an experiment needs name, data and training")
+    if not isinstance(content, dict):
+        raise ValueError(f"{show(content)} is not a mapping of settings, such as 'name: my_experiment'")
+    return content, problems
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """The path and the value of `a.b=value`. Raises ValueError."""
+    path, equals, right = (part.strip() for part in text.partition("="))
+    if not (path and equals and right):
+        raise ValueError("write a.b=value, and null for no value")
+    value, problems = read_yaml(right)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return path, value
+
+
+def _override(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """`content` with `value` at `path`, which may go through a key of search.space. Raises ValueError."""
+    key = path.removeprefix("search.space.")
+    if key == path:
+        if path not in SETTINGS:
+            raise ValueError(f"unknown path{meant_path(path, SETTINGS)}")
+        return dict(put(content, path.split("."), value))
+    stem, _, kind = key.rpartition(".")
+    if stem and kind in Axis.model_fields:
+        key, value = stem, {kind: value}
+    space = _space(content)
+    if value is None and key not in space:
+        raise ValueError(f"{key} is not searched{meant_path(key, list(space))}")
+    space = {name: axis for name, axis in {**space, key: value}.items() if axis is not None}
+    return dict(put(content, ["search", "space"], space))
+
+
+def _without_effect(content: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Overrides of settings that the search sets anyway."""
+    return [
+        f"override {path}={show(value)}: without effect, as search.space sets {key} in every trial; "
+        f"override search.space.{key}.grid=[...], or end its search with search.space.{key}=null"
+        for path, value in given.items()
+        for key, axis in _axes(content).items()
+        if overlap(leaves(path, value), _sets(key, axis))
+    ]
+
+
+# ---- Checking --------------------------------------------------------------------------------------------------
+
+
+def mistakes(content: Mapping[str, Any]) -> list[str]:
+    """All mistakes in the content of an experiment file; empty if it is valid."""
+    found = [f"{path}: {text}" for path, text in invalid(Experiment, content)]
+    trial = valid(Trial, {name: value for name, value in content.items() if name in Trial.model_fields})
+    search = valid(SearchConfig, content.get("search", {}))
+    for path, axis in _axes(content).items():
+        found += _axis_mistakes(path, axis)
+    found += _trial_mistakes(trial) if trial else []
+    found += _search_mistakes(search) if search else []
+    found += _metric_mistakes(search, trial) if search and trial else []
+    if found:
+        return found
+    variants = expand(Experiment.model_validate(content))
+    return told(((text, variant) for variant in variants for text in _trial_mistakes(variant.trial)), len(variants))
+
+
+def told(found: Iterable[tuple[str, Variant]], total: int) -> list[str]:
+    """Each text once, with the variants of which it holds where it does not hold of all."""
+    variants: dict[str, list[Variant]] = {}
+    for text, variant in found:
+        variants.setdefault(text, []).append(variant)
+    return [
+        text if len(some) == total else f"{text} ({len(some)} of {total} variants; first: {some[0]})"
+        for text, some in variants.items()
+    ]
+
+
+def _axis_mistakes(path: str, axis: Axis) -> list[str]:
+    """What is wrong with a path of the search space and with each of its values, taken by itself."""
+    where = f"search.space.{path}"
+    if path not in TRIAL_SETTINGS:
+        return [f"{where}: no such setting of a trial{meant_path(path, TRIAL_SETTINGS)}"]
+    if all(re.match(NOT_TRAINED, leaf) for leaf in _sets(path, axis)):
+        return [f"{where}: does not change what is trained: all its values are one and the same trial; set it outside"]
+    found = []
+    for index, value in enumerate(_tried(axis)):
+        for wrong, text in invalid(Trial, merge(LEAST_TRIAL, put({}, path.split("."), value))):
+            if axis.kind in ("uniform", "loguniform"):
+                text = re.sub("; write .*", "; use int_uniform", text)
+            found.append(f"{where}.{axis.kind}[{index}]{wrong.removeprefix(path)}: {text}")
+    return found
+
+
+def _trial_mistakes(trial: Trial) -> list[str]:
+    """Settings, each valid by itself, that do not go together."""
+    found, T, training = [], trial.diffusion.T, trial.training
+    schedule, nll, fid = trial.diffusion.schedule, trial.evaluation.nll, trial.evaluation.fid
+    if schedule.kind in ("linear", "quadratic") and schedule.beta_start > schedule.beta_end:
+        found.append(
+            f"diffusion.schedule.beta_start: {schedule.beta_start:g} is above beta_end = {schedule.beta_end:g}; "
+            "the range is reversed"
+        )
+    parts = sub_batches(training.batch_size)
+    if parts % training.workers:
+        found.append(
+            f"training.workers: {training.workers} workers cannot share a batch_size of {training.batch_size}, whose "
+            f"noise comes in {parts} sub-batches of {training.batch_size // parts}; "
+            f"valid: {', '.join(str(n) for n in range(1, parts + 1) if parts % n == 0)}"
+        )
+    if nll and nll.timesteps != "all" and nll.timesteps > T:
+        found.append(f"evaluation.nll.timesteps: {nll.timesteps} is more than diffusion.T = {T}; at most T, or all")
+    if fid and fid.sampler.steps and fid.sampler.steps > T:
+        found.append(
+            f"evaluation.fid.sampler.steps: {fid.sampler.steps} is more than diffusion.T = {T}; at most T, or null"
+        )
+    if fid and fid.sampler.eta and fid.sampler.kind != "ddim":
+        found.append(
+            f"evaluation.fid.sampler.eta: {fid.sampler.eta:g} is without effect on the {fid.sampler.kind} sampler; "
+            "leave it out, or take kind: ddim"
+        )
+    return found
+
+
+def _search_mistakes(search: SearchConfig) -> list[str]:
+    """Whether the parts of the search go together."""
+    found = []
+    drawn = [path for path, axis in search.space.items() if axis.kind != "grid"]
+    if search.algorithm == "grid":
+        found += [f"search.space.{p}: {search.space[p].kind} is drawn; set search.algorithm: random" for p in drawn]
+        if search.samples is not None:
+            found.append(f"search.samples: {search.samples} is without effect on algorithm: grid; leave it out")
+    elif not drawn:
+        kinds = ", ".join(DRAWS)
+        found.append(f"search.algorithm: random has nothing to draw; give a path of search.space one of {kinds}")
+    elif search.samples is None:
+        found.append("search.samples: missing; algorithm: random needs a number of draws")
+    size = math.prod([search.samples or 1, *(len(a.values) for a in search.space.values() if a.kind == "grid")])
+    if size > MOST_VARIANTS:
+        found.append(f"search.space: {size:,} variants are more than {MOST_VARIANTS:,}; take fewer values or samples")
+    for (one, ours), (other, theirs) in itertools.combinations(search.space.items(), 2):
+        if overlap(_sets(one, ours), _sets(other, theirs)):
+            found.append(f"search.space.{other}: sets what search.space.{one} sets too; keep one of them")
+    return found
+
+
+def _metric_mistakes(search: SearchConfig, trial: Trial) -> list[str]:
+    """A search must rank on something that is measured; a single trial is not ranked."""
+    off = {metric: part for metric, part in MEASURED_BY.items() if part and getattr(trial.evaluation, part) is None}
+    if not search.space or search.metric not in off:
+        return []
+    rest = " or ".join(metric for metric in MEASURED_BY if metric not in off)
+    return [f"search.metric: {search.metric} is not measured, as evaluation.{off[search.metric]} is null; take {rest}"]
+
+
+SETTINGS = paths(Experiment)
+TRIAL_SETTINGS = paths(Trial)
+LEAST_TRIAL = {"data": {"source": "digits"}, "training": {"steps": 1}}  # in which any one setting can be tried
+NOT_TRAINED = rf"evaluation\b|training\.({'|'.join(NOT_ADDRESSED)})$"
+
+
+def _space(content: Mapping[str, Any]) -> dict[str, Any]:
+    """search.space as the file has it, empty where it has none."""
+    search = content.get("search")
+    space = search.get("space") if isinstance(search, Mapping) else None
+    return dict(space) if isinstance(space, Mapping) else {}
+
+
+def _axes(content: Mapping[str, Any]) -> dict[str, Axis]:
+    """The valid entries of the search space, whatever else is wrong."""
+    return {path: axis for path, entry in _space(content).items() if (axis := valid(Axis, entry))}
+
+
+def _tried(axis: Axis) -> tuple[Any, ...]:
+    """The values that stand for all: those of a grid or choice, the ends of a range as they are drawn."""
+    return tuple(map(float, axis.values)) if axis.kind in ("uniform", "loguniform") else axis.values
+
+
+def _sets(path: str, axis: Axis) -> set[str]:
+    """The settings that an axis of the search space sets in some trial."""
+    return {leaf for value in _tried(axis) for leaf in leaves(path, value)}
+
+
+# ---- Expanding -------------------------------------------------------------------------------------------------
+
+# From u uniform in [0, 1) and the values or ends of an axis to the value drawn.
+DRAWS: dict[str, Callable[[tuple[Any, ...], float], Any]] = {
+    "choice": lambda values, u: values[int(u * len(values))],
+    "uniform": lambda ends, u: ends[0] + u * (ends[1] - ends[0]),
+    "loguniform": lambda ends, u: min(ends[0] * (ends[1] / ends[0]) ** u, ends[1]),
+    "int_uniform": lambda ends, u: ends[0] + int(u * (ends[1] - ends[0] + 1)),
+}
+
+
+def uniform(*words: int | str) -> float:
+    """A number in [0, 1) addressed by `words`: the same everywhere and for ever."""
+    content = hashlib.sha256(json.dumps(words).encode()).digest()
+    return (int.from_bytes(content[:8]) >> 11) / 2**53
+
+
+def expand(experiment: Experiment) -> tuple[Variant, ...]:
+    """Every trial that the experiment means, in the order of the file, the last path changing fastest.
+
+    A draw depends on the experiment's seed, its own number and its path alone, so more samples keep the earlier ones.
+    A random search crosses each draw with the grids, which so see the same draws.
+    """
+    base = experiment.trial.model_dump()
+    return tuple(
+        Variant(params=params, trial=Trial.model_validate(merge(base, _update(params))))
+        for params in _points(experiment.search, experiment.seed)
+    )
+
+
+def _points(search: SearchConfig, seed: int) -> Iterator[dict[str, Any]]:
+    space = search.space
+    for sample in range(search.samples or 1):
+        drawn = {p: DRAWS[a.kind](a.values, uniform(seed, sample, p)) for p, a in space.items() if a.kind != "grid"}
+        yield from (
+            dict(zip(space, values, strict=True))
+            for values in itertools.product(*(a.values if p not in drawn else (drawn[p],) for p, a in space.items()))
+        )
+
+
+def _update(params: Mapping[str, Any]) -> dict[str, Any]:
+    update: dict[str, Any] = {}
+    for path, value in params.items():
+        update = merge(update, put({}, path.split("."), value))
+    return update
+
+
+def by_digest(
+    variants: Sequence[Variant], data_digests: Mapping[DataConfig, str]
+) -> tuple[dict[str, Variant], list[str]]:
+    """The variants by the address of their trial, in order, and warnings.
+
+    Variants of one address are one trial: the first stands for all, and a warning names how many and why.
+    """
+    found: dict[str, Variant] = {}
+    repeats: list[set[str]] = []
+    for variant in variants:
+        first = found.setdefault(trial_digest(variant.trial, data_digests[variant.trial.data]), variant)
+        if first is not variant:
+            ours, theirs = (leaves("", v.params).items() for v in (variant, first))
+            same = [name for name, value in ours if (name, value) in theirs]
+            repeats.append({n.removeprefix(".") for n, _ in [*ours, *theirs] if n not in same})
+    if not repeats:
+        return found, []
+    names = ", ".join(sorted(set().union(*repeats)))
+    why = f"differ from it only in {names}, which their other settings leave without effect" if names else "equal it"
+    return found, [f"{len(variants)} variants are {len(found)} trials: {len(repeats)} repeat another one ({why})"]

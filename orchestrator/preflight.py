@@ -1,0 +1,255 @@
+"""What can be known before anything starts: trials that would mean nothing, what the rest cost, and a table of both.
+
+Pure functions of the experiment and of the descriptions of its data; neither torch nor ray is imported.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from orchestrator.experiment import Experiment, ExperimentError, Variant, told
+from orchestrator.settings import show
+from workers.config import (
+    SAMPLE_GRID,
+    SAMPLE_GRID_STEPS,
+    VALIDATION_IMAGES,
+    VALIDATION_TIMESTEPS,
+    DataConfig,
+    DiffusionConfig,
+    Trial,
+)
+from workers.data import Source
+from workers.diffusion.schedules import alpha_bars, betas, prior_bpd
+from workers.unet_config import unet_mistakes
+
+PHOTOGRAPHS = 0.25  # E[x_0^2] of photographs on the [-1, 1] scale, about
+WARN_AT = 0.1  # of the prior gap that is refused
+FLOAT32_TINY = float(np.finfo(np.float32).tiny)
+
+
+# ---- Preflight -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The ends of a forward process."""
+
+    beta_max: float
+    alpha_bar_1: float
+    alpha_bar_T: float
+    prior_bpd: float  # L_T at E[x_0^2] = 1: an upper bound for all data in [-1, 1]
+    photographs_bpd: float  # L_T at E[x_0^2] = 0.25
+
+
+@dataclass(frozen=True)
+class Finding:
+    text: str
+    refused: bool = True
+
+
+@lru_cache(maxsize=1024)
+def chain(diffusion: DiffusionConfig) -> Chain:
+    """The ends of the chain; the gaps are NaN where a beta is not below 1."""
+    with np.errstate(all="ignore"):
+        beta = betas(diffusion)
+        alpha_bar = alpha_bars(beta)
+        gaps = [float(prior_bpd(beta, moment)) for moment in (1.0, PHOTOGRAPHS)]
+    return Chain(float(beta.max()), float(alpha_bar[0]), float(alpha_bar[-1]), *gaps)
+
+
+def preflight(experiment: Experiment, variants: Sequence[Variant], sources: Mapping[DataConfig, Source]) -> list[str]:
+    """Warnings about the variants. Raises ExperimentError with all that would make a trial meaningless or fail."""
+    found = [
+        (finding, variant)
+        for variant in variants
+        for check in CHECKS
+        for finding in check(experiment, variant.trial, sources[variant.trial.data])
+    ]
+    problems, warnings = (
+        told(((f.text, variant) for f, variant in found if f.refused is refused), len(variants))
+        for refused in (True, False)
+    )
+    if problems:
+        raise ExperimentError(problems, experiment.name)
+    return warnings
+
+
+def _noise(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Finding]:
+    """The chain must consist of steps in (0, 1) and end in noise."""
+    schedule, T, ends, limit = trial.diffusion.schedule, trial.diffusion.T, chain(trial.diffusion), _limit(experiment)
+    if ends.beta_max >= 1:
+        first = max(2, math.floor(1000 * schedule.beta_end + 1e-9) + 1)
+        yield Finding(
+            f"diffusion.schedule.scale: per_1000 makes the largest beta {ends.beta_max:.3g} at diffusion.T = {T}, "
+            f"outside (0, 1); it works from T = {first} on, or with a smaller beta_end than {schedule.beta_end:g}"
+        )
+    elif ends.alpha_bar_1 == 1:
+        yield Finding(f"diffusion.schedule: beta_1 is too small for float64, as 1 - beta_1 = 1 at diffusion.T = {T}")
+    elif ends.alpha_bar_T == 0:
+        yield Finding(
+            f"diffusion.schedule: alpha_bar_T = 0 in float64 at diffusion.T = {T}: nothing of x_0 is left, and the "
+            "first steps of sampling divide by it; take a smaller beta_end or T"
+        )
+    elif ends.alpha_bar_T < FLOAT32_TINY:
+        yield Finding(
+            f"diffusion.schedule: alpha_bar_T = {ends.alpha_bar_T:.2g} at diffusion.T = {T} is zero in float32, so "
+            "many steps are spent on noise alone; a smaller beta_end or T would do",
+            refused=False,
+        )
+    elif ends.prior_bpd > limit * WARN_AT:
+        refused = ends.prior_bpd > limit
+        yield Finding(
+            f"diffusion: the chain stops short of noise at T = {T}: its prior gap L_T is up to {ends.prior_bpd:.3g} "
+            f"bits/dim (at E[x_0^2] = 1, the most that pixels in [-1, 1] have; {ends.photographs_bpd:.3g} at "
+            f"{PHOTOGRAPHS}, as in photographs), {'above' if refused else 'not far below'} "
+            f"preflight.max_prior_bpd = {limit:g}; {_remedy(trial.diffusion, limit)}"
+            + (", or raise preflight.max_prior_bpd if the gap is what you study" if refused else ""),
+            refused,
+        )
+
+
+def _limit(experiment: Experiment) -> float:
+    return experiment.preflight.max_prior_bpd
+
+
+def _remedy(diffusion: DiffusionConfig, limit: float) -> str:
+    """What closes the prior gap: the rescaled schedule where that works, else a longer or a stronger one."""
+    schedule = diffusion.schedule.model_copy(update={"scale": "per_1000"})
+    scaled = chain(diffusion.model_copy(update={"schedule": schedule}))
+    works = diffusion.schedule.scale == "absolute" and scaled.beta_max < 1 and scaled.prior_bpd <= limit * WARN_AT
+    return "take " + "diffusion.schedule.scale: per_1000, or " * works + "a larger beta_end or T"
+
+
+def _network(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
+    yield from (Finding(mistake) for mistake in unet_mistakes(trial.model, resolution=source.shape[0]))
+
+
+def _images(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
+    """There must be as many images, and such labels, as training and evaluation ask for."""
+    nll, fid, batch_size = trial.evaluation.nll, trial.evaluation.fid, trial.training.batch_size
+    if nll and nll.images != "all" and nll.images > source.held_out:
+        yield Finding(
+            f"evaluation.nll.images: {nll.images:,} is more than the {source.held_out:,} that {source.name} holds out; "
+            "take fewer, or all"
+        )
+    if fid and fid.features == "classifier" and not source.labelled:
+        yield Finding(
+            f"evaluation.fid.features: a classifier cannot be trained on {source.name}, which has no labels; "
+            "set evaluation.fid: null, or use labelled data"
+        )
+    if batch_size > source.train:
+        yield Finding(
+            f"training.batch_size: {batch_size:,} is more than the {source.train:,} training images of {source.name}, "
+            "so a batch holds some of them twice",
+            refused=False,
+        )
+
+
+def _search(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Finding]:
+    search, training = experiment.search, trial.training
+    if search.mode == "max":
+        yield Finding(f"search.mode: max ranks the worst {search.metric} first; lower is better", refused=False)
+    if search.scheduler.kind == "asha" and search.scheduler.grace >= training.steps:
+        yield Finding(
+            f"search.scheduler.grace: {search.scheduler.grace} steps are all of training.steps = {training.steps}, "
+            "so no trial will be stopped early",
+            refused=False,
+        )
+
+
+CHECKS: tuple[Callable[[Experiment, Trial, Source], Iterator[Finding]], ...] = (_noise, _network, _images, _search)
+
+
+# ---- Cost ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Evaluations of the network, an image at a time; costs add up. One of training is a forward and a backward."""
+
+    training_evaluations: int = 0
+    validation_evaluations: int = 0
+    nll_evaluations: int = 0
+    sampling_evaluations: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+def cost(trial: Trial, source: Source) -> Cost:
+    """What `trial` costs from its first step to its last evaluation, where nothing of it is there yet."""
+    T, training, nll, fid = trial.diffusion.T, trial.training, trial.evaluation.nll, trial.evaluation.fid
+    images = source.held_out if nll is None or nll.images == "all" else nll.images
+    timesteps = T if nll is None or nll.timesteps == "all" else nll.timesteps
+    return Cost(
+        training_evaluations=training.steps * training.batch_size,
+        validation_evaluations=validations(trial) * _validation(T, source),
+        nll_evaluations=images * timesteps if nll else 0,
+        sampling_evaluations=fid.samples * (fid.sampler.steps or T) if fid else 0,
+    )
+
+
+def validations(trial: Trial) -> int:
+    """How often the trial is validated: at step 0, every `validate_every` steps and at the end."""
+    return math.ceil(trial.training.steps / trial.training.validate_every) + 1
+
+
+def _validation(T: int, source: Source) -> int:
+    """The evaluations of one: t = 1 and the strata of 2..T for each image, and the grid of samples."""
+    timesteps = 1 + min(VALIDATION_TIMESTEPS, T - 1)
+    return min(VALIDATION_IMAGES, source.held_out) * timesteps + SAMPLE_GRID * min(SAMPLE_GRID_STEPS, T)
+
+
+# ---- The table -------------------------------------------------------------------------------------------------
+
+
+def dry_run_text(trials: Mapping[str, Variant], sources: Mapping[DataConfig, Source]) -> str:
+    """A table of the trials by digest: what is searched, where their chains end, what they cost, and the totals."""
+    costs = [cost(v.trial, sources[v.trial.data]) for v in trials.values()]
+    searched = list(next(iter(trials.values())).params) if trials else []
+    ends = [chain(v.trial.diffusion) for v in trials.values()]
+    head = ["trial", *searched, "alpha_bar_T", "L_T <=", "training", "validation", "nll", "sampling"]
+    rows = [
+        [digest, *(_cell(v) for v in variant.params.values()), f"{end.alpha_bar_T:.1e}", f"{end.prior_bpd:.2g}"]
+        + [readable(n) for n in astuple(price)]
+        for (digest, variant), end, price in zip(trials.items(), ends, costs, strict=True)
+    ]
+    one = f"{len(trials)} trial" + "s" * (len(trials) != 1)
+    total = [one, *[""] * (len(searched) + 2), *(readable(n) for n in astuple(sum(costs, Cost())))]
+    return "\n".join(
+        [
+            *_aligned([head, *rows, total]),
+            "",
+            "L_T: the prior gap in bits/dim at E[x_0^2] = 1. The other columns count evaluations of the network, an",
+            "image at a time; one of training is a forward and a backward.",
+        ]
+    )
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name}={_cell(inner)}" for name, inner in value.items())
+    return value if isinstance(value, str) else f"{value:.4g}" if isinstance(value, float) else show(value)
+
+
+def readable(n: int) -> str:
+    """A count in three or four characters: 850, 1.2k, 512k, 1.2M, 34G."""
+    for unit, size in (("", 1), ("k", 10**3), ("M", 10**6), ("G", 10**9), ("T", 10**12)):
+        x = n / size
+        if float(f"{x:.2g}" if x < 10 else f"{x:.0f}") < 1000:
+            return f"{n}" if not unit else f"{x:.2g}{unit}" if x < 9.95 else f"{x:.0f}{unit}"
+    return f"{n / 10**12:,.0f}T"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of equal width, the first to the left and the others to the right; a rule under the head and the last."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    ]
+    rule = "-" * (sum(widths) + 2 * len(widths) - 2)
+    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]

@@ -1,0 +1,171 @@
+"""What a sweep and its trials look like in MLflow: which params, tags, data sets, notes and artifacts, and when.
+
+`tracking` knows how to tell MLflow; this module knows what. What was published is noted with the sweep, so that a
+command that finds everything done and shipped does not ask MLflow at all.
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from orchestrator import results
+from orchestrator.experiment import Experiment, Variant, resolved, to_yaml
+from orchestrator.results import Row
+from orchestrator.settings import leaves, write_yaml
+from orchestrator.tracking import Comparison, Dataset, Status, Tracker, provenance
+from workers import tasks
+from workers.config import DataConfig, digest
+from workers.data import Source
+from workers.storage import Storage
+
+FLUSH_S = 60.0  # how long the end of a sweep waits for MLflow
+STATUS: dict[str, Status] = {"done": "FINISHED", "pruned": "KILLED"}  # else FAILED
+
+
+@dataclass
+class Record:
+    experiment: Experiment
+    trials: Mapping[str, Variant]
+    sources: Mapping[DataConfig, Source]
+    storage: Storage
+    left: str = ""  # what MLflow did not take, in words
+    _opened: set[str] = field(default_factory=set)
+
+    @property
+    def folder(self) -> str:
+        return f"sweeps/{self.experiment.name}"
+
+    @cached_property
+    def tracker(self) -> Tracker:
+        return Tracker(self.storage, self.experiment.name, self.experiment.tracking.uri)
+
+    def open(self) -> None:
+        """The sweep's own run. Raises ValueError where MLflow cannot be reached."""
+        self.tracker.check()
+        experiment, trials = self.experiment, self.trials.values()
+        distances = sorted({f"eval/fd_{v.trial.evaluation.fid.features}" for v in trials if v.trial.evaluation.fid})
+        self.tracker.open_sweep(
+            {"trials": len(self.trials), **_flat(experiment.search.model_dump(mode="json"), "search")},
+            self.tags,
+            f"Sweep `{experiment.name}`: {len(self.trials)} trials.",
+            Comparison(
+                params=tuple(sorted({leaf for v in trials for p, x in v.params.items() for leaf in leaves(p, x)})),
+                metrics=("eval/nll_bpd", *distances),
+                images=("samples",),
+                image_step=max(v.trial.training.steps for v in trials),
+            ),
+        )
+        self.tracker.log_artifact(None, to_yaml(experiment).encode(), "experiment.yaml")
+
+    def trial_went_on(self, address: str, name: str) -> None:
+        """Opens the trial's run the first time; then ships what its journal has got since."""
+        if address in self._opened:
+            self.tracker.ship(address)
+            return
+        self._opened.add(address)
+        trial = self.trials[address].trial
+        source = self.sources[trial.data]
+        profile = {"train": source.train, "held_out": source.held_out, "levels": source.levels}
+        images = [
+            Dataset(name=source.name, digest=source.digest, source=trial.data.source, shape=source.shape,
+                    profile=profile, context=context)
+            for context in ("training", "evaluation")
+        ]  # fmt: skip
+        params = _flat(trial.model_dump(mode="json"))
+        tags = {**self.tags, "trial.digest": address, "data.digest": source.digest}
+        self.tracker.open_trial(address, name, params, tags, images)
+        self.tracker.log_artifact(address, write_yaml(trial.model_dump(mode="json")).encode(), "trial.yaml")
+
+    def trial_ended(self, row: Row) -> None:
+        """The evaluation's metrics, its passports and a note; then the trial's run ends."""
+        self.trial_went_on(row.digest, row.name)
+        status = row.found.status or {}
+        measured = {name: value for name, value in row.metrics.items() if name.startswith("eval/")}
+        if row.found.summary:
+            self.tracker.log_metrics(row.digest, measured, status["step"], status["updated_ms"])
+            content = json.dumps(row.found.summary, indent=2).encode()
+            self.tracker.log_artifact(row.digest, content, "evaluation.json")
+        self.tracker.close_trial(row.digest, STATUS.get(row.state, "FAILED"), _trial_note(row))
+
+    def sweep_ended(self, rows: Sequence[Row]) -> None:
+        """Writes the results beside the sweep and ships them, unless just these were shipped before."""
+        key = digest([resolved(self.experiment), [[r.digest, r.state, r.metrics] for r in rows]])
+        published = self.storage.read_json(f"{self.folder}/published.json") or {}
+        if published.get("key") == key and self._still_there(published["uri"]):
+            return
+        frame = results.frame(rows)
+        files = {"results.parquet": _parquet(frame), "results.csv": frame.to_csv(index=False).encode()}
+        files |= {"nll_and_distance.png": results.comparison_plot(rows), "nll_by_t.png": results.bits_plot(rows)}
+        self.storage.write(f"{self.folder}/experiment.yaml", to_yaml(self.experiment).encode())
+        if "tracker" not in self.__dict__:
+            self.open()
+            for row in rows:
+                if row.found.status:
+                    self.trial_ended(row)
+        for name, content in files.items():
+            if content is not None:
+                self.storage.write(f"{self.folder}/{name}", content)
+                self.tracker.log_artifact(None, content, name)
+        done = all(row.state in ("done", "pruned", "diverged") for row in rows)
+        self.tracker.close_sweep("FINISHED" if done else "FAILED", _sweep_note(self.experiment, rows))
+        shipment = self.tracker.flush(FLUSH_S)
+        self.left = "" if shipment.complete else str(shipment)
+        link = self.tracker.link()
+        if shipment.complete:
+            self.storage.write_json(
+                f"{self.folder}/published.json", {"key": key, "uri": self.tracker.uri, "link": link}
+            )
+        self.link = link
+
+    @cached_property
+    def link(self) -> str:
+        """Where a browser shows the trials side by side."""
+        published = self.storage.read_json(f"{self.folder}/published.json")
+        return str(published["link"]) if published else self.tracker.link()
+
+    def _still_there(self, uri: str) -> bool:
+        """Whether what was published can be seen: under the same URI, with its database where that is local."""
+        from orchestrator.tracking import resolve_uri
+
+        return uri == resolve_uri(self.storage, self.experiment.tracking.uri)[0] and (
+            self.experiment.tracking.uri is not None or self.storage.exists("mlflow.db")
+        )
+
+    @cached_property
+    def tags(self) -> dict[str, str]:
+        return provenance()
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted path; lists and empty mappings stay whole."""
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        path = f"{prefix}.{name}" if prefix else name
+        flat |= _flat(value, path) if isinstance(value, Mapping) and value else {path: value}
+    return flat
+
+
+def _parquet(frame: Any) -> bytes:
+    stream = io.BytesIO()
+    frame.to_parquet(stream, index=False)
+    return stream.getvalue()
+
+
+def _trial_note(row: Row) -> str:
+    status = row.found.status or {}
+    lines = [f"**{row.name}** — {row.state}", "", row.error or str(status.get("detail") or ""), ""]
+    lines += [f"- `{name}`: {value:.4f}" for name, value in row.metrics.items()]
+    lines += [f"- trained {status.get('step', 0)} steps at {row.images_per_s or 0:,.0f} images/s"]
+    if row.found.summary:
+        lines += ["", "What the numbers are:", "```json", json.dumps(row.found.summary["passport"], indent=2), "```"]
+    return "\n".join(lines)
+
+
+def _sweep_note(experiment: Experiment, rows: Sequence[Row]) -> str:
+    best = rows[0] if rows and experiment.search.metric in rows[0].metrics else None
+    head = f"Sweep `{experiment.name}`: {len(rows)} trials, ranked by `{experiment.search.metric}`."
+    said = f"Best: **{best.name}** with {best.metrics[experiment.search.metric]:.4f}." if best else "No trial is done yet."
+    return f"{head} {said}\n\n{results.markdown(rows)}\n\nNLL is measured on held-out images, ± its standard error."

@@ -1,0 +1,151 @@
+"""A sweep's results: rows of plain data, the table a person reads, the file pandas reads, and the plots."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.table import Table
+
+from orchestrator.experiment import Variant
+from orchestrator.plan import Found
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial's outcome."""
+
+    digest: str
+    variant: Variant
+    found: Found
+    error: str = ""  # why this run could not finish it
+
+    @property
+    def state(self) -> str:
+        """done, or what kept it from being done."""
+        if self.error:
+            return "failed"
+        return "done" if self.found.state == "finished" and self.found.summary is not None else self.found.state
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Measured values under MLflow's names."""
+        values = dict(self.found.summary["metrics"]) if self.found.summary else {}
+        valid = (self.found.status or {}).get("valid_nll_bpd")
+        return {**values, **({"valid/nll_bpd": valid} if valid is not None else {})}
+
+    @property
+    def images_per_s(self) -> float | None:
+        return (self.found.status or {}).get("images_per_s")
+
+    @property
+    def name(self) -> str:
+        """The searched values in short, such as `T=50 beta_end=0.02 weighting=vlb`; the same in table and MLflow."""
+        return " ".join(f"{key}={value}" for key, value in short_params(self.variant).items()) or "base"
+
+
+def short_params(variant: Variant) -> dict[str, str]:
+    """The searched values by the last name of their path; a section's values by theirs."""
+    flat: dict[str, str] = {}
+    for path, value in variant.params.items():
+        inner = value if isinstance(value, Mapping) else {path: value}
+        flat |= {str(name).rpartition(".")[2]: f"{v:g}" if isinstance(v, float) else str(v) for name, v in inner.items()}
+    return flat
+
+
+def ranked(rows: Sequence[Row], metric: str, mode: str) -> list[Row]:
+    """Best first; trials without the metric last, in their order."""
+    sign = 1 if mode == "min" else -1
+    return sorted(rows, key=lambda row: sign * row.metrics[metric] if metric in row.metrics else math.inf)
+
+
+def frame(rows: Sequence[Row]) -> pd.DataFrame:
+    """A row a trial: digest, state, the searched params by dotted path, the metrics, the cost."""
+    return pd.DataFrame(
+        {
+            "trial": row.digest,
+            "state": row.state,
+            **{path: value if not isinstance(value, dict) else str(value) for path, value in row.variant.params.items()},
+            **row.metrics,
+            "step": (row.found.status or {}).get("step"),
+            "images_per_s": row.images_per_s,
+            "detail": row.error or (row.found.status or {}).get("detail") or "",
+        }
+        for row in rows
+    )
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """What the sweep ends with. A missing number is a dash, and the state says why."""
+    distances = sorted({name for row in rows for name in row.metrics if name.startswith("eval/fd_")})
+    names = list(dict.fromkeys(name for row in rows for name in short_params(row.variant)))
+    result = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ["trial", *names, "NLL bits/dim", *(d.removeprefix("eval/") for d in distances), "images/s", "state"]:
+        result.add_column(name, justify="left" if name in ("trial", "state") else "right", no_wrap=True)
+    for row in rows:
+        params, metrics = short_params(row.variant), row.metrics
+        nll = metrics.get("eval/nll_bpd")
+        result.add_row(
+            row.digest[:8],
+            *(params.get(name, "-") for name in names),
+            "-" if nll is None else f"{nll:.3f} ± {metrics['eval/nll_bpd_se']:.3f}",
+            *(f"{metrics[d]:.3f}" if d in metrics else "-" for d in distances),
+            f"{row.images_per_s:,.0f}" if row.images_per_s else "-",
+            row.state,
+        )
+    return result
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table for MLflow's notes."""
+    result = table(rows)
+    columns = [str(column.header) for column in result.columns]
+    cells = zip(*(column.cells for column in result.columns), strict=True)
+    lines = [columns, ["---"] * len(columns), *(map(str, line) for line in cells)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def comparison_plot(rows: Sequence[Row]) -> bytes | None:
+    """NLL against the Fréchet distance, a point a trial, as PNG; None where no trial has both."""
+    points = [(row, row.metrics) for row in rows]
+    name = next((n for _, m in points for n in m if n.startswith("eval/fd_")), None)
+    both = [(row, m) for row, m in points if name and name in m and "eval/nll_bpd" in m]
+    if not both:
+        return None
+    figure, axes = _figure()
+    for row, m in both:
+        axes.errorbar(m["eval/nll_bpd"], m[name], xerr=m["eval/nll_bpd_se"], fmt="o", capsize=3, label=row.name)
+    axes.set(xlabel="NLL (bits/dim, standard error)", ylabel=f"{name.removeprefix('eval/')}", yscale="log")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _png(figure)
+
+
+def bits_plot(rows: Sequence[Row]) -> bytes | None:
+    """Where the bits go: L_0, L_1, ..., L_T, each trial's against t / T, as PNG; None where t was sampled."""
+    curves = [(row, by_t) for row in rows if row.found.summary and (by_t := row.found.summary.get("nll_by_t"))]
+    if not curves:
+        return None
+    figure, axes = _figure()
+    for row, by_t in curves:
+        terms = np.array(by_t[:-1])
+        T = len(terms)
+        axes.plot(np.arange(1, T + 1) / T, np.maximum(terms, 1e-9) * T, label=row.name, linewidth=1)
+    axes.set(xlabel="t / T", ylabel="T × L_{t-1} (bits/dim)", yscale="log")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _png(figure)
+
+
+def _figure() -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _png(figure: Any) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110)
+    return stream.getvalue()

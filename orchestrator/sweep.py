@@ -1,0 +1,76 @@
+"""`python -m orchestrator.sweep FILE`: make everything that an experiment file implies and that is not there yet.
+
+Exit status: 0 all done, 1 some trial failed (the others finished), 2 the user's mistake, told before Ray starts,
+130 interrupted; the same command then resumes.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from orchestrator.experiment import Experiment, ExperimentError, Variant, by_digest, expand, load
+from orchestrator.preflight import dry_run_text, preflight
+from workers.config import DataConfig
+from workers.data import DataError, Source, describe
+
+EPILOG = """examples:
+  python -m orchestrator.sweep experiments/beta_schedule.yaml --dry-run
+  python -m orchestrator.sweep experiments/beta_schedule.yaml
+  python -m orchestrator.sweep experiments/beta_schedule.yaml name=longer training.steps=2500
+  python -m orchestrator.sweep experiments/beta_schedule.yaml 'search.space.diffusion.T.grid=[100, 1000]'
+
+Run it again to resume what was cut off; it does nothing where all is there, and trains only new trials
+after an edit of the file."""
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        "python -m orchestrator.sweep",
+        description="Train, measure and record every trial of an experiment file.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("file", type=Path, help="the experiment file (YAML)")
+    result.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the file's")
+    result.add_argument("--dry-run", action="store_true", help="print the trials and what they cost, and stop")
+    result.add_argument("--fresh", action="store_true", help="forget what is there of these trials and start them again")
+    result.add_argument("--address", help="a Ray cluster to attach to; default: this machine alone")
+    result.add_argument("--storage", default="runs", help="folder or URI that keeps everything (default: ./runs)")
+    result.add_argument("--tracking-uri", help="an MLflow server; default: the file's, or a database in the storage")
+    result.add_argument("-q", "--quiet", action="store_true", help="print the result only")
+    return result
+
+
+def trials_of(experiment: Experiment) -> tuple[dict[str, Variant], dict[DataConfig, Source], list[str]]:
+    """Trials by address, the data they use, and warnings. Raises ExperimentError and DataError."""
+    variants = expand(experiment)
+    sources = {config: describe(config) for config in dict.fromkeys(v.trial.data for v in variants)}
+    warnings = preflight(experiment, variants, sources)
+    trials, repeats = by_digest(variants, {config: source.digest for config, source in sources.items()})
+    return trials, sources, warnings + repeats
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_intermixed_args(arguments)
+    overrides = list(options.overrides)
+    if options.tracking_uri:
+        overrides.append(f"tracking.uri={options.tracking_uri}")
+    try:
+        experiment = load(options.file, overrides)
+        trials, sources, warnings = trials_of(experiment)
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        if options.dry_run:
+            print(dry_run_text(trials, sources))
+            return 0
+        from orchestrator.controller import run  # torch, ray and MLflow load here: a dry run does without
+
+        return run(experiment, trials, sources, options.storage, options.address, options.fresh, options.quiet)
+    except (ExperimentError, DataError) as mistake:
+        print(mistake, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

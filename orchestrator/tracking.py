@@ -1,0 +1,764 @@
+"""MLflow, here alone: one experiment a sweep, one parent run a sweep, one child run a trial.
+
+The journal in the storage is the truth and MLflow a copy of it that can be made again at any time. `Tracker` takes
+every call at once and makes it later, in order, on one thread of its own, so that a slow or dead server never holds
+up training. Every call can be repeated without leaving anything twice (exact repeats of a point collapse in MLflow,
+images and artifacts have names made of their address), so after a kill, a lost state file or a new server the same
+command ships what is missing. Which run belongs to which trial, and how much of its journal is shipped, is kept in
+`sweeps/<name>/mlflow.json`; the run's own tag `orchestrator.address` says it again.
+"""
+
+import base64
+import getpass
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+import zlib
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote, urlsplit
+
+from workers.config import digest as digest_of
+from workers.storage import Storage
+
+log = logging.getLogger(__name__)
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+Value = float | str | bool | None | Sequence[Any] | Mapping[str, Any]
+
+BATCH = 100  # points a call
+PARAM_LIMIT, TAG_LIMIT = 6000, 8000  # characters, beyond which MLflow cuts without a word
+SWEEP = "sweep"  # the address of the parent run; a trial's address is its digest
+ADDRESS, STORAGE, PARENT = "orchestrator.address", "orchestrator.storage", "mlflow.parentRunId"
+# Failures that say nothing about the call itself: it is made again. Any other answer is a refusal of this call.
+PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED", "ABORTED"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """The images a trial used. `shape` is that of one image (H, W, C), uint8; `profile` holds counts and levels."""
+
+    name: str
+    digest: str
+    source: str
+    shape: tuple[int, ...]
+    profile: Mapping[str, Any] = field(default_factory=dict)
+    context: Literal["training", "evaluation"] = "training"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What the ready-made view shows: `params` against the first of `metrics`, the metrics pairwise, `images`."""
+
+    params: tuple[str, ...]
+    metrics: tuple[str, ...]
+    images: tuple[str, ...] = ()
+    image_step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shipment:
+    """What `Tracker.flush` leaves: nothing if `complete`, else what to tell the user, in `str()`."""
+
+    uri: str
+    calls: int = 0
+    points: int = 0
+    failing: str = ""
+    refused: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        return not self.calls and not self.refused
+
+    def __str__(self) -> str:
+        if self.complete:
+            return f"MLflow at {self.uri} has everything."
+        said = [f"MLflow at {self.uri} is without {text}" for text in self.refused]
+        if self.calls:
+            why = f"did not answer ({self.failing})" if self.failing else "is still at it"
+            said.append(f"MLflow at {self.uri} {why}; {self.calls} calls wait.")
+        return "\n".join(said) + (
+            f"\n{self.points} points are safe in the journal; run the same command again to ship them."
+        )
+
+
+def resolve_uri(storage: Storage, uri: str | None) -> tuple[str, str | None]:
+    """The tracking URI, and where its artifacts go (None: the server decides). Raises ValueError, which teaches."""
+    if uri is None and not storage.is_local:
+        raise ValueError(
+            f"tracking.uri is null, and the storage {storage.root} is remote: MLflow's database cannot lie in it. "
+            "Give the address of an MLflow server: tracking.uri=http://HOST:5000"
+        )
+    uri = uri or f"sqlite:///{storage.root}/mlflow.db"
+    if uri.startswith("sqlite:////"):
+        return uri, (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc:
+        return uri.rstrip("/"), None
+    if parts.scheme in ("http", "https") and parts.hostname:
+        raise ValueError(
+            "tracking.uri holds a user's name or password, which would end up in logs and files: leave them out and "
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment instead."
+        )
+    raise ValueError(
+        f"tracking.uri={uri!r} cannot be used: MLflow 3 keeps runs in a database or behind a server. Choose one of\n"
+        "  null                           the database mlflow.db in the storage (python -m orchestrator.ui shows it)\n"
+        "  http://HOST:5000, https://...  an MLflow server\n"
+        "  sqlite:////ABSOLUTE/mlflow.db  another database: three slashes, then an absolute path"
+    )
+
+
+def param_text(value: Value) -> str:
+    """Numbers as the UI's charts parse them (50, 0.0001), lists and mappings as JSON, null as `null`."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def provenance() -> dict[str, str]:
+    """Tags that say what ran where: code, versions, the driver's hardware, user and command."""
+    here = Path(__file__)
+    tags = {
+        "mlflow.source.name": _without_secrets(" ".join(sys.orig_argv[1:])),
+        "mlflow.source.type": "LOCAL",
+        "host": socket.gethostname(),
+        "hardware.platform": platform.platform(),
+        "hardware.cpu": _cpu_model(),
+        "hardware.cores": str(os.cpu_count()),
+        "version.python": platform.python_version(),
+    }
+    if hasattr(os, "sysconf"):
+        tags["hardware.memory_gb"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f}"
+    for package in ("torch", "ray", "mlflow", "diffusion-orchestrator"):
+        try:
+            tags[f"version.{package}"] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            tags[f"version.{package}"] = "not installed"
+    try:
+        tags["mlflow.user"] = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        tags["mlflow.user"] = str(os.getuid())
+    if gpus := _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"):
+        tags["hardware.gpus"] = ", ".join(gpus.splitlines())
+    git = ("git", "-C", str(here.parent))
+    # An installed copy may lie inside somebody else's repository: only one that tracks this file counts.
+    if _output(*git, "ls-files", "--error-unmatch", here.name):
+        tags["mlflow.source.git.commit"] = _output(*git, "rev-parse", "HEAD")
+        tags["git.dirty"] = str(bool(_output(*git, "status", "--porcelain", "--untracked-files=no"))).lower()
+    return tags
+
+
+def _without_secrets(text: str) -> str:
+    return re.sub(r"://[^/@\s]+@", "://***@", text)
+
+
+def _output(*command: str) -> str:
+    """What a command prints, stripped; empty where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def shared_view(name: str, parent_id: str, compare: Comparison, time_ms: int) -> str:
+    """The value of an experiment tag `mlflow.sharedViewState.<key>`: MLflow 3.17's internal format of a saved view."""
+    section = "comparison"
+    first, *others = compare.metrics
+    charts: list[dict[str, Any]] = [
+        {
+            "type": "PARALLEL",
+            "displayName": f"{first} by what was searched",
+            "selectedParams": list(compare.params),
+            "selectedMetrics": list(compare.metrics),
+            "showAllRuns": True,
+        }
+    ]
+    for other in others:
+        axes = {"xaxis": {"key": first, "type": "METRIC"}, "yaxis": {"key": other, "type": "METRIC"}}
+        charts.append({"type": "SCATTER", "displayName": f"{other} against {first}", **axes})
+    for key in compare.images:
+        charts.append(
+            {"type": "IMAGE", "displayName": key, "imageKeys": [key], "step": compare.image_step, "showRunParams": True}
+        )
+    common = {"runsCountToCompare": 100, "metricSectionId": section, "deleted": False, "isGenerated": False}
+    state = {
+        "searchFilter": _children(parent_id),
+        "orderByKey": f"metrics.`{first}`",
+        "orderByAsc": True,
+        "selectedColumns": [f"params.`{p}`" for p in compare.params] + [f"metrics.`{m}`" for m in compare.metrics],
+        "runsHiddenMode": "SHOW_ALL",
+        "isAccordionReordered": True,
+        "compareRunCharts": [{"uuid": f"{section}-{i}", **common, **chart} for i, chart in enumerate(charts)],
+        "compareRunSections": [
+            {"uuid": section, "name": "Comparison", "display": True, "isReordered": True, "isGenerated": False}
+        ],
+    }
+    packed = "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
+    return json.dumps({"name": name, "createdAt": time_ms, "updatedAt": time_ms, "state": packed})
+
+
+def _children(parent_id: str) -> str:
+    return f"tags.`{PARENT}` = '{parent_id}'"
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same call may succeed later: nobody answered, or somebody who was not well."""
+    from mlflow.exceptions import MlflowException
+    from requests import HTTPError
+
+    if isinstance(error, MlflowException):  # most network errors, too, arrive as INTERNAL_ERROR
+        return error.error_code in PASSING
+    if isinstance(error, HTTPError) and error.response is not None:
+        return bool(error.response.status_code >= 500 or error.response.status_code == 429)
+    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)  # requests' errors are OSErrors
+
+
+def _reason(error: Exception) -> str:
+    """One line: what the system said, where requests wraps it in four layers."""
+    found = re.search(r"\[Errno -?\d+\] [^\"')]+", str(error))
+    return found[0] if found else f"{type(error).__name__}: {error}"
+
+
+class _Line:
+    """Calls waiting in line for one thread, which makes each until it succeeds or is refused."""
+
+    def __init__(self, answers: Callable[[], object]) -> None:
+        self.failing = ""  # why the call at the head does not get through just now
+        self.refused: list[str] = []
+        self.done = 0
+        self._answers = answers
+        self._calls: deque[tuple[str, Callable[[], object]]] = deque()
+        self._changed = threading.Condition()
+        self._hurry = threading.Event()
+        threading.Thread(target=self._work, name="mlflow", daemon=True).start()
+
+    def put(self, what: str, call: Callable[[], object]) -> None:
+        with self._changed:
+            self._calls.append((what, call))
+            self._changed.notify_all()
+
+    def refuse(self, what: str) -> None:
+        if what and what not in self.refused:
+            self.refused.append(what)
+            log.warning("MLflow is without %s", what)
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def wait(self, ready: Callable[[], bool], timeout_s: float) -> bool:
+        """Waits until `ready()`; a pause between two attempts is cut short."""
+        self._hurry.set()
+        with self._changed:
+            return self._changed.wait_for(ready, timeout_s)
+
+    def _work(self) -> None:
+        attempts = 0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._calls))
+                what, call = self._calls[0]
+            failing, refused = "", ""
+            try:
+                call()
+            except Exception as error:  # whatever it is: kept, said, and the next call gets its turn
+                text = _reason(error)
+                # Nothing works without the first call, the connection: it is never given up.
+                if not self.done or (_may_pass(error) and not (attempts >= 5 and self._is_up())):
+                    failing = text
+                    log.info("MLflow: %s: attempt %d failed, will be repeated: %s", what, attempts + 1, text)
+                else:
+                    refused = f"{what}: {text}"
+                    log.debug("refused", exc_info=True)
+            with self._changed:
+                if failing and not self.failing:
+                    log.warning("MLflow does not answer; training goes on and the journal keeps it: %s", failing)
+                self.failing = failing
+                self.refuse(refused)
+                if not failing:
+                    self._calls.popleft()
+                    self.done += 1
+                self._changed.notify_all()
+            attempts = attempts + 1 if failing else 0
+            if failing:
+                self._hurry.wait(min(10.0, 0.25 * 2**attempts))
+                self._hurry.clear()
+
+    def _is_up(self) -> bool:
+        try:
+            self._answers()
+        except Exception:
+            log.debug("MLflow is down", exc_info=True)
+            return False
+        return True
+
+
+@dataclass
+class _Run:
+    """A run of MLflow. The first four are kept in the storage, the others come from MLflow when it is reopened."""
+
+    run_id: str
+    lines: int = 0  # of the journal, shipped
+    head: str = ""  # digest of the journal's first line: another journal is another training
+    artifacts: dict[str, str] = field(default_factory=dict)
+    status: str = "RUNNING"
+    tags: dict[str, str] = field(default_factory=dict)
+    params: dict[str, str] = field(default_factory=dict)
+    metrics: set[str] = field(default_factory=set)
+    datasets: set[tuple[str, str]] = field(default_factory=set)
+    opened: bool = False
+
+
+class Tracker:
+    """Everything a sweep tells MLflow. Methods return at once; an address of None is the sweep's own run."""
+
+    def __init__(self, storage: Storage, name: str, uri: str | None = None) -> None:
+        """Raises ValueError where the URI cannot be used. Nothing is asked of MLflow yet but to get ready."""
+        for variable, value in (
+            ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),  # repeating is this module's business, and interruptible
+            ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
+            ("MLFLOW_DISABLE_TELEMETRY", "true"),
+            ("MLFLOW_LOGGING_LEVEL", "WARNING"),
+            ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
+            ("DO_NOT_TRACK", "true"),
+        ):
+            os.environ.setdefault(variable, value)
+        self.uri, self._artifacts = resolve_uri(storage, uri)
+        self.storage, self.name = storage, name
+        self._state_path = f"sweeps/{name}/mlflow.json"
+        self._state_key = "mlflow.db" if uri is None else self.uri  # a local storage may be moved, database and all
+        origin = f"{socket.gethostname()}:{storage.root}" if storage.is_local else storage.root
+        self._origin = _without_secrets(origin)
+        self._client: Any = None
+        self._experiment_id = ""
+        self._runs: dict[str, _Run] = {}
+        self._listed = self._changed = False
+        self._saved_at = 0.0
+        self._view_key = ""
+        self._waiting: set[str] = set()  # addresses whose `ship` stands in line already
+        self._line = _Line(self._ask)
+        self._put("the connection", self._connect)
+
+    # What the sweep calls.
+
+    def check(self, timeout_s: float = 60) -> None:
+        """Raises ValueError where the server does not answer: to be called before anything costly starts."""
+        if self.uri.startswith("sqlite:"):
+            folder = Path(self.uri.removeprefix("sqlite:///")).parent
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+            except OSError as error:
+                raise ValueError(f"MLflow's database {self.uri} cannot be written: {error}") from error
+            return
+        line = self._line
+        line.wait(lambda: bool(line.done or line.failing), timeout_s)
+        if not line.done:
+            raise ValueError(
+                f"No MLflow server answers at tracking.uri={self.uri}: "
+                f"{line.failing or f'silent for {timeout_s:.0f} s'}\n"
+                "Start one (mlflow server --host 127.0.0.1 --port 5000), correct the address, or leave tracking.uri "
+                "null to record into the storage itself."
+            )
+
+    def open_sweep(
+        self,
+        params: Mapping[str, Value],
+        tags: Mapping[str, str],
+        description: str = "",
+        compare: Comparison | None = None,
+    ) -> None:
+        """Starts the parent run or continues it. `description` is markdown, shown on the experiment's page too."""
+        if compare:
+            self._view_key = digest_of([self._origin, self.name])
+        note = {"mlflow.note.content": description} if description else {}
+        self._put("opening the sweep", lambda: self._open(SWEEP, self.name, params, {**tags, **note}, (), None))
+        self._put("describing the experiment", lambda: self._describe(description, compare))
+
+    def open_trial(
+        self,
+        digest: str,
+        name: str,
+        params: Mapping[str, Value],
+        tags: Mapping[str, str],
+        datasets: Sequence[Dataset] = (),
+        start_ms: int | None = None,
+    ) -> None:
+        """Starts the run of a trial or continues it, and ships what its journal holds. The sweep is opened first."""
+        self._put(f"opening trial {name}", lambda: self._open(digest, name, params, tags, datasets, start_ms))
+        self.ship(digest)
+
+    def ship(self, digest: str) -> None:
+        """Sends the lines that the trial's journal has got since."""
+        if digest not in self._waiting:
+            self._waiting.add(digest)
+            self._put(f"the journal of trial {digest}", lambda: self._ship(digest))
+
+    def log_metrics(
+        self, digest: str | None, metrics: Mapping[str, float], step: int = 0, time_ms: int | None = None
+    ) -> None:
+        """Points that are in no journal, such as those of the evaluation. Given again, they are not logged again."""
+        at = time_ms or _now_ms()
+        self._put(f"metrics {', '.join(metrics)}", lambda: self._log_metrics(digest or SWEEP, metrics, step, at))
+
+    def log_artifact(self, digest: str | None, content: bytes | Path, path: str) -> None:
+        """A file, given by its bytes or its local path, as the artifact `path` (folders by forward slashes)."""
+        self._put(f"artifact {path}", lambda: self._log_artifact(digest or SWEEP, content, path))
+
+    def close_trial(self, digest: str, status: Status, note: str = "", end_ms: int | None = None) -> None:
+        """Ends the run after the rest of its journal; `note` is markdown."""
+        self.ship(digest)
+        self._put(f"closing trial {digest}", lambda: self._close(digest, status, note, end_ms))
+
+    def close_sweep(self, status: Status, note: str = "") -> None:
+        """Ends the parent run, and as KILLED every run of a trial that is still open, of this command or one before."""
+        self._put("closing the sweep", lambda: self._close_sweep(status, note))
+
+    def flush(self, timeout_s: float) -> Shipment:
+        """Waits for the line to empty and says what is left. Calls go on being made as long as the process lives."""
+        line = self._line
+        line.wait(lambda: not len(line), timeout_s)
+        points = 0
+        if len(line) or line.refused:
+            for address, run in list(self._runs.items()):
+                lines = self._journal(address) if run.opened and address != SWEEP else []
+                points += sum(len(json.loads(text).get("metrics", ())) or 1 for text in lines[run.lines :])
+        left = Shipment(uri=self.uri, calls=len(line), points=points, failing=line.failing, refused=tuple(line.refused))
+        if not left.complete:
+            log.warning("%s", left)
+        return left
+
+    def link(self, timeout_s: float = 60) -> str:
+        """Where a browser shows the trials side by side; the server's front page while the runs are not there yet."""
+        base = "http://127.0.0.1:5000" if self.uri.startswith("sqlite:") else self.uri
+        line = self._line
+        line.wait(lambda: self._is_open(SWEEP) or bool(line.failing or line.refused), timeout_s)
+        if not self._is_open(SWEEP):
+            return f"{base}/#/experiments?workflowType=machine_learning"
+        # A filter in the address would switch the shared view off: the view holds the same filter.
+        choice = f"searchFilter={quote(_children(self._runs[SWEEP].run_id))}"
+        if self._view_key:
+            choice = f"viewStateShareKey={self._view_key}"
+        query = f"workflowType=machine_learning&{choice}&compareRunsMode=CHART"
+        return f"{base}/#/experiments/{self._experiment_id}/runs?{query}"
+
+    def _is_open(self, address: str) -> bool:
+        return address in self._runs and self._runs[address].opened
+
+    # What the thread does. Each may be cut off anywhere and made again.
+
+    def _put(self, what: str, call: Callable[[], object]) -> None:
+        def call_and_save() -> None:
+            call()
+            self._save()
+
+        self._line.put(what, call_and_save)
+
+    def _save(self, now: bool = False) -> None:
+        """Writes the map of runs, at most once a second while calls wait: what it lacks is sent again, to no harm."""
+        if self._changed and (now or len(self._line) <= 1 or time.monotonic() - self._saved_at > 1):
+            state = self.storage.read_json(self._state_path) or {}
+            state[self._state_key] = {
+                address: {"run_id": r.run_id, "lines": r.lines, "head": r.head, "artifacts": r.artifacts}
+                for address, r in self._runs.items()
+            }
+            self.storage.write_json(self._state_path, state)
+            self._changed, self._saved_at = False, time.monotonic()
+
+    def _ask(self) -> None:
+        """One cheap request without repeats; raises where nobody answers, where it is no MLflow, or on a refusal."""
+        from mlflow.utils.credentials import get_default_host_creds
+        from mlflow.utils.rest_utils import http_request, verify_rest_response
+
+        if not self.uri.startswith("sqlite:"):
+            host, endpoint = get_default_host_creds(self.uri), "/api/2.0/mlflow/experiments/search"
+            once = {"max_retries": 0, "timeout": 5, "raise_on_status": False}
+            verify_rest_response(http_request(host, endpoint, "POST", json={"max_results": 1}, **once), endpoint)
+
+    def _connect(self) -> None:
+        """Imports MLflow (seconds), opens the database or finds the server, and finds or makes the experiment."""
+        from mlflow import MlflowClient
+
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+        self._ask()
+        self._client = MlflowClient(tracking_uri=self.uri)
+        experiment = self._client.get_experiment_by_name(self.name)
+        if experiment is None:
+            self._experiment_id = self._client.create_experiment(self.name, self._artifacts)
+            return
+        self._experiment_id = experiment.experiment_id
+        if experiment.lifecycle_stage == "deleted":
+            log.warning("The experiment %s was deleted in MLflow: it is restored, its name being taken.", self.name)
+            self._client.restore_experiment(self._experiment_id)
+
+    def _list(self) -> None:
+        """Reads what MLflow has of this sweep: runs by the ids kept in the storage, else by their own address."""
+        kept = (self.storage.read_json(self._state_path) or {}).get(self._state_key, {})
+        known = {address: _Run(**entry) for address, entry in kept.items()} | self._runs
+        by_id: dict[str, Any] = {}
+        token = None
+        while page := self._client.search_runs([self._experiment_id], max_results=1000, page_token=token):
+            by_id |= {found.info.run_id: found for found in page}
+            token = page.token
+            if not token:
+                break
+        own = (found for found in by_id.values() if found.data.tags.get(STORAGE) == self._origin)
+        by_address = {found.data.tags[ADDRESS]: found for found in own if ADDRESS in found.data.tags}
+        self._runs = {}
+        for address in known.keys() | by_address.keys():
+            run = known.get(address)
+            found = (by_id.get(run.run_id) if run else None) or by_address.get(address)
+            if found is None:
+                continue  # deleted in MLflow: a new run is made
+            if run is None or run.run_id != found.info.run_id:
+                run = _Run(found.info.run_id)
+            run.status, run.tags, run.params = found.info.status, dict(found.data.tags), dict(found.data.params)
+            run.metrics = set(found.data.metrics)
+            run.datasets = {(used.dataset.name, used.dataset.digest) for used in found.inputs.dataset_inputs}
+            self._runs[address] = run
+        self._listed = True
+
+    def _open(
+        self,
+        address: str,
+        name: str,
+        params: Mapping[str, Value],
+        tags: Mapping[str, str],
+        datasets: Sequence[Dataset],
+        start_ms: int | None,
+    ) -> None:
+        from mlflow.entities import Param
+
+        if not self._listed:
+            self._list()
+        lines = [] if address == SWEEP else self._journal(address)
+        head = digest_of(lines[0]) if lines else ""
+        run = self._runs.get(address)
+        if run and (len(lines) < run.lines or (run.head and run.head != head)):
+            self._set_aside(address, run)
+            run = None
+        own = {ADDRESS: address, STORAGE: self._origin}
+        if address != SWEEP:
+            own[PARENT] = self._runs[SWEEP].run_id
+        if run is None:
+            self._listed = False  # until it is known that the call came through: a lost answer leaves a run behind
+            start = start_ms or (json.loads(lines[0])["time_ms"] if lines else _now_ms())
+            made = self._client.create_run(self._experiment_id, start_time=start, tags=own, run_name=name)
+            run = self._runs[address] = _Run(made.info.run_id, tags=own)
+            self._listed = True
+            self._changed = True
+            self._save(now=True)
+        run.opened = True
+        if address != SWEEP and run.status == "RUNNING":
+            self._resume(self._runs[SWEEP])
+        wanted = {key: self._fitted(address, key, param_text(value), PARAM_LIMIT) for key, value in params.items()}
+        for key in wanted.keys() & run.params.keys():
+            if wanted[key] != run.params[key]:  # a param cannot be changed once it is logged
+                log.warning("%s: MLflow keeps %s=%s; it is now %s", name, key, run.params[key], wanted[key])
+                tags = {**tags, f"changed.{key}": wanted[key]}
+        new = [Param(key, text) for key, text in wanted.items() if key not in run.params]
+        for start in range(0, len(new), BATCH):
+            self._client.log_batch(run.run_id, params=new[start : start + BATCH])
+        run.params = wanted | run.params
+        self._tag(address, {**own, **tags})
+        for used in datasets:
+            self._log_input(run, used)
+
+    def _set_aside(self, address: str, run: _Run) -> None:
+        """The journal was started anew (--fresh): the old run stays in MLflow, outside of the sweep's tree."""
+        log.warning("Trial %s was trained anew: its run %s is kept as superseded, a new one made.", address, run.run_id)
+        if run.status == "RUNNING":
+            self._client.set_terminated(run.run_id, "KILLED")
+        self._client.set_tag(run.run_id, "superseded", "true")
+        for key in (PARENT, ADDRESS):  # the address last: until it is gone, this is done again
+            if key in run.tags:
+                self._client.delete_tag(run.run_id, key)
+                del run.tags[key]
+        del self._runs[address]
+
+    def _opened(self, address: str) -> _Run:
+        if not self._is_open(address):
+            raise RuntimeError(f"{address} has no run, its opening was refused")
+        return self._runs[address]
+
+    def _resume(self, run: _Run) -> None:
+        if run.status != "RUNNING":
+            self._client.update_run(run.run_id, status="RUNNING")
+            run.status = "RUNNING"
+
+    def _fitted(self, address: str, key: str, text: str, limit: int) -> str:
+        """`text`, or where MLflow would cut it without a word: its beginning, and the whole of it as an artifact."""
+        if len(text) <= limit:
+            return text
+        path = f"long/{key}.txt"
+        self._log_artifact(address, text.encode(), path)
+        return f"{text[: limit - 500 if limit == TAG_LIMIT else 100]} ... (the whole: artifact {path})"
+
+    def _tag(self, address: str, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        run = self._runs[address]
+        texts = {key: self._fitted(address, key, text, TAG_LIMIT) for key, text in tags.items()}
+        new = [RunTag(key, text) for key, text in texts.items() if run.tags.get(key) != text]
+        for start in range(0, len(new), BATCH):
+            self._client.log_batch(run.run_id, tags=new[start : start + BATCH])
+        run.tags |= texts
+
+    def _log_input(self, run: _Run, used: Dataset) -> None:
+        from mlflow.entities import Dataset as MlflowDataset
+        from mlflow.entities import DatasetInput, InputTag
+
+        digest = used.digest[:36]  # the longest that MLflow takes
+        if (used.name, digest) in run.datasets:
+            return
+        images = {"type": "tensor", "tensor-spec": {"dtype": "uint8", "shape": [-1, *used.shape]}}
+        dataset = MlflowDataset(
+            name=used.name,
+            digest=digest,
+            source_type="local",
+            source=json.dumps({"uri": used.source}),
+            schema=json.dumps({"mlflow_tensorspec": {"features": json.dumps([images]), "targets": None}}),
+            profile=json.dumps(dict(used.profile)),
+        )
+        self._client.log_inputs(run.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", used.context)])])
+        run.datasets.add((used.name, digest))
+
+    def _describe(self, description: str, compare: Comparison | None) -> None:
+        tags = {"mlflow.note.content": description[:TAG_LIMIT]} if description else {}
+        if compare:
+            view = shared_view(self.name, self._runs[SWEEP].run_id, compare, _now_ms())
+            tags[f"mlflow.sharedViewState.{self._view_key}"] = view
+        for key, text in tags.items():
+            self._client.set_experiment_tag(self._experiment_id, key, text)
+
+    def _journal(self, digest: str) -> list[str]:
+        try:
+            return self.storage.read(f"trials/{digest}/journal.jsonl").decode().splitlines()
+        except FileNotFoundError:
+            return []
+
+    def _ship(self, digest: str) -> None:
+        from mlflow.entities import Metric
+
+        self._waiting.discard(digest)  # a line written from here on gets a call of its own
+        run, lines = self._opened(digest), self._journal(digest)
+        if len(lines) <= run.lines:
+            return
+        self._resume(run)
+        self._resume(self._runs[SWEEP])
+        run.head = digest_of(lines[0])
+        points: list[Any] = []
+        for number, line in enumerate(lines[run.lines :], start=run.lines + 1):
+            entry = json.loads(line)
+            finite = self._finite(digest, entry.get("metrics", {}), entry["step"])
+            points += [Metric(key, value, entry["time_ms"], entry["step"]) for key, value in finite.items()]
+            if "image" in entry:
+                self._log_image(run, entry)
+            if len(points) >= BATCH or number == len(lines):
+                self._client.log_batch(run.run_id, metrics=points)
+                points = []
+                run.lines, self._changed = number, True
+                self._save()
+
+    def _finite(self, address: str, metrics: Mapping[str, Any], step: int) -> dict[str, float]:
+        """MLflow would turn infinity into 1.8e308: what is not finite becomes a tag, the first time it happens."""
+        values = {key: math.nan if value is None else float(value) for key, value in metrics.items()}
+        odd = {
+            f"nonfinite.{key}": f"{value} at step {step}" for key, value in values.items() if not math.isfinite(value)
+        }
+        self._tag(address, {key: text for key, text in odd.items() if key not in self._runs[address].tags})
+        return {key: value for key, value in values.items() if math.isfinite(value)}
+
+    def _log_image(self, run: _Run, entry: Mapping[str, Any]) -> None:
+        """As MlflowClient.log_image names its files, but by the image's address: a repeat writes over itself."""
+        from io import BytesIO
+
+        from mlflow.tracking.multimedia import compress_image_size
+        from PIL import Image
+
+        try:
+            png = self.storage.read(entry["path"])
+        except FileNotFoundError:  # told, and no reason to hold back the points after it
+            self._line.refuse(f"image {entry['path']}: no such file in {self.storage.url()}")
+            return
+        key = re.sub(r"[^\w\-. ]", "~", entry["image"], flags=re.ASCII)
+        unique = uuid.uuid5(uuid.NAMESPACE_URL, f"{run.run_id}/{entry['image']}/{entry['step']}")
+        stem = f"images/{key}+step+{entry['step']}+timestamp+{entry['time_ms']}+{unique}"
+        small = BytesIO()
+        compress_image_size(Image.open(BytesIO(png))).save(small, format="WEBP")
+        self._upload(run, png, f"{stem}.png")
+        self._upload(run, small.getvalue(), f"{stem}+compressed.webp")
+        if "mlflow.loggedImages" not in run.tags:
+            self._client.set_tag(run.run_id, "mlflow.loggedImages", "True")
+            run.tags["mlflow.loggedImages"] = "True"
+
+    def _upload(self, run: _Run, content: bytes | Path, path: str) -> None:
+        folder, _, file = path.rpartition("/")
+        with tempfile.TemporaryDirectory() as temporary:
+            local = Path(temporary, file)
+            if isinstance(content, bytes):
+                local.write_bytes(content)
+            else:
+                shutil.copyfile(content, local)
+            self._client.log_artifact(run.run_id, str(local), folder or None)
+
+    def _log_metrics(self, address: str, metrics: Mapping[str, float], step: int, time_ms: int) -> None:
+        from mlflow.entities import Metric
+
+        run = self._opened(address)
+        finite = self._finite(address, metrics, step)
+        logged = {
+            (point.key, point.step, point.value)
+            for key in finite.keys() & run.metrics
+            for point in self._client.get_metric_history(run.run_id, key)
+        }
+        new = [Metric(key, value, time_ms, step) for key, value in finite.items() if (key, step, value) not in logged]
+        if new:
+            self._resume(run)
+            self._client.log_batch(run.run_id, metrics=new)
+
+    def _log_artifact(self, address: str, content: bytes | Path, path: str) -> None:
+        run = self._opened(address)
+        mark = hashlib.sha256(content if isinstance(content, bytes) else content.read_bytes()).hexdigest()[:16]
+        if run.artifacts.get(path) != mark:
+            self._upload(run, content, path)
+            run.artifacts[path], self._changed = mark, True
+
+    def _close(self, address: str, status: Status, note: str, end_ms: int | None) -> None:
+        run = self._opened(address)
+        if note:
+            self._tag(address, {"mlflow.note.content": note})
+        if run.status != status:
+            self._client.set_terminated(run.run_id, status, end_ms)
+            run.status = status
+
+    def _close_sweep(self, status: Status, note: str) -> None:
+        for address, run in self._runs.items():
+            if address != SWEEP and run.status == "RUNNING":
+                log.warning("Trial %s was still open in MLflow: its run ends as KILLED.", address)
+                run.opened = True
+                self._close(address, "KILLED", "", None)
+        self._close(SWEEP, status, note, None)

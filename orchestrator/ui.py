@@ -1,0 +1,65 @@
+"""`python -m orchestrator.ui`: MLflow's UI on the database of a local storage, at 127.0.0.1 alone."""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# By default MLflow starts a dozen processes (2 GB); the UI needs one worker and no job runners (0.4 GB).
+LIGHT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+
+
+def server_command(storage: Path, port: int) -> list[str]:
+    """The server's command line. Raises ValueError where there is nothing to show or the port is taken."""
+    root = storage.absolute()
+    if not (root / "mlflow.db").is_file():
+        raise ValueError(
+            f"{root} has no mlflow.db: no sweep has recorded there yet. Give the sweep's storage (--storage DIR), or "
+            "run one first. Where the experiment names a tracking.uri, open that address in the browser instead."
+        )
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            raise ValueError(
+                f"Port {port} cannot be used ({error}): is the UI open already at http://127.0.0.1:{port}? "
+                f"Otherwise choose another: --port {port + 1}"
+            ) from error
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{root}/mlflow.db"]
+    return [*command, "--artifacts-destination", (root / "mlartifacts").as_uri()]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m orchestrator.ui", description=__doc__)
+    parser.add_argument("--storage", type=Path, default=Path("runs"), help="the sweep's storage (default: ./runs)")
+    parser.add_argument("--port", type=int, default=5000)
+    options = parser.parse_args(arguments)
+    try:
+        command = server_command(options.storage, options.port)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"http://127.0.0.1:{options.port}/#/experiments?workflowType=machine_learning  (ctrl-C ends it)", flush=True)
+    return serve(command)
+
+
+def serve(command: list[str]) -> int:
+    """Runs the server until it ends or ctrl-C; in a session of its own, so that it hears of ctrl-C once, as a wish."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    server = subprocess.Popen(command, env={**os.environ, **LIGHT}, start_new_session=True)
+    try:
+        return server.wait()
+    except KeyboardInterrupt:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,548 @@
+"""The experiment file: what it reads, what it refuses and in which words, and the trials it means."""
+
+import itertools
+import math
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.experiment import (
+    Experiment,
+    ExperimentError,
+    Variant,
+    by_digest,
+    expand,
+    load,
+    parse,
+    resolved,
+    to_yaml,
+)
+from orchestrator.settings import merge, paths, put, read_yaml
+from workers.config import Trial, sub_batches
+
+SAMPLE = """
+name: beta_schedule
+seed: 0
+data: {source: digits}                      # digits | a Parquet file or folder of images | an image folder | gaussian
+model: {channels: 32, multipliers: [1, 2], blocks: 1, attention: [4], dropout: 0.1}
+diffusion: {T: 200, schedule: {kind: linear, beta_start: 1.0e-4, beta_end: 0.02, scale: per_1000}, prediction: eps, variance: fixed_small}
+loss: {weighting: simple}
+training: {steps: 2000, batch_size: 128, lr: 2.0e-4, ema: 0.999, precision: auto, workers: 1, validate_every: 500, checkpoint_every: 500}
+evaluation: {nll: {images: all, timesteps: all}, fid: {samples: 1000, sampler: {kind: ancestral}, features: classifier}}
+search: {space: {diffusion.T: {grid: [50, 200, 1000]}, loss.weighting: {grid: [simple, vlb]}}, algorithm: grid, metric: eval/nll_bpd, mode: min, scheduler: {kind: none}, max_concurrent: auto}
+tracking: {uri: null}
+"""  # noqa: E501
+
+
+def experiment(**sections: Any) -> Experiment:
+    """The smallest experiment, with the given sections in it."""
+    return parse(content(**sections))
+
+
+def content(**sections: Any) -> dict[str, Any]:
+    return merge({"name": "e", "data": {"source": "digits"}, "training": {"steps": 10}}, sections)
+
+
+def search(space: dict[str, Any], **rest: Any) -> dict[str, Any]:
+    return {"space": space, **rest}
+
+
+def load_text(tmp_path: Path, text: str, *overrides: str) -> Experiment:
+    file = tmp_path / "file.yaml"
+    file.write_text(text)
+    return load(file, overrides)
+
+
+def problems(**sections: Any) -> list[str]:
+    with pytest.raises(ExperimentError) as caught:
+        experiment(**sections)
+    for leak in ("Input should", "pydantic", "validation error", "Extra inputs", "Field required", "Traceback"):
+        assert leak not in str(caught.value)
+    return caught.value.problems
+
+
+def file_problems(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ExperimentError) as caught:
+        load_text(tmp_path, text, *overrides)
+    assert str(tmp_path / "file.yaml") in str(caught.value)
+    return caught.value.problems
+
+
+# ---- Reading
+
+
+def test_the_sample_of_the_design_loads(tmp_path: Path) -> None:
+    e = load_text(tmp_path, SAMPLE)
+    assert (e.name, e.diffusion.T, e.training.lr, e.model.multipliers) == ("beta_schedule", 200, 2e-4, (1, 2))
+    assert len(expand(e)) == 6
+
+
+def test_an_experiment_is_a_trial_and_what_surrounds_it(tmp_path: Path) -> None:
+    e = load_text(tmp_path, SAMPLE)
+    assert type(e.trial) is Trial
+    assert e.trial.model_dump() == {k: v for k, v in e.model_dump().items() if k in Trial.model_fields}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1.0e-4", 1e-4),
+        ("2E3", 2000.0),
+        (".5", 0.5),
+        ("1_000", 1000),
+        ("-3", -3),
+        ("no", "no"),
+        ("on", "on"),
+        ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("true", True),
+        ("~", None),
+        ("", None),
+        ("'1e-4'", "1e-4"),
+        (".inf", math.inf),
+        ("{<<: {a: 1}, b: 2}", {"a": 1, "b": 2}),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
+    read = read_yaml(text)[0]
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        ("- 1", "[1] is not a mapping"),
+        ("name: x\nmodel: [1", "line 2: not valid YAML"),
+        ("name: x\nmodel:\n\tb: 3", "line 3: not valid YAML"),
+        ("name: x\n3: y", "line 2: not valid YAML: a key is not text"),
+        ("a: &a [*a]", "not valid YAML"),
+        ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("a: " + "[" * 5000, "not valid YAML"),
+        ("a: \x01", "not valid YAML"),
+        ("a: " + "9" * 5000, "not valid YAML"),
+    ],
+)
+def test_what_is_no_experiment_file_is_told_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    (problem,) = file_problems(tmp_path, text)
+    assert message in problem
+
+
+def test_a_key_that_is_there_twice_is_told_with_both_lines(tmp_path: Path) -> None:
+    text = SAMPLE.replace("loss: {weighting: simple}", "loss: {weighting: simple,\n  weighting: vlb}\nseed: 1")
+    assert file_problems(tmp_path, text) == [
+        "line 8: 'weighting' is there twice, first in line 7",
+        "line 9: 'seed' is there twice, first in line 3",
+    ]
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "beta.yaml").write_text(SAMPLE)
+    (tmp_path / "latin.yaml").write_bytes("name: \xe4".encode("latin-1"))
+    for name, message in {"bta.yaml": "'beta.yaml'", "": "directory", "latin.yaml": "UTF-8"}.items():
+        with pytest.raises(ExperimentError, match=message):
+            load(tmp_path / name)
+
+
+def test_the_resolved_experiment_goes_round(tmp_path: Path) -> None:
+    space = {
+        "training.lr": {"loguniform": [1e-5, 1e-2]},
+        "model.multipliers": {"choice": [[1, 2], [1, 2, 2]]},
+        "diffusion.schedule": {"grid": [{"kind": "linear", "beta_end": 0.03}, {"kind": "cosine"}]},
+        "diffusion.T": {"int_uniform": [50, 100]},
+    }
+    e = experiment(name="1e4", search=search(space, algorithm="random", samples=2), evaluation={"fid": None})
+    assert parse(resolved(e)) == e
+    assert load_text(tmp_path, to_yaml(e)) == e
+    assert next(iter(resolved(e))) == "name"
+
+
+def test_the_schema_for_editors() -> None:
+    schema = Experiment.model_json_schema()
+    assert {"name", "data", "training"} == set(schema["required"])
+
+
+# ---- Overrides
+
+
+def test_overrides_replace_settings_sections_and_searches(tmp_path: Path) -> None:
+    e = load_text(
+        tmp_path,
+        SAMPLE,
+        "training.lr=1e-3",
+        "evaluation.fid=null",
+        "tracking.uri=http://host:5000",
+        "diffusion.schedule={kind: cosine}",
+        "search.space.diffusion.T.grid=[7]",
+        "search.space.loss.weighting=null",
+        "search.space.model.channels.grid=[8, 16]",
+    )
+    assert (e.training.lr, e.evaluation.fid, e.tracking.uri) == (1e-3, None, "http://host:5000")
+    assert e.diffusion.schedule == type(e.diffusion.schedule)(kind="cosine")
+    assert [v.params for v in expand(e)] == [{"diffusion.T": 7, "model.channels": c} for c in (8, 16)]
+    assert expand(load_text(tmp_path, SAMPLE, "search.space={}")) == (Variant(params={}, trial=e_base(tmp_path)),)
+
+
+def e_base(tmp_path: Path) -> Trial:
+    return load_text(tmp_path, SAMPLE).trial
+
+
+def test_an_override_may_end_a_search_and_set_its_path(tmp_path: Path) -> None:
+    e = load_text(tmp_path, SAMPLE, "search.space.diffusion.T=null", "diffusion.T=9")
+    assert {v.trial.diffusion.T for v in expand(e)} == {9}
+
+
+def test_an_override_may_change_how_a_path_is_searched(tmp_path: Path) -> None:
+    e = load_text(
+        tmp_path, SAMPLE, "search.space.diffusion.T.int_uniform=[50, 60]", "search.algorithm=random", "search.samples=4"
+    )
+    assert len(expand(e)) == 8 and all(50 <= v.trial.diffusion.T <= 60 for v in expand(e))
+
+
+@pytest.mark.parametrize("override", ["diffusion.T=50", "diffusion={T: 50}", "diffusion.T=null"])
+def test_an_override_of_what_is_searched_is_refused(tmp_path: Path, override: str) -> None:
+    found = file_problems(tmp_path, SAMPLE, override)
+    assert any("without effect" in p and "search.space.diffusion.T=null" in p for p in found)
+
+
+def test_an_override_of_what_a_joint_search_sets_is_refused(tmp_path: Path) -> None:
+    joint = "search.space={diffusion.schedule: {grid: [{beta_end: 0.01}, {beta_end: 0.03}]}}"
+    load_text(tmp_path, SAMPLE, joint, "diffusion.schedule.beta_start=0.001")
+    (problem,) = file_problems(tmp_path, SAMPLE, joint, "diffusion.schedule.beta_end=0.02")
+    assert "without effect" in problem
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("difusion.T=5", "did you mean 'diffusion.T'"),
+        ("lr=5", "did you mean 'training.lr'"),
+        ("evaluation.fid.smpler.kind=ddim", "did you mean 'evaluation.fid.sampler.kind'"),
+        ("diffusion.T.x=5", "unknown path"),
+        ("search.space.diffusion.t.grid=[5]", "did you mean 'diffusion.T'"),
+        ("search.space.loss.weightin=null", "did you mean 'loss.weighting'"),
+        ("seed", "write a.b=value"),
+        ("seed=", "write a.b=value"),
+        ("=5", "write a.b=value"),
+        ("seed=[1", "not valid YAML"),
+        ("model={blocks: 1, blocks: 2}", "'blocks' is there twice"),
+        ("seed=x", "seed: 'x' is not a whole number"),
+    ],
+)
+def test_mistaken_overrides(tmp_path: Path, override: str, message: str) -> None:
+    (problem,) = file_problems(tmp_path, SAMPLE, override)
+    assert message in problem
+
+
+# ---- Mistakes
+
+
+def test_all_mistakes_are_told_at_once_each_with_its_path() -> None:
+    wrong = content(
+        name="../x",
+        data={"held_out": 2},
+        difusion={"T": 5},
+        diffusion={"T": 0, "beta_end": 0.1, "schedule": {"kind": "cosin", "beta_start": 1.0, "beta_end": "0.02"}},
+        model={"multipliers": [1, "x"], "attention": 3, "channels": None},
+        loss=None,
+        training={"steps": 1e5, "lr": math.inf, "batch_size": True},
+        evaluation={"nll": {"images": "most", "timesteps": 0}},
+        search={
+            "metric": "train/loss",
+            "scheduler": {"kind": "ahsa", "metric": "train/eps_mse"},
+            "samples": 0,
+            "space": {
+                "diffusion.T": {"grid": [50, 0, "x"]},
+                "diffusion.t": {"grid": [50]},
+                "training.lr": {"uniform": [2, 1]},
+                "training.steps": {"uniform": [1, 10]},
+                "diffusion.schedule": {"grid": [{"kind": "linear", "beta_end": 2}, {"kin": 4}, 5]},
+                "seed": [1, 2],
+                "loss.weighting": {"grid": []},
+                "loss.gamma": {"gird": [3], "loguniform": [0, 1], "uniform": [1]},
+                "training.workers": {"grid": [1, 2]},
+                "model.dropout": {"grid": [0.1], "choice": [0.1]},
+            },
+        },
+        tracking={"uri": 5},
+    )
+    with pytest.raises(ExperimentError) as caught:
+        parse(wrong)
+    told = dict(problem.split(": ", 1) for problem in caught.value.problems)
+    assert all(told[path].startswith(text) or text in told[path] for path, text in EXPECTED.items()), told
+    assert set(told) == set(EXPECTED)
+    assert str(caught.value).splitlines()[0] == f"the experiment: {len(EXPECTED)} mistakes"
+    assert len(str(caught.value).splitlines()) == len(EXPECTED) + 1
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301
+
+
+EXPECTED = {
+    "name": "'../x' must stay inside the storage root",
+    "data.held_out": "2 is not a number above 0 and below 1",
+    "difusion": "unknown key; did you mean 'diffusion'?",
+    "diffusion.T": "0 is not a whole number of at least 1 and at most 100,000",
+    "diffusion.beta_end": "unknown key; did you mean 'diffusion.schedule.beta_end'?",
+    "diffusion.schedule.kind": "'cosin' is not one of linear, quadratic, cosine, constant; did you mean 'cosine'?",
+    "diffusion.schedule.beta_start": "1.0 is not a number above 0 and below 1",
+    "diffusion.schedule.beta_end": "'0.02' is not a number above 0 and below 1",
+    "model.multipliers[1]": "'x' is not a whole number",
+    "model.attention": "3 is not a list of values, each a whole number",
+    "model.channels": "null is not a whole number of at least 1",
+    "loss": "null is not a section with the keys weighting, gamma",
+    "training.steps": "100000.0 is not a whole number of at least 1; write 100000",
+    "training.lr": "Infinity is not a finite number above 0",
+    "training.batch_size": "true is not a whole number of at least 1",
+    "evaluation.nll.images": "'most' is not 'all' or a whole number of at least 1",
+    "evaluation.nll.timesteps": "0 is not 'all' or a whole number of at least 1",
+    "search.metric": "not comparable across weightings, targets or T; valid: eval/nll_bpd, eval/fd_classifier",
+    "search.scheduler.kind": "'ahsa' is not one of none, asha; did you mean 'asha'?",
+    "search.scheduler.metric": "not comparable across weightings, targets or T",
+    "search.samples": "0 is an empty search",
+    "search.space.diffusion.T.grid[1]": "0 is not a whole number of at least 1",
+    "search.space.diffusion.T.grid[2]": "'x' is not a whole number of at least 1",
+    "search.space.diffusion.t": "no such setting of a trial; did you mean 'diffusion.T'?",
+    "search.space.training.lr.uniform": "[2.0, 1.0] is reversed; write [1.0, 2.0]",
+    "search.space.training.steps.uniform[0]": "1.0 is not a whole number of at least 1; use int_uniform",
+    "search.space.training.steps.uniform[1]": "10.0 is not a whole number of at least 1; use int_uniform",
+    "search.space.diffusion.schedule.grid[0].beta_end": "2 is not a number above 0 and below 1",
+    "search.space.diffusion.schedule.grid[1].kin": "unknown key; did you mean 'kind'?",
+    "search.space.diffusion.schedule.grid[2]": "5 is not a section with the keys kind, beta_start, beta_end, scale",
+    "search.space.seed": "write {grid: [1, 2]} to try each",
+    "search.space.loss.weighting.grid": "[] is an empty search",
+    "search.space.loss.gamma.gird": "unknown key; did you mean 'grid'?",
+    "search.space.loss.gamma.loguniform": "[0.0, 1.0] has no logarithm at 0.0",
+    "search.space.loss.gamma.uniform": "[1] is not a range [low, high] of numbers",
+    "search.space.training.workers": "does not change what is trained",
+    "search.space.model.dropout": "takes exactly one of grid, choice, uniform, loguniform, int_uniform",
+    "tracking.uri": "5 is not text or null; put it in quotes",
+}
+
+
+def test_what_is_missing_is_told_with_what_it_is() -> None:
+    with pytest.raises(ExperimentError) as caught:
+        parse({"data": {}, "training": {}})
+    assert caught.value.problems == [
+        "data.source: missing; it is text",
+        "training.steps: missing; it is a whole number of at least 1",
+        "name: missing; it is text",
+    ]
+
+
+@pytest.mark.parametrize("name", ["", ".x", "a/b", "..", "a..b", "a b", "x\n", "\u00e4", "a" * 101, "a\\b", "~"])
+def test_names_stay_inside_the_storage_root(name: str) -> None:
+    (problem,) = problems(name=name)
+    assert "storage root" in problem
+
+
+@pytest.mark.parametrize("batch_size", [1, 6, 8, 100, 128, 129])
+def test_workers_share_whole_sub_batches(batch_size: int) -> None:
+    assert sub_batches(batch_size) == math.gcd(batch_size, 8)
+    for workers in range(1, 10):
+        training = {"batch_size": batch_size, "workers": workers}
+        if sub_batches(batch_size) % workers == 0:
+            assert batch_size % experiment(training=training).training.workers == 0
+        else:
+            assert "training.workers" in problems(training=training)[0]
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"diffusion": {"schedule": {"beta_start": 0.03}}}, "diffusion.schedule.beta_start: 0.03 is above beta_end"),
+        ({"diffusion": {"T": 50}, "evaluation": {"nll": {"timesteps": 51}}}, "51 is more than diffusion.T = 50"),
+        ({"diffusion": {"T": 5}, "evaluation": {"fid": {"sampler": {"steps": 6}}}}, "6 is more than diffusion.T = 5"),
+        ({"evaluation": {"fid": {"sampler": {"eta": 0.5}}}}, "without effect on the ancestral sampler"),
+    ],
+)
+def test_settings_that_do_not_go_together(sections: dict[str, Any], message: str) -> None:
+    (problem,) = problems(**sections)
+    assert message in problem
+
+
+def test_settings_that_a_kind_does_not_read_are_not_compared() -> None:
+    for kind in ("cosine", "constant"):
+        experiment(diffusion={"schedule": {"kind": kind, "beta_start": 0.5}})
+
+
+def test_a_disagreement_of_some_variants_names_them() -> None:
+    (problem,) = problems(
+        evaluation={"nll": {"timesteps": 60}},
+        search=search({"diffusion.T": {"grid": [50, 100]}, "loss.weighting": {"grid": ["simple", "vlb"]}}),
+    )
+    assert problem.endswith("(2 of 4 variants; first: diffusion.T=50, loss.weighting='simple')")
+
+
+T_GRID = {"diffusion.T": {"grid": [50, 100]}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"search": search(T_GRID), "evaluation": {"nll": None}}, "evaluation.nll is null; take eval/fd_classifier or"),
+        (
+            {"search": search(T_GRID, metric="eval/fd_classifier"), "evaluation": {"fid": None}},
+            "evaluation.fid is null; take eval/nll_bpd or valid/nll_bpd",
+        ),
+        ({"search": search(T_GRID, samples=3)}, "search.samples: 3 is without effect"),
+        ({"search": search(T_GRID, algorithm="random", samples=3)}, "nothing to draw"),
+        ({"search": search({"diffusion.T": {"choice": [5, 6]}})}, "set search.algorithm: random"),
+        ({"search": search({"diffusion.T": {"choice": [5]}}, algorithm="random")}, "search.samples: missing"),
+        ({"search": search({"seed": {"grid": list(range(10_001))}})}, "10,001 variants are more than 10,000"),
+        ({"search": search({**T_GRID, "diffusion": {"grid": [{"T": 5}]}})}, "sets what search.space.diffusion.T sets"),
+        ({"search": search({"evaluation.fid.samples": {"grid": [10, 20]}})}, "does not change what is trained"),
+    ],
+)
+def test_searches_that_make_no_sense(sections: dict[str, Any], message: str) -> None:
+    (problem,) = problems(**sections)
+    assert message in problem
+
+
+def test_a_single_trial_needs_no_metric() -> None:
+    experiment(evaluation={"nll": None, "fid": None})
+
+
+# ---- Expanding
+
+
+def test_a_grid_is_the_product_in_the_order_of_the_file() -> None:
+    space = {"loss.weighting": ["simple", "vlb"], "diffusion.T": [10, 20, 30], "seed": [3, 4]}
+    variants = expand(experiment(search=search({path: {"grid": values} for path, values in space.items()})))
+    assert [tuple(v.params.values()) for v in variants] == list(itertools.product(*space.values()))
+    for v in variants:
+        assert (v.trial.loss.weighting, v.trial.diffusion.T, v.trial.seed) == tuple(v.params.values())
+
+
+def test_no_space_is_one_trial() -> None:
+    e = experiment()
+    assert expand(e) == (Variant(params={}, trial=e.trial),)
+
+
+def test_joint_settings_merge_into_their_section() -> None:
+    values = [{"kind": "linear", "beta_end": 0.03}, {"kind": "cosine"}]
+    e = experiment(
+        diffusion={"schedule": {"beta_start": 0.001}}, search=search({"diffusion.schedule": {"grid": values}})
+    )
+    linear, cosine = (v.trial.diffusion.schedule for v in expand(e))
+    assert (linear.kind, linear.beta_start, linear.beta_end) == ("linear", 0.001, 0.03)
+    assert (cosine.kind, cosine.beta_start, cosine.beta_end) == ("cosine", 0.001, 0.02)
+
+
+def random_search(samples: int, seed: int = 0, **more: Any) -> tuple[Variant, ...]:
+    space = {
+        "training.lr": {"loguniform": [1e-4, 1e-2]},
+        "model.dropout": {"uniform": [0.0, 0.5]},
+        "diffusion.T": {"int_uniform": [5, 8]},
+        "loss.weighting": {"choice": ["simple", "vlb"]},
+        **more,
+    }
+    return expand(experiment(seed=seed, search=search(space, algorithm="random", samples=samples)))
+
+
+def test_more_samples_keep_the_earlier_draws() -> None:
+    assert random_search(40)[:7] == random_search(7)
+
+
+def test_another_searched_path_keeps_the_draws() -> None:
+    crossed = random_search(5, seed=3, **{"model.blocks": {"grid": [1, 2]}})
+    alone = random_search(5, seed=3)
+    assert len(crossed) == 10
+    for k, v in enumerate(crossed):
+        assert v.params == {**alone[k // 2].params, "model.blocks": 1 + k % 2}
+
+
+def test_draws_differ_by_sample_path_and_seed_and_fill_their_ranges() -> None:
+    variants = random_search(400)
+    lrs = sorted(v.trial.training.lr for v in variants)
+    assert 1e-4 <= lrs[0] < 1.1e-4 and 0.9e-2 < lrs[-1] <= 1e-2
+    assert math.isclose(lrs[200], 1e-3, rel_tol=0.3)  # the median of a log-uniform law is its geometric mean
+    assert {v.trial.diffusion.T for v in variants} == {5, 6, 7, 8}
+    assert {v.trial.loss.weighting for v in variants} == {"simple", "vlb"}
+    assert len({v.trial.model.dropout for v in variants}) == 400
+    assert random_search(1, seed=1)[0].params != variants[0].params
+
+
+def test_the_draws_are_those_of_every_machine_and_time() -> None:
+    drawn = random_search(1)[0].params
+    known = {"training.lr": 0.002912115, "model.dropout": 0.149640332, "diffusion.T": 8, "loss.weighting": "simple"}
+    assert {path: v if isinstance(v, str) else round(v, 9) for path, v in drawn.items()} == known
+
+
+# ---- Addresses
+
+
+def digests(variants: tuple[Variant, ...], data: str = "d") -> tuple[dict[str, Variant], list[str]]:
+    return by_digest(variants, {v.trial.data: data for v in variants})
+
+
+def test_the_address_counts_only_what_changes_the_weights() -> None:
+    base = content(training={"steps": 10, "workers": 1})
+    (address,) = digests(expand(parse(base)))[0]
+    for path, value in {
+        "name": "other",
+        "training.workers": 2,
+        "training.gpus": 1,
+        "training.validate_every": 3,
+        "evaluation.fid": None,
+        "loss.gamma": 7.0,
+        "search.max_concurrent": 2,
+        "tracking.uri": "http://host",
+        "data.source": "another/path",
+    }.items():
+        assert list(digests(expand(parse(put(base, path.split("."), value))))[0]) == [address], path
+    for path, value in {"seed": 1, "training.steps": 11, "diffusion.T": 9, "data.flip": True}.items():
+        assert list(digests(expand(parse(put(base, path.split("."), value))))[0]) != [address], path
+    assert list(digests(expand(parse(base)), data="other bytes")[0]) != [address]
+
+
+def test_variants_of_one_address_are_merged_with_a_warning() -> None:
+    space = {
+        "diffusion.schedule.kind": {"grid": ["linear", "cosine"]},
+        "diffusion.schedule.beta_end": {"grid": [0.01, 0.02, 0.03]},
+    }
+    variants = expand(experiment(search=search(space)))
+    trials, (warning,) = digests(variants)
+    assert list(trials.values()) == [*variants[:3], variants[3]]
+    assert warning == (
+        "6 variants are 4 trials: 2 repeat another one (differ from it only in diffusion.schedule.beta_end, "
+        "which their other settings leave without effect)"
+    )
+
+
+def test_equal_draws_are_merged_with_a_warning() -> None:
+    e = experiment(search=search({"diffusion.T": {"choice": [5, 6]}}, algorithm="random", samples=9))
+    trials, (warning,) = digests(expand(e))
+    assert len(trials) == 2 and "9 variants are 2 trials: 7 repeat another one (equal it)" in warning
+
+
+def test_different_trials_are_not_merged(tmp_path: Path) -> None:
+    trials, warnings = digests(expand(load_text(tmp_path, SAMPLE)))
+    assert len(trials) == 6 and not warnings
+
+
+# ---- The module
+
+
+@pytest.mark.parametrize("module", ["experiment", "preflight"])
+def test_importing_it_stays_quick(module: str) -> None:
+    heavy = ("torch", "ray", "pandas", "sklearn", "mlflow", "pyarrow", "matplotlib")
+    code = f"import sys, orchestrator.{module}; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_setting_of_a_trial_can_be_searched_or_says_why_not() -> None:
+    for path in paths(Trial):
+        value = experiment().trial
+        for name in path.split("."):
+            value = getattr(value, name)
+        plain = value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+        try:
+            (variant,) = expand(experiment(search=search({path: {"grid": [plain]}})))
+            assert variant.trial == experiment().trial, path
+        except ExperimentError as error:
+            assert "does not change what is trained" in str(error), (path, error)

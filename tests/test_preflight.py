@@ -1,0 +1,199 @@
+"""What is refused or warned about before anything starts, what a trial costs, and the table of a dry run."""
+
+import math
+from typing import Any
+
+import pytest
+
+from orchestrator.experiment import ExperimentError, Variant, by_digest, expand, parse
+from orchestrator.preflight import Cost, chain, cost, dry_run_text, preflight, readable
+from orchestrator.settings import merge
+from workers.config import SAMPLE_GRID, DiffusionConfig, ScheduleConfig, Trial
+from workers.data import Source
+
+DIGITS = Source("d" * 16, "digits", "digits", 1497, 300, True, 17, (8, 8, 1))
+SMALL = {
+    "name": "e",
+    "data": {"source": "digits"},
+    "model": {"channels": 8, "multipliers": [1, 2], "attention": [4]},
+    "training": {"steps": 1000, "batch_size": 64, "validate_every": 400},
+}
+
+
+def check(source: Source = DIGITS, **sections: Any) -> list[str]:
+    e = parse(merge(SMALL, sections))
+    variants = expand(e)
+    return preflight(e, variants, {v.trial.data: source for v in variants})
+
+
+def refused(source: Source = DIGITS, **sections: Any) -> list[str]:
+    with pytest.raises(ExperimentError) as caught:
+        check(source, **sections)
+    return caught.value.problems
+
+
+def trial(**sections: Any) -> Trial:
+    return parse(merge(SMALL, sections)).trial
+
+
+def linear(T: int, scale: str = "absolute", **more: Any) -> DiffusionConfig:
+    return DiffusionConfig(T=T, schedule=ScheduleConfig(scale=scale, **more))
+
+
+# ---- The chain
+
+
+@pytest.mark.parametrize(("T", "gap"), [(100, 0.129), (250, 0.0168), (500, 0.00116), (1000, 7.3e-6)])
+def test_the_prior_gap_of_a_short_chain(T: int, gap: float) -> None:
+    assert chain(linear(T)).photographs_bpd == pytest.approx(gap, rel=0.01)
+
+
+def test_the_bound_on_the_gap_is_above_that_of_photographs() -> None:
+    for T in (1, 10, 100, 1000):
+        ends = chain(linear(T))
+        closed_form = -0.5 * math.log2(1 - ends.alpha_bar_T)  # at E[x_0^2] = 1 the other terms cancel
+        assert ends.photographs_bpd < ends.prior_bpd == pytest.approx(closed_form, rel=1e-6)
+
+
+def test_a_chain_that_is_long_enough_passes_in_silence() -> None:
+    assert check() == []
+
+
+def test_a_gap_above_the_limit_is_refused_with_the_numbers_and_the_remedy() -> None:
+    (problem,) = refused(diffusion={"T": 100})
+    for part in ("0.326 bits/dim (at E[x_0^2] = 1", "0.129 at 0.25", "max_prior_bpd = 0.1", "scale: per_1000"):
+        assert part in problem
+    assert check(diffusion={"T": 100, "schedule": {"scale": "per_1000"}}) == []
+
+
+def test_the_remedy_is_one_that_works() -> None:
+    (problem,) = refused(diffusion={"T": 20})  # x 1000/T makes beta_T = 1 there
+    assert "per_1000" not in problem and "a larger beta_end or T" in problem
+
+
+def test_a_gap_above_a_tenth_of_the_limit_is_a_warning() -> None:
+    (warning,) = check(diffusion={"T": 250})
+    assert "0.0599 bits/dim" in warning and "not far below" in warning
+    (warning,) = check(diffusion={"T": 100}, preflight={"max_prior_bpd": 0.4})
+    assert "0.326" in warning
+
+
+@pytest.mark.parametrize(("T", "beta_end", "first"), [(10, 0.02, 21), (20, 0.02, 21), (100, 0.29, 291), (1, 0.02, 21)])
+def test_scaled_betas_that_leave_the_unit_interval(T: int, beta_end: float, first: int) -> None:
+    schedule = {"kind": "constant", "scale": "per_1000", "beta_end": beta_end}
+    (problem,) = refused(diffusion={"T": T, "schedule": schedule})
+    assert "outside (0, 1)" in problem and f"works from T = {first} on" in problem
+    assert chain(linear(first, "per_1000", kind="constant", beta_end=beta_end)).beta_max < 1
+    assert chain(linear(first - 1, "per_1000", kind="constant", beta_end=beta_end)).beta_max >= 1 - 1e-12
+
+
+def test_chains_that_underflow() -> None:
+    (problem,) = refused(diffusion={"schedule": {"kind": "constant", "beta_end": 0.9}})
+    assert "alpha_bar_T = 0 in float64" in problem
+    (warning,) = check(diffusion={"schedule": {"kind": "constant", "beta_end": 0.2}})
+    assert "zero in float32" in warning
+    (problem,) = refused(diffusion={"schedule": {"beta_start": 1e-20}})
+    assert "too small for float64" in problem
+
+
+def test_all_variants_are_checked_and_named() -> None:
+    space = {"diffusion.T": {"grid": [50, 100, 1000]}, "loss.weighting": {"grid": ["simple", "vlb"]}}
+    short, longer = refused(search={"space": space})
+    assert short.endswith("(2 of 6 variants; first: diffusion.T=50, loss.weighting='simple')")
+    assert longer.endswith("(2 of 6 variants; first: diffusion.T=100, loss.weighting='simple')")
+
+
+# ---- The data
+
+
+def test_the_network_must_fit_the_images() -> None:
+    found = refused(model={"multipliers": [1, 1, 1, 1, 1], "channels": 7})
+    assert {p.split(":")[0] for p in found} == {"model.channels", "model.multipliers"}
+    (problem,) = refused(model={"attention": [16]})
+    assert "model.attention" in problem and "[8, 4]" in problem
+
+
+def test_the_data_must_have_what_the_evaluation_asks_for() -> None:
+    unlabelled = Source("d", "photos", "images", 10, 5, False, 256, (8, 8, 3))
+    found = refused(unlabelled, evaluation={"nll": {"images": 6}})
+    assert ["6 is more than the 5" in found[0], "no labels" in found[1]] == [True, True]
+    (warning,) = check(unlabelled, evaluation={"fid": None, "nll": {"images": 5}})
+    assert "64 is more than the 10 training images" in warning
+
+
+def test_searches_that_do_nothing_or_the_opposite_are_warned_about() -> None:
+    warnings = check(search={"mode": "max", "scheduler": {"kind": "asha", "grace": 1000}})
+    assert ["lower is better" in warnings[0], "stopped early" in warnings[1]] == [True, True]
+
+
+# ---- Cost
+
+
+def test_the_cost_of_a_trial_by_hand() -> None:
+    t = trial(
+        diffusion={"T": 200},
+        evaluation={"nll": {"images": 100, "timesteps": 20}, "fid": {"samples": 50, "sampler": {"steps": 10}}},
+    )
+    assert cost(t, DIGITS) == Cost(
+        training_evaluations=1000 * 64,
+        validation_evaluations=4 * (128 * 17 + SAMPLE_GRID * 50),  # steps 0, 400, 800 and 1000
+        nll_evaluations=100 * 20,
+        sampling_evaluations=50 * 10,
+    )
+
+
+def test_all_means_every_held_out_image_and_every_timestep() -> None:
+    t = trial(diffusion={"T": 10}, evaluation={"fid": {"samples": 7}})
+    measured = cost(t, DIGITS)
+    assert (measured.nll_evaluations, measured.sampling_evaluations) == (300 * 10, 7 * 10)
+    assert measured.validation_evaluations == 4 * (128 * 10 + 25 * 10)
+
+
+def test_what_is_off_costs_nothing_and_validation_stops_at_the_data() -> None:
+    few = Source("d", "few", "images", 100, 3, False, 256, (8, 8, 3))
+    t = trial(diffusion={"T": 1}, evaluation={"nll": None, "fid": None}, training={"validate_every": 1000})
+    assert cost(t, few) == Cost(training_evaluations=64_000, validation_evaluations=2 * (3 + 25))
+
+
+def test_costs_add_up() -> None:
+    one = cost(trial(), DIGITS)
+    assert one + Cost() == one
+    assert sum([one, one], Cost()).training_evaluations == 2 * one.training_evaluations
+
+
+# ---- The table
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [
+        *[(0, "0"), (999, "999"), (1000, "1k"), (1234, "1.2k"), (9_960, "10k"), (999_499, "999k"), (999_500, "1M")],
+        *[(1_200_000, "1.2M"), (102_400_000, "102M"), (3 * 10**15, "3,000T")],
+    ],
+)
+def test_counts_are_readable(n: int, text: str) -> None:
+    assert readable(n) == text
+
+
+def table(**sections: Any) -> tuple[dict[str, Variant], list[str]]:
+    variants = expand(parse(merge(SMALL, sections)))
+    trials, _ = by_digest(variants, {v.trial.data: DIGITS.digest for v in variants})
+    return trials, dry_run_text(trials, {v.trial.data: DIGITS for v in variants}).splitlines()
+
+
+def test_the_table_has_a_row_for_each_trial_and_totals() -> None:
+    space = {
+        "diffusion.T": {"grid": [500, 1000]},
+        "loss": {"grid": [{"weighting": "min_snr", "gamma": 3}, {"weighting": "vlb"}]},
+    }
+    trials, lines = table(search={"space": space})
+    assert lines[0].split()[:3] == ["trial", "diffusion.T", "loss"]
+    assert [line.split()[0] for line in lines[2:6]] == list(trials)
+    assert "weighting=min_snr gamma=3" in lines[2] and "6.4e-03" in lines[2] and "0.0046" in lines[2]
+    assert lines[7].split() == ["4", "trials", "256k", "55k", "900k", "3M"]
+    assert len({len(line) for line in lines[:8]}) == 1
+
+
+def test_the_table_of_one_trial_and_of_none() -> None:
+    assert table()[1][4].startswith("1 trial ")
+    assert "0 trials" in dry_run_text({}, {})

@@ -1,0 +1,157 @@
+"""The typed records that the driver and the nodes share: one resolved trial, and nothing else.
+
+Every record is frozen and forbids unknown keys. A `Trial` is what one training and its evaluation need;
+its address is the digest of what changes its result, so names, storage, concurrency and the number of
+workers are left out of it (`trial_digest`). Importing this module imports neither torch nor ray.
+"""
+
+import hashlib
+import json
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Literal["all"] | Annotated[int, Field(ge=1)]
+
+# Training noise is addressed by (seed, step, sub-batch): a global batch is cut into this many parts wherever it runs,
+# and each worker takes a whole number of them. A batch that 8 does not divide has fewer.
+SUB_BATCHES = 8
+
+# A validation: the first images held out, each at t = 1 and at one timestep of every stratum of 2..T, and a grid of
+# samples by DDIM. The training loop does it and the preflight counts it.
+VALIDATION_IMAGES = 128
+VALIDATION_TIMESTEPS = 16
+SAMPLE_GRID = 25
+SAMPLE_GRID_STEPS = 50  # or T, where that is less
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class DataConfig(Record):
+    """Which images. `source` is `digits`, or a path: Parquet, image folder, CIFAR-10 binary, or gzipped IDX."""
+
+    source: str
+    resolution: int | None = Field(default=None, ge=1, description="centre-crop and resize to this many pixels")
+    held_out: float = Field(default=0.1, gt=0, lt=1, description="fraction held out where the source has no test split")
+    flip: bool = Field(default=False, description="mirror training images at random, left to right")
+
+
+class ModelConfig(Record):
+    """eps_theta: the U-Net of Ho et al. 2020, appendix B. Defaults are the paper's for CIFAR-10 (35.7M parameters)."""
+
+    channels: int = Field(default=128, ge=1)
+    multipliers: tuple[int, ...] = Field(default=(1, 2, 2, 2), min_length=1, strict=False)
+    blocks: int = Field(default=2, ge=1, description="residual blocks a resolution")
+    attention: tuple[int, ...] = Field(default=(16,), strict=False, description="resolutions with self-attention")
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    norm_groups: int = Field(default=32, ge=1)
+
+
+class ScheduleConfig(Record):
+    """beta_1..beta_T. `per_1000` states the range for T = 1000 and multiplies it by 1000 / T; `absolute` does not."""
+
+    kind: Literal["linear", "quadratic", "cosine", "constant"] = "linear"
+    beta_start: float = Field(default=1e-4, gt=0, lt=1)
+    beta_end: float = Field(default=0.02, gt=0, lt=1)
+    scale: Literal["absolute", "per_1000"] = "absolute"
+
+
+class DiffusionConfig(Record):
+    T: int = Field(default=1000, ge=1, le=100_000)
+    schedule: ScheduleConfig = ScheduleConfig()
+    prediction: Literal["eps"] = "eps"
+    variance: Literal["fixed_small", "fixed_large"] = "fixed_large"
+
+
+class LossConfig(Record):
+    weighting: Literal["simple", "vlb", "min_snr"] = "simple"
+    gamma: float = Field(default=5.0, gt=0, description="the cap of min-SNR-gamma")
+
+
+class TrainingConfig(Record):
+    """`batch_size` is global: it does not change with the number of workers."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(default=128, ge=1)
+    lr: float = Field(default=2e-4, gt=0)
+    warmup: int = Field(default=0, ge=0, description="steps over which the learning rate rises linearly from 0")
+    decay: Literal["none", "cosine"] = Field(default="none", description="of the learning rate after the warm-up")
+    ema: float = Field(default=0.9999, ge=0, lt=1)
+    grad_clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    workers: int = Field(default=1, ge=1)
+    cpus: int = Field(default=1, ge=1, description="cores a worker")
+    gpus: Literal["auto", 0, 1] = Field(default="auto", description="GPUs a worker; auto: 1 where the cluster has any")
+    validate_every: int = Field(default=500, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1)
+
+
+def sub_batches(batch_size: int) -> int:
+    """How many equal sub-batches a global batch has; the number of workers divides it."""
+    return math.gcd(batch_size, SUB_BATCHES)
+
+
+class SamplerConfig(Record):
+    kind: Literal["ancestral", "ddim"] = "ancestral"
+    steps: int | None = Field(default=None, ge=1, description="network evaluations a sample; null: all T")
+    eta: float = Field(default=0.0, ge=0, le=1, description="DDIM's noise: 0 deterministic, 1 that of the DDPM")
+
+
+class NLLConfig(Record):
+    images: Count = "all"
+    timesteps: Count = "all"
+
+
+class FIDConfig(Record):
+    samples: int = Field(default=1000, ge=2)
+    sampler: SamplerConfig = SamplerConfig()
+    features: Literal["classifier"] = "classifier"
+
+
+class EvaluationConfig(Record):
+    nll: NLLConfig | None = NLLConfig()
+    fid: FIDConfig | None = FIDConfig()
+
+
+class Trial(Record):
+    """One resolved configuration: all that training it and evaluating it take."""
+
+    seed: int = Field(default=0, ge=0)
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    loss: LossConfig = LossConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+# Settings of `training` that place or observe a run and leave its weights as they are.
+NOT_ADDRESSED = ("workers", "cpus", "gpus", "validate_every", "checkpoint_every")
+
+
+def digest(content: Any) -> str:
+    """16 hex digits of the sha256 of `content` (anything JSON can hold), independent of the order of its keys."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def trial_digest(trial: Trial, data_digest: str) -> str:
+    """The address of a trial: the digest of what changes its weights.
+
+    The data count by their content (`data_digest`), not by the path they lie at; a setting that the chosen kind
+    does not read (beta_start of a cosine schedule, gamma without min-SNR) does not count.
+    """
+    content = trial.model_dump(mode="json", exclude={"evaluation"})
+    content["data"] = {"digest": data_digest, "flip": trial.data.flip}
+    for name in NOT_ADDRESSED:
+        del content["training"][name]
+    if trial.diffusion.schedule.kind == "cosine":
+        content["diffusion"]["schedule"] = {"kind": "cosine"}
+    if trial.diffusion.schedule.kind == "constant":
+        del content["diffusion"]["schedule"]["beta_start"]
+    if trial.loss.weighting != "min_snr":
+        del content["loss"]["gamma"]
+    return digest(content)

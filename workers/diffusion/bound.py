@@ -1,0 +1,55 @@
+"""The variational bound L = L_T + sum_{t>1} L_{t-1} + L_0 of eq. (5), in nats, float64.
+
+For a fixed variance every L_{t-1} depends on the network only through |x_0 - x_0_hat(x_t)|^2, since both means are
+the same linear combination of (x_0, x_t) and (x_0_hat, x_t). So the expensive part records squared errors
+(`workers.likelihood`) and the terms follow from them here; L_0 goes through the discrete decoder of eq. (13).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from workers.diffusion.process import Process
+
+
+def gaussian_kl(mean_1: Tensor, variance_1: Tensor, mean_2: Tensor, variance_2: Tensor) -> Tensor:
+    """KL(N(mean_1, variance_1) || N(mean_2, variance_2)) a dimension, in nats."""
+    return 0.5 * (
+        torch.log(variance_2 / variance_1) + (variance_1 + (mean_1 - mean_2).square()) / variance_2 - 1
+    )
+
+
+def prior_term(process: Process, squared_norm: Tensor, dimensions: int) -> Tensor:
+    """L_T = KL(q(x_T | x_0) || N(0, I)) in nats, from |x_0|^2 (N,) float64 and D."""
+    last = process.alpha_bar[-1]
+    return 0.5 * (last * squared_norm - dimensions * (last + torch.log1p(-last)))
+
+
+def consistency_terms(process: Process, t: Tensor, squared_error: Tensor, dimensions: int) -> Tensor:
+    """L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)) in nats, from |x_0 - x_0_hat|^2 (N,), for t > 1."""
+    i = t - 1
+    true, model = process.beta_tilde[i], process.sigma_squared[i]
+    spread = 0.5 * dimensions * (torch.log(model / true) + true / model - 1)
+    return spread + process.posterior_x_0[i].square() * squared_error / (2 * model)
+
+
+def log_normal_interval(lower: Tensor, upper: Tensor) -> Tensor:
+    """log(Phi(upper) - Phi(lower)) for lower < upper, accurate in both tails."""
+    flip = lower > 0  # Phi(u) - Phi(l) = Phi(-l) - Phi(-u): subtract in the tail where the two are small
+    lower, upper = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
+    log_upper = torch.special.log_ndtr(upper)
+    return log_upper + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - log_upper))
+
+
+def decoder_term(x_0: Tensor, mean: Tensor, sigma: Tensor | float, levels: int) -> Tensor:
+    """L_0 = -log p_theta(x_0 | x_1) in nats (N,): the discrete decoder, eq. (13).
+
+    x_0 (N, ...): one of `levels` values evenly spaced on [-1, 1]; mean: mu_theta(x_1, 1), same shape. A level's bin
+    reaches 1 / (levels - 1) to either side; the outermost two reach to infinity.
+    """
+    x_0, mean = x_0.double(), mean.double()
+    half = 1 / (levels - 1)
+    upper = torch.where(x_0 > 1 - half, math.inf, (x_0 + half - mean) / sigma)
+    lower = torch.where(x_0 < -1 + half, -math.inf, (x_0 - half - mean) / sigma)
+    return -log_normal_interval(lower, upper).flatten(1).sum(1)

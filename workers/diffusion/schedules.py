@@ -1,0 +1,69 @@
+"""The noise schedules beta_1..beta_T, in float64 and NumPy, so that a dry run can check them without torch.
+
+Each schedule is a function of its config next to its formula; `SCHEDULES` is the list of valid names.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from workers.config import DiffusionConfig, ScheduleConfig
+
+Betas = np.ndarray  # float64 (T,), index t-1
+
+
+def _range(schedule: ScheduleConfig, T: int) -> tuple[float, float]:
+    """beta_1 and beta_T after the scaling that the schedule names."""
+    factor = 1000 / T if schedule.scale == "per_1000" else 1.0
+    return schedule.beta_start * factor, schedule.beta_end * factor
+
+
+def linear(schedule: ScheduleConfig, T: int) -> Betas:
+    """beta_t linear in t from beta_start to beta_end (Ho et al. 2020, section 4)."""
+    start, end = _range(schedule, T)
+    return np.linspace(start, end, T, dtype=np.float64)
+
+
+def quadratic(schedule: ScheduleConfig, T: int) -> Betas:
+    """sqrt(beta_t) linear in t (Song et al. 2020a; "scaled_linear" in diffusers)."""
+    start, end = _range(schedule, T)
+    return np.linspace(start**0.5, end**0.5, T, dtype=np.float64) ** 2
+
+
+def constant(schedule: ScheduleConfig, T: int) -> Betas:
+    """beta_t = beta_end."""
+    return np.full(T, _range(schedule, T)[1], dtype=np.float64)
+
+
+def cosine(schedule: ScheduleConfig, T: int) -> Betas:
+    """alpha_bar_t = f(t)/f(0), f(t) = cos^2((t/T + s)/(1 + s) pi/2), s = 0.008, beta <= 0.999 (Nichol 2021, eq. 17)."""
+    s = 0.008
+    f = np.cos((np.arange(T + 1, dtype=np.float64) / T + s) / (1 + s) * np.pi / 2) ** 2
+    return np.minimum(1 - f[1:] / f[:-1], 0.999)
+
+
+SCHEDULES: dict[str, Callable[[ScheduleConfig, int], Betas]] = {
+    "linear": linear,
+    "quadratic": quadratic,
+    "constant": constant,
+    "cosine": cosine,
+}
+
+
+def betas(diffusion: DiffusionConfig) -> Betas:
+    """beta_1..beta_T, float64 (T,). Not checked here: a scaled range may leave (0, 1); the preflight refuses it."""
+    return SCHEDULES[diffusion.schedule.kind](diffusion.schedule, diffusion.T)
+
+
+def alpha_bars(betas: Betas) -> np.ndarray:
+    """alpha_bar_t = prod_{s<=t} (1 - beta_s), float64 (T,)."""
+    return np.cumprod(1 - betas)
+
+
+def prior_bpd(betas: Betas, second_moment: float = 1.0) -> float:
+    """L_T = KL(q(x_T|x_0) || N(0, I)) in bits/dim, for data with E[x_0^2] = `second_moment` on the [-1, 1] scale.
+
+    With the default of 1, the largest that pixels allow, it bounds L_T from above for every data set.
+    """
+    last = float(alpha_bars(betas)[-1])
+    return 0.5 * (last * second_moment - last - np.log1p(-last)) / float(np.log(2))

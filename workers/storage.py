@@ -1,0 +1,98 @@
+"""Files under one root: a local path or any pyarrow filesystem URI (s3://bucket/prefix).
+
+A file is written whole or not at all: to a temporary name, then renamed (an object store's put is atomic by itself).
+Paths are relative to the root, with forward slashes.
+"""
+
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+
+class Storage:
+    """Read and write bytes and JSON below `root`. It pickles as its root, so that it travels to Ray tasks."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = str(root) if "://" in str(root) else str(Path(root).absolute())
+        self.is_local = "://" not in self.root
+        self._fs, self._base = (
+            (fs.LocalFileSystem(), self.root) if self.is_local else fs.FileSystem.from_uri(self.root)
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Storage, (self.root,)
+
+    def _at(self, path: str) -> str:
+        assert ".." not in path.split("/") and not path.startswith("/"), path
+        return f"{self._base.rstrip('/')}/{path}"
+
+    def url(self, path: str = "") -> str:
+        """Where a person finds `path`: a local path or a URI."""
+        return f"{self.root.rstrip('/')}/{path}".rstrip("/")
+
+    def read(self, path: str) -> bytes:
+        """Raises FileNotFoundError."""
+        with self._fs.open_input_stream(self._at(path)) as stream:
+            return bytes(stream.read())
+
+    def write(self, path: str, content: bytes) -> None:
+        target = self._at(path)
+        if not self.is_local:
+            with self._fs.open_output_stream(target) as stream:
+                stream.write(content)
+            return
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp"
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+
+    def exists(self, path: str) -> bool:
+        return bool(self._fs.get_file_info(self._at(path)).type != fs.FileType.NotFound)
+
+    def list(self, path: str) -> list[str]:
+        """Names in the folder `path`, sorted; empty where there is no such folder. Unfinished writes are left out."""
+        selector = fs.FileSelector(self._at(path), allow_not_found=True)
+        return sorted(i.base_name for i in self._fs.get_file_info(selector) if not i.base_name.endswith(".tmp"))
+
+    def delete(self, path: str) -> None:
+        """Removes a file or a whole folder; no error where there is none."""
+        kind = self._fs.get_file_info(self._at(path)).type
+        if kind == fs.FileType.Directory:
+            self._fs.delete_dir(self._at(path))
+        elif kind == fs.FileType.File:
+            self._fs.delete_file(self._at(path))
+
+    @contextmanager
+    def lock(self, path: str) -> Iterator[None]:
+        """Holds the file `path` against other processes of this machine; of a remote storage there is no lock.
+
+        Raises ValueError where another process holds it.
+        """
+        if not self.is_local:
+            yield
+            return
+        target = Path(self._at(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target, "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"{target.parent} is in use by another process; wait for it, or stop it") from error
+            yield
+
+    def read_json(self, path: str) -> Any | None:
+        """None where there is no such file."""
+        return json.loads(self.read(path)) if self.exists(path) else None
+
+    def write_json(self, path: str, content: Any) -> None:
+        self.write(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())

@@ -1,0 +1,348 @@
+"""Training eps_theta: one generator loop, the same under plain Python, a Tune actor and Ray Train.
+
+`train` yields a `Progress` at every validation and knows neither Ray nor MLflow; whoever iterates it is its host.
+All it measures goes to the trial's journal and checkpoints in the storage, so a stopped loop resumes by being called
+again. Data order and noise are addressed by (seed, step, sub-batch): the same at any number of workers.
+"""
+
+import json
+import math
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from workers import checkpoint as checkpoints
+from workers.config import (
+    SAMPLE_GRID,
+    SAMPLE_GRID_STEPS,
+    VALIDATION_IMAGES,
+    VALIDATION_TIMESTEPS,
+    SamplerConfig,
+    TrainingConfig,
+    Trial,
+    sub_batches,
+)
+from workers.data import Dataset
+from workers.diffusion.objectives import eps_loss, weights
+from workers.diffusion.process import EpsModel, Process
+from workers.diffusion.samplers import sample
+from workers.journal import Journal
+from workers.likelihood import estimate
+from workers.noise import address, generator
+from workers.pixels import grid_png, to_levels, to_model
+from workers.storage import Storage
+from workers.unet import UNet
+from workers.unet_config import unet_config
+
+State = Literal["running", "finished", "diverged"]
+POINTS = 10  # training points in the journal between two validations
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the data-parallel workers of a trial; torch.distributed is set up where size > 1."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a host learns at each validation. `metrics` are those of the journal at `step`; rank 0 alone has them."""
+
+    step: int
+    state: State
+    metrics: dict[str, float]
+    images_per_s: float
+    detail: str = ""
+
+
+class Diverged(Exception):
+    """The loss or the gradient is not finite: a result of the trial, not a fault."""
+
+
+def train(
+    trial: Trial, dataset: Dataset, storage: Storage, folder: str, world: World | None = None
+) -> Iterator[Progress]:
+    """Trains `trial` in `folder` of the storage, from its newest checkpoint where there is one.
+
+    Yields at step 0, every `validate_every` steps and at the end. Raises CheckpointError where a checkpoint is
+    damaged, and RuntimeError of torch where memory runs out.
+    """
+    loop = _Loop(trial, dataset, storage, folder, world or World())
+    try:
+        while True:
+            if loop.due(trial.training.validate_every):
+                yield loop.validate()
+            if loop.step == trial.training.steps:
+                return
+            loop.advance()
+    except Diverged as diverged:
+        yield loop.diverged(str(diverged))
+
+
+class _Loop:
+    """The state of one training run, and its transitions."""
+
+    def __init__(self, trial: Trial, dataset: Dataset, storage: Storage, folder: str, world: World) -> None:
+        self.trial, self.dataset, self.storage, self.folder, self.world = trial, dataset, storage, folder, world
+        height, _, channels = dataset.shape
+        self.process = Process.of(trial.diffusion)
+        self.weights = weights(self.process, trial.loss)
+        self.config = unet_config(trial.model, image_channels=channels, resolution=height)
+        with torch.random.fork_rng():
+            torch.manual_seed(address(trial.seed, "weights"))
+            self.unet = UNet(self.config).to(world.device)
+        self.raw = list(self.unet.state_dict().values())  # views of the parameters, not copies
+        self.ema = {name: p.clone() for name, p in self.unet.state_dict().items()}
+        self.optimizer = torch.optim.Adam(self.unet.parameters(), lr=trial.training.lr, fused=True)
+        self.autocast = autocast(trial.training.precision, world.device)
+        self.step, self.train_seconds = 0, 0.0
+        self.journal = Journal(storage, folder)
+        self.checkpoint = checkpoints.newest(storage, f"{folder}/checkpoints")
+        if self.checkpoint:
+            self._restore(self.checkpoint)
+        self.network: nn.Module = DistributedDataParallel(self.unet) if world.size > 1 else self.unet
+        self.sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+        self.orders: dict[int, np.ndarray] = {}
+
+    def due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.trial.training.steps
+
+    def advance(self) -> None:
+        """Trains up to the next validation, with a journal point now and then and checkpoints where they are due."""
+        training = self.trial.training
+        point_every = max(1, training.validate_every // POINTS)
+        self.network.train()
+        started = time.monotonic()
+        while True:
+            self._train_step()
+            self.step += 1
+            if self.due(point_every):
+                self._note_training()
+            if self.due(training.checkpoint_every):
+                self.train_seconds += time.monotonic() - started
+                self._save()
+                started = time.monotonic()
+            if self.due(training.validate_every):
+                break
+        self.train_seconds += time.monotonic() - started
+
+    def _train_step(self) -> None:
+        training, world = self.trial.training, self.world
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(training, self.step)
+        noises = [
+            generator(self.trial.seed, "train", self.step, j, device=world.device)
+            for j in share(range(sub_batches(training.batch_size)), world)
+        ]
+        x_0, t, eps = self._batch(noises)
+        self.unet.set_noise(noises)
+        with self.autocast:
+            loss = eps_loss(self.process, lambda x, s: self.network(x, s - 1), self.weights, x_0, t, eps)
+        loss.weighted.mean().backward()
+        norm = nn.utils.clip_grad_norm_(self.unet.parameters(), training.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._average()
+        self.sums += torch.stack([loss.weighted.detach().mean(), loss.eps_mse.mean(), norm, torch.ones_like(norm)])
+
+    def _batch(self, noises: Sequence[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
+        """This worker's part of the global batch: x_0 and eps float32 (n, C, H, W), t int64 (n,) in 1..T."""
+        size, flip = self.trial.training.batch_size, self.trial.data.flip
+        rows = share(batch_rows(self.trial.seed, self.step, size, len(self.dataset.train), self.orders), self.world)
+        device = self.world.device
+        images = torch.from_numpy(self.dataset.train[rows]).to(device)
+        x_0 = to_model(images, self.dataset.levels)
+        n = len(x_0) // len(noises)
+        t = torch.cat([torch.randint(1, self.process.T + 1, (n,), generator=g, device=device) for g in noises])
+        eps = torch.cat([torch.randn((n, *x_0.shape[1:]), generator=g, device=device) for g in noises])
+        if flip:
+            coins = torch.cat([torch.rand(n, generator=g, device=device) for g in noises]) < 0.5
+            x_0 = torch.where(coins[:, None, None, None], x_0.flip(3), x_0)
+        return x_0, t, eps
+
+    def _average(self) -> None:
+        """EMA of the weights, with min(ema, (1 + n) / (10 + n)) so that the start is forgotten early."""
+        decay = min(self.trial.training.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.ema.values()), self.raw, 1 - decay)
+
+    def _note_training(self) -> None:
+        """A point of means since the last one, over all workers. Raises Diverged on all of them at once."""
+        sums = self.sums.clone()
+        self.sums.zero_()
+        if self.world.size > 1:
+            torch.distributed.all_reduce(sums)
+        weighted, mse, norm = (sums[:3] / sums[3]).tolist()
+        if not (math.isfinite(weighted) and math.isfinite(norm)):
+            raise Diverged(f"loss {weighted:g}, gradient norm {norm:g}")
+        self.journal.metrics(
+            self.step,
+            {
+                f"train/loss_{self.trial.loss.weighting}": weighted,
+                "train/eps_mse": mse,
+                "train/grad_norm": norm,
+                "train/lr": learning_rate(self.trial.training, self.step - 1),
+            },
+        )
+
+    @torch.no_grad()
+    def validate(self) -> Progress:
+        """bits/dim of held-out images and a grid of samples, both with the EMA weights and noise that trials share.
+
+        Rank 0 does it. The others learn only whether it was finite, so that all of them end together.
+        """
+        nll_bpd = torch.zeros(1, dtype=torch.float64, device=self.world.device)
+        if self.world.rank == 0 and self.journal.get(self.step, "valid/nll_bpd") is None:
+            with self.averaged() as eps_theta, self.autocast:
+                seed, levels, device = self.trial.seed, self.dataset.levels, self.world.device
+                held_out = torch.from_numpy(np.array(self.dataset.held_out[:VALIDATION_IMAGES])).to(device)
+                x_0 = to_model(held_out, levels)
+                bound = estimate(self.process, eps_theta, x_0, VALIDATION_TIMESTEPS, levels, seed, "valid")
+                sampler = SamplerConfig(kind="ddim", steps=min(SAMPLE_GRID_STEPS, self.process.T))
+                noise = generator(seed, "grid", device=device)
+                images = sample(self.process, eps_theta, sampler, (SAMPLE_GRID, *x_0.shape[1:]), noise)
+            nll_bpd[0] = bound.mean
+            if math.isfinite(bound.mean):
+                values = {"valid/nll_bpd": bound.mean, "valid/nll_bpd_se": bound.standard_error}
+                self.journal.metrics(self.step, {**values, "train/images_per_s": self.images_per_s})
+                self.journal.image(self.step, "samples", grid_png(to_levels(images, levels), levels))
+        if self.world.size > 1:
+            torch.distributed.broadcast(nll_bpd, src=0)
+        if not math.isfinite(nll_bpd.item()):
+            raise Diverged(f"valid/nll_bpd {nll_bpd.item():g}")
+        return self._progress("finished" if self.step == self.trial.training.steps else "running")
+
+    def diverged(self, why: str) -> Progress:
+        return self._progress("diverged", f"diverged by step {self.step}: {why}")
+
+    def _progress(self, state: State, detail: str = "") -> Progress:
+        names = ("valid/nll_bpd", "valid/nll_bpd_se")
+        metrics = {n: v for n in names if (v := self.journal.get(self.step, n)) is not None}
+        progress = Progress(self.step, state, metrics, self.images_per_s, detail)
+        if self.world.rank == 0:
+            self.journal.flush()
+            write_status(self.storage, self.folder, progress, self.trial.training.steps, self.checkpoint)
+        return progress
+
+    @property
+    def images_per_s(self) -> float:
+        return self.step * self.trial.training.batch_size / self.train_seconds if self.train_seconds else 0.0
+
+    def averaged(self) -> "_Averaged":
+        return _Averaged(self.unet, self.ema)
+
+    def _save(self) -> None:
+        if self.world.rank != 0:
+            return
+        state = {f"weights.{name}": p for name, p in self.unet.state_dict().items()}
+        moments = self.optimizer.state_dict()["state"]
+        for (name, _), values in zip(self.unet.named_parameters(), moments.values(), strict=True):
+            state |= {f"{key}.{name}": value for key, value in values.items()}
+        self.journal.flush()
+        self.checkpoint = checkpoints.save(
+            self.storage,
+            f"{self.folder}/checkpoints",
+            self.step,
+            self.config,
+            self.process,
+            self.ema,
+            state,
+            {"train_seconds": self.train_seconds},
+        )
+
+    def _restore(self, checkpoint: checkpoints.Checkpoint) -> None:
+        ema, state, progress = checkpoints.load_state(self.storage, checkpoint)
+        self.ema = {name: ema[name].to(self.world.device) for name in self.ema}
+        self.unet.load_state_dict({name: state[f"weights.{name}"] for name in self.ema})
+        names = [name for name, _ in self.unet.named_parameters()]
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        moments = {i: {key: state[f"{key}.{name}"] for key in keys} for i, name in enumerate(names)}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        self.step, self.train_seconds = checkpoint.step, progress["train_seconds"]
+
+
+class _Averaged:
+    """Puts the EMA weights into the network for the length of a `with`, and gives it as eps_theta(x_t, t)."""
+
+    def __init__(self, unet: UNet, ema: dict[str, Tensor]) -> None:
+        self.unet, self.ema = unet, ema
+
+    def __enter__(self) -> EpsModel:
+        self.raw = {name: p.clone() for name, p in self.unet.state_dict().items()}
+        self.unet.load_state_dict(self.ema)
+        self.unet.eval()
+        return lambda x, t: self.unet(x, t - 1)
+
+    def __exit__(self, *_: object) -> None:
+        self.unet.load_state_dict(self.raw)
+
+
+def learning_rate(training: TrainingConfig, step: int) -> float:
+    """The learning rate of 0-based `step`: linear warm-up, then constant or half a cosine down to 0."""
+    warm = min(1.0, (step + 1) / training.warmup) if training.warmup else 1.0
+    if training.decay == "none":
+        return training.lr * warm
+    return training.lr * warm * 0.5 * (1 + math.cos(math.pi * step / training.steps))
+
+
+def batch_rows(seed: int, step: int, batch_size: int, n: int, orders: dict[int, np.ndarray]) -> np.ndarray:
+    """The training rows of a global batch: one permutation of all n images after another, nothing dropped.
+
+    `orders` keeps the permutations in use, by epoch.
+    """
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = places // n
+    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+        if epoch not in orders:
+            orders.pop(epoch - 2, None)
+            orders[epoch] = torch.randperm(n, generator=generator(seed, "order", epoch)).numpy()
+    return np.array([orders[int(e)][p % n] for e, p in zip(epochs, places, strict=True)])
+
+
+def share(items: Any, world: World) -> Any:
+    """This worker's contiguous share of a sequence; the sizes divide evenly, as the preflight has checked."""
+    assert len(items) % world.size == 0, (len(items), world.size)
+    n = len(items) // world.size
+    return items[world.rank * n : (world.rank + 1) * n]
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 for `bf16`, and for `auto` where the hardware multiplies it fast; parameters stay float32."""
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else False
+    enabled = precision == "bf16" or (precision == "auto" and fast)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def write_status(
+    storage: Storage, folder: str, progress: Progress, steps: int, checkpoint: checkpoints.Checkpoint | None
+) -> None:
+    """`status.json`: where the trial stands, for the driver that comes next and for a person."""
+    storage.write_json(
+        f"{folder}/status.json",
+        {
+            "state": progress.state,
+            "step": progress.step,
+            "steps": steps,
+            "valid_nll_bpd": progress.metrics.get("valid/nll_bpd"),
+            "images_per_s": progress.images_per_s,
+            "detail": progress.detail,
+            "checkpoint": checkpoint.digest if checkpoint else None,
+            "host": socket.gethostname(),
+            "updated_ms": time.time_ns() // 1_000_000,
+        },
+    )
+
+
+def read_status(storage: Storage, folder: str) -> dict[str, Any] | None:
+    content = storage.read(f"{folder}/status.json") if storage.exists(f"{folder}/status.json") else None
+    return json.loads(content) if content else None
