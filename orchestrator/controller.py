@@ -66,7 +66,8 @@ class Sweep:
         console: Console,
         quiet: bool,
     ) -> None:
-        self.experiment, self.trials, self.sources, self.storage, self.console = experiment, trials, sources, storage, console
+        self.experiment, self.trials, self.sources = experiment, trials, sources
+        self.storage, self.console = storage, console
         self.folder = f"sweeps/{experiment.name}"
         self.scheduler = plan.scheduler_key(experiment.search.scheduler.model_dump(mode="json"))
         self.errors: dict[str, str] = {}
@@ -92,7 +93,9 @@ class Sweep:
         return plan.Found(status, newest.digest if newest else None, summary)
 
     def rows(self) -> list[Row]:
-        return [Row(address, v, self.found[address], self.errors.get(address, "")) for address, v in self.trials.items()]
+        return [
+            Row(address, v, self.found[address], self.errors.get(address, "")) for address, v in self.trials.items()
+        ]
 
     def forget(self) -> None:
         """Removes what the storage holds of these trials and of the measurements of their checkpoints."""
@@ -223,6 +226,8 @@ class Sweep:
         for row in rows:
             if row.error:
                 self.console.print(f"{row.digest[:8]} failed: {row.error}", markup=False, highlight=False)
-        self.console.print(f"results     {self.storage.url(self.folder)}/results.parquet", soft_wrap=True, highlight=False)
+        self.console.print(
+            f"results     {self.storage.url(self.folder)}/results.parquet", soft_wrap=True, highlight=False
+        )
         self.console.print(f"comparison  {self.record.link}", soft_wrap=True, highlight=False)
         return 1 if self.errors else 0

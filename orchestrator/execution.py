@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Protocol
 
 import ray
@@ -184,11 +185,8 @@ class _Relay(tune.Callback):
 
 
 def _last_line(path: str | None) -> str:
-    if not path or not os.path.exists(path):
-        return ""
-    with open(path) as file:
-        lines = [line.strip() for line in file if line.strip()]
-    return lines[-1] if lines else ""
+    lines = Path(path).read_text().split("\n") if path and Path(path).exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 @dataclass

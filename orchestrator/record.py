@@ -15,8 +15,7 @@ from orchestrator import results
 from orchestrator.experiment import Experiment, Variant, resolved, to_yaml
 from orchestrator.results import Row
 from orchestrator.settings import leaves, write_yaml
-from orchestrator.tracking import Comparison, Dataset, Status, Tracker, provenance
-from workers import tasks
+from orchestrator.tracking import Comparison, Dataset, Status, Tracker, provenance, resolve_uri
 from workers.config import DataConfig, digest
 from workers.data import Source
 from workers.storage import Storage
@@ -97,8 +96,12 @@ class Record:
         if published.get("key") == key and self._still_there(published["uri"]):
             return
         frame = results.frame(rows)
-        files = {"results.parquet": _parquet(frame), "results.csv": frame.to_csv(index=False).encode()}
-        files |= {"nll_and_distance.png": results.comparison_plot(rows), "nll_by_t.png": results.bits_plot(rows)}
+        files = {
+            "results.parquet": _parquet(frame),
+            "results.csv": frame.to_csv(index=False).encode(),
+            "nll_and_distance.png": results.comparison_plot(rows),
+            "nll_by_t.png": results.bits_plot(rows),
+        }
         self.storage.write(f"{self.folder}/experiment.yaml", to_yaml(self.experiment).encode())
         if "tracker" not in self.__dict__:
             self.open()
@@ -128,8 +131,6 @@ class Record:
 
     def _still_there(self, uri: str) -> bool:
         """Whether what was published can be seen: under the same URI, with its database where that is local."""
-        from orchestrator.tracking import resolve_uri
-
         return uri == resolve_uri(self.storage, self.experiment.tracking.uri)[0] and (
             self.experiment.tracking.uri is not None or self.storage.exists("mlflow.db")
         )
@@ -167,5 +168,7 @@ def _trial_note(row: Row) -> str:
 def _sweep_note(experiment: Experiment, rows: Sequence[Row]) -> str:
     best = rows[0] if rows and experiment.search.metric in rows[0].metrics else None
     head = f"Sweep `{experiment.name}`: {len(rows)} trials, ranked by `{experiment.search.metric}`."
-    said = f"Best: **{best.name}** with {best.metrics[experiment.search.metric]:.4f}." if best else "No trial is done yet."
+    said = (
+        f"Best: **{best.name}** with {best.metrics[experiment.search.metric]:.4f}." if best else "No trial is done yet."
+    )
     return f"{head} {said}\n\n{results.markdown(rows)}\n\nNLL is measured on held-out images, ± its standard error."

@@ -52,7 +52,9 @@ def short_params(variant: Variant) -> dict[str, str]:
     flat: dict[str, str] = {}
     for path, value in variant.params.items():
         inner = value if isinstance(value, Mapping) else {path: value}
-        flat |= {str(name).rpartition(".")[2]: f"{v:g}" if isinstance(v, float) else str(v) for name, v in inner.items()}
+        flat |= {
+            str(name).rpartition(".")[2]: f"{v:g}" if isinstance(v, float) else str(v) for name, v in inner.items()
+        }
     return flat
 
 
@@ -68,7 +70,9 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
         {
             "trial": row.digest,
             "state": row.state,
-            **{path: value if not isinstance(value, dict) else str(value) for path, value in row.variant.params.items()},
+            **{
+                path: value if not isinstance(value, dict) else str(value) for path, value in row.variant.params.items()
+            },
             **row.metrics,
             "step": (row.found.status or {}).get("step"),
             "images_per_s": row.images_per_s,
@@ -111,8 +115,8 @@ def markdown(rows: Sequence[Row]) -> str:
 def comparison_plot(rows: Sequence[Row]) -> bytes | None:
     """NLL against the Fréchet distance, a point a trial, as PNG; None where no trial has both."""
     points = [(row, row.metrics) for row in rows]
-    name = next((n for _, m in points for n in m if n.startswith("eval/fd_")), None)
-    both = [(row, m) for row, m in points if name and name in m and "eval/nll_bpd" in m]
+    name = next((n for _, m in points for n in m if n.startswith("eval/fd_")), "")
+    both = [(row, m) for row, m in points if name in m and "eval/nll_bpd" in m]
     if not both:
         return None
     figure, axes = _figure()

@@ -34,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("file", type=Path, help="the experiment file (YAML)")
     result.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the file's")
     result.add_argument("--dry-run", action="store_true", help="print the trials and what they cost, and stop")
-    result.add_argument("--fresh", action="store_true", help="forget what is there of these trials and start them again")
+    result.add_argument(
+        "--fresh", action="store_true", help="forget what is there of these trials and start them again"
+    )
     result.add_argument("--address", help="a Ray cluster to attach to; default: this machine alone")
     result.add_argument("--storage", default="runs", help="folder or URI that keeps everything (default: ./runs)")
     result.add_argument("--tracking-uri", help="an MLflow server; default: the file's, or a database in the storage")

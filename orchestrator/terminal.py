@@ -43,7 +43,9 @@ class Display:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live:
             self._live.stop()
 
@@ -60,7 +62,9 @@ class Display:
         else:
             nll = "" if line.nll_bpd is None else f"  valid/nll_bpd {line.nll_bpd:.3f}"
             rate = f"  {line.images_per_s:,.0f} images/s" if line.images_per_s else ""
-            self.say(f"{digest[:8]}  {line.state:<10}  step {line.step}/{line.steps}{nll}{rate}  {line.name}{self.left()}")
+            self.say(
+                f"{digest[:8]}  {line.state:<10}  step {line.step}/{line.steps}{nll}{rate}  {line.name}{self.left()}"
+            )
 
     def refresh(self, force: bool = False) -> None:
         if self._live and (force or time.monotonic() - self._refreshed > 0.5):

@@ -138,7 +138,6 @@ def test_it_starts_as_zero_and_learns_from_there() -> None:
 def test_every_level_knows_the_time() -> None:
     """No group norm may be so fine that it subtracts the time embedding (a group of one channel would)."""
     unet = scrambled(UNet(DIGITS)).eval()
-    x, _ = batch(DIGITS, 1)
     for block in (unet.down_blocks[0].resnets[0], unet.up_blocks[-1].resnets[-1]):
         h = torch.randn(2, block.conv1.in_channels, 8, 8, generator=generator("h"))[:1].expand(2, -1, -1, -1)
         y = block(h, torch.randn(2, 64, generator=generator("time")))

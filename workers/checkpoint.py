@@ -123,10 +123,9 @@ def scheduler_config(process: Process) -> dict[str, Any]:
 def _manifest(storage: Storage, path: str) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(storage.read(f"{path}/manifest.json"))
-        assert isinstance(manifest["step"], int) and isinstance(manifest["sha256"], dict)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise CheckpointError(f"{storage.url(path)}/manifest.json is damaged: restore it or delete the folder") from error
-    return manifest
+        return {"step": int(manifest["step"]), "sha256": dict(manifest["sha256"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{storage.url(path)}/manifest.json is damaged: restore or delete the folder") from error
 
 
 def _read(storage: Storage, checkpoint: Checkpoint, name: str) -> bytes:
@@ -134,7 +133,7 @@ def _read(storage: Storage, checkpoint: Checkpoint, name: str) -> bytes:
     try:
         content = storage.read(f"{checkpoint.path}/{name}")
     except FileNotFoundError as error:
-        raise CheckpointError(f"{storage.url(checkpoint.path)} lacks {name}: restore it or delete the folder") from error
+        raise CheckpointError(f"{storage.url(checkpoint.path)} lacks {name}: restore or delete the folder") from error
     if hashlib.sha256(content).hexdigest() != expected:
         raise CheckpointError(
             f"{storage.url(checkpoint.path)}/{name} is damaged: its sha256 differs from the manifest's; "

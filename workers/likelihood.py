@@ -135,9 +135,7 @@ def stratified_times(T: int, strata: int, images: int, noise: torch.Generator) -
     return np.concatenate([first.astype(np.int64), t], axis=1), np.concatenate([first, weight], axis=1)
 
 
-def estimate(
-    process: Process, eps_theta: EpsModel, x_0: Tensor, strata: int, levels: int, *where: int | str
-) -> Bound:
+def estimate(process: Process, eps_theta: EpsModel, x_0: Tensor, strata: int, levels: int, *where: int | str) -> Bound:
     """The bound of each of x_0 (N, C, H, W) from `strata` timesteps an image; its noise lies at the address `where`."""
     t, weight = stratified_times(process.T, strata, len(x_0), generator(*where, "t"))
     image = np.repeat(np.arange(len(x_0)), t.shape[1])

@@ -28,7 +28,9 @@ def grid_png(images: Tensor, levels: int, side: int = 400) -> bytes:
     flat = picture.reshape(rows * height, columns * width, channels).cpu()
     bytes_ = (flat.float() * (255 / (levels - 1))).round().to(torch.uint8).squeeze(-1).numpy()
     factor = max(3, round(side / bytes_.shape[0]))
-    image = Image.fromarray(bytes_).resize((bytes_.shape[1] * factor, bytes_.shape[0] * factor), Image.Resampling.NEAREST)
+    image = Image.fromarray(bytes_).resize(
+        (bytes_.shape[1] * factor, bytes_.shape[0] * factor), Image.Resampling.NEAREST
+    )
     stream = io.BytesIO()
     image.save(stream, format="PNG", optimize=True)
     return stream.getvalue()

@@ -22,9 +22,8 @@ class Storage:
     def __init__(self, root: str | Path) -> None:
         self.root = str(root) if "://" in str(root) else str(Path(root).absolute())
         self.is_local = "://" not in self.root
-        self._fs, self._base = (
-            (fs.LocalFileSystem(), self.root) if self.is_local else fs.FileSystem.from_uri(self.root)
-        )
+        self._base: str
+        self._fs, self._base = (fs.LocalFileSystem(), self.root) if self.is_local else fs.FileSystem.from_uri(self.root)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Storage, (self.root,)
@@ -49,12 +48,12 @@ class Storage:
                 stream.write(content)
             return
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp"
-        with open(temporary, "wb") as file:
+        temporary = Path(f"{target}.{uuid.uuid4().hex[:8]}.tmp")
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        temporary.replace(target)
 
     def exists(self, path: str) -> bool:
         return bool(self._fs.get_file_info(self._at(path)).type != fs.FileType.NotFound)
@@ -83,7 +82,7 @@ class Storage:
             return
         target = Path(self._at(path))
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target, "a") as file:
+        with target.open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

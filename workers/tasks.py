@@ -6,7 +6,7 @@ find their trial in a job, a plain dict that crosses processes, and their files 
 """
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import lru_cache
 from typing import Any
 
@@ -42,7 +42,7 @@ def folder_of(digest: str) -> str:
     return f"trials/{digest}"
 
 
-def results(job: Job, world: World) -> Iterator[dict[str, Any]]:
+def results(job: Job, world: World) -> Generator[dict[str, Any], None, None]:
     """The training loop's progress as Tune results, each with a finite value of the metric that schedulers see."""
     torch.set_num_threads(trial_of(job).training.cpus)
     trial = trial_of(job)
@@ -138,14 +138,13 @@ def make_reference(storage_root: str, trial_json: str) -> None:
 
 
 @ray.remote(max_retries=3)
-def make_block(
-    job: Job, checkpoint: checkpoints.Checkpoint, block: Block, reference_made: None = None
-) -> Block:
+def make_block(job: Job, checkpoint: checkpoints.Checkpoint, block: Block, reference_made: None = None) -> Block:
     """Runs one block of an evaluation and gives it back. A process that dies is retried; the block is then whole."""
     torch.set_num_threads(1)
     trial, storage = trial_of(job), Storage(job["storage"])
     dataset = prepare(trial.data)
-    reference = _reference(job["storage"], dataset.digest, trial.evaluation.fid.features) if trial.evaluation.fid else None
+    fid = trial.evaluation.fid
+    reference = _reference(job["storage"], dataset.digest, fid.features) if fid else None
     model = _model(job["storage"], checkpoint, job["gpus"])
     run_block(storage, trial, dataset, model, reference, checkpoint.digest, block)
     return block
@@ -166,4 +165,3 @@ def _reference(storage_root: str, data_digest: str, features: str) -> Reference:
 
 def _device(gpus: float) -> torch.device:
     return torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")
-

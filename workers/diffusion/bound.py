@@ -15,9 +15,7 @@ from workers.diffusion.process import Process
 
 def gaussian_kl(mean_1: Tensor, variance_1: Tensor, mean_2: Tensor, variance_2: Tensor) -> Tensor:
     """KL(N(mean_1, variance_1) || N(mean_2, variance_2)) a dimension, in nats."""
-    return 0.5 * (
-        torch.log(variance_2 / variance_1) + (variance_1 + (mean_1 - mean_2).square()) / variance_2 - 1
-    )
+    return 0.5 * (torch.log(variance_2 / variance_1) + (variance_1 + (mean_1 - mean_2).square()) / variance_2 - 1)
 
 
 def prior_term(process: Process, squared_norm: Tensor, dimensions: int) -> Tensor:

@@ -46,9 +46,7 @@ class Loss:
     eps_mse: Tensor  # (N,): the plain squared error a dimension, detached
 
 
-def eps_loss(
-    process: Process, eps_theta: EpsModel, weights: Tensor, x_0: Tensor, t: Tensor, eps: Tensor
-) -> Loss:
+def eps_loss(process: Process, eps_theta: EpsModel, weights: Tensor, x_0: Tensor, t: Tensor, eps: Tensor) -> Loss:
     """w_t |eps - eps_theta(x_t, t)|^2 a dimension, eq. (12) and (14).
 
     x_0, eps: float32 (N, C, H, W); t: int64 (N,) in 1..T; weights: float64 (T,).

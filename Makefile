@@ -1,0 +1,38 @@
+# make sweep, make test: each installs what it needs into .venv first, from requirements.lock.
+PYTHON ?= python3
+BIN := .venv/bin
+FILE ?= experiments/beta_schedule.yaml
+STORAGE ?= runs
+
+.PHONY: sweep ui test check lock
+
+sweep: .venv/run.stamp
+	$(BIN)/python -m orchestrator.sweep $(FILE) --storage $(STORAGE)
+
+ui: .venv/run.stamp
+	$(BIN)/python -m orchestrator.ui --storage $(STORAGE)
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest
+
+check: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/run.stamp: pyproject.toml requirements.lock
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable .
+	touch $@
+
+.venv/dev.stamp: pyproject.toml requirements.lock
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[dev]'
+	touch $@ .venv/run.stamp
+
+# Writes requirements.lock anew: the newest versions that pyproject.toml allows, with torch where it is pinned.
+lock:
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet torch==2.13.0 --editable '.[dev]'
+	build/lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu//' > requirements.lock
+	rm -rf build/lock

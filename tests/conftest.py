@@ -1,0 +1,96 @@
+"""What several tests share: a storage, a tiny trial on the digits, and the program run as a user runs it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Trains in seconds; everything of a real experiment is there.
+TINY = """
+name: tiny
+data: {source: digits}
+model: {channels: 8, multipliers: [1, 2], blocks: 1, attention: [4], dropout: 0.1}
+diffusion: {T: 50, schedule: {kind: linear, scale: per_1000}}
+training:
+  {steps: 20, batch_size: 32, lr: 2.0e-3, ema: 0.99, precision: float32, validate_every: 10, checkpoint_every: 5}
+evaluation:
+  nll: {images: 30, timesteps: all}
+  fid: {samples: 100, sampler: {kind: ddim, steps: 5}}
+search:
+  space:
+    loss.weighting: {grid: [simple, vlb]}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A file with the tiny experiment."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TINY)
+    return file
+
+
+def environment(marker: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "ORCHESTRATOR_TEST": marker}
+
+
+def sweep(*arguments: object, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    """`python -m orchestrator.sweep` with the arguments, in a process of its own."""
+    command = [sys.executable, "-m", "orchestrator.sweep", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(""), timeout=timeout_s, cwd=ROOT)
+
+
+class Started:
+    """The sweep command in the background. `kill` ends its driver alone, as a reclaimed machine would."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.marker = uuid.uuid4().hex
+        command = [sys.executable, "-m", "orchestrator.sweep", *map(str, arguments)]
+        self.process = subprocess.Popen(
+            command, env=environment(self.marker), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 180) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                output = self.process.stdout.read() if self.process.stdout else ""
+                raise AssertionError(f"ended or hung before the condition held:\n{output}")
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def family(self) -> list[int]:
+        """The processes that the command started and that still run, by the marker in their environment."""
+        return [pid for pid in processes() if pid != os.getpid() and self.marker in _environment_of(pid)]
+
+    def end(self) -> None:
+        """Ends the command and all that it started, by their ids."""
+        self.kill()
+        for pid in self.family():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue  # it ended by itself
+
+
+def processes() -> Iterator[int]:
+    return (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+
+
+def _environment_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+    except (FileNotFoundError, PermissionError, ProcessLookupError):
+        return ""

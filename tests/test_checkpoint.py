@@ -1,0 +1,205 @@
+"""Checkpoints commit by their manifest, tell damage, and open in diffusers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from workers.checkpoint import Checkpoint, CheckpointError, load, load_state, newest, save
+from workers.config import DiffusionConfig, ModelConfig, ScheduleConfig
+from workers.diffusion.process import VARIANCES, Process
+from workers.noise import generator
+from workers.storage import Storage
+from workers.unet import UNet
+from workers.unet_config import unet_config
+
+FOLDER = "trials/a/checkpoints"
+CONFIG = unet_config(
+    ModelConfig(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.1), image_channels=1, resolution=8
+)
+FILES = [
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "scheduler/scheduler_config.json",
+    "state/training.safetensors",
+    "state/progress.json",
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def storage(tmp_path) -> Storage:
+    return Storage(tmp_path)
+
+
+def process(variance: str = "fixed_small", kind: str = "linear") -> Process:
+    return Process.of(DiffusionConfig(T=50, schedule=ScheduleConfig(kind=kind), variance=variance))
+
+
+def network(seed: int = 0) -> UNet:
+    unet = UNet(CONFIG, generator("unet", seed)).eval()
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.1, generator=generator("conv_out", seed))
+    return unet
+
+
+def saved(storage: Storage, step: int = 10, **changes: Any) -> Checkpoint:
+    what = {
+        "unet_config": CONFIG,
+        "process": process(),
+        "ema": network().state_dict(),
+        "state": {"weights.a": torch.arange(3.0), "step.a": torch.tensor(7.0)},
+        "progress": {"train_seconds": 1.5},
+    }
+    return save(storage, FOLDER, step, **{**what, **changes})
+
+
+def images() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn((3, 1, 8, 8), generator=generator("images")), torch.tensor([0, 20, 49])
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_what_is_saved_is_loaded(storage, variance, kind):
+    """The network's output, the betas in float64 and the training state, all bit for bit."""
+    checkpoint = saved(storage, process=process(variance, kind))
+    assert newest(storage, FOLDER) == checkpoint and checkpoint.step == 10
+    unet, read = load(storage, checkpoint)
+    assert not unet.training
+    with torch.no_grad():
+        assert torch.equal(unet(*images()), network()(*images()))
+    assert torch.equal(read.beta, process(variance, kind).beta) and read.variance == variance
+    ema, state, progress = load_state(storage, checkpoint)
+    assert ema.keys() == network().state_dict().keys()
+    assert torch.equal(state["weights.a"], torch.arange(3.0)) and state["step.a"].shape == ()
+    assert progress == {"train_seconds": 1.5, "step": 10}
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_diffusers_opens_it_as_a_pipeline(storage, variance):
+    diffusers = pytest.importorskip("diffusers")
+    checkpoint = saved(storage, process=process(variance))
+    pipeline = diffusers.DDPMPipeline.from_pretrained(storage.url(checkpoint.path))
+    x, t = images()
+    with torch.no_grad():
+        torch.testing.assert_close(pipeline.unet(x, t).sample, network()(x, t), rtol=1e-4, atol=1e-5)
+    p, scheduler = process(variance), pipeline.scheduler
+    torch.testing.assert_close(scheduler.betas.double(), p.beta, rtol=1e-6, atol=0)
+    assert scheduler.config.num_train_timesteps == p.T and scheduler.config.clip_sample
+    scheduler.set_timesteps(p.T)
+    found = [float(scheduler._get_variance(t - 1)) for t in range(2, p.T + 1)]
+    assert found == pytest.approx(p.sigma_squared[1:].tolist(), rel=1e-2)  # theirs is 1 - alpha_bar in float32
+    image = pipeline(batch_size=1, num_inference_steps=p.T, output_type="np").images
+    assert image.shape == (1, 8, 8, 1)
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, Path.unlink])
+def test_damage_is_told_with_the_file_s_name(storage, name, damage):
+    checkpoint = saved(storage)
+    damage(Path(storage.url(checkpoint.path), name))
+    read = load_state if name.startswith("state/") else load
+    with pytest.raises(CheckpointError, match=name):
+        read(storage, checkpoint)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 10}', '{"sha256": {}, "step": "10"}'])
+def test_a_damaged_manifest_is_told(storage, content):
+    checkpoint = saved(storage)
+    Path(storage.url(checkpoint.path), "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        newest(storage, FOLDER)
+
+
+def test_a_folder_without_a_manifest_does_not_count(storage):
+    assert newest(storage, FOLDER) is None
+    older = saved(storage, 10)
+    storage.write(f"{FOLDER}/step-00000020/unet/config.json", b"{}")
+    assert newest(storage, FOLDER) == older
+    storage.delete(f"{older.path}/manifest.json")
+    assert newest(storage, FOLDER) is None
+
+
+class Watched(Storage):
+    """Notes the order of what is written and deleted, and can break off before the n-th write."""
+
+    def __init__(self, root: str, writes: float = float("inf")) -> None:
+        super().__init__(root)
+        self.events: list[tuple[str, str]] = []
+        self.writes = writes
+
+    def write(self, path: str, content: bytes) -> None:
+        if self.writes <= sum(verb == "write" for verb, _ in self.events):
+            raise OSError("no space left")
+        self.events.append(("write", path))
+        super().write(path, content)
+
+    def delete(self, path: str) -> None:
+        self.events.append(("delete", path))
+        super().delete(path)
+
+
+def test_older_checkpoints_go_only_once_the_new_one_is_complete(storage):
+    """The manifest is written last, and only after it does the old folder go."""
+    saved(storage, 10)
+    watched = Watched(storage.root)
+    new = saved(watched, 20)
+    assert watched.events[-2:] == [("write", f"{new.path}/manifest.json"), ("delete", f"{FOLDER}/step-00000010")]
+    assert storage.list(FOLDER) == ["step-00000020"]
+
+
+@pytest.mark.parametrize("writes", range(7))
+def test_a_save_cut_off_anywhere_leaves_the_checkpoint_before_it(storage, writes):
+    older = saved(storage, 10)
+    with pytest.raises(OSError, match="no space left"):
+        saved(Watched(storage.root, writes), 20)
+    assert newest(storage, FOLDER) == older
+    load(storage, older)
+    new = saved(storage, 20)  # the attempt after it overwrites the remains
+    load(storage, new)
+    assert newest(storage, FOLDER) == new and storage.list(FOLDER) == ["step-00000020"]
+
+
+def test_steps_are_ordered_as_numbers(storage):
+    for step in (900, 1000, 99_999_999):
+        assert newest(storage, FOLDER) is None or newest(storage, FOLDER).step < step
+        saved(storage, step)
+    assert newest(storage, FOLDER).step == 99_999_999
+
+
+def test_the_digest_is_of_what_an_evaluation_sees(storage):
+    """The EMA weights, the network and the process; not the training state, the step or the place."""
+    digest = saved(storage).digest
+    state = {"weights.a": torch.zeros(5)}
+    assert saved(storage, 30, state=state, progress={"train_seconds": 9.0}).digest == digest
+    assert newest(storage, FOLDER).digest == digest
+    weights = network().state_dict()
+    weights["conv_in.bias"][0] += 1e-7
+    others = [{"ema": weights}, {"process": process("fixed_large")}, {"process": process(kind="cosine")}]
+    digests = [saved(storage, 40 + k, **change).digest for k, change in enumerate(others)]
+    assert len({digest, *digests}) == 4
+
+
+def test_no_pickle_and_no_foreign_names(storage):
+    """The layout is diffusers' own, and JSON and safetensors are all there is."""
+    checkpoint = saved(storage)
+    root = Path(storage.url(checkpoint.path))
+    names = sorted(str(file.relative_to(root)) for file in root.rglob("*") if file.is_file())
+    assert names == sorted([*FILES, "manifest.json", "model_index.json"])
+    manifest = json.loads((root / "manifest.json").read_text())
+    assert sorted(manifest["sha256"]) == sorted([*FILES, "model_index.json"])

@@ -1,0 +1,495 @@
+"""The mathematics of the diffusion process: closed forms, Bayes' rule, and diffusers as a second opinion."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate
+from scipy.stats import norm
+
+from workers.config import DiffusionConfig, LossConfig, SamplerConfig, ScheduleConfig
+from workers.diffusion.bound import consistency_terms, decoder_term, gaussian_kl, log_normal_interval, prior_term
+from workers.diffusion.objectives import WEIGHTINGS, eps_loss, weights
+from workers.diffusion.process import VARIANCES, EpsModel, Process
+from workers.diffusion.samplers import STEPS, ancestral, ddim, sample
+from workers.diffusion.schedules import SCHEDULES, alpha_bars, betas, prior_bpd
+from workers.noise import generator
+from workers.pixels import to_levels, to_model
+
+F64 = torch.float64
+ANCESTRAL, DDIM = SamplerConfig(kind="ancestral"), SamplerConfig(kind="ddim")
+
+
+def config(T: int, kind: str = "linear", scale: str = "absolute", variance: str = "fixed_small") -> DiffusionConfig:
+    return DiffusionConfig(T=T, schedule=ScheduleConfig(kind=kind, scale=scale), variance=variance)
+
+
+def process(T: int, variance: str = "fixed_small", kind: str = "linear", scale: str = "per_1000") -> Process:
+    return Process.of(config(T, kind, scale, variance))
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=generator("test_diffusion", seed), dtype=F64)
+
+
+def every_t(p: Process) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(t, x_0, x_t, eps): one pair for each t, float64 (T, 1, 2, 3), with x_t drawn from q."""
+    t = torch.arange(1, p.T + 1)
+    x_0, eps = normal(p.T, 1, 2, 3).clamp(-1, 1), normal(p.T, 1, 2, 3, seed=1)
+    return t, x_0, p.q_sample(x_0, t, eps), eps
+
+
+def denoiser_of_gaussian(p: Process, s: float) -> EpsModel:
+    """E[eps | x_t] for x_0 ~ N(0, s^2 I)."""
+    slope = (1 - p.alpha_bar).sqrt() / (p.alpha_bar * s**2 + 1 - p.alpha_bar)
+    return lambda x, t: slope[t - 1].reshape(-1, 1, 1, 1) * x
+
+
+# ---- Schedules -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T", [2, 100, 1000])
+@pytest.mark.parametrize("kind", ["linear", "quadratic"])
+@pytest.mark.parametrize(("scale", "factor"), [("absolute", lambda T: 1.0), ("per_1000", lambda T: 1000 / T)])
+def test_a_range_begins_and_ends_where_it_says(kind, T, scale, factor):
+    beta = betas(config(T, kind, scale))
+    assert beta.dtype == np.float64 and beta.shape == (T,)
+    np.testing.assert_allclose([beta[0], beta[-1]], np.array([1e-4, 0.02]) * factor(T), rtol=1e-14)
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("linear", lambda beta: beta), ("quadratic", np.sqrt)])
+def test_a_range_is_linear_in_beta_or_in_its_root(kind, shape):
+    np.testing.assert_allclose(np.diff(shape(betas(config(50, kind))), 2), 0, atol=1e-15)
+
+
+def test_constant_is_beta_end_at_every_t():
+    assert (betas(config(250, "constant", "per_1000")) == 0.02 * 4).all()
+
+
+@pytest.mark.parametrize("T", [1, 10, 1000])
+def test_cosine_has_the_alpha_bar_of_its_formula(T):
+    t = np.arange(1, T)  # beta_T is capped
+    f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+    beta = betas(config(T, "cosine"))
+    np.testing.assert_allclose(alpha_bars(beta)[t - 1], f[t] / f[0], rtol=1e-9)
+    assert beta[-1] == 0.999
+
+
+@pytest.mark.parametrize(("T", "gap"), [(100, 0.129), (250, 0.0168), (500, 0.00116), (1000, 7.3e-6)])
+def test_a_fixed_range_leaves_a_short_chain_short_of_noise(T, gap):
+    beta = betas(config(T))
+    assert prior_bpd(beta, 0.25) == pytest.approx(gap, rel=0.01)
+    nats = prior_term(Process.of(config(T)), torch.tensor([0.25 * 12], dtype=F64), 12)
+    assert float(nats) / (12 * math.log(2)) == pytest.approx(prior_bpd(beta, 0.25), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_alpha_bar_of_the_dry_run_is_that_of_the_process(kind):
+    beta = betas(config(60, kind))
+    np.testing.assert_allclose(alpha_bars(beta), Process.of(config(60, kind)).alpha_bar.numpy(), rtol=1e-13)
+
+
+# ---- The posterior ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_posterior_is_bayes_rule(kind):
+    """q(x_{t-1} | x_t, x_0) is proportional to q(x_{t-1} | x_0) q(x_t | x_{t-1}), eq. (2) and (4)."""
+    p = process(40, kind=kind)
+    t, x_0, x_t, _ = every_t(p)
+    beta = betas(config(40, kind, "per_1000"))
+    for k in range(1, p.T):  # t = k + 1
+        alpha_bar_before = np.prod(1 - beta[:k])
+        precision = 1 / (1 - alpha_bar_before) + (1 - beta[k]) / beta[k]
+        pull = np.sqrt(alpha_bar_before) * x_0[k] / (1 - alpha_bar_before) + np.sqrt(1 - beta[k]) * x_t[k] / beta[k]
+        torch.testing.assert_close(p.posterior_mean(x_0, x_t, t)[k], pull / precision, rtol=1e-9, atol=1e-9)
+        assert float(p.beta_tilde[k]) == pytest.approx(1 / precision, rel=1e-9)
+
+
+def test_posterior_at_t_1_is_x_0_itself():
+    p = process(40)
+    t, x_0, x_t, _ = every_t(p)
+    torch.testing.assert_close(p.posterior_mean(x_0, x_t, t)[0], x_0[0], rtol=1e-12, atol=0)
+    assert p.beta_tilde[0] == 0
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_the_posterior_mean_of_x_0_hat_is_mu_of_eps_hat(kind):
+    """Eq. (11), with 1 / sqrt(alpha_t) and not alpha_bar_t in front."""
+    p = process(40, kind=kind)
+    t, _, x_t, eps_hat = every_t(p)
+    x_0_hat = p.predict_x_0(x_t, t, eps_hat, clip=False)
+    beta, alpha, alpha_bar = (a.reshape(-1, 1, 1, 1) for a in (p.beta, 1 - p.beta, torch.cumprod(1 - p.beta, 0)))
+    mu = (x_t - beta / (1 - alpha_bar).sqrt() * eps_hat) / alpha.sqrt()
+    torch.testing.assert_close(p.posterior_mean(x_0_hat, x_t, t), mu, rtol=1e-9, atol=1e-9)
+
+
+def test_predict_x_0_inverts_q_sample_and_clips_to_pixels():
+    p = process(40)
+    t, x_0, x_t, eps = every_t(p)
+    torch.testing.assert_close(p.predict_x_0(x_t, t, eps, clip=False), x_0, rtol=1e-9, atol=1e-9)
+    wild = p.predict_x_0(x_t, t, eps + 3, clip=False)
+    assert wild.abs().max() > 1
+    assert torch.equal(p.predict_x_0(x_t, t, eps + 3, clip=True), wild.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("T", [2, 30])
+def test_variances_of_the_reverse_process(T):
+    """beta_t; beta_tilde_t, with beta_tilde_2 for the zero at t = 1."""
+    p = process(T, "fixed_small", scale="absolute")
+    assert torch.equal(process(T, "fixed_large", scale="absolute").sigma_squared, p.beta)
+    assert torch.equal(p.sigma_squared[1:], p.beta_tilde[1:])
+    assert p.sigma_squared[0] == p.beta_tilde[1] > 0
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_a_process_of_one_step_has_a_positive_variance(variance):
+    assert process(1, variance, scale="absolute").sigma_squared.tolist() == [1e-4]
+
+
+# ---- The terms of the bound ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("m1", "v1", "m2", "v2"), [(0, 1, 0, 1), (0.3, 0.5, -1.0, 2.0), (2, 3, 1.5, 0.1)])
+def test_gaussian_kl_is_the_integral(m1, v1, m2, v2):
+    p, q = norm(m1, v1**0.5), norm(m2, v2**0.5)
+    kl, _ = integrate.quad(lambda x: p.pdf(x) * (p.logpdf(x) - q.logpdf(x)), m1 - 12 * v1**0.5, m1 + 12 * v1**0.5)
+    arguments = (torch.tensor(a, dtype=F64) for a in (m1, v1, m2, v2))
+    assert float(gaussian_kl(*arguments)) == pytest.approx(kl, abs=1e-9)
+
+
+def test_prior_term_is_the_kl_to_the_standard_normal():
+    p = process(30, scale="absolute")
+    x_0 = normal(4, 12)
+    last = p.alpha_bar[-1]
+    zero, one = torch.zeros((), dtype=F64), torch.ones((), dtype=F64)
+    kl = gaussian_kl(last.sqrt() * x_0, 1 - last, zero, one).sum(1)
+    torch.testing.assert_close(prior_term(p, x_0.square().sum(1), 12), kl)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_consistency_term_is_the_kl_of_posterior_and_reverse_step(variance):
+    p = process(40, variance)
+    t, x_0, x_t, eps = every_t(p)
+    x_0_hat = p.predict_x_0(x_t, t, eps + normal(p.T, 1, 2, 3, seed=2), clip=True)
+    means = (p.posterior_mean(x, x_t, t)[1:] for x in (x_0, x_0_hat))
+    true, model = (v[1:].reshape(-1, 1, 1, 1) for v in (p.beta_tilde, p.sigma_squared))
+    mean_true, mean_model = means
+    kl = gaussian_kl(mean_true, true, mean_model, model).flatten(1).sum(1)
+    error = (x_0 - x_0_hat).square().flatten(1).sum(1)
+    torch.testing.assert_close(consistency_terms(p, t[1:], error[1:], 6), kl, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+@pytest.mark.parametrize("sigma", [1e-3, 0.05, 3.0])
+def test_decoder_sums_to_one_over_its_levels(levels, sigma):
+    values = torch.linspace(-1, 1, levels, dtype=F64)[:, None]
+    means = torch.tensor([[-30, -1, -0.3, 0.0, 0.123, 1, 50]], dtype=F64)
+    x_0, mean = (a.flatten()[:, None] for a in torch.broadcast_tensors(values, means))
+    p = (-decoder_term(x_0, mean, sigma, levels)).exp().reshape(levels, -1)
+    torch.testing.assert_close(p.sum(0), torch.ones(7, dtype=F64), rtol=1e-10, atol=0)
+    pixels = torch.arange(levels, dtype=torch.uint8).reshape(-1, 1, 1, 1)
+    x_0 = to_model(pixels, levels)
+    single = (-decoder_term(x_0, torch.full_like(x_0, 0.123), sigma, levels)).exp().sum()
+    assert float(single) == pytest.approx(1, abs=2e-4)  # the pixels' scale is float32: 6e-8 beside sigma = 1e-3
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_decoder_is_the_normal_over_a_level_s_bin(levels):
+    """A bin reaches 1 / (levels - 1) to either side, and to infinity at both ends; dimensions add up."""
+    x_0 = torch.linspace(-1, 1, levels, dtype=F64)
+    mean, sigma, half = x_0.flip(0) * 0.3 + 0.01, 0.4, 1 / (levels - 1)
+    upper, lower = x_0.numpy() + half, x_0.numpy() - half
+    upper[-1], lower[0] = np.inf, -np.inf
+    nats = -np.log(norm.cdf(upper, mean, sigma) - norm.cdf(lower, mean, sigma)).sum()
+    assert float(decoder_term(x_0[None], mean[None], sigma, levels)) == pytest.approx(nats, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper"), [(-40, -39.9), (39, 39.01), (1000, 1001), (-2000, -1), (-0.5, 2), (0, 1e-3), (-1e-6, 1e-6)]
+)
+def test_log_normal_interval_holds_in_the_tails(lower, upper):
+    """Against the integral of exp(-(near + s)^2 / 2 + near^2 / 2), which neither under- nor overflows."""
+    near, width = (lower, upper - lower) if abs(lower) < abs(upper) else (-upper, upper - lower)
+    reach = min(width, 40 / max(near, 1))
+    scaled, _ = integrate.quad(lambda s: math.exp(-near * s - s * s / 2), 0, reach, epsabs=0, epsrel=1e-10)
+    expected = math.log(scaled) - near**2 / 2 - 0.5 * math.log(2 * math.pi)
+    low, high = torch.tensor(lower, dtype=F64), torch.tensor(upper, dtype=F64)
+    assert float(log_normal_interval(low, high)) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    torch.testing.assert_close(log_normal_interval(-high, -low), log_normal_interval(low, high), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("x", [-300.0, -3.0, 0.5, 9.0, 300.0])
+def test_log_normal_interval_of_half_lines(x):
+    here, far = torch.tensor(x, dtype=F64), torch.tensor(math.inf, dtype=F64)
+    assert float(log_normal_interval(-far, here)) == pytest.approx(norm.logcdf(x), rel=1e-12)
+    assert float(log_normal_interval(here, far)) == pytest.approx(norm.logsf(x), rel=1e-12)
+    assert float(log_normal_interval(-far, far)) == 0
+
+
+# ---- Objectives ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_vlb_weights_make_the_squared_error_of_eps_the_kl_of_the_means(variance):
+    """Eq. (12) for t > 1, with an x_0_hat that is not clipped."""
+    p = process(40, variance)
+    t, x_0, x_t, eps = every_t(p)
+    eps_hat = eps + normal(p.T, 1, 2, 3, seed=2)
+    error = (x_0 - p.predict_x_0(x_t, t, eps_hat, clip=False)).square().flatten(1).sum(1)
+    kl_of_means = (consistency_terms(p, t, error, 6) - consistency_terms(p, t, torch.zeros_like(error), 6))[1:]
+    w = WEIGHTINGS["vlb"](p, LossConfig())
+    weighted = w * (eps - eps_hat).square().flatten(1).sum(1)
+    torch.testing.assert_close(weighted[1:], kl_of_means, rtol=1e-7, atol=0)
+    torch.testing.assert_close(w, p.beta**2 / (2 * p.sigma_squared * (1 - p.beta) * (1 - p.alpha_bar)))
+
+
+def test_min_snr_caps_the_weight_of_x_0_s_error():
+    """On the scale of |x_0 - x_0_hat|^2 = |eps - eps_hat|^2 / SNR the weight is min(SNR, gamma)."""
+    p = process(100)
+    snr = p.alpha_bar / (1 - p.alpha_bar)
+    w = WEIGHTINGS["min_snr"](p, LossConfig(weighting="min_snr", gamma=5.0))
+    assert (snr > 5).any() and (snr < 5).any()
+    torch.testing.assert_close(w * snr, torch.where(snr > 5, 5.0, snr))
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_weights_have_a_mean_of_one(weighting):
+    w = weights(process(40), LossConfig(weighting=weighting))
+    assert w.dtype == F64 and w.shape == (40,) and (w > 0).all()
+    assert float(w.mean()) == pytest.approx(1)
+    assert weighting != "simple" or (w == 1).all()
+
+
+def test_loss_is_the_weighted_squared_error_of_eps_at_x_t():
+    p = process(40)
+    t, x_0, x_t, eps = every_t(p)
+    w = weights(p, LossConfig(weighting="vlb"))
+    loss = eps_loss(p, lambda x, s: x * s[:, None, None, None], w, x_0, t, eps)
+    mse = (eps - x_t * t[:, None, None, None]).square().flatten(1).mean(1)
+    torch.testing.assert_close(loss.eps_mse, mse)
+    torch.testing.assert_close(loss.weighted, w * mse)
+
+
+# ---- Samplers on data with closed forms ------------------------------------------------------------------------
+
+
+def test_standard_normal_data_stay_standard_normal_under_fixed_large():
+    """x_{t-1} = sqrt(alpha_t) x_t + sqrt(beta_t) z exactly; the last step shows its mean, of variance alpha_1."""
+    p = process(30, "fixed_large")
+    t, _, x_t, _ = every_t(p)
+    eps_hat = (1 - p.alpha_bar).sqrt().reshape(-1, 1, 1, 1) * x_t
+    mean = p.posterior_mean(p.predict_x_0(x_t, t, eps_hat, clip=False), x_t, t)
+    torch.testing.assert_close(mean, p.alpha.sqrt().reshape(-1, 1, 1, 1) * x_t)
+
+    n = 200_000
+    x = (
+        sample(p, denoiser_of_gaussian(p, 1.0), ANCESTRAL, (n, 1, 1, 1), generator("normal"), clip=False)
+        .flatten()
+        .numpy()
+    )
+    assert abs(x.mean()) < 4 / n**0.5
+    assert x.var() == pytest.approx(float(p.alpha[0]), rel=4 * (2 / n) ** 0.5)
+    assert (x**4).mean() == pytest.approx(3 * float(p.alpha[0]) ** 2, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_one_point_data_keep_the_law_of_q_under_fixed_small(kind):
+    """Through p_theta with x_0_hat = x_0 the law of x_{t-1} is N(sqrt(alpha_bar_{t-1}) x_0, 1 - alpha_bar_{t-1})."""
+    small, large = process(40, "fixed_small", kind), process(40, "fixed_large", kind)
+    t, ones = torch.arange(1, 41), torch.ones(40, 1, 1, 1, dtype=F64)
+    mean = small.posterior_mean(ones, small.alpha_bar.sqrt().reshape(-1, 1, 1, 1), t)
+    before = torch.cat([torch.ones(1, dtype=F64), small.alpha_bar[:-1]])
+    torch.testing.assert_close(mean.flatten(), before.sqrt())
+    spread = small.posterior_x_t**2 * (1 - small.alpha_bar)
+    torch.testing.assert_close((spread + small.sigma_squared)[1:], 1 - before[1:])
+    assert (spread + large.sigma_squared)[1] > (1 - before[1]) * 1.1
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("steps", [None, 7, 1])
+@pytest.mark.parametrize("sampler", [{"kind": "ancestral"}, {"kind": "ddim"}, {"kind": "ddim", "eta": 1.0}])
+def test_one_point_data_land_on_the_point(variance, steps, sampler):
+    p = process(30, variance)
+    point = 0.375
+
+    def eps_theta(x, t):
+        alpha_bar = p.alpha_bar[t - 1].reshape(-1, 1, 1, 1)
+        return (x - alpha_bar.sqrt() * point) / (1 - alpha_bar).sqrt()
+
+    x = sample(p, eps_theta, SamplerConfig(steps=steps, **sampler), (5, 1, 2, 2), generator("point"))
+    torch.testing.assert_close(x, torch.full_like(x, point), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_the_noise_of_a_step_has_sigma_for_its_standard_deviation(kind):
+    """Not sigma^2: the trap of the notes. From x_t = x_0_hat = 0 all that is left is sigma z."""
+    p, n = process(40, "fixed_small"), 20_000
+    zero, t = torch.zeros(n, 1, 1, 1, dtype=F64), torch.full((n,), 25)
+    x = STEPS[kind](p, SamplerConfig(kind=kind, eta=1.0), zero, zero, t, generator(kind))
+    assert float(x.std()) == pytest.approx(float(p.beta_tilde[24]) ** 0.5, rel=4 / (2 * n) ** 0.5)
+
+
+def test_the_last_step_shows_the_mean_without_noise():
+    p = process(40, "fixed_large")
+    t, x_0, x_t, _ = every_t(p)
+    for kind, step in STEPS.items():
+        x = step(p, SamplerConfig(kind=kind, eta=1.0), x_t[:1], x_0[:1], t[:1], generator("last"))
+        torch.testing.assert_close(x, x_0[:1], msg=kind)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_ddim_with_eta_1_is_ancestral_with_fixed_small(kind):
+    """The same function of x_t, x_0_hat and z: one step at every t, and a whole strided chain."""
+    p = process(40, "fixed_small", kind)
+    t, x_0, x_t, _ = every_t(p)
+    eta_1 = SamplerConfig(kind="ddim", eta=1.0)
+    for k in range(p.T):
+        one = slice(k, k + 1)
+        a = ancestral(p, ANCESTRAL, x_t[one], x_0[one], t[one], generator("z", k))
+        torch.testing.assert_close(ddim(p, eta_1, x_t[one], x_0[one], t[one], generator("z", k)), a)
+    chains = [
+        sample(p, lambda x, t: x.sin(), SamplerConfig(steps=9, **c), (3, 1, 2, 2), generator("chain"))
+        for c in ({"kind": "ancestral"}, {"kind": "ddim", "eta": 1.0})
+    ]
+    torch.testing.assert_close(*chains, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [None, 10])
+def test_ddim_with_eta_0_scales_gaussian_data_by_its_closed_form(steps):
+    """For N(0, s^2) and E[eps | x_t], with v = alpha_bar s^2 + 1 - alpha_bar, a step t -> u is multiplication by
+    (sqrt(alpha_bar_u alpha_bar_t) s^2 + sqrt((1 - alpha_bar_u)(1 - alpha_bar_t))) / v_t."""
+    p, s = process(100), 0.5
+    v = p.alpha_bar * s**2 + 1 - p.alpha_bar
+
+    times = p.strided(steps).times
+    alpha_bar = torch.cat([torch.ones(1, dtype=F64), p.alpha_bar[times - 1]])
+    now, before = alpha_bar[1:], alpha_bar[:-1]
+    factor = (((before * now).sqrt() * s**2 + ((1 - before) * (1 - now)).sqrt()) / v[times - 1]).prod()
+    x_T = torch.randn((50, 1, 1, 1), generator=generator("ddim"))
+    config = SamplerConfig(kind="ddim", steps=steps)
+    x = sample(p, denoiser_of_gaussian(p, s), config, (50, 1, 1, 1), generator("ddim"), clip=False)
+    torch.testing.assert_close(x, float(factor) * x_T, rtol=1e-4, atol=1e-5)
+
+
+def test_ddim_with_eta_0_nears_the_flow_that_keeps_quantiles():
+    """As steps shrink, the map of N(0, 1) to N(0, s^2) tends to multiplication by s (probability-flow ODE)."""
+    s, errors = 0.5, []
+    for T in (100, 1000):
+        p = process(T)
+        x = sample(p, denoiser_of_gaussian(p, s), DDIM, (50, 1, 1, 1), generator("flow"), clip=False)
+        x_T = torch.randn((50, 1, 1, 1), generator=generator("flow"))
+        errors.append(float((x - s * x_T).norm() / x.norm()))
+    assert errors[1] < 0.005 and errors[1] < errors[0] / 5
+
+
+def test_sampling_is_a_function_of_its_generator():
+    p = process(30)
+    draws = [sample(p, lambda x, t: x.sin(), ANCESTRAL, (2, 1, 3, 3), generator("again", k)) for k in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert draws[0].dtype == torch.float32
+
+
+# ---- Strided processes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T", [2, 3, 50, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 25, 49, 999])
+def test_a_strided_process_keeps_alpha_bar_at_the_times_it_keeps(T, steps):
+    p = process(T, scale="absolute")
+    q = p.strided(steps)
+    assert q.T == len(q.times) == min(steps, T)
+    assert q.times[-1] == T and (q.times.diff() > 0).all() and q.times[0] >= 1
+    assert steps == 1 or q.times[0] == 1
+    torch.testing.assert_close(q.alpha_bar, p.alpha_bar[q.times - 1], rtol=1e-11, atol=0)
+    assert (q.sigma_squared > 0).all() and (q.beta < 1).all()
+
+
+@pytest.mark.parametrize("steps", [None, 40, 41])
+def test_all_the_steps_are_the_process_itself(steps):
+    p = process(40)
+    assert p.strided(steps) is p
+
+
+@pytest.mark.parametrize("steps", [1, 7, None])
+def test_the_network_sees_the_times_it_was_trained_with(steps):
+    p, seen = process(40), []
+
+    def eps_theta(x, t):
+        seen.append(t)
+        return x
+
+    sample(p, eps_theta, SamplerConfig(steps=steps), (3, 1, 1, 1), generator("seen"))
+    kept = p.strided(steps).times.flip(0)
+    assert torch.equal(torch.stack(seen), kept[:, None].expand(-1, 3))
+
+
+# ---- diffusers -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def schedulers():
+    return pytest.importorskip("diffusers.schedulers")
+
+
+def images(seed: int) -> torch.Tensor:
+    return normal(4, 1, 5, 5, seed=seed).float()
+
+
+def test_q_sample_is_add_noise(schedulers):
+    p = process(100)
+    t, x_0, eps = torch.tensor([1, 2, 50, 100]), images(0).clamp(-1, 1), images(1)
+    scheduler = schedulers.DDPMScheduler(100, trained_betas=p.beta.tolist())
+    torch.testing.assert_close(p.q_sample(x_0, t, eps), scheduler.add_noise(x_0, eps, t - 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("steps", [None, 9])
+def test_ancestral_steps_are_those_of_diffusers(schedulers, variance, clip, steps):
+    p = process(100, variance)
+    scheduler = schedulers.DDPMScheduler(100, trained_betas=p.beta.tolist(), variance_type=variance, clip_sample=clip)
+    q = p.strided(steps)
+    scheduler.set_timesteps(timesteps=(q.times - 1).flip(0).tolist())
+    x_t, eps = images(0), images(1)
+    for step in (q.T, q.T // 2, 2, 1):
+        t, time = torch.full((4,), step), int(q.times[step - 1]) - 1
+        x_0_hat = q.predict_x_0(x_t, t, eps, clip)
+        ours = ancestral(q, ANCESTRAL, x_t, x_0_hat, t, generator("z"))
+        theirs = scheduler.step(eps, time, x_t, generator=generator("z")).prev_sample
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("steps", [100, 10])
+def test_ddim_steps_are_those_of_diffusers(schedulers, eta, clip, steps):
+    p = process(100)
+    scheduler = schedulers.DDIMScheduler(
+        100, trained_betas=p.beta.tolist(), clip_sample=clip, timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(steps)
+    kept = (scheduler.timesteps + 1).flip(0)  # theirs end at T too, but are spaced from 0
+    alpha_bar = p.alpha_bar[kept - 1]
+    q = Process(1 - alpha_bar / torch.cat([torch.ones(1, dtype=F64), alpha_bar[:-1]]), p.variance, kept)
+    x_t, eps = images(0), images(1)
+    for step in (q.T, q.T // 2, 2, 1):
+        t, time = torch.full((4,), step), int(q.times[step - 1]) - 1
+        x_0_hat = q.predict_x_0(x_t, t, eps, clip)
+        ours = ddim(q, SamplerConfig(kind="ddim", eta=eta), x_t, x_0_hat, t, generator("z"))
+        theirs = scheduler.step(eps, time, x_t, eta=eta, use_clipped_model_output=True, generator=generator("z"))
+        torch.testing.assert_close(ours, theirs.prev_sample, rtol=2e-4, atol=2e-4)
+
+
+# ---- Pixels ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_levels_survive_the_model_s_scale(levels):
+    pixels = torch.arange(levels, dtype=torch.uint8).reshape(1, levels, 1, 1).expand(2, levels, 3, 1)
+    x = to_model(pixels, levels)
+    assert x.shape == (2, 1, levels, 3) and x.min() == -1 and x.max() == 1
+    assert torch.equal(to_levels(x, levels), pixels)
+    assert torch.equal(to_levels(x + 0.98 / (levels - 1), levels), pixels)  # within the bin of eq. (13)
+    assert torch.equal(to_levels(x * 5, levels).unique(), to_levels((x * 5).clamp(-1, 1), levels).unique())

@@ -1,0 +1,118 @@
+"""The Fréchet distance against closed forms and SciPy, moments in pieces, and the classifier's feature space."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.linalg import sqrtm
+
+from workers.config import DataConfig
+from workers.data import Dataset, prepare
+from workers.frechet import Moments, Reference, classifier, frechet_distance, merged, prepare_reference, reference_path
+from workers.storage import Storage
+
+
+def gaussian(mean: np.ndarray, covariance: np.ndarray) -> Moments:
+    return Moments(101, np.asarray(mean, float), np.asarray(covariance, float) * 100)
+
+
+def random_covariance(d: int, seed: int, rank: int | None = None) -> np.ndarray:
+    a = np.random.RandomState(seed).randn(d, rank or 2 * d)
+    return a @ a.T / a.shape[1]
+
+
+def test_of_a_set_and_itself_it_is_zero():
+    m = gaussian(np.arange(5), random_covariance(5, 0))
+    assert frechet_distance(m, m) == pytest.approx(0, abs=1e-12)
+
+
+def test_equal_covariances_leave_the_distance_of_the_means():
+    covariance = random_covariance(8, 0)
+    mean = np.random.RandomState(1).randn(8)
+    distance = frechet_distance(gaussian(mean, covariance), gaussian(np.zeros(8), covariance))
+    assert distance == pytest.approx(np.square(mean).sum(), rel=1e-12)
+
+
+def test_diagonal_covariances_have_a_closed_form():
+    """|mu_1 - mu_2|^2 + sum (s_1 - s_2)^2 of the standard deviations."""
+    s1, s2, mean = np.array([1.0, 0.2, 0]), np.array([0.5, 3, 0.7]), np.array([1.0, -2, 0.5])
+    distance = frechet_distance(gaussian(mean, np.diag(s1**2)), gaussian(np.zeros(3), np.diag(s2**2)))
+    assert distance == pytest.approx(np.square(mean).sum() + np.square(s1 - s2).sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize("d", [2, 16, 64])
+def test_it_is_scipy_s_matrix_root(d):
+    """tr (S_1 S_2)^{1/2}, a root of a product that is not symmetric; and the distance is symmetric."""
+    s1, s2 = random_covariance(d, 1), random_covariance(d, 2)
+    a, b = gaussian(np.ones(d), s1), gaussian(np.zeros(d), s2)
+    expected = d + np.trace(s1 + s2) - 2 * np.trace(sqrtm(s1 @ s2)).real
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
+
+
+def test_fewer_samples_than_dimensions():
+    """Singular covariances: finite, zero to itself, and exact where the two live on axes of their own."""
+    features = np.random.RandomState(0).randn(5, 30)
+    m = Moments.of(features)
+    assert np.linalg.matrix_rank(m.covariance) == 4
+    assert frechet_distance(m, m) == pytest.approx(0, abs=1e-5)
+    first, second = np.diag([4.0, 0, 0]), np.diag([0, 9.0, 0])
+    assert frechet_distance(gaussian(np.zeros(3), first), gaussian(np.zeros(3), second)) == pytest.approx(13)
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [50], [3, 4, 90], list(range(1, 100))])
+def test_moments_merge_to_those_of_the_whole(cuts):
+    features = np.random.RandomState(0).randn(100, 6) * [1, 10, 0.1, 1, 1, 1] + 1000
+    whole, pieces = Moments.of(features), merged(np.split(features, cuts))
+    assert pieces.n == 100
+    np.testing.assert_allclose(pieces.mean, features.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(pieces.covariance, np.cov(features.T), rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(whole.covariance, np.cov(features.T), rtol=1e-8, atol=1e-10)
+
+
+# ---- The classifier's features ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Dataset:
+    return prepare(DataConfig(source="digits"), tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def reference(digits) -> Reference:
+    return classifier(digits)
+
+
+def test_the_classifier_knows_held_out_digits(digits, reference):
+    assert reference.accuracy > 0.9
+    features = reference.features(digits.train)
+    assert features.shape == (len(digits.train), 64) and (features >= 0).all()
+    np.testing.assert_allclose(reference.moments.mean, features.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(reference.moments.covariance, np.cov(features.T), rtol=1e-7, atol=1e-9)
+
+
+def test_the_distance_tells_digits_from_noise(digits, reference):
+    held_out = Moments.of(reference.features(digits.held_out))
+    noise = np.random.RandomState(0).randint(0, 17, digits.held_out.shape).astype(np.uint8)
+    near = frechet_distance(held_out, reference.moments)
+    assert 0 < near < frechet_distance(Moments.of(reference.features(noise)), reference.moments) / 10
+
+
+def test_the_reference_is_made_once_and_read_back_equal(digits, tmp_path, monkeypatch):
+    """Training it again gives the same network; a second call reads the file and trains nothing."""
+    few = replace(digits, train=digits.train[:200], train_labels=digits.train_labels[:200])
+    storage = Storage(tmp_path)
+    made = prepare_reference(storage, few, "classifier")
+    again = classifier(few)
+    monkeypatch.setattr("workers.frechet.FEATURES", {})
+    read = prepare_reference(storage, few, "classifier")
+    for other in (again, read):
+        assert (other.weights == made.weights).all() and (other.bias == made.bias).all()
+        assert (other.levels, other.accuracy, other.moments.n) == (17, made.accuracy, 200)
+        assert (other.moments.mean == made.moments.mean).all() and (other.moments.scatter == made.moments.scatter).all()
+    assert storage.exists(reference_path(few.digest, "classifier"))
+
+
+def test_without_labels_there_is_no_classifier(digits):
+    with pytest.raises(ValueError, match=r"evaluation\.fid\.features.*labels"):
+        classifier(replace(digits, train_labels=None))

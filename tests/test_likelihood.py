@@ -1,0 +1,288 @@
+"""The bound in bits/dim: data whose bound is known, an independent decomposition, a slow loop, and its estimates."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+
+from workers import likelihood
+from workers.config import DiffusionConfig, ModelConfig, ScheduleConfig
+from workers.diffusion.bound import consistency_terms, prior_term
+from workers.diffusion.process import VARIANCES, Process
+from workers.likelihood import Bound, Ledger, all_times, bound, estimate, pair_errors, squared_norms, stratified_times
+from workers.noise import generator
+from workers.pixels import to_model
+from workers.unet import UNet
+from workers.unet_config import unet_config
+
+F64 = torch.float64
+LEVELS = 5
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def process(T: int, variance: str = "fixed_small", beta_end: float = 0.5) -> Process:
+    return Process.of(
+        DiffusionConfig(T=T, schedule=ScheduleConfig(beta_start=0.02, beta_end=beta_end), variance=variance)
+    )
+
+
+def eps_theta(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """A network by no means optimal: it mixes neighbouring pixels and depends on t."""
+    return 0.8 * (x_t + 0.3 * x_t.roll(1, dims=3)).tanh() + 0.02 * t.reshape(-1, 1, 1, 1)
+
+
+def digits_like(images: int, size: int = 2) -> torch.Tensor:
+    """Images of LEVELS levels, float32 (images, 1, size, size) in [-1, 1]."""
+    pixels = torch.randint(0, LEVELS, (images, size, size, 1), generator=generator("pixels"), dtype=torch.uint8)
+    return to_model(pixels, LEVELS)
+
+
+def measured(p: Process, network, x_0: torch.Tensor, seed: int, clip: bool = True) -> Ledger:
+    """Every t of each image, by the noise of `seed`."""
+    t, weight = all_times(p.T, len(x_0))
+    image = np.repeat(np.arange(len(x_0)), p.T)
+    noise = generator("measured", seed)
+    return pair_errors(p, network, x_0[image], image, t.reshape(-1), weight.reshape(-1), noise, LEVELS, clip)
+
+
+def full(p: Process, network, x_0: torch.Tensor, seed: int, clip: bool = True) -> Bound:
+    return bound(p, measured(p, network, x_0, seed, clip), squared_norms(x_0), x_0[0].numel())
+
+
+# ---- Data whose bound is known ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_gaussian_data_have_the_errors_of_their_posterior(variance):
+    """For N(0, s^2) and E[eps | x_t] the mean of |x_0 - x_0_hat|^2 is s^2 (1 - alpha_bar) / v, the variance of x_0
+    given x_t, where v = alpha_bar s^2 + 1 - alpha_bar; L_{t-1} and L_T follow. Every t by itself."""
+    p, s, n = process(8, variance), 0.6, 20_000
+    v = p.alpha_bar * s**2 + 1 - p.alpha_bar
+
+    def best(x, t):
+        return ((1 - p.alpha_bar).sqrt() / v)[t - 1].float().reshape(-1, 1, 1, 1) * x
+
+    x_0 = s * torch.randn((n, 1, 1, 2), generator=generator("gaussian"))
+    ledger = measured(p, best, x_0, 0, clip=False)
+    error = ledger.squared_error.reshape(n, p.T)
+    expected = 2 * s**2 * ((1 - p.alpha_bar) / v).numpy()
+    np.testing.assert_allclose(error.mean(0), expected, rtol=5 * n**-0.5)  # chi-squared with 2 degrees: std = mean
+    t = torch.arange(2, p.T + 1)
+    terms = consistency_terms(p, t, torch.from_numpy(expected[1:]), 2)
+    result = bound(p, ledger, squared_norms(x_0), 2)
+    standard_error = result.consistency.std() / n**0.5
+    assert abs(result.consistency.mean() - float(terms.sum()) / (2 * math.log(2))) < 5 * standard_error
+    prior = 0.5 * (p.alpha_bar[-1] * s**2 - p.alpha_bar[-1] - (1 - p.alpha_bar[-1]).log()) / math.log(2)
+    assert abs(result.prior.mean() - float(prior)) < 5 * result.prior.std() / n**0.5
+
+
+@pytest.mark.parametrize("T", [2, 8, 40])
+def test_the_bound_of_standard_normal_data_is_their_entropy(T):
+    """Under fixed_large the best reverse step is q's own, so nothing is lost: L = log(2 pi e) / 2 a dimension, with
+    L_0 the entropy of N(mu, beta_1) for a density in place of the decoder."""
+    p = process(T, "fixed_large", 0.3)
+    t = torch.arange(2, T + 1)
+    later = consistency_terms(p, t, 1 - p.alpha_bar[1:], 1).sum()
+    prior = prior_term(p, torch.ones(1, dtype=F64), 1)
+    last = 0.5 * math.log(2 * math.pi * math.e * float(p.beta[0]))
+    assert float(prior + later) + last == pytest.approx(0.5 * math.log(2 * math.pi * math.e), abs=1e-12)
+
+
+def test_a_perfect_network_pays_only_the_prior_and_the_decoder():
+    """One-point data under fixed_small: the terms between vanish, and the decoder has its closed form."""
+    p, x_0 = process(6), digits_like(1)
+
+    def knows(x, t):
+        alpha_bar = p.alpha_bar[t - 1].reshape(-1, 1, 1, 1)
+        return (x.double() - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+
+    result = full(p, knows, x_0.double(), 0)
+    assert result.consistency == pytest.approx(0, abs=1e-9)
+    half, sigma = 1 / (LEVELS - 1), float(p.beta_tilde[1]) ** 0.5
+    edge = (x_0.abs() == 1).flatten().numpy()
+    inside = np.where(edge, norm.cdf(half / sigma), 2 * norm.cdf(half / sigma) - 1)
+    assert result.decoder == pytest.approx(-np.log2(inside).mean(), rel=1e-6)
+
+
+# ---- Oracles ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("clip", [True, False])
+def test_the_bound_is_what_a_slow_loop_finds(variance, clip):
+    """Pair by pair and pixel by pixel in float64, with the KL by its formula and the decoder by differences of Phi."""
+    p, x_0 = process(6, variance), digits_like(3).double()
+    eps = torch.randn((18, 1, 2, 2), generator=generator("measured", 0)).numpy().astype(np.float64).reshape(3, 6, 4)
+    beta = np.linspace(0.02, 0.5, 6)
+    alpha_bar = np.concatenate([[1], np.cumprod(1 - beta)])
+    tilde = [(1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]) * beta[t - 1] for t in range(1, 7)]
+    sigma2 = beta if variance == "fixed_large" else [tilde[1], *tilde[1:]]
+    expected = np.zeros((3, 3))
+    for n, image in enumerate(x_0.reshape(3, 4).numpy()):
+        for t in range(1, 7):
+            x_t = np.sqrt(alpha_bar[t]) * image + np.sqrt(1 - alpha_bar[t]) * eps[n, t - 1]
+            eps_hat = eps_theta(torch.from_numpy(x_t).reshape(1, 1, 2, 2), torch.tensor([t])).reshape(4).numpy()
+            hat = (x_t - np.sqrt(1 - alpha_bar[t]) * eps_hat) / np.sqrt(alpha_bar[t])
+            hat = np.clip(hat, -1, 1) if clip else hat
+            for i in range(4):
+                a = np.sqrt(alpha_bar[t - 1]) * beta[t - 1] / (1 - alpha_bar[t])
+                b = np.sqrt(1 - beta[t - 1]) * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t])
+                m1, m2, s1, s2 = a * image[i] + b * x_t[i], a * hat[i] + b * x_t[i], tilde[t - 1], sigma2[t - 1]
+                if t > 1:
+                    expected[n, 1] += 0.5 * np.log(s2 / s1) + (s1 + (m1 - m2) ** 2) / (2 * s2) - 0.5
+                else:
+                    upper = np.inf if image[i] == 1 else image[i] + 0.25
+                    lower = -np.inf if image[i] == -1 else image[i] - 0.25
+                    expected[n, 2] -= np.log(norm.cdf(upper, m2, s2**0.5) - norm.cdf(lower, m2, s2**0.5))
+        m, s = np.sqrt(alpha_bar[-1]) * image, 1 - alpha_bar[-1]
+        expected[n, 0] = (-0.5 * np.log(s) + (s + m**2) / 2 - 0.5).sum()
+    result = full(p, eps_theta, x_0, 0, clip)
+    found = np.stack([result.prior, result.consistency, result.decoder], axis=1)
+    np.testing.assert_allclose(found, expected / (4 * np.log(2)), rtol=1e-8)
+    np.testing.assert_allclose(result.total, expected.sum(1) / (4 * np.log(2)), rtol=1e-8)
+
+
+def log_normal(x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    return (-0.5 * ((x - mean).square() / variance + (2 * math.pi * variance).log())).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_both_decompositions_of_the_bound_agree(variance):
+    """Posterior form (5) against the form of eq. (3) along whole trajectories x_0 -> x_1 -> ... -> x_T, where each
+    x_t weighs q(x_t | x_{t-1}) against p_theta(x_t | x_{t+1}): no posterior, no alpha_bar.
+
+    x_t is averaged jointly with x_{t+1}. The KL of q(x_t | x_{t-1}) and p_theta(x_t | x_{t+1}) over independent ends
+    q(x_{t-1}, x_{t+1} | x_0), as tutorials print it, forgets that x_{t+1} comes from x_t, and is another number.
+    """
+    p, n = process(4, variance), 20_000
+    image = torch.tensor([-1.0, 0.5], dtype=F64).reshape(1, 1, 1, 2)
+    x_0 = image.expand(n, 1, 1, 2)
+    posterior_form = full(p, eps_theta, x_0, 1).total
+
+    noise = generator("trajectories")
+    x = [x_0]
+    for beta in p.beta:
+        z = torch.randn(x_0.shape, generator=noise, dtype=F64)
+        x.append((1 - beta).sqrt() * x[-1] + beta.sqrt() * z)
+
+    def mu(t: int) -> torch.Tensor:
+        when = torch.full((n,), t)
+        x_0_hat = p.predict_x_0(x[t], when, eps_theta(x[t], when), clip=True)
+        return p.posterior_mean(x_0_hat, x[t], when)
+
+    nats = -log_normal(x[p.T], torch.zeros_like(x_0), torch.ones((), dtype=F64))
+    printed = nats.clone()
+    for t in range(1, p.T + 1):
+        beta, mean = p.beta[t - 1], (1 - p.beta[t - 1]).sqrt() * x[t - 1]
+        nats += log_normal(x[t], mean, beta)
+        printed += log_normal(x[t], mean, beta)
+        if t < p.T:
+            nats -= log_normal(x[t], mu(t + 1), p.sigma_squared[t])
+            apart = mean + beta.sqrt() * torch.randn(x_0.shape, generator=noise, dtype=F64)
+            printed -= log_normal(apart, mu(t + 1), p.sigma_squared[t])
+    sigma, mean = float(p.sigma_squared[0]) ** 0.5, mu(1).reshape(n, 2).numpy()
+    decoder = norm.logcdf(-0.75, mean[:, 0], sigma)
+    decoder += np.log(norm.cdf(0.75, mean[:, 1], sigma) - norm.cdf(0.25, mean[:, 1], sigma))
+    unit = 2 * math.log(2)
+    eq_3, printed_form = ((a.numpy() - decoder) / unit for a in (nats, printed))
+
+    error = math.hypot(posterior_form.std(), eq_3.std()) / n**0.5
+    assert error < 0.01 * eq_3.mean() and abs(posterior_form.mean() - eq_3.mean()) < 4 * error
+    assert printed_form.mean() - eq_3.mean() > 20 * error
+
+
+# ---- Estimates from some of the timesteps ----------------------------------------------------------------------
+
+
+def test_all_times_are_every_t_once_for_each_image():
+    t, weight = all_times(7, 3)
+    assert (t == np.arange(1, 8)).all() and t.shape == weight.shape == (3, 7) and (weight == 1).all()
+
+
+@pytest.mark.parametrize("T", [1, 2, 7])
+@pytest.mark.parametrize("strata", [6, 7, 100])
+def test_as_many_strata_as_times_are_every_t_once(T, strata):
+    for found, expected in zip(stratified_times(T, strata, 3, generator("t")), all_times(T, 3), strict=True):
+        assert (found == expected).all()
+
+
+@pytest.mark.parametrize("T", [7, 50, 200])
+@pytest.mark.parametrize("strata", [1, 4, 16])
+@pytest.mark.parametrize("images", [1, 25])
+def test_stratified_sums_are_unbiased(T, strata, images):
+    """Mean over seeds of sum_j w_j f(t_j) against the sum over 2..T, for f = 1 and two others; no t is left out."""
+    seeds = 25_000 // images
+    draws = [stratified_times(T, strata, images, generator("unbiased", k)) for k in range(min(seeds, 2500))]
+    t, weight = (np.stack(columns) for columns in zip(*draws, strict=True))  # (seeds, images, strata + 1)
+    assert (t[..., 0] == 1).all() and (weight[..., 0] == 1).all()
+    assert set(np.unique(t[..., 1:])) <= set(range(2, T + 1))
+    assert images == 1 or set(np.unique(t[..., 1:])) == set(range(2, T + 1))
+    times = np.arange(T + 1)
+    for f in (np.ones(T + 1), 1 / np.maximum(times, 1), np.random.RandomState(0).rand(T + 1) * times):
+        sums = (weight * f[t])[..., 1:].sum(-1).mean(-1)
+        error = sums.std(ddof=1) / len(sums) ** 0.5
+        assert abs(sums.mean() - f[2:].sum()) <= 4 * error + 1e-9
+
+
+def test_a_stratum_is_drawn_evenly_over_the_images():
+    """Latin hypercube: with one stratum of n images, the k-th smallest t lies where its n-th part of log t says."""
+    T, n = 200, 64
+    t = np.sort(stratified_times(T, 1, n, generator("latin"))[0][:, 1])
+    edges = np.floor(2 * np.exp(np.log((T + 1) / 2) * np.arange(n + 1) / n))
+    assert (edges[:-1] <= t).all() and (t <= edges[1:]).all()
+
+
+@pytest.mark.parametrize("strata", [2, 4])
+def test_the_estimate_is_unbiased(strata):
+    p, x_0 = process(12), digits_like(8)
+    estimates = np.array([estimate(p, eps_theta, x_0, strata, LEVELS, "unbiased", k).mean for k in range(300)])
+    sums = np.array([full(p, eps_theta, x_0, k).mean for k in range(300)])
+    error = math.hypot(estimates.std(ddof=1), sums.std(ddof=1)) / 300**0.5
+    assert abs(estimates.mean() - sums.mean()) < 4 * error
+    assert error < 0.02 * sums.mean()
+
+
+def test_the_estimate_of_all_strata_is_the_full_sum():
+    p, x_0 = process(6), digits_like(3)
+    t, weight = all_times(6, 3)
+    image = np.repeat(np.arange(3), 6)
+    noise = generator(0, "valid", "eps")
+    ledger = pair_errors(p, eps_theta, x_0[image], image, t.reshape(-1), weight.reshape(-1), noise, LEVELS)
+    expected = bound(p, ledger, squared_norms(x_0), 4).total
+    assert (estimate(p, eps_theta, x_0, 5, LEVELS, 0, "valid").total == expected).all()
+
+
+def test_the_standard_error_is_that_of_a_mean_over_images():
+    zero, total = np.zeros(4), np.array([1.0, 2.0, 3.0, 6.0])
+    result = Bound(zero, total, zero)
+    assert result.mean == 3 and result.standard_error == pytest.approx((14 / 3) ** 0.5 / 2)
+
+
+# ---- Independence of how the work is cut -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 7, 10_000])
+def test_the_batch_of_the_network_leaves_the_bound_as_it_is(batch, monkeypatch):
+    """Up to rounding: a matrix product sums in another order in another shape. The noise is the same bit for bit."""
+    model = ModelConfig(channels=8, multipliers=(1,), blocks=1, attention=(4,), dropout=0.0)
+    unet = UNet(unet_config(model, image_channels=1, resolution=4), generator("unet")).eval()
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.1, generator=generator("conv_out"))
+    p, x_0 = process(6), digits_like(5, size=4)
+    whole = full(p, lambda x, t: unet(x, t - 1), x_0, 0).total
+    monkeypatch.setattr(likelihood, "BATCH", batch)
+    np.testing.assert_allclose(full(p, lambda x, t: unet(x, t - 1), x_0, 0).total, whole, rtol=1e-6)
+
+
+def test_parts_join_to_the_same_ledger_in_any_order():
+    ledger = measured(process(6), eps_theta, digits_like(5), 0)
+    parts = [Ledger(*(column[k::7] for column in vars(ledger).values())) for k in range(7)]
+    for order in (range(7), reversed(range(7)), [3, 0, 6, 2, 5, 1, 4]):
+        joined = Ledger.join([parts[k] for k in order])
+        for name, column in vars(joined).items():
+            assert (column == getattr(ledger, name)).all(), name

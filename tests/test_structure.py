@@ -1,0 +1,57 @@
+"""The house's order: a module imports only from those above it here, and heavy libraries stay in their rooms."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = """
+    workers.config workers.storage workers.noise workers.data workers.pixels workers.journal
+    workers.unet_config workers.unet
+    workers.diffusion.schedules workers.diffusion.process workers.diffusion.objectives
+    workers.diffusion.bound workers.diffusion.samplers
+    workers.likelihood workers.frechet workers.checkpoint workers.evaluation workers.training workers.tasks
+    orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan orchestrator.results
+    orchestrator.tracking orchestrator.record orchestrator.terminal orchestrator.execution orchestrator.controller
+    orchestrator.sweep orchestrator.ui
+""".split()
+ROOMS = {
+    "ray": {"workers.tasks", "orchestrator.execution"},
+    "mlflow": {"orchestrator.tracking"},
+    "rich": {"orchestrator.results", "orchestrator.terminal", "orchestrator.controller"},
+    "sklearn": {"workers.data", "workers.frechet"},
+}
+
+
+def modules() -> dict[str, Path]:
+    files = [*ROOT.glob("workers/**/*.py"), *ROOT.glob("orchestrator/**/*.py")]
+    return {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in files if f.name != "__init__.py"}
+
+
+def imported(file: Path) -> set[str]:
+    """Every module that a file imports anywhere, with what it takes from a package."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_the_order_names_every_module() -> None:
+    assert set(ORDER) == set(modules())
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_only_from_above(name: str) -> None:
+    used = imported(modules()[name]) & set(ORDER)
+    below = {other for other in used if ORDER.index(other) >= ORDER.index(name)}
+    assert not below, f"{name} imports {below}"
+
+
+@pytest.mark.parametrize("library", ROOMS)
+def test_a_library_stays_in_its_rooms(library: str) -> None:
+    users = {name for name, file in modules().items() if any(x.split(".")[0] == library for x in imported(file))}
+    assert users == ROOMS[library]

@@ -1,0 +1,130 @@
+"""The training loop in plain Python: what it is a function of, and that stopping it changes nothing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from workers import checkpoint as checkpoints
+from workers.config import DataConfig, DiffusionConfig, ModelConfig, ScheduleConfig, TrainingConfig, Trial
+from workers.data import prepare
+from workers.storage import Storage
+from workers.training import World, batch_rows, learning_rate, read_status, share, train
+
+TRIAL = Trial(
+    data=DataConfig(source="digits"),
+    model=ModelConfig(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.1),
+    diffusion=DiffusionConfig(T=50, schedule=ScheduleConfig(scale="per_1000")),
+    training=TrainingConfig(
+        steps=12, batch_size=32, lr=2e-3, ema=0.9, precision="float32", validate_every=6, checkpoint_every=3
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def trained(storage: Storage, trial: Trial = TRIAL) -> str:
+    """Trains to the end; gives the digest of the final weights."""
+    for _ in train(trial, prepare(trial.data), storage, "trials/a"):
+        pass
+    newest = checkpoints.newest(storage, "trials/a/checkpoints")
+    assert newest and newest.step == trial.training.steps
+    return newest.digest
+
+
+def points(storage: Storage) -> list[dict]:
+    lines = storage.read("trials/a/journal.jsonl").decode().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "time_ms"} for line in lines]
+
+
+def without_rates(found: list[dict]) -> list[dict]:
+    for point in found:
+        point.get("metrics", {}).pop("train/images_per_s", None)
+    return found
+
+
+def test_yields_at_step_0_at_each_validation_and_at_the_end(tmp_path: Path) -> None:
+    progress = list(train(TRIAL, prepare(TRIAL.data), Storage(tmp_path), "trials/a"))
+    assert [p.step for p in progress] == [0, 6, 12]
+    assert [p.state for p in progress] == ["running", "running", "finished"]
+    status = read_status(Storage(tmp_path), "trials/a")
+    assert status and status["state"] == "finished"
+    newest = checkpoints.newest(Storage(tmp_path), "trials/a/checkpoints")
+    assert newest and status["checkpoint"] == newest.digest
+    images = [p["path"] for p in points(Storage(tmp_path)) if "image" in p]
+    assert len(images) == 3 and all((tmp_path / path).read_bytes()[:4] == b"\x89PNG" for path in images)
+
+
+def test_training_lowers_the_bound(tmp_path: Path) -> None:
+    longer = TRIAL.training.model_copy(update={"steps": 60, "validate_every": 60, "checkpoint_every": 60})
+    trial = TRIAL.model_copy(update={"training": longer})
+    first, last = train(trial, prepare(trial.data), Storage(tmp_path), "trials/a")
+    assert last.metrics["valid/nll_bpd"] < first.metrics["valid/nll_bpd"] - 0.2
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_a_loop_that_was_stopped_and_resumed_ends_in_the_same_bits(tmp_path: Path, stop_after: int) -> None:
+    whole, parts = Storage(tmp_path / "whole"), Storage(tmp_path / "parts")
+    expected = trained(whole)
+    loop = train(TRIAL, prepare(TRIAL.data), parts, "trials/a")
+    for _ in range(stop_after):
+        next(loop)
+    loop.close()
+    assert trained(parts) == expected
+    assert without_rates(points(parts)) == without_rates(points(whole))
+
+
+def test_a_kill_between_checkpoint_and_validation_leaves_no_point_out_and_none_twice(tmp_path: Path) -> None:
+    whole, cut = Storage(tmp_path / "whole"), Storage(tmp_path / "cut")
+    expected = trained(whole)
+    trained(cut)
+    # As if killed at step 9: the journal of step 6 stands, the checkpoint of step 12 was never written.
+    for name in cut.list("trials/a/checkpoints"):
+        cut.delete(f"trials/a/checkpoints/{name}")
+    lines = cut.read("trials/a/journal.jsonl").decode().splitlines(keepends=True)
+    cut.write("trials/a/journal.jsonl", "".join(x for x in lines if json.loads(x)["step"] <= 6).encode())
+    assert trained(cut) == expected
+    assert without_rates(points(cut)) == without_rates(points(whole))
+
+
+def test_another_seed_or_weighting_is_another_result(tmp_path: Path) -> None:
+    digests = [
+        trained(Storage(tmp_path / str(i)), TRIAL.model_copy(update=update))
+        for i, update in enumerate([{}, {"seed": 1}, {"loss": TRIAL.loss.model_copy(update={"weighting": "vlb"})}])
+    ]
+    assert len(set(digests)) == 3
+
+
+def test_a_loss_that_is_not_finite_ends_the_trial_as_a_result(tmp_path: Path) -> None:
+    wild = TRIAL.model_copy(update={"training": TRIAL.training.model_copy(update={"lr": 1e30})})
+    *_, last = train(wild, prepare(wild.data), Storage(tmp_path), "trials/a")
+    assert last.state == "diverged" and "diverged by step" in last.detail
+    status = read_status(Storage(tmp_path), "trials/a")
+    assert status and status["state"] == "diverged"
+
+
+def test_every_epoch_holds_every_image_once() -> None:
+    n, batch_size = 23, 5
+    rows = np.concatenate([batch_rows(3, step, batch_size, n, {}) for step in range(n)])
+    for epoch in rows.reshape(-1, n):
+        assert sorted(epoch) == list(range(n))
+    assert not np.array_equal(rows[:n], rows[n : 2 * n])
+
+
+def test_the_shares_of_all_workers_are_the_whole_in_order() -> None:
+    items = list(range(8))
+    for size in (1, 2, 4, 8):
+        assert [x for rank in range(size) for x in share(items, World(rank, size))] == items
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    training = TrainingConfig(steps=100, lr=1.0, warmup=10)
+    assert [learning_rate(training, s) for s in (0, 4, 9, 50, 99)] == [0.1, 0.5, 1.0, 1.0, 1.0]
+    cosine = training.model_copy(update={"decay": "cosine"})
+    assert learning_rate(cosine, 50) == pytest.approx(0.5)
+    assert learning_rate(cosine, 99) < 0.001
