@@ -36,7 +36,7 @@ def run(
 ) -> int:
     """Makes what is missing of `trials` and prints the result. Gives the exit status.
 
-    Raises ValueError for a user's mistake that shows only here: storage, address or tracking server.
+    Raises Mistake for what shows only here: storage, address or tracking server.
     """
     storage = Storage(storage_root)
     console = Console(width=None if Console().is_terminal else 200)
@@ -47,10 +47,10 @@ def run(
         try:
             sweep.make(address)
         except KeyboardInterrupt:
+            sweep.publish()
             console.print("\nInterrupted. The same command resumes.", markup=False)
             return 128 + signal.SIGINT
-        finally:
-            sweep.publish()
+        sweep.publish()
         return sweep.conclude()
 
 
@@ -230,4 +230,6 @@ class Sweep:
             f"results     {self.storage.url(self.folder)}/results.parquet", soft_wrap=True, highlight=False
         )
         self.console.print(f"comparison  {self.record.link}", soft_wrap=True, highlight=False)
+        if self.record.left:
+            self.console.print(self.record.left, soft_wrap=True, highlight=False, markup=False)
         return 1 if self.errors else 0

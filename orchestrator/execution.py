@@ -7,6 +7,7 @@ the caller's thread: Tune's loop calls `Events.tick` some ten times a second.
 
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from orchestrator.experiment import SearchConfig
 from orchestrator.plan import concurrency
 from workers import tasks
 from workers.checkpoint import Checkpoint
-from workers.config import TrainingConfig
+from workers.config import Mistake, TrainingConfig
 from workers.evaluation import Block
 
 BLOCK_GPUS = 0.25  # of a GPU, for an evaluation block where trials train on GPUs
@@ -61,10 +62,12 @@ def session(address: str | None) -> Iterator[None]:
     try:
         ray.init(address or "local", **options)
     except ConnectionError as error:
-        raise ValueError(f"--address {address}: no Ray cluster answers there ({error})") from error
+        raise Mistake(f"--address {address}: no Ray cluster answers there ({error})") from error
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a reclaimed machine is ctrl-C to us
     try:
         yield
     finally:
+        signal.signal(signal.SIGTERM, before)
         ray.shutdown()
 
 
@@ -74,19 +77,19 @@ def cores() -> int:
 
 
 def gpus_a_worker(training: TrainingConfig) -> int:
-    """`training.gpus` on this cluster. Raises ValueError where it asks for a GPU and there is none."""
+    """`training.gpus` on this cluster. Raises Mistake where it asks for a GPU and there is none."""
     available = int(ray.cluster_resources().get("GPU", 0))
     if training.gpus == "auto":
         return int(available > 0)
     if training.gpus and not available:
-        raise ValueError("training.gpus: 1, but no node of the cluster has a GPU; set it to 0 or auto")
+        raise Mistake("training.gpus: 1, but no node of the cluster has a GPU; set it to 0 or auto")
     return training.gpus
 
 
 def train(jobs: Sequence[tasks.Job], search: SearchConfig, events: Events) -> None:
     """Trains all jobs and returns when all have ended. Jobs of one shape share a Tuner; one-worker trials come first.
 
-    Raises ValueError where the cluster cannot hold a trial.
+    Raises Mistake where the cluster cannot hold a trial.
     """
 
     def shape(job: tasks.Job) -> tuple[int, int, int]:
@@ -100,7 +103,7 @@ def train(jobs: Sequence[tasks.Job], search: SearchConfig, events: Events) -> No
         training, gpus = tasks.trial_of(batch[0]).training, batch[0]["gpus"]
         most = concurrency(training, gpus, resources.get("CPU", 0), resources.get("GPU", 0))
         if most == 0:
-            raise ValueError(
+            raise Mistake(
                 f"training.workers: {training.workers} workers of {training.cpus} CPUs and {gpus} GPUs never fit a "
                 f"cluster of {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
             )

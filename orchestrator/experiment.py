@@ -32,12 +32,12 @@ from orchestrator.settings import (
     valid,
     write_yaml,
 )
-from workers.config import NOT_ADDRESSED, DataConfig, Record, Trial, sub_batches, trial_digest
+from workers.config import NOT_ADDRESSED, DataConfig, Mistake, Record, Trial, sub_batches, trial_digest
 
 MOST_VARIANTS = 10_000
 
 
-class ExperimentError(ValueError):
+class ExperimentError(Mistake):
     """All mistakes found in an experiment, one text each in `problems`; `where` names the file."""
 
     def __init__(self, problems: Iterable[str], where: str = "the experiment") -> None:

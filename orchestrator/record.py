@@ -32,6 +32,7 @@ class Record:
     storage: Storage
     left: str = ""  # what MLflow did not take, in words
     _opened: set[str] = field(default_factory=set)
+    _ended: set[str] = field(default_factory=set)
 
     @property
     def folder(self) -> str:
@@ -42,7 +43,7 @@ class Record:
         return Tracker(self.storage, self.experiment.name, self.experiment.tracking.uri)
 
     def open(self) -> None:
-        """The sweep's own run. Raises ValueError where MLflow cannot be reached."""
+        """The sweep's own run. Raises Mistake where MLflow cannot be reached."""
         self.tracker.check()
         experiment, trials = self.experiment, self.trials.values()
         distances = sorted({f"eval/fd_{v.trial.evaluation.fid.features}" for v in trials if v.trial.evaluation.fid})
@@ -81,6 +82,7 @@ class Record:
     def trial_ended(self, row: Row) -> None:
         """The evaluation's metrics, its passports and a note; then the trial's run ends."""
         self.trial_went_on(row.digest, row.name)
+        self._ended.add(row.digest)
         status = row.found.status or {}
         measured = {name: value for name, value in row.metrics.items() if name.startswith("eval/")}
         if row.found.summary:
@@ -105,9 +107,9 @@ class Record:
         self.storage.write(f"{self.folder}/experiment.yaml", to_yaml(self.experiment).encode())
         if "tracker" not in self.__dict__:
             self.open()
-            for row in rows:
-                if row.found.status:
-                    self.trial_ended(row)
+        for row in rows:  # what a command before this one may have been cut off from telling
+            if row.found.status and row.digest not in self._ended:
+                self.trial_ended(row)
         for name, content in files.items():
             if content is not None:
                 self.storage.write(f"{self.folder}/{name}", content)

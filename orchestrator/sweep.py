@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.experiment import Experiment, ExperimentError, Variant, by_digest, expand, load
+from orchestrator.experiment import Experiment, Variant, by_digest, expand, load
 from orchestrator.preflight import dry_run_text, preflight
-from workers.config import DataConfig
-from workers.data import DataError, Source, describe
+from workers.config import DataConfig, Mistake
+from workers.data import Source, describe
 
 EPILOG = """examples:
   python -m orchestrator.sweep experiments/beta_schedule.yaml --dry-run
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def trials_of(experiment: Experiment) -> tuple[dict[str, Variant], dict[DataConfig, Source], list[str]]:
-    """Trials by address, the data they use, and warnings. Raises ExperimentError and DataError."""
+    """Trials by address, the data they use, and warnings. Raises Mistake."""
     variants = expand(experiment)
     sources = {config: describe(config) for config in dict.fromkeys(v.trial.data for v in variants)}
     warnings = preflight(experiment, variants, sources)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from orchestrator.controller import run  # torch, ray and MLflow load here: a dry run does without
 
         return run(experiment, trials, sources, options.storage, options.address, options.fresh, options.quiet)
-    except (ExperimentError, DataError) as mistake:
+    except Mistake as mistake:
         print(mistake, file=sys.stderr)
         return 2
 

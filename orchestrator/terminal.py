@@ -35,7 +35,6 @@ class Display:
     def __init__(self, lines: dict[str, Line], console: Console, quiet: bool = False) -> None:
         self.lines, self.console, self.quiet = lines, console, quiet
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
-        self._started, self._first_left = time.monotonic(), sum(line.images_left for line in lines.values())
         self._refreshed = 0.0
 
     def __enter__(self) -> "Display":
@@ -72,13 +71,10 @@ class Display:
             self._live.update(self._table(), refresh=True)
 
     def left(self) -> str:
-        """The time that the training still takes at the rate so far; empty before there is one."""
+        """The time that the training still takes at the rate of the trials that run; empty before there is one."""
         left = sum(line.images_left for line in self.lines.values())
-        done = self._first_left - left
-        if not left or not done:
-            return ""
-        seconds = left / done * (time.monotonic() - self._started)
-        return f"  training ends in about {clock(seconds)}"
+        rate = sum(line.images_per_s for line in self.lines.values() if line.state == "training")
+        return f"  training ends in about {clock(left / rate)}" if left and rate else ""
 
     def _table(self) -> Table:
         counts = ", ".join(f"{n} {state}" for state, n in _counts(self.lines.values()))

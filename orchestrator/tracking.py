@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
+from workers.config import Mistake
 from workers.config import digest as digest_of
 from workers.storage import Storage
 
@@ -99,9 +100,9 @@ class Shipment:
 
 
 def resolve_uri(storage: Storage, uri: str | None) -> tuple[str, str | None]:
-    """The tracking URI, and where its artifacts go (None: the server decides). Raises ValueError, which teaches."""
+    """The tracking URI, and where its artifacts go (None: the server decides). Raises Mistake, which teaches."""
     if uri is None and not storage.is_local:
-        raise ValueError(
+        raise Mistake(
             f"tracking.uri is null, and the storage {storage.root} is remote: MLflow's database cannot lie in it. "
             "Give the address of an MLflow server: tracking.uri=http://HOST:5000"
         )
@@ -112,11 +113,11 @@ def resolve_uri(storage: Storage, uri: str | None) -> tuple[str, str | None]:
     if parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc:
         return uri.rstrip("/"), None
     if parts.scheme in ("http", "https") and parts.hostname:
-        raise ValueError(
+        raise Mistake(
             "tracking.uri holds a user's name or password, which would end up in logs and files: leave them out and "
             "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment instead."
         )
-    raise ValueError(
+    raise Mistake(
         f"tracking.uri={uri!r} cannot be used: MLflow 3 keeps runs in a database or behind a server. Choose one of\n"
         "  null                           the database mlflow.db in the storage (python -m orchestrator.ui shows it)\n"
         "  http://HOST:5000, https://...  an MLflow server\n"
@@ -336,7 +337,7 @@ class Tracker:
     """Everything a sweep tells MLflow. Methods return at once; an address of None is the sweep's own run."""
 
     def __init__(self, storage: Storage, name: str, uri: str | None = None) -> None:
-        """Raises ValueError where the URI cannot be used. Nothing is asked of MLflow yet but to get ready."""
+        """Raises Mistake where the URI cannot be used. Nothing is asked of MLflow yet but to get ready."""
         for variable, value in (
             ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),  # repeating is this module's business, and interruptible
             ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
@@ -365,19 +366,19 @@ class Tracker:
     # What the sweep calls.
 
     def check(self, timeout_s: float = 60) -> None:
-        """Raises ValueError where the server does not answer: to be called before anything costly starts."""
+        """Raises Mistake where the server does not answer: to be called before anything costly starts."""
         if self.uri.startswith("sqlite:"):
             folder = Path(self.uri.removeprefix("sqlite:///")).parent
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
             except OSError as error:
-                raise ValueError(f"MLflow's database {self.uri} cannot be written: {error}") from error
+                raise Mistake(f"MLflow's database {self.uri} cannot be written: {error}") from error
             return
         line = self._line
         line.wait(lambda: bool(line.done or line.failing), timeout_s)
         if not line.done:
-            raise ValueError(
+            raise Mistake(
                 f"No MLflow server answers at tracking.uri={self.uri}: "
                 f"{line.failing or f'silent for {timeout_s:.0f} s'}\n"
                 "Start one (mlflow server --host 127.0.0.1 --port 5000), correct the address, or leave tracking.uri "

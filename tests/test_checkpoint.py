@@ -118,7 +118,7 @@ def test_damage_is_told_with_the_file_s_name(storage, name, damage):
         read(storage, checkpoint)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 10}', '{"sha256": {}, "step": "10"}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 10}', '{"sha256": {}, "step": "ten"}'])
 def test_a_damaged_manifest_is_told(storage, content):
     checkpoint = saved(storage)
     Path(storage.url(checkpoint.path), "manifest.json").write_text(content)
@@ -173,6 +173,17 @@ def test_a_save_cut_off_anywhere_leaves_the_checkpoint_before_it(storage, writes
     new = saved(storage, 20)  # the attempt after it overwrites the remains
     load(storage, new)
     assert newest(storage, FOLDER) == new and storage.list(FOLDER) == ["step-00000020"]
+
+
+def test_of_two_complete_checkpoints_the_newest_counts(storage, monkeypatch):
+    """A process killed after the manifest and before the old folder went leaves both; the next save removes both."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "delete", lambda *_: None)
+        saved(storage, 10)
+        new = saved(storage, 20)
+    assert len(storage.list(FOLDER)) == 2 and newest(storage, FOLDER) == new
+    saved(storage, 30)
+    assert storage.list(FOLDER) == ["step-00000030"]
 
 
 def test_steps_are_ordered_as_numbers(storage):

@@ -9,7 +9,7 @@ from scipy import integrate
 from scipy.stats import norm
 
 from workers.config import DiffusionConfig, LossConfig, SamplerConfig, ScheduleConfig
-from workers.diffusion.bound import consistency_terms, decoder_term, gaussian_kl, log_normal_interval, prior_term
+from workers.diffusion.bound import decoder_term, diffusion_terms, gaussian_kl, log_normal_interval, prior_term
 from workers.diffusion.objectives import WEIGHTINGS, eps_loss, weights
 from workers.diffusion.process import VARIANCES, EpsModel, Process
 from workers.diffusion.samplers import STEPS, ancestral, ddim, sample
@@ -138,7 +138,8 @@ def test_predict_x_0_inverts_q_sample_and_clips_to_pixels():
 def test_variances_of_the_reverse_process(T):
     """beta_t; beta_tilde_t, with beta_tilde_2 for the zero at t = 1."""
     p = process(T, "fixed_small", scale="absolute")
-    assert torch.equal(process(T, "fixed_large", scale="absolute").sigma_squared, p.beta)
+    large = process(T, "fixed_large", scale="absolute").sigma_squared
+    assert torch.equal(large[1:], p.beta[1:]) and large[0] == p.beta_tilde[1]
     assert torch.equal(p.sigma_squared[1:], p.beta_tilde[1:])
     assert p.sigma_squared[0] == p.beta_tilde[1] > 0
 
@@ -169,7 +170,7 @@ def test_prior_term_is_the_kl_to_the_standard_normal():
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
-def test_consistency_term_is_the_kl_of_posterior_and_reverse_step(variance):
+def test_diffusion_term_is_the_kl_of_posterior_and_reverse_step(variance):
     p = process(40, variance)
     t, x_0, x_t, eps = every_t(p)
     x_0_hat = p.predict_x_0(x_t, t, eps + normal(p.T, 1, 2, 3, seed=2), clip=True)
@@ -178,7 +179,7 @@ def test_consistency_term_is_the_kl_of_posterior_and_reverse_step(variance):
     mean_true, mean_model = means
     kl = gaussian_kl(mean_true, true, mean_model, model).flatten(1).sum(1)
     error = (x_0 - x_0_hat).square().flatten(1).sum(1)
-    torch.testing.assert_close(consistency_terms(p, t[1:], error[1:], 6), kl, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(diffusion_terms(p, t[1:], error[1:], 6), kl, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("levels", [2, 17, 256])
@@ -238,7 +239,7 @@ def test_vlb_weights_make_the_squared_error_of_eps_the_kl_of_the_means(variance)
     t, x_0, x_t, eps = every_t(p)
     eps_hat = eps + normal(p.T, 1, 2, 3, seed=2)
     error = (x_0 - p.predict_x_0(x_t, t, eps_hat, clip=False)).square().flatten(1).sum(1)
-    kl_of_means = (consistency_terms(p, t, error, 6) - consistency_terms(p, t, torch.zeros_like(error), 6))[1:]
+    kl_of_means = (diffusion_terms(p, t, error, 6) - diffusion_terms(p, t, torch.zeros_like(error), 6))[1:]
     w = WEIGHTINGS["vlb"](p, LossConfig())
     weighted = w * (eps - eps_hat).square().flatten(1).sum(1)
     torch.testing.assert_close(weighted[1:], kl_of_means, rtol=1e-7, atol=0)

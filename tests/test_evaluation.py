@@ -249,7 +249,7 @@ def test_of_a_block_partly_asked_for_the_rest_is_cut(tmp_path, dataset, referenc
 def test_the_parts_and_the_terms_by_t_sum_to_the_bound(tmp_path, dataset, reference):
     summary, *_ = evaluated(tmp_path, dataset, reference, trial())
     metrics = summary["metrics"]
-    parts = [metrics[f"eval/nll_{part}_bpd"] for part in ("prior", "consistency", "decoder")]
+    parts = [metrics[f"eval/nll_{part}_bpd"] for part in ("prior", "diffusion", "decoder")]
     assert sum(parts) == pytest.approx(metrics["eval/nll_bpd"], rel=1e-12)
     assert len(summary["nll_by_t"]) == T + 1  # L_0, ..., L_T
     assert sum(summary["nll_by_t"]) == pytest.approx(metrics["eval/nll_bpd"], rel=1e-12)

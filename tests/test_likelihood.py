@@ -9,7 +9,7 @@ from scipy.stats import norm
 
 from workers import likelihood
 from workers.config import DiffusionConfig, ModelConfig, ScheduleConfig
-from workers.diffusion.bound import consistency_terms, prior_term
+from workers.diffusion.bound import diffusion_terms, prior_term
 from workers.diffusion.process import VARIANCES, Process
 from workers.likelihood import Bound, Ledger, all_times, bound, estimate, pair_errors, squared_norms, stratified_times
 from workers.noise import generator
@@ -74,10 +74,10 @@ def test_gaussian_data_have_the_errors_of_their_posterior(variance):
     expected = 2 * s**2 * ((1 - p.alpha_bar) / v).numpy()
     np.testing.assert_allclose(error.mean(0), expected, rtol=5 * n**-0.5)  # chi-squared with 2 degrees: std = mean
     t = torch.arange(2, p.T + 1)
-    terms = consistency_terms(p, t, torch.from_numpy(expected[1:]), 2)
+    terms = diffusion_terms(p, t, torch.from_numpy(expected[1:]), 2)
     result = bound(p, ledger, squared_norms(x_0), 2)
-    standard_error = result.consistency.std() / n**0.5
-    assert abs(result.consistency.mean() - float(terms.sum()) / (2 * math.log(2))) < 5 * standard_error
+    standard_error = result.diffusion.std() / n**0.5
+    assert abs(result.diffusion.mean() - float(terms.sum()) / (2 * math.log(2))) < 5 * standard_error
     prior = 0.5 * (p.alpha_bar[-1] * s**2 - p.alpha_bar[-1] - (1 - p.alpha_bar[-1]).log()) / math.log(2)
     assert abs(result.prior.mean() - float(prior)) < 5 * result.prior.std() / n**0.5
 
@@ -88,7 +88,7 @@ def test_the_bound_of_standard_normal_data_is_their_entropy(T):
     L_0 the entropy of N(mu, beta_1) for a density in place of the decoder."""
     p = process(T, "fixed_large", 0.3)
     t = torch.arange(2, T + 1)
-    later = consistency_terms(p, t, 1 - p.alpha_bar[1:], 1).sum()
+    later = diffusion_terms(p, t, 1 - p.alpha_bar[1:], 1).sum()
     prior = prior_term(p, torch.ones(1, dtype=F64), 1)
     last = 0.5 * math.log(2 * math.pi * math.e * float(p.beta[0]))
     assert float(prior + later) + last == pytest.approx(0.5 * math.log(2 * math.pi * math.e), abs=1e-12)
@@ -103,7 +103,7 @@ def test_a_perfect_network_pays_only_the_prior_and_the_decoder():
         return (x.double() - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
 
     result = full(p, knows, x_0.double(), 0)
-    assert result.consistency == pytest.approx(0, abs=1e-9)
+    assert result.diffusion == pytest.approx(0, abs=1e-9)
     half, sigma = 1 / (LEVELS - 1), float(p.beta_tilde[1]) ** 0.5
     edge = (x_0.abs() == 1).flatten().numpy()
     inside = np.where(edge, norm.cdf(half / sigma), 2 * norm.cdf(half / sigma) - 1)
@@ -122,7 +122,7 @@ def test_the_bound_is_what_a_slow_loop_finds(variance, clip):
     beta = np.linspace(0.02, 0.5, 6)
     alpha_bar = np.concatenate([[1], np.cumprod(1 - beta)])
     tilde = [(1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]) * beta[t - 1] for t in range(1, 7)]
-    sigma2 = beta if variance == "fixed_large" else [tilde[1], *tilde[1:]]
+    sigma2 = [tilde[1], *(beta if variance == "fixed_large" else tilde)[1:]]
     expected = np.zeros((3, 3))
     for n, image in enumerate(x_0.reshape(3, 4).numpy()):
         for t in range(1, 7):
@@ -143,7 +143,7 @@ def test_the_bound_is_what_a_slow_loop_finds(variance, clip):
         m, s = np.sqrt(alpha_bar[-1]) * image, 1 - alpha_bar[-1]
         expected[n, 0] = (-0.5 * np.log(s) + (s + m**2) / 2 - 0.5).sum()
     result = full(p, eps_theta, x_0, 0, clip)
-    found = np.stack([result.prior, result.consistency, result.decoder], axis=1)
+    found = np.stack([result.prior, result.diffusion, result.decoder], axis=1)
     np.testing.assert_allclose(found, expected / (4 * np.log(2)), rtol=1e-8)
     np.testing.assert_allclose(result.total, expected.sum(1) / (4 * np.log(2)), rtol=1e-8)
 
@@ -221,6 +221,7 @@ def test_stratified_sums_are_unbiased(T, strata, images):
     draws = [stratified_times(T, strata, images, generator("unbiased", k)) for k in range(min(seeds, 2500))]
     t, weight = (np.stack(columns) for columns in zip(*draws, strict=True))  # (seeds, images, strata + 1)
     assert (t[..., 0] == 1).all() and (weight[..., 0] == 1).all()
+    assert t.shape[-1] == min(strata, T - 1) + 1
     assert set(np.unique(t[..., 1:])) <= set(range(2, T + 1))
     assert images == 1 or set(np.unique(t[..., 1:])) == set(range(2, T + 1))
     times = np.arange(T + 1)

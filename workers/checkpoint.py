@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from workers.config import digest
+from workers.config import Mistake, digest
 from workers.diffusion.process import Process
 from workers.storage import Storage
 from workers.unet import UNet
@@ -29,7 +29,7 @@ STATE, PROGRESS = "state/training.safetensors", "state/progress.json"
 VERSION = "0.35.0"  # the diffusers release whose layout this is
 
 
-class CheckpointError(ValueError):
+class CheckpointError(Mistake):
     """A checkpoint is incomplete or its bytes are not those that were written."""
 
 

@@ -26,6 +26,10 @@ SAMPLE_GRID = 25
 SAMPLE_GRID_STEPS = 50  # or T, where that is less
 
 
+class Mistake(ValueError):
+    """The user's mistake. Its message says what to do; a command prints it and exits with status 2."""
+
+
 class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 

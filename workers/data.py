@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from workers.config import DataConfig, digest
+from workers.config import DataConfig, Mistake, digest
 
 SPLIT_SEED = 20_200_619  # of every shuffle and split: each trial holds out the same images
 VERSION = 1  # of the decoding below: raise it when the same files would give other bytes, and caches are rebuilt
@@ -49,7 +49,7 @@ Pixels = NDArray[np.uint8]
 log = logging.getLogger(__name__)
 
 
-class DataError(ValueError):
+class DataError(Mistake):
     """The data are not what the configuration says; the message tells what was found and what to do."""
 
 

@@ -20,7 +20,7 @@ import torch
 
 from workers.config import Trial, digest
 from workers.data import Dataset
-from workers.diffusion.bound import consistency_terms
+from workers.diffusion.bound import diffusion_terms
 from workers.diffusion.process import Process
 from workers.diffusion.samplers import sample
 from workers.frechet import Reference, frechet_distance, merged
@@ -162,7 +162,9 @@ def summarise(
     measured; `passport` says what the numbers are.
     """
     metrics: dict[str, float] = {}
-    passport: dict[str, Any] = {"checkpoint": checkpoint, "data": dataset.digest, "weights": "ema", "seed": trial.seed}
+    passport: dict[str, Any] = {
+        "checkpoint": checkpoint, "ema": trial.training.ema, "data": dataset.digest, "seed": trial.seed,
+    }  # fmt: skip
     by_t: list[float] | None = None
     nll = nll_blocks(trial, dataset.digest, len(dataset.held_out))
     if nll:
@@ -173,14 +175,14 @@ def summarise(
         result = bound(process, ledger, squared_norms(x_0), x_0[0].numel())
         metrics["eval/nll_bpd"], metrics["eval/nll_bpd_se"] = result.mean, result.standard_error
         metrics["eval/nll_prior_bpd"] = float(result.prior.mean())
-        metrics["eval/nll_consistency_bpd"] = float(result.consistency.mean())
+        metrics["eval/nll_diffusion_bpd"] = float(result.diffusion.mean())
         metrics["eval/nll_decoder_bpd"] = float(result.decoder.mean())
         passport["nll"] = {
             "split": "held_out", "images": n, "timesteps": (strata(trial) or process.T - 1) + 1, "T": process.T,
             "variance": process.variance, "x_0_clipped": True, "levels": dataset.levels, "dropped": 0,
         }  # fmt: skip
         if strata(trial) is None:
-            by_t = _bits_by_t(process, ledger, x_0[0].numel()) + [float(result.prior.mean())]
+            by_t = [*_bits_by_t(process, ledger, x_0[0].numel()), float(result.prior.mean())]
     samples = sample_blocks(trial, dataset.digest)
     if samples:
         fid = trial.evaluation.fid
@@ -189,7 +191,7 @@ def summarise(
         blocks[-1] = blocks[-1][: fid.samples - (len(blocks) - 1) * SAMPLES]
         metrics[f"eval/fd_{fid.features}"] = frechet_distance(merged(blocks), reference.moments)
         passport["fd"] = {
-            "features": fid.features, "dimensions": reference.moments.n and len(reference.moments.mean),
+            "features": fid.features, "features_digest": reference.digest, "dimensions": len(reference.moments.mean),
             "reference": "train", "reference_images": reference.moments.n, "samples": fid.samples,
             "sampler": fid.sampler.model_dump(mode="json"), "quantised": True, "dropped": 0,
         }  # fmt: skip
@@ -201,7 +203,7 @@ def _bits_by_t(process: Process, ledger: Ledger, dimensions: int) -> list[float]
     later = ledger.t > 1
     nats = ledger.decoder_nats.copy()
     t, error = torch.from_numpy(ledger.t[later]), torch.from_numpy(ledger.squared_error[later])
-    nats[later] = consistency_terms(process, t, error, dimensions).numpy()
+    nats[later] = diffusion_terms(process, t, error, dimensions).numpy()
     images = np.count_nonzero(ledger.t == 1)
     totals = np.bincount(ledger.t - 1, weights=nats, minlength=process.T)
     return list((totals / (images * dimensions * math.log(2))).tolist())

@@ -5,6 +5,7 @@ The number means nothing without its features, so it is called `fd_<features>`. 
 that scikit-learn trains once, with a fixed seed, on the training split; its hidden layer is the feature space.
 """
 
+import hashlib
 import io
 import warnings
 from dataclasses import dataclass
@@ -81,6 +82,11 @@ class Reference:
     def features(self, images: np.ndarray) -> np.ndarray:
         """uint8 NHWC -> float64 (N, HIDDEN): the hidden layer's activations."""
         return np.maximum(_flat(images, self.levels) @ self.weights + self.bias, 0)
+
+    @property
+    def digest(self) -> str:
+        """The address of the feature space."""
+        return hashlib.sha256(self.weights.tobytes() + self.bias.tobytes()).hexdigest()[:16]
 
     def to_bytes(self) -> bytes:
         stream = io.BytesIO()

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.diffusion.bound import consistency_terms, decoder_term, prior_term
+from workers.diffusion.bound import decoder_term, diffusion_terms, prior_term
 from workers.diffusion.process import EpsModel, Process
 from workers.noise import generator
 
-BATCH = 500  # pairs a network evaluation
+BATCH = 250  # pairs a network evaluation
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Bound:
     """The bound in bits/dim, image by image; each array float64 (images,). Their sum is `total`."""
 
     prior: np.ndarray  # L_T
-    consistency: np.ndarray  # sum over t > 1 of L_{t-1}
+    diffusion: np.ndarray  # sum over t > 1 of L_{t-1}
     decoder: np.ndarray  # L_0
 
     @property
     def total(self) -> np.ndarray:
-        return np.asarray(self.prior + self.consistency + self.decoder)
+        return np.asarray(self.prior + self.diffusion + self.decoder)
 
     @property
     def mean(self) -> float:
@@ -74,7 +74,7 @@ def pair_errors(
 ) -> Ledger:
     """Measures the pairs (x_0[k], t[k]): x_0 float32 (N, C, H, W), t in 1..T; `image` and `weight` go to the ledger.
 
-    The noise of all pairs is drawn from `noise` in their order, so the result does not depend on BATCH's split.
+    The noise of all pairs is drawn from `noise` in their order, so BATCH's split changes nothing but rounding.
     """
     eps = torch.randn(x_0.shape, generator=noise, device=noise.device).to(x_0.device)
     times = torch.from_numpy(t).to(x_0.device)
@@ -104,12 +104,12 @@ def bound(process: Process, ledger: Ledger, squared_norm: np.ndarray, dimensions
     assert len(names) == len(squared_norm)
     later = ledger.t > 1
     t, error = torch.from_numpy(ledger.t[later]), torch.from_numpy(ledger.squared_error[later])
-    terms = consistency_terms(process, t, error, dimensions).numpy()
-    consistency = np.bincount(row[later], weights=terms * ledger.weight[later], minlength=len(names))
+    terms = diffusion_terms(process, t, error, dimensions).numpy()
+    diffusion = np.bincount(row[later], weights=terms * ledger.weight[later], minlength=len(names))
     decoder = np.bincount(row, weights=ledger.decoder_nats, minlength=len(names))
     prior = prior_term(process, torch.from_numpy(squared_norm), dimensions).numpy()
     unit = dimensions * np.log(2)  # nats an image -> bits a dimension
-    return Bound(prior / unit, consistency / unit, decoder / unit)
+    return Bound(prior / unit, diffusion / unit, decoder / unit)
 
 
 def all_times(T: int, images: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,10 @@ import torch
 
 
 def address(*words: int | str) -> int:
-    """A 63-bit seed from a sequence of words, equal on every machine and in every process."""
+    """A seed from a sequence of words, equal on every machine and in every process.
+
+    It has 63 bits; torch's generators on the CPU take the lower 32 of them.
+    """
     content = "\x1f".join(f"{type(w).__name__}:{w}" for w in words)
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest()) >> 1
 

@@ -13,17 +13,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from pyarrow import fs
+
+from workers.config import Mistake
 
 
 class Storage:
     """Read and write bytes and JSON below `root`. It pickles as its root, so that it travels to Ray tasks."""
 
     def __init__(self, root: str | Path) -> None:
-        self.root = str(root) if "://" in str(root) else str(Path(root).absolute())
-        self.is_local = "://" not in self.root
+        name = str(root).removeprefix("file://")
+        self.is_local = "://" not in name
+        self.root = str(Path(name).expanduser().absolute()) if self.is_local else name
         self._base: str
-        self._fs, self._base = (fs.LocalFileSystem(), self.root) if self.is_local else fs.FileSystem.from_uri(self.root)
+        try:
+            local = (fs.LocalFileSystem(), self.root)
+            self._fs, self._base = local if self.is_local else fs.FileSystem.from_uri(self.root)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise Mistake(
+                f"--storage {name!r} cannot be opened ({error}); give a folder, or a URI such as s3://bucket/path"
+            ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Storage, (self.root,)
@@ -75,18 +85,22 @@ class Storage:
     def lock(self, path: str) -> Iterator[None]:
         """Holds the file `path` against other processes of this machine; of a remote storage there is no lock.
 
-        Raises ValueError where another process holds it.
+        Raises Mistake where another process holds it.
         """
         if not self.is_local:
             yield
             return
         target = Path(self._at(path))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("a") as file:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file = target.open("a")
+        except OSError as error:
+            raise Mistake(f"--storage {self.root!r} cannot be written: {error}") from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise ValueError(f"{target.parent} is in use by another process; wait for it, or stop it") from error
+                raise Mistake(f"{target.parent} is in use by another process; wait for it, or stop it") from error
             yield
 
     def read_json(self, path: str) -> Any | None:

@@ -24,7 +24,7 @@ def prior_term(process: Process, squared_norm: Tensor, dimensions: int) -> Tenso
     return 0.5 * (last * squared_norm - dimensions * (last + torch.log1p(-last)))
 
 
-def consistency_terms(process: Process, t: Tensor, squared_error: Tensor, dimensions: int) -> Tensor:
+def diffusion_terms(process: Process, t: Tensor, squared_error: Tensor, dimensions: int) -> Tensor:
     """L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)) in nats, from |x_0 - x_0_hat|^2 (N,), for t > 1."""
     i = t - 1
     true, model = process.beta_tilde[i], process.sigma_squared[i]

@@ -1,0 +1,48 @@
+"""Rows, table and plots of a sweep, from plain data."""
+
+from orchestrator import results
+from orchestrator.experiment import Variant
+from orchestrator.plan import Found
+from orchestrator.results import Row
+from workers.config import DataConfig, TrainingConfig, Trial
+
+TRIAL = Trial(data=DataConfig(source="digits"), training=TrainingConfig(steps=10))
+
+
+def row(digest: str, T: int, nll: float | None, error: str = "") -> Row:
+    status = {"state": "finished", "step": 10, "images_per_s": 1234.5, "valid_nll_bpd": 3.0}
+    metrics = {"eval/nll_bpd": nll, "eval/nll_bpd_se": 0.01, "eval/fd_classifier": 1.5}
+    summary = None if nll is None else {"metrics": metrics, "nll_by_t": [0.1] * T + [0.0]}
+    variant = Variant(params={"diffusion.T": T, "diffusion.schedule": {"kind": "cosine"}}, trial=TRIAL)
+    return Row(digest, variant, Found(status, "abc", summary), error)
+
+
+ROWS = [row("aaaa", 50, 2.9), row("bbbb", 100, None, "out of memory"), row("cccc", 200, 2.5)]
+
+
+def test_ranks_the_best_first_and_the_unmeasured_last() -> None:
+    assert [r.digest for r in results.ranked(ROWS, "eval/nll_bpd", "min")] == ["cccc", "aaaa", "bbbb"]
+    assert [r.digest for r in results.ranked(ROWS, "eval/nll_bpd", "max")] == ["aaaa", "cccc", "bbbb"]
+
+
+def test_the_frame_keeps_every_trial_and_its_error() -> None:
+    frame = results.frame(ROWS)
+    assert list(frame["state"]) == ["done", "failed", "done"]
+    assert list(frame["diffusion.T"]) == [50, 100, 200]
+    assert frame["eval/nll_bpd"].isna().tolist() == [False, True, False]
+    assert frame["detail"][1] == "out of memory"
+
+
+def test_the_markdown_table_shows_each_trial_with_its_error_bar() -> None:
+    lines = results.markdown(ROWS).splitlines()
+    assert len(lines) == 2 + len(ROWS)
+    assert lines[0] == "| trial | T | kind | NLL bits/dim | fd_classifier | images/s | state |"
+    assert lines[2] == "| aaaa | 50 | cosine | 2.900 ± 0.010 | 1.500 | 1,234 | done |"
+    assert lines[3] == "| bbbb | 100 | cosine | - | - | 1,234 | failed |"
+
+
+def test_plots_are_drawn_from_what_was_measured_and_left_out_where_nothing_was() -> None:
+    for plot in (results.comparison_plot, results.bits_plot):
+        png = plot(ROWS)
+        assert png and png[:4] == b"\x89PNG"
+        assert plot(ROWS[1:2]) is None
