@@ -175,12 +175,15 @@ class _Relay(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         result = trial.last_result
+        if result.get("state") == "running":
+            tasks.free_workers(result)
         if result.get("state") == "failed":
             self._events.failed(_digest(trial), str(result["detail"]))
         else:
             self._events.trained(_digest(trial), result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        tasks.free_workers(trial.last_result)
         self._events.failed(_digest(trial), _last_line(trial.error_file) or "its process died too often")
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:

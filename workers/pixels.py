@@ -4,6 +4,7 @@ import io
 import math
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -20,13 +21,17 @@ def to_levels(x: Tensor, levels: int) -> Tensor:
 
 
 def grid_png(images: Tensor, levels: int, side: int = 400) -> bytes:
-    """A square grid of uint8 NHWC images, enlarged by a whole factor of at least 3 to about `side` pixels, as PNG."""
-    n, height, width, channels = images.shape
-    columns = math.isqrt(n)
-    rows = n // columns
-    picture = images[: rows * columns].reshape(rows, columns, height, width, channels).permute(0, 2, 1, 3, 4)
-    flat = picture.reshape(rows * height, columns * width, channels).cpu()
-    bytes_ = (flat.float() * (255 / (levels - 1))).round().to(torch.uint8).squeeze(-1).numpy()
+    """A square grid of uint8 NHWC images, a grey line between them, as PNG.
+
+    Enlarged by a whole factor of at least 3, to about `side` pixels.
+    """
+    columns = math.isqrt(len(images))
+    shown = images[: len(images) // columns * columns].cpu().float() * (255 / (levels - 1))
+    tiles = F.pad(shown.permute(0, 3, 1, 2), (0, 1, 0, 1), value=128)
+    n, channels, height, width = tiles.shape
+    rows = tiles.reshape(n // columns, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    flat = rows.reshape(n // columns * height, columns * width, channels)[:-1, :-1]
+    bytes_ = flat.round().to(torch.uint8).squeeze(-1).numpy()
     factor = max(3, round(side / bytes_.shape[0]))
     image = Image.fromarray(bytes_).resize(
         (bytes_.shape[1] * factor, bytes_.shape[0] * factor), Image.Resampling.NEAREST

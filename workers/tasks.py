@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from ray import train, tune
 from ray.train.torch import TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from workers import checkpoint as checkpoints
 from workers.config import Trial
@@ -125,8 +126,19 @@ def data_parallel(config: dict[str, Any]) -> None:
 def _data_parallel_worker(job: Job) -> None:
     context = train.get_context()
     device = get_device() if torch.cuda.is_available() else torch.device("cpu")
+    group = ray.util.get_current_placement_group().id.hex()  # for `free_workers`
     for result in results(job, World(context.get_world_rank(), context.get_world_size(), device)):
-        train.report(result)
+        train.report({**result, "placement_group": group})
+
+
+def free_workers(result: dict[str, Any]) -> None:
+    """Gives back the cores of a data-parallel trial that was stopped early, from its last result.
+
+    Tune kills the trial's own actor; Ray Train's cleaner, which should free the workers then, asks the dashboard
+    whether they are still wanted, and a local Ray has none.
+    """
+    if group := result.get("placement_group"):
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
 
 
 @ray.remote(max_retries=3)
