@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from workers.checkpoint import Checkpoint
 from workers.config import Mistake, TrainingConfig
 from workers.evaluation import Block
 
+TO_DIE_S = 5.0  # until the processes of a stopped trial are gone: freed before, Ray Train would take its cores again
 BLOCK_GPUS = 0.25  # of a GPU, for an evaluation block where trials train on GPUs
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files beside our journal
@@ -122,6 +124,7 @@ def _tune(
         # Its driver takes next to nothing: the workers' cores are asked for by Ray Train.
         trainable = tune.with_resources(tasks.data_parallel, {"CPU": 0.01})
         space |= {"scratch": scratch, "max_failures": search.max_failures}
+    relay = _Relay(events)
     tune.Tuner(
         trainable,
         param_space=space,
@@ -135,12 +138,13 @@ def _tune(
         run_config=tune.RunConfig(
             name=f"workers-{workers}",
             storage_path=scratch,
-            callbacks=[_Relay(events)],
+            callbacks=[relay],
             failure_config=tune.FailureConfig(max_failures=search.max_failures),
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             verbose=0,
         ),
     ).fit()
+    relay.finish()
 
 
 def _scheduler(search: SearchConfig, steps: int) -> TrialScheduler:
@@ -166,6 +170,7 @@ class _Relay(tune.Callback):
 
     def __init__(self, events: Events) -> None:
         self._events = events
+        self._left_behind: list[tuple[float, dict[str, Any]]] = []  # (when to free it, last result of a stopped trial)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune writes its callbacks into a snapshot, which nobody restores here
@@ -176,18 +181,27 @@ class _Relay(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         result = trial.last_result
         if result.get("state") == "running":
-            tasks.free_workers(result)
+            self._left_behind.append((time.monotonic() + TO_DIE_S, result))
         if result.get("state") == "failed":
             self._events.failed(_digest(trial), str(result["detail"]))
         else:
             self._events.trained(_digest(trial), result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        tasks.free_workers(trial.last_result)
+        self._left_behind.append((time.monotonic() + TO_DIE_S, trial.last_result))
         self._events.failed(_digest(trial), _last_line(trial.error_file) or "its process died too often")
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         self._events.tick()
+        while self._left_behind and self._left_behind[0][0] < time.monotonic():
+            tasks.free_workers(self._left_behind.pop(0)[1])
+
+    def finish(self) -> None:
+        """Frees what the last trials left behind."""
+        while self._left_behind:
+            due, result = self._left_behind.pop(0)
+            time.sleep(max(0.0, due - time.monotonic()))
+            tasks.free_workers(result)
 
 
 def _last_line(path: str | None) -> str:

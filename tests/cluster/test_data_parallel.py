@@ -24,7 +24,7 @@ def test_an_early_stop_gives_the_cores_back_to_the_trials_that_follow(tiny: Path
 def test_a_killed_worker_of_a_group_is_replaced_from_the_last_checkpoint(tiny: Path, tmp_path: Path) -> None:
     storage = tmp_path / "runs"
     started = Started(
-        tiny, "--storage", storage, *TWO, "search.space=null", "training.steps=600", "training.validate_every=200"
+        tiny, "--storage", storage, *TWO, "search.space={}", "training.steps=600", "training.validate_every=200"
     )
     try:
         started.wait_until(lambda: any(storage.glob("trials/*/checkpoints/step-*/manifest.json")))
