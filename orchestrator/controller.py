@@ -21,8 +21,9 @@ from workers.checkpoint import CheckpointError
 from workers.config import DataConfig
 from workers.data import Source, prepare
 from workers.evaluation import nll_blocks, sample_blocks, summarise, summary_path
-from workers.frechet import Reference, reference_path
+from workers.frechet import prepare_reference
 from workers.storage import Storage
+from workers.training import stop_path
 
 
 def run(
@@ -128,6 +129,8 @@ class Sweep:
                 if decisions[a].action == "evaluate":
                     self._evaluate(a)
             to_train = [self.jobs[a] for a in self.trials if a in missing and decisions[a].action == "train"]
+            for job in to_train:
+                self.storage.delete(stop_path(tasks.folder_of(job["digest"])))
             if to_train:
                 execution.train(to_train, self.experiment.search, self)
             while self.evaluations:
@@ -138,13 +141,14 @@ class Sweep:
             return
         line = self.lines[address]
         line.state, line.step, line.images_per_s = "training", result["step"], result["images_per_s"]
-        line.nll_bpd = result["valid/nll_bpd"] if result["state"] != "diverged" else None
+        if result["state"] in ("running", "finished"):
+            line.nll_bpd = result["valid/nll_bpd"]
         self.record.trial_went_on(address, line.name)
         self.display.changed(address)
 
     def trained(self, address: str, result: dict[str, Any]) -> None:
         line = self.lines[address]
-        if result["state"] == "running":  # the scheduler stopped it
+        if result["state"] in ("running", "pruned"):  # the scheduler stopped it, or had it stop
             path = f"{tasks.folder_of(address)}/status.json"
             status = self.storage.read_json(path) or {}
             detail = f"pruned at step {line.step}: valid/nll_bpd {line.nll_bpd:.3f} was not among the best of its rung"
@@ -198,9 +202,7 @@ class Sweep:
             self.failed(address, str(error))
             return
         dataset, fid = prepare(trial.data), trial.evaluation.fid
-        reference = None
-        if fid:
-            reference = Reference.from_bytes(self.storage.read(reference_path(dataset.digest, fid.features)))
+        reference = prepare_reference(self.storage, dataset, fid.features) if fid else None
         summary = summarise(self.storage, trial, dataset, process, reference, checkpoint.digest)
         self.storage.write_json(summary_path(trial, dataset.digest, checkpoint.digest), summary)
         self.found[address] = self._look(address)

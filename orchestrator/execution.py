@@ -28,7 +28,7 @@ from workers.checkpoint import Checkpoint
 from workers.config import Mistake, TrainingConfig
 from workers.evaluation import Block
 
-TO_DIE_S = 5.0  # until the processes of a stopped trial are gone: freed before, Ray Train would take its cores again
+TO_DIE_S = 5.0  # until the processes of a dead trial are gone: freed before, Ray Train would take its cores again
 BLOCK_GPUS = 0.25  # of a GPU, for an evaluation block where trials train on GPUs
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files beside our journal
@@ -124,7 +124,6 @@ def _tune(
         # Its driver takes next to nothing: the workers' cores are asked for by Ray Train.
         trainable = tune.with_resources(tasks.data_parallel, {"CPU": 0.01})
         space |= {"scratch": scratch, "max_failures": search.max_failures}
-    relay = _Relay(events)
     tune.Tuner(
         trainable,
         param_space=space,
@@ -138,20 +137,19 @@ def _tune(
         run_config=tune.RunConfig(
             name=f"workers-{workers}",
             storage_path=scratch,
-            callbacks=[relay],
+            callbacks=[_Relay(events)],
             failure_config=tune.FailureConfig(max_failures=search.max_failures),
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             verbose=0,
         ),
     ).fit()
-    relay.finish()
 
 
 def _scheduler(search: SearchConfig, steps: int) -> TrialScheduler:
     scheduler = search.scheduler
     if scheduler.kind == "none":
         return FIFOScheduler()
-    return AsyncHyperBandScheduler(
+    return _Asha(
         time_attr="step",  # not Tune's iteration: that starts again when an actor does
         metric=scheduler.metric,
         mode="min",
@@ -159,6 +157,26 @@ def _scheduler(search: SearchConfig, steps: int) -> TrialScheduler:
         grace_period=min(scheduler.grace, steps),
         reduction_factor=scheduler.reduction,
     )
+
+
+class _Asha(AsyncHyperBandScheduler):
+    """Asks a data-parallel trial to stop, where Tune would kill it.
+
+    Killed, it would leave its workers' cores taken: Ray Train's cleaner asks the dashboard whether the trial is still
+    there, and a local Ray has none. Asked, it ends by itself at its next journal point.
+    """
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = str(super().on_trial_result(tune_controller, trial, result))
+        job = trial.config["job"]
+        if (
+            decision == TrialScheduler.STOP
+            and result["state"] == "running"
+            and tasks.trial_of(job).training.workers > 1
+        ):
+            tasks.ask_to_stop(job)
+            return str(TrialScheduler.CONTINUE)
+        return decision
 
 
 def _digest(trial: Any) -> str:
@@ -170,7 +188,7 @@ class _Relay(tune.Callback):
 
     def __init__(self, events: Events) -> None:
         self._events = events
-        self._left_behind: list[tuple[float, dict[str, Any]]] = []  # (when to free it, last result of a stopped trial)
+        self._left_behind: list[tuple[float, dict[str, Any]]] = []  # (when to free it, last result of a dead trial)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune writes its callbacks into a snapshot, which nobody restores here
@@ -180,12 +198,13 @@ class _Relay(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         result = trial.last_result
-        if result.get("state") == "running":
-            self._left_behind.append((time.monotonic() + TO_DIE_S, result))
         if result.get("state") == "failed":
             self._events.failed(_digest(trial), str(result["detail"]))
         else:
             self._events.trained(_digest(trial), result)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._left_behind.append((time.monotonic() + TO_DIE_S, trial.last_result))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._left_behind.append((time.monotonic() + TO_DIE_S, trial.last_result))
@@ -195,13 +214,6 @@ class _Relay(tune.Callback):
         self._events.tick()
         while self._left_behind and self._left_behind[0][0] < time.monotonic():
             tasks.free_workers(self._left_behind.pop(0)[1])
-
-    def finish(self) -> None:
-        """Frees what the last trials left behind."""
-        while self._left_behind:
-            due, result = self._left_behind.pop(0)
-            time.sleep(max(0.0, due - time.monotonic()))
-            tasks.free_workers(result)
 
 
 def _last_line(path: str | None) -> str:

@@ -21,7 +21,7 @@ from workers.data import Source
 from workers.storage import Storage
 
 FLUSH_S = 60.0  # how long the end of a sweep waits for MLflow
-STATUS: dict[str, Status] = {"done": "FINISHED", "pruned": "KILLED"}  # else FAILED
+STATUS: dict[str, Status] = {"done": "FINISHED", "pruned": "KILLED", "running": "KILLED"}  # else FAILED
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """What several tests share: a storage, a tiny trial on the digits, and the program run as a user runs it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,8 +9,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,4 +97,40 @@ def _environment_of(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
     except (FileNotFoundError, PermissionError, ProcessLookupError):
+        return ""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """(experiment file, storage, output) of a sweep that ran undisturbed. Tests only add to it."""
+    folder = tmp_path_factory.mktemp("finished")
+    file, storage = folder / "tiny.yaml", folder / "runs"
+    file.write_text(TINY)
+    result = sweep(file, "--storage", storage)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return file, storage, result.stdout
+
+
+def statuses(storage: Path) -> dict[str, dict[str, Any]]:
+    return {p.parent.name: json.loads(p.read_text()) for p in storage.glob("trials/*/status.json")}
+
+
+def state_of(storage: Path) -> dict[str, tuple[str, int]]:
+    return {digest: (status["state"], status["step"]) for digest, status in statuses(storage).items()}
+
+
+def runs(storage: Path, name: str = "tiny") -> tuple[Run, list[Run]]:
+    """The sweep's run and its trials', from MLflow."""
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    experiment = client.get_experiment_by_name(name)
+    assert experiment
+    found = client.search_runs([experiment.experiment_id])
+    [parent] = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    return parent, [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+
+
+def title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except FileNotFoundError:
         return ""

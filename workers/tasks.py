@@ -24,7 +24,7 @@ from workers.data import prepare
 from workers.evaluation import Block, Model, run_block
 from workers.frechet import Reference, prepare_reference, reference_path
 from workers.storage import Storage
-from workers.training import World
+from workers.training import World, stop_path
 from workers.training import train as training_loop
 
 PENALTY_BPD = 100.0  # what schedulers and searchers are told of a trial that diverged or failed
@@ -131,11 +131,15 @@ def _data_parallel_worker(job: Job) -> None:
         train.report({**result, "placement_group": group})
 
 
-def free_workers(result: dict[str, Any]) -> None:
-    """Gives back the cores of a data-parallel trial that was stopped early, from its last result.
+def ask_to_stop(job: Job) -> None:
+    """The training loop of the job ends as pruned at its next journal point."""
+    Storage(job["storage"]).write(stop_path(folder_of(job["digest"])), b"")
 
-    Tune kills the trial's own actor; Ray Train's cleaner, which should free the workers then, asks the dashboard
-    whether they are still wanted, and a local Ray has none.
+
+def free_workers(result: dict[str, Any]) -> None:
+    """Gives back the cores of a data-parallel trial whose actor died, from its last result.
+
+    Ray Train's cleaner should do it, but asks the dashboard who is still there, and a local Ray has none.
     """
     if group := result.get("placement_group"):
         remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))

@@ -42,7 +42,7 @@ from workers.storage import Storage
 from workers.unet import UNet
 from workers.unet_config import unet_config
 
-State = Literal["running", "finished", "diverged"]
+State = Literal["running", "finished", "diverged", "pruned"]
 POINTS = 10  # training points in the journal between two validations
 
 
@@ -66,6 +66,10 @@ class Progress:
     detail: str = ""
 
 
+class Pruned(Exception):
+    """The driver asked the trial to stop."""
+
+
 class Diverged(Exception):
     """The loss or the gradient is not finite: a result of the trial, not a fault."""
 
@@ -87,7 +91,9 @@ def train(
                 return
             loop.advance()
     except Diverged as diverged:
-        yield loop.diverged(str(diverged))
+        yield loop.ended("diverged", f"diverged by step {loop.step}: {diverged}")
+    except Pruned:
+        yield loop.ended("pruned", f"pruned by step {loop.step}")
 
 
 class _Loop:
@@ -110,7 +116,7 @@ class _Loop:
         if self.checkpoint:
             self._restore(self.checkpoint)
         self.network: nn.Module = DistributedDataParallel(self.unet) if world.size > 1 else self.unet
-        self.sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+        self.sums = torch.zeros(5, dtype=torch.float64, device=world.device)
         self.orders: dict[int, np.ndarray] = {}
 
     def due(self, every: int) -> bool:
@@ -152,7 +158,7 @@ class _Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._average()
-        self.sums += torch.stack([loss.weighted.detach().mean(), loss.eps_mse.mean(), norm, torch.ones_like(norm)])
+        self.sums[:4] += torch.stack([loss.weighted.detach().mean(), loss.eps_mse.mean(), norm, torch.ones_like(norm)])
 
     def _batch(self, noises: Sequence[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
         """This worker's part of the global batch: x_0 and eps float32 (n, C, H, W), t int64 (n,) in 1..T."""
@@ -175,11 +181,14 @@ class _Loop:
         torch._foreach_lerp_(list(self.ema.values()), self.raw, 1 - decay)
 
     def _note_training(self) -> None:
-        """A point of means since the last one, over all workers. Raises Diverged on all of them at once."""
+        """A point of means since the last one, over all workers. Raises Diverged or Pruned on all of them at once."""
         sums = self.sums.clone()
         self.sums.zero_()
+        sums[4] = self.world.rank == 0 and self.storage.exists(stop_path(self.folder))
         if self.world.size > 1:
             torch.distributed.all_reduce(sums)
+        if sums[4]:
+            raise Pruned
         weighted, mse, norm = (sums[:3] / sums[3]).tolist()
         if not (math.isfinite(weighted) and math.isfinite(norm)):
             raise Diverged(f"loss {weighted:g}, gradient norm {norm:g}")
@@ -220,8 +229,8 @@ class _Loop:
             raise Diverged(f"valid/nll_bpd {nll_bpd.item():g}")
         return self._progress("finished" if self.step == self.trial.training.steps else "running")
 
-    def diverged(self, why: str) -> Progress:
-        return self._progress("diverged", f"diverged by step {self.step}: {why}")
+    def ended(self, state: State, why: str) -> Progress:
+        return self._progress(state, why)
 
     def _progress(self, state: State, detail: str = "") -> Progress:
         names = ("valid/nll_bpd", "valid/nll_bpd_se")
@@ -283,6 +292,11 @@ class _Averaged:
 
     def __exit__(self, *_: object) -> None:
         self.unet.load_state_dict(self.raw)
+
+
+def stop_path(folder: str) -> str:
+    """The file that asks the trial in `folder` to stop at its next journal point."""
+    return f"{folder}/stop"
 
 
 def learning_rate(training: TrainingConfig, step: int) -> float:

@@ -1,11 +1,12 @@
 """Trials of several workers under Ray Train: an early stop gives the cores back, a killed worker is replaced."""
 
+import json
 import os
 import signal
 from pathlib import Path
 
-from conftest import Started, sweep
-from test_sweep import _title, state_of
+import pytest
+from conftest import Started, state_of, statuses, sweep, title
 
 TWO = ["training.workers=2", "search.max_concurrent=1", "evaluation={nll: {images: 25}, fid: null}"]
 
@@ -28,9 +29,28 @@ def test_a_killed_worker_of_a_group_is_replaced_from_the_last_checkpoint(tiny: P
     )
     try:
         started.wait_until(lambda: any(storage.glob("trials/*/checkpoints/step-*/manifest.json")))
-        [victim, *_] = [pid for pid in started.family() if "RayTrainWorker" in _title(pid)]
+        [victim, *_] = [pid for pid in started.family() if "RayTrainWorker" in title(pid)]
         os.kill(victim, signal.SIGKILL)
         assert started.process.wait(timeout=300) == 0
         assert set(state_of(storage).values()) == {("finished", 600)}
     finally:
         started.end()
+
+
+def test_two_workers_under_ray_train_end_where_one_does(tiny: Path, tmp_path: Path) -> None:
+    """The same digest, hosted by Ray Train with two workers over gloo: losses and bounds equal up to rounding."""
+    for workers in (1, 2):
+        result = sweep(tiny, "--storage", tmp_path / str(workers), *TWO[1:], f"training.workers={workers}")
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert state_of(tmp_path / "1") == state_of(tmp_path / "2")
+    for digest in statuses(tmp_path / "1"):
+        theirs, ours = (_metrics(tmp_path / f"{workers}/trials/{digest}/journal.jsonl") for workers in (1, 2))
+        assert ours.keys() == theirs.keys() and len(ours) > 20
+        for key, value in theirs.items():
+            assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-7), key
+
+
+def _metrics(journal: Path) -> dict[tuple[int, str], float]:
+    points = map(json.loads, journal.read_text().splitlines())
+    pairs = ((p["step"], n, v) for p in points for n, v in p.get("metrics", {}).items())
+    return {(step, name): value for step, name, value in pairs if name != "train/images_per_s"}
