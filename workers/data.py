@@ -112,6 +112,13 @@ class Dataset:
     held_out_labels: NDArray[np.int64] | None  # int64 N
 
 
+def absolute(config: DataConfig) -> DataConfig:
+    """`config` with an absolute path, for processes that have another current directory."""
+    if config.source in BUILT_IN:
+        return config
+    return config.model_copy(update={"source": str(Path(config.source).expanduser().absolute())})
+
+
 def fingerprint(config: DataConfig, cache: Path | None = None) -> str:
     """The address of the decoded data set, 16 hex digits: it follows from the bytes at the source, not their path."""
     with _about(config):

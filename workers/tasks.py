@@ -20,7 +20,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from workers import checkpoint as checkpoints
 from workers.config import Trial
-from workers.data import prepare
+from workers.data import absolute, prepare
 from workers.evaluation import Block, Model, run_block
 from workers.frechet import Reference, prepare_reference, reference_path
 from workers.storage import Storage
@@ -32,6 +32,7 @@ Job = dict[str, Any]  # {"storage": root, "digest": address, "trial": Trial as J
 
 
 def make_job(storage: Storage, digest: str, trial: Trial, gpus: int) -> Job:
+    trial = trial.model_copy(update={"data": absolute(trial.data)})
     return {"storage": storage.root, "digest": digest, "trial": trial.model_dump_json(), "gpus": gpus}
 
 

@@ -1,5 +1,6 @@
 """The command as a user runs it, on a real local Ray and a real MLflow store."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import runs, statuses, sweep
+from conftest import ROOT, runs, statuses, sweep
 from mlflow import MlflowClient
+from PIL import Image
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -85,6 +87,17 @@ def test_more_samples_compute_only_the_missing_blocks(finished: tuple[Path, Path
     after = {p: p.stat().st_mtime_ns for p in storage.glob("evaluations/*/*/*.parquet")}
     assert all(after[p] == time for p, time in before.items())
     assert sorted(p.name for p in after.keys() - before.keys()) == ["block-00001.parquet"] * 2
+
+
+def test_images_at_a_relative_path_reach_the_workers(tiny: Path, tmp_path: Path) -> None:
+    for i in range(60):
+        file = tmp_path / f"images/{i % 2}/{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (4 * i, 255 - 4 * i, i)).save(file)
+    source = os.path.relpath(tmp_path / "images", ROOT)
+    result = sweep(tiny, "--storage", tmp_path / "runs", f"data.source={source}", "search.space={}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "fd_classifier" in result.stdout and " done" in result.stdout
 
 
 @pytest.mark.parametrize(
