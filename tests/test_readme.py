@@ -11,7 +11,7 @@ from conftest import ROOT, environment, sweep
 from PIL import Image
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+BLOCKS = re.findall(r"^ *```sh\n(.*?)^ *```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 SWEEPS = [c for c in COMMANDS if "orchestrator.sweep" in c]
 

@@ -25,14 +25,21 @@ def test_an_early_stop_gives_the_cores_back_to_the_trials_that_follow(tiny: Path
 def test_a_killed_worker_of_a_group_is_replaced_from_the_last_checkpoint(tiny: Path, tmp_path: Path) -> None:
     storage = tmp_path / "runs"
     started = Started(
-        tiny, "--storage", storage, *TWO, "search.space={}", "training.steps=600", "training.validate_every=200"
+        tiny,
+        "--storage",
+        storage,
+        *TWO,
+        "search.space={}",
+        "training.steps=300",
+        "training.validate_every=100",
+        "training.checkpoint_every=50",
     )
     try:
         started.wait_until(lambda: any(storage.glob("trials/*/checkpoints/step-*/manifest.json")))
         [victim, *_] = [pid for pid in started.family() if "RayTrainWorker" in title(pid)]
         os.kill(victim, signal.SIGKILL)
         assert started.process.wait(timeout=300) == 0
-        assert set(state_of(storage).values()) == {("finished", 600)}
+        assert set(state_of(storage).values()) == {("finished", 300)}
     finally:
         started.end()
 

@@ -12,7 +12,14 @@ def test_resumes_after_a_kill_of_the_driver_and_ends_in_the_same_bits(
     finished: tuple[Path, Path, str], tmp_path: Path
 ) -> None:
     file, undisturbed, _ = finished
-    arguments = (file, "--storage", tmp_path, "training.steps=400", "training.validate_every=100")
+    arguments = (
+        file,
+        "--storage",
+        tmp_path,
+        "training.steps=400",
+        "training.validate_every=100",
+        "training.checkpoint_every=50",
+    )
     started = Started(*arguments)
     try:
         started.wait_until(lambda: any(tmp_path.glob("trials/*/checkpoints/step-*/manifest.json")))
@@ -42,7 +49,9 @@ def test_resumes_after_a_kill_of_the_driver_and_ends_in_the_same_bits(
 
 def test_a_killed_worker_is_replaced_and_its_trial_goes_on(tiny: Path, tmp_path: Path) -> None:
     storage = tmp_path / "runs"
-    started = Started(tiny, "--storage", storage, "training.steps=400", "training.validate_every=100")
+    started = Started(
+        tiny, "--storage", storage, "training.steps=400", "training.validate_every=100", "training.checkpoint_every=50"
+    )
     try:
         started.wait_until(lambda: any(storage.glob("trials/*/checkpoints/step-*/manifest.json")))
         [victim, *_] = [pid for pid in started.family() if "OneWorker" in title(pid)]
@@ -87,7 +96,7 @@ def test_asha_prunes_on_the_bound_and_says_so(tiny: Path, tmp_path: Path) -> Non
 
 def test_ctrl_c_leaves_no_process_and_says_how_to_resume(tiny: Path, tmp_path: Path) -> None:
     storage = tmp_path / "runs"
-    started = Started(tiny, "--storage", storage, "training.steps=100000")
+    started = Started(tiny, "--storage", storage, "training.steps=100000", "training.checkpoint_every=50")
     try:
         started.wait_until(lambda: any(storage.glob("trials/*/checkpoints/step-*/manifest.json")))
         started.process.send_signal(signal.SIGINT)
