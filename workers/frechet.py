@@ -18,7 +18,8 @@ from workers.data import Dataset
 from workers.storage import Storage
 
 HIDDEN = 64  # features of the classifier
-EPOCHS = 60  # at most; fewer when 10 epochs bring no gain
+EPOCHS = 60  # at most
+SEEN = 300_000  # images, over all epochs: beyond, the epochs get fewer, down to 5
 CHUNK = 1000  # images featurised at a time
 
 
@@ -121,7 +122,8 @@ def classifier(dataset: Dataset) -> Reference:
 
     if dataset.train_labels is None or dataset.held_out_labels is None:
         raise ValueError("evaluation.fid.features: the classifier needs labels, and the data set has none")
-    model = MLPClassifier((HIDDEN,), max_iter=EPOCHS, random_state=0)
+    epochs = max(5, min(EPOCHS, SEEN // len(dataset.train)))
+    model = MLPClassifier((HIDDEN,), max_iter=epochs, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a fixed number of epochs is the recipe
         model.fit(_flat(dataset.train, dataset.levels), dataset.train_labels)
