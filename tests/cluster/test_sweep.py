@@ -95,7 +95,9 @@ def test_images_at_a_relative_path_reach_the_workers(tiny: Path, tmp_path: Path)
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (4 * i, 255 - 4 * i, i)).save(file)
     source = os.path.relpath(tmp_path / "images", ROOT)
-    result = sweep(tiny, "--storage", tmp_path / "runs", f"data.source={source}", "search.space={}")
+    result = sweep(
+        tiny, "--storage", tmp_path / "runs", f"data.source={source}", "search.space={}", "evaluation.nll.images=all"
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "fd_classifier" in result.stdout and " done" in result.stdout
 
