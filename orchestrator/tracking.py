@@ -311,7 +311,7 @@ class _Line:
     def _is_up(self) -> bool:
         try:
             self._answers()
-        except Exception:
+        except Exception:  # a probe: whatever it raises, the server is not up; the reason is logged
             log.debug("MLflow is down", exc_info=True)
             return False
         return True
