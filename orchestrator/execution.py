@@ -29,6 +29,7 @@ from workers.config import Mistake, TrainingConfig
 from workers.evaluation import Block
 
 TO_DIE_S = 5.0  # until the processes of a dead trial are gone: freed before, Ray Train would take its cores again
+BLOCK_CPUS = 0.9  # not a whole one: the drivers of data-parallel trials take a little of the core that is kept free
 BLOCK_GPUS = 0.25  # of a GPU, for an evaluation block where trials train on GPUs
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files beside our journal
@@ -169,14 +170,11 @@ class _Asha(AsyncHyperBandScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         decision = str(super().on_trial_result(tune_controller, trial, result))
         job = trial.config["job"]
-        if (
-            decision == TrialScheduler.STOP
-            and result["state"] == "running"
-            and tasks.trial_of(job).training.workers > 1
-        ):
+        if decision != TrialScheduler.STOP or tasks.trial_of(job).training.workers == 1:
+            return decision
+        if result["state"] == "running":  # else it is at its last step, or ends by itself
             tasks.ask_to_stop(job)
-            return str(TrialScheduler.CONTINUE)
-        return decision
+        return str(TrialScheduler.CONTINUE)
 
 
 def _digest(trial: Any) -> str:
@@ -242,7 +240,7 @@ class Evaluations:
         reference = (data_digest, fid.features if fid else "")
         if reference not in self._references:
             self._references[reference] = tasks.make_reference.remote(job["storage"], job["trial"]) if fid else None
-        options = {"num_cpus": 1, "num_gpus": BLOCK_GPUS if job["gpus"] else 0}
+        options = {"num_cpus": BLOCK_CPUS, "num_gpus": BLOCK_GPUS if job["gpus"] else 0}
         refs = [
             tasks.make_block.options(**options).remote(job, checkpoint, block, self._references[reference])
             for block in blocks
