@@ -342,7 +342,6 @@ class Tracker:
             ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),  # repeating is this module's business, and interruptible
             ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
             ("MLFLOW_DISABLE_TELEMETRY", "true"),
-            ("MLFLOW_LOGGING_LEVEL", "WARNING"),
             ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
             ("DO_NOT_TRACK", "true"),
         ):
@@ -503,7 +502,8 @@ class Tracker:
         """Imports MLflow (seconds), opens the database or finds the server, and finds or makes the experiment."""
         from mlflow import MlflowClient
 
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+        for noisy, level in (("mlflow", logging.WARNING), ("urllib3.connectionpool", logging.ERROR)):
+            logging.getLogger(noisy).setLevel(level)
         self._ask()
         self._client = MlflowClient(tracking_uri=self.uri)
         experiment = self._client.get_experiment_by_name(self.name)
