@@ -105,14 +105,25 @@ class SamplerConfig(Record):
 
 
 class NLLConfig(Record):
+    """The bound in bits/dim: every t, or t = 1 and a stratified sample of 2..T, drawn from `proposal` and weighted."""
+
     images: Count = "all"
     timesteps: Count = "all"
+    proposal: Literal["uniform", "log_uniform"] = "log_uniform"
 
 
 class FIDConfig(Record):
+    """What is measured of samples: the Fréchet distance, and `also` others, between their features and real images'."""
+
     samples: int = Field(default=1000, ge=2)
     sampler: SamplerConfig = SamplerConfig()
-    features: Literal["classifier"] = "classifier"
+    quantise: Literal["round", "truncate"] = "round"
+    features: Literal["classifier", "inception"] = "classifier"
+    reference: Literal["train", "held_out"] = "train"
+    reference_images: Count = "all"
+    also: tuple[Literal["kid", "precision_recall", "inception_score"], ...] = Field(
+        default=("kid", "precision_recall"), strict=False
+    )
 
 
 class EvaluationConfig(Record):
@@ -130,6 +141,21 @@ class Trial(Record):
     loss: LossConfig = LossConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+
+
+class Measurement(Record):
+    """What is measured of a checkpoint, whatever made it. `ema` is the length of its average, where it is known."""
+
+    seed: int = Field(default=0, ge=0)
+    data: DataConfig
+    T: int = Field(ge=1)
+    ema: float | None = None
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @staticmethod
+    def of(trial: Trial) -> "Measurement":
+        ema, T = trial.training.ema, trial.diffusion.T
+        return Measurement(seed=trial.seed, data=trial.data, T=T, ema=ema, evaluation=trial.evaluation)
 
 
 # Settings of `training` that place or observe a run and leave its weights as they are.

@@ -1,63 +1,22 @@
-"""Bits/dim of images under a checkpoint: squared errors by the network, then the bound by arithmetic.
+"""Likelihood: the network's errors on (image, t) pairs, which `workers.ledger` turns into bits/dim.
 
 `pair_errors` is the only part that evaluates the network: it turns (image, t) pairs into |x_0 - x_0_hat|^2, and the
-pairs at t = 1 into decoder terms. `Ledger` collects them; `per_image_bpd` sums the bound of eq. (5) from it.
-All calls batch pairs of any t together.
+pairs at t = 1 into decoder terms. Pairs of any t are batched together. Which t are measured is a proposal's choice.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from workers.diffusion.bound import decoder_term, diffusion_terms, prior_term
+from workers.diffusion.bound import decoder_term
 from workers.diffusion.process import EpsModel, Process
+from workers.ledger import DECODER_FACTORS, Bound, Ledger, bound
 from workers.noise import generator
 
 BATCH = 250  # pairs a network evaluation
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """What was measured of (image, t) pairs: float64 and int64 arrays of one length, a row a pair."""
-
-    image: np.ndarray
-    t: np.ndarray
-    squared_error: np.ndarray  # |x_0 - x_0_hat(x_t, t)|^2, summed over the dimensions
-    decoder_nats: np.ndarray  # L_0 at t = 1, else 0
-    weight: np.ndarray  # of the term in the sum over t: 1 where every t is measured
-
-    @staticmethod
-    def join(parts: list["Ledger"]) -> "Ledger":
-        """The rows of all parts in order of (image, t), whatever the order of the parts."""
-        columns = [np.concatenate(c) for c in zip(*(vars(p).values() for p in parts), strict=True)]
-        order = np.lexsort((columns[1], columns[0]))
-        return Ledger(*(c[order] for c in columns))
-
-
-@dataclass(frozen=True)
-class Bound:
-    """The bound in bits/dim, image by image; each array float64 (images,). Their sum is `total`."""
-
-    prior: np.ndarray  # L_T
-    diffusion: np.ndarray  # sum over t > 1 of L_{t-1}
-    decoder: np.ndarray  # L_0
-
-    @property
-    def total(self) -> np.ndarray:
-        return np.asarray(self.prior + self.diffusion + self.decoder)
-
-    @property
-    def mean(self) -> float:
-        return float(self.total.mean())
-
-    @property
-    def standard_error(self) -> float:
-        """Of the mean over images; it contains the error from sampled timesteps. 0 for a single image."""
-        n = len(self.total)
-        return float(self.total.std(ddof=1) / n**0.5) if n > 1 else 0.0
 
 
 @torch.no_grad()
@@ -86,30 +45,10 @@ def pair_errors(
         x_0_hat = process.predict_x_0(x_t, times[part], eps_hat, clip)
         errors.append((x_0[part] - x_0_hat).double().square().flatten(1).sum(1))
         first = times[part] == 1
-        decoder = torch.zeros(len(x_t), dtype=torch.float64, device=x_t.device)
-        if first.any():
-            mean = process.posterior_mean(x_0_hat[first], x_t[first], times[part][first])
-            sigma = float(process.sigma_squared[0].sqrt())
-            decoder[first] = decoder_term(x_0[part][first], mean, sigma, levels)
-        nats.append(decoder)
-    return Ledger(image, t, torch.cat(errors).cpu().numpy(), torch.cat(nats).cpu().numpy(), weight)
-
-
-def bound(process: Process, ledger: Ledger, squared_norm: np.ndarray, dimensions: int) -> Bound:
-    """The bound of each image from its pairs: every t of 1..T, or t = 1 and a weighted sample of 2..T.
-
-    `squared_norm` float64 (images,) is |x_0|^2 of the images in ascending order of their names in the ledger.
-    """
-    names, row = np.unique(ledger.image, return_inverse=True)
-    assert len(names) == len(squared_norm)
-    later = ledger.t > 1
-    t, error = torch.from_numpy(ledger.t[later]), torch.from_numpy(ledger.squared_error[later])
-    terms = diffusion_terms(process, t, error, dimensions).numpy()
-    diffusion = np.bincount(row[later], weights=terms * ledger.weight[later], minlength=len(names))
-    decoder = np.bincount(row, weights=ledger.decoder_nats, minlength=len(names))
-    prior = prior_term(process, torch.from_numpy(squared_norm), dimensions).numpy()
-    unit = dimensions * np.log(2)  # nats an image -> bits a dimension
-    return Bound(prior / unit, diffusion / unit, decoder / unit)
+        mean = process.posterior_mean(x_0_hat[first], x_t[first], times[part][first])
+        sigmas = (process.sigma_squared[0] * torch.from_numpy(DECODER_FACTORS)).sqrt().tolist()
+        nats.append(torch.stack([decoder_term(x_0[part][first], mean, sigma, levels) for sigma in sigmas], dim=1))
+    return Ledger(image, t, torch.cat(errors).cpu().numpy(), weight, torch.cat(nats).cpu().numpy())
 
 
 def all_times(T: int, images: int) -> tuple[np.ndarray, np.ndarray]:
@@ -117,27 +56,47 @@ def all_times(T: int, images: int) -> tuple[np.ndarray, np.ndarray]:
     return np.tile(np.arange(1, T + 1), (images, 1)), np.ones((images, T))
 
 
-def stratified_times(T: int, strata: int, images: int, noise: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """t = 1, and one draw from each of `strata` parts of 2..T for each image: (t, weight), (images, strata + 1).
+def uniform(T: int, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """t uniform on 2..T."""
+    t = np.clip(np.floor(2 + (T - 1) * v).astype(np.int64), 2, T)
+    return t, np.full(t.shape, 1 / (T - 1))
 
-    The parts are equally long in log t, since L_{t-1} falls about as 1 / t, and a term weighs 1 / (strata p(t)): the
-    weighted sum is unbiased for any network. Within a part the images' draws form a Latin hypercube, so that together
-    they cover it evenly. With strata >= T - 1 it is every t once.
+
+def log_uniform(T: int, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """t uniform in its logarithm: importance sampling for terms L_{t-1} that fall about as 1 / t."""
+    span = math.log((T + 1) / 2)
+    t = np.clip(np.floor(2 * np.exp(span * v)).astype(np.int64), 2, T)
+    return t, np.log((t + 1) / t) / span
+
+
+# From v uniform on [0, 1) to t in 2..T, increasing in v, and its probability p(t).
+PROPOSALS: dict[str, Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
+    "uniform": uniform,
+    "log_uniform": log_uniform,
+}
+
+
+def stratified_times(
+    T: int, strata: int, images: int, noise: torch.Generator, proposal: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """t = 1, and one draw from each of `strata` equally likely parts of 2..T for each image: (t, weight) (images, n).
+
+    A term weighs 1 / (strata p(t)), so the weighted sum over t is unbiased for any network and proposal. Within a part
+    the images' draws form a Latin hypercube, so that together they cover it evenly. With strata >= T - 1 it is every t
+    once.
     """
     if strata >= T - 1:
         return all_times(T, images)
     order = torch.stack([torch.randperm(images, generator=noise) for _ in range(strata)], dim=1)
     u = (order + torch.rand((images, strata), generator=noise, dtype=torch.float64)).numpy() / images
-    span = math.log((T + 1) / 2)  # t is the whole part of 2 exp(span * uniform)
-    t = np.clip(np.floor(2 * np.exp(span * (np.arange(strata) + u) / strata)).astype(np.int64), 2, T)
-    weight = span / (strata * np.log((t + 1) / t))
+    t, probability = PROPOSALS[proposal](T, (np.arange(strata) + u) / strata)
     first = np.ones((images, 1))
-    return np.concatenate([first.astype(np.int64), t], axis=1), np.concatenate([first, weight], axis=1)
+    return np.concatenate([first.astype(np.int64), t], axis=1), np.concatenate([first, 1 / (strata * probability)], 1)
 
 
 def estimate(process: Process, eps_theta: EpsModel, x_0: Tensor, strata: int, levels: int, *where: int | str) -> Bound:
     """The bound of each of x_0 (N, C, H, W) from `strata` timesteps an image; its noise lies at the address `where`."""
-    t, weight = stratified_times(process.T, strata, len(x_0), generator(*where, "t"))
+    t, weight = stratified_times(process.T, strata, len(x_0), generator(*where, "t"), "log_uniform")
     image = np.repeat(np.arange(len(x_0)), t.shape[1])
     noise = generator(*where, "eps", device=x_0.device)
     ledger = pair_errors(process, eps_theta, x_0[image], image, t.reshape(-1), weight.reshape(-1), noise, levels)

@@ -24,10 +24,15 @@ def prior_term(process: Process, squared_norm: Tensor, dimensions: int) -> Tenso
     return 0.5 * (last * squared_norm - dimensions * (last + torch.log1p(-last)))
 
 
-def diffusion_terms(process: Process, t: Tensor, squared_error: Tensor, dimensions: int) -> Tensor:
-    """L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)) in nats, from |x_0 - x_0_hat|^2 (N,), for t > 1."""
+def diffusion_terms(
+    process: Process, t: Tensor, squared_error: Tensor, dimensions: int, sigma_squared: Tensor | None = None
+) -> Tensor:
+    """L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)) in nats, for t > 1.
+
+    From |x_0 - x_0_hat|^2, of t's shape. `sigma_squared` float64 (T,) stands for the process's own variance.
+    """
     i = t - 1
-    true, model = process.beta_tilde[i], process.sigma_squared[i]
+    true, model = process.beta_tilde[i], (process.sigma_squared if sigma_squared is None else sigma_squared)[i]
     spread = 0.5 * dimensions * (torch.log(model / true) + true / model - 1)
     return spread + process.posterior_x_0[i].square() * squared_error / (2 * model)
 

@@ -1,0 +1,139 @@
+"""Which blocks an evaluation is made of, and where they lie: pure functions of what is measured.
+
+    evaluations/<checkpoint>/nll-<key>/block-00007.parquet                    |x_0 - x_0_hat|^2 of images x timesteps
+    evaluations/<checkpoint>/samples-<key>/block-00007.parquet                images by seed
+    evaluations/<checkpoint>/samples-<key>-<features>/block-00007.parquet     their features
+    references/<data>-<split>-<features>/block-00007.parquet                  features of real images
+
+A key holds what is measured and not how much of it: asking for more images, samples or features adds blocks and leaves
+the others where they are.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from workers.config import Count, FIDConfig, Measurement, digest
+from workers.data import Dataset, Source
+
+VERSION = 2  # of what blocks hold: raise it when the same checkpoint would give other numbers
+IMAGES, TIMES = 25, 100  # an NLL block: so many images times so many timesteps
+SAMPLES = 100  # a block of samples, and of their features
+REAL = 500  # a block of real images' features
+
+
+class Images(NamedTuple):
+    """The data set as far as it decides about blocks."""
+
+    digest: str
+    train: int
+    held_out: int
+    levels: int
+
+    @staticmethod
+    def of(data: Source | Dataset) -> "Images":
+        if isinstance(data, Source):
+            return Images(data.digest, data.train, data.held_out, data.levels)
+        return Images(data.digest, len(data.train), len(data.held_out), data.levels)
+
+    def count(self, split: str) -> int:
+        return int(getattr(self, split))
+
+
+@dataclass(frozen=True)
+class Block:
+    """One piece of work and of its result: the unit of parallelism, retry and caching."""
+
+    kind: str  # a name in evaluation.KINDS
+    folder: str
+    number: int
+    needs: tuple["Block", ...] = ()  # blocks that must be there before
+
+    @property
+    def path(self) -> str:
+        return f"{self.folder}/block-{self.number:05}.parquet"
+
+
+def asked(count: Count, available: int) -> int:
+    return available if count == "all" else min(count, available)
+
+
+def nll_images(m: Measurement, images: Images) -> int:
+    """How many held-out images the bound is measured on."""
+    return asked(m.evaluation.nll.images, images.held_out) if m.evaluation.nll else 0
+
+
+def strata(m: Measurement) -> int | None:
+    """Timesteps sampled an image, besides t = 1; None where every t is measured."""
+    assert m.evaluation.nll
+    timesteps = m.evaluation.nll.timesteps
+    return None if timesteps == "all" or timesteps >= m.T else max(1, timesteps - 1)
+
+
+def time_blocks(m: Measurement) -> int:
+    """Blocks that share the same images."""
+    return 1 if strata(m) is not None else math.ceil(m.T / TIMES)
+
+
+def nll_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
+    """The blocks that hold the first `nll.images` of the held-out split; numbers grow by image, then by t."""
+    if m.evaluation.nll is None:
+        return []
+    sampled = None if strata(m) is None else [strata(m), m.evaluation.nll.proposal]
+    folder = f"evaluations/{checkpoint}/nll-{digest([VERSION, images.digest, m.seed, sampled])}"
+    rows = math.ceil(nll_images(m, images) / IMAGES)
+    return [Block("nll", folder, k) for k in range(rows * time_blocks(m))]
+
+
+def sample_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
+    fid = m.evaluation.fid
+    if fid is None:
+        return []
+    key = digest([VERSION, m.seed, fid.sampler.model_dump(mode="json"), fid.quantise, images.levels])
+    folder = f"evaluations/{checkpoint}/samples-{key}"
+    return [Block("samples", folder, k) for k in range(math.ceil(fid.samples / SAMPLES))]
+
+
+def feature_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
+    """The features of the samples. Those of the classifier belong to the data it was trained on."""
+    fid = m.evaluation.fid
+    if fid is None:
+        return []
+    space = f"{fid.features}-{images.digest}" if fid.features == "classifier" else fid.features
+    return [Block("features", f"{b.folder}-{space}", b.number, (b,)) for b in sample_blocks(m, checkpoint, images)]
+
+
+def reference_blocks(m: Measurement, images: Images) -> list[Block]:
+    """The features of the real images that the samples are held against."""
+    fid = m.evaluation.fid
+    if fid is None:
+        return []
+    folder = reference_folder(fid, images)
+    return [Block("reference", folder, k) for k in range(math.ceil(reference_images(fid, images) / REAL))]
+
+
+def reference_folder(fid: FIDConfig, images: Images) -> str:
+    return f"references/{images.digest}-{fid.reference}-{fid.features}"
+
+
+def reference_images(fid: FIDConfig, images: Images) -> int:
+    return asked(fid.reference_images, images.count(fid.reference))
+
+
+def blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
+    """All blocks of an evaluation, each after those that it needs."""
+    return [
+        *nll_blocks(m, checkpoint, images),
+        *reference_blocks(m, images),
+        *sample_blocks(m, checkpoint, images),
+        *feature_blocks(m, checkpoint, images),
+    ]
+
+
+def summary_path(m: Measurement, checkpoint: str, images: Images) -> str:
+    return f"evaluations/{checkpoint}/summary-{protocol_key(m, images)}.json"
+
+
+def protocol_key(m: Measurement, images: Images) -> str:
+    """What names a way of measuring: the same key, the same protocol."""
+    return digest([VERSION, images.digest, m.seed, m.evaluation.model_dump(mode="json")])

@@ -1,0 +1,104 @@
+"""Feature spaces: from images to the vectors between whose distributions a distance is taken.
+
+`classifier` is a small perceptron that scikit-learn trains once, with a fixed seed, on the training split; its hidden
+layer is the space. `inception` is the network that FID is defined by. A distance means nothing without its space, so
+its name carries it.
+"""
+
+import hashlib
+import io
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from workers.data import Dataset
+from workers.inception import load_inception
+from workers.storage import Storage
+
+HIDDEN = 64  # features of the classifier
+EPOCHS = 60  # at most
+SEEN = 300_000  # images, over all epochs: beyond, the epochs get fewer, down to 5
+
+
+class FeatureSpace(Protocol):
+    """Where images become vectors. The same images give the same vectors however many a call has."""
+
+    @property
+    def digest(self) -> str:
+        """The address of the space: of the extractor's weights."""
+        ...
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """uint8 NHWC -> float (N, d)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Classifier:
+    weights: np.ndarray  # float64 (pixels, HIDDEN)
+    bias: np.ndarray  # float64 (HIDDEN,)
+    levels: int
+    accuracy: float  # on the held-out split, as a share
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.weights.tobytes() + self.bias.tobytes()).hexdigest()[:16]
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """uint8 NHWC -> float64 (N, HIDDEN): the hidden layer's activations."""
+        return np.maximum(_flat(images, self.levels) @ self.weights + self.bias, 0)
+
+    def to_bytes(self) -> bytes:
+        stream = io.BytesIO()
+        np.savez(stream, weights=self.weights, bias=self.bias, levels=self.levels, accuracy=self.accuracy)
+        return stream.getvalue()
+
+    @staticmethod
+    def from_bytes(content: bytes) -> "Classifier":
+        a = np.load(io.BytesIO(content))
+        return Classifier(a["weights"], a["bias"], int(a["levels"]), float(a["accuracy"]))
+
+
+def train_classifier(dataset: Dataset) -> Classifier:
+    """Raises ValueError where the data set has no labels."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.neural_network import MLPClassifier
+
+    if dataset.train_labels is None or dataset.held_out_labels is None:
+        raise ValueError("evaluation.fid.features: the classifier needs labels, and the data set has none")
+    epochs = max(5, min(EPOCHS, SEEN // len(dataset.train)))
+    model = MLPClassifier((HIDDEN,), max_iter=epochs, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a fixed number of epochs is the recipe
+        model.fit(_flat(dataset.train, dataset.levels), dataset.train_labels)
+    accuracy = model.score(_flat(dataset.held_out, dataset.levels), dataset.held_out_labels)
+    return Classifier(model.coefs_[0], model.intercepts_[0], dataset.levels, float(accuracy))
+
+
+def _classifier(storage: Storage, dataset: Dataset) -> Classifier:
+    path = f"references/{dataset.digest}-classifier.npz"
+    if not storage.exists(path):
+        storage.write(path, train_classifier(dataset).to_bytes())
+    return Classifier.from_bytes(storage.read(path))
+
+
+SPACES: dict[str, Callable[[Storage, Dataset], FeatureSpace]] = {
+    "classifier": _classifier,
+    "inception": lambda _, dataset: load_inception(dataset.levels),
+}
+
+
+def feature_space(storage: Storage, dataset: Dataset, name: str) -> FeatureSpace:
+    """The space `name` for `dataset`: trained and stored on the first call where it is learned from the data.
+
+    Raises Mistake where the Inception weights are missing.
+    """
+    return SPACES[name](storage, dataset)
+
+
+def _flat(images: np.ndarray, levels: int) -> np.ndarray:
+    """uint8 NHWC -> float64 (N, pixels) in [0, 1]."""
+    return images.reshape(len(images), -1).astype(np.float64) / (levels - 1)

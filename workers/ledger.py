@@ -1,0 +1,165 @@
+"""The ledger of an evaluation: squared errors of (image, t) pairs, and all that follows from them by arithmetic.
+
+`workers.likelihood` fills it with the network, once. Whatever fixed variance p_theta has, every L_{t-1} depends on the
+network only through |x_0 - x_0_hat(x_t)|^2, and so does the bound of any sub-chain of its times. So bits/dim for other
+variances and shorter chains, and the rate-distortion curve, cost no further evaluation of the network.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from workers.diffusion.bound import diffusion_terms, prior_term
+from workers.diffusion.process import Process
+
+# sigma_1^2 of the decoder, in multiples of the process's own: L_0 is measured at each, for its best value.
+DECODER_FACTORS = 2.0 ** (np.arange(-8, 25) / 2)
+OWN_FACTOR = 8  # the place of factor 1
+OPTIMAL = "optimal"  # the isotropic variance that minimises the bound of the images measured
+SHORTER = (1, 2, 5, 10, 20, 50)  # chains of T, T/2, ... steps
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What was measured of (image, t) pairs: arrays of one length, a row a pair; float64, the first two int64."""
+
+    image: np.ndarray
+    t: np.ndarray
+    squared_error: np.ndarray  # |x_0 - x_0_hat(x_t, t)|^2, summed over the dimensions
+    weight: np.ndarray  # of the term in the sum over t: 1 where every t is measured
+    decoder_nats: np.ndarray  # (images, len(DECODER_FACTORS)): L_0 by sigma_1^2, for the rows at t = 1 in their order
+
+    @staticmethod
+    def join(parts: list["Ledger"]) -> "Ledger":
+        """The rows of all parts in order of (image, t), whatever the order of the parts."""
+        columns = [np.concatenate(c) for c in zip(*(vars(p).values() for p in parts), strict=True)]
+        image, t, *_ = columns
+        order, first = np.lexsort((t, image)), np.argsort(image[t == 1], kind="stable")
+        return Ledger(*(c[order] for c in columns[:-1]), columns[-1][first])
+
+    def of_first(self, images: int) -> "Ledger":
+        """The rows of the images 0 .. images - 1."""
+        keep, first = self.image < images, self.image[self.t == 1] < images
+        *columns, decoder = vars(self).values()
+        return Ledger(*(c[keep] for c in columns), decoder[first])
+
+    @property
+    def images(self) -> int:
+        return int(np.count_nonzero(self.t == 1))
+
+    def errors(self) -> np.ndarray:
+        """|x_0 - x_0_hat|^2 (images, T), of a joined ledger with every t."""
+        return self.squared_error.reshape(self.images, -1)
+
+    def table(self) -> pa.Table:
+        """A row a pair; the decoder's terms as a list that is empty for t > 1."""
+        *columns, decoder = vars(self).items()
+        lengths = np.where(self.t == 1, len(DECODER_FACTORS), 0)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        nats = pa.ListArray.from_arrays(offsets, decoder[1].reshape(-1))
+        return pa.table({**dict(columns), "decoder_nats": nats})
+
+    @staticmethod
+    def of_table(table: pa.Table) -> "Ledger":
+        names = ("image", "t", "squared_error", "weight")
+        nats = table["decoder_nats"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return Ledger(*(table[name].to_numpy() for name in names), nats.reshape(-1, len(DECODER_FACTORS)))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The bound in bits/dim, image by image; each array float64 (images,). Their sum is `total`."""
+
+    prior: np.ndarray  # L_T
+    diffusion: np.ndarray  # sum over t > 1 of L_{t-1}
+    decoder: np.ndarray  # L_0
+
+    @property
+    def total(self) -> np.ndarray:
+        return np.asarray(self.prior + self.diffusion + self.decoder)
+
+    @property
+    def mean(self) -> float:
+        return float(self.total.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean over images; it contains the error from sampled timesteps. 0 for a single image."""
+        n = len(self.total)
+        return float(self.total.std(ddof=1) / n**0.5) if n > 1 else 0.0
+
+
+def bound(process: Process, ledger: Ledger, squared_norm: np.ndarray, dimensions: int) -> Bound:
+    """The bound of each image from its pairs: every t of 1..T, or t = 1 and a weighted sample of 2..T.
+
+    `squared_norm` float64 (images,) is |x_0|^2 of the images in ascending order of their names in the ledger.
+    """
+    names, row = np.unique(ledger.image, return_inverse=True)
+    assert len(names) == len(squared_norm)
+    later = ledger.t > 1
+    t, error = torch.from_numpy(ledger.t[later]), torch.from_numpy(ledger.squared_error[later])
+    terms = diffusion_terms(process, t, error, dimensions).numpy()
+    diffusion = np.bincount(row[later], weights=terms * ledger.weight[later], minlength=len(names))
+    return _in_bits(process, squared_norm, diffusion, ledger.decoder_nats[:, OWN_FACTOR], dimensions)
+
+
+def chain_bound(
+    process: Process, ledger: Ledger, squared_norm: np.ndarray, dimensions: int, variance: str, steps: int | None = None
+) -> Bound:
+    """The bound of p_theta with another `variance`, along `steps` of the times, from a ledger with every t.
+
+    The sub-chain is that of `Process.strided`, which keeps t = 1 and T. A fixed variance leaves the decoder as it is;
+    with OPTIMAL sigma_t^2 = beta_tilde_t + c_t^2 E|x_0 - x_0_hat|^2 / D minimises the mean of each L_{t-1} (c_t weighs
+    x_0 in mu_tilde_t; Bao et al. 2022, theorem 1), and sigma_1^2 is the best of DECODER_FACTORS. It is fitted to the
+    images it is measured on: a number a timestep, against images x D terms.
+    """
+    own = process if variance == OPTIMAL else replace(process, variance=variance)
+    chain = own.strided(steps)
+    error = torch.from_numpy(ledger.errors()[:, chain.times.numpy() - 1])
+    if variance == OPTIMAL:
+        excess = chain.posterior_x_0.square() * error.mean(0) / dimensions
+        sigma_squared, factor = chain.beta_tilde + excess, int(ledger.decoder_nats.mean(0).argmin())
+    else:
+        sigma_squared, factor = chain.sigma_squared, OWN_FACTOR
+    t = torch.arange(2, chain.T + 1).expand(len(error), -1)
+    diffusion = diffusion_terms(chain, t, error[:, 1:], dimensions, sigma_squared).sum(1).numpy()
+    return _in_bits(process, squared_norm, diffusion, ledger.decoder_nats[:, factor], dimensions)
+
+
+def bits_by_t(process: Process, ledger: Ledger, squared_norm: np.ndarray, dimensions: int) -> np.ndarray:
+    """L_0, L_1, ..., L_T in bits/dim, float64 (T + 1,), each the mean over the images of a ledger with every t."""
+    error = torch.from_numpy(ledger.errors()[:, 1:])
+    t = torch.arange(2, process.T + 1).expand(len(error), -1)
+    diffusion = diffusion_terms(process, t, error, dimensions).mean(0).numpy()
+    prior = prior_term(process, torch.from_numpy(squared_norm), dimensions).numpy().mean()
+    decoder = ledger.decoder_nats[:, OWN_FACTOR].mean()
+    return np.asarray([decoder, *diffusion, prior]) / (dimensions * np.log(2))
+
+
+def rate_distortion(
+    process: Process, ledger: Ledger, squared_norm: np.ndarray, dimensions: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rate, distortion) of progressive lossy coding after x_T, x_{T-1}, ..., x_1 are sent, each float64 (T,).
+
+    The rate in bits/dim is the sum of the terms L_T ... L_t, the distortion the root of the mean square of
+    x_0 - x_0_hat(x_t) on the 0..255 scale: section 4.3 and appendix C of Ho et al. 2020.
+    """
+    terms = bits_by_t(process, ledger, squared_norm, dimensions)
+    rate = np.cumsum(terms[:0:-1])
+    return rate, 127.5 * np.sqrt(ledger.errors().mean(0)[::-1] / dimensions)
+
+
+def shorter_chains(T: int) -> list[int]:
+    """T, T/2, T/5, ...: the numbers of steps that are worth telling, from the longest."""
+    return sorted({max(2, T // k) for k in SHORTER if T >= 2 * k} | {T}, reverse=True)
+
+
+def _in_bits(
+    process: Process, squared_norm: np.ndarray, diffusion: np.ndarray, decoder: np.ndarray, dimensions: int
+) -> Bound:
+    """Nats an image -> bits a dimension, with the prior's term."""
+    prior = prior_term(process, torch.from_numpy(squared_norm), dimensions).numpy()
+    unit = dimensions * np.log(2)
+    return Bound(prior / unit, diffusion / unit, decoder / unit)
