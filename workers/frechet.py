@@ -3,14 +3,18 @@
 FD^2 = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1^{1/2} S_2 S_1^{1/2})^{1/2})  (Dowson & Landau 1982; Heusel et al. 2017).
 The number means nothing without its features, so it is called `fd_<features>`. `classifier` is a small perceptron
 that scikit-learn trains once, with a fixed seed, on the training split; its hidden layer is the feature space.
+
+Nor does it mean much without n: few samples look farther from the data than they are. `extrapolated_distance` takes
+that away to first order, and `sampling_error` says how far another draw of samples would move the number.
 """
 
 import hashlib
 import io
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -21,6 +25,27 @@ HIDDEN = 64  # features of the classifier
 EPOCHS = 60  # at most
 SEEN = 300_000  # images, over all epochs: beyond, the epochs get fewer, down to 5
 CHUNK = 1000  # images featurised at a time
+
+POINTS = 5  # of a fit over 1 / n, where n allows it
+LEAST_POINTS = 3  # a line through two has no residual
+LEAST_SIZE = 1.5  # times d: below, the distance is no longer linear in 1 / n
+
+
+class FeatureSpace(Protocol):
+    """What a distance between images is measured in."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def digest(self) -> str:
+        """The address: equal digests, equal features."""
+
+    @property
+    def dimensions(self) -> int: ...
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """uint8 NHWC -> (N, dimensions)."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +75,100 @@ class Moments:
         """Unbiased, (d, d)."""
         return np.asarray(self.scatter / (self.n - 1))
 
+    @property
+    def singular(self) -> bool:
+        """Whether n <= d, so that no covariance of n features can have full rank.
 
-def merged(blocks: list[np.ndarray]) -> Moments:
+        A distance from such moments is computed, but most of it may be the smallness of n.
+        """
+        return self.n <= len(self.mean)
+
+
+def merged(blocks: Iterable[np.ndarray]) -> Moments:
     """The moments of all blocks of features, merged in the order given."""
     return reduce(Moments.merge, (Moments.of(block) for block in blocks))
 
 
+def moments_of(space: FeatureSpace, images: np.ndarray) -> Moments:
+    """The moments of images, uint8 NHWC, in `space`, `CHUNK` of them at a time."""
+    return merged(space.features(images[k : k + CHUNK]) for k in range(0, len(images), CHUNK))
+
+
 def frechet_distance(a: Moments, b: Moments) -> float:
     """The squared Fréchet distance of two Gaussians, as FID reports it."""
-    root = _symmetric_root(a.covariance)
+    return _distance(_symmetric_root(a.covariance), a, b)
+
+
+def _distance(root: np.ndarray, a: Moments, b: Moments) -> float:
+    """`root` is that of a's covariance."""
     eigenvalues = np.linalg.eigvalsh(root @ b.covariance @ root)
     cross = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
     trace = np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
     return float(np.square(a.mean - b.mean).sum() + trace)
+
+
+def sampling_error(features: np.ndarray, reference: Moments) -> float:
+    """The standard error of the distance of features (n, d) to `reference`, over draws of the features.
+
+    The delta method. One feature f, with c = f - mu, moves the distance in proportion to
+    2 c.(mu - mu_r) + c^T (I - T) c, where T = S_r^{1/2} (S_r^{1/2} S S_r^{1/2})^{-1/2} S_r^{1/2} is the optimal map
+    between the two Gaussians and I - T the derivative by S. The reference counts as exact. Raises ValueError for
+    n <= d, as T does not exist there.
+    """
+    moments = Moments.of(features)
+    if moments.singular:
+        raise ValueError(f"a standard error in {features.shape[1]} dimensions takes more features than {len(features)}")
+    root = _symmetric_root(reference.covariance)
+    values, vectors = np.linalg.eigh(root @ moments.covariance @ root)
+    kept = values > values[-1] * len(values) * np.finfo(np.float64).eps  # a direction without variance has no map
+    half = root @ (vectors[:, kept] / values[kept] ** 0.25)
+    centred = features - moments.mean
+    moved = np.square(centred).sum(axis=1) - np.square(centred @ half).sum(axis=1)
+    influence = 2 * centred @ (moments.mean - reference.mean) + moved
+    return float(influence.std() / np.sqrt(len(features)))
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """A line through distances at several n: distance + slope / n."""
+
+    distance: float  # at infinite n
+    standard_error: float  # of `distance`, over draws of the features
+    slope: float
+    sizes: tuple[float, ...]  # features in a subset, on average
+    distances: tuple[float, ...]  # the mean over the subsets of that size
+
+
+def extrapolated_distance(features: np.ndarray, reference: Moments, *, seed: int = 0) -> Extrapolation:
+    """The distance of infinitely many features to `reference`, from the n there are (Chong & Forsyth 2020).
+
+    The distance is linear in 1 / n to first order. The features, in an order drawn from `seed`, are cut into k = 1..5
+    disjoint parts, whose mean distance is a point, and a line is fitted by least squares. Every point has all features
+    in it, so the draw moves all of them alike: the standard error is `sampling_error` and the fit's own, added in
+    squares. The reference counts as exact; it has an n of its own, which is not extrapolated.
+
+    features: (n, d). Raises ValueError where n is too small for three sizes of 1.5 d or more.
+    """
+    n, d = features.shape
+    points = min(POINTS, int(n / (LEAST_SIZE * d)))
+    if points < LEAST_POINTS:
+        least = int(np.ceil(LEAST_POINTS * LEAST_SIZE * d))
+        raise ValueError(f"extrapolating in {d} dimensions takes {least} features or more, but there are {n}")
+    shuffled = features[np.random.RandomState(seed).permutation(n)]
+    root = _symmetric_root(reference.covariance)
+    inverse_n = np.arange(1, points + 1) / n
+    distances = np.array([
+        np.mean([_distance(root, reference, Moments.of(part)) for part in np.array_split(shuffled, k)])
+        for k in range(1, points + 1)
+    ])  # fmt: skip
+    design = np.stack([np.ones(points), inverse_n], axis=1)
+    line = np.linalg.lstsq(design, distances, rcond=None)[0]
+    residual_variance = np.square(distances - design @ line).sum() / (points - 2)
+    fit_variance = residual_variance * np.linalg.inv(design.T @ design)[0, 0]
+    error = np.sqrt(sampling_error(features, reference) ** 2 + fit_variance)
+    return Extrapolation(
+        float(line[0]), float(error), float(line[1]), tuple((1 / inverse_n).tolist()), tuple(distances.tolist())
+    )
 
 
 def _symmetric_root(matrix: np.ndarray) -> np.ndarray:
@@ -79,6 +185,12 @@ class Reference:
     levels: int
     accuracy: float  # of the classifier on the held-out split, as a share
     moments: Moments
+
+    name: ClassVar[str] = "classifier"
+
+    @property
+    def dimensions(self) -> int:
+        return len(self.bias)
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """uint8 NHWC -> float64 (N, HIDDEN): the hidden layer's activations."""
@@ -129,8 +241,7 @@ def classifier(dataset: Dataset) -> Reference:
         model.fit(_flat(dataset.train, dataset.levels), dataset.train_labels)
     accuracy = model.score(_flat(dataset.held_out, dataset.levels), dataset.held_out_labels)
     space = Reference(model.coefs_[0], model.intercepts_[0], dataset.levels, float(accuracy), Moments(0, *_empty()))
-    chunks = range(0, len(dataset.train), CHUNK)
-    moments = merged([space.features(dataset.train[k : k + CHUNK]) for k in chunks])
+    moments = moments_of(space, dataset.train)
     return Reference(space.weights, space.bias, space.levels, space.accuracy, moments)
 
 
