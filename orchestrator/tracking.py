@@ -19,6 +19,7 @@ import platform
 import re
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ import uuid
 import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +38,7 @@ from urllib.parse import quote, urlsplit
 
 from workers.config import Mistake
 from workers.config import digest as digest_of
+from workers.data import default_cache
 from workers.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -108,7 +111,7 @@ def resolve_uri(storage: Storage, uri: str | None) -> tuple[str, str | None]:
         )
     uri = uri or f"sqlite:///{storage.root}/mlflow.db"
     if uri.startswith("sqlite:////"):
-        return uri, (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+        return uri, (_database(uri).parent / "mlartifacts").as_uri()
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc:
         return uri.rstrip("/"), None
@@ -123,6 +126,42 @@ def resolve_uri(storage: Storage, uri: str | None) -> tuple[str, str | None]:
         "  http://HOST:5000, https://...  an MLflow server\n"
         "  sqlite:////ABSOLUTE/mlflow.db  another database: three slashes, then an absolute path"
     )
+
+
+def _database(uri: str) -> Path:
+    return Path(uri.removeprefix("sqlite:///"))
+
+
+def make_database(path: Path, cache: Path) -> None:
+    """An empty MLflow database at `path`, unless one is there.
+
+    MLflow takes 8 s of CPU to run all its migrations, so that is done once for each of its versions, in the cache.
+    """
+    if path.exists():
+        return
+    template = cache / "mlflow" / f"{metadata.version('mlflow')}.db"
+    if not template.exists():
+        from mlflow import MlflowClient
+
+        with tempfile.TemporaryDirectory() as temporary:
+            fresh = Path(temporary, "mlflow.db")
+            MlflowClient(f"sqlite:///{fresh}").search_experiments(max_results=1)
+            # The default experiment holds this folder's name: MLflow makes another where it finds none.
+            with closing(sqlite3.connect(fresh)) as database, database:
+                database.execute("DELETE FROM experiments")
+            _copy_database(fresh, template)
+    _copy_database(template, path)
+
+
+def _copy_database(source: Path, target: Path) -> None:
+    """Whole or not at all, and never over one that another process has put there meanwhile."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with closing(sqlite3.connect(source)) as read, closing(sqlite3.connect(temporary)) as write:
+        read.backup(write)
+    with suppress(FileExistsError):
+        os.link(temporary, target)
+    temporary.unlink()
 
 
 def param_text(value: Value) -> str:
@@ -367,7 +406,7 @@ class Tracker:
     def check(self, timeout_s: float = 60) -> None:
         """Raises Mistake where the server does not answer: to be called before anything costly starts."""
         if self.uri.startswith("sqlite:"):
-            folder = Path(self.uri.removeprefix("sqlite:///")).parent
+            folder = _database(self.uri).parent
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
@@ -505,6 +544,8 @@ class Tracker:
         for noisy, level in (("mlflow", logging.WARNING), ("urllib3.connectionpool", logging.ERROR)):
             logging.getLogger(noisy).setLevel(level)
         self._ask()
+        if self.uri.startswith("sqlite:"):
+            make_database(_database(self.uri), default_cache())
         self._client = MlflowClient(tracking_uri=self.uri)
         experiment = self._client.get_experiment_by_name(self.name)
         if experiment is None:

@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
+
+from orchestrator.experiment import by_digest, expand, load
+from workers import checkpoint as checkpoints
+from workers.config import Trial
+from workers.data import describe, prepare
+from workers.storage import Storage
+from workers.training import train
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,7 +54,7 @@ def environment(marker: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "ORCHESTRATOR_TEST": marker}
 
 
-def sweep(*arguments: object, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+def sweep(*arguments: object, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
     """`python -m orchestrator.sweep` with the arguments, in a process of its own."""
     command = [sys.executable, "-m", "orchestrator.sweep", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment(""), timeout=timeout_s, cwd=ROOT)
@@ -62,7 +70,7 @@ class Started:
             command, env=environment(self.marker), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 180) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 300) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -100,7 +108,20 @@ def _environment_of(pid: int) -> str:
         return ""
 
 
-@pytest.fixture(scope="module")
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start a Ray share one process, one after another; the others share the rest of the cores.
+
+    The longest come first, so that no core waits at the end.
+    """
+    for item in items:
+        if "tests/cluster" in item.path.as_posix() or item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+        else:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: "tests/cluster" not in item.path.as_posix())
+
+
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """(experiment file, storage, output) of a sweep that ran undisturbed. Tests only add to it."""
     folder = tmp_path_factory.mktemp("finished")
@@ -134,3 +155,21 @@ def title(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     except FileNotFoundError:
         return ""
+
+
+def trials_of(file: Path, *overrides: object) -> dict[str, Trial]:
+    """The trials of an experiment by their address."""
+    variants = expand(load(file, [str(text) for text in overrides]))
+    digests = {v.trial.data: describe(v.trial.data).digest for v in variants}
+    return {address: variant.trial for address, variant in by_digest(variants, digests)[0].items()}
+
+
+def undisturbed(trial: Trial, folder: Path) -> str:
+    """The digest of the final weights where plain Python hosts the loop and nothing happens to it."""
+    torch.set_num_threads(trial.training.cpus)
+    storage = Storage(folder)
+    for _ in train(trial, prepare(trial.data), storage, trial.loss.weighting):
+        pass
+    newest = checkpoints.newest(storage, f"{trial.loss.weighting}/checkpoints")
+    assert newest and newest.step == trial.training.steps
+    return newest.digest

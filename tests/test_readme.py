@@ -40,6 +40,7 @@ def test_sweep_commands_are_valid(command: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.ray
 def test_the_main_command_runs_to_its_end(tmp_path: Path) -> None:
     words = shlex.split(SWEEPS[0])[3:]
     small = [

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote
 
 import pytest
+from mlflow import MlflowClient
 from PIL import Image
 
 from orchestrator import ui
@@ -25,11 +26,13 @@ from orchestrator.tracking import (
     Comparison,
     Dataset,
     Tracker,
+    make_database,
     param_text,
     provenance,
     resolve_uri,
     shared_view,
 )
+from workers.data import default_cache
 from workers.storage import Storage
 
 PARAMS = {"diffusion.T": 50, "training.lr": 1e-4, "model.multipliers": [1, 2], "loss.weighting": "simple"}
@@ -334,6 +337,22 @@ def test_a_missing_image_is_told_and_holds_nothing_back(storage: Storage) -> Non
     assert len(image_files(tracker, run)) == 2
 
 
+def test_a_database_is_made_once_and_copied_and_never_over_another(tmp_path: Path) -> None:
+    make_database(tmp_path / "a/mlflow.db", tmp_path)
+    [template] = (tmp_path / "mlflow").iterdir()
+    made = template.stat().st_mtime_ns
+    make_database(tmp_path / "b/mlflow.db", tmp_path)
+    assert template.stat().st_mtime_ns == made
+    for folder in ("a", "b"):
+        client = MlflowClient(f"sqlite:///{tmp_path}/{folder}/mlflow.db")
+        client.create_experiment(f"of {folder}")
+        assert {e.name for e in client.search_experiments()} == {"Default", f"of {folder}"}
+        assert template.parent.name not in str(client.get_experiment("0").artifact_location)
+    make_database(tmp_path / "b/mlflow.db", tmp_path)
+    client = MlflowClient(f"sqlite:///{tmp_path}/b/mlflow.db")
+    assert client.get_experiment_by_name("of b") is not None
+
+
 class Server:
     """A real `mlflow server` on a port of its own that can be stopped and started again."""
 
@@ -346,6 +365,7 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        make_database(self.folder / "mlflow.db", default_cache())
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]

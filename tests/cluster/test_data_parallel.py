@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import Started, state_of, statuses, sweep, title
+from conftest import Started, state_of, sweep, title, trials_of, undisturbed
 
 TWO = ["training.workers=2", "search.max_concurrent=1", "evaluation={nll: {images: 25}, fid: null}"]
 
@@ -44,17 +44,18 @@ def test_a_killed_worker_of_a_group_is_replaced_from_the_last_checkpoint(tiny: P
         started.end()
 
 
-def test_two_workers_under_ray_train_end_where_one_does(tiny: Path, tmp_path: Path) -> None:
+def test_two_workers_under_ray_train_end_where_plain_python_does(tiny: Path, tmp_path: Path) -> None:
     """The same digest, hosted by Ray Train with two workers over gloo: losses and bounds equal up to rounding."""
-    for workers in (1, 2):
-        result = sweep(tiny, "--storage", tmp_path / str(workers), *TWO[1:], f"training.workers={workers}")
-        assert result.returncode == 0, result.stdout + result.stderr
-    assert state_of(tmp_path / "1") == state_of(tmp_path / "2")
-    for digest in statuses(tmp_path / "1"):
-        theirs, ours = (_metrics(tmp_path / f"{workers}/trials/{digest}/journal.jsonl") for workers in (1, 2))
-        assert ours.keys() == theirs.keys() and len(ours) > 20
-        for key, value in theirs.items():
-            assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-7), key
+    result = sweep(tiny, "--storage", tmp_path / "runs", *TWO, "search.space={}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    [(digest, trial)] = trials_of(tiny, *TWO, "search.space={}").items()
+    undisturbed(trial, tmp_path / "plain")
+    assert state_of(tmp_path / "runs") == {digest: ("finished", trial.training.steps)}
+    ours = _metrics(tmp_path / f"runs/trials/{digest}/journal.jsonl")
+    theirs = _metrics(tmp_path / "plain/simple/journal.jsonl")
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    for key, value in theirs.items():
+        assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-7), key
 
 
 def _metrics(journal: Path) -> dict[tuple[int, str], float]:
