@@ -17,11 +17,9 @@ from orchestrator.results import Row
 from orchestrator.terminal import Display, Line
 from workers import checkpoint as checkpoints
 from workers import tasks
-from workers.checkpoint import CheckpointError
-from workers.config import DataConfig
+from workers.blocks import Images, blocks, summary_path
+from workers.config import DataConfig, Measurement
 from workers.data import Source, prepare
-from workers.evaluation import nll_blocks, sample_blocks, summarise, summary_path
-from workers.frechet import prepare_reference
 from workers.storage import Storage
 from workers.training import stop_path
 
@@ -89,8 +87,9 @@ class Sweep:
         trial, folder = self.trials[address].trial, tasks.folder_of(address)
         status = self.storage.read_json(f"{folder}/status.json")
         newest = checkpoints.newest(self.storage, f"{folder}/checkpoints")
-        data = self.sources[trial.data].digest
-        summary = self.storage.read_json(summary_path(trial, data, newest.digest)) if newest else None
+        images = Images.of(self.sources[trial.data])
+        path = summary_path(Measurement.of(trial), newest.digest, images) if newest else None
+        summary = self.storage.read_json(path) if path else None
         return plan.Found(status, newest.digest if newest else None, summary)
 
     def rows(self) -> list[Row]:
@@ -175,7 +174,7 @@ class Sweep:
             if why:
                 self.failed(address, f"evaluation: {why}")
             else:
-                self._summarise(address)
+                self._measured(address)
         for address, line in self.lines.items():
             line.blocks_left = self.evaluations.left(address)
         self.display.refresh()
@@ -183,28 +182,17 @@ class Sweep:
     def _evaluate(self, address: str) -> None:
         """Starts the blocks of a trained trial that are not there."""
         trial, line = self.trials[address].trial, self.lines[address]
-        source = self.sources[trial.data]
         checkpoint = checkpoints.newest(self.storage, f"{tasks.folder_of(address)}/checkpoints")
         assert checkpoint
-        blocks = nll_blocks(trial, source.digest, source.held_out) + sample_blocks(trial, source.digest)
-        missing = [b for b in blocks if not self.storage.exists(b.path(checkpoint.digest))]
-        line.state, line.blocks, line.blocks_left, line.step = "evaluating", len(blocks), len(missing), line.steps
-        self.evaluations.submit(self.jobs[address], checkpoint, missing, source.digest)
+        m, images = Measurement.of(trial), Images.of(self.sources[trial.data])
+        planned = blocks(m, checkpoint.digest, images)
+        missing = plan.missing(planned, self.storage.list)
+        line.state, line.blocks, line.blocks_left, line.step = "evaluating", len(planned), len(missing), line.steps
+        order = tasks.make_order(self.storage, m, checkpoint, self.jobs[address]["gpus"])
+        self.evaluations.submit(address, order, planned, missing)
         self.display.changed(address)
 
-    def _summarise(self, address: str) -> None:
-        trial = self.trials[address].trial
-        checkpoint = checkpoints.newest(self.storage, f"{tasks.folder_of(address)}/checkpoints")
-        assert checkpoint
-        try:
-            _, process = checkpoints.load(self.storage, checkpoint)
-        except CheckpointError as error:
-            self.failed(address, str(error))
-            return
-        dataset, fid = prepare(trial.data), trial.evaluation.fid
-        reference = prepare_reference(self.storage, dataset, fid.features) if fid else None
-        summary = summarise(self.storage, trial, dataset, process, reference, checkpoint.digest)
-        self.storage.write_json(summary_path(trial, dataset.digest, checkpoint.digest), summary)
+    def _measured(self, address: str) -> None:
         self.found[address] = self._look(address)
         self.lines[address].state = "done"
         self.display.changed(address)

@@ -24,9 +24,8 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from orchestrator.experiment import SearchConfig
 from orchestrator.plan import concurrency
 from workers import tasks
-from workers.checkpoint import Checkpoint
+from workers.blocks import Block
 from workers.config import Mistake, TrainingConfig
-from workers.evaluation import Block
 
 TO_DIE_S = 5.0  # until the processes of a dead trial are gone: freed before, Ray Train would take its cores again
 BLOCK_CPUS = 0.9  # not a whole one: the drivers of data-parallel trials take a little of the core that is kept free
@@ -221,60 +220,83 @@ def _last_line(path: str | None) -> str:
 
 @dataclass
 class _Evaluation:
-    digest: str
+    order: tasks.Order
+    planned: list[Block]
+    summary: Any  # the task at the end, which waits for all blocks
     left: set[Any]
     failed: str = ""
 
 
 @dataclass
 class Evaluations:
-    """Blocks in flight, by trial. `submit` starts a trial's blocks, `poll` takes what has ended."""
+    """Evaluations in flight, each under a name. `submit` starts one, `poll` takes what has ended."""
 
     _open: dict[str, _Evaluation] = field(default_factory=dict)
-    _owner: dict[Any, str] = field(default_factory=dict)  # the trial of each task in flight
-    _references: dict[tuple[str, str], Any] = field(default_factory=dict)
+    _owner: dict[Any, str] = field(default_factory=dict)  # the evaluation of each task in flight
+    _spaces: dict[tuple[str, str], Any] = field(default_factory=dict)
+    _shared: dict[str, Any] = field(default_factory=dict)  # blocks of real images in the making, by path
 
-    def submit(self, job: tasks.Job, checkpoint: Checkpoint, blocks: Sequence[Block], data_digest: str) -> None:
-        """Starts the blocks; the feature space of their data set is made once, before any of them."""
-        fid = tasks.trial_of(job).evaluation.fid
-        reference = (data_digest, fid.features if fid else "")
-        if reference not in self._references:
-            self._references[reference] = tasks.make_reference.remote(job["storage"], job["trial"]) if fid else None
-        options = {"num_cpus": BLOCK_CPUS, "num_gpus": BLOCK_GPUS if job["gpus"] else 0}
-        refs = [
-            tasks.make_block.options(**options).remote(job, checkpoint, block, self._references[reference])
-            for block in blocks
-        ]
-        self._open[job["digest"]] = _Evaluation(job["digest"], set(refs))
-        self._owner.update(dict.fromkeys(refs, job["digest"]))
+    def submit(self, name: str, order: tasks.Order, planned: list[Block], missing: list[Block]) -> None:
+        """Starts the `missing` ones of the `planned` blocks, and after them the summary."""
+        options = {"num_cpus": BLOCK_CPUS, "num_gpus": BLOCK_GPUS if order.gpus else 0}
+        space = self._space(order)
+        made: dict[str, Any] = {}
+        for block in missing:
+            if block.path in self._shared:  # by another trial on the same data
+                made[block.path] = self._shared[block.path]
+                continue
+            after = [made[b.path] for b in block.needs if b.path in made]
+            after += [space] if space is not None and block.kind in ("features", "reference") else []
+            made[block.path] = tasks.make_block.options(**options).remote(order, block, *after)
+            if block.kind == "reference":
+                self._shared[block.path] = made[block.path]
+        refs = list(made.values())
+        summary = tasks.make_summary.options(**options).remote(order, *refs)
+        self._open[name] = _Evaluation(order, planned, summary, {*refs, summary})
+        self._owner |= dict.fromkeys(refs, name) | {summary: name}
+
+    def _space(self, order: tasks.Order) -> Any:
+        """The feature space of a data set is made once, before the blocks that use it."""
+        if not order.m.evaluation.fid:
+            return None
+        key = (order.m.data.source, order.m.evaluation.fid.features)
+        if key not in self._spaces:
+            self._spaces[key] = tasks.make_space.options(num_cpus=BLOCK_CPUS).remote(order)
+        return self._spaces[key]
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def left(self, digest: str) -> int:
-        """Blocks of a trial still to come."""
-        return len(self._open[digest].left) if digest in self._open else 0
+    def left(self, name: str) -> int:
+        """Blocks of an evaluation still to come."""
+        return max(0, len(self._open[name].left) - 1) if name in self._open else 0
 
     def poll(self, timeout_s: float = 0) -> list[tuple[str, str]]:
-        """(digest, what failed or "") of each trial whose blocks have all ended since."""
+        """(name, what failed or "") of each evaluation that has ended since, its summary written if nothing failed."""
         if self._owner:
             ready, _ = ray.wait(list(self._owner), num_returns=len(self._owner), timeout=timeout_s)
             for ref in ready:
                 self._take(ref)
-        ended = [e for e in self._open.values() if not e.left]
-        for evaluation in ended:
-            del self._open[evaluation.digest]
-        return [(e.digest, e.failed) for e in ended]
+        ended = {name: e for name, e in self._open.items() if not e.left}
+        for name in ended:
+            del self._open[name]
+        return [(name, e.failed) for name, e in ended.items()]
 
     def _take(self, ref: Any) -> None:
-        evaluation = self._open[self._owner.pop(ref)]
+        name = self._owner.pop(ref)
+        evaluation = self._open[name]
         evaluation.left.discard(ref)
         try:
-            ray.get(ref)
+            lacking = ray.get(ref)
         except ray.exceptions.TaskCancelledError:
             return
         except (ray.exceptions.RayTaskError, ray.exceptions.RaySystemError, ray.exceptions.WorkerCrashedError) as error:
             if not evaluation.failed:
                 evaluation.failed = str(error).strip().splitlines()[-1]
-            for other in evaluation.left:
+            for other in evaluation.left - {evaluation.summary}:  # which fails by itself
                 ray.cancel(other)
+            return
+        if ref == evaluation.summary and lacking:
+            for block in lacking:
+                self._shared.pop(block.path, None)
+            self.submit(name, evaluation.order, evaluation.planned, lacking)

@@ -1,9 +1,10 @@
 """What must run: pure functions of what the experiment asks for and what the storage holds."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from workers.blocks import Block
 from workers.config import TrainingConfig, digest
 
 Action = Literal["train", "evaluate", "nothing"]
@@ -45,6 +46,12 @@ def decide(found: Found, scheduler: str) -> Decision:
         case "finished":
             return Decision("train", "its final checkpoint is gone")
     return Decision("train", f"{found.state} at step {status.get('step', 0)} of {status.get('steps', '?')}: resumes")
+
+
+def missing(planned: Sequence[Block], names_in: Callable[[str], Sequence[str]]) -> list[Block]:
+    """The planned blocks that are not there; `names_in` lists a folder, and is asked once for each."""
+    there = {folder: set(names_in(folder)) for folder in dict.fromkeys(block.folder for block in planned)}
+    return [block for block in planned if block.name not in there[block.folder]]
 
 
 def scheduler_key(scheduler: Mapping[str, Any]) -> str:

@@ -50,8 +50,12 @@ class Block:
     needs: tuple["Block", ...] = ()  # blocks that must be there before
 
     @property
+    def name(self) -> str:
+        return f"block-{self.number:05}.parquet"
+
+    @property
     def path(self) -> str:
-        return f"{self.folder}/block-{self.number:05}.parquet"
+        return f"{self.folder}/{self.name}"
 
 
 def asked(count: Count, available: int) -> int:

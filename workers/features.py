@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from workers.data import Dataset
-from workers.inception import load_inception
+from workers.inception import Inception, load_inception
 from workers.storage import Storage
 
 HIDDEN = 64  # features of the classifier
@@ -78,25 +79,29 @@ def train_classifier(dataset: Dataset) -> Classifier:
     return Classifier(model.coefs_[0], model.intercepts_[0], dataset.levels, float(accuracy))
 
 
-def _classifier(storage: Storage, dataset: Dataset) -> Classifier:
+def _classifier(storage: Storage, dataset: Dataset, device: torch.device) -> Classifier:
     path = f"references/{dataset.digest}-classifier.npz"
     if not storage.exists(path):
         storage.write(path, train_classifier(dataset).to_bytes())
     return Classifier.from_bytes(storage.read(path))
 
 
-SPACES: dict[str, Callable[[Storage, Dataset], FeatureSpace]] = {
+def _inception(storage: Storage, dataset: Dataset, device: torch.device) -> Inception:
+    return load_inception(dataset.levels, device=device)
+
+
+SPACES: dict[str, Callable[[Storage, Dataset, torch.device], FeatureSpace]] = {
     "classifier": _classifier,
-    "inception": lambda _, dataset: load_inception(dataset.levels),
+    "inception": _inception,
 }
 
 
-def feature_space(storage: Storage, dataset: Dataset, name: str) -> FeatureSpace:
+def feature_space(storage: Storage, dataset: Dataset, name: str, device: torch.device) -> FeatureSpace:
     """The space `name` for `dataset`: trained and stored on the first call where it is learned from the data.
 
     Raises Mistake where the Inception weights are missing.
     """
-    return SPACES[name](storage, dataset)
+    return SPACES[name](storage, dataset, device)
 
 
 def _flat(images: np.ndarray, levels: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,19 @@ def to_model(images: Tensor, levels: int) -> Tensor:
 
 def to_levels(x: Tensor, levels: int) -> Tensor:
     """float NCHW -> uint8 NHWC: clipped to [-1, 1] and rounded to the nearest of the `levels`."""
-    scaled = (x.clamp(-1, 1) + 1) * ((levels - 1) / 2)
-    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return _scaled(x, levels).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def to_levels_truncated(x: Tensor, levels: int) -> Tensor:
+    """As `to_levels`, but rounded towards 0, as the code of several papers casts to bytes: half a level darker."""
+    return _scaled(x, levels).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _scaled(x: Tensor, levels: int) -> Tensor:
+    return (x.clamp(-1, 1) + 1) * ((levels - 1) / 2)
+
+
+QUANTISERS: dict[str, Callable[[Tensor, int], Tensor]] = {"round": to_levels, "truncate": to_levels_truncated}
 
 
 def grid_png(images: Tensor, levels: int, side: int = 400) -> bytes:

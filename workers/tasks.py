@@ -1,12 +1,14 @@
 """The door: what Ray calls on a node. The only module of `workers` that imports ray.
 
 Two hosts of the training loop (`OneWorker`, a Tune actor that is reused from trial to trial; `data_parallel`, a Tune
-function around a Ray Train `TorchTrainer`) and two tasks of evaluation (`make_reference`, `make_block`). All of them
-find their trial in a job, a plain dict that crosses processes, and their files in the storage.
+function around a Ray Train `TorchTrainer`) and the tasks of evaluation (`make_space`, `make_block`, `make_summary`).
+The hosts find their trial in a job, a plain dict as Tune wants it, the tasks their work in an `Order`; both find their
+files in the storage.
 """
 
 import uuid
 from collections.abc import Generator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -18,12 +20,13 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from workers import checkpoint as checkpoints
-from workers.config import Trial
+from workers.blocks import Block, Images, blocks, summary_path
+from workers.checkpoint import Checkpoint, process_of
+from workers.config import Measurement, Trial
 from workers.data import absolute, prepare
-from workers.evaluation import Block, Model, run_block
-from workers.frechet import Reference, prepare_reference, reference_path
+from workers.evaluation import Bench, make, remove_damaged
 from workers.storage import Storage
+from workers.summary import summarise
 from workers.training import World, stop_path
 from workers.training import train as training_loop
 
@@ -146,38 +149,58 @@ def free_workers(result: dict[str, Any]) -> None:
         remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
 
 
-@ray.remote(max_retries=3)
-def make_reference(storage_root: str, trial_json: str) -> None:
-    """The feature space of the trial's data set, unless it is there."""
-    trial = Trial.model_validate_json(trial_json)
-    assert trial.evaluation.fid
-    prepare_reference(Storage(storage_root), prepare(trial.data), trial.evaluation.fid.features)
+@dataclass(frozen=True)
+class Order:
+    """An evaluation as it crosses processes: where to write, what to measure, of which checkpoint, on how much GPU."""
+
+    storage: str
+    measurement: str  # as JSON
+    checkpoint: Checkpoint
+    gpus: float
+
+    @property
+    def m(self) -> Measurement:
+        return Measurement.model_validate_json(self.measurement)
+
+
+def make_order(storage: Storage, m: Measurement, checkpoint: Checkpoint, gpus: float) -> Order:
+    m = m.model_copy(update={"data": absolute(m.data)})
+    return Order(storage.root, m.model_dump_json(), checkpoint, gpus)
 
 
 @ray.remote(max_retries=3)
-def make_block(job: Job, checkpoint: checkpoints.Checkpoint, block: Block, reference_made: None = None) -> Block:
-    """Runs one block of an evaluation and gives it back. A process that dies is retried; the block is then whole."""
+def make_space(order: Order) -> None:
+    """The feature space of the order's data set, where it is learned and not there yet; fails where it cannot be."""
+    _ = _bench(order).space
+
+
+@ray.remote(max_retries=3)
+def make_block(order: Order, block: Block, *after: None) -> None:
+    """Makes one block of an evaluation. A process that dies is retried; the block is then whole."""
+    make(_bench(order), block)
+
+
+@ray.remote(max_retries=3)
+def make_summary(order: Order, *after: None) -> list[Block]:
+    """Writes the summary of an evaluation whose blocks are there.
+
+    Gives the blocks that turned out to be damaged, and were removed: with them made again it can be called again.
+    """
+    bench = _bench(order)
+    images, digest = Images.of(bench.dataset), order.checkpoint.digest
+    if lacking := remove_damaged(bench.storage, blocks(bench.m, digest, images)):
+        return lacking
+    space = bench.space if bench.m.evaluation.fid else None
+    summary = summarise(bench.storage, bench.m, bench.dataset, process_of(order.checkpoint), digest, space)
+    bench.storage.write_json(summary_path(bench.m, digest, images), summary)
+    return []
+
+
+@lru_cache(maxsize=2)
+def _bench(order: Order) -> Bench:
+    """What a process that makes many blocks of one evaluation loads once."""
     torch.set_num_threads(1)
-    trial, storage = trial_of(job), Storage(job["storage"])
-    dataset = prepare(trial.data)
-    fid = trial.evaluation.fid
-    reference = _reference(job["storage"], dataset.digest, fid.features) if fid else None
-    model = _model(job["storage"], checkpoint, job["gpus"])
-    run_block(storage, trial, dataset, model, reference, checkpoint.digest, block)
-    return block
-
-
-@lru_cache(maxsize=2)
-def _model(storage_root: str, checkpoint: checkpoints.Checkpoint, gpus: float) -> Model:
-    """The checkpoint, loaded once by a process that runs many blocks of it."""
-    device = _device(gpus)
-    unet, process = checkpoints.load(Storage(storage_root), checkpoint)
-    return Model(unet.to(device), process, device)
-
-
-@lru_cache(maxsize=2)
-def _reference(storage_root: str, data_digest: str, features: str) -> Reference:
-    return Reference.from_bytes(Storage(storage_root).read(reference_path(data_digest, features)))
+    return Bench(Storage(order.storage), order.m, prepare(order.m.data), order.checkpoint, _device(order.gpus))
 
 
 def _device(gpus: float) -> torch.device:

@@ -1,0 +1,186 @@
+"""What the blocks of an evaluation add up to: metrics, their passports, and a hash of all that went into them.
+
+    {"metrics": {"eval/nll_bpd": ...}, "passports": {"nll": ..., "samples": ...}, "hash": ...,
+     "nll_per_image": [...], "nll_by_t": [...], "ledger": {...}, "rate_distortion": {...}, "curve": {...}}
+
+A passport has two parts: `protocol`, how it was measured, and `subject`, what was. Two numbers may stand beside each
+other where their protocols are equal.
+"""
+
+import hashlib
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from workers import blocks, fidelity
+from workers.blocks import Block, Images, reference_blocks, reference_images, strata
+from workers.config import FIDConfig, Measurement
+from workers.data import Dataset
+from workers.diffusion.process import VARIANCES, Process
+from workers.evaluation import read_block
+from workers.features import FeatureSpace
+from workers.frechet import extrapolated_distance, frechet_distance, least_to_extrapolate, merged, sampling_error
+from workers.inception import Inception
+from workers.ledger import OPTIMAL, Ledger, bits_by_t, bound, chain_bound, rate_distortion, shorter_chains
+from workers.likelihood import squared_norms
+from workers.pixels import to_model
+from workers.storage import Storage
+
+NEIGHBOURS = 10_000  # samples and images that precision and recall take at most: their cost grows with the square
+
+
+def summarise(
+    storage: Storage, m: Measurement, dataset: Dataset, process: Process, checkpoint: str, space: FeatureSpace | None
+) -> dict[str, Any]:
+    """The metrics of a checkpoint from its blocks, all of which must be there. Raises DamagedBlock.
+
+    `metrics` maps MLflow's names to numbers. Of the rest, what was not asked for is left out.
+    """
+    sha256 = hashlib.sha256()
+
+    def read(block: Block) -> pa.Table:
+        table = read_block(storage, block)
+        _digest_into(sha256, table)
+        return table
+
+    subject = {"checkpoint": checkpoint, "ema": m.ema, "T": process.T, "variance": process.variance, "seed": m.seed}
+    summary: dict[str, Any] = {"metrics": {}, "passports": {}}
+    images = Images.of(dataset)
+    if m.evaluation.nll:
+        tables = [read(block) for block in blocks.nll_blocks(m, checkpoint, images)]
+        _add(summary, _likelihood(m, dataset, process, Ledger.join([Ledger.of_table(t) for t in tables])))
+        summary["passports"]["nll"]["subject"] = subject
+    if fid := m.evaluation.fid:
+        assert space
+        samples = [_features(read(b)) for b in blocks.feature_blocks(m, checkpoint, images)]
+        real = [_features(read(b)) for b in reference_blocks(m, images)]
+        last = fid.samples - (len(samples) - 1) * blocks.SAMPLES
+        last_real = reference_images(fid, images) - (len(real) - 1) * blocks.REAL
+        samples[-1], real[-1] = samples[-1][:last], real[-1][:last_real]
+        _add(summary, _fidelity(fid, dataset, space, samples, real))
+        evaluations = process.strided(fid.sampler.steps).T
+        summary["passports"]["samples"]["subject"] = {**subject, "network_evaluations": evaluations}
+    return {**summary, "hash": sha256.hexdigest()[:16]}
+
+
+def _digest_into(sha256: Any, table: pa.Table) -> None:
+    """The values of a table, and not how Parquet happened to encode them."""
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        values = column.flatten() if pa.types.is_list(column.type) else column
+        sha256.update(name.encode())
+        if pa.types.is_binary(values.type):
+            sha256.update(b"".join(values.to_pylist()))
+        else:
+            sha256.update(values.to_numpy(zero_copy_only=False).tobytes())
+
+
+def _add(summary: dict[str, Any], part: dict[str, Any]) -> None:
+    for name, value in part.items():
+        summary[name] = {**summary[name], **value} if name in ("metrics", "passports") else value
+
+
+def _likelihood(m: Measurement, dataset: Dataset, process: Process, whole: Ledger) -> dict[str, Any]:
+    n = blocks.nll_images(m, Images.of(dataset))
+    x_0 = to_model(torch.from_numpy(np.array(dataset.held_out[:n])), dataset.levels)
+    ledger, norms, dimensions = whole.of_first(n), squared_norms(x_0), x_0[0].numel()
+    result = bound(process, ledger, norms, dimensions)
+    metrics = {
+        "eval/nll_bpd": result.mean,
+        "eval/nll_bpd_se": result.standard_error,
+        "eval/nll_prior_bpd": float(result.prior.mean()),
+        "eval/nll_diffusion_bpd": float(result.diffusion.mean()),
+        "eval/nll_decoder_bpd": float(result.decoder.mean()),
+    }
+    sampled, nll = strata(m), m.evaluation.nll
+    assert nll
+    protocol = {
+        "data": dataset.digest, "split": "held_out", "images": n, "levels": dataset.levels, "dropped": 0,
+        "timesteps": "all" if sampled is None else f"{sampled + 1}, {nll.proposal}",
+        "x_0_hat": "clipped to [-1, 1]", "decoder": "discrete, sigma_1^2 = beta_tilde_2",
+    }  # fmt: skip
+    found = {"metrics": metrics, "passports": {"nll": {"protocol": protocol}}, "nll_per_image": result.total.tolist()}
+    if sampled is not None:
+        return found
+    chains = {
+        variance: [
+            {"steps": steps, "bpd": b.mean, "bpd_se": b.standard_error}
+            for steps in shorter_chains(process.T)
+            for b in [chain_bound(process, ledger, norms, dimensions, variance, steps)]
+        ]
+        for variance in (*VARIANCES, OPTIMAL)
+    }
+    rate, distortion = rate_distortion(process, ledger, norms, dimensions)
+    best = chains[OPTIMAL][0]
+    metrics |= {"eval/nll_optimal_variance_bpd": best["bpd"], "eval/nll_optimal_variance_bpd_se": best["bpd_se"]}
+    return found | {
+        "nll_by_t": bits_by_t(process, ledger, norms, dimensions).tolist(),
+        "ledger": chains,
+        "rate_distortion": {"rate_bpd": rate.tolist(), "rmse_255": distortion.tolist()},
+    }
+
+
+def distance_name(fid: FIDConfig) -> str:
+    """`fid` is Inception against all of the training split, and nothing else is."""
+    if fid.features == "inception" and fid.reference == "train" and fid.reference_images == "all":
+        return "fid"
+    name = f"fd_{fid.features}"
+    return name if fid.reference == "train" else f"{name}_{fid.reference}"
+
+
+def _fidelity(
+    fid: FIDConfig, dataset: Dataset, space: FeatureSpace, samples: list[np.ndarray], real: list[np.ndarray]
+) -> dict[str, Any]:
+    ours, theirs, name = merged(samples), merged(real), distance_name(fid)
+    features = np.concatenate(samples)
+    metrics = {f"eval/{name}": frechet_distance(ours, theirs)}
+    protocol = {
+        "features": fid.features, "features_digest": space.digest, "dimensions": len(ours.mean),
+        "reference": f"{dataset.digest} {fid.reference}", "reference_images": theirs.n, "samples": ours.n,
+        "sampler": fid.sampler.model_dump(mode="json"), "x_0_hat": "clipped to [-1, 1]",
+        "quantised": f"{fid.quantise} to {dataset.levels} levels", "dropped": 0,
+    }  # fmt: skip
+    warnings = [
+        f"{count} {what} are not more than the {len(ours.mean)} dimensions of {fid.features}: their covariance is "
+        "singular, and most of the distance may be their small number"
+        for what, count, moments in (("samples", ours.n, ours), ("reference images", theirs.n, theirs))
+        if moments.singular
+    ]
+    found: dict[str, Any] = {"metrics": metrics, "passports": {"samples": {"protocol": protocol, "warnings": warnings}}}
+    if not ours.singular:
+        metrics[f"eval/{name}_se"] = sampling_error(features, theirs)
+    if ours.n >= least_to_extrapolate(len(ours.mean)):
+        curve = extrapolated_distance(features, theirs)
+        metrics |= {f"eval/{name}_infinity": curve.distance, f"eval/{name}_infinity_se": curve.standard_error}
+        found["curve"] = asdict(curve)
+    suffix = "" if name == "fid" else name.removeprefix("fd")
+    for other in fid.also:
+        metrics |= {f"eval/{key}{suffix}": value for key, value in OTHERS[other](space, features, real).items()}
+    return found
+
+
+def _kid(space: FeatureSpace, samples: np.ndarray, real: list[np.ndarray]) -> dict[str, float]:
+    kid = fidelity.kid(samples, np.concatenate(real))
+    return {"kid": kid.mean, "kid_subset_std": kid.subset_std}
+
+
+def _precision_recall(space: FeatureSpace, samples: np.ndarray, real: list[np.ndarray]) -> dict[str, float]:
+    found = fidelity.precision_recall(samples[:NEIGHBOURS], np.concatenate(real)[:NEIGHBOURS])
+    return {"precision": found.precision, "recall": found.recall}
+
+
+def _inception_score(space: FeatureSpace, samples: np.ndarray, real: list[np.ndarray]) -> dict[str, float]:
+    assert isinstance(space, Inception)
+    score = fidelity.inception_score(space.logits(samples))
+    return {"inception_score": score.mean, "inception_score_std": score.std}
+
+
+OTHERS = {"kid": _kid, "precision_recall": _precision_recall, "inception_score": _inception_score}
+
+
+def _features(table: pa.Table) -> np.ndarray:
+    column = table["features"].combine_chunks()
+    return np.asarray(column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1))
