@@ -197,7 +197,7 @@ class Sweep:
         checkpoint = checkpoints.newest(self.storage, f"{tasks.folder_of(address)}/checkpoints")
         assert checkpoint
         try:
-            _, process = checkpoints.load(self.storage, checkpoint)
+            _, process = checkpoints.load(checkpoint)
         except CheckpointError as error:
             self.failed(address, str(error))
             return

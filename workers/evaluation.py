@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import nn
 
 from workers.config import Trial, digest
 from workers.data import Dataset
@@ -28,7 +29,6 @@ from workers.likelihood import Ledger, all_times, bound, pair_errors, squared_no
 from workers.noise import generator
 from workers.pixels import to_levels, to_model
 from workers.storage import Storage
-from workers.unet import UNet
 
 VERSION = 1  # of what blocks hold: raise it when the same checkpoint would give other numbers
 IMAGES, TIMES = 25, 100  # an NLL block: so many images times so many timesteps
@@ -84,7 +84,7 @@ def summary_path(trial: Trial, data_digest: str, checkpoint_digest: str) -> str:
 class Model:
     """A loaded checkpoint on its device."""
 
-    unet: UNet
+    unet: nn.Module  # eps_theta(x_t, t - 1)
     process: Process
     device: torch.device
 

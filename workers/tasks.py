@@ -162,17 +162,17 @@ def make_block(job: Job, checkpoint: checkpoints.Checkpoint, block: Block, refer
     dataset = prepare(trial.data)
     fid = trial.evaluation.fid
     reference = _reference(job["storage"], dataset.digest, fid.features) if fid else None
-    model = _model(job["storage"], checkpoint, job["gpus"])
+    model = _model(checkpoint, job["gpus"])
     run_block(storage, trial, dataset, model, reference, checkpoint.digest, block)
     return block
 
 
 @lru_cache(maxsize=2)
-def _model(storage_root: str, checkpoint: checkpoints.Checkpoint, gpus: float) -> Model:
+def _model(checkpoint: checkpoints.Checkpoint, gpus: float) -> Model:
     """The checkpoint, loaded once by a process that runs many blocks of it."""
     device = _device(gpus)
-    unet, process = checkpoints.load(Storage(storage_root), checkpoint)
-    return Model(unet.to(device), process, device)
+    network, process = checkpoints.load(checkpoint)
+    return Model(network.to(device), process, device)
 
 
 @lru_cache(maxsize=2)
