@@ -1,13 +1,14 @@
 """Checkpoints commit by their manifest, tell damage, and open in diffusers."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from workers.checkpoint import Checkpoint, CheckpointError, load, load_state, newest, save
+from workers.checkpoint import Checkpoint, CheckpointError, load, load_state, newest, open_folder, save
 from workers.config import DiffusionConfig, ModelConfig, ScheduleConfig
 from workers.diffusion.process import VARIANCES, Process
 from workers.noise import generator
@@ -69,12 +70,12 @@ def test_what_is_saved_is_loaded(storage, variance, kind):
     """The network's output, the betas in float64 and the training state, all bit for bit."""
     checkpoint = saved(storage, process=process(variance, kind))
     assert newest(storage, FOLDER) == checkpoint and checkpoint.step == 10
-    unet, read = load(storage, checkpoint)
+    unet, read = load(checkpoint)
     assert not unet.training
     with torch.no_grad():
         assert torch.equal(unet(*images()), network()(*images()))
     assert torch.equal(read.beta, process(variance, kind).beta) and read.variance == variance
-    ema, state, progress = load_state(storage, checkpoint)
+    ema, state, progress = load_state(checkpoint)
     assert ema.keys() == network().state_dict().keys()
     assert torch.equal(state["weights.a"], torch.arange(3.0)) and state["step.a"].shape == ()
     assert progress == {"train_seconds": 1.5, "step": 10}
@@ -115,14 +116,56 @@ def test_damage_is_told_with_the_file_s_name(storage, name, damage):
     damage(Path(storage.url(checkpoint.path), name))
     read = load_state if name.startswith("state/") else load
     with pytest.raises(CheckpointError, match=name):
-        read(storage, checkpoint)
+        read(checkpoint)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 10}', '{"sha256": {}, "step": "ten"}'])
+def test_a_bit_flipped_anywhere_in_the_weights_is_told(storage):
+    file = Path(saved(storage).url, "unet/diffusion_pytorch_model.safetensors")
+    content = file.read_bytes()
+    for place in (0, 7, 8, 100, len(content) // 3, len(content) - 1):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        for read in (load, load_state):
+            with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+                read(open_folder(file.parents[1]))
+
+
+def test_it_crosses_processes_and_is_a_key(storage):
+    """All that loading takes is in it; equal ones are one key."""
+    checkpoint = saved(storage)
+    other = pickle.loads(pickle.dumps(checkpoint))  # noqa: S301 our own bytes, as Ray sends them
+    assert {checkpoint: 1}[other] == 1
+    unet, _ = load(other)
+    with torch.no_grad():
+        assert torch.equal(unet(*images()), network()(*images()))
+
+
+def test_opened_by_its_folder_it_is_the_same(storage):
+    checkpoint = saved(storage)
+    opened = open_folder(checkpoint.url)
+    assert (opened.step, opened.digest, opened.sums) == (checkpoint.step, checkpoint.digest, checkpoint.sums)
+    Path(checkpoint.url, "manifest.json").unlink()  # now it is as any folder of diffusers
+    bare = open_folder(checkpoint.url)
+    assert bare.digest == checkpoint.digest and bare.step is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "[" * 100_000, "\xff", '{"step": 10}', '{"sha256": {}, "step": 10}', '{"sha256": 1, "step": 10}'],
+)
 def test_a_damaged_manifest_is_told(storage, content):
     checkpoint = saved(storage)
     Path(storage.url(checkpoint.path), "manifest.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        newest(storage, FOLDER)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        open_folder(checkpoint.url)
+
+
+@pytest.mark.parametrize("step", ['"ten"', "Infinity", "null"])
+def test_a_manifest_of_no_step_is_told(storage, step):
+    manifest = Path(saved(storage).url, "manifest.json")
+    manifest.write_text(manifest.read_text().replace('"step": 10', f'"step": {step}'))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
         newest(storage, FOLDER)
 
 
@@ -169,9 +212,9 @@ def test_a_save_cut_off_anywhere_leaves_the_checkpoint_before_it(storage, writes
     with pytest.raises(OSError, match="no space left"):
         saved(Watched(storage.root, writes), 20)
     assert newest(storage, FOLDER) == older
-    load(storage, older)
+    load(older)
     new = saved(storage, 20)  # the attempt after it overwrites the remains
-    load(storage, new)
+    load(new)
     assert newest(storage, FOLDER) == new and storage.list(FOLDER) == ["step-00000020"]
 
 

@@ -85,7 +85,7 @@ def checkpoint_in(storage: Storage) -> checkpoints.Checkpoint:
 
 
 def loaded(storage: Storage, checkpoint: checkpoints.Checkpoint) -> Model:
-    return Model(*checkpoints.load(storage, checkpoint), torch.device("cpu"))
+    return Model(*checkpoints.load(checkpoint), torch.device("cpu"))
 
 
 def blocks_of(t: Trial) -> list[Block]:
@@ -218,7 +218,7 @@ def test_order_and_maker_of_the_blocks_change_nothing(tmp_path, dataset, referen
         again = Reference.from_bytes(reference.to_bytes())
         run_block(second, t, dataset, loaded(second, checkpoint), again, digest, block)
         assert second.read(block.path(digest)) == first.read(block.path(digest))
-    _, process = checkpoints.load(second, checkpoint)
+    _, process = checkpoints.load(checkpoint)
     assert summarise(second, t, dataset, process, reference, digest) == summary
 
 

@@ -9,10 +9,11 @@ ROOT = Path(__file__).parent.parent
 ORDER = """
     workers.config workers.storage workers.noise workers.data workers.pixels workers.journal
     workers.unet_config workers.unet
-    workers.diffusion.schedules workers.diffusion.process workers.diffusion.objectives
-    workers.diffusion.bound workers.diffusion.samplers
-    workers.likelihood workers.frechet workers.fidelity workers.inception
-    workers.checkpoint workers.evaluation workers.training workers.tasks
+    workers.diffusion.schedules workers.diffusion.process workers.diffusion.predictions
+    workers.diffusion.objectives workers.diffusion.bound workers.diffusion.samplers
+    workers.ledger workers.likelihood workers.frechet workers.fidelity workers.inception workers.features
+    workers.diffusers_config workers.checkpoint workers.blocks workers.evaluation workers.summary
+    workers.training workers.tasks
     orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan orchestrator.results
     orchestrator.tracking orchestrator.record orchestrator.terminal orchestrator.execution orchestrator.controller
     orchestrator.sweep orchestrator.ui
@@ -21,7 +22,7 @@ ROOMS = {
     "ray": {"workers.tasks", "orchestrator.execution"},
     "mlflow": {"orchestrator.tracking"},
     "rich": {"orchestrator.results", "orchestrator.terminal", "orchestrator.controller"},
-    "sklearn": {"workers.data", "workers.frechet"},
+    "sklearn": {"workers.data", "workers.features"},
 }
 
 

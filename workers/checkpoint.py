@@ -6,40 +6,73 @@
                     state/training.safetensors, state/progress.json                raw weights and Adam's moments
                     manifest.json                                                  written last
 
-`DDPMPipeline.from_pretrained` opens such a folder. Safetensors only: no pickle is ever loaded.
+`DDPMPipeline.from_pretrained` opens such a folder. The other way round, `open_folder` opens what diffusers saves of an
+unconditional model on pixels: the same layout without state and manifest, or its three files side by side. Safetensors
+only: no pickle is ever loaded.
 """
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from workers.config import Mistake, digest
+from workers.diffusers_config import VERSION, Scheduler, read_index, read_network, read_scheduler, scheduler_config
+from workers.diffusion.predictions import EpsNetwork
 from workers.diffusion.process import Process
 from workers.storage import Storage
 from workers.unet import UNet
 
 UNET, WEIGHTS = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
-SCHEDULER, INDEX = "scheduler/scheduler_config.json", "model_index.json"
+SCHEDULER, INDEX, MANIFEST = "scheduler/scheduler_config.json", "model_index.json", "manifest.json"
 STATE, PROGRESS = "state/training.safetensors", "state/progress.json"
-VERSION = "0.35.0"  # the diffusers release whose layout this is
+EVALUATED = (UNET, WEIGHTS, SCHEDULER)  # what an evaluation reads
+PICKLES = (".bin", ".ckpt", ".pth", ".pt")
+
+R = TypeVar("R")
 
 
 class CheckpointError(Mistake):
-    """A checkpoint is incomplete or its bytes are not those that were written."""
+    """A checkpoint is incomplete, its bytes are not those that were written, or it is of another kind of model."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint; `digest` addresses what an evaluation sees: EMA weights, network and process."""
+    """A complete checkpoint: all that another process needs to load it, and to notice that it changed.
 
-    path: str  # relative to the storage root
-    step: int
+    `digest` addresses what an evaluation sees: weights, network and process. The same files have the same digest
+    wherever they lie.
+    """
+
+    root: str  # of the storage
+    path: str  # relative to the root; empty where the root is the checkpoint's folder
+    step: int | None  # None where a folder that we did not write does not say
     digest: str
+    sums: tuple[tuple[str, str], ...]  # (file below path, sha256 in hex), of every file that is read
+
+    @property
+    def url(self) -> str:
+        """Where a person finds it."""
+        return Storage(self.root).url(self.path)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the config files say of a checkpoint."""
+
+    shape: tuple[int, int, int]  # height, width, channels of an image, as `Dataset.shape`
+    T: int
+    prediction: str  # a name in workers.diffusion.predictions.PREDICTIONS
+    variance: str  # a name in workers.diffusion.process.VARIANCES
+    clip: bool  # whether the model's own scheduler clips x_0_hat to [-1, 1]
+    parameters: int
 
 
 def save(
@@ -71,79 +104,216 @@ def save(
     }
     for name, content in files.items():
         storage.write(f"{path}/{name}", content)
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    storage.write_json(f"{path}/manifest.json", {"step": step, "sha256": sums})
+    sums = {name: _sha256(content) for name, content in files.items()}
+    storage.write_json(f"{path}/{MANIFEST}", {"step": step, "sha256": sums})
     for other in storage.list(folder):
         if other < f"step-{step:08}":
             storage.delete(f"{folder}/{other}")
-    return Checkpoint(path, step, _digest(sums))
+    return _checkpoint(storage.root, path, step, sums)
 
 
 def newest(storage: Storage, folder: str) -> Checkpoint | None:
-    """The complete checkpoint of the highest step in `folder`; one without a manifest does not count."""
+    """The complete checkpoint of the highest step in `folder`; one without a manifest does not count.
+
+    Raises CheckpointError where its manifest is damaged.
+    """
     for name in reversed(storage.list(folder)):
         path = f"{folder}/{name}"
-        if storage.exists(f"{path}/manifest.json"):
-            manifest = _manifest(storage, path)
-            return Checkpoint(path, manifest["step"], _digest(manifest["sha256"]))
+        if storage.exists(f"{path}/{MANIFEST}"):
+            return _committed(storage, path)
     return None
 
 
-def load(storage: Storage, checkpoint: Checkpoint) -> tuple[UNet, Process]:
-    """eps_theta with the EMA weights, in eval mode, and its process. Raises CheckpointError where bytes are damaged."""
-    unet = UNet(json.loads(_read(storage, checkpoint, UNET)))
-    unet.load_state_dict(safetensors.torch.load(_read(storage, checkpoint, WEIGHTS)))
-    scheduler = json.loads(_read(storage, checkpoint, SCHEDULER))
-    betas = torch.tensor(scheduler["trained_betas"], dtype=torch.float64)
-    return unet.eval(), Process.of_betas(betas, scheduler["variance_type"])
+def open_folder(folder: str | Path) -> Checkpoint:
+    """The checkpoint in one folder, given by its path or URI: one of ours, or what diffusers saved.
+
+    Of diffusers' it takes an unconditional model on pixels: a pipeline's folder, whose two parts may lie in unet/ and
+    scheduler/ or beside model_index.json, or a UNet2DModel's with a scheduler_config.json beside it. Such a folder is
+    loaded once on the way. Raises CheckpointError with what is wrong with the folder and what to do.
+    """
+    try:
+        storage = Storage(folder)
+        parts = {part: storage.list(part) for part in ("", "unet", "scheduler") if not part or storage.exists(part)}
+    except (Mistake, OSError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be opened ({error.__cause__ or error}); give a folder, or a URI such as s3://bucket/path"
+        ) from error
+    if MANIFEST in parts[""]:
+        return _committed(storage, "")
+    if not parts[""]:
+        raise CheckpointError(
+            f"{folder} is not a folder, or an empty one; give the folder that holds model_index.json or config.json. "
+            f"A repository of the Hugging Face hub is downloaded first: hf download NAME --local-dir FOLDER"
+        )
+    if INDEX in parts[""]:
+        _meant(storage.url(INDEX), read_index, _object(_bytes(storage, INDEX), storage.url(INDEX)))
+    names = [_beside("unet", "config.json", parts), _beside("unet", PurePosixPath(WEIGHTS).name, parts)]
+    names.append(_beside("scheduler", PurePosixPath(SCHEDULER).name, parts))
+    there = {f"{part}/{name}".lstrip("/") for part, inside in parts.items() for name in inside}
+    if missing := [name for name in names if name not in there]:
+        raise CheckpointError(f"{storage.root} lacks {' and '.join(missing)}: {_advice(missing, there)}")
+    sums = {name: _sha256(_bytes(storage, name)) for name in names}
+    checkpoint = _checkpoint(storage.root, "", None, sums)
+    load(checkpoint)
+    return checkpoint
 
 
-def load_state(storage: Storage, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+def describe(checkpoint: Checkpoint) -> Description:
+    """What the checkpoint holds, from its config files alone. Raises CheckpointError as `load` does."""
+    unet, scheduler, shape = _configured(checkpoint)
+    process = scheduler.process
+    parameters = sum(p.numel() for p in unet.parameters())
+    return Description(shape, process.T, scheduler.prediction, process.variance, scheduler.clip, parameters)
+
+
+def load(checkpoint: Checkpoint) -> tuple[nn.Module, Process]:
+    """eps_theta as a module in eval mode, and its process.
+
+    The module is called as `UNet` is, (x_t, t - 1), and gives eps whatever the network predicts; its weights are
+    float32. Raises CheckpointError where bytes are damaged or of another kind of model.
+    """
+    unet, scheduler, _ = _configured(checkpoint)
+    where, weights = _url(checkpoint, WEIGHTS), _weights(checkpoint, WEIGHTS)
+    for name, w in weights.items():
+        if not (w.is_floating_point() and torch.isfinite(w).all()):
+            raise CheckpointError(f"{where}: {name} ({w.dtype}) holds other things than finite numbers: save it again")
+    try:
+        unet.to_empty(device="cpu").load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{where} does not fit the config.json beside it, or one of the two is damaged: {error}"
+        ) from error
+    network = unet if scheduler.prediction == "eps" else EpsNetwork(unet, scheduler.process, scheduler.prediction)
+    return network.eval(), scheduler.process
+
+
+def process_of(checkpoint: Checkpoint) -> Process:
+    """The process alone, from the config files. Raises CheckpointError as `load` does."""
+    return _configured(checkpoint)[1].process
+
+
+def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """(EMA weights, training state, progress), to resume from. Raises CheckpointError where bytes are damaged."""
+    progress = _object(_read(checkpoint, PROGRESS), _url(checkpoint, PROGRESS))
+    return _weights(checkpoint, WEIGHTS), _weights(checkpoint, STATE), progress
+
+
+def _committed(storage: Storage, path: str) -> Checkpoint:
+    """The checkpoint of ours at `path`, from its manifest."""
+    where = storage.url(_join(path, MANIFEST))
+    manifest = _object(_bytes(storage, _join(path, MANIFEST)), where)
+    try:
+        sums = {name: str(manifest["sha256"][name]) for name in (INDEX, *EVALUATED, STATE, PROGRESS)}
+        return _checkpoint(storage.root, path, int(manifest["step"]), sums)
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{where} is damaged: restore or delete the folder") from error
+
+
+def _checkpoint(root: str, path: str, step: int | None, sums: dict[str, str]) -> Checkpoint:
+    files = {name: sums[_file(sums, name)] for name in EVALUATED}
+    return Checkpoint(root, path, step, digest(files), tuple(sorted(sums.items())))
+
+
+def _configured(checkpoint: Checkpoint) -> tuple[UNet, Scheduler, tuple[int, int, int]]:
+    """(network, scheduler, image shape) of the config files. The network is on the meta device: without memory."""
+    config, where = _object(_read(checkpoint, UNET), _url(checkpoint, UNET)), _url(checkpoint, UNET)
+    shape = _meant(where, read_network, config)
+    height, width, channels = shape
+    try:
+        with torch.device("meta"):
+            unet = UNet(config)
+            unet.eval()(torch.empty(1, channels, height, width), torch.zeros(1, dtype=torch.int64))
+    except (ValueError, RuntimeError, ArithmeticError) as error:
+        raise CheckpointError(f"{where} does not describe a network that can be built here: {error}") from error
+    where = _url(checkpoint, SCHEDULER)
+    return unet, _meant(where, read_scheduler, _object(_read(checkpoint, SCHEDULER), where)), shape
+
+
+def _meant(where: str, read: Callable[[dict[str, Any]], R], content: dict[str, Any]) -> R:
+    try:
+        return read(content)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _beside(part: str, name: str, parts: dict[str, list[str]]) -> str:
+    """Where diffusers looks for a file of `part`: in the folder of that name, or in the root if there is none."""
+    return f"{part}/{name}" if part in parts else name
+
+
+def _advice(missing: list[str], there: set[str]) -> str:
+    if pickles := sorted(name for name in there if name.endswith(PICKLES)):
+        return (
+            f"{', '.join(pickles)} may be weights as a pickle, which can run code and is not opened here; where you "
+            "trust it, open it with diffusers and write pipeline.save_pretrained(folder, safe_serialization=True)"
+        )
     return (
-        safetensors.torch.load(_read(storage, checkpoint, WEIGHTS)),
-        safetensors.torch.load(_read(storage, checkpoint, STATE)),
-        json.loads(_read(storage, checkpoint, PROGRESS)),
+        f"it holds {sorted(there)}; give a folder of pipeline.save_pretrained(folder, safe_serialization=True), "
+        "or one of step-... with a manifest.json"
     )
 
 
-def scheduler_config(process: Process) -> dict[str, Any]:
-    """The config of a diffusers DDPMScheduler that samples the same process."""
-    return {
-        "_class_name": "DDPMScheduler",
-        "_diffusers_version": VERSION,
-        "num_train_timesteps": process.T,
-        "trained_betas": process.beta.tolist(),
-        "variance_type": process.variance,
-        "prediction_type": "epsilon",
-        "clip_sample": True,
-    }
-
-
-def _manifest(storage: Storage, path: str) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads(storage.read(f"{path}/manifest.json"))
-        return {"step": int(manifest["step"]), "sha256": dict(manifest["sha256"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{storage.url(path)}/manifest.json is damaged: restore or delete the folder") from error
-
-
-def _read(storage: Storage, checkpoint: Checkpoint, name: str) -> bytes:
-    expected = _manifest(storage, checkpoint.path)["sha256"].get(name)
-    try:
-        content = storage.read(f"{checkpoint.path}/{name}")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{storage.url(checkpoint.path)} lacks {name}: restore or delete the folder") from error
-    if hashlib.sha256(content).hexdigest() != expected:
+def _read(checkpoint: Checkpoint, name: str) -> bytes:
+    """A file's content, checked against its sum before anything is made of it."""
+    sums = dict(checkpoint.sums)
+    content = _bytes(Storage(checkpoint.root), _join(checkpoint.path, _file(sums, name)))
+    if _sha256(content) != sums[_file(sums, name)]:
         raise CheckpointError(
-            f"{storage.url(checkpoint.path)}/{name} is damaged: its sha256 differs from the manifest's; "
-            "restore the file, or delete the folder and train again"
+            f"{_url(checkpoint, name)} is damaged: its sha256 differs from "
+            + (
+                "that of the moment it was opened; run the command again when nothing writes to it"
+                if checkpoint.step is None
+                else "the manifest's; restore the file, or delete the folder and train again"
+            )
         )
     return content
 
 
-def _digest(sums: dict[str, str]) -> str:
-    return digest({name: sums.get(name) for name in (UNET, WEIGHTS, SCHEDULER)})
+def _file(names: Iterable[str], name: str) -> str:
+    """Which of `names` is our `name`; of diffusers' layouts, some have the same files without folders."""
+    [found] = [n for n in names if PurePosixPath(n).name == PurePosixPath(name).name]
+    return found
+
+
+def _url(checkpoint: Checkpoint, name: str) -> str:
+    return f"{checkpoint.url}/{_file(dict(checkpoint.sums), name)}"
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}/{name}" if path else name
+
+
+def _bytes(storage: Storage, path: str) -> bytes:
+    try:
+        return storage.read(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{storage.url(path)} is missing: restore it, or delete the folder") from error
+    except OSError as error:
+        raise CheckpointError(f"{storage.url(path)} cannot be read: {error}") from error
+
+
+def _object(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is damaged: it is not JSON ({error}); restore or delete the folder") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{where} is damaged: it holds no JSON object; restore or delete the folder")
+    return found
+
+
+def _weights(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    content = _read(checkpoint, name)
+    try:
+        return dict(safetensors.torch.load(content))
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{_url(checkpoint, name)} is damaged: it is not safetensors ({error}); restore or save it again"
+        ) from error
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _json(content: Any) -> bytes:

@@ -268,14 +268,14 @@ class _Loop:
         )
 
     def _restore(self, checkpoint: checkpoints.Checkpoint) -> None:
-        ema, state, progress = checkpoints.load_state(self.storage, checkpoint)
+        ema, state, progress = checkpoints.load_state(checkpoint)
         self.ema = {name: ema[name].to(self.world.device) for name in self.ema}
         self.unet.load_state_dict({name: state[f"weights.{name}"] for name in self.ema})
         names = [name for name, _ in self.unet.named_parameters()]
         keys = ("step", "exp_avg", "exp_avg_sq")
         moments = {i: {key: state[f"{key}.{name}"] for key in keys} for i, name in enumerate(names)}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        self.step, self.train_seconds = checkpoint.step, progress["train_seconds"]
+        self.step, self.train_seconds = progress["step"], progress["train_seconds"]
 
 
 class _Averaged:
