@@ -34,16 +34,16 @@ class Ledger:
     @staticmethod
     def join(parts: list["Ledger"]) -> "Ledger":
         """The rows of all parts in order of (image, t), whatever the order of the parts."""
-        columns = [np.concatenate(c) for c in zip(*(vars(p).values() for p in parts), strict=True)]
+        *columns, decoder = (np.concatenate(c) for c in zip(*(vars(p).values() for p in parts), strict=True))
         image, t, *_ = columns
         order, first = np.lexsort((t, image)), np.argsort(image[t == 1], kind="stable")
-        return Ledger(*(c[order] for c in columns[:-1]), columns[-1][first])
+        return Ledger(*(c[order] for c in columns), decoder_nats=decoder[first])
 
     def of_first(self, images: int) -> "Ledger":
         """The rows of the images 0 .. images - 1."""
         keep, first = self.image < images, self.image[self.t == 1] < images
         *columns, decoder = vars(self).values()
-        return Ledger(*(c[keep] for c in columns), decoder[first])
+        return Ledger(*(c[keep] for c in columns), decoder_nats=decoder[first])
 
     @property
     def images(self) -> int:
@@ -65,7 +65,8 @@ class Ledger:
     def of_table(table: pa.Table) -> "Ledger":
         names = ("image", "t", "squared_error", "weight")
         nats = table["decoder_nats"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return Ledger(*(table[name].to_numpy() for name in names), nats.reshape(-1, len(DECODER_FACTORS)))
+        decoder_nats = nats.reshape(-1, len(DECODER_FACTORS))
+        return Ledger(*(table[name].to_numpy() for name in names), decoder_nats=decoder_nats)
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def rate_distortion(
 
 def shorter_chains(T: int) -> list[int]:
     """T, T/2, T/5, ...: the numbers of steps that are worth telling, from the longest."""
-    return sorted({max(2, T // k) for k in SHORTER if T >= 2 * k} | {T}, reverse=True)
+    return sorted({max(2, T // k) for k in SHORTER if 2 * k <= T} | {T}, reverse=True)
 
 
 def _in_bits(
