@@ -19,6 +19,7 @@ DECODER_FACTORS = 2.0 ** (np.arange(-8, 25) / 2)
 OWN_FACTOR = 8  # the place of factor 1
 OPTIMAL = "optimal"  # the isotropic variance that minimises the bound of the images measured
 SHORTER = (1, 2, 5, 10, 20, 50)  # chains of T, T/2, ... steps
+ROWS = ("image", "t", "squared_error", "weight")
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,17 @@ class Ledger:
     @staticmethod
     def join(parts: list["Ledger"]) -> "Ledger":
         """The rows of all parts in order of (image, t), whatever the order of the parts."""
-        *columns, decoder = (np.concatenate(c) for c in zip(*(vars(p).values() for p in parts), strict=True))
-        image, t, *_ = columns
-        order, first = np.lexsort((t, image)), np.argsort(image[t == 1], kind="stable")
-        return Ledger(*(c[order] for c in columns), decoder_nats=decoder[first])
+        rows = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ROWS}
+        decoder_nats = np.concatenate([part.decoder_nats for part in parts])
+        first = np.argsort(rows["image"][rows["t"] == 1], kind="stable")
+        order = np.lexsort((rows["t"], rows["image"]))
+        return Ledger(**{name: column[order] for name, column in rows.items()}, decoder_nats=decoder_nats[first])
 
     def of_first(self, images: int) -> "Ledger":
         """The rows of the images 0 .. images - 1."""
         keep, first = self.image < images, self.image[self.t == 1] < images
-        *columns, decoder = vars(self).values()
-        return Ledger(*(c[keep] for c in columns), decoder_nats=decoder[first])
+        rows = {name: getattr(self, name)[keep] for name in ROWS}
+        return Ledger(**rows, decoder_nats=self.decoder_nats[first])
 
     @property
     def images(self) -> int:
@@ -55,18 +57,16 @@ class Ledger:
 
     def table(self) -> pa.Table:
         """A row a pair; the decoder's terms as a list that is empty for t > 1."""
-        *columns, decoder = vars(self).items()
         lengths = np.where(self.t == 1, len(DECODER_FACTORS), 0)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        nats = pa.ListArray.from_arrays(offsets, decoder[1].reshape(-1))
-        return pa.table({**dict(columns), "decoder_nats": nats})
+        nats = pa.ListArray.from_arrays(offsets, self.decoder_nats.reshape(-1))
+        return pa.table({**{name: getattr(self, name) for name in ROWS}, "decoder_nats": nats})
 
     @staticmethod
     def of_table(table: pa.Table) -> "Ledger":
-        names = ("image", "t", "squared_error", "weight")
+        rows = {name: table[name].to_numpy() for name in ROWS}
         nats = table["decoder_nats"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        decoder_nats = nats.reshape(-1, len(DECODER_FACTORS))
-        return Ledger(*(table[name].to_numpy() for name in names), decoder_nats=decoder_nats)
+        return Ledger(**rows, decoder_nats=nats.reshape(-1, len(DECODER_FACTORS)))
 
 
 @dataclass(frozen=True)
