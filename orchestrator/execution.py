@@ -249,9 +249,10 @@ class Evaluations:
         options = {"num_cpus": BLOCK_CPUS, "num_gpus": BLOCK_GPUS if order.gpus else 0}
         space = self._space(order)
         made: dict[str, Any] = {}
+        others = []  # what another evaluation on the same data is making
         for block in missing:
-            if block.path in self._shared:  # by another trial on the same data
-                made[block.path] = self._shared[block.path]
+            if block.path in self._shared:
+                others.append(self._shared[block.path])
                 continue
             after = [made[b.path] for b in block.needs if b.path in made]
             after += [space] if space is not None and block.kind in ("features", "reference") else []
@@ -259,7 +260,7 @@ class Evaluations:
             if block.kind == "reference":
                 self._shared[block.path] = made[block.path]
         refs = list(made.values())
-        summary = tasks.make_summary.options(**options).remote(order, *refs)
+        summary = tasks.make_summary.options(**options).remote(order, *refs, *others)
         self._open[name] = _Evaluation(order, planned, summary, {*refs, summary})
         self._owner |= dict.fromkeys(refs, name) | {summary: name}
 
