@@ -11,7 +11,8 @@ ORDER = """
     workers.unet_config workers.unet
     workers.diffusion.schedules workers.diffusion.process workers.diffusion.objectives
     workers.diffusion.bound workers.diffusion.samplers workers.diffusion.gaussian
-    workers.likelihood workers.frechet workers.checkpoint workers.evaluation workers.training workers.tasks
+    workers.likelihood workers.frechet workers.checkpoint workers.evaluation workers.canaries
+    workers.training workers.tasks
     orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan orchestrator.results
     orchestrator.tracking orchestrator.record orchestrator.terminal orchestrator.execution orchestrator.controller
     orchestrator.sweep orchestrator.ui
