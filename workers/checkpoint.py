@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from workers.config import Mistake, digest
 from workers.diffusers_config import VERSION, Scheduler, read_index, read_network, read_scheduler, scheduler_config
+from workers.diffusion.gaussian import GaussianDenoiser
 from workers.diffusion.predictions import EpsNetwork
 from workers.diffusion.process import Process
 from workers.storage import Storage
@@ -173,6 +174,8 @@ def load(checkpoint: Checkpoint) -> tuple[nn.Module, Process]:
     float32. Raises CheckpointError where bytes are damaged or of another kind of model.
     """
     unet, scheduler, _ = _configured(checkpoint)
+    if isinstance(unet, GaussianDenoiser):
+        return unet, scheduler.process
     where, weights = _url(checkpoint, WEIGHTS), _weights(checkpoint, WEIGHTS)
     for name, w in weights.items():
         if not (w.is_floating_point() and torch.isfinite(w).all()):
@@ -214,9 +217,13 @@ def _checkpoint(root: str, path: str, step: int | None, sums: dict[str, str]) ->
     return Checkpoint(root, path, step, digest(files), tuple(sorted(sums.items())))
 
 
-def _configured(checkpoint: Checkpoint) -> tuple[UNet, Scheduler, tuple[int, int, int]]:
-    """(network, scheduler, image shape) of the config files. The network is on the meta device: without memory."""
+def _configured(checkpoint: Checkpoint) -> tuple[nn.Module, Scheduler, tuple[int, int, int]]:
+    """(network, scheduler, image shape) of the config files. A U-Net is on the meta device: without memory."""
     config, where = _object(_read(checkpoint, UNET), _url(checkpoint, UNET)), _url(checkpoint, UNET)
+    if config.get("_class_name") == "GaussianDenoiser":  # the canary's
+        scheduler = _meant(_url(checkpoint, SCHEDULER), read_scheduler, _object(_read(checkpoint, SCHEDULER), where))
+        size, channels = config["sample_size"], config["in_channels"]
+        return GaussianDenoiser(config, scheduler.process), scheduler, (size, size, channels)
     shape = _meant(where, read_network, config)
     try:
         with torch.device("meta"):
