@@ -220,6 +220,8 @@ class Sweep:
         """Prints the result; gives the exit status."""
         rows = results.ranked(self.rows(), self.experiment.search.metric, self.experiment.search.mode)
         self.console.print(results.table(rows))
+        if footnote := results.footnote(rows):
+            self.console.print(footnote, markup=False, highlight=False)
         for row in rows:
             if row.error:
                 self.console.print(f"{row.digest[:8]} failed: {row.error}", markup=False, highlight=False)
