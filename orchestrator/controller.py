@@ -168,6 +168,9 @@ class Sweep:
             self.display.say(f"{address[:8]}  {(self.found[address].status or {}).get('detail')}")
             self._record(address)
 
+    def restarted(self, address: str) -> None:
+        self.display.say(f"{address[:8]}  its process died; it starts again from its last checkpoint")
+
     def failed(self, address: str, why: str) -> None:
         self.errors[address] = why
         self.lines[address].state = "failed"

@@ -48,6 +48,7 @@ class Events(Protocol):
 
     def progress(self, digest: str, result: dict[str, Any]) -> None: ...
     def trained(self, digest: str, result: dict[str, Any]) -> None: ...
+    def restarted(self, digest: str) -> None: ...
     def failed(self, digest: str, why: str) -> None: ...
     def tick(self) -> None: ...
 
@@ -60,6 +61,7 @@ def session(address: str | None, cpus: int | None = None) -> Iterator[None]:
     """
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it prints a page of, `_Relay` tells in a line
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "runtime_env": {"env_vars": WORKERS}}
     if address is None:
         # A logical core more than the machine has, so that evaluation blocks run while the others train.
@@ -210,6 +212,7 @@ class _Relay(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._left_behind.append((time.monotonic() + TO_DIE_S, trial.last_result))
+        self._events.restarted(_digest(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._left_behind.append((time.monotonic() + TO_DIE_S, trial.last_result))
