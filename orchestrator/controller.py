@@ -4,6 +4,7 @@ The decisions are `plan`'s, the work is done by `execution`, MLflow is told by `
 together. It runs in the thread that called it.
 """
 
+import json
 import signal
 from collections.abc import Mapping
 from typing import Any
@@ -14,12 +15,14 @@ from orchestrator import execution, plan, results
 from orchestrator.experiment import Experiment, Variant
 from orchestrator.record import Record
 from orchestrator.results import Row
+from orchestrator.settings import write_yaml
 from orchestrator.terminal import Display, Line
 from workers import checkpoint as checkpoints
 from workers import tasks
 from workers.blocks import Images, blocks, summary_path
 from workers.config import DataConfig, Measurement
 from workers.data import Source, prepare
+from workers.inception import find_weights
 from workers.storage import Storage
 from workers.training import stop_path
 
@@ -117,6 +120,8 @@ class Sweep:
         missing = {a for a, decision in decisions.items() if decision.action != "nothing"}
         if not missing:
             return
+        if any(v.trial.evaluation.fid and v.trial.evaluation.fid.features == "inception" for v in self.trials.values()):
+            find_weights()
         self.record.open()
         for config in self.sources:
             prepare(config)
@@ -129,7 +134,9 @@ class Sweep:
                     self._evaluate(a)
             to_train = [self.jobs[a] for a in self.trials if a in missing and decisions[a].action == "train"]
             for job in to_train:
-                self.storage.delete(stop_path(tasks.folder_of(job["digest"])))
+                folder = tasks.folder_of(job["digest"])
+                self.storage.delete(stop_path(folder))
+                self.storage.write(f"{folder}/trial.yaml", write_yaml(json.loads(job["trial"])).encode())
             if to_train:
                 execution.train(to_train, self.experiment.search, self)
             while self.evaluations:

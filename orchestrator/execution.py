@@ -53,14 +53,17 @@ class Events(Protocol):
 
 
 @contextmanager
-def session(address: str | None) -> Iterator[None]:
-    """A Ray cluster: the one at `address`, or one of this machine that ends with the block."""
+def session(address: str | None, cpus: int | None = None) -> Iterator[None]:
+    """A Ray cluster: the one at `address`, or one of this machine that ends with the block.
+
+    `cpus` bounds the latter's logical cores, and so how many tasks run at once.
+    """
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     logging.getLogger("ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "runtime_env": {"env_vars": WORKERS}}
     if address is None:
         # A logical core more than the machine has, so that evaluation blocks run while the others train.
-        options |= {"num_cpus": cores() + 1, "include_dashboard": False, "object_store_memory": 256 * 2**20}
+        options |= {"num_cpus": cpus or cores() + 1, "include_dashboard": False, "object_store_memory": 256 * 2**20}
     try:
         ray.init(address or "local", **options)
     except ConnectionError as error:
@@ -78,9 +81,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gpus_available() -> int:
+    """GPUs of the cluster."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
 def gpus_a_worker(training: TrainingConfig) -> int:
     """`training.gpus` on this cluster. Raises Mistake where it asks for a GPU and there is none."""
-    available = int(ray.cluster_resources().get("GPU", 0))
+    available = gpus_available()
     if training.gpus == "auto":
         return int(available > 0)
     if training.gpus and not available:

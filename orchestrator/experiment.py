@@ -32,7 +32,17 @@ from orchestrator.settings import (
     valid,
     write_yaml,
 )
-from workers.config import NOT_ADDRESSED, DataConfig, Mistake, Record, Trial, sub_batches, trial_digest
+from workers.blocks import distance_name
+from workers.config import (
+    NOT_ADDRESSED,
+    DataConfig,
+    EvaluationConfig,
+    Mistake,
+    Record,
+    Trial,
+    sub_batches,
+    trial_digest,
+)
 
 MOST_VARIANTS = 10_000
 
@@ -71,8 +81,10 @@ def _not_a_loss(metric: object) -> object:
 
 
 # The metrics to rank on, and the part of `evaluation` that measures each.
-MEASURED_BY = {"eval/nll_bpd": "nll", "eval/fd_classifier": "fid", "valid/nll_bpd": None}
-Metric = Annotated[Literal["eval/nll_bpd", "eval/fd_classifier", "valid/nll_bpd"], BeforeValidator(_not_a_loss)]
+MEASURED_BY = {"eval/nll_bpd": "nll", "eval/fid": "fid", "eval/fd_classifier": "fid", "valid/nll_bpd": None}
+Metric = Annotated[
+    Literal["eval/nll_bpd", "eval/fid", "eval/fd_classifier", "valid/nll_bpd"], BeforeValidator(_not_a_loss)
+]
 EarlyMetric = Annotated[Literal["valid/nll_bpd"], BeforeValidator(_not_a_loss)]
 Values = Annotated[tuple[Any, ...], Field(strict=False)]
 Range = Annotated[tuple[float, float], Field(strict=False)]
@@ -217,7 +229,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     given: dict[str, Any] = {}
     for text in overrides:
         try:
-            name, value = _assignment(text)
+            name, value = assignment(text)
             content = _override(content, name, value)
             given[name] = value
         except ValueError as mistake:
@@ -264,7 +276,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     return content, problems
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def assignment(text: str) -> tuple[str, Any]:
     """The path and the value of `a.b=value`. Raises ValueError."""
     path, equals, right = (part.strip() for part in text.partition("="))
     if not (path and equals and right):
@@ -352,7 +364,7 @@ def _axis_mistakes(path: str, axis: Axis) -> list[str]:
 def _trial_mistakes(trial: Trial) -> list[str]:
     """Settings, each valid by itself, that do not go together."""
     found, T, training = [], trial.diffusion.T, trial.training
-    schedule, nll, fid = trial.diffusion.schedule, trial.evaluation.nll, trial.evaluation.fid
+    schedule = trial.diffusion.schedule
     if schedule.kind in ("linear", "quadratic") and schedule.beta_start > schedule.beta_end:
         found.append(
             f"diffusion.schedule.beta_start: {schedule.beta_start:g} is above beta_end = {schedule.beta_end:g}; "
@@ -365,6 +377,12 @@ def _trial_mistakes(trial: Trial) -> list[str]:
             f"noise comes in {parts} sub-batches of {training.batch_size // parts}; "
             f"valid: {', '.join(str(n) for n in range(1, parts + 1) if parts % n == 0)}"
         )
+    return found + evaluation_mistakes(trial.evaluation, T)
+
+
+def evaluation_mistakes(evaluation: EvaluationConfig, T: int) -> list[str]:
+    """Settings of an evaluation, each valid by itself, that do not go together or with a chain of T steps."""
+    found, nll, fid = [], evaluation.nll, evaluation.fid
     if nll and nll.timesteps != "all" and nll.timesteps > T:
         found.append(f"evaluation.nll.timesteps: {nll.timesteps} is more than diffusion.T = {T}; at most T, or all")
     if fid and fid.sampler.steps and fid.sampler.steps > T:
@@ -375,6 +393,10 @@ def _trial_mistakes(trial: Trial) -> list[str]:
         found.append(
             f"evaluation.fid.sampler.eta: {fid.sampler.eta:g} is without effect on the {fid.sampler.kind} sampler; "
             "leave it out, or take kind: ddim"
+        )
+    if fid and "inception_score" in fid.also and fid.features != "inception":
+        found.append(
+            f"evaluation.fid.also: inception_score needs features: inception, not {fid.features}; leave one out"
         )
     return found
 
@@ -403,11 +425,15 @@ def _search_mistakes(search: SearchConfig) -> list[str]:
 
 def _metric_mistakes(search: SearchConfig, trial: Trial) -> list[str]:
     """A search must rank on something that is measured; a single trial is not ranked."""
-    off = {metric: part for metric, part in MEASURED_BY.items() if part and getattr(trial.evaluation, part) is None}
-    if not search.space or search.metric not in off:
+    if not search.space or search.metric == "valid/nll_bpd":
         return []
-    rest = " or ".join(metric for metric in MEASURED_BY if metric not in off)
-    return [f"search.metric: {search.metric} is not measured, as evaluation.{off[search.metric]} is null; take {rest}"]
+    part, fid = MEASURED_BY[search.metric], trial.evaluation.fid
+    if part and getattr(trial.evaluation, part) is None:
+        return [f"search.metric: {search.metric} is not measured, as evaluation.{part} is null; take another metric"]
+    measured = f"eval/{distance_name(fid)}" if fid else ""
+    if part == "fid" and search.metric != measured:
+        return [f"search.metric: {search.metric} is not measured; these settings of evaluation.fid make {measured}"]
+    return []
 
 
 SETTINGS = paths(Experiment)

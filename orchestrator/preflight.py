@@ -19,6 +19,7 @@ from workers.config import (
     VALIDATION_TIMESTEPS,
     DataConfig,
     DiffusionConfig,
+    EvaluationConfig,
     Trial,
 )
 from workers.data import Source
@@ -27,6 +28,7 @@ from workers.unet_config import unet_mistakes
 
 PHOTOGRAPHS = 0.25  # E[x_0^2] of photographs on the [-1, 1] scale, about
 WARN_AT = 0.1  # of the prior gap that is refused
+DIMENSIONS = {"classifier": 64, "inception": 2048}  # of the feature spaces; workers.features needs torch to say so
 FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -129,7 +131,18 @@ def _network(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
 
 def _images(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
     """There must be as many images, and such labels, as training and evaluation ask for."""
-    nll, fid, batch_size = trial.evaluation.nll, trial.evaluation.fid, trial.training.batch_size
+    yield from evaluation_findings(trial.evaluation, source)
+    if trial.training.batch_size > source.train:
+        yield Finding(
+            f"training.batch_size: {trial.training.batch_size:,} is more than the {source.train:,} training images of "
+            f"{source.name}, so a batch holds some of them twice",
+            refused=False,
+        )
+
+
+def evaluation_findings(evaluation: EvaluationConfig, source: Source) -> Iterator[Finding]:
+    """Whether the data have what an evaluation asks for."""
+    nll, fid = evaluation.nll, evaluation.fid
     if nll and nll.images != "all" and nll.images > source.held_out:
         yield Finding(
             f"evaluation.nll.images: {nll.images:,} is more than the {source.held_out:,} that {source.name} holds out; "
@@ -138,12 +151,17 @@ def _images(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
     if fid and fid.features == "classifier" and not source.labelled:
         yield Finding(
             f"evaluation.fid.features: a classifier cannot be trained on {source.name}, which has no labels; "
-            "set evaluation.fid: null, or use labelled data"
+            "set evaluation.fid: null or features: inception, or use labelled data"
         )
-    if batch_size > source.train:
+    if fid and fid.reference_images != "all" and fid.reference_images > getattr(source, fid.reference):
         yield Finding(
-            f"training.batch_size: {batch_size:,} is more than the {source.train:,} training images of {source.name}, "
-            "so a batch holds some of them twice",
+            f"evaluation.fid.reference_images: {fid.reference_images:,} is more than the "
+            f"{getattr(source, fid.reference):,} of {source.name}'s {fid.reference} split; take fewer, or all"
+        )
+    if fid and (d := DIMENSIONS[fid.features]) >= fid.samples:
+        yield Finding(
+            f"evaluation.fid.samples: {fid.samples:,} are not more than the {d:,} dimensions of {fid.features}: their "
+            "covariance is singular, and the distance says more of their number than of the model; take more",
             refused=False,
         )
 

@@ -13,14 +13,17 @@ from typing import Any
 
 from orchestrator import results
 from orchestrator.experiment import Experiment, Variant, resolved, to_yaml
+from orchestrator.measuring import Measured
 from orchestrator.results import Row
 from orchestrator.settings import leaves, write_yaml
 from orchestrator.tracking import Comparison, Dataset, Status, Tracker, provenance, resolve_uri
+from workers.blocks import Images, protocol_key
 from workers.config import DataConfig, digest
 from workers.data import Source
 from workers.storage import Storage
 
 FLUSH_S = 60.0  # how long the end of a sweep waits for MLflow
+ELSEWHERE = "evaluations"  # the experiment of checkpoints that come from elsewhere
 STATUS: dict[str, Status] = {"done": "FINISHED", "pruned": "KILLED", "running": "KILLED"}  # else FAILED
 
 
@@ -142,6 +145,51 @@ class Record:
         return provenance()
 
 
+def record_measurement(
+    storage: Storage, uri: str | None, measured: Sequence[Measured], sources: Mapping[DataConfig, Source]
+) -> str:
+    """Measurements made outside of a sweep: on the run of their trial, or else in the experiment `evaluations`.
+
+    What is measured by another protocol than the trial's own gets names of its own, `eval.<key>/...`, so that no two
+    protocols share an axis. Gives what MLflow did not take, in words. Raises Mistake where it cannot be reached.
+    """
+    trackers: dict[str, Tracker] = {}
+    for m in measured:
+        subject, source, summary = m.subject, sources[m.subject.m.data], m.summary
+        if summary is None:
+            continue
+        sweep, own_uri = _sweep_of(storage, subject.trial)
+        if sweep not in trackers:
+            tracker = trackers[sweep] = Tracker(storage, sweep, uri or own_uri)
+            tracker.check()
+            if sweep == ELSEWHERE:
+                tracker.open_sweep({}, provenance(), "Checkpoints that no sweep of this storage has trained.")
+        tracker = trackers[sweep]
+        key = protocol_key(subject.m, Images.of(source))
+        address = subject.trial if subject.trial and sweep != ELSEWHERE else subject.checkpoint.digest
+        params = {} if sweep != ELSEWHERE else _flat(subject.m.model_dump(mode="json"))
+        tracker.open_trial(address, subject.name, params, {f"protocol.{key}": json.dumps(summary["passports"])})
+        prefix = "eval" if subject.m == (subject.own or subject.m) else f"eval.{key}"
+        metrics = {f"{prefix}/{name.removeprefix('eval/')}": value for name, value in summary["metrics"].items()}
+        tracker.log_metrics(address, metrics, subject.checkpoint.step or 0)
+        tracker.log_artifact(address, json.dumps(summary, indent=2).encode(), f"evaluation-{key}.json")
+        tracker.close_trial(address, "FINISHED")
+    for sweep, tracker in trackers.items():
+        if sweep == ELSEWHERE:
+            tracker.close_sweep("FINISHED")
+    left = [tracker.flush(FLUSH_S) for tracker in trackers.values()]
+    return "\n".join(str(shipment) for shipment in left if not shipment.complete)
+
+
+def _sweep_of(storage: Storage, trial: str | None) -> tuple[str, str | None]:
+    """The sweep in whose MLflow experiment the trial has a run, and the tracking URI of that."""
+    for name in storage.list("sweeps") if trial else []:
+        for key, runs in (storage.read_json(f"sweeps/{name}/mlflow.json") or {}).items():
+            if trial in runs:
+                return name, None if key == "mlflow.db" else str(key)
+    return ELSEWHERE, None
+
+
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted path; lists and empty mappings stay whole."""
     flat: dict[str, Any] = {}
@@ -163,7 +211,7 @@ def _trial_note(row: Row) -> str:
     lines += [f"- `{name}`: {value:.4f}" for name, value in row.metrics.items()]
     lines += [f"- trained {status.get('step', 0)} steps at {row.images_per_s or 0:,.0f} images/s"]
     if row.found.summary:
-        lines += ["", "What the numbers are:", "```json", json.dumps(row.found.summary["passport"], indent=2), "```"]
+        lines += ["", "What the numbers are:", "```json", json.dumps(row.found.summary["passports"], indent=2), "```"]
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 from rich.table import Table
 
 from orchestrator.experiment import Variant
+from orchestrator.measuring import Measured
 from orchestrator.plan import Found
 
 
@@ -110,6 +111,57 @@ def markdown(rows: Sequence[Row]) -> str:
     cells = zip(*(column.cells for column in result.columns), strict=True)
     lines = [columns, ["---"] * len(columns), *(map(str, line) for line in cells)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def as_json(measured: Measured) -> dict[str, Any]:
+    """All that is known of a measurement, in plain types."""
+    subject = measured.subject
+    return {
+        "name": subject.name,
+        "trial": subject.trial,
+        "checkpoint": subject.checkpoint.url,
+        "blocks": dict(measured.planned),
+        "blocks_run": dict(measured.missing),
+        "failed": measured.failed,
+        **(measured.summary or {}),
+    }
+
+
+def evaluation_text(measured: Measured) -> str:
+    """A measurement for a person: each number with its error, then what the numbers are."""
+    subject, summary = measured.subject, measured.summary
+    ran = ", ".join(f"{measured.missing[k]} of {n} {k}" for k, n in measured.planned.items())
+    lines = [f"{subject.name}  {subject.checkpoint.url}", f"  blocks run      {ran}; the others were there"]
+    if measured.failed or summary is None:
+        return "\n".join([*lines, f"  failed          {measured.failed}", ""])
+    metrics = summary["metrics"]
+    lines += [f"  {name.removeprefix('eval/'):<28} {_with_error(name, metrics)}" for name in metrics if _is_main(name)]
+    for variance, chains in summary.get("ledger", {}).items():
+        told = ", ".join(f"{c['steps']}: {c['bpd']:.3f} ± {c['bpd_se']:.3f}" for c in chains)
+        lines.append(f"  bits/dim by steps, {variance:<12} {told}")
+    for kind, passport in summary["passports"].items():
+        protocol = ", ".join(f"{name} {_plain(value)}" for name, value in passport["protocol"].items())
+        lines.append(f"  {kind + ' protocol':<16} {protocol}")
+        lines += [f"  warning         {text}" for text in passport.get("warnings", ())]
+    return "\n".join([*lines, f"  hash            {summary['hash']}", ""])
+
+
+ERRORS = ("_se", "_std")
+
+
+def _is_main(name: str) -> bool:
+    return not name.endswith(ERRORS)
+
+
+def _with_error(name: str, metrics: Mapping[str, float]) -> str:
+    error = next((metrics[name + end] for end in ERRORS if name + end in metrics), None)
+    return f"{metrics[name]:.4f}" if error is None else f"{metrics[name]:.4f} ± {error:.4f}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{k}={v}" for k, v in value.items() if v is not None)
+    return str(value)
 
 
 def comparison_plot(rows: Sequence[Row]) -> bytes | None:

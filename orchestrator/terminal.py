@@ -17,8 +17,8 @@ class Line:
     name: str
     steps: int
     batch_size: int
-    step: int = 0
     state: str = "waiting"  # waiting, training, evaluating, done, diverged, pruned, failed
+    step: int = 0
     nll_bpd: float | None = None
     images_per_s: float = 0.0
     blocks: int = 0  # of the evaluation

@@ -14,14 +14,15 @@ ORDER = """
     workers.ledger workers.likelihood workers.frechet workers.fidelity workers.inception workers.features
     workers.diffusers_config workers.checkpoint workers.blocks workers.evaluation workers.summary
     workers.training workers.tasks
-    orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan orchestrator.results
-    orchestrator.tracking orchestrator.record orchestrator.terminal orchestrator.execution orchestrator.controller
-    orchestrator.sweep orchestrator.ui
+    orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan orchestrator.profiles
+    orchestrator.subjects orchestrator.terminal orchestrator.execution orchestrator.measuring
+    orchestrator.comparing orchestrator.results orchestrator.tracking orchestrator.record orchestrator.controller
+    orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.ui
 """.split()
 ROOMS = {
     "ray": {"workers.tasks", "orchestrator.execution"},
     "mlflow": {"orchestrator.tracking"},
-    "rich": {"orchestrator.results", "orchestrator.terminal", "orchestrator.controller"},
+    "rich": {"orchestrator.results", "orchestrator.terminal", "orchestrator.controller", "orchestrator.evaluate"},
     "sklearn": {"workers.data", "workers.features"},
 }
 

@@ -141,3 +141,11 @@ def summary_path(m: Measurement, checkpoint: str, images: Images) -> str:
 def protocol_key(m: Measurement, images: Images) -> str:
     """What names a way of measuring: the same key, the same protocol."""
     return digest([VERSION, images.digest, m.seed, m.evaluation.model_dump(mode="json")])
+
+
+def distance_name(fid: FIDConfig) -> str:
+    """`fid` is Inception against all of the training split, and nothing else is."""
+    if fid.features == "inception" and fid.reference == "train" and fid.reference_images == "all":
+        return "fid"
+    name = f"fd_{fid.features}"
+    return name if fid.reference == "train" else f"{name}_{fid.reference}"

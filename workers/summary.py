@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from workers import blocks, fidelity
-from workers.blocks import Block, Images, reference_blocks, reference_images, strata
+from workers.blocks import Block, Images, distance_name, reference_blocks, reference_images, strata
 from workers.config import FIDConfig, Measurement
 from workers.data import Dataset
 from workers.diffusion.process import VARIANCES, Process
@@ -121,14 +121,6 @@ def _likelihood(m: Measurement, dataset: Dataset, process: Process, whole: Ledge
         "ledger": chains,
         "rate_distortion": {"rate_bpd": rate.tolist(), "rmse_255": distortion.tolist()},
     }
-
-
-def distance_name(fid: FIDConfig) -> str:
-    """`fid` is Inception against all of the training split, and nothing else is."""
-    if fid.features == "inception" and fid.reference == "train" and fid.reference_images == "all":
-        return "fid"
-    name = f"fd_{fid.features}"
-    return name if fid.reference == "train" else f"{name}_{fid.reference}"
 
 
 def _fidelity(

@@ -1,0 +1,78 @@
+"""Measurements of checkpoints outside a sweep: make the blocks that are missing, and give the summaries."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator import execution, plan
+from orchestrator.subjects import Subject
+from orchestrator.terminal import Display, Line
+from workers import tasks
+from workers.blocks import Images, blocks, summary_path
+from workers.config import DataConfig
+from workers.data import Source, prepare
+from workers.inception import find_weights
+from workers.storage import Storage
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A subject's summary, and how many blocks of each kind there are, and were missing."""
+
+    subject: Subject
+    planned: Counter[str]
+    missing: Counter[str]
+    summary: Mapping[str, Any] | None
+    failed: str = ""
+
+
+def measure(
+    subjects: Sequence[Subject],
+    sources: Mapping[DataConfig, Source],
+    storage: Storage,
+    display: Display,
+    address: str | None,
+    at_once: int | None,
+) -> list[Measured]:
+    """Measures the subjects, `at_once` blocks at a time where Ray is this machine's own.
+
+    Starts no Ray where everything is there. Raises Mistake where the Inception weights or the cluster are missing.
+    """
+    work = []
+    for subject in subjects:
+        images, digest = Images.of(sources[subject.m.data]), subject.checkpoint.digest
+        planned, path = blocks(subject.m, digest, images), summary_path(subject.m, digest, images)
+        work.append((subject, planned, plan.missing(planned, storage.list), path))
+    to_do = {path: (subject, planned, missing) for subject, planned, missing, path in work
+             if missing or not storage.exists(path)}  # fmt: skip
+    failed: dict[str, str] = {}
+    if to_do:
+        if any(s.m.evaluation.fid and s.m.evaluation.fid.features == "inception" for s in subjects):
+            find_weights()
+        for config in sources:
+            prepare(config)
+        lines = {path: Line(s.name, 0, 1, "evaluating", blocks=len(p), blocks_left=len(m))
+                 for path, (s, p, m) in to_do.items()}  # fmt: skip
+        display.lines |= {to_do[path][0].checkpoint.digest: line for path, line in lines.items()}
+        with display, execution.session(address, at_once):
+            evaluations, gpus = execution.Evaluations(), min(1, execution.gpus_available())
+            for path, (subject, planned, missing) in to_do.items():
+                evaluations.submit(
+                    path, tasks.make_order(storage, subject.m, subject.checkpoint, gpus), planned, missing
+                )
+            while evaluations:
+                for path, why in evaluations.poll(0.2):
+                    failed[path] = why
+                    lines[path].state = "failed" if why else "done"
+                for path, line in lines.items():
+                    line.blocks_left = evaluations.left(path)
+                display.refresh()
+    return [
+        Measured(subject, _kinds(planned), _kinds(missing), storage.read_json(path), failed.get(path, ""))
+        for subject, planned, missing, path in work
+    ]
+
+
+def _kinds(of: Sequence[Any]) -> Counter[str]:
+    return Counter(block.kind for block in of)

@@ -1,0 +1,157 @@
+"""What to measure: a checkpoint, a trial or a sweep, given as a person gives it, and how, by overrides and profiles.
+
+A folder of diffusers says nothing of data, so `data.source` is given with it; everything of ours knows its own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.experiment import ExperimentError, assignment, by_digest, evaluation_mistakes, expand, parse
+from orchestrator.preflight import evaluation_findings
+from orchestrator.profiles import PROFILES
+from orchestrator.settings import invalid, meant, meant_path, merge, paths, put, read_yaml
+from workers import checkpoint as checkpoints
+from workers.checkpoint import Checkpoint
+from workers.config import DataConfig, Measurement, Mistake, Trial
+from workers.data import Source, describe
+from workers.storage import Storage
+
+SETTINGS = [path for path in paths(Measurement) if path.split(".")[0] in ("seed", "data", "evaluation")]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint, what is measured of it, and whose it is."""
+
+    name: str
+    m: Measurement
+    checkpoint: Checkpoint
+    trial: str | None = None  # the address of the trial that made it
+    own: Measurement | None = None  # what its trial's experiment asks for
+
+
+def find(target: str, storage: Storage, overrides: Sequence[str], profile: str | None) -> list[Subject]:
+    """The subjects that `target` names. Raises Mistake with all that is wrong with it, the overrides or the profile.
+
+    `target` is a sweep (its name or folder), a trial (its address, the start of one, or its folder), or a folder with
+    a checkpoint of ours or of diffusers.
+    """
+    update = _update(overrides, profile)
+    name = target.rstrip("/").rpartition("/")[2]
+    if storage.exists(f"sweeps/{name}/experiment.yaml") and not Path(target, "manifest.json").exists():
+        return _of_sweep(name, storage, update)
+    known = storage.list("trials")
+    if matches := [digest for digest in known if digest.startswith(name) and len(name) >= 4]:
+        if len(matches) > 1:
+            raise Mistake(f"{target} is the start of several trials: {', '.join(matches)}; give more of it")
+        return [_of_trial(matches[0], storage, update)]
+    if not Path(target).exists() and "://" not in target:
+        sweeps = storage.list("sweeps")
+        raise Mistake(
+            f"{target!r} is no folder, and neither a sweep nor a trial in {storage.root}"
+            f"{meant(name, [*sweeps, *known]) or '.'} Give a sweep's name, a trial's address, or "
+            "the folder of a checkpoint of ours or of diffusers. "
+            f"Sweeps here: {', '.join(sweeps) or 'none'}"
+        )
+    return [_of_folder(target, update)]
+
+
+def _update(overrides: Sequence[str], profile: str | None) -> dict[str, Any]:
+    """The settings that the profile and then the overrides set. Raises Mistake."""
+    if profile is not None and profile not in PROFILES:
+        close = meant(profile, PROFILES)
+        raise Mistake(f"--profile {profile}: there is no such profile{close}; valid: {', '.join(PROFILES)}")
+    update: dict[str, Any] = {"evaluation": dict(PROFILES[profile])} if profile else {}
+    problems = []
+    for text in overrides:
+        try:
+            path, value = assignment(text)
+            if path not in SETTINGS:
+                raise ValueError(f"unknown path{meant_path(path, SETTINGS)}; of a checkpoint one sets "
+                                 "seed, data... and evaluation...")  # fmt: skip
+            update = put(update, path.split("."), value)
+        except ValueError as mistake:
+            problems.append(f"override {text!r}: {mistake}")
+    if problems:
+        raise ExperimentError(problems, "evaluation")
+    return update
+
+
+def _of_sweep(name: str, storage: Storage, update: Mapping[str, Any]) -> list[Subject]:
+    """All trained trials of a sweep."""
+    content, _ = read_yaml(storage.read(f"sweeps/{name}/experiment.yaml").decode())
+    variants = expand(parse(content))
+    sources = {config: describe(config) for config in dict.fromkeys(v.trial.data for v in variants)}
+    trials, _ = by_digest(variants, {config: source.digest for config, source in sources.items()})
+    found = [(address, checkpoints.newest(storage, f"trials/{address}/checkpoints")) for address in trials]
+    subjects = [_subject(str(trials[a]), trials[a].trial, c, a, update) for a, c in found if c]
+    if not subjects:
+        raise Mistake(f"the sweep {name} has no trained trial yet; run it first: python -m orchestrator.sweep ...")
+    return subjects
+
+
+def _of_trial(
+    address: str, storage: Storage, update: Mapping[str, Any], checkpoint: Checkpoint | None = None
+) -> Subject:
+    newest = checkpoint or checkpoints.newest(storage, f"trials/{address}/checkpoints")
+    if newest is None:
+        raise Mistake(f"the trial {address} has no checkpoint yet")
+    content, _ = read_yaml(storage.read(f"trials/{address}/trial.yaml").decode())
+    trial = Trial.model_validate(content)
+    return _subject(address, trial, newest, address, update)
+
+
+def _of_folder(folder: str, update: Mapping[str, Any]) -> Subject:
+    """A folder that holds a checkpoint; one in a trial's folder belongs to the trial."""
+    if "://" not in folder:
+        place = Path(folder).absolute()
+        trial = place.parent.parent
+        if place.parent.name == "checkpoints" and (trial / "trial.yaml").exists():
+            storage = Storage(trial.parent.parent)
+            checkpoint = checkpoints.open_folder(place)
+            return _of_trial(trial.name, storage, update, checkpoint)
+    checkpoint = checkpoints.open_folder(folder)
+    if "source" not in update.get("data", {}):
+        raise Mistake(f"{folder}: it does not say which images it was trained on; give data.source=...")
+    about = checkpoints.describe(checkpoint)
+    return _checked(folder.rstrip("/").rpartition("/")[2], {"T": about.T, **update}, checkpoint, None, None)
+
+
+def _subject(name: str, trial: Trial, checkpoint: Checkpoint, address: str, update: Mapping[str, Any]) -> Subject:
+    own = Measurement.of(trial)
+    return _checked(name, merge(own.model_dump(), update), checkpoint, address, own)
+
+
+def _checked(name: str, content: Any, checkpoint: Checkpoint, trial: str | None, own: Measurement | None) -> Subject:
+    if problems := [f"{path}: {text}" for path, text in invalid(Measurement, content)]:
+        raise ExperimentError(problems, name)
+    m = Measurement.model_validate(content)
+    if problems := evaluation_mistakes(m.evaluation, m.T):
+        raise ExperimentError(problems, name)
+    return Subject(name, m, checkpoint, trial, own)
+
+
+def check(subjects: Sequence[Subject]) -> tuple[dict[DataConfig, Source], list[str]]:
+    """The data of the subjects, and warnings. Raises Mistake where data and checkpoint do not go together."""
+    sources = {config: describe(config) for config in dict.fromkeys(s.m.data for s in subjects)}
+    problems: list[str] = []
+    warnings: list[str] = []
+    for subject in subjects:
+        source, shape = sources[subject.m.data], checkpoints.describe(subject.checkpoint).shape
+        if shape != source.shape:
+            problems.append(
+                f"{subject.name}: the model makes images of {_size(shape)}, {source.name} has {_size(source.shape)}; "
+                "give the data it was trained on, or set data.resolution"
+            )
+        for finding in evaluation_findings(subject.m.evaluation, source):
+            (problems if finding.refused else warnings).append(finding.text)
+    if problems:
+        raise ExperimentError(dict.fromkeys(problems), "evaluation")
+    return sources, list(dict.fromkeys(warnings))
+
+
+def _size(shape: tuple[int, int, int]) -> str:
+    height, width, channels = shape
+    return f"{width}x{height} in {channels} channel{'s' * (channels > 1)}"
