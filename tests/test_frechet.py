@@ -8,7 +8,19 @@ from scipy.linalg import sqrtm
 
 from workers.config import DataConfig
 from workers.data import Dataset, prepare
-from workers.frechet import Moments, Reference, classifier, frechet_distance, merged, prepare_reference, reference_path
+from workers.frechet import (
+    CHUNK,
+    Moments,
+    Reference,
+    classifier,
+    extrapolated_distance,
+    frechet_distance,
+    merged,
+    moments_of,
+    prepare_reference,
+    reference_path,
+    sampling_error,
+)
 from workers.storage import Storage
 
 
@@ -68,6 +80,99 @@ def test_moments_merge_to_those_of_the_whole(cuts):
     np.testing.assert_allclose(pieces.mean, features.mean(0), rtol=1e-12)
     np.testing.assert_allclose(pieces.covariance, np.cov(features.T), rtol=1e-8, atol=1e-10)
     np.testing.assert_allclose(whole.covariance, np.cov(features.T), rtol=1e-8, atol=1e-10)
+
+
+def test_torch_fidelity_agrees():
+    """Version 0.4.0, on features made here."""
+    random = np.random.RandomState(0)
+    a, b = random.randn(300, 20), random.randn(250, 20) * 1.1 + 0.2
+    assert frechet_distance(Moments.of(a), Moments.of(b)) == pytest.approx(2.074685344083683, rel=1e-10)
+
+
+@pytest.mark.parametrize(("n", "singular"), [(29, True), (30, True), (31, False)])
+def test_n_features_span_n_minus_one_dimensions(n, singular):
+    m = Moments.of(np.random.RandomState(0).randn(n, 30))
+    assert m.singular is singular
+    assert (np.linalg.matrix_rank(m.covariance) < 30) == singular
+
+
+class Pixels:
+    """A feature space: the pixels themselves."""
+
+    name, digest, dimensions = "pixels", "0", 4
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        assert len(images) <= CHUNK
+        return images.reshape(len(images), 4).astype(np.float32)
+
+
+def test_moments_of_images_are_those_of_all_their_features():
+    images = np.random.RandomState(0).randint(0, 256, (2 * CHUNK + 10, 2, 2, 1)).astype(np.uint8)
+    found, features = moments_of(Pixels(), images), images.reshape(-1, 4).astype(float)
+    assert found.n == len(images)
+    np.testing.assert_allclose(found.mean, features.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(features.T), rtol=1e-9)
+
+
+# ---- The distance and n ----------------------------------------------------------------------------------------
+
+# N(mean, diag(scale^2)) against N(0, I): |mean|^2 + sum (scale - 1)^2.
+SCALE, MEAN = np.linspace(0.3, 1.5, 16), np.eye(16)[0]
+STANDARD = gaussian(np.zeros(16), np.eye(16))
+EXACT = 1 + np.square(SCALE - 1).sum()
+
+
+def draw(n: int, seed: int) -> np.ndarray:
+    return np.random.RandomState(seed).randn(n, 16) * SCALE + MEAN
+
+
+@pytest.fixture(scope="module")
+def draws() -> list[np.ndarray]:
+    return [draw(192, seed) for seed in range(100)]
+
+
+def test_extrapolation_takes_the_bias_of_small_n_away(draws):
+    plain = np.array([frechet_distance(STANDARD, Moments.of(features)) for features in draws]) - EXACT
+    extrapolated = np.array([extrapolated_distance(features, STANDARD).distance for features in draws]) - EXACT
+    assert plain.mean() > 0.3
+    assert abs(extrapolated.mean()) < 0.06
+    assert np.square(extrapolated).mean() < np.square(plain).mean() / 4
+
+
+def test_standard_errors_are_the_spread_over_draws(draws):
+    plain = np.std([frechet_distance(STANDARD, Moments.of(features)) for features in draws])
+    stated = np.mean([sampling_error(features, STANDARD) for features in draws])
+    assert stated == pytest.approx(plain, rel=0.25)
+    found = [extrapolated_distance(features, STANDARD) for features in draws]
+    spread = np.std([each.distance for each in found])
+    assert np.mean([each.standard_error for each in found]) == pytest.approx(spread, rel=0.25)
+
+
+def test_the_extrapolation_is_the_line_through_its_points():
+    found = extrapolated_distance(draw(400, 0), STANDARD)
+    assert found.sizes == (400, 200, pytest.approx(400 / 3), 100, 80)
+    assert found.distances[0] == pytest.approx(frechet_distance(Moments.of(draw(400, 0)), STANDARD), rel=1e-9)
+    slope, intercept = np.polyfit(1 / np.array(found.sizes), found.distances, 1)
+    assert (found.distance, found.slope) == pytest.approx((intercept, slope))
+    assert found == extrapolated_distance(draw(400, 0), STANDARD)
+    assert found.slope > 0 and 0 < found.distance < found.distances[0]
+
+
+def test_a_small_n_has_fewer_points_or_none():
+    """No size is below 1.5 d: 16 dimensions take 72 features for the three points of a line with a residual."""
+    assert len(extrapolated_distance(draw(72, 0), STANDARD).sizes) == 3
+    with pytest.raises(ValueError, match="takes 72 features or more, but there are 71"):
+        extrapolated_distance(draw(71, 0), STANDARD)
+    with pytest.raises(ValueError, match="more features than 16"):
+        sampling_error(draw(16, 0), STANDARD)
+
+
+def test_a_feature_that_never_fires_has_no_part_in_the_error():
+    """As classifiers have them: without variance here or in the reference, the others' error stays."""
+    features = draw(192, 0)
+    dead = np.concatenate([features, np.zeros((192, 1))], axis=1)
+    reference = gaussian(np.zeros(17), np.diag([1.0] * 16 + [0.0]))
+    assert sampling_error(dead, reference) == pytest.approx(sampling_error(features, STANDARD), rel=1e-9)
 
 
 # ---- The classifier's features ---------------------------------------------------------------------------------
