@@ -57,7 +57,9 @@ def test_the_space_is_made_once_and_read_back_equal(digits, tmp_path, monkeypatc
 
 
 def test_the_digest_follows_the_weights(space):
-    assert replace(space, weights=space.weights * 2).digest != space.digest != replace(space, bias=space.bias + 1).digest
+    assert (
+        replace(space, weights=space.weights * 2).digest != space.digest != replace(space, bias=space.bias + 1).digest
+    )
 
 
 def test_without_labels_there_is_no_classifier(digits):

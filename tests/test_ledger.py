@@ -33,9 +33,7 @@ BETA = np.linspace(0.02, 0.5, T)
 
 
 def process(variance: str = "fixed_small") -> Process:
-    return Process.of(
-        DiffusionConfig(T=T, schedule=ScheduleConfig(beta_start=0.02, beta_end=0.5), variance=variance)
-    )
+    return Process.of(DiffusionConfig(T=T, schedule=ScheduleConfig(beta_start=0.02, beta_end=0.5), variance=variance))
 
 
 def eps_theta(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -173,7 +171,8 @@ def test_a_factor_is_a_process_of_that_variance(ledger):
 
 
 @pytest.mark.parametrize(
-    ("times", "chains"), [(1, [1]), (2, [2]), (4, [4, 2]), (50, [50, 25, 10, 5, 2]), (1000, [1000, 500, 200, 100, 50, 20])]
+    ("times", "chains"),
+    [(1, [1]), (2, [2]), (4, [4, 2]), (50, [50, 25, 10, 5, 2]), (1000, [1000, 500, 200, 100, 50, 20])],
 )
 def test_shorter_chains_halve_and_so_on_and_keep_both_ends(times, chains):
     assert shorter_chains(times) == chains
@@ -218,7 +217,9 @@ def test_rate_and_distortion_of_a_chain_by_hand():
     unit = 2 * math.log(2)
     np.testing.assert_allclose(rate, [-math.log(0.75) / unit, (1 / 6 - math.log(0.75)) / unit], rtol=1e-12)
     np.testing.assert_allclose(distortion, [127.5 * 0.5, 127.5 * 0.1], rtol=1e-12)
-    np.testing.assert_allclose(bits_by_t(p, ledger, np.array([2.0]), 2), [0.4 / unit, 1 / 6 / unit, rate[0]], rtol=1e-12)
+    np.testing.assert_allclose(
+        bits_by_t(p, ledger, np.array([2.0]), 2), [0.4 / unit, 1 / 6 / unit, rate[0]], rtol=1e-12
+    )
 
 
 # ---- Ledgers and tables ----------------------------------------------------------------------------------------

@@ -131,7 +131,9 @@ def make(bench: Bench, block: Block) -> None:
     """Makes a block and writes it; does nothing where it is there. What it needs must be there."""
     if bench.storage.exists(block.path):
         return
-    bench.storage.write(block.path, _sealed(KINDS[block.kind](bench, block)))
+    stream = io.BytesIO()
+    pq.write_table(KINDS[block.kind](bench, block), stream)
+    bench.storage.write(block.path, sealed(stream.getvalue()))
 
 
 def read_block(storage: Storage, block: Block) -> pa.Table:
@@ -143,15 +145,12 @@ def read_block(storage: Storage, block: Block) -> pa.Table:
     return pq.read_table(io.BytesIO(content))
 
 
-def _sealed(table: pa.Table) -> bytes:
-    """A Parquet file with a sha256 of all its other bytes.
+def sealed(content: bytes) -> bytes:
+    """A Parquet file with a sha256 of all its bytes.
 
-    Parquet's own checksums leave out the names and types of the columns. The sum lies before the footer, between what
-    readers find by the offsets in it, so any of them opens the file.
+    Parquet's own checksums leave out the names and types of the columns. The sum lies before the footer, among what
+    readers find by the footer's offsets, so any of them opens the file.
     """
-    stream = io.BytesIO()
-    pq.write_table(table, stream)
-    content = stream.getvalue()
     footer = _footer(content)
     return content[:footer] + hashlib.sha256(content).digest() + content[footer:]
 
