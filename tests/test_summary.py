@@ -1,4 +1,4 @@
-"""What blocks add up to: metrics by their definitions, passports that tell protocols apart, the hash of what went in."""
+"""What blocks add up to: metrics by definition, passports that tell protocols apart, the hash of what went in."""
 
 import io
 import json
@@ -268,7 +268,7 @@ def test_the_proposal_is_part_of_the_protocol_where_timesteps_are_sampled(root):
 
 
 def test_a_passport_says_what_a_number_depends_on(root):
-    """Extractor and its digest, data and split, n, levels, sampler, quantisation, clipping, and that none was left out."""
+    """Extractor and digest, data and split, n, levels, sampler, quantisation, clipping, and that none was left out."""
     here = passports(root)
     nll, samples = here["nll"]["protocol"], here["samples"]["protocol"]
     assert (nll["data"], nll["split"], nll["levels"], nll["timesteps"]) == ("d1", "held_out", LEVELS, "all")
