@@ -1,264 +1,219 @@
-"""Blocks of an evaluation: which there are, that they stay, and that their order and makers do not matter."""
+"""Making blocks: what they hold, that their order and makers do not matter, and that damage is noticed."""
 
 import io
-from typing import Any
+from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
+import pandas as pd
 import pytest
-import torch
-
-from workers import checkpoint as checkpoints
-from workers import evaluation
-from workers.config import (
-    DataConfig,
-    DiffusionConfig,
-    EvaluationConfig,
-    FIDConfig,
-    ModelConfig,
-    NLLConfig,
-    SamplerConfig,
-    ScheduleConfig,
-    TrainingConfig,
-    Trial,
+from small_evaluation import (
+    CPU,
+    DATASET,
+    HELD_OUT,
+    IMAGES,
+    LEVELS,
+    SIDE,
+    SPACE,
+    T,
+    bench,
+    blocks_of,
+    evaluated,
+    make_all,
+    measurement,
+    small_blocks,
+    summary_of,
 )
-from workers.data import Dataset
-from workers.diffusion.process import Process
-from workers.evaluation import Block, Model, nll_blocks, run_block, sample_blocks, summarise, summary_path
-from workers.frechet import Moments, Reference, frechet_distance
-from workers.likelihood import Ledger, bound, squared_norms
-from workers.noise import generator
-from workers.pixels import to_model
+
+from workers.blocks import Block, feature_blocks, nll_blocks, reference_blocks, sample_blocks
+from workers.evaluation import KINDS, Bench, DamagedBlock, make, read_block, remove_damaged, sealed
+from workers.ledger import Ledger
 from workers.storage import Storage
-from workers.unet import UNet
-from workers.unet_config import unet_config
 
-T, HELD_OUT, LEVELS, SIDE = 23, 10, 17, 4
-CONFIG = unet_config(
-    ModelConfig(channels=4, multipliers=(1,), blocks=1, attention=(), dropout=0.0), image_channels=1, resolution=SIDE
-)
+few_rows_a_block = pytest.fixture(autouse=True)(small_blocks)
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Blocks of 4 images x 10 timesteps and of 10 samples, which 10 images, 23 timesteps and 15 samples do not fill."""
-    torch.set_num_threads(1)
-    for name, value in {"IMAGES": 4, "TIMES": 10, "SAMPLES": 10}.items():
-        monkeypatch.setattr(evaluation, name, value)
+@pytest.fixture
+def whole(tmp_path) -> Bench:
+    """A bench with all its blocks made."""
+    b = bench(tmp_path / "whole", measurement())
+    make_all(b, blocks_of(b))
+    return b
 
 
-def trial(
-    images: Any = "all", timesteps: Any = "all", samples: int = 15, seed: int = 0, sampler: SamplerConfig | None = None
-) -> Trial:
-    return Trial(
-        seed=seed,
-        data=DataConfig(source="digits"),
-        diffusion=DiffusionConfig(T=T, schedule=ScheduleConfig(beta_start=0.02, beta_end=0.4)),
-        training=TrainingConfig(steps=1),
-        evaluation=EvaluationConfig(
-            nll=NLLConfig(images=images, timesteps=timesteps),
-            fid=FIDConfig(samples=samples, sampler=sampler or SamplerConfig(kind="ddim", steps=3)),
-        ),
-    )
+def contents(storage: Storage, wanted: list[Block]) -> dict[str, bytes]:
+    return {block.path: storage.read(block.path) for block in wanted}
 
 
-@pytest.fixture(scope="module")
-def dataset() -> Dataset:
-    pixels = np.random.RandomState(0).randint(0, LEVELS, (40 + HELD_OUT, SIDE, SIDE, 1)).astype(np.uint8)
-    return Dataset("d1", "noise", LEVELS, (SIDE, SIDE, 1), pixels[HELD_OUT:], pixels[:HELD_OUT], None, None)
-
-
-@pytest.fixture(scope="module")
-def reference(dataset) -> Reference:
-    random = np.random.RandomState(1)
-    space = Reference(
-        random.randn(SIDE * SIDE, 6), random.randn(6), LEVELS, 0.0, Moments(0, np.zeros(6), np.zeros((6, 6)))
-    )
-    return Reference(space.weights, space.bias, LEVELS, 0.0, Moments.of(space.features(dataset.train)))
-
-
-def checkpoint_in(storage: Storage) -> checkpoints.Checkpoint:
-    unet = UNet(CONFIG, generator("unet"))
-    torch.nn.init.normal_(unet.conv_out.weight, std=0.1, generator=generator("conv_out"))
-    process = Process.of(trial().diffusion)
-    return checkpoints.save(storage, "trials/a/checkpoints", 1, CONFIG, process, unet.state_dict(), {}, {})
-
-
-def loaded(storage: Storage, checkpoint: checkpoints.Checkpoint) -> Model:
-    return Model(*checkpoints.load(checkpoint), torch.device("cpu"))
-
-
-def blocks_of(t: Trial) -> list[Block]:
-    return nll_blocks(t, "d1", HELD_OUT) + sample_blocks(t, "d1")
-
-
-def evaluated(root: Any, dataset: Dataset, reference: Reference, t: Trial) -> tuple[dict[str, Any], Storage, str]:
-    """(summary, storage, checkpoint's digest) after all blocks of `t`, made in order."""
-    storage = Storage(root)
-    checkpoint = checkpoint_in(storage)
-    model = loaded(storage, checkpoint)
-    for block in blocks_of(t):
-        run_block(storage, t, dataset, model, reference, checkpoint.digest, block)
-    return summarise(storage, t, dataset, model.process, reference, checkpoint.digest), storage, checkpoint.digest
-
-
-def table(storage: Storage, block: Block, digest: str) -> dict[str, np.ndarray]:
-    columns = pq.read_table(io.BytesIO(storage.read(block.path(digest))))
-    return {name: columns[name].to_numpy() for name in columns.column_names}
-
-
-def ledger_of(storage: Storage, t: Trial, digest: str) -> Ledger:
-    return Ledger.join([Ledger(**table(storage, block, digest)) for block in nll_blocks(t, "d1", HELD_OUT)])
-
-
-# ---- Which blocks there are ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("images", [1, 4, 7, 8, 10, 99, "all"])
-def test_more_images_only_add_blocks(images):
-    some, all_ = nll_blocks(trial(images), "d1", HELD_OUT), nll_blocks(trial(), "d1", HELD_OUT)
-    n = HELD_OUT if images == "all" else min(images, HELD_OUT)
-    assert some == all_[: -(-n // 4) * 3]  # 3 blocks of timesteps for each 4 images
-    assert len({block.path("c") for block in all_}) == len(all_) == 9
-
-
-def test_more_samples_only_add_blocks():
-    few, many = sample_blocks(trial(samples=15), "d1"), sample_blocks(trial(samples=31), "d1")
-    assert (len(few), len(many)) == (2, 4) and few == many[:2]
-
-
-@pytest.mark.parametrize(
-    "other",
-    [{"seed": 1}, {"timesteps": 5}, {"sampler": SamplerConfig(kind="ddim", steps=4)}, {"sampler": SamplerConfig()}],
-)
-def test_what_is_measured_otherwise_lies_elsewhere(other):
-    """And what a setting does not touch stays where it is: the sampler leaves the NLL's blocks alone."""
-    here, there = trial(), trial(**other)
-    same_nll = nll_blocks(here, "d1", HELD_OUT)[0] == nll_blocks(there, "d1", HELD_OUT)[0]
-    same_samples = sample_blocks(here, "d1")[0] == sample_blocks(there, "d1")[0]
-    assert (same_nll, same_samples) == ("sampler" in other, "timesteps" in other)
-    assert summary_path(here, "d1", "c") != summary_path(there, "d1", "c")
-
-
-def test_data_and_checkpoint_are_in_the_address():
-    assert not {b.path("c") for b in nll_blocks(trial(), "d1", HELD_OUT) + sample_blocks(trial(), "d1")} & {
-        b.path("c") for b in nll_blocks(trial(), "d2", HELD_OUT) + sample_blocks(trial(), "d2")
-    }
-    block = sample_blocks(trial(), "d1")[1]
-    assert block.path("c") == f"evaluations/c/{block.suite}/block-00001.parquet" != block.path("d")
-
-
-@pytest.mark.parametrize("timesteps", [T, T + 1, 10**6])
-def test_as_many_timesteps_as_there_are_is_all_of_them(timesteps):
-    assert nll_blocks(trial(timesteps=timesteps), "d1", HELD_OUT) == nll_blocks(trial(), "d1", HELD_OUT)
-
-
-def test_nothing_asked_is_no_blocks():
-    nothing = trial().model_copy(update={"evaluation": EvaluationConfig(nll=None, fid=None)})
-    assert blocks_of(nothing) == []
+def features(storage: Storage, block: Block) -> np.ndarray:
+    return np.array(read_block(storage, block)["features"].to_pylist())
 
 
 # ---- What they hold --------------------------------------------------------------------------------------------
 
 
-def test_the_blocks_hold_each_pair_of_image_and_timestep_once(tmp_path, dataset, reference):
-    _, storage, digest = evaluated(tmp_path, dataset, reference, trial())
-    ledger = ledger_of(storage, trial(), digest)
+def test_the_blocks_hold_each_pair_of_image_and_timestep_once(whole):
+    parts = [
+        Ledger.of_table(read_block(whole.storage, b)) for b in nll_blocks(whole.m, whole.checkpoint.digest, IMAGES)
+    ]
+    ledger = Ledger.join(parts)
     assert list(zip(ledger.image, ledger.t, strict=True)) == [(i, t) for i in range(HELD_OUT) for t in range(1, T + 1)]
-    assert (ledger.weight == 1).all() and ((ledger.decoder_nats > 0) == (ledger.t == 1)).all()
-    sizes = [len(table(storage, block, digest)["t"]) for block in nll_blocks(trial(), "d1", HELD_OUT)]
-    assert sizes == [40, 40, 12, 40, 40, 12, 20, 20, 6]
+    assert (ledger.weight == 1).all() and (ledger.squared_error > 0).all() and len(ledger.decoder_nats) == HELD_OUT
+    assert [len(part.t) for part in parts] == [40, 40, 12, 40, 40, 12, 20, 20, 6]
 
 
-def test_sampled_timesteps_are_the_first_and_one_a_stratum(tmp_path, dataset, reference):
-    summary, storage, digest = evaluated(tmp_path, dataset, reference, trial(timesteps=5))
-    ledger = ledger_of(storage, trial(timesteps=5), digest)
-    assert (np.bincount(ledger.image) == 5).all() and np.count_nonzero(ledger.t == 1) == HELD_OUT
-    assert summary["nll_by_t"] is None and summary["passport"]["nll"]["timesteps"] == 5
-    exact, *_ = evaluated(tmp_path, dataset, reference, trial())
-    found, expected = summary["metrics"], exact["metrics"]
-    assert found["eval/nll_prior_bpd"] == expected["eval/nll_prior_bpd"]
-    assert found["eval/nll_decoder_bpd"] == pytest.approx(expected["eval/nll_decoder_bpd"], rel=0.2)
+@pytest.mark.parametrize("proposal", ["uniform", "log_uniform"])
+def test_sampled_timesteps_are_the_first_and_one_a_stratum(tmp_path, proposal):
+    b = bench(tmp_path, measurement(timesteps=5, proposal=proposal))
+    wanted = nll_blocks(b.m, b.checkpoint.digest, IMAGES)
+    make_all(b, wanted)
+    ledger = Ledger.join([Ledger.of_table(read_block(b.storage, block)) for block in wanted])
+    assert (np.bincount(ledger.image) == 5).all() and ledger.images == HELD_OUT
+    assert len(set(ledger.t)) > 8 and ledger.t.max() <= T
+    assert np.unique(ledger.weight[ledger.t > 1]).size == 1 if proposal == "uniform" else ledger.weight.max() > 10
 
 
-def test_samples_are_quantised_before_their_features_are_taken(tmp_path, dataset, reference):
-    _, storage, digest = evaluated(tmp_path, dataset, reference, trial())
+@pytest.mark.parametrize("quantise", ["round", "truncate"])
+def test_samples_are_quantised_before_their_features_are_taken(tmp_path, quantise):
+    b = bench(tmp_path, measurement(quantise=quantise))
+    wanted = feature_blocks(b.m, b.checkpoint.digest, IMAGES)
+    make_all(b, wanted)
     samples, images = [], []
-    for block in sample_blocks(trial(), "d1"):
-        rows = table(storage, block, digest)
+    for block in wanted:
+        rows = read_block(b.storage, block.needs[0]).to_pydict()
         pixels = np.stack([np.frombuffer(row, np.uint8) for row in rows["image"]]).reshape(-1, SIDE, SIDE, 1)
         assert pixels.max() < LEVELS and len(pixels) == 10
-        np.testing.assert_array_equal(np.stack(rows["features"]), reference.features(pixels))
+        np.testing.assert_array_equal(features(b.storage, block), SPACE.features(pixels))
         samples.extend(rows["sample"])
         images.extend(rows["image"])
     assert samples == list(range(20)) and len(set(images)) == 20
 
 
-# ---- Running them ----------------------------------------------------------------------------------------------
+def test_both_quantisations_are_of_the_same_samples(tmp_path):
+    """Truncated pixels are the rounded ones, or one less."""
+    pixels = []
+    for quantise in ("round", "truncate"):
+        b = bench(tmp_path, measurement(quantise=quantise))
+        block = sample_blocks(b.m, b.checkpoint.digest, IMAGES)[0]
+        make(b, block)
+        pixels.append(np.frombuffer(b"".join(read_block(b.storage, block)["image"].to_pylist()), np.uint8).astype(int))
+    less = pixels[0] - pixels[1]
+    assert set(less) == {0, 1}
 
 
-def test_a_block_that_is_there_is_not_made_again(tmp_path, dataset, reference):
-    """With no model at hand the second call could not; and no byte of the first is touched."""
-    _, storage, digest = evaluated(tmp_path, dataset, reference, trial())
-    before = {block: storage.read(block.path(digest)) for block in blocks_of(trial())}
-    for block in blocks_of(trial()):
-        run_block(storage, trial(), dataset, None, None, digest, block)
-    assert {block: storage.read(block.path(digest)) for block in blocks_of(trial())} == before
+@pytest.mark.parametrize("reference", ["train", "held_out"])
+def test_the_reference_is_the_split_in_its_order(tmp_path, reference):
+    b = bench(tmp_path, measurement(reference=reference))
+    wanted = reference_blocks(b.m, IMAGES)
+    make_all(b, wanted)
+    found = np.concatenate([features(b.storage, block) for block in wanted])
+    np.testing.assert_allclose(found, SPACE.features(getattr(DATASET, reference)), rtol=1e-12)
+
+
+# ---- Making them -----------------------------------------------------------------------------------------------
+
+
+def test_a_block_that_is_there_is_not_made_again(whole, monkeypatch):
+    """Nothing is computed, and no byte of what is there is touched."""
+    before = contents(whole.storage, blocks_of(whole))
+    monkeypatch.setattr("workers.evaluation.KINDS", {})
+    for block in blocks_of(whole):
+        make(whole, block)
+    assert contents(whole.storage, blocks_of(whole)) == before
 
 
 @pytest.mark.parametrize("timesteps", ["all", 5])
-def test_order_and_maker_of_the_blocks_change_nothing(tmp_path, dataset, reference, timesteps):
+def test_order_and_maker_of_the_blocks_change_nothing(tmp_path, timesteps):
     """In reverse, and each by a process of its own as far as objects go: a network loaded anew. Bit for bit."""
-    t = trial(timesteps=timesteps)
-    summary, first, digest = evaluated(tmp_path / "a", dataset, reference, t)
-    second = Storage(tmp_path / "b")
-    checkpoint = checkpoint_in(second)
-    assert checkpoint.digest == digest
-    for block in reversed(blocks_of(t)):
-        again = Reference.from_bytes(reference.to_bytes())
-        run_block(second, t, dataset, loaded(second, checkpoint), again, digest, block)
-        assert second.read(block.path(digest)) == first.read(block.path(digest))
-    _, process = checkpoints.load(checkpoint)
-    assert summarise(second, t, dataset, process, reference, digest) == summary
+    m = measurement(timesteps=timesteps)
+    first, second = bench(tmp_path / "a", m), bench(tmp_path / "b", m)
+    assert first.checkpoint.digest == second.checkpoint.digest
+    make_all(first, blocks_of(first))
+    for block in reversed(blocks_of(second)):
+        make_all(bench(tmp_path / "b", m), [block])
+    assert contents(second.storage, blocks_of(second)) == contents(first.storage, blocks_of(first))
+    assert summary_of(second) == summary_of(first)
 
 
-def test_asking_for_more_later_is_asking_for_it_at_once(tmp_path, dataset, reference):
-    small = trial(images=3, samples=5)
-    evaluated(tmp_path / "a", dataset, reference, small)
-    grown, *_ = evaluated(tmp_path / "a", dataset, reference, trial())
-    assert grown == evaluated(tmp_path / "b", dataset, reference, trial())[0]
+def test_asking_for_more_later_is_asking_for_it_at_once(tmp_path):
+    evaluated(tmp_path / "a", measurement(images=3, samples=5, reference_images=10))
+    assert evaluated(tmp_path / "a", measurement()) == evaluated(tmp_path / "b", measurement())
 
 
-def test_of_a_block_partly_asked_for_the_rest_is_cut(tmp_path, dataset, reference):
-    t = trial(images=7, samples=13)
-    summary, storage, digest = evaluated(tmp_path, dataset, reference, t)
-    ledger = ledger_of(storage, t, digest)
-    assert ledger.image.max() == 7  # the second block holds images 4..7
-    x_0 = to_model(torch.from_numpy(dataset.held_out[:7]), LEVELS)
-    kept = Ledger(*(column[ledger.image < 7] for column in vars(ledger).values()))
-    result = bound(Process.of(t.diffusion), kept, squared_norms(x_0), SIDE * SIDE)
-    metrics = summary["metrics"]
-    assert metrics["eval/nll_bpd"] == result.mean and metrics["eval/nll_bpd_se"] == result.standard_error
-    features = np.concatenate([np.stack(table(storage, b, digest)["features"]) for b in sample_blocks(t, "d1")])
-    distance = frechet_distance(Moments.of(features[:13]), reference.moments)
-    assert metrics["eval/fd_classifier"] == pytest.approx(distance, rel=1e-9)
-    assert distance != pytest.approx(frechet_distance(Moments.of(features), reference.moments), rel=1e-3)
-    assert (summary["passport"]["nll"]["images"], summary["passport"]["fd"]["samples"]) == (7, 13)
+def test_a_missing_block_is_an_error(whole):
+    block = blocks_of(whole)[4]
+    whole.storage.delete(block.path)
+    for read in (lambda: read_block(whole.storage, block), lambda: summary_of(whole)):
+        with pytest.raises(FileNotFoundError):
+            read()
 
 
-def test_the_parts_and_the_terms_by_t_sum_to_the_bound(tmp_path, dataset, reference):
-    summary, *_ = evaluated(tmp_path, dataset, reference, trial())
-    metrics = summary["metrics"]
-    parts = [metrics[f"eval/nll_{part}_bpd"] for part in ("prior", "diffusion", "decoder")]
-    assert sum(parts) == pytest.approx(metrics["eval/nll_bpd"], rel=1e-12)
-    assert len(summary["nll_by_t"]) == T + 1  # L_0, ..., L_T
-    assert sum(summary["nll_by_t"]) == pytest.approx(metrics["eval/nll_bpd"], rel=1e-12)
-    assert summary["nll_by_t"][0] == pytest.approx(metrics["eval/nll_decoder_bpd"], rel=1e-12)
-    assert summary["nll_by_t"][-1] == metrics["eval/nll_prior_bpd"]
-
-
-def test_a_missing_block_is_an_error(tmp_path, dataset, reference):
-    _, storage, digest = evaluated(tmp_path, dataset, reference, trial())
-    storage.delete(blocks_of(trial())[4].path(digest))
+def test_features_take_their_samples_to_be_there(tmp_path):
+    b = bench(tmp_path, measurement())
     with pytest.raises(FileNotFoundError):
-        summarise(storage, trial(), dataset, Process.of(trial().diffusion), reference, digest)
+        make(b, feature_blocks(b.m, b.checkpoint.digest, IMAGES)[0])
+
+
+def test_a_bench_takes_only_what_its_blocks_need(tmp_path):
+    """Real images' features take no model: a checkpoint whose files are gone is no hindrance."""
+    b = bench(tmp_path, measurement())
+    b.storage.delete(b.checkpoint.path)
+    make_all(Bench(b.storage, b.m, DATASET, b.checkpoint, CPU), reference_blocks(b.m, IMAGES))
+
+
+# ---- Damage ----------------------------------------------------------------------------------------------------
+
+
+def one_of_each(b: Bench) -> list[Block]:
+    return list({block.kind: block for block in blocks_of(b)}.values())
+
+
+def test_any_damage_to_a_block_is_noticed(whole):
+    """A changed bit at many places, the whole of both ends among them; a file cut off, or with more at its end."""
+    assert {block.kind for block in one_of_each(whole)} == set(KINDS)
+    for block in one_of_each(whole):
+        content = whole.storage.read(block.path)
+        places = {*range(0, len(content), 7), *range(8), *range(len(content) - 12, len(content))}
+        damaged = [
+            content[:k] + bytes([content[k] ^ mask]) + content[k + 1 :] for k in places for mask in (1, 128, 255)
+        ]
+        damaged += [content[:k] for k in (0, 1, 7, 8, 40, len(content) // 2, len(content) - 1)]
+        damaged += [content + b"\0", content + content, bytes(len(content))]
+        file = Path(whole.storage.url(block.path))
+        for k, bad in enumerate(damaged):
+            file.write_bytes(bad)
+            with pytest.raises(DamagedBlock, match=block.name):
+                read_block(whole.storage, block)
+                pytest.fail(f"{block.kind}: damage {k} was not noticed")
+        file.write_bytes(content)
+        assert read_block(whole.storage, block).num_rows > 0
+
+
+def test_any_reader_of_parquet_opens_a_block(whole):
+    for block in one_of_each(whole):
+        frame = pd.read_parquet(io.BytesIO(whole.storage.read(block.path)))
+        assert frame.columns.tolist() == read_block(whole.storage, block).column_names and len(frame) > 0
+
+
+def test_a_seal_is_32_bytes_and_leaves_the_file_s_ends_as_they_are(whole):
+    content = whole.storage.read(blocks_of(whole)[0].path)
+    assert content[:4] == content[-4:] == b"PAR1"
+    again = sealed(content)
+    assert len(again) == len(content) + 32 and (again[:4], again[-8:]) == (content[:4], content[-8:])
+
+
+def test_what_is_damaged_or_missing_is_listed_and_can_be_made_again(whole, caplog):
+    wanted = blocks_of(whole)
+    before, summary = contents(whole.storage, wanted), summary_of(whole)
+    assert remove_damaged(whole.storage, wanted) == []
+    missing, *damaged = wanted[2], wanted[5], wanted[10], wanted[-1]
+    for block in damaged:
+        content = before[block.path]
+        whole.storage.write(block.path, content[:100] + b"\0" + content[101:-1])
+    with pytest.raises(DamagedBlock):
+        summary_of(whole)
+    whole.storage.delete(missing.path)
+    assert remove_damaged(whole.storage, wanted) == [missing, *damaged]
+    assert all(block.path in caplog.text for block in damaged) and missing.path not in caplog.text
+    assert not any(whole.storage.exists(block.path) for block in damaged)
+    make_all(whole, wanted)
+    assert contents(whole.storage, wanted) == before and summary_of(whole) == summary

@@ -1,27 +1,10 @@
-"""The Fréchet distance against closed forms and SciPy, moments in pieces, and the classifier's feature space."""
-
-from dataclasses import replace
+"""The Fréchet distance against closed forms and SciPy, moments in pieces, and the distance at infinite n."""
 
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from workers.config import DataConfig
-from workers.data import Dataset, prepare
-from workers.frechet import (
-    CHUNK,
-    Moments,
-    Reference,
-    classifier,
-    extrapolated_distance,
-    frechet_distance,
-    merged,
-    moments_of,
-    prepare_reference,
-    reference_path,
-    sampling_error,
-)
-from workers.storage import Storage
+from workers.frechet import Moments, extrapolated_distance, frechet_distance, merged, sampling_error
 
 
 def gaussian(mean: np.ndarray, covariance: np.ndarray) -> Moments:
@@ -96,24 +79,6 @@ def test_n_features_span_n_minus_one_dimensions(n, singular):
     assert (np.linalg.matrix_rank(m.covariance) < 30) == singular
 
 
-class Pixels:
-    """A feature space: the pixels themselves."""
-
-    name, digest, dimensions = "pixels", "0", 4
-
-    def features(self, images: np.ndarray) -> np.ndarray:
-        assert len(images) <= CHUNK
-        return images.reshape(len(images), 4).astype(np.float32)
-
-
-def test_moments_of_images_are_those_of_all_their_features():
-    images = np.random.RandomState(0).randint(0, 256, (2 * CHUNK + 10, 2, 2, 1)).astype(np.uint8)
-    found, features = moments_of(Pixels(), images), images.reshape(-1, 4).astype(float)
-    assert found.n == len(images)
-    np.testing.assert_allclose(found.mean, features.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(found.covariance, np.cov(features.T), rtol=1e-9)
-
-
 # ---- The distance and n ----------------------------------------------------------------------------------------
 
 # N(mean, diag(scale^2)) against N(0, I): |mean|^2 + sum (scale - 1)^2.
@@ -173,51 +138,3 @@ def test_a_feature_that_never_fires_has_no_part_in_the_error():
     dead = np.concatenate([features, np.zeros((192, 1))], axis=1)
     reference = gaussian(np.zeros(17), np.diag([1.0] * 16 + [0.0]))
     assert sampling_error(dead, reference) == pytest.approx(sampling_error(features, STANDARD), rel=1e-9)
-
-
-# ---- The classifier's features ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory) -> Dataset:
-    return prepare(DataConfig(source="digits"), tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
-def reference(digits) -> Reference:
-    return classifier(digits)
-
-
-def test_the_classifier_knows_held_out_digits(digits, reference):
-    assert reference.accuracy > 0.9
-    features = reference.features(digits.train)
-    assert features.shape == (len(digits.train), 64) and (features >= 0).all()
-    np.testing.assert_allclose(reference.moments.mean, features.mean(0), rtol=1e-9)
-    np.testing.assert_allclose(reference.moments.covariance, np.cov(features.T), rtol=1e-7, atol=1e-9)
-
-
-def test_the_distance_tells_digits_from_noise(digits, reference):
-    held_out = Moments.of(reference.features(digits.held_out))
-    noise = np.random.RandomState(0).randint(0, 17, digits.held_out.shape).astype(np.uint8)
-    near = frechet_distance(held_out, reference.moments)
-    assert 0 < near < frechet_distance(Moments.of(reference.features(noise)), reference.moments) / 10
-
-
-def test_the_reference_is_made_once_and_read_back_equal(digits, tmp_path, monkeypatch):
-    """Training it again gives the same network; a second call reads the file and trains nothing."""
-    few = replace(digits, train=digits.train[:200], train_labels=digits.train_labels[:200])
-    storage = Storage(tmp_path)
-    made = prepare_reference(storage, few, "classifier")
-    again = classifier(few)
-    monkeypatch.setattr("workers.frechet.FEATURES", {})
-    read = prepare_reference(storage, few, "classifier")
-    for other in (again, read):
-        assert (other.weights == made.weights).all() and (other.bias == made.bias).all()
-        assert (other.levels, other.accuracy, other.moments.n) == (17, made.accuracy, 200)
-        assert (other.moments.mean == made.moments.mean).all() and (other.moments.scatter == made.moments.scatter).all()
-    assert storage.exists(reference_path(few.digest, "classifier"))
-
-
-def test_without_labels_there_is_no_classifier(digits):
-    with pytest.raises(ValueError, match=r"evaluation\.fid\.features.*labels"):
-        classifier(replace(digits, train_labels=None))

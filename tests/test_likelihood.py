@@ -11,7 +11,8 @@ from workers import likelihood
 from workers.config import DiffusionConfig, ModelConfig, ScheduleConfig
 from workers.diffusion.bound import diffusion_terms, prior_term
 from workers.diffusion.process import VARIANCES, Process
-from workers.likelihood import Bound, Ledger, all_times, bound, estimate, pair_errors, squared_norms, stratified_times
+from workers.ledger import Bound, Ledger, bound
+from workers.likelihood import PROPOSALS, all_times, estimate, pair_errors, squared_norms, stratified_times
 from workers.noise import generator
 from workers.pixels import to_model
 from workers.unet import UNet
@@ -208,18 +209,36 @@ def test_all_times_are_every_t_once_for_each_image():
 @pytest.mark.parametrize("T", [1, 2, 7])
 @pytest.mark.parametrize("strata", [6, 7, 100])
 def test_as_many_strata_as_times_are_every_t_once(T, strata):
-    for found, expected in zip(stratified_times(T, strata, 3, generator("t")), all_times(T, 3), strict=True):
-        assert (found == expected).all()
+    found = stratified_times(T, strata, 3, generator("t"), "uniform")
+    for array, expected in zip(found, all_times(T, 3), strict=True):
+        assert (array == expected).all()
 
 
-@pytest.mark.parametrize("T", [7, 50, 200])
+@pytest.mark.parametrize("proposal", PROPOSALS)
+@pytest.mark.parametrize("T", [2, 3, 7, 200, 1000])
+def test_a_proposal_s_probabilities_are_those_of_its_draws_and_sum_to_one(proposal, T):
+    """t as a function of v is a staircase from 2 to T, whose step at t is p(t) wide."""
+    v = (np.arange(400_000) + 0.5) / 400_000
+    t, probability = PROPOSALS[proposal](T, v)
+    assert (np.diff(t) >= 0).all() and (t[0], t[-1]) == (2, T)
+    of_t = dict(zip(t.tolist(), probability.tolist(), strict=True))
+    assert sorted(of_t) == list(range(2, T + 1)) and math.fsum(of_t.values()) == pytest.approx(1, abs=1e-13)
+    shares = np.bincount(t, minlength=T + 1)[2:] / len(v)
+    np.testing.assert_allclose(shares, [of_t[k] for k in range(2, T + 1)], atol=2 / len(v))
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+@pytest.mark.parametrize("T", [7, 200])
 @pytest.mark.parametrize("strata", [1, 4, 16])
 @pytest.mark.parametrize("images", [1, 25])
-def test_stratified_sums_are_unbiased(T, strata, images):
-    """Mean over seeds of sum_j w_j f(t_j) against the sum over 2..T, for f = 1 and two others; no t is left out."""
-    seeds = 25_000 // images
-    draws = [stratified_times(T, strata, images, generator("unbiased", k)) for k in range(min(seeds, 2500))]
-    t, weight = (np.stack(columns) for columns in zip(*draws, strict=True))  # (seeds, images, strata + 1)
+def test_stratified_sums_are_unbiased(T, strata, images, proposal):
+    """Mean over addresses of sum_j w_j f(t_j) against the sum over 2..T; no t is left out.
+
+    For f = 1 the weights' sum is T - 1 in expectation.
+    """
+    addresses = min(25_000 // images, 1500)
+    draws = [stratified_times(T, strata, images, generator("unbiased", k), proposal) for k in range(addresses)]
+    t, weight = (np.stack(columns) for columns in zip(*draws, strict=True))  # (addresses, images, strata + 1)
     assert (t[..., 0] == 1).all() and (weight[..., 0] == 1).all()
     assert t.shape[-1] == min(strata, T - 1) + 1
     assert set(np.unique(t[..., 1:])) <= set(range(2, T + 1))
@@ -234,9 +253,23 @@ def test_stratified_sums_are_unbiased(T, strata, images):
 def test_a_stratum_is_drawn_evenly_over_the_images():
     """Latin hypercube: with one stratum of n images, the k-th smallest t lies where its n-th part of log t says."""
     T, n = 200, 64
-    t = np.sort(stratified_times(T, 1, n, generator("latin"))[0][:, 1])
+    t = np.sort(stratified_times(T, 1, n, generator("latin"), "log_uniform")[0][:, 1])
     edges = np.floor(2 * np.exp(np.log((T + 1) / 2) * np.arange(n + 1) / n))
     assert (edges[:-1] <= t).all() and (t <= edges[1:]).all()
+
+
+@pytest.mark.parametrize("strata", [1, 4, 16])
+def test_log_uniform_has_the_smaller_error_for_terms_as_training_leaves_them(strata):
+    """The terms of Gaussian data of a small spread under the best network: most of the bound lies at small t."""
+    p = Process.of(DiffusionConfig(T=1000, variance="fixed_large"))
+    v = p.alpha_bar * 0.3**2 + 1 - p.alpha_bar
+    error = 0.3**2 * (1 - p.alpha_bar) / v
+    terms = np.concatenate([[0, 0], diffusion_terms(p, torch.arange(2, 1001), error[1:], 1).numpy()])
+    deviation = {}
+    for proposal in PROPOSALS:
+        draws = [stratified_times(1000, strata, 1, generator("decay", k), proposal) for k in range(1000)]
+        deviation[proposal] = np.std([(weight * terms[t]).sum() for t, weight in draws])
+    assert deviation["log_uniform"] < deviation["uniform"] / 2
 
 
 @pytest.mark.parametrize("strata", [2, 4])
@@ -278,12 +311,3 @@ def test_the_batch_of_the_network_leaves_the_bound_as_it_is(batch, monkeypatch):
     whole = full(p, lambda x, t: unet(x, t - 1), x_0, 0).total
     monkeypatch.setattr(likelihood, "BATCH", batch)
     np.testing.assert_allclose(full(p, lambda x, t: unet(x, t - 1), x_0, 0).total, whole, rtol=1e-6)
-
-
-def test_parts_join_to_the_same_ledger_in_any_order():
-    ledger = measured(process(6), eps_theta, digits_like(5), 0)
-    parts = [Ledger(*(column[k::7] for column in vars(ledger).values())) for k in range(7)]
-    for order in (range(7), reversed(range(7)), [3, 0, 6, 2, 5, 1, 4]):
-        joined = Ledger.join([parts[k] for k in order])
-        for name, column in vars(joined).items():
-            assert (column == getattr(ledger, name)).all(), name

@@ -148,8 +148,9 @@ def _fidelity(
         curve = extrapolated_distance(features, theirs)
         metrics |= {f"eval/{name}_infinity": curve.distance, f"eval/{name}_infinity_se": curve.standard_error}
         found["curve"] = asdict(curve)
-    suffix = "" if name == "fid" else name.removeprefix("fd")
     for other in fid.also:
+        # The Inception score is of the samples alone, in the one space that it names.
+        suffix = "" if name == "fid" or other == "inception_score" else name.removeprefix("fd")
         metrics |= {f"eval/{key}{suffix}": value for key, value in OTHERS[other](space, features, real).items()}
     return found
 

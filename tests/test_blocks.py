@@ -1,0 +1,150 @@
+"""Which blocks an evaluation has and where they lie: what a setting moves, and what it leaves where it is."""
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_evaluation import DATASET, HELD_OUT, IMAGES, TRAIN, T, measurement, small_blocks
+
+from workers.blocks import (
+    Images,
+    blocks,
+    distance_name,
+    feature_blocks,
+    nll_blocks,
+    reference_blocks,
+    sample_blocks,
+    summary_path,
+)
+from workers.config import DataConfig, EvaluationConfig, FIDConfig, SamplerConfig
+from workers.data import describe, prepare
+
+few_rows_a_block = pytest.fixture(autouse=True)(small_blocks)
+
+
+def folders(m: Any, checkpoint: str = "c", images: Images = IMAGES) -> dict[str, str]:
+    """Where each kind of block lies."""
+    found = {
+        kind: {b.folder for b in group} for kind, group in groupby(blocks(m, checkpoint, images), lambda b: b.kind)
+    }
+    return {kind: folder for kind, [folder] in found.items()}
+
+
+def moved(here: dict[str, str], there: dict[str, str]) -> set[str]:
+    return {kind for kind in here if here[kind] != there[kind]}
+
+
+@pytest.mark.parametrize("images", [1, 4, 7, 8, 10, 99, "all"])
+@pytest.mark.parametrize(("timesteps", "columns"), [("all", 3), (5, 1)])
+def test_more_images_only_add_blocks(images, timesteps, columns):
+    some, all_ = (nll_blocks(measurement(n, timesteps), "c", IMAGES) for n in (images, "all"))
+    n = HELD_OUT if images == "all" else min(images, HELD_OUT)
+    assert some == all_[: -(-n // 4) * columns]
+    assert len({block.path for block in all_}) == len(all_) == 3 * columns
+
+
+def test_more_samples_and_their_features_only_add_blocks():
+    for blocks_of in (sample_blocks, feature_blocks):
+        few, many = (blocks_of(measurement(samples=n), "c", IMAGES) for n in (15, 31))
+        assert (len(few), len(many)) == (2, 4) and few == many[:2]
+
+
+@pytest.mark.parametrize(("images", "count"), [(1, 1), (16, 1), (17, 2), (TRAIN, 3), (10**6, 3), ("all", 3)])
+def test_more_reference_images_only_add_blocks(images, count):
+    some, all_ = (reference_blocks(measurement(reference_images=n), IMAGES) for n in (images, "all"))
+    assert some == all_[:count]
+
+
+@pytest.mark.parametrize(
+    ("other", "kinds"),
+    [
+        ({"seed": 1}, {"nll", "samples", "features"}),
+        ({"timesteps": 5}, {"nll"}),
+        ({"sampler": SamplerConfig(kind="ddim", steps=4)}, {"samples", "features"}),
+        ({"sampler": SamplerConfig(kind="ddim", steps=3, eta=0.5)}, {"samples", "features"}),
+        ({"sampler": SamplerConfig()}, {"samples", "features"}),
+        ({"quantise": "truncate"}, {"samples", "features"}),
+        ({"features": "inception"}, {"features", "reference"}),
+        ({"reference": "held_out"}, {"reference"}),
+        ({"reference_images": 20}, set()),
+        ({"samples": 31}, set()),
+        ({"images": 3}, set()),
+        ({"also": ()}, set()),
+    ],
+)
+def test_a_setting_moves_what_it_changes_and_nothing_else(other, kinds):
+    here, there = measurement(), measurement(**other)
+    assert moved(folders(here), folders(there)) == kinds
+    assert summary_path(here, "c", IMAGES) != summary_path(there, "c", IMAGES)
+
+
+def test_the_proposal_counts_where_timesteps_are_sampled():
+    assert not moved(folders(measurement()), folders(measurement(proposal="uniform")))
+    sampled = (folders(measurement(timesteps=5, proposal=proposal)) for proposal in ("log_uniform", "uniform"))
+    assert moved(*sampled) == {"nll"}
+
+
+def test_checkpoints_share_their_references_and_nothing_else():
+    assert moved(folders(measurement(), "c"), folders(measurement(), "other")) == {"nll", "samples", "features"}
+    assert summary_path(measurement(), "c", IMAGES) != summary_path(measurement(), "other", IMAGES)
+
+
+def test_of_other_data_only_the_samples_stay():
+    """And Inception's features of them; the classifier belongs to the data that it was trained on."""
+    other = IMAGES._replace(digest="d2")
+    for features, moving in (("classifier", {"nll", "features", "reference"}), ("inception", {"nll", "reference"})):
+        m = measurement(features=features)
+        assert moved(folders(m), folders(m, images=other)) == moving
+        assert summary_path(m, "c", IMAGES) != summary_path(m, "c", other)
+
+
+def test_a_block_comes_after_those_that_it_needs():
+    wanted = blocks(measurement(), "c", IMAGES)
+    assert len({block.path for block in wanted}) == len(wanted) == 9 + 3 + 2 + 2
+    for k, block in enumerate(wanted):
+        assert set(block.needs) <= set(wanted[:k])
+        [*needed] = ((need.kind, need.number) for need in block.needs)
+        assert needed == ([("samples", block.number)] if block.kind == "features" else [])
+
+
+@pytest.mark.parametrize("timesteps", [T, T + 1, 10**6])
+def test_as_many_timesteps_as_there_are_is_all_of_them(timesteps):
+    assert nll_blocks(measurement(timesteps=timesteps), "c", IMAGES) == nll_blocks(measurement(), "c", IMAGES)
+
+
+def test_nothing_asked_is_no_blocks():
+    m = measurement()
+    assert blocks(m.model_copy(update={"evaluation": EvaluationConfig(nll=None, fid=None)}), "c", IMAGES) == []
+    for part in ("nll", "fid"):
+        without = m.model_copy(update={"evaluation": m.evaluation.model_copy(update={part: None})})
+        kinds = {"nll"} if part == "fid" else {"samples", "features", "reference"}
+        assert {block.kind for block in blocks(without, "c", IMAGES)} == kinds
+
+
+def test_a_path_tells_the_place_in_the_storage():
+    [block, *_] = sample_blocks(measurement(), "c", IMAGES)[1:]
+    assert Path(block.path).parent.parent == Path("evaluations/c") and block.name == "block-00001.parquet"
+    assert reference_blocks(measurement(), IMAGES)[2].path == "references/d1-train-classifier/block-00002.parquet"
+
+
+def test_a_data_set_counts_alike_before_and_after_it_is_decoded(tmp_path):
+    config = DataConfig(source="digits")
+    assert Images.of(describe(config, tmp_path)) == Images.of(prepare(config, tmp_path))
+    assert Images.of(DATASET) == IMAGES and np.array_equal(DATASET.held_out.shape, (HELD_OUT, 4, 4, 1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"features": "inception"}, "fid"),
+        ({"features": "inception", "reference_images": 10_000}, "fd_inception"),
+        ({"features": "inception", "reference": "held_out"}, "fd_inception_held_out"),
+        ({"features": "inception", "quantise": "truncate", "samples": 50_000}, "fid"),
+        ({}, "fd_classifier"),
+        ({"reference": "held_out"}, "fd_classifier_held_out"),
+    ],
+)
+def test_fid_is_inception_against_all_of_train_and_nothing_else(settings, name):
+    assert distance_name(FIDConfig(**settings)) == name

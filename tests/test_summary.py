@@ -1,0 +1,338 @@
+"""What blocks add up to: metrics by definition, passports that tell protocols apart, the hash of what went in."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from small_evaluation import (
+    DATASET,
+    IMAGES,
+    LEVELS,
+    PROCESS,
+    SIDE,
+    SPACE,
+    D,
+    T,
+    bench,
+    blocks_of,
+    evaluated,
+    make_all,
+    measurement,
+    small_blocks,
+    summary_of,
+)
+
+from workers import summary as summaries
+from workers.blocks import feature_blocks, nll_blocks
+from workers.config import EvaluationConfig, SamplerConfig
+from workers.diffusion.process import VARIANCES
+from workers.evaluation import Bench, read_block, sealed
+from workers.fidelity import inception_score, kid, precision_recall
+from workers.frechet import Moments, extrapolated_distance, frechet_distance, sampling_error
+from workers.ledger import OPTIMAL, Ledger, bound, shorter_chains
+from workers.likelihood import squared_norms
+from workers.pixels import to_model
+
+few_rows_a_block = pytest.fixture(autouse=True)(small_blocks)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """One storage for all tests that only add to it: a block is made by the first that asks for it."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def features_of(b: Bench) -> np.ndarray:
+    """Of the samples asked for, float64 (n, D)."""
+    tables = [read_block(b.storage, block) for block in feature_blocks(b.m, b.checkpoint.digest, IMAGES)]
+    assert b.m.evaluation.fid
+    return np.array([row for table in tables for row in table["features"].to_pylist()])[: b.m.evaluation.fid.samples]
+
+
+# ---- Likelihood ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("images", [1, 7, "all"])
+def test_the_bound_is_that_of_the_images_asked_for(root, images):
+    """Of a block with more images than that, the rest is cut."""
+    b = bench(root, measurement(images=images))
+    summary = evaluated(root, b.m)
+    n = 10 if images == "all" else images
+    parts = [Ledger.of_table(read_block(b.storage, k)) for k in nll_blocks(b.m, b.checkpoint.digest, IMAGES)]
+    ledger = Ledger.join(parts)
+    assert ledger.image.max() == {1: 3, 7: 7, 10: 9}[n]
+    norms = squared_norms(to_model(torch.from_numpy(DATASET.held_out), LEVELS))
+    result = bound(PROCESS, ledger.of_first(n), norms[:n], SIDE * SIDE)
+    metrics = summary["metrics"]
+    assert (metrics["eval/nll_bpd"], metrics["eval/nll_bpd_se"]) == (result.mean, result.standard_error)
+    assert summary["nll_per_image"] == result.total.tolist() and len(summary["nll_per_image"]) == n
+    assert summary["passports"]["nll"]["protocol"]["images"] == n
+
+
+def test_the_parts_the_terms_by_t_and_the_images_all_give_the_bound(root):
+    summary = evaluated(root, measurement())
+    metrics, terms = summary["metrics"], summary["nll_by_t"]
+    nll = pytest.approx(metrics["eval/nll_bpd"], rel=1e-12)
+    parts = [metrics[f"eval/nll_{part}_bpd"] for part in ("prior", "diffusion", "decoder")]
+    assert [sum(parts), sum(terms), np.mean(summary["nll_per_image"])] == [nll] * 3
+    assert len(terms) == T + 1  # L_0, ..., L_T
+    assert (terms[0], terms[-1]) == pytest.approx((parts[2], parts[0]), rel=1e-12)
+    curve = summary["rate_distortion"]
+    assert len(curve["rate_bpd"]) == len(curve["rmse_255"]) == T and curve["rate_bpd"][-1] + terms[0] == nll
+    assert curve["rmse_255"][0] > curve["rmse_255"][-1] > 0
+
+
+def test_the_ledger_has_every_variance_and_chain(root):
+    summary = evaluated(root, measurement())
+    ledger, metrics = summary["ledger"], summary["metrics"]
+    assert set(ledger) == {*VARIANCES, OPTIMAL}
+    for rows in ledger.values():
+        assert [row["steps"] for row in rows] == shorter_chains(T)
+    own = ledger[PROCESS.variance][0]
+    assert own["bpd"] == pytest.approx(metrics["eval/nll_bpd"], rel=1e-12)
+    assert own["bpd_se"] == pytest.approx(metrics["eval/nll_bpd_se"], rel=1e-9)
+    for k, best in enumerate(ledger[OPTIMAL]):
+        assert all(best["bpd"] <= ledger[variance][k]["bpd"] for variance in VARIANCES)
+    assert metrics["eval/nll_optimal_variance_bpd"] == ledger[OPTIMAL][0]["bpd"]
+    assert metrics["eval/nll_optimal_variance_bpd_se"] == ledger[OPTIMAL][0]["bpd_se"]
+
+
+def test_sampled_timesteps_give_an_estimate_and_nothing_that_takes_every_t(root):
+    summary, exact = evaluated(root, measurement(timesteps=8)), evaluated(root, measurement())
+    found, expected = summary["metrics"], exact["metrics"]
+    assert found["eval/nll_prior_bpd"] == expected["eval/nll_prior_bpd"]
+    assert found["eval/nll_decoder_bpd"] == pytest.approx(expected["eval/nll_decoder_bpd"], rel=0.2)
+    error = np.hypot(found["eval/nll_bpd_se"], expected["eval/nll_bpd_se"])
+    assert abs(found["eval/nll_bpd"] - expected["eval/nll_bpd"]) < 4 * error
+    assert "eval/nll_optimal_variance_bpd" not in found
+    assert not {"nll_by_t", "ledger", "rate_distortion"} & set(summary)
+    assert summary["passports"]["nll"]["protocol"]["timesteps"] == "8, log_uniform"
+
+
+# ---- Samples ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fid", "name", "real"),
+    [
+        ({}, "fd_classifier", DATASET.train),
+        ({"samples": 13}, "fd_classifier", DATASET.train),
+        ({"reference_images": 20}, "fd_classifier", DATASET.train[:20]),
+        ({"reference": "held_out"}, "fd_classifier_held_out", DATASET.held_out),
+        ({"reference": "held_out", "reference_images": 8}, "fd_classifier_held_out", DATASET.held_out[:8]),
+    ],
+)
+def test_distances_are_of_the_samples_asked_for_to_the_images_named(root, fid, name, real):
+    """Fréchet, KID, precision and recall, each by its own function of the features; a split does not change the name
+    of another's metric."""
+    b = bench(root, measurement(**fid))
+    summary = evaluated(root, b.m)
+    samples, reference = features_of(b), SPACE.features(real)
+    distance = frechet_distance(Moments.of(samples), Moments.of(reference))
+    neighbours = precision_recall(samples, reference)
+    suffix = name.removeprefix("fd")
+    expected = {
+        f"eval/{name}": distance,
+        f"eval/{name}_se": sampling_error(samples, Moments.of(reference)),
+        f"eval/kid{suffix}": kid(samples, reference).mean,
+        f"eval/kid_subset_std{suffix}": kid(samples, reference).subset_std,
+        f"eval/precision{suffix}": neighbours.precision,
+        f"eval/recall{suffix}": neighbours.recall,
+    }
+    found = {key: value for key, value in summary["metrics"].items() if "nll" not in key}
+    assert found == pytest.approx(expected, rel=1e-8, abs=1e-12)
+    protocol = summary["passports"]["samples"]["protocol"]
+    assert (protocol["samples"], protocol["reference_images"]) == (len(samples), len(real))
+    assert protocol["reference"] == f"d1 {b.m.evaluation.fid.reference}"
+
+
+def test_only_what_was_asked_for_is_there(root):
+    m = measurement(also=("kid",))
+    assert {"eval/kid_classifier", "eval/fd_classifier"} < set(evaluated(root, m)["metrics"])
+    assert "eval/precision_classifier" not in evaluated(root, m)["metrics"]
+    for part in ("nll", "fid"):
+        without = m.model_copy(update={"evaluation": m.evaluation.model_copy(update={part: None})})
+        summary = evaluated(root, without)
+        assert set(summary["passports"]) == ({"samples"} if part == "nll" else {"nll"})
+        assert all(("nll" in name) == (part == "fid") for name in summary["metrics"])
+    nothing = evaluated(root, m.model_copy(update={"evaluation": EvaluationConfig(nll=None, fid=None)}))
+    assert set(nothing) == {"metrics", "passports", "hash"} and not nothing["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("fid", "warned"),
+    [
+        ({"samples": D}, ["6 samples"]),
+        ({"samples": D + 1}, []),
+        ({"reference_images": D}, ["6 reference images"]),
+        ({"samples": 4, "reference_images": 5}, ["4 samples", "5 reference images"]),
+    ],
+)
+def test_a_singular_covariance_is_told_and_has_no_standard_error(root, fid, warned):
+    summary = evaluated(root, measurement(**fid))
+    warnings = summary["passports"]["samples"]["warnings"]
+    assert [warning.split(" are not")[0] for warning in warnings] == warned
+    assert all("6 dimensions of classifier" in warning and "singular" in warning for warning in warnings)
+    assert ("eval/fd_classifier_se" in summary["metrics"]) == (not any("samples" in w for w in warned))
+    assert np.isfinite(summary["metrics"]["eval/fd_classifier"])
+
+
+def test_enough_samples_are_extrapolated(root):
+    b = bench(root, measurement(samples=31))
+    summary = evaluated(root, b.m)
+    expected = extrapolated_distance(features_of(b), Moments.of(SPACE.features(DATASET.train)))
+    metrics, curve = summary["metrics"], summary["curve"]
+    assert metrics["eval/fd_classifier_infinity"] == pytest.approx(expected.distance, rel=1e-8) == curve["distance"]
+    assert metrics["eval/fd_classifier_infinity_se"] == pytest.approx(expected.standard_error, rel=1e-8)
+    assert curve["sizes"] == expected.sizes and len(curve["distances"]) == 3
+    few = evaluated(root, measurement(samples=26))  # 4.5 for each dimension is 27
+    assert "curve" not in few and "eval/fd_classifier_infinity" not in few["metrics"]
+
+
+class FakeInception:
+    """A space with logits, which the network that FID is defined by would have."""
+
+    digest = "fake"
+    features = staticmethod(SPACE.features)
+
+    @staticmethod
+    def logits(features: np.ndarray) -> np.ndarray:
+        return features[:, :3] / 10
+
+
+@pytest.mark.parametrize(
+    ("fid", "distance", "suffix"),
+    [({}, "fid", ""), ({"reference_images": 20}, "fd_inception", "_inception")],
+)
+def test_in_inception_s_space_against_all_of_train_names_are_plain(tmp_path, monkeypatch, fid, distance, suffix):
+    """The Inception score's always is: it needs no reference."""
+    monkeypatch.setattr(summaries, "Inception", FakeInception)
+    b = bench(tmp_path, measurement(features="inception", also=("kid", "precision_recall", "inception_score"), **fid))
+    vars(b)["space"] = FakeInception()
+    make_all(b, blocks_of(b))
+    metrics = summary_of(b)["metrics"]
+    names = {f"eval/{distance}", f"eval/{distance}_se", f"eval/kid{suffix}", f"eval/kid_subset_std{suffix}"}
+    names |= {f"eval/precision{suffix}", f"eval/recall{suffix}", "eval/inception_score", "eval/inception_score_std"}
+    assert {name for name in metrics if "nll" not in name} == names
+    expected = inception_score(FakeInception.logits(features_of(b)))
+    assert (metrics["eval/inception_score"], metrics["eval/inception_score_std"]) == (expected.mean, expected.std)
+
+
+# ---- Passports -------------------------------------------------------------------------------------------------
+
+
+def passports(root: Path, weights: str = "a", **settings: Any) -> dict[str, dict[str, Any]]:
+    return evaluated(root, measurement(**settings), weights)["passports"]
+
+
+def test_two_checkpoints_have_one_protocol_and_two_subjects(root):
+    one, other = passports(root), passports(root, "b")
+    for kind in ("nll", "samples"):
+        assert one[kind]["protocol"] == other[kind]["protocol"]
+        checkpoints = [p[kind]["subject"].pop("checkpoint") for p in (one, other)]
+        assert len(set(checkpoints)) == 2 and one[kind]["subject"] == other[kind]["subject"]
+    assert one["nll"]["subject"] == {"ema": 0.99, "T": T, "variance": "fixed_large", "seed": 0}
+    assert one["samples"]["subject"] == {**one["nll"]["subject"], "network_evaluations": 3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed"),
+    [
+        ({"samples": 14}, {"samples"}),
+        ({"sampler": SamplerConfig(kind="ddim", steps=4)}, {"samples"}),
+        ({"sampler": SamplerConfig(kind="ancestral", steps=3)}, {"samples"}),
+        ({"quantise": "truncate"}, {"samples"}),
+        ({"reference": "held_out"}, {"samples"}),
+        ({"reference_images": 20}, {"samples"}),
+        ({"images": 7}, {"nll"}),
+        ({"timesteps": 8}, {"nll"}),
+        ({"timesteps": 8, "proposal": "uniform"}, {"nll"}),
+        ({"also": ()}, set()),
+    ],
+)
+def test_a_protocol_is_another_where_the_way_of_measuring_is(root, settings, changed):
+    here, there = passports(root), passports(root, **settings)
+    assert {kind for kind in here if here[kind]["protocol"] != there[kind]["protocol"]} == changed
+
+
+def test_the_proposal_is_part_of_the_protocol_where_timesteps_are_sampled(root):
+    uniform, log_uniform = (passports(root, timesteps=8, proposal=p)["nll"] for p in ("uniform", "log_uniform"))
+    assert uniform["protocol"] != log_uniform["protocol"]
+    assert passports(root)["nll"] == passports(root, proposal="uniform")["nll"]
+
+
+def test_a_passport_says_what_a_number_depends_on(root):
+    """Extractor and digest, data and split, n, levels, sampler, quantisation, clipping, and that none was left out."""
+    here = passports(root)
+    nll, samples = here["nll"]["protocol"], here["samples"]["protocol"]
+    assert (nll["data"], nll["split"], nll["levels"], nll["timesteps"]) == ("d1", "held_out", LEVELS, "all")
+    assert samples["features"] == "classifier" and samples["features_digest"] == SPACE.digest
+    assert samples["dimensions"] == D and samples["quantised"] == "round to 17 levels"
+    assert samples["sampler"] == {"kind": "ddim", "steps": 3, "eta": 0}
+    for protocol in (nll, samples):
+        assert protocol["dropped"] == 0 and protocol["x_0_hat"] == "clipped to [-1, 1]"
+
+
+def test_a_summary_is_json(root):
+    summary = evaluated(root, measurement(samples=31))
+    again = json.loads(json.dumps(summary, allow_nan=False))
+    assert again["metrics"] == summary["metrics"] and again["passports"] == summary["passports"]
+
+
+# ---- The hash --------------------------------------------------------------------------------------------------
+
+
+def changed(table: pa.Table, name: str) -> pa.Table:
+    """`table` with the last bit of the first number in the column `name` changed."""
+    values = table[name].to_pylist()
+    first = values[0]
+    values[0] = [np.nextafter(first[0], np.inf), *first[1:]] if isinstance(first, list) else np.nextafter(first, np.inf)
+    place = table.column_names.index(name)
+    return table.set_column(place, table.field(name), pa.array(values, table.field(name).type))
+
+
+def write(b: Bench, path: str, table: pa.Table, **how: Any) -> None:
+    stream = io.BytesIO()
+    pq.write_table(table, stream, **how)
+    b.storage.write(path, sealed(stream.getvalue()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "column"),
+    [
+        ("nll", "squared_error"),
+        ("nll", "weight"),
+        ("nll", "decoder_nats"),
+        ("features", "features"),
+        ("reference", "features"),
+    ],
+)
+def test_the_hash_is_of_the_values_and_of_nothing_else(tmp_path, kind, column):
+    """Written to Parquet in another way they have the same; with the last bit of one changed, another."""
+    b = bench(tmp_path, measurement())
+    make_all(b, blocks_of(b))
+    expected = summary_of(b)["hash"]
+    assert len(expected) == 16 and int(expected, 16)
+    [block, *_] = [block for block in blocks_of(b) if block.kind == kind]
+    content, table = b.storage.read(block.path), read_block(b.storage, block)
+    write(b, block.path, table, compression="none", row_group_size=3, use_dictionary=False)
+    assert b.storage.read(block.path) != content and summary_of(b)["hash"] == expected
+    write(b, block.path, changed(table, column))
+    assert summary_of(b)["hash"] != expected
+
+
+def test_the_hash_is_the_same_in_any_making_order(tmp_path, root):
+    b = bench(tmp_path, measurement())
+    make_all(b, reversed(blocks_of(b)))
+    assert summary_of(b) == evaluated(root, measurement())
+
+
+def test_other_weights_or_noise_are_another_hash(root):
+    hashes = {evaluated(root, m, w)["hash"] for m in (measurement(), measurement(seed=1)) for w in ("a", "b")}
+    assert len(hashes) == 4
