@@ -27,12 +27,12 @@ check: .venv/dev.stamp
 
 .venv/dev.stamp: pyproject.toml requirements.lock
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[dev,inception]'
 	touch $@ .venv/run.stamp
 
 # Writes requirements.lock anew: the newest versions that pyproject.toml allows, with torch where it is pinned.
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --quiet torch==2.13.0 --editable '.[dev]'
+	build/lock/bin/python -m pip install --quiet torch==2.13.0 --editable '.[dev,inception]'
 	build/lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu//' > requirements.lock
 	rm -rf build/lock

@@ -121,6 +121,9 @@ def _differences(rows: Sequence[Row]) -> tuple[str | None, dict[str, Difference]
 
 
 def _mark(row: Row, differences: Mapping[str, Difference]) -> str:
+    """The mark, or as much space where another trial has it."""
+    if all(d.clear for d in differences.values()):
+        return ""
     return SAME if row.digest in differences and not differences[row.digest].clear else " " * len(SAME)
 
 
@@ -143,7 +146,7 @@ def markdown(rows: Sequence[Row]) -> str:
     result = table(rows)
     columns = [str(column.header) for column in result.columns]
     cells = zip(*(column.cells for column in result.columns), strict=True)
-    lines = [columns, ["---"] * len(columns), *(map(str, line) for line in cells)]
+    lines = [columns, ["---"] * len(columns), *([str(cell).strip() for cell in line] for line in cells)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

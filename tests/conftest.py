@@ -118,6 +118,7 @@ def _environment_of(pid: int) -> str:
         return ""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start a Ray share one process, one after another; the others share the rest of the cores.
 

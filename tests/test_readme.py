@@ -1,5 +1,6 @@
 """The README is true: its commands are there and run, its files exist."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -10,6 +11,9 @@ import pytest
 from conftest import ROOT, environment, sweep
 from PIL import Image
 
+from orchestrator import subjects
+from orchestrator.experiment import assignment
+
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^ *```sh\n(.*?)^ *```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
@@ -17,7 +21,10 @@ SWEEPS = [c for c in COMMANDS if "orchestrator.sweep" in c]
 
 
 def test_every_command_is_of_a_kind_that_a_test_runs() -> None:
-    kinds = ("make ", "python -m orchestrator.sweep ", "python -m orchestrator.ui", "git clone ", "cd ")
+    kinds = (
+        "make ",
+        *(f"python -m orchestrator.{verb}" for verb in ("sweep ", "evaluate ", "compare ", "canary", "ui")),
+    )
     assert COMMANDS and SWEEPS
     assert all(command.startswith(kinds) for command in COMMANDS), COMMANDS
 
@@ -38,6 +45,16 @@ def test_sweep_commands_are_valid(command: str, tmp_path: Path) -> None:
     words = [word.replace("PATH", str(tmp_path / "images")) for word in shlex.split(command)[3:]]
     result = sweep(*words, *["--dry-run"][: "--dry-run" not in words], "--storage", tmp_path)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"orchestrator\.(evaluate|compare|canary)", c)])
+def test_commands_of_measuring_are_understood(command: str) -> None:
+    """They need a trained storage: tests/cluster/test_evaluate.py runs such, here their words are checked."""
+    _, _, module, *words = shlex.split(command)
+    importlib.import_module(module).parser().parse_intermixed_args(words)
+    for text in (word for word in words if "=" in word):
+        path, _ = assignment(text)
+        assert path in subjects.SETTINGS
 
 
 @pytest.mark.ray

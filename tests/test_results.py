@@ -46,3 +46,28 @@ def test_plots_are_drawn_from_what_was_measured_and_left_out_where_nothing_was()
         png = plot(ROWS)
         assert png and png[:4] == b"\x89PNG"
         assert plot(ROWS[1:2]) is None
+
+
+def measured(digest: str, per_image: list[float], images: str = "d1") -> Row:
+    metrics = {"eval/nll_bpd": sum(per_image) / len(per_image), "eval/nll_bpd_se": 0.1}
+    passports = {"nll": {"protocol": {"data": images}}}
+    summary = {"metrics": metrics, "passports": passports, "nll_per_image": per_image}
+    status = {"state": "finished", "step": 10, "images_per_s": 1.0}
+    return Row(digest, Variant(params={}, trial=TRIAL), Found(status, "abc", summary))
+
+
+def test_marks_what_cannot_be_told_from_the_best_on_the_same_images() -> None:
+    """Paired: a constant shift is clear however much images differ; a difference of either sign is not."""
+    rows = [
+        measured("best", [1.0, 2.0, 3.0, 4.0]),
+        measured("alike", [1.1, 1.9, 3.2, 3.9]),
+        measured("worse", [1.01, 2.01, 3.011, 4.009]),
+        measured("others", [1.1, 1.9, 3.2, 3.9], images="d2"),
+    ]
+    names, bits = (list(column.cells) for column in results.table(rows).columns[:2])
+    marked = {str(name): "≈" in str(cell) for name, cell in zip(names, bits, strict=True)}
+    assert marked == {"best": False, "alike": True, "worse": False, "others": False}
+    assert "best" in results.footnote(rows) and "4 images" in results.footnote(rows)
+    assert results.footnote([rows[0], rows[2]]) == ""
+    frame = results.frame(rows).set_index("trial")
+    assert frame.loc["worse", "nll_above_best_low"] > 0 > frame.loc["alike", "nll_above_best_low"]

@@ -22,7 +22,13 @@ ORDER = """
 ROOMS = {
     "ray": {"workers.tasks", "orchestrator.execution"},
     "mlflow": {"orchestrator.tracking"},
-    "rich": {"orchestrator.results", "orchestrator.terminal", "orchestrator.controller", "orchestrator.evaluate"},
+    "rich": {
+        "orchestrator.results",
+        "orchestrator.terminal",
+        "orchestrator.controller",
+        "orchestrator.evaluate",
+        "orchestrator.canary",
+    },
     "sklearn": {"workers.data", "workers.features"},
 }
 
