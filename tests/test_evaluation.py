@@ -1,6 +1,7 @@
 """Making blocks: what they hold, that their order and makers do not matter, and that damage is noticed."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,18 @@ def test_the_blocks_hold_each_pair_of_image_and_timestep_once(whole):
     assert list(zip(ledger.image, ledger.t, strict=True)) == [(i, t) for i in range(HELD_OUT) for t in range(1, T + 1)]
     assert (ledger.weight == 1).all() and (ledger.squared_error > 0).all() and len(ledger.decoder_nats) == HELD_OUT
     assert [len(part.t) for part in parts] == [40, 40, 12, 40, 40, 12, 20, 20, 6]
+
+
+def test_no_two_pairs_share_their_noise(tmp_path):
+    """Of one image, many times over: no squared error comes twice, in a block, across blocks or seeds."""
+    alike = replace(DATASET, held_out=np.repeat(DATASET.held_out[:1], HELD_OUT, axis=0))
+    errors = []
+    for seed in (0, 1):
+        b = replace(bench(tmp_path, measurement(seed=seed)), dataset=alike)
+        wanted = nll_blocks(b.m, b.checkpoint.digest, IMAGES)
+        make_all(b, wanted)
+        errors += [read_block(b.storage, block)["squared_error"].to_numpy() for block in wanted]
+    assert len(np.unique(np.concatenate(errors))) == 2 * HELD_OUT * T
 
 
 @pytest.mark.parametrize("proposal", ["uniform", "log_uniform"])
