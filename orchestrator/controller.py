@@ -168,6 +168,9 @@ class Sweep:
             self.display.say(f"{address[:8]}  {(self.found[address].status or {}).get('detail')}")
             self._record(address)
 
+    def restarted(self, address: str) -> None:
+        self.display.say(f"{address[:8]}  its process died; it starts again from its last checkpoint")
+
     def failed(self, address: str, why: str) -> None:
         self.errors[address] = why
         self.lines[address].state = "failed"
@@ -220,6 +223,8 @@ class Sweep:
         """Prints the result; gives the exit status."""
         rows = results.ranked(self.rows(), self.experiment.search.metric, self.experiment.search.mode)
         self.console.print(results.table(rows))
+        if footnote := results.footnote(rows):
+            self.console.print(footnote, markup=False, highlight=False)
         for row in rows:
             if row.error:
                 self.console.print(f"{row.digest[:8]} failed: {row.error}", markup=False, highlight=False)

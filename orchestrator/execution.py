@@ -48,6 +48,7 @@ class Events(Protocol):
 
     def progress(self, digest: str, result: dict[str, Any]) -> None: ...
     def trained(self, digest: str, result: dict[str, Any]) -> None: ...
+    def restarted(self, digest: str) -> None: ...
     def failed(self, digest: str, why: str) -> None: ...
     def tick(self) -> None: ...
 
@@ -60,6 +61,7 @@ def session(address: str | None, cpus: int | None = None) -> Iterator[None]:
     """
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it prints a page of, `_Relay` tells in a line
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "runtime_env": {"env_vars": WORKERS}}
     if address is None:
         # A logical core more than the machine has, so that evaluation blocks run while the others train.
@@ -210,6 +212,7 @@ class _Relay(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._left_behind.append((time.monotonic() + TO_DIE_S, trial.last_result))
+        self._events.restarted(_digest(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._left_behind.append((time.monotonic() + TO_DIE_S, trial.last_result))
@@ -249,9 +252,10 @@ class Evaluations:
         options = {"num_cpus": BLOCK_CPUS, "num_gpus": BLOCK_GPUS if order.gpus else 0}
         space = self._space(order)
         made: dict[str, Any] = {}
+        others = []  # what another evaluation on the same data is making
         for block in missing:
-            if block.path in self._shared:  # by another trial on the same data
-                made[block.path] = self._shared[block.path]
+            if block.path in self._shared:
+                others.append(self._shared[block.path])
                 continue
             after = [made[b.path] for b in block.needs if b.path in made]
             after += [space] if space is not None and block.kind in ("features", "reference") else []
@@ -259,7 +263,7 @@ class Evaluations:
             if block.kind == "reference":
                 self._shared[block.path] = made[block.path]
         refs = list(made.values())
-        summary = tasks.make_summary.options(**options).remote(order, *refs)
+        summary = tasks.make_summary.options(**options).remote(order, *refs, *others)
         self._open[name] = _Evaluation(order, planned, summary, {*refs, summary})
         self._owner |= dict.fromkeys(refs, name) | {summary: name}
 

@@ -17,7 +17,7 @@ from orchestrator.measuring import Measured
 from orchestrator.results import Row
 from orchestrator.settings import leaves, write_yaml
 from orchestrator.tracking import Comparison, Dataset, Status, Tracker, provenance, resolve_uri
-from workers.blocks import Images, protocol_key
+from workers.blocks import Images, distance_name, protocol_key
 from workers.config import DataConfig, digest
 from workers.data import Source
 from workers.storage import Storage
@@ -49,7 +49,7 @@ class Record:
         """The sweep's own run. Raises Mistake where MLflow cannot be reached."""
         self.tracker.check()
         experiment, trials = self.experiment, self.trials.values()
-        distances = sorted({f"eval/fd_{v.trial.evaluation.fid.features}" for v in trials if v.trial.evaluation.fid})
+        distances = sorted({f"eval/{distance_name(fid)}" for v in trials if (fid := v.trial.evaluation.fid)})
         self.tracker.open_sweep(
             {"trials": len(self.trials), **_flat(experiment.search.model_dump(mode="json"), "search")},
             self.tags,

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
+from orchestrator.comparing import Difference, indistinguishable
 from orchestrator.experiment import Variant
 from orchestrator.measuring import Measured
 from orchestrator.plan import Found
@@ -67,6 +68,7 @@ def ranked(rows: Sequence[Row], metric: str, mode: str) -> list[Row]:
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
     """A row a trial: digest, state, the searched params by dotted path, the metrics, the cost."""
+    _, differences = _differences(rows)
     return pd.DataFrame(
         {
             "trial": row.digest,
@@ -75,6 +77,7 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
                 path: value if not isinstance(value, dict) else str(value) for path, value in row.variant.params.items()
             },
             **row.metrics,
+            **_against_best(row, differences),
             "step": (row.found.status or {}).get("step"),
             "images_per_s": row.images_per_s,
             "detail": row.error or (row.found.status or {}).get("detail") or "",
@@ -83,9 +86,15 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
     )
 
 
+def _against_best(row: Row, differences: Mapping[str, Difference]) -> dict[str, float]:
+    d = differences.get(row.digest)
+    return {"nll_above_best_bpd": d.mean, "nll_above_best_low": d.low, "nll_above_best_high": d.high} if d else {}
+
+
 def table(rows: Sequence[Row]) -> Table:
     """What the sweep ends with. A missing number is a dash, and the state says why."""
-    distances = sorted({name for row in rows for name in row.metrics if name.startswith("eval/fd_")})
+    distances = sorted({name for row in rows for name in row.metrics if is_distance(name)})
+    _, differences = _differences(rows)
     names = list(dict.fromkeys(name for row in rows for name in short_params(row.variant)))
     result = Table(box=None, pad_edge=False, header_style="bold")
     for name in ["trial", *names, "NLL bits/dim", *(d.removeprefix("eval/") for d in distances), "images/s", "state"]:
@@ -96,12 +105,37 @@ def table(rows: Sequence[Row]) -> Table:
         result.add_row(
             row.digest[:8],
             *(params.get(name, "-") for name in names),
-            "-" if nll is None else f"{nll:.3f} ± {metrics['eval/nll_bpd_se']:.3f}",
+            "-" if nll is None else f"{nll:.3f} ± {metrics['eval/nll_bpd_se']:.3f}{_mark(row, differences)}",
             *(f"{metrics[d]:.3f}" if d in metrics else "-" for d in distances),
             f"{row.images_per_s:,.0f}" if row.images_per_s else "-",
             row.state,
         )
     return result
+
+
+SAME = " ≈"  # after the bits/dim of a trial that cannot be told from the best
+
+
+def _differences(rows: Sequence[Row]) -> tuple[str | None, dict[str, Difference]]:
+    return indistinguishable({row.digest: row.found.summary for row in rows if row.found.summary})
+
+
+def _mark(row: Row, differences: Mapping[str, Difference]) -> str:
+    return SAME if row.digest in differences and not differences[row.digest].clear else " " * len(SAME)
+
+
+def footnote(rows: Sequence[Row]) -> str:
+    """What the mark in the table means; empty where no trial has it."""
+    best, differences = _differences(rows)
+    same = [d for d in differences.values() if not d.clear]
+    if not same:
+        return ""
+    return f"≈ not distinguishable from {str(best)[:8]} in bits/dim (95 %, paired over {same[0].n} images)"
+
+
+def is_distance(name: str) -> bool:
+    """Whether a metric is a Fréchet distance at the n that was asked for."""
+    return name.startswith(("eval/fd_", "eval/fid")) and not name.endswith(("_se", "_infinity"))
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -167,7 +201,7 @@ def _plain(value: Any) -> str:
 def comparison_plot(rows: Sequence[Row]) -> bytes | None:
     """NLL against the Fréchet distance, a point a trial, as PNG; None where no trial has both."""
     points = [(row, row.metrics) for row in rows]
-    name = next((n for _, m in points for n in m if n.startswith("eval/fd_")), "")
+    name = next((n for _, m in points for n in m if is_distance(n)), "")
     both = [(row, m) for row, m in points if name in m and "eval/nll_bpd" in m]
     if not both:
         return None

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -54,29 +55,38 @@ def environment(marker: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "ORCHESTRATOR_TEST": marker}
 
 
-def sweep(*arguments: object, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
+def sweep(*arguments: object) -> subprocess.CompletedProcess[str]:
     """`python -m orchestrator.sweep` with the arguments, in a process of its own."""
-    command = [sys.executable, "-m", "orchestrator.sweep", *map(str, arguments)]
+    return run("orchestrator.sweep", *arguments)
+
+
+def run(module: str, *arguments: object, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment(""), timeout=timeout_s, cwd=ROOT)
 
 
 class Started:
     """The sweep command in the background. `kill` ends its driver alone, as a reclaimed machine would."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, module: str = "orchestrator.sweep") -> None:
         self.marker = uuid.uuid4().hex
-        command = [sys.executable, "-m", "orchestrator.sweep", *map(str, arguments)]
+        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115 a pipe that nobody reads would fill and stop it
+        command = [sys.executable, "-m", module, *map(str, arguments)]
         self.process = subprocess.Popen(
-            command, env=environment(self.marker), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, env=environment(self.marker), cwd=ROOT, stdout=self.output, stderr=subprocess.STDOUT, text=True
         )
+
+    def said(self) -> str:
+        """All that it has written until now."""
+        self.output.seek(0)
+        return self.output.read()
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float = 300) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
-                output = self.process.stdout.read() if self.process.stdout else ""
-                raise AssertionError(f"ended or hung before the condition held:\n{output}")
+                raise AssertionError(f"ended or hung before the condition held:\n{self.said()}")
             time.sleep(0.05)
 
     def kill(self) -> None:

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from workers.config import DataConfig
-from workers.data import DataError, Dataset, describe, fingerprint, prepare
+from workers.data import GAUSSIAN_SD, DataError, Dataset, describe, fingerprint, prepare
 
 RANDOM = np.random.default_rng(0)
 COLOUR = RANDOM.integers(0, 256, (30, 4, 4, 3), dtype=np.uint8)  # random: no two images are equal
@@ -108,6 +108,40 @@ def test_digits():
     stored = pairs(data.train, data.train_labels) + pairs(data.held_out, data.held_out_labels)
     assert stored == pairs(digits.images.astype(np.uint8), digits.target)
     assert set(data.held_out_labels[:60]) == set(range(10)), "a prefix is a fair sample"
+
+
+def test_gaussian_pixels_are_normal_independent_and_of_the_stated_deviation():
+    """Moments of 160,000 pixels and the products of neighbours, each within 4 standard errors of its own."""
+    data = prepare(DataConfig(source="gaussian"))
+    assert (data.levels, data.shape, len(data.train), len(data.held_out)) == (256, (8, 8, 1), 2000, 500)
+    assert data.train_labels is None and data.held_out_labels is None
+    z = (np.concatenate([data.train, data.held_out]) / 127.5 - 1) / GAUSSIAN_SD
+    assert np.abs(z).max() < 1 / GAUSSIAN_SD, "no pixel is clipped"
+    n = z.size
+    assert abs(z.mean()) < 4 * n**-0.5
+    assert abs((z**2).mean() - 1) < 4 * (2 / n) ** 0.5
+    assert abs((z**3).mean()) < 4 * (15 / n) ** 0.5  # the variance of z^3 is E z^6, that of z^4 is E z^8 - 9
+    assert abs((z**4).mean() - 3) < 4 * (96 / n) ** 0.5
+    for shifted in (np.roll(z, 1, 1), np.roll(z, 1, 2), np.roll(z, 1, 0)):
+        assert abs((z * shifted).mean()) < 4 * n**-0.5
+
+
+def test_built_in_sources_have_the_addresses_they_always_had():
+    """A change of these would orphan every stored evaluation."""
+    assert fingerprint(DataConfig(source="digits")) == "924f3600e25a8720"
+    assert fingerprint(DataConfig(source="gaussian")) == "1d32f19783661f04"
+
+
+def test_other_bytes_than_the_address_says_are_refused(monkeypatch, tmp_path):
+    drawn = np.random.RandomState.standard_normal
+
+    class Other(np.random.RandomState):
+        def standard_normal(self, size=None):
+            return drawn(self, size) + 0.01
+
+    monkeypatch.setattr(np.random, "RandomState", Other)
+    with pytest.raises(DataError, match="other normal numbers"):
+        prepare(DataConfig(source="gaussian"), tmp_path)
 
 
 def test_digits_stay_in_their_levels_when_resized():

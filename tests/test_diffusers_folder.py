@@ -150,6 +150,32 @@ def test_the_same_files_are_the_same_checkpoint_in_any_layout(folder, layout, un
         torch.testing.assert_close(network(x, torch.tensor([3, 3])), unet(x, 3).sample, rtol=0, atol=1e-5)
 
 
+def test_a_repository_of_2022_opens(folder, unet):
+    """As google/ddpm-cat-256 on the hub: all in the root, fewer keys in the configs, other names in the attention."""
+    flat(folder)
+    later = """dropout mid_block_type downsample_type upsample_type attn_norm_num_groups class_embed_type add_attention
+        num_class_embeds num_train_timesteps resnet_time_scale_shift time_embedding_dim""".split()
+    put(folder / "config.json", _diffusers_version="0.0.4", **dict.fromkeys(later, ...))
+    scheduler = {"_class_name": "DDPMScheduler", "_diffusers_version": "0.0.4", "beta_schedule": "linear"}
+    scheduler |= {"beta_start": 0.0001, "beta_end": 0.02, "clip_sample": True, "num_train_timesteps": 1000}
+    scheduler |= {"timestep_values": None, "trained_betas": None, "variance_type": "fixed_large"}
+    (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
+    file, renamed = folder / "diffusion_pytorch_model.safetensors", {}
+    for name, w in load_file(file).items():
+        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+            name = name.replace(f".{new}.", f".{old}.")
+        renamed[name] = w
+    save_file(renamed, file)
+    checkpoint = open_folder(folder)
+    assert describe(checkpoint) == Description((8, 8, 1), 1000, "eps", "fixed_large", True, unet.num_parameters())
+    network, process = load(checkpoint)
+    theirs = diffusers.DDPMPipeline.from_pretrained(folder)
+    torch.testing.assert_close(process.beta, theirs.scheduler.betas.double(), rtol=1e-5, atol=0)
+    x = torch.randn((2, 1, 8, 8), generator=generator("x"))
+    with torch.no_grad():
+        torch.testing.assert_close(network(x, torch.tensor([3, 3])), theirs.unet(x, 3).sample, rtol=0, atol=1e-5)
+
+
 def test_what_describes_it_is_read_without_the_weights(folder, unet):
     put(folder / "scheduler/scheduler_config.json", prediction_type="v_prediction", clip_sample=False)
     checkpoint = open_folder(folder)
@@ -215,12 +241,15 @@ REFUSED = {
     "learned channels": (network(out_channels=2), r"out_channels 2 for in_channels 1: a learned variance"),
     "other channels": (network(out_channels=3), r"out_channels 3 for in_channels 1: only"),
     "no size": (network(sample_size=None), r"sample_size is missing: set it"),
-    "odd size": (network(sample_size=9), r"unet/config\.json does not describe a network"),
-    "odd width": (network(block_out_channels=[5, 16], norm_num_groups=1), r"unet/config\.json does not describe"),
+    "odd size": (network(sample_size=[8, 9]), r"unet/config\.json: sample_size \[8, 9\] cannot be halved 1 times"),
+    "odd width": (network(block_out_channels=[5, 16], norm_num_groups=1), r"config\.json: block_out_channels\[0\] 5"),
+    "one wave": (network(block_out_channels=[2, 16], freq_shift=1, norm_num_groups=1), r"block_out_channels\[0\] 2 is"),
+    "groups": (network(norm_num_groups=3), r"unet/config\.json does not describe.*norm_num_groups: 3 must divide"),
     "fourier": (network(time_embedding_type="fourier"), r"time_embedding_type: 'fourier' is not supported"),
     "wider": (network(block_out_channels=[8, 32]), r"model\.safetensors does not fit.*size mismatch"),
     "deeper": (network(layers_per_block=2), r"model\.safetensors does not fit.*Missing key"),
     "text": (network(norm_num_groups="4"), r"unet/config\.json: norm_num_groups: '4': Input should be"),
+    "bool": (network(downsample_padding=True), r"downsample_padding: True: "),
     "zero": (network(norm_num_groups=0), r"norm_num_groups: 0: "),
     "none": (network(block_out_channels=[]), r"block_out_channels: \[\]: "),
     "huge": (network(layers_per_block=10**9), r"layers_per_block: 1000000000: "),

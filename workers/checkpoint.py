@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from workers.config import Mistake, digest
 from workers.diffusers_config import VERSION, Scheduler, read_index, read_network, read_scheduler, scheduler_config
+from workers.diffusion.gaussian import GaussianDenoiser
 from workers.diffusion.predictions import EpsNetwork
 from workers.diffusion.process import Process
 from workers.storage import Storage
@@ -151,7 +152,7 @@ def open_folder(folder: str | Path) -> Checkpoint:
     names.append(_beside("scheduler", PurePosixPath(SCHEDULER).name, parts))
     there = {f"{part}/{name}".lstrip("/") for part, inside in parts.items() for name in inside}
     if missing := [name for name in names if name not in there]:
-        raise CheckpointError(f"{storage.root} lacks {' and '.join(missing)}: {_advice(missing, there)}")
+        raise CheckpointError(f"{storage.root} lacks {' and '.join(missing)}: {_advice(there)}")
     sums = {name: _sha256(_bytes(storage, name)) for name in names}
     checkpoint = _checkpoint(storage.root, "", None, sums)
     load(checkpoint)
@@ -173,6 +174,8 @@ def load(checkpoint: Checkpoint) -> tuple[nn.Module, Process]:
     float32. Raises CheckpointError where bytes are damaged or of another kind of model.
     """
     unet, scheduler, _ = _configured(checkpoint)
+    if isinstance(unet, GaussianDenoiser):
+        return unet, scheduler.process
     where, weights = _url(checkpoint, WEIGHTS), _weights(checkpoint, WEIGHTS)
     for name, w in weights.items():
         if not (w.is_floating_point() and torch.isfinite(w).all()):
@@ -214,15 +217,17 @@ def _checkpoint(root: str, path: str, step: int | None, sums: dict[str, str]) ->
     return Checkpoint(root, path, step, digest(files), tuple(sorted(sums.items())))
 
 
-def _configured(checkpoint: Checkpoint) -> tuple[UNet, Scheduler, tuple[int, int, int]]:
-    """(network, scheduler, image shape) of the config files. The network is on the meta device: without memory."""
+def _configured(checkpoint: Checkpoint) -> tuple[nn.Module, Scheduler, tuple[int, int, int]]:
+    """(network, scheduler, image shape) of the config files. A U-Net is on the meta device: without memory."""
     config, where = _object(_read(checkpoint, UNET), _url(checkpoint, UNET)), _url(checkpoint, UNET)
+    if config.get("_class_name") == "GaussianDenoiser":  # the canary's
+        scheduler = _meant(_url(checkpoint, SCHEDULER), read_scheduler, _object(_read(checkpoint, SCHEDULER), where))
+        size, channels = config["sample_size"], config["in_channels"]
+        return GaussianDenoiser(config, scheduler.process), scheduler, (size, size, channels)
     shape = _meant(where, read_network, config)
-    height, width, channels = shape
     try:
         with torch.device("meta"):
             unet = UNet(config)
-            unet.eval()(torch.empty(1, channels, height, width), torch.zeros(1, dtype=torch.int64))
     except (ValueError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{where} does not describe a network that can be built here: {error}") from error
     where = _url(checkpoint, SCHEDULER)
@@ -241,14 +246,14 @@ def _beside(part: str, name: str, parts: dict[str, list[str]]) -> str:
     return f"{part}/{name}" if part in parts else name
 
 
-def _advice(missing: list[str], there: set[str]) -> str:
+def _advice(there: set[str]) -> str:
     if pickles := sorted(name for name in there if name.endswith(PICKLES)):
         return (
             f"{', '.join(pickles)} may be weights as a pickle, which can run code and is not opened here; where you "
             "trust it, open it with diffusers and write pipeline.save_pretrained(folder, safe_serialization=True)"
         )
     return (
-        f"it holds {sorted(there)}; give a folder of pipeline.save_pretrained(folder, safe_serialization=True), "
+        f"it holds {sorted(there)[:10]}; give a folder of pipeline.save_pretrained(folder, safe_serialization=True), "
         "or one of step-... with a manifest.json"
     )
 

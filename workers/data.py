@@ -43,6 +43,8 @@ PROBE = 64  # images that decide between greyscale and colour
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 TEST_NAMES = ("test", "validation")  # of the held-out split; the first that is there is taken
 DIGITS_SHA256 = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"
+GAUSSIAN_SHA256 = "f1df631486df9f08144835587ecb45fbe11f06b659dfeba209c4645379ddc467"
+GAUSSIAN_SD = 0.2  # of the source `gaussian`, on the [-1, 1] scale
 DAMAGE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
 
 Pixels = NDArray[np.uint8]
@@ -74,11 +76,12 @@ class Split:
 class Files:
     """What lies at a source. `held_out` is its test split, or how many images to hold out, or None: a fraction."""
 
-    paths: list[tuple[str, Path]]  # what of each file's name counts for the address, and the file
+    paths: list[tuple[str, Path]]  # what of each file's name counts for the address, and the file; none if built in
     train: Split
     held_out: Split | int | None = None
     levels: int = 256
     like: Pixels | None = None  # an image of the size and channels of all, where they are known without decoding
+    sha256: str | None = None  # of a built-in source's bytes: its address needs no reading
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,27 @@ def _digits() -> Files:
         for row, image in enumerate(images):
             yield Item(f"digit {row}", image[:, :, None], int(labels[row]))
 
-    return Files([], Split(1797, True, read), held_out=300, levels=17, like=np.zeros((8, 8, 1), np.uint8))
+    like = np.zeros((8, 8, 1), np.uint8)
+    return Files([], Split(1797, True, read), held_out=300, levels=17, like=like, sha256=DIGITS_SHA256)
+
+
+def _gaussian() -> Files:
+    """2,500 images of 8x8 independent pixels from N(0, GAUSSIAN_SD^2) on [-1, 1], in 256 levels; 500 held out.
+
+    Their best denoiser and its bound are known exactly (`workers.diffusion.gaussian`). The ends of the scale lie five
+    standard deviations away: a pixel would pass them with probability 5.7e-7, and none of these does.
+    """
+
+    def read() -> Iterator[Item]:
+        x = GAUSSIAN_SD * np.random.RandomState(0).standard_normal((2500, 8, 8, 1))  # frozen, as in `_rows`
+        images = np.rint((x.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+        if hashlib.sha256(images.tobytes()).hexdigest() != GAUSSIAN_SHA256:
+            raise DataError("this version of NumPy draws other normal numbers from RandomState; install NumPy 2")
+        for row, image in enumerate(images):
+            yield Item(f"gaussian {row}", image)
+
+    like = np.zeros((8, 8, 1), np.uint8)
+    return Files([], Split(2500, False, read), held_out=500, like=like, sha256=GAUSSIAN_SHA256)
 
 
 def _parquet(path: Path) -> Files | None:
@@ -362,7 +385,7 @@ def _image_split(paths: list[tuple[str, Path]], classes: list[str], depth: int) 
     return Split(len(paths), bool(classes), read)
 
 
-BUILT_IN: dict[str, Callable[[], Files]] = {"digits": _digits}
+BUILT_IN: dict[str, Callable[[], Files]] = {"digits": _digits, "gaussian": _gaussian}
 FORMATS: dict[str, Callable[[Path], Files | None]] = {
     "parquet": _parquet,
     "cifar10-binary": _cifar10,
@@ -425,7 +448,7 @@ def _counts(config: DataConfig, files: Files) -> tuple[int, int]:
 
 
 def _address(config: DataConfig, kind: str, files: Files, cache: Path) -> str:
-    hashes = _hashes(config, files, cache) if files.paths else DIGITS_SHA256
+    hashes = files.sha256 or _hashes(config, files, cache)
     split = "test" if isinstance(files.held_out, Split) else _counts(config, files)[0]
     content = {"version": VERSION, "format": kind, "files": hashes, "held_out": split, "resolution": config.resolution}
     return digest(content)

@@ -7,7 +7,7 @@ key that is not known is passed over.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
@@ -95,7 +95,7 @@ class _Network(_Config):
     up_block_types: list[str]
     block_out_channels: Annotated[list[Size], Field(min_length=1, max_length=16)]
     layers_per_block: Annotated[int, Field(ge=1, le=64)]
-    downsample_padding: Literal[0, 1]
+    downsample_padding: Annotated[int, Field(ge=0, le=1)]
     dropout: Annotated[float, Field(ge=0, lt=1)]
     attention_head_dim: Size | None
     norm_num_groups: Size
@@ -166,6 +166,14 @@ def read_network(config: dict[str, Any]) -> tuple[int, int, int]:
         )
     size = network.sample_size
     height, width = size if isinstance(size, list) else (size, size)
+    halvings, waves = len(network.block_out_channels) - 1, network.block_out_channels[0]
+    if height % 2**halvings or width % 2**halvings:
+        raise ValueError(f"sample_size {size} cannot be halved {halvings} times, as block_out_channels asks")
+    if waves % 2 or waves // 2 <= network.freq_shift:
+        raise ValueError(
+            f"block_out_channels[0] {waves} is not half sines and half cosines, of which freq_shift "
+            f"{network.freq_shift} leaves some"
+        )
     return height, width, network.in_channels
 
 

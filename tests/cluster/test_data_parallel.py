@@ -38,7 +38,7 @@ def test_a_killed_worker_of_a_group_is_replaced_from_the_last_checkpoint(tiny: P
         started.wait_until(lambda: any(storage.glob("trials/*/checkpoints/step-*/manifest.json")))
         [victim, *_] = [pid for pid in started.family() if "RayTrainWorker" in title(pid)]
         os.kill(victim, signal.SIGKILL)
-        assert started.process.wait(timeout=300) == 0
+        assert started.process.wait(timeout=600) == 0, started.said()
         assert set(state_of(storage).values()) == {("finished", 300)}
     finally:
         started.end()

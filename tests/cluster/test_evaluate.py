@@ -1,0 +1,156 @@
+"""Measuring checkpoints as a user does: the same numbers at any number of tasks, and only what is missing is made."""
+
+import json
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Started, run, runs, statuses, title
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+MORE = ("evaluation.nll.images=120", "evaluation.fid.samples=300", "seed=7")  # nothing of it is measured yet
+
+
+def evaluate(*arguments: object) -> list[dict[str, Any]]:
+    result = run("orchestrator.evaluate", *arguments, "--json", "-q")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def trained(finished: tuple[Path, Path, str], tmp_path: Path) -> tuple[Path, str]:
+    """(a storage of its own with the trials of a sweep, the address of one)."""
+    storage = tmp_path / "runs"
+    shutil.copytree(finished[1], storage)
+    return storage, min(statuses(storage))
+
+
+def test_one_two_and_four_tasks_a_kill_and_half_a_cache_give_the_same_bits(
+    trained: tuple[Path, str], tmp_path: Path
+) -> None:
+    storage, trial = trained
+    two, four = tmp_path / "two", tmp_path / "four"
+    shutil.copytree(storage, two)
+    shutil.copytree(storage, four)
+    [one] = evaluate(trial, "--storage", storage, *MORE, "--tasks", 1)
+    assert one["blocks_run"] == {"nll": 5, "samples": 3, "features": 3}
+
+    started = Started(trial, "--storage", two, *MORE, "--tasks", 2, "--json", module="orchestrator.evaluate")
+    try:
+        started.wait_until(lambda: any(pid for pid in started.family() if "make_block" in title(pid)))
+        [victim, *_] = [pid for pid in started.family() if "make_block" in title(pid)]
+        os.kill(victim, signal.SIGKILL)
+        assert started.process.wait(timeout=600) == 0, started.said()
+        assert one["hash"] in started.said()
+    finally:
+        started.end()
+
+    made = sorted(set(storage.glob("evaluations/*/*/*.parquet")) - {storage / p.relative_to(four) for p in
+                  four.glob("evaluations/*/*/*.parquet")})  # fmt: skip
+    for block in random.Random(0).sample(made, len(made) // 2):
+        target = four / block.relative_to(storage)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(block, target)
+    [half] = evaluate(trial, "--storage", four, *MORE, "--tasks", 4)
+    assert sum(half["blocks_run"].values()) == len(made) - len(made) // 2
+    assert half["hash"] == one["hash"] and half["metrics"] == one["metrics"]
+
+
+def test_more_of_it_runs_only_what_is_missing_and_a_damaged_block_is_made_again(trained: tuple[Path, str]) -> None:
+    storage, trial = trained
+    [before] = evaluate(trial, "--storage", storage)
+    assert not before["blocks_run"]
+    [more] = evaluate(trial, "--storage", storage, "evaluation.nll.images=60", "evaluation.fid.samples=200")
+    assert more["blocks_run"] == {"nll": 1, "samples": 1, "features": 1}
+    assert more["nll_per_image"][:30] == pytest.approx(before["nll_per_image"])
+
+    for summary in storage.glob("evaluations/*/summary-*.json"):
+        summary.unlink()
+    damaged = max(storage.glob("evaluations/*/nll-*/block-00000.parquet"))
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    again = [one for address in statuses(storage) for one in evaluate(address, "--storage", storage)]
+    assert before["hash"] in {one["hash"] for one in again}
+    assert not any(one["blocks_run"] for one in again)  # the damage is found when the block is read
+
+
+def test_a_folder_of_diffusers_is_measured_and_recorded_in_an_experiment_of_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    )  # fmt: skip
+    scheduler = DDPMScheduler(20, beta_start=0.005, beta_end=0.4, prediction_type="v_prediction")
+    DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "theirs", safe_serialization=True)
+    small = ("data.source=digits", "evaluation.nll.images=25", "evaluation.fid.samples=100")
+    [found] = evaluate(tmp_path / "theirs", *small, "--storage", tmp_path / "runs")
+    assert found["metrics"]["eval/nll_bpd"] > 0 and found["passports"]["nll"]["subject"]["T"] == 20
+    parent, [child] = runs(tmp_path / "runs", "evaluations")
+    assert parent.info.status == child.info.status == "FINISHED"
+    assert child.data.metrics["eval/nll_bpd"] == pytest.approx(found["metrics"]["eval/nll_bpd"])
+
+
+def test_another_protocol_gets_names_of_its_own_in_mlflow(trained: tuple[Path, str]) -> None:
+    storage, trial = trained
+    evaluate(trial, "--storage", storage, "evaluation.nll={images: 25, timesteps: 10}", "evaluation.fid=null")
+    [child] = [run for run in runs(storage)[1] if run.data.tags["trial.digest"] == trial]
+    [other] = {name.split("/")[0] for name in child.data.metrics if name.startswith("eval.")}
+    key = other.removeprefix("eval.")
+    assert json.loads(child.data.tags[f"protocol.{key}"])["nll"]["protocol"]["timesteps"] == "10, log_uniform"
+    assert child.data.metrics[f"{other}/nll_bpd"] != child.data.metrics["eval/nll_bpd"]
+    assert child.info.status == "FINISHED"
+
+
+def test_compares_what_may_be_compared_and_refuses_the_rest(trained: tuple[Path, str]) -> None:
+    storage, _ = trained
+    a, b = sorted(statuses(storage))
+    same = run("orchestrator.compare", a, b, "--storage", storage)
+    assert same.returncode == 0 and "95 % of 30 pairs of images" in same.stdout and "fd_classifier" in same.stdout
+    itself = run("orchestrator.compare", a, a, "--storage", storage)
+    assert "not distinguishable" in itself.stdout
+    unmeasured = run("orchestrator.compare", a, b, "seed=5", "--storage", storage)
+    assert unmeasured.returncode == 2 and "orchestrator.evaluate" in unmeasured.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nothing-like-that"], ["neither a sweep nor a trial", "Sweeps here: tiny"]),
+        (["tinny"], ["did you mean 'tiny'"]),
+        (["tiny", "--profile", "ddpm"], ["no such profile", "did you mean 'ddpm-2020'"]),
+        (["tiny", "evaluation.fid.sample=9", "diffusion.T=9"], ["evaluation.fid.samples", "diffusion.T"]),
+        (["tiny", "evaluation.nll.images=301"], ["301 is more than the 300"]),
+        (["tiny", "data.source=gaussian"], ["no labels"]),
+        (["tiny", "evaluation.fid.also=[inception_score]"], ["needs features: inception"]),
+    ],
+)
+def test_a_mistake_is_told_before_anything_starts(
+    finished: tuple[Path, Path, str], arguments: list[str], expected: list[str]
+) -> None:
+    result = run("orchestrator.evaluate", *arguments, "--storage", finished[1])
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert all(text in result.stderr for text in expected), result.stderr
+
+
+def test_a_damaged_checkpoint_is_named_and_refused(trained: tuple[Path, str]) -> None:
+    storage, trial = trained
+    [weights] = storage.glob(f"trials/{trial}/checkpoints/*/unet/*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 4
+    weights.write_bytes(content)
+    result = run("orchestrator.evaluate", trial, "--storage", storage, *MORE)
+    assert result.returncode in (1, 2) and "sha256 differs" in result.stdout + result.stderr
+    assert str(weights) in result.stdout + result.stderr
+
+
+def test_the_canaries_pass(tmp_path: Path) -> None:
+    result = run("orchestrator.canary", "--storage", tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("passed") == len(result.stdout.splitlines()) == 9
