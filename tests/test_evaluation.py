@@ -1,11 +1,13 @@
 """Making blocks: what they hold, that their order and makers do not matter, and that damage is noticed."""
 
 import io
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from small_evaluation import (
     CPU,
     DATASET,
@@ -24,9 +26,11 @@ from small_evaluation import (
     summary_of,
 )
 
+from workers import evaluation
 from workers.blocks import Block, feature_blocks, nll_blocks, reference_blocks, sample_blocks
 from workers.evaluation import KINDS, Bench, DamagedBlock, make, read_block, remove_damaged, sealed
 from workers.ledger import Ledger
+from workers.noise import generator
 from workers.storage import Storage
 
 few_rows_a_block = pytest.fixture(autouse=True)(small_blocks)
@@ -59,6 +63,21 @@ def test_the_blocks_hold_each_pair_of_image_and_timestep_once(whole):
     assert list(zip(ledger.image, ledger.t, strict=True)) == [(i, t) for i in range(HELD_OUT) for t in range(1, T + 1)]
     assert (ledger.weight == 1).all() and (ledger.squared_error > 0).all() and len(ledger.decoder_nats) == HELD_OUT
     assert [len(part.t) for part in parts] == [40, 40, 12, 40, 40, 12, 20, 20, 6]
+
+
+def test_no_two_blocks_draw_from_one_address(tmp_path, monkeypatch):
+    """Neither timesteps, nor noise, nor samples; nor does another seed."""
+    drawn: list[tuple[int | str, ...]] = []
+
+    def recorded(*where: int | str, device: torch.device) -> torch.Generator:
+        drawn.append(where)
+        return generator(*where, device=device)
+
+    monkeypatch.setattr(evaluation, "generator", partial(recorded, device=CPU))
+    for seed, timesteps in ((0, "all"), (1, "all"), (2, 5)):
+        b = bench(tmp_path, measurement(seed=seed, timesteps=timesteps))
+        make_all(b, blocks_of(b))
+    assert len(drawn) == len(set(drawn)) == (9 + 2) + (9 + 2) + (3 + 3 + 2)
 
 
 @pytest.mark.parametrize("proposal", ["uniform", "log_uniform"])

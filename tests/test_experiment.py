@@ -299,7 +299,7 @@ EXPECTED = {
     "training.batch_size": "true is not a whole number of at least 1",
     "evaluation.nll.images": "'most' is not 'all' or a whole number of at least 1",
     "evaluation.nll.timesteps": "0 is not 'all' or a whole number of at least 1",
-    "search.metric": "not comparable across weightings, targets or T; valid: eval/nll_bpd, eval/fd_classifier",
+    "search.metric": "across weightings, targets or T; valid: eval/nll_bpd, eval/fid, eval/fd_classifier",
     "search.scheduler.kind": "'ahsa' is not one of none, asha; did you mean 'asha'?",
     "search.scheduler.metric": "not comparable across weightings, targets or T",
     "search.samples": "0 is an empty search",
@@ -383,10 +383,17 @@ T_GRID = {"diffusion.T": {"grid": [50, 100]}}
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"search": search(T_GRID), "evaluation": {"nll": None}}, "evaluation.nll is null; take eval/fd_classifier or"),
+        (
+            {"search": search(T_GRID), "evaluation": {"nll": None}},
+            "eval/nll_bpd is not measured, as evaluation.nll is null; take another",
+        ),
         (
             {"search": search(T_GRID, metric="eval/fd_classifier"), "evaluation": {"fid": None}},
-            "evaluation.fid is null; take eval/nll_bpd or valid/nll_bpd",
+            "eval/fd_classifier is not measured, as evaluation.fid is null; take another",
+        ),
+        (
+            {"search": search(T_GRID, metric="eval/fid")},
+            "eval/fid is not measured; these settings of evaluation.fid make eval/fd_classifier",
         ),
         ({"search": search(T_GRID, samples=3)}, "search.samples: 3 is without effect"),
         ({"search": search(T_GRID, algorithm="random", samples=3)}, "nothing to draw"),

@@ -63,7 +63,7 @@ def full(p: Process, network, x_0: torch.Tensor, seed: int, clip: bool = True) -
 def test_gaussian_data_have_the_errors_of_their_posterior(variance):
     """For N(0, s^2) and E[eps | x_t] the mean of |x_0 - x_0_hat|^2 is s^2 (1 - alpha_bar) / v, the variance of x_0
     given x_t, where v = alpha_bar s^2 + 1 - alpha_bar; L_{t-1} and L_T follow. Every t by itself."""
-    p, s, n = process(8, variance), 0.6, 20_000
+    p, s, n = process(8, variance), 0.6, 8_000
     v = p.alpha_bar * s**2 + 1 - p.alpha_bar
 
     def best(x, t):
@@ -218,7 +218,7 @@ def test_as_many_strata_as_times_are_every_t_once(T, strata):
 @pytest.mark.parametrize("T", [2, 3, 7, 200, 1000])
 def test_a_proposal_s_probabilities_are_those_of_its_draws_and_sum_to_one(proposal, T):
     """t as a function of v is a staircase from 2 to T, whose step at t is p(t) wide."""
-    v = (np.arange(400_000) + 0.5) / 400_000
+    v = (np.arange(100_000) + 0.5) / 100_000
     t, probability = PROPOSALS[proposal](T, v)
     assert (np.diff(t) >= 0).all() and (t[0], t[-1]) == (2, T)
     of_t = dict(zip(t.tolist(), probability.tolist(), strict=True))
@@ -236,7 +236,7 @@ def test_stratified_sums_are_unbiased(T, strata, images, proposal):
 
     For f = 1 the weights' sum is T - 1 in expectation.
     """
-    addresses = min(25_000 // images, 1500)
+    addresses = 600
     draws = [stratified_times(T, strata, images, generator("unbiased", k), proposal) for k in range(addresses)]
     t, weight = (np.stack(columns) for columns in zip(*draws, strict=True))  # (addresses, images, strata + 1)
     assert (t[..., 0] == 1).all() and (weight[..., 0] == 1).all()
@@ -275,11 +275,11 @@ def test_log_uniform_has_the_smaller_error_for_terms_as_training_leaves_them(str
 @pytest.mark.parametrize("strata", [2, 4])
 def test_the_estimate_is_unbiased(strata):
     p, x_0 = process(12), digits_like(8)
-    estimates = np.array([estimate(p, eps_theta, x_0, strata, LEVELS, "unbiased", k).mean for k in range(300)])
-    sums = np.array([full(p, eps_theta, x_0, k).mean for k in range(300)])
-    error = math.hypot(estimates.std(ddof=1), sums.std(ddof=1)) / 300**0.5
+    estimates = np.array([estimate(p, eps_theta, x_0, strata, LEVELS, "unbiased", k).mean for k in range(150)])
+    sums = np.array([full(p, eps_theta, x_0, k).mean for k in range(150)])
+    error = math.hypot(estimates.std(ddof=1), sums.std(ddof=1)) / 150**0.5
     assert abs(estimates.mean() - sums.mean()) < 4 * error
-    assert error < 0.02 * sums.mean()
+    assert error < 0.03 * sums.mean()
 
 
 def test_the_estimate_of_all_strata_is_the_full_sum():
