@@ -46,13 +46,13 @@ def run(storage_root: str, address: str | None) -> int:
     from workers.storage import Storage
 
     storage, m = Storage(storage_root), Measurement.of(canaries.GAUSSIAN)
-    process = Process.of(canaries.GAUSSIAN.diffusion)
-    checkpoint = checkpoints.save(storage, "canaries/gaussian", 0, canaries.DENOISER, process, {}, {}, {})
-    # Measured anew each time: what a block cached says nothing of today's libraries.
-    storage.delete(f"evaluations/{checkpoint.digest}")
-    subject = Subject("gaussian", m, checkpoint)
-    display = Display({}, Console(stderr=True), quiet=True)
-    [through_ray] = measure([subject], {m.data: describe(m.data)}, storage, display, address, None)
+    process, display = Process.of(canaries.GAUSSIAN.diffusion), Display({}, Console(stderr=True), quiet=True)
+    with storage.lock("canaries/lock"):
+        checkpoint = checkpoints.save(storage, "canaries/gaussian", 0, canaries.DENOISER, process, {}, {}, {})
+        # Measured anew each time: what a block cached says nothing of today's libraries.
+        storage.delete(f"evaluations/{checkpoint.digest}")
+        subject = Subject("gaussian", m, checkpoint)
+        [through_ray] = measure([subject], {m.data: describe(m.data)}, storage, display, address, None)
     if through_ray.summary is None:
         raise Mistake(f"the canaries could not be measured through Ray: {through_ray.failed}")
     measured = {**canaries.measure(), "gaussian/nll_bpd_through_ray": through_ray.summary["metrics"]["eval/nll_bpd"]}

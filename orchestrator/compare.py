@@ -74,19 +74,20 @@ def comparison(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[lis
         ours = protocol_differences(first, second, kind)
         differing += ours
         lines += [f"not compared: {text}" for text in ours]
-        if kind == "nll" and not ours:
+        if kind == "nll" and not ours and len(first["nll_per_image"]) < 2:
+            lines.append("not compared: the nll of a single image has no error")
+        elif kind == "nll" and not ours:
             d = paired(first, second)
             verdict = ("B is better" if d.mean > 0 else "A is better") if d.clear else "not distinguishable"
             lines.append(f"nll_bpd          A - B = {d}  95 % of {d.n} pairs of images: {verdict}")
         if kind == "samples" and not ours:
-            lines += [
-                _unpaired(name, first["metrics"], second["metrics"]) for name in first["metrics"] if is_distance(name)
-            ]
+            shared = [name for name in first["metrics"] if is_distance(name) and name in second["metrics"]]
+            lines += [_unpaired(name, first["metrics"], second["metrics"]) for name in shared]
     return lines, differing
 
 
 def _unpaired(name: str, first: Mapping[str, float], second: Mapping[str, float]) -> str:
-    """Samples of two models are not paired: their errors add in squares."""
+    """As if the samples were independent: they share seeds, so the true error may be smaller."""
     text = f"{name.removeprefix('eval/'):<16} A - B = {first[name] - second[name]:+.4f}"
     errors = [metrics.get(f"{name}_se") for metrics in (first, second)]
     if None in errors:

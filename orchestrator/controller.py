@@ -22,7 +22,7 @@ from workers import tasks
 from workers.blocks import Images, blocks, summary_path
 from workers.config import DataConfig, Measurement
 from workers.data import Source, prepare
-from workers.inception import find_weights
+from workers.features import check_spaces
 from workers.storage import Storage
 from workers.training import stop_path
 
@@ -120,23 +120,21 @@ class Sweep:
         missing = {a for a, decision in decisions.items() if decision.action != "nothing"}
         if not missing:
             return
-        if any(v.trial.evaluation.fid and v.trial.evaluation.fid.features == "inception" for v in self.trials.values()):
-            find_weights()
+        check_spaces(v.trial.evaluation.fid for v in self.trials.values())
         self.record.open()
         for config in self.sources:
             prepare(config)
         with self.display, execution.session(address):
             for a in missing:
                 trial = self.trials[a].trial
-                self.jobs[a] = tasks.make_job(self.storage, a, trial, execution.gpus_a_worker(trial.training))
+                job = self.jobs[a] = tasks.make_job(self.storage, a, trial, execution.gpus_a_worker(trial.training))
+                self.storage.write(f"{tasks.folder_of(a)}/trial.yaml", write_yaml(json.loads(job["trial"])).encode())
             for a in missing:
                 if decisions[a].action == "evaluate":
                     self._evaluate(a)
             to_train = [self.jobs[a] for a in self.trials if a in missing and decisions[a].action == "train"]
             for job in to_train:
-                folder = tasks.folder_of(job["digest"])
-                self.storage.delete(stop_path(folder))
-                self.storage.write(f"{folder}/trial.yaml", write_yaml(json.loads(job["trial"])).encode())
+                self.storage.delete(stop_path(tasks.folder_of(job["digest"])))
             if to_train:
                 execution.train(to_train, self.experiment.search, self)
             while self.evaluations:

@@ -5,6 +5,7 @@ Only blocks that are not there are computed. Exit status: 0 all measured, 1 some
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -49,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Mistake as mistake:
         print(mistake, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on where this one stopped.", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def run(options: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ from orchestrator.experiment import SearchConfig
 from orchestrator.plan import concurrency
 from workers import tasks
 from workers.blocks import Block
-from workers.config import Mistake, TrainingConfig
+from workers.config import DataConfig, Mistake, TrainingConfig
 
 TO_DIE_S = 5.0  # until the processes of a dead trial are gone: freed before, Ray Train would take its cores again
 BLOCK_CPUS = 0.9  # not a whole one: the drivers of data-parallel trials take a little of the core that is kept free
@@ -244,7 +244,7 @@ class Evaluations:
 
     _open: dict[str, _Evaluation] = field(default_factory=dict)
     _owner: dict[Any, str] = field(default_factory=dict)  # the evaluation of each task in flight
-    _spaces: dict[tuple[str, str], Any] = field(default_factory=dict)
+    _spaces: dict[tuple[DataConfig, str], Any] = field(default_factory=dict)
     _shared: dict[str, Any] = field(default_factory=dict)  # blocks of real images in the making, by path
 
     def submit(self, name: str, order: tasks.Order, planned: list[Block], missing: list[Block]) -> None:
@@ -271,7 +271,7 @@ class Evaluations:
         """The feature space of a data set is made once, before the blocks that use it."""
         if not order.m.evaluation.fid:
             return None
-        key = (order.m.data.source, order.m.evaluation.fid.features)
+        key = (order.m.data, order.m.evaluation.fid.features)
         if key not in self._spaces:
             self._spaces[key] = tasks.make_space.options(num_cpus=BLOCK_CPUS).remote(order)
         return self._spaces[key]
@@ -300,15 +300,22 @@ class Evaluations:
         evaluation.left.discard(ref)
         try:
             lacking = ray.get(ref)
-        except ray.exceptions.TaskCancelledError:
-            return
-        except (ray.exceptions.RayTaskError, ray.exceptions.RaySystemError, ray.exceptions.WorkerCrashedError) as error:
-            if not evaluation.failed:
-                evaluation.failed = str(error).strip().splitlines()[-1]
-            for other in evaluation.left - {evaluation.summary}:  # which fails by itself
+        except ray.exceptions.RayError as error:  # of the task, or of the machine that it ran on
+            evaluation.failed = evaluation.failed or _reason(error)
+            self._shared = {path: other for path, other in self._shared.items() if other != ref}
+            # The summary fails by itself, and others may wait for what is shared.
+            for other in evaluation.left - {evaluation.summary} - set(self._shared.values()):
                 ray.cancel(other)
             return
         if ref == evaluation.summary and lacking:
             for block in lacking:
                 self._shared.pop(block.path, None)
             self.submit(name, evaluation.order, evaluation.planned, lacking)
+
+
+def _reason(error: ray.exceptions.RayError) -> str:
+    """What a task failed of, without the trace."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Mistake):
+        return str(cause)
+    return f"{type(cause).__name__}: {cause}" if cause else str(error).strip().splitlines()[-1]

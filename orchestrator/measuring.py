@@ -12,7 +12,7 @@ from workers import tasks
 from workers.blocks import Images, blocks, summary_path
 from workers.config import DataConfig
 from workers.data import Source, prepare
-from workers.inception import find_weights
+from workers.features import check_spaces
 from workers.storage import Storage
 
 
@@ -48,8 +48,7 @@ def measure(
              if missing or not storage.exists(path)}  # fmt: skip
     failed: dict[str, str] = {}
     if to_do:
-        if any(s.m.evaluation.fid and s.m.evaluation.fid.features == "inception" for s in subjects):
-            find_weights()
+        check_spaces(s.m.evaluation.fid for s in subjects)
         for config in sources:
             prepare(config)
         lines = {path: Line(s.name, 0, 1, "evaluating", blocks=len(p), blocks_left=len(m))

@@ -20,6 +20,7 @@ from workers.config import (
     DataConfig,
     DiffusionConfig,
     EvaluationConfig,
+    FIDConfig,
     Trial,
 )
 from workers.data import Source
@@ -158,12 +159,23 @@ def evaluation_findings(evaluation: EvaluationConfig, source: Source) -> Iterato
             f"evaluation.fid.reference_images: {fid.reference_images:,} is more than the "
             f"{getattr(source, fid.reference):,} of {source.name}'s {fid.reference} split; take fewer, or all"
         )
+    if fid and "precision_recall" in fid.also and (n := min(fid.samples, _references(fid, source))) < 4:
+        yield Finding(
+            f"evaluation.fid.also: precision_recall takes 4 samples and images or more, and there are {n}; leave it out"
+        )
+    if fid and "inception_score" in fid.also and fid.samples < 10:
+        yield Finding(f"evaluation.fid.samples: {fid.samples} are fewer than the 10 that inception_score takes")
     if fid and (d := DIMENSIONS[fid.features]) >= fid.samples:
         yield Finding(
             f"evaluation.fid.samples: {fid.samples:,} are not more than the {d:,} dimensions of {fid.features}: their "
             "covariance is singular, and the distance says more of their number than of the model; take more",
             refused=False,
         )
+
+
+def _references(fid: FIDConfig, source: Source) -> int:
+    split = int(getattr(source, fid.reference))
+    return split if fid.reference_images == "all" else min(fid.reference_images, split)
 
 
 def _search(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from typing import Any
 
 PROFILES: dict[str, Mapping[str, Any]] = {
     # Ho et al. 2020, section 4: FID of 50,000 samples against the training split, all T ancestral steps; the bound on
-    # the whole test split.
+    # the whole test split. Their code hands clipped floats to Inception; here, as ever, samples are bytes first.
     "ddpm-2020": {
         "nll": {"images": "all", "timesteps": "all"},
         "fid": {
@@ -20,6 +20,7 @@ PROFILES: dict[str, Mapping[str, Any]] = {
     # Dhariwal & Nichol 2021, appendix C: 50,000 samples against the training split, 250 ancestral steps; bytes by
     # truncation, as in their classifier_sample.py; precision and recall beside it.
     "adm": {
+        "nll": None,
         "fid": {
             "samples": 50_000, "sampler": {"kind": "ancestral", "steps": 250}, "quantise": "truncate",
             "features": "inception", "reference": "train", "reference_images": "all", "also": ["precision_recall"],
@@ -29,6 +30,7 @@ PROFILES: dict[str, Mapping[str, Any]] = {
     # 35 evaluations. Theirs is Heun's of second order; DDIM with eta = 0 is its first-order kin, and the passport says
     # so. They print the least of three; here it is one.
     "edm": {
+        "nll": None,
         "fid": {
             "samples": 50_000, "sampler": {"kind": "ddim", "steps": 35, "eta": 0.0}, "quantise": "round",
             "features": "inception", "reference": "train", "reference_images": "all", "also": ["kid"],

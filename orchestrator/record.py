@@ -92,6 +92,7 @@ class Record:
             self.tracker.log_metrics(row.digest, measured, status["step"], status["updated_ms"])
             content = json.dumps(row.found.summary, indent=2).encode()
             self.tracker.log_artifact(row.digest, content, "evaluation.json")
+            self.tracker.set_tags(row.digest, {"evaluation.hash": row.found.summary["hash"]})
         self.tracker.close_trial(row.digest, STATUS.get(row.state, "FAILED"), _trial_note(row))
 
     def sweep_ended(self, rows: Sequence[Row]) -> None:
@@ -159,21 +160,27 @@ def record_measurement(
         if summary is None:
             continue
         sweep, own_uri = _sweep_of(storage, subject.trial)
+        if uri is not None and uri != own_uri:  # the run of the trial is not there
+            sweep, own_uri = ELSEWHERE, uri
         if sweep not in trackers:
-            tracker = trackers[sweep] = Tracker(storage, sweep, uri or own_uri)
+            tracker = trackers[sweep] = Tracker(storage, sweep, own_uri)
             tracker.check()
             if sweep == ELSEWHERE:
                 tracker.open_sweep({}, provenance(), "Checkpoints that no sweep of this storage has trained.")
         tracker = trackers[sweep]
         key = protocol_key(subject.m, Images.of(source))
-        address = subject.trial if subject.trial and sweep != ELSEWHERE else subject.checkpoint.digest
-        params = {} if sweep != ELSEWHERE else _flat(subject.m.model_dump(mode="json"))
-        tracker.open_trial(address, subject.name, params, {f"protocol.{key}": json.dumps(summary["passports"])})
-        prefix = "eval" if subject.m == (subject.own or subject.m) else f"eval.{key}"
+        tags = {f"protocol.{key}": json.dumps(summary["passports"]), f"hash.{key}": summary["hash"]}
+        if subject.trial and sweep != ELSEWHERE:
+            address, prefix = subject.trial, "eval" if subject.m == subject.own else f"eval.{key}"
+            tracker.open_trial(address, subject.name, {}, tags)
+        else:  # a run for each protocol
+            address, prefix = f"{subject.checkpoint.digest}-{key}", "eval"
+            tracker.open_trial(address, subject.name, _flat(subject.m.model_dump(mode="json")), tags)
         metrics = {f"{prefix}/{name.removeprefix('eval/')}": value for name, value in summary["metrics"].items()}
         tracker.log_metrics(address, metrics, subject.checkpoint.step or 0)
         tracker.log_artifact(address, json.dumps(summary, indent=2).encode(), f"evaluation-{key}.json")
-        tracker.close_trial(address, "FINISHED")
+        if sweep == ELSEWHERE:
+            tracker.close_trial(address, "FINISHED")
     for sweep, tracker in trackers.items():
         if sweep == ELSEWHERE:
             tracker.close_sweep("FINISHED")

@@ -128,12 +128,14 @@ def _mark(row: Row, differences: Mapping[str, Difference]) -> str:
 
 
 def footnote(rows: Sequence[Row]) -> str:
-    """What the mark in the table means; empty where no trial has it."""
+    """What the mark in the table means, and which trials were measured otherwise; empty where there is nothing."""
     best, differences = _differences(rows)
-    same = [d for d in differences.values() if not d.clear]
-    if not same:
-        return ""
-    return f"≈ not distinguishable from {str(best)[:8]} in bits/dim (95 %, paired over {same[0].n} images)"
+    name, same = str(best)[:8], [d for d in differences.values() if not d.clear]
+    said = [f"≈ not distinguishable from {name} in bits/dim (95 % each, paired over {d.n} images)" for d in same[:1]]
+    measured = [r.digest for r in rows if "eval/nll_bpd" in r.metrics and r.found.summary]
+    if apart := [digest[:8] for digest in measured if best and digest != best and digest not in differences]:
+        said.append(f"measured by another protocol than {name}, and not held against it: {', '.join(apart)}")
+    return "\n".join(said)
 
 
 def is_distance(name: str) -> bool:
@@ -183,7 +185,7 @@ def evaluation_text(measured: Measured) -> str:
     return "\n".join([*lines, f"  hash            {summary['hash']}", ""])
 
 
-ERRORS = ("_se", "_std")
+ERRORS = ("_se", "_split_std")
 
 
 def _is_main(name: str) -> bool:

@@ -4,6 +4,7 @@ A folder of diffusers says nothing of data, so `data.source` is given with it; e
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from orchestrator.experiment import ExperimentError, assignment, by_digest, evaluation_mistakes, expand, parse
 from orchestrator.preflight import evaluation_findings
 from orchestrator.profiles import PROFILES
-from orchestrator.settings import invalid, meant, meant_path, merge, paths, put, read_yaml
+from orchestrator.settings import invalid, meant, meant_path, paths, put, read_yaml
 from workers import checkpoint as checkpoints
 from workers.checkpoint import Checkpoint
 from workers.config import DataConfig, Measurement, Mistake, Trial
@@ -38,11 +39,9 @@ def find(target: str, storage: Storage, overrides: Sequence[str], profile: str |
     `target` is a sweep (its name or folder), a trial (its address, the start of one, or its folder), or a folder with
     a checkpoint of ours or of diffusers.
     """
-    update = _update(overrides, profile)
-    name = target.rstrip("/").rpartition("/")[2]
-    if storage.exists(f"sweeps/{name}/experiment.yaml") and not Path(target, "manifest.json").exists():
+    update, name, known = Update(overrides, profile), _inside(target, storage), storage.list("trials")
+    if name and storage.exists(f"sweeps/{name}/experiment.yaml"):
         return _of_sweep(name, storage, update)
-    known = storage.list("trials")
     if matches := [digest for digest in known if digest.startswith(name) and len(name) >= 4]:
         if len(matches) > 1:
             raise Mistake(f"{target} is the start of several trials: {', '.join(matches)}; give more of it")
@@ -58,43 +57,66 @@ def find(target: str, storage: Storage, overrides: Sequence[str], profile: str |
     return [_of_folder(target, update)]
 
 
-def _update(overrides: Sequence[str], profile: str | None) -> dict[str, Any]:
-    """The settings that the profile and then the overrides set. Raises Mistake."""
-    if profile is not None and profile not in PROFILES:
-        close = meant(profile, PROFILES)
-        raise Mistake(f"--profile {profile}: there is no such profile{close}; valid: {', '.join(PROFILES)}")
-    update: dict[str, Any] = {"evaluation": dict(PROFILES[profile])} if profile else {}
-    problems = []
+def _inside(target: str, storage: Storage) -> str:
+    """The name that a bare word is, or a folder sweeps/<name> or trials/<digest> of the storage; else empty."""
+    if "/" not in target:
+        return target
+    with suppress(ValueError):
+        match Path(target).absolute().relative_to(storage.root).parts:
+            case ("sweeps" | "trials", name):
+                return name
+    return ""
+
+
+class Update:
+    """What a profile and overrides make of the settings of a measurement. Raises Mistake with all that is wrong."""
+
+    def __init__(self, overrides: Sequence[str], profile: str | None) -> None:
+        if profile is not None and profile not in PROFILES:
+            close = meant(profile, PROFILES)
+            raise Mistake(f"--profile {profile}: there is no such profile{close}; valid: {', '.join(PROFILES)}")
+        self.profile = PROFILES[profile] if profile else {}
+        self.settings = _assignments(overrides)
+
+    def of(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """The profile replaces whole sections of the evaluation, as they belong together; then the overrides."""
+        changed = {**content, "evaluation": {**content.get("evaluation", {}), **self.profile}}
+        for path, value in self.settings.items():
+            changed = put(changed, path.split("."), value)
+        return changed
+
+
+def _assignments(overrides: Sequence[str]) -> dict[str, Any]:
+    settings, problems = {}, []
     for text in overrides:
         try:
             path, value = assignment(text)
             if path not in SETTINGS:
                 raise ValueError(f"unknown path{meant_path(path, SETTINGS)}; of a checkpoint one sets "
                                  "seed, data... and evaluation...")  # fmt: skip
-            update = put(update, path.split("."), value)
+            settings[path] = value
         except ValueError as mistake:
             problems.append(f"override {text!r}: {mistake}")
     if problems:
         raise ExperimentError(problems, "evaluation")
-    return update
+    return settings
 
 
-def _of_sweep(name: str, storage: Storage, update: Mapping[str, Any]) -> list[Subject]:
+def _of_sweep(name: str, storage: Storage, update: Update) -> list[Subject]:
     """All trained trials of a sweep."""
     content, _ = read_yaml(storage.read(f"sweeps/{name}/experiment.yaml").decode())
     variants = expand(parse(content))
     sources = {config: describe(config) for config in dict.fromkeys(v.trial.data for v in variants)}
     trials, _ = by_digest(variants, {config: source.digest for config, source in sources.items()})
-    found = [(address, checkpoints.newest(storage, f"trials/{address}/checkpoints")) for address in trials]
+    ended = [a for a in trials if (storage.read_json(f"trials/{a}/status.json") or {}).get("state") == "finished"]
+    found = [(address, checkpoints.newest(storage, f"trials/{address}/checkpoints")) for address in ended]
     subjects = [_subject(str(trials[a]), trials[a].trial, c, a, update) for a, c in found if c]
     if not subjects:
         raise Mistake(f"the sweep {name} has no trained trial yet; run it first: python -m orchestrator.sweep ...")
     return subjects
 
 
-def _of_trial(
-    address: str, storage: Storage, update: Mapping[str, Any], checkpoint: Checkpoint | None = None
-) -> Subject:
+def _of_trial(address: str, storage: Storage, update: Update, checkpoint: Checkpoint | None = None) -> Subject:
     newest = checkpoint or checkpoints.newest(storage, f"trials/{address}/checkpoints")
     if newest is None:
         raise Mistake(f"the trial {address} has no checkpoint yet")
@@ -103,7 +125,7 @@ def _of_trial(
     return _subject(address, trial, newest, address, update)
 
 
-def _of_folder(folder: str, update: Mapping[str, Any]) -> Subject:
+def _of_folder(folder: str, update: Update) -> Subject:
     """A folder that holds a checkpoint; one in a trial's folder belongs to the trial."""
     if "://" not in folder:
         place = Path(folder).absolute()
@@ -113,15 +135,15 @@ def _of_folder(folder: str, update: Mapping[str, Any]) -> Subject:
             checkpoint = checkpoints.open_folder(place)
             return _of_trial(trial.name, storage, update, checkpoint)
     checkpoint = checkpoints.open_folder(folder)
-    if "source" not in update.get("data", {}):
+    content = update.of({"T": checkpoints.describe(checkpoint).T})
+    if "source" not in content.get("data", {}):
         raise Mistake(f"{folder}: it does not say which images it was trained on; give data.source=...")
-    about = checkpoints.describe(checkpoint)
-    return _checked(folder.rstrip("/").rpartition("/")[2], {"T": about.T, **update}, checkpoint, None, None)
+    return _checked(folder.rstrip("/").rpartition("/")[2], content, checkpoint, None, None)
 
 
-def _subject(name: str, trial: Trial, checkpoint: Checkpoint, address: str, update: Mapping[str, Any]) -> Subject:
+def _subject(name: str, trial: Trial, checkpoint: Checkpoint, address: str, update: Update) -> Subject:
     own = Measurement.of(trial)
-    return _checked(name, merge(own.model_dump(), update), checkpoint, address, own)
+    return _checked(name, update.of(own.model_dump()), checkpoint, address, own)
 
 
 def _checked(name: str, content: Any, checkpoint: Checkpoint, trial: str | None, own: Measurement | None) -> Subject:

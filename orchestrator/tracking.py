@@ -467,6 +467,10 @@ class Tracker:
         """A file, given by its bytes or its local path, as the artifact `path` (folders by forward slashes)."""
         self._put(f"artifact {path}", lambda: self._log_artifact(digest or SWEEP, content, path))
 
+    def set_tags(self, digest: str, tags: Mapping[str, str]) -> None:
+        """Tags of a trial's run that are known only later."""
+        self._put(f"tags {', '.join(tags)}", lambda: self._tag(digest, tags))
+
     def close_trial(self, digest: str, status: Status, note: str = "", end_ms: int | None = None) -> None:
         """Ends the run after the rest of its journal; `note` is markdown."""
         self.ship(digest)
@@ -779,7 +783,6 @@ class Tracker:
         }
         new = [Metric(key, value, time_ms, step) for key, value in finite.items() if (key, step, value) not in logged]
         if new:
-            self._resume(run)
             self._client.log_batch(run.run_id, metrics=new)
 
     def _log_artifact(self, address: str, content: bytes | Path, path: str) -> None:

@@ -118,20 +118,6 @@ def _environment_of(pid: int) -> str:
         return ""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start a Ray share one process, one after another; the others share the rest of the cores.
-
-    The longest come first, so that no core waits at the end.
-    """
-    for item in items:
-        if "tests/cluster" in item.path.as_posix() or item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-        else:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    items.sort(key=lambda item: "tests/cluster" not in item.path.as_posix())
-
-
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """(experiment file, storage, output) of a sweep that ran undisturbed. Tests only add to it."""

@@ -57,7 +57,6 @@ def test_commands_of_measuring_are_understood(command: str) -> None:
         assert path in subjects.SETTINGS
 
 
-@pytest.mark.ray
 def test_the_main_command_runs_to_its_end(tmp_path: Path) -> None:
     words = shlex.split(SWEEPS[0])[3:]
     small = [

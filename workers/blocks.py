@@ -3,7 +3,7 @@
     evaluations/<checkpoint>/nll-<key>/block-00007.parquet                    |x_0 - x_0_hat|^2 of images x timesteps
     evaluations/<checkpoint>/samples-<key>/block-00007.parquet                images by seed
     evaluations/<checkpoint>/samples-<key>-<features>/block-00007.parquet     their features
-    references/<data>-<split>-<features>/block-00007.parquet                  features of real images
+    references/<data>-<split>-<features>-v<version>/block-00007.parquet       features of real images
 
 A key holds what is measured and not how much of it: asking for more images, samples or features adds blocks and leaves
 the others where they are.
@@ -117,7 +117,7 @@ def reference_blocks(m: Measurement, images: Images) -> list[Block]:
 
 
 def reference_folder(fid: FIDConfig, images: Images) -> str:
-    return f"references/{images.digest}-{fid.reference}-{fid.features}"
+    return f"references/{images.digest}-{fid.reference}-{fid.features}-v{VERSION}"
 
 
 def reference_images(fid: FIDConfig, images: Images) -> int:

@@ -10,7 +10,7 @@ import json
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Literal["all"] | Annotated[int, Field(ge=1)]
 
@@ -108,7 +108,7 @@ class NLLConfig(Record):
     """The bound in bits/dim: every t, or t = 1 and a stratified sample of 2..T, drawn from `proposal` and weighted."""
 
     images: Count = "all"
-    timesteps: Count = "all"
+    timesteps: Literal["all"] | Annotated[int, Field(ge=2)] = "all"
     proposal: Literal["uniform", "log_uniform"] = "log_uniform"
 
 
@@ -151,6 +151,18 @@ class Measurement(Record):
     T: int = Field(ge=1)
     ema: float | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _in_one_spelling(self) -> "Measurement":
+        """As many timesteps or steps as there are is all of them: one protocol has one address."""
+        nll, fid = self.evaluation.nll, self.evaluation.fid
+        if nll and nll.timesteps != "all" and nll.timesteps >= self.T:
+            nll = nll.model_copy(update={"timesteps": "all"})
+        if fid and fid.sampler.steps and fid.sampler.steps >= self.T:
+            fid = fid.model_copy(update={"sampler": fid.sampler.model_copy(update={"steps": None})})
+        if (nll, fid) == (self.evaluation.nll, self.evaluation.fid):
+            return self
+        return self.model_copy(update={"evaluation": EvaluationConfig(nll=nll, fid=fid)})
 
     @staticmethod
     def of(trial: Trial) -> "Measurement":

@@ -33,6 +33,7 @@ from workers.storage import Storage
 
 SUM = 32  # bytes of a sha256
 
+SPACE = b"feature_space"  # the stamp of features, in a block's metadata
 log = logging.getLogger(__name__)
 
 
@@ -84,7 +85,7 @@ def nll_block(bench: Bench, block: Block) -> pa.Table:
         t, weight = stratified_times(m.T, sampled, len(image), generator(*where, "t"), m.evaluation.nll.proposal)
     pairs = np.repeat(image, t.shape[1])
     x_0 = to_model(torch.from_numpy(dataset.held_out[pairs]), dataset.levels).to(model.device)
-    noise = generator(*where, "eps", device=model.device)
+    noise = generator(*where, "eps")  # on the CPU, as a GPU's generator would draw other numbers
     rows = pairs, t.reshape(-1), weight.reshape(-1)
     return pair_errors(model.process, model.eps_theta, x_0, *rows, noise, dataset.levels).table()
 
@@ -95,8 +96,8 @@ def sample_block(bench: Bench, block: Block) -> pa.Table:
     fid = m.evaluation.fid
     assert fid
     height, width, channels = dataset.shape
-    noise = generator(m.seed, "samples", block.number, device=model.device)
-    x = sample(model.process, model.eps_theta, fid.sampler, (blocks.SAMPLES, channels, height, width), noise)
+    noise, shape = generator(m.seed, "samples", block.number), (blocks.SAMPLES, channels, height, width)
+    x = sample(model.process, model.eps_theta, fid.sampler, shape, noise, device=model.device)
     images = QUANTISERS[fid.quantise](x, dataset.levels).cpu().numpy()
     first = block.number * blocks.SAMPLES
     return pa.table({"sample": np.arange(first, first + len(images)), "image": [row.tobytes() for row in images]})
@@ -105,9 +106,15 @@ def sample_block(bench: Bench, block: Block) -> pa.Table:
 def feature_block(bench: Bench, block: Block) -> pa.Table:
     """The features of a block of samples: a row a sample."""
     [samples] = block.needs
-    images = read_block(bench.storage, samples)["image"].to_pylist()
+    try:
+        images = read_block(bench.storage, samples)["image"].to_pylist()
+    except DamagedBlock as error:
+        log.warning("%s; it is made again", error)
+        bench.storage.delete(samples.path)
+        make(bench, samples)
+        images = read_block(bench.storage, samples)["image"].to_pylist()
     pixels = np.stack([np.frombuffer(image, np.uint8) for image in images]).reshape(-1, *bench.dataset.shape)
-    return pa.table({"features": list(bench.space.features(pixels))})
+    return _featurised(bench, pixels)
 
 
 def reference_block(bench: Bench, block: Block) -> pa.Table:
@@ -115,7 +122,13 @@ def reference_block(bench: Bench, block: Block) -> pa.Table:
     assert bench.m.evaluation.fid
     images = getattr(bench.dataset, bench.m.evaluation.fid.reference)
     part = images[block.number * blocks.REAL : (block.number + 1) * blocks.REAL]
-    return pa.table({"features": list(bench.space.features(np.asarray(part)))})
+    return _featurised(bench, np.asarray(part))
+
+
+def _featurised(bench: Bench, images: np.ndarray) -> pa.Table:
+    """Features (N, d), stamped with the space they are in: those of another are no use beside them."""
+    table = pa.table({"features": list(bench.space.features(images))})
+    return table.replace_schema_metadata({SPACE: bench.space.digest})
 
 
 KINDS: dict[str, Callable[[Bench, Block], pa.Table]] = {
@@ -164,12 +177,17 @@ class DamagedBlock(ValueError):
     """The bytes of a block are not those that were written."""
 
 
-def remove_damaged(storage: Storage, wanted: list[Block]) -> list[Block]:
-    """The blocks that are not there or cannot be read; what is damaged is removed, and so can be made again."""
+def remove_damaged(storage: Storage, wanted: list[Block], space: FeatureSpace | None) -> list[Block]:
+    """The blocks that are not there, cannot be read, or hold features of another `space` than today's.
+
+    What is there of them is removed, so that it can be made again.
+    """
     missing = []
     for block in wanted:
         try:
-            read_block(storage, block)
+            stamp = (read_block(storage, block).schema.metadata or {}).get(SPACE)
+            if stamp is not None and space and stamp.decode() != space.digest:
+                raise DamagedBlock(f"{storage.url(block.path)} has features of another {stamp.decode()}")
         except FileNotFoundError:
             missing.append(block)
         except DamagedBlock as error:

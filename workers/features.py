@@ -7,17 +7,22 @@ its name carries it.
 
 import hashlib
 import io
+import logging
 import warnings
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from workers.config import FIDConfig
 from workers.data import Dataset
-from workers.inception import Inception, load_inception
+from workers.inception import Inception, find_weights, load_inception
 from workers.storage import Storage
+
+log = logging.getLogger(__name__)
 
 HIDDEN = 64  # features of the classifier
 EPOCHS = 60  # at most
@@ -81,9 +86,14 @@ def train_classifier(dataset: Dataset) -> Classifier:
 
 def _classifier(storage: Storage, dataset: Dataset, device: torch.device) -> Classifier:
     path = f"references/{dataset.digest}-classifier.npz"
-    if not storage.exists(path):
-        storage.write(path, train_classifier(dataset).to_bytes())
-    return Classifier.from_bytes(storage.read(path))
+    if storage.exists(path):
+        try:
+            return Classifier.from_bytes(storage.read(path))
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+            log.warning("%s is damaged (%s); it is trained again", storage.url(path), error)
+    trained = train_classifier(dataset)
+    storage.write(path, trained.to_bytes())
+    return trained
 
 
 def _inception(storage: Storage, dataset: Dataset, device: torch.device) -> Inception:
@@ -94,6 +104,15 @@ SPACES: dict[str, Callable[[Storage, Dataset, torch.device], FeatureSpace]] = {
     "classifier": _classifier,
     "inception": _inception,
 }
+
+
+def check_spaces(wanted: Iterable[FIDConfig | None]) -> None:
+    """Raises Mistake where what these measurements need of the Inception network is not installed."""
+    fids = [fid for fid in wanted if fid and fid.features == "inception"]
+    if any("inception_score" in fid.also for fid in fids):
+        load_inception().logits(np.zeros((1, Inception.dimensions), np.float32))
+    elif fids:
+        find_weights()
 
 
 def feature_space(storage: Storage, dataset: Dataset, name: str, device: torch.device) -> FeatureSpace:

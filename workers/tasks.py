@@ -188,9 +188,9 @@ def make_summary(order: Order, *after: None) -> list[Block]:
     """
     bench = _bench(order)
     images, digest = Images.of(bench.dataset), order.checkpoint.digest
-    if lacking := remove_damaged(bench.storage, blocks(bench.m, digest, images)):
-        return lacking
     space = bench.space if bench.m.evaluation.fid else None
+    if lacking := remove_damaged(bench.storage, blocks(bench.m, digest, images), space):
+        return lacking
     summary = summarise(bench.storage, bench.m, bench.dataset, process_of(order.checkpoint), digest, space)
     bench.storage.write_json(summary_path(bench.m, digest, images), summary)
     return []

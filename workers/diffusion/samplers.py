@@ -50,10 +50,14 @@ def sample(
     shape: tuple[int, ...],
     generator: torch.Generator,
     clip: bool = True,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """Images x_0 of `shape` (N, C, H, W), float32, from x_T ~ N(0, I), on the generator's device."""
+    """Images x_0 of `shape` (N, C, H, W), float32, from x_T ~ N(0, I), on `device` or else the generator's.
+
+    Noise is drawn where the generator is, so that one on the CPU gives the same noise for every device.
+    """
     process = process.strided(config.steps)
-    x = torch.randn(shape, generator=generator, device=generator.device)
+    x = torch.randn(shape, generator=generator, device=generator.device).to(device or generator.device)
     for step in range(process.T, 0, -1):
         t = torch.full((shape[0],), step, device=x.device)
         eps = eps_theta(x, at(process.times, t, t)).to(x.dtype)
@@ -63,4 +67,4 @@ def sample(
 
 
 def _normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
