@@ -191,7 +191,7 @@ def test_any_damage_to_a_block_is_noticed(whole):
     assert {block.kind for block in one_of_each(whole)} == set(KINDS)
     for block in one_of_each(whole):
         content = whole.storage.read(block.path)
-        places = {*range(0, len(content), 7), *range(8), *range(len(content) - 12, len(content))}
+        places = {*range(0, len(content), 17), *range(8), *range(len(content) - 12, len(content))}
         damaged = [
             content[:k] + bytes([content[k] ^ mask]) + content[k + 1 :] for k in places for mask in (1, 128, 255)
         ]
