@@ -174,7 +174,11 @@ def evaluation_text(measured: Measured) -> str:
     if measured.failed or summary is None:
         return "\n".join([*lines, f"  failed          {measured.failed}", ""])
     metrics = summary["metrics"]
-    lines += [f"  {name.removeprefix('eval/'):<28} {_with_error(name, metrics)}" for name in metrics if _is_main(name)]
+    lines += [
+        f"  {name.removeprefix('eval/'):<28} {_with_error(name, metrics)}"
+        for name in metrics
+        if not name.endswith("_se")
+    ]
     for variance, chains in summary.get("ledger", {}).items():
         told = ", ".join(f"{c['steps']}: {c['bpd']:.3f} ± {c['bpd_se']:.3f}" for c in chains)
         lines.append(f"  bits/dim by steps, {variance:<12} {told}")
@@ -185,15 +189,8 @@ def evaluation_text(measured: Measured) -> str:
     return "\n".join([*lines, f"  hash            {summary['hash']}", ""])
 
 
-ERRORS = ("_se", "_split_std")
-
-
-def _is_main(name: str) -> bool:
-    return not name.endswith(ERRORS)
-
-
 def _with_error(name: str, metrics: Mapping[str, float]) -> str:
-    error = next((metrics[name + end] for end in ERRORS if name + end in metrics), None)
+    error = metrics.get(f"{name}_se")
     return f"{metrics[name]:.4f}" if error is None else f"{metrics[name]:.4f} ± {error:.4f}"
 
 

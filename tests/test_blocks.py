@@ -9,6 +9,7 @@ import pytest
 from small_evaluation import DATASET, HELD_OUT, IMAGES, TRAIN, T, measurement, small_blocks
 
 from workers.blocks import (
+    VERSION,
     Images,
     blocks,
     distance_name,
@@ -126,7 +127,10 @@ def test_nothing_asked_is_no_blocks():
 def test_a_path_tells_the_place_in_the_storage():
     [block, *_] = sample_blocks(measurement(), "c", IMAGES)[1:]
     assert Path(block.path).parent.parent == Path("evaluations/c") and block.name == "block-00001.parquet"
-    assert reference_blocks(measurement(), IMAGES)[2].path == "references/d1-train-classifier/block-00002.parquet"
+    assert (
+        reference_blocks(measurement(), IMAGES)[2].path
+        == f"references/d1-train-classifier-v{VERSION}/block-00002.parquet"
+    )
 
 
 def test_a_data_set_counts_alike_before_and_after_it_is_decoded(tmp_path):

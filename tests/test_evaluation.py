@@ -223,7 +223,7 @@ def test_a_seal_is_32_bytes_and_leaves_the_file_s_ends_as_they_are(whole):
 def test_what_is_damaged_or_missing_is_listed_and_can_be_made_again(whole, caplog):
     wanted = blocks_of(whole)
     before, summary = contents(whole.storage, wanted), summary_of(whole)
-    assert remove_damaged(whole.storage, wanted) == []
+    assert remove_damaged(whole.storage, wanted, whole.space) == []
     missing, *damaged = wanted[2], wanted[5], wanted[10], wanted[-1]
     for block in damaged:
         content = before[block.path]
@@ -231,8 +231,28 @@ def test_what_is_damaged_or_missing_is_listed_and_can_be_made_again(whole, caplo
     with pytest.raises(DamagedBlock):
         summary_of(whole)
     whole.storage.delete(missing.path)
-    assert remove_damaged(whole.storage, wanted) == [missing, *damaged]
+    assert remove_damaged(whole.storage, wanted, whole.space) == [missing, *damaged]
     assert all(block.path in caplog.text for block in damaged) and missing.path not in caplog.text
     assert not any(whole.storage.exists(block.path) for block in damaged)
     make_all(whole, wanted)
     assert contents(whole.storage, wanted) == before and summary_of(whole) == summary
+
+
+def test_features_of_another_space_are_no_use_and_are_removed(whole):
+    wanted = blocks_of(whole)
+    featurised = [block for block in wanted if block.kind in ("features", "reference")]
+
+    class Other:
+        digest = "another"
+
+    assert featurised and remove_damaged(whole.storage, wanted, Other()) == featurised
+
+
+def test_damaged_samples_are_made_again_where_their_features_are_asked_for(whole):
+    features = next(block for block in blocks_of(whole) if block.kind == "features")
+    [samples] = features.needs
+    before = contents(whole.storage, [samples, features])
+    whole.storage.write(samples.path, before[samples.path][:-1] + b"\0")
+    whole.storage.delete(features.path)
+    make(whole, features)
+    assert contents(whole.storage, [samples, features]) == before

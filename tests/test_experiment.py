@@ -298,7 +298,7 @@ EXPECTED = {
     "training.lr": "Infinity is not a finite number above 0",
     "training.batch_size": "true is not a whole number of at least 1",
     "evaluation.nll.images": "'most' is not 'all' or a whole number of at least 1",
-    "evaluation.nll.timesteps": "0 is not 'all' or a whole number of at least 1",
+    "evaluation.nll.timesteps": "0 is not 'all' or a whole number of at least 2",
     "search.metric": "across weightings, targets or T; valid: eval/nll_bpd, eval/fid, eval/fd_classifier",
     "search.scheduler.kind": "'ahsa' is not one of none, asha; did you mean 'asha'?",
     "search.scheduler.metric": "not comparable across weightings, targets or T",

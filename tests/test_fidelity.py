@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from workers.fidelity import KID, PrecisionRecall, inception_score, kid, mmd2, precision_recall
+from workers.fidelity import KID, PrecisionRecall, inception_score, kid, kid_error, mmd2, precision_recall
 
 
 def normal(n: int, d: int, seed: int, mean: float = 0) -> np.ndarray:
@@ -141,3 +141,13 @@ def test_a_constant_added_to_an_image_s_logits_changes_nothing():
 def test_splits_need_images(splits):
     with pytest.raises(ValueError, match="1 to 95 splits"):
         inception_score(LOGITS, splits=splits)
+
+
+def test_the_error_of_kid_is_no_less_than_that_of_repeated_draws():
+    """Parts are smaller than the whole, so their error is larger; of independent draws it must not fall below."""
+    random = np.random.RandomState(3)
+    draws = [(random.randn(400, 4), 0.2 + random.randn(400, 4)) for _ in range(60)]
+    spread = np.std([mmd2(a, b) for a, b in draws], ddof=1)
+    errors = [kid_error(a, b) for a, b in draws]
+    assert spread * 0.8 < np.mean(errors) < spread * 3
+    assert kid_error(draws[0][0][:19], draws[0][1]) is None

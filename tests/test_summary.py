@@ -33,7 +33,7 @@ from workers.blocks import feature_blocks, nll_blocks
 from workers.config import EvaluationConfig, SamplerConfig
 from workers.diffusion.process import VARIANCES
 from workers.evaluation import Bench, read_block, sealed
-from workers.fidelity import inception_score, kid, precision_recall
+from workers.fidelity import inception_score, kid, kid_error, precision_recall
 from workers.frechet import Moments, extrapolated_distance, frechet_distance, sampling_error
 from workers.ledger import OPTIMAL, Ledger, bound, shorter_chains
 from workers.likelihood import squared_norms
@@ -141,7 +141,7 @@ def test_distances_are_of_the_samples_asked_for_to_the_images_named(root, fid, n
         f"eval/{name}": distance,
         f"eval/{name}_se": sampling_error(samples, Moments.of(reference)),
         f"eval/kid{suffix}": kid(samples, reference).mean,
-        f"eval/kid_subset_std{suffix}": kid(samples, reference).subset_std,
+        **({f"eval/kid{suffix}_se": error} if (error := kid_error(samples, reference)) else {}),
         f"eval/precision{suffix}": neighbours.precision,
         f"eval/recall{suffix}": neighbours.recall,
     }
@@ -217,11 +217,12 @@ def test_in_inception_s_space_against_all_of_train_names_are_plain(tmp_path, mon
     vars(b)["space"] = FakeInception()
     make_all(b, blocks_of(b))
     metrics = summary_of(b)["metrics"]
-    names = {f"eval/{distance}", f"eval/{distance}_se", f"eval/kid{suffix}", f"eval/kid_subset_std{suffix}"}
-    names |= {f"eval/precision{suffix}", f"eval/recall{suffix}", "eval/inception_score", "eval/inception_score_std"}
-    assert {name for name in metrics if "nll" not in name} == names
+    names = {f"eval/{distance}", f"eval/{distance}_se", f"eval/kid{suffix}"}
+    names |= {f"eval/precision{suffix}", f"eval/recall{suffix}", "eval/inception_score"}
+    assert {name for name in metrics if "nll" not in name and name != f"eval/kid{suffix}_se"} == names
     expected = inception_score(FakeInception.logits(features_of(b)))
-    assert (metrics["eval/inception_score"], metrics["eval/inception_score_std"]) == (expected.mean, expected.std)
+    assert metrics["eval/inception_score"] == expected.mean
+    assert f"{expected.std:.4f}" in summary_of(b)["passports"]["samples"]["also"]["inception_score"]
 
 
 # ---- Passports -------------------------------------------------------------------------------------------------

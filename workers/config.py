@@ -10,7 +10,7 @@ import json
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Count = Literal["all"] | Annotated[int, Field(ge=1)]
 
@@ -152,17 +152,16 @@ class Measurement(Record):
     ema: float | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
 
-    @model_validator(mode="after")
-    def _in_one_spelling(self) -> "Measurement":
+    @field_validator("evaluation")
+    @classmethod
+    def _in_one_spelling(cls, evaluation: EvaluationConfig, info: ValidationInfo) -> EvaluationConfig:
         """As many timesteps or steps as there are is all of them: one protocol has one address."""
-        nll, fid = self.evaluation.nll, self.evaluation.fid
-        if nll and nll.timesteps != "all" and nll.timesteps >= self.T:
+        T, nll, fid = info.data.get("T", math.inf), evaluation.nll, evaluation.fid
+        if nll and nll.timesteps != "all" and nll.timesteps >= T:
             nll = nll.model_copy(update={"timesteps": "all"})
-        if fid and fid.sampler.steps and fid.sampler.steps >= self.T:
+        if fid and fid.sampler.steps and fid.sampler.steps >= T:
             fid = fid.model_copy(update={"sampler": fid.sampler.model_copy(update={"steps": None})})
-        if (nll, fid) == (self.evaluation.nll, self.evaluation.fid):
-            return self
-        return self.model_copy(update={"evaluation": EvaluationConfig(nll=nll, fid=fid)})
+        return EvaluationConfig(nll=nll, fid=fid)
 
     @staticmethod
     def of(trial: Trial) -> "Measurement":

@@ -48,14 +48,14 @@ def kid(a: np.ndarray, b: np.ndarray, *, subsets: int = 100, subset_size: int = 
     return KID(float(np.mean(estimates)), float(np.std(estimates)), subsets, size)
 
 
-def kid_error(a: np.ndarray, b: np.ndarray) -> float:
+def kid_error(a: np.ndarray, b: np.ndarray) -> float | None:
     """A standard error of KID over draws of both sets: that of the mean over PARTS disjoint parts of them.
 
     The parts are independent, and each is an unbiased estimate by fewer images than there are, so it is no less than
-    the error of the whole. NaN where a part would have fewer than 2.
+    the error of the whole. None where a part would have fewer than 2.
     """
     if min(len(a), len(b)) < 2 * PARTS:
-        return float("nan")
+        return None
     parts = zip(np.array_split(a, PARTS), np.array_split(b, PARTS), strict=True)
     estimates = [mmd2(x[:MOST].astype(np.float64), y[:MOST].astype(np.float64)) for x, y in parts]
     return float(np.std(estimates, ddof=1) / PARTS**0.5)

@@ -144,7 +144,10 @@ def _fidelity(
         for what, count, moments in (("samples", ours.n, ours), ("reference images", theirs.n, theirs))
         if moments.singular
     ]
-    found: dict[str, Any] = {"metrics": metrics, "passports": {"samples": {"protocol": protocol, "warnings": warnings}}}
+    found: dict[str, Any] = {
+        "metrics": metrics,
+        "passports": {"samples": {"protocol": protocol, "also": {}, "warnings": warnings}},
+    }
     if not ours.singular:
         metrics[f"eval/{name}_se"] = sampling_error(features, theirs)
     if ours.n >= least_to_extrapolate(len(ours.mean)):
@@ -157,18 +160,20 @@ def _fidelity(
         # The Inception score is of the samples alone, in the one space that it names.
         suffix = "" if name == "fid" or other == "inception_score" else name.removeprefix("fd")
         values, how = OTHERS[other](space, features, real)
-        metrics |= {f"eval/{key}{suffix}": value for key, value in values.items()}
-        protocol[other] = how
+        for key, (value, error) in values.items():
+            metrics |= {f"eval/{key}{suffix}": value} | ({f"eval/{key}{suffix}_se": error} if error else {})
+        found["passports"]["samples"]["also"][other] = how
     return found
 
 
-Found = tuple[dict[str, float], str]  # metrics, and how they were measured, for the passport
+# Metrics with their standard errors, where there are any; and how they were measured, for the passport.
+Found = tuple[dict[str, tuple[float, float | None]], str]
 
 
 def _kid(space: FeatureSpace, samples: np.ndarray, real: list[np.ndarray]) -> Found:
     data = np.concatenate(real)
     kid = fidelity.kid(samples, data)
-    values = {"kid": kid.mean, "kid_se": fidelity.kid_error(samples, data)}
+    values = {"kid": (kid.mean, fidelity.kid_error(samples, data))}
     return values, f"{kid.subsets} subsets of {kid.subset_size}, error by {fidelity.PARTS} disjoint parts"
 
 
@@ -176,13 +181,13 @@ def _precision_recall(space: FeatureSpace, samples: np.ndarray, real: list[np.nd
     data = np.concatenate(real)[:NEIGHBOURS]
     found = fidelity.precision_recall(samples[:NEIGHBOURS], data)
     how = f"k = 3, first {min(len(samples), NEIGHBOURS)} samples and {len(data)} images"
-    return {"precision": found.precision, "recall": found.recall}, how
+    return {"precision": (found.precision, None), "recall": (found.recall, None)}, how
 
 
 def _inception_score(space: FeatureSpace, samples: np.ndarray, real: list[np.ndarray]) -> Found:
     assert isinstance(space, Inception)
     score = fidelity.inception_score(space.logits(samples))
-    return {"inception_score": score.mean, "inception_score_split_std": score.std}, "10 splits"
+    return {"inception_score": (score.mean, None)}, f"10 splits, standard deviation over them {score.std:.4f}"
 
 
 OTHERS = {"kid": _kid, "precision_recall": _precision_recall, "inception_score": _inception_score}
