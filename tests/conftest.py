@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,13 +121,20 @@ def _environment_of(pid: int) -> str:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """(experiment file, storage, output) of a sweep that ran undisturbed. Tests only add to it."""
+    """(experiment file, storage, output) of a sweep that ran undisturbed. Tests leave it as it is: see `own`."""
     folder = tmp_path_factory.mktemp("finished")
     file, storage = folder / "tiny.yaml", folder / "runs"
     file.write_text(TINY)
     result = sweep(file, "--storage", storage)
     assert result.returncode == 0, result.stdout + result.stderr
     return file, storage, result.stdout
+
+
+@pytest.fixture
+def own(finished: tuple[Path, Path, str], tmp_path: Path) -> tuple[Path, Path]:
+    """(experiment file, storage) of a finished sweep that a test may change."""
+    shutil.copytree(finished[1], tmp_path / "own")
+    return finished[0], tmp_path / "own"
 
 
 def statuses(storage: Path) -> dict[str, dict[str, Any]]:

@@ -1,9 +1,11 @@
 """Kills, interrupts, divergence and pruning: nothing is lost, nothing is left over, and every end has its reason."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
+import pandas as pd
 from conftest import Started, runs, state_of, statuses, sweep, title, trials_of, undisturbed
 from mlflow import MlflowClient
 
@@ -50,6 +52,24 @@ def test_a_killed_worker_is_replaced_and_its_trial_goes_on(tiny: Path, tmp_path:
         assert set(state_of(storage).values()) == {("finished", 400)}
     finally:
         started.end()
+
+
+def test_a_damaged_checkpoint_fails_its_own_trial_and_no_other(
+    own: tuple[Path, Path],
+) -> None:
+    """The blocks of real images that both wait for may be the failing trial's to make."""
+    file, storage = own
+    for folder in ("evaluations", "references"):
+        shutil.rmtree(storage / folder)
+    victim, other = sorted(statuses(storage))
+    [weights] = storage.glob(f"trials/{victim}/checkpoints/*/unet/*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    result = sweep(file, "--storage", storage)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert f"{weights} is damaged: its sha256 differs" in result.stdout and "Traceback" not in result.stdout
+    frame = pd.read_parquet(storage / "sweeps/tiny/results.parquet").set_index("trial")
+    assert frame["state"].to_dict() == {victim: "failed", other: "done"}
+    assert frame.loc[other, "eval/nll_bpd"] > 0
 
 
 def test_a_trial_that_diverges_is_a_result_and_the_others_finish(tiny: Path, tmp_path: Path) -> None:

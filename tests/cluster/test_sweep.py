@@ -69,8 +69,8 @@ def test_the_same_command_again_does_nothing(finished: tuple[Path, Path, str]) -
     assert {p for p in after if "mlflow.db" not in p.name and after[p] != before.get(p)} == set()
 
 
-def test_after_an_edit_only_new_trials_are_trained(finished: tuple[Path, Path, str]) -> None:
-    file, storage, _ = finished
+def test_after_an_edit_only_new_trials_are_trained(own: tuple[Path, Path]) -> None:
+    file, storage = own
     before = {digest: status["updated_ms"] for digest, status in statuses(storage).items()}
     edited = sweep(file, "--storage", storage, "search.space.loss.weighting.grid=[simple, vlb, min_snr]")
     assert edited.returncode == 0, edited.stdout + edited.stderr
@@ -79,8 +79,8 @@ def test_after_an_edit_only_new_trials_are_trained(finished: tuple[Path, Path, s
     assert len(runs(storage)[1]) == 3
 
 
-def test_more_samples_compute_only_the_missing_blocks(finished: tuple[Path, Path, str]) -> None:
-    file, storage, _ = finished
+def test_more_samples_compute_only_the_missing_blocks(own: tuple[Path, Path]) -> None:
+    file, storage = own
     before = {p: p.stat().st_mtime_ns for p in storage.glob("evaluations/*/*/*.parquet")}
     more = sweep(file, "--storage", storage, "evaluation.fid.samples=200", "name=more")
     assert more.returncode == 0, more.stdout + more.stderr
