@@ -59,11 +59,13 @@ def session(address: str | None, cpus: int | None = None) -> Iterator[None]:
 
     `cpus` bounds the latter's logical cores, and so how many tasks run at once.
     """
-    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    os.environ.update({name: value for name, value in (QUIET | WORKERS).items() if name not in os.environ})
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it prints a page of, `_Relay` tells in a line
-    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "runtime_env": {"env_vars": WORKERS}}
-    if address is None:
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if address is not None:  # a local Ray inherits them, and starts its processes faster without an environment to make
+        options["runtime_env"] = {"env_vars": WORKERS}
+    else:
         # A logical core more than the machine has, so that evaluation blocks run while the others train.
         options |= {"num_cpus": cpus or cores() + 1, "include_dashboard": False, "object_store_memory": 256 * 2**20}
     try:

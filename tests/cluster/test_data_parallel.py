@@ -22,40 +22,30 @@ def test_an_early_stop_gives_the_cores_back_to_the_trials_that_follow(tiny: Path
     assert states.count("pruned") >= 1 and states.count("finished") >= 1, states
 
 
-def test_a_killed_worker_of_a_group_is_replaced_from_the_last_checkpoint(tiny: Path, tmp_path: Path) -> None:
+def test_two_workers_one_of_them_killed_end_where_plain_python_does(tiny: Path, tmp_path: Path) -> None:
+    """The same digest, hosted by Ray Train with two workers over gloo; the group is replaced from its last checkpoint.
+
+    Losses and bounds are equal up to rounding.
+    """
     storage = tmp_path / "runs"
-    started = Started(
-        tiny,
-        "--storage",
-        storage,
-        *TWO,
-        "search.space={}",
-        "training.steps=300",
-        "training.validate_every=100",
-        "training.checkpoint_every=50",
-    )
+    settings = [*TWO, "search.space={}", "training.steps=200", "training.validate_every=100",
+                "training.checkpoint_every=50"]  # fmt: skip
+    started = Started(tiny, "--storage", storage, *settings)
     try:
         started.wait_until(lambda: any(storage.glob("trials/*/checkpoints/step-*/manifest.json")))
         [victim, *_] = [pid for pid in started.family() if "RayTrainWorker" in title(pid)]
         os.kill(victim, signal.SIGKILL)
         assert started.process.wait(timeout=600) == 0, started.said()
-        assert set(state_of(storage).values()) == {("finished", 300)}
     finally:
         started.end()
-
-
-def test_two_workers_under_ray_train_end_where_plain_python_does(tiny: Path, tmp_path: Path) -> None:
-    """The same digest, hosted by Ray Train with two workers over gloo: losses and bounds equal up to rounding."""
-    result = sweep(tiny, "--storage", tmp_path / "runs", *TWO, "search.space={}")
-    assert result.returncode == 0, result.stdout + result.stderr
-    [(digest, trial)] = trials_of(tiny, *TWO, "search.space={}").items()
+    [(digest, trial)] = trials_of(tiny, *settings).items()
+    assert state_of(storage) == {digest: ("finished", trial.training.steps)}
     undisturbed(trial, tmp_path / "plain")
-    assert state_of(tmp_path / "runs") == {digest: ("finished", trial.training.steps)}
-    ours = _metrics(tmp_path / f"runs/trials/{digest}/journal.jsonl")
+    ours = _metrics(storage / f"trials/{digest}/journal.jsonl")
     theirs = _metrics(tmp_path / "plain/simple/journal.jsonl")
     assert ours.keys() == theirs.keys() and len(ours) > 20
     for key, value in theirs.items():
-        assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-7), key
+        assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
 
 
 def _metrics(journal: Path) -> dict[tuple[int, str], float]:

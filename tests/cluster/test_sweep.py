@@ -86,7 +86,9 @@ def test_more_samples_compute_only_the_missing_blocks(own: tuple[Path, Path]) ->
     assert more.returncode == 0, more.stdout + more.stderr
     after = {p: p.stat().st_mtime_ns for p in storage.glob("evaluations/*/*/*.parquet")}
     assert all(after[p] == time for p, time in before.items())
-    assert sorted(p.name for p in after.keys() - before.keys()) == ["block-00001.parquet"] * 2
+    assert (
+        sorted(p.name for p in after.keys() - before.keys()) == ["block-00001.parquet"] * 4
+    )  # samples and their features
 
 
 def test_images_at_a_relative_path_reach_the_workers(tiny: Path, tmp_path: Path) -> None:
