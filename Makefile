@@ -1,10 +1,10 @@
-# make sweep, make test: each installs what it needs into .venv first, from requirements.lock.
+# make sweep, make test, make test-faults: each installs what it needs into .venv first, from requirements.lock.
 PYTHON ?= python3
 BIN := .venv/bin
 FILE ?= experiments/beta_schedule.yaml
 STORAGE ?= runs
 
-.PHONY: sweep ui test check lock
+.PHONY: sweep ui test test-faults check lock
 
 sweep: .venv/run.stamp
 	$(BIN)/python -m orchestrator.sweep $(FILE) --storage $(STORAGE)
@@ -13,7 +13,10 @@ ui: .venv/run.stamp
 	$(BIN)/python -m orchestrator.ui --storage $(STORAGE)
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not faults"
+
+test-faults: .venv/dev.stamp
+	$(BIN)/python -m pytest -m faults
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import Started, state_of, sweep, title, trials_of, undisturbed
 
+pytestmark = pytest.mark.faults
 TWO = ["training.workers=2", "search.max_concurrent=1", "evaluation={nll: {images: 25}, fid: null}"]
 
 

@@ -6,8 +6,11 @@ import signal
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from conftest import Started, runs, state_of, statuses, sweep, title, trials_of, undisturbed
 from mlflow import MlflowClient
+
+pytestmark = pytest.mark.faults
 
 
 def test_resumes_after_a_kill_of_the_driver_and_ends_in_the_same_bits(tiny: Path, tmp_path: Path) -> None:
