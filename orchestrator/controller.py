@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from orchestrator import execution, plan, results
+from orchestrator.cluster import Cluster, cluster_of_the_head
 from orchestrator.experiment import Experiment, Variant
 from orchestrator.record import Record
 from orchestrator.results import Row
@@ -35,6 +36,7 @@ def run(
     address: str | None,
     fresh: bool,
     quiet: bool,
+    cluster: Cluster | None = None,
 ) -> int:
     """Makes what is missing of `trials` and prints the result. Gives the exit status.
 
@@ -47,7 +49,7 @@ def run(
         if fresh:
             sweep.forget()
         try:
-            sweep.make(address)
+            sweep.make(address, cluster)
         except KeyboardInterrupt:
             sweep.publish()
             console.print("\nInterrupted. The same command resumes.", markup=False)
@@ -110,7 +112,7 @@ class Sweep:
 
     # Making what is missing.
 
-    def make(self, address: str | None) -> None:
+    def make(self, address: str | None, cluster: Cluster | None = None) -> None:
         decisions = {a: plan.decide(found, self.scheduler) for a, found in self.found.items()}
         for a, line in self.lines.items():
             line.step = int((self.found[a].status or {}).get("step", 0))
@@ -124,10 +126,13 @@ class Sweep:
         self.record.open()
         for config in self.sources:
             prepare(config)
+        cluster = cluster or (cluster_of_the_head() if address else None)
         with self.display, execution.session(address):
+            nodes = execution.nodes_ever(cluster)
             for a in missing:
                 trial = self.trials[a].trial
-                job = self.jobs[a] = tasks.make_job(self.storage, a, trial, execution.gpus_a_worker(trial.training))
+                gpus = execution.gpus_a_worker(trial.training, nodes)
+                job = self.jobs[a] = tasks.make_job(self.storage, a, trial, gpus)
                 self.storage.write(f"{tasks.folder_of(a)}/trial.yaml", write_yaml(json.loads(job["trial"])).encode())
             for a in missing:
                 if decisions[a].action == "evaluate":
@@ -136,9 +141,15 @@ class Sweep:
             for job in to_train:
                 self.storage.delete(stop_path(tasks.folder_of(job["digest"])))
             if to_train:
-                execution.train(to_train, self.experiment.search, self)
+                execution.train(to_train, self.experiment.search, self, cluster)
             while self.evaluations:
                 self.tick(wait_s=0.5)
+
+    def say(self, text: str) -> None:
+        self.display.say(text)
+
+    def evaluating(self) -> bool:
+        return bool(self.evaluations)
 
     def progress(self, address: str, result: dict[str, Any]) -> None:
         if result["state"] == "failed":

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from orchestrator.cluster import read_cluster
 from orchestrator.experiment import Experiment, Variant, by_digest, expand, load
 from orchestrator.preflight import dry_run_text, preflight
 from workers.config import DataConfig, Mistake
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
         "--fresh", action="store_true", help="forget what is there of these trials and start them again"
     )
     result.add_argument("--address", help="a Ray cluster to attach to; default: this machine alone")
+    result.add_argument("--cluster", type=Path, help="its file for `ray up`: what the cluster can grow to, and cost")
     result.add_argument("--storage", default="runs", help="folder or URI that keeps everything (default: ./runs)")
     result.add_argument("--tracking-uri", help="an MLflow server; default: the file's, or a database in the storage")
     result.add_argument("-q", "--quiet", action="store_true", help="print the result only")
@@ -61,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         experiment = load(options.file, overrides)
         trials, sources, warnings = trials_of(experiment)
+        cluster = read_cluster(options.cluster) if options.cluster else None
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
         if options.dry_run:
@@ -68,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         from orchestrator.controller import run  # torch, ray and MLflow load here: a dry run does without
 
-        return run(experiment, trials, sources, options.storage, options.address, options.fresh, options.quiet)
+        return run(experiment, trials, sources, options.storage, options.address, options.fresh, options.quiet, cluster)
     except Mistake as mistake:
         print(mistake, file=sys.stderr)
         return 2

@@ -14,7 +14,8 @@ ORDER = """
     workers.ledger workers.likelihood workers.frechet workers.fidelity workers.inception workers.features
     workers.diffusers_config workers.checkpoint workers.blocks workers.evaluation workers.summary
     workers.canaries workers.training workers.tasks
-    orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan orchestrator.profiles
+    orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan orchestrator.cluster
+    orchestrator.profiles
     orchestrator.subjects orchestrator.terminal orchestrator.execution orchestrator.measuring
     orchestrator.comparing orchestrator.results orchestrator.tracking orchestrator.record orchestrator.controller
     orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.canary orchestrator.ui

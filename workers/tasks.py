@@ -112,6 +112,7 @@ def data_parallel(config: dict[str, Any]) -> None:
             num_workers=training.workers,
             use_gpu=job["gpus"] > 0,
             resources_per_worker={"CPU": training.cpus, "GPU": job["gpus"]},
+            placement_strategy=config["strategy"],
         ),
         run_config=train.RunConfig(
             # A name of its own each time: Ray Train would take a finished run of the same name for this one.
