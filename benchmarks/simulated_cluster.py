@@ -101,7 +101,8 @@ class Watch:
         pass
 
     def trained(self, digest: str, result: dict[str, Any]) -> None:
-        from orchestrator.execution import BLOCK_CPUS, BLOCK_GPUS
+        from orchestrator.execution import BLOCK_CPUS
+        from workers.tasks import BLOCK_GPUS
 
         self.ended[digest] = result
         if len(self.ended) % EVERY == 0:

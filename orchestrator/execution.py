@@ -25,14 +25,14 @@ from ray.tune.search import SearchAlgorithm
 
 from orchestrator.cluster import Cluster
 from orchestrator.experiment import SearchConfig
-from orchestrator.plan import DRIVER_CPUS, Node, Size, admit, at_once, can_hold, in_one_node
+from orchestrator.plan import DRIVER_CPUS, Node, Size, admit, at_once, can_hold, in_one_node, spare
 from workers import tasks
 from workers.blocks import Block
 from workers.config import DataConfig, Mistake, TrainingConfig
+from workers.speed import Spent, added
 
 TO_DIE_S = 5.0  # until the processes of a dead trial are gone: freed before, Ray Train would take its cores again
 BLOCK_CPUS = 0.9  # not a whole one: the drivers of data-parallel trials take a little of the core that is kept free
-BLOCK_GPUS = 0.25  # of a GPU, for an evaluation block where trials train on GPUs
 LOOK_AGAIN_S = 1.0  # at the nodes, and at the placements that wait for room
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files beside our journal
@@ -136,7 +136,7 @@ def train(
     sizes = {job["digest"]: Size.of(tasks.trial_of(job).training, job["gpus"]) for job in jobs}
     _check(sizes.values(), nodes, cluster)
     most = None if search.max_concurrent == "auto" else search.max_concurrent
-    together = at_once(list(sizes.values()), nodes, _spare(nodes, evaluating=False), most)
+    together = at_once(list(sizes.values()), nodes, most)
     events.say(f"placement  {len(jobs)} trials on {_nodes(nodes)}, {together} at once to begin with")
     for size in dict.fromkeys(size for size in sizes.values() if not in_one_node(size, nodes)):
         events.say(f"placement  {size}: more than a node holds, so such a trial trains over several nodes (PACK)")
@@ -170,11 +170,6 @@ def _check(sizes: Iterable[Size], nodes: Sequence[Node], cluster: Cluster | None
             "\n".join(f"training.workers: {size} never fit a cluster of {_nodes(nodes)}" for size in never)
             + ("" if cluster else "; if it can grow, name its file by --cluster")
         )
-
-
-def _spare(nodes: Sequence[Node], evaluating: bool) -> Size:
-    """What is kept free for evaluation: a core, and a GPU as long as there is something to evaluate."""
-    return Size(1, 1, int(evaluating and any(node.gpus for node in nodes)))
 
 
 def _nodes(nodes: Sequence[Node]) -> str:
@@ -267,7 +262,7 @@ class _Admission(SearchAlgorithm):
                 [self._sizes[job["digest"]] for job in self._waiting],
                 list(self._running.values()),
                 self._nodes,
-                spare=_spare(self._nodes, self._events.evaluating()),
+                spare=spare(self._nodes, self._events.evaluating()),
                 most=None if self._search.max_concurrent == "auto" else self._search.max_concurrent,
                 stuck=self._stuck,
             )
@@ -376,6 +371,7 @@ class Evaluations:
     _owner: dict[Any, str] = field(default_factory=dict)  # the evaluation of each task in flight
     _spaces: dict[tuple[DataConfig, str], Any] = field(default_factory=dict)
     _shared: dict[str, Any] = field(default_factory=dict)  # blocks of real images in the making, by path
+    spent: dict[str, dict[str, Spent]] = field(default_factory=dict)  # what blocks took, by evaluation and hardware
 
     def submit(self, name: str, order: tasks.Order, planned: list[Block], missing: list[Block]) -> None:
         """Starts the `missing` ones of the `planned` blocks, and after them the summary."""
@@ -429,7 +425,7 @@ class Evaluations:
         evaluation = self._open[name]
         evaluation.left.discard(ref)
         try:
-            lacking = ray.get(ref)
+            result = ray.get(ref)
         except ray.exceptions.RayError as error:  # of the task, or of the machine that it ran on
             evaluation.failed = evaluation.failed or _reason(error)
             self._shared = {path: other for path, other in self._shared.items() if other != ref}
@@ -437,15 +433,19 @@ class Evaluations:
             for other in evaluation.left - {evaluation.summary} - set(self._shared.values()):
                 ray.cancel(other)
             return
-        if ref == evaluation.summary and lacking:
-            for block in lacking:
+        if ref != evaluation.summary:
+            hardware, spent = result
+            spents = self.spent.setdefault(name, {})
+            spents[hardware] = added(spents.get(hardware, {}), spent)
+        elif result:  # blocks that the summary found damaged
+            for block in result:
                 self._shared.pop(block.path, None)
-            self.submit(name, evaluation.order, evaluation.planned, lacking)
+            self.submit(name, evaluation.order, evaluation.planned, result)
 
 
 def _needs(order: tasks.Order) -> dict[str, float]:
     """What a task of an evaluation asks of the node it runs on."""
-    return {"num_cpus": BLOCK_CPUS, "num_gpus": BLOCK_GPUS if order.gpus else 0}
+    return {"num_cpus": BLOCK_CPUS, "num_gpus": tasks.BLOCK_GPUS if order.gpus else 0}
 
 
 def _reason(error: ray.exceptions.RayError) -> str:

@@ -138,10 +138,15 @@ def admit(
     return None
 
 
-def at_once(sizes: Sequence[Size], nodes: Sequence[Node], spare: Size | None, most: int | None = None) -> int:
+def spare(nodes: Sequence[Node], evaluating: bool) -> Size:
+    """What is kept free for evaluation: a core, and a GPU as long as there is something to evaluate."""
+    return Size(1, 1, int(evaluating and any(node.gpus for node in nodes)))
+
+
+def at_once(sizes: Sequence[Size], nodes: Sequence[Node], most: int | None = None) -> int:
     """How many of the trials run at once where all of them wait."""
     waiting, running = list(sizes), list[Size]()
-    while (i := admit(waiting, running, nodes, spare=spare, most=most)) is not None:
+    while (i := admit(waiting, running, nodes, spare=spare(nodes, False), most=most)) is not None:
         running.append(waiting.pop(i))
     return len(running)
 
