@@ -6,12 +6,13 @@ together. It runs in the thread that called it.
 
 import json
 import signal
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 
-from orchestrator import execution, plan, results
+from orchestrator import cost, execution, plan, results
 from orchestrator.cluster import Cluster, cluster_of_the_head
 from orchestrator.experiment import Experiment, Variant
 from orchestrator.record import Record
@@ -24,6 +25,7 @@ from workers.blocks import Images, blocks, summary_path
 from workers.config import DataConfig, Measurement
 from workers.data import Source, prepare
 from workers.features import check_spaces
+from workers.speed import Spent
 from workers.storage import Storage
 from workers.training import stop_path
 
@@ -84,6 +86,7 @@ class Sweep:
         self.evaluations = execution.Evaluations()
         self.jobs: dict[str, tasks.Job] = {}
         self.record = Record(experiment, trials, sources, storage)
+        self.began, self.start_s = time.monotonic(), 0.0  # the latter until the first trial tells of itself
 
     # What is there.
 
@@ -123,6 +126,10 @@ class Sweep:
         if not missing:
             return
         check_spaces(v.trial.evaluation.fid for v in self.trials.values())
+        to_make = {a: self.trials[a] for a in self.trials if a in missing}
+        time_plan = cost.planned(to_make, self.sources, self.storage, self.experiment.search, cluster)
+        if isinstance(time_plan, cost.Plan):
+            self.display.say(f"time       about {cost.duration(time_plan.wall_s)}, if nothing of these trials is there")
         self.record.open()
         for config in self.sources:
             prepare(config)
@@ -144,6 +151,10 @@ class Sweep:
                 execution.train(to_train, self.experiment.search, self, cluster)
             while self.evaluations:
                 self.tick(wait_s=0.5)
+        took = f"time       {cost.duration(time.monotonic() - self.began)}"
+        if isinstance(time_plan, cost.Plan):
+            took += f", about {cost.duration(time_plan.wall_s)} was planned"
+        self.display.say(took)
 
     def say(self, text: str) -> None:
         self.display.say(text)
@@ -154,6 +165,7 @@ class Sweep:
     def progress(self, address: str, result: dict[str, Any]) -> None:
         if result["state"] == "failed":
             return
+        self.start_s = self.start_s or time.monotonic() - self.began
         line = self.lines[address]
         line.state, line.step, line.images_per_s = "training", result["step"], result["images_per_s"]
         if result["state"] in ("running", "finished"):
@@ -169,6 +181,9 @@ class Sweep:
             detail = f"pruned at step {line.step}: valid/nll_bpd {line.nll_bpd:.3f} was not among the best of its rung"
             self.storage.write_json(path, {**status, "state": "pruned", "scheduler": self.scheduler, "detail": detail})
         self.found[address] = self._look(address)
+        status = self.found[address].status or {}
+        if "spent" in status:
+            self._learn(address, {status["hardware"]: {**status["spent"], "start": (1, self.start_s)}})
         if self.found[address].state == "finished":
             self._evaluate(address)
         else:
@@ -211,7 +226,17 @@ class Sweep:
         self.evaluations.submit(address, order, planned, missing)
         self.display.changed(address)
 
+    def _learn(self, address: str, spents: Mapping[str, Spent]) -> None:
+        """Keeps what work of the trial took, for the plans of later sweeps."""
+        trial = self.trials[address].trial
+        for hardware, spent in spents.items():
+            cost.learn(self.storage, trial, self.sources[trial.data], hardware, spent, f"trial {address[:8]}")
+
     def _measured(self, address: str) -> None:
+        trial = self.trials[address].trial
+        source = self.sources[trial.data]
+        spents = self.evaluations.spent.pop(address, {})
+        self._learn(address, {h: cost.evaluation_spent(s, trial, source) for h, s in spents.items()})
         self.found[address] = self._look(address)
         self.lines[address].state = "done"
         self.display.changed(address)

@@ -11,7 +11,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from ray.tune.search import SearchAlgorithm
 
 from orchestrator.cluster import Cluster
 from orchestrator.experiment import SearchConfig
-from orchestrator.plan import DRIVER_CPUS, Node, Size, admit, at_once, can_hold, in_one_node, spare
+from orchestrator.plan import DRIVER_CPUS, Node, Size, admit, at_once, can_hold, in_one_node, never, nodes_text, spare
 from workers import tasks
 from workers.blocks import Block
 from workers.config import DataConfig, Mistake, TrainingConfig
@@ -134,10 +134,11 @@ def train(
     """
     nodes = nodes_ever(cluster)
     sizes = {job["digest"]: Size.of(tasks.trial_of(job).training, job["gpus"]) for job in jobs}
-    _check(sizes.values(), nodes, cluster)
+    if said := never(sizes.values(), nodes):
+        raise Mistake("\n".join(said) + ("" if cluster else "; if it can grow, name its file by --cluster"))
     most = None if search.max_concurrent == "auto" else search.max_concurrent
     together = at_once(list(sizes.values()), nodes, most)
-    events.say(f"placement  {len(jobs)} trials on {_nodes(nodes)}, {together} at once to begin with")
+    events.say(f"placement  {len(jobs)} trials on {nodes_text(nodes)}, {together} at once to begin with")
     for size in dict.fromkeys(size for size in sizes.values() if not in_one_node(size, nodes)):
         events.say(f"placement  {size}: more than a node holds, so such a trial trains over several nodes (PACK)")
     for name, host in hosts.items():
@@ -154,31 +155,12 @@ def train(
             run_config=tune.RunConfig(
                 name="sweep",
                 storage_path=scratch,
-                callbacks=[_Relay(events)],
+                callbacks=[_Relay(events, admission)],
                 failure_config=tune.FailureConfig(max_failures=search.max_failures),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
                 verbose=0,
             ),
         ).fit()
-
-
-def _check(sizes: Iterable[Size], nodes: Sequence[Node], cluster: Cluster | None) -> None:
-    """Raises Mistake with all sizes that the nodes never hold."""
-    never = [size for size in dict.fromkeys(sizes) if not can_hold(size, nodes)]
-    if never:
-        raise Mistake(
-            "\n".join(f"training.workers: {size} never fit a cluster of {_nodes(nodes)}" for size in never)
-            + ("" if cluster else "; if it can grow, name its file by --cluster")
-        )
-
-
-def _nodes(nodes: Sequence[Node]) -> str:
-    """4 nodes of 32 CPUs and 8 GPUs, 1 node of 4 CPUs."""
-    said = []
-    for node, n in Counter(nodes).items():
-        gpus = f" and {node.gpus:g} GPU{'s' * (node.gpus != 1)}" if node.gpus else ""
-        said.append(f"{n} node{'s' * (n != 1)} of {node.cpus:g} CPU{'s' * (node.cpus != 1)}{gpus}")
-    return ", ".join(said) or "no nodes"
 
 
 class _Admission(SearchAlgorithm):
@@ -202,6 +184,7 @@ class _Admission(SearchAlgorithm):
         self._running: dict[str, Size] = {}  # by Tune's id of the trial
         self._nodes, self._looked = nodes_ever(cluster), time.monotonic()
         self._stuck: Size | None = None
+        self._again: Counter[str] = Counter()
         self._choice: int | None = None
         self._chosen = False  # whether `_choice` is still that of the present state
 
@@ -230,7 +213,6 @@ class _Admission(SearchAlgorithm):
         trial = Trial(
             "data_parallel" if size.workers > 1 else "one_worker",
             config=config,
-            trial_id=job["digest"],
             storage=self._storage,
             max_failures=self._search.max_failures,
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
@@ -243,6 +225,19 @@ class _Admission(SearchAlgorithm):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self._running.pop(trial_id, None)
         self._chosen = False
+
+    def again(self, trial: Trial) -> bool:
+        """Puts a trial that Tune gave up back into the queue, unless it has failed too often: then it gives False.
+
+        Tune does not retry a trial whose actor dies as it is handed over from another trial.
+        """
+        job, most = trial.config["job"], self._search.max_failures
+        self._again[job["digest"]] += 1
+        if trial.run_metadata.num_failures > most or self._again[job["digest"]] > most:
+            return False
+        self._waiting.append(job)
+        self._chosen = False
+        return True
 
     def is_finished(self) -> bool:
         """Whether no trial comes now, none ever or none before a running one ends.
@@ -318,8 +313,8 @@ def _digest(trial: Any) -> str:
 class _Relay(tune.Callback):
     """Tune's callbacks in the sweep's words."""
 
-    def __init__(self, events: Events) -> None:
-        self._events = events
+    def __init__(self, events: Events, admission: _Admission) -> None:
+        self._events, self._admission = events, admission
         self._left_behind: list[tuple[float, dict[str, Any]]] = []  # (when to free it, last result of a dead trial)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -341,6 +336,9 @@ class _Relay(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._left_behind.append((time.monotonic() + TO_DIE_S, trial.last_result))
+        if self._admission.again(trial):
+            self._events.restarted(_digest(trial))
+            return
         self._events.failed(_digest(trial), _last_line(trial.error_file) or "its process died too often")
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:

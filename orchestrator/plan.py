@@ -1,7 +1,8 @@
 """What must run: pure functions of what the experiment asks for and what the storage holds."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -105,6 +106,21 @@ def can_hold(size: Size, nodes: Sequence[Node]) -> bool:
     return sum(_room(size, node) for node in nodes) >= size.workers
 
 
+def never(sizes: Iterable[Size], nodes: Sequence[Node]) -> list[str]:
+    """A line for each size that the nodes never hold."""
+    wrong = [size for size in dict.fromkeys(sizes) if not can_hold(size, nodes)]
+    return [f"training.workers: {size} never fit a cluster of {nodes_text(nodes)}" for size in wrong]
+
+
+def nodes_text(nodes: Sequence[Node]) -> str:
+    """4 nodes of 32 CPUs and 8 GPUs, 1 node of 4 CPUs."""
+    said = []
+    for node, n in Counter(nodes).items():
+        gpus = f" and {node.gpus:g} GPU{'s' * (node.gpus != 1)}" if node.gpus else ""
+        said.append(f"{n} node{'s' * (n != 1)} of {node.cpus:g} CPU{'s' * (node.cpus != 1)}{gpus}")
+    return ", ".join(said) or "no nodes"
+
+
 def admit(
     waiting: Sequence[Size],
     running: Sequence[Size],
@@ -193,3 +209,51 @@ def _spread(size: Size, free: list[Node]) -> list[Node]:
 def _less(node: Node, size: Size, workers: int) -> Node:
     driver = DRIVER_CPUS if size.workers > 1 and workers else 0
     return Node(node.cpus - workers * size.cpus - driver, node.gpus - workers * size.gpus)
+
+
+# ---- How long it takes -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """A trial to come: the seconds that its workers train and validate, and those of a core or GPU to measure it."""
+
+    size: Size
+    training_s: float
+    evaluation_s: float
+
+
+def makespan(works: Sequence[Work], nodes: Sequence[Node], cores: float, most: int | None = None) -> float:
+    """Seconds until all is trained and measured, by the rules of `admit`; evaluation takes what training leaves.
+
+    Where the nodes have GPUs, those are what work takes, else `cores`: fewer than the nodes say on a laptop, where one
+    logical core is added for evaluation. As soon as more runs than there are cores, all of it is that much slower.
+    """
+    on_gpus = any(node.gpus for node in nodes)
+    total = sum(node.gpus if on_gpus else node.cpus for node in nodes)
+    units = total if on_gpus else cores
+    waiting, running, left, pool, now = list(works), list[Work](), list[float](), 0.0, 0.0
+    while True:
+        while (i := _next(waiting, running, nodes, pool > 0, most)) is not None:
+            running.append(waiting.pop(i))
+            left.append(running[-1].training_s)
+        busy = sum(w.size.workers * (w.size.gpus if on_gpus else w.size.cpus) for w in running)
+        measuring = max(0.0, total - busy) if pool > 0 else 0.0
+        if not busy and not measuring:
+            return now
+        rate = min(1.0, units / (busy + measuring))
+        step = min([*(s / rate for s in left), *([pool / (measuring * rate)] if measuring else [])])
+        now += step
+        pool = max(0.0, pool - step * rate * measuring)
+        pool = 0.0 if pool < 1e-9 else pool
+        left = [s - step * rate for s in left]
+        pool += sum(w.evaluation_s for w, s in zip(running, left, strict=True) if s < 1e-9)
+        running = [w for w, s in zip(running, left, strict=True) if s >= 1e-9]
+        left = [s for s in left if s >= 1e-9]
+
+
+def _next(
+    waiting: Sequence[Work], running: Sequence[Work], nodes: Sequence[Node], measuring: bool, most: int | None
+) -> int | None:
+    sizes, busy = [w.size for w in waiting], [w.size for w in running]
+    return admit(sizes, busy, nodes, spare=spare(nodes, measuring), most=most)

@@ -13,9 +13,9 @@ ORDER = """
     workers.diffusion.objectives workers.diffusion.bound workers.diffusion.samplers workers.diffusion.gaussian
     workers.ledger workers.likelihood workers.frechet workers.fidelity workers.inception workers.features
     workers.diffusers_config workers.checkpoint workers.blocks workers.evaluation workers.summary
-    workers.canaries workers.training workers.tasks
-    orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan orchestrator.cluster
-    orchestrator.profiles
+    workers.canaries workers.training workers.calibration workers.tasks
+    orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan
+    orchestrator.cluster orchestrator.cost orchestrator.calibration orchestrator.profiles
     orchestrator.subjects orchestrator.terminal orchestrator.execution orchestrator.measuring
     orchestrator.comparing orchestrator.results orchestrator.tracking orchestrator.record orchestrator.controller
     orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.canary orchestrator.ui

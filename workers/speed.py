@@ -16,8 +16,6 @@ from workers.config import ModelConfig, TrainingConfig, digest
 
 Spent = dict[str, tuple[float, float]]  # by kind of work: how much of it, and its seconds
 CORE = " core"  # how names of hardware end that is no GPU
-CALIBRATION_S = 3.0  # a kind of work
-BATCHES = {"nll": 250, "samples": 100}  # images at a time, as evaluation has them
 
 
 def hardware(device: Any = None) -> str:
