@@ -208,6 +208,7 @@ def figures(watch: Watch, work: list[dict[str, Any]], wall: float, cpu_s: float,
     held = {digest: result["held"] for digest, result in watch.ended.items()}
     waiting_until = max(start for start, _ in held.values())  # from then on there is no trial left that waits
     used = sum(gpus[d] * max(0.0, min(end, waiting_until) - max(start, wall)) for d, (start, end) in held.items())
+    at_once = [[d for d, (s, e) in held.items() if s <= start < e] for start, _ in held.values()]
     among = [any(s < a and b < e for s, e in held.values()) for a, b in watch.block_times]
     return {
         "trials": len(work),
@@ -218,6 +219,9 @@ def figures(watch: Watch, work: list[dict[str, Any]], wall: float, cpu_s: float,
         "gpu_seconds": sum(gpus[job["digest"]] * job["seconds"] for job in work),
         "utilisation": used / (there * (waiting_until - wall)),
         "driver_cpu_s_a_trial": cpu_s / len(work),
+        "most_gpus_at_once": max(sum(gpus[d] for d in each) for each in at_once),
+        "most_trials_at_once": max(map(len, at_once)),
+        "sizes_at_once": max(len({gpus[d] for d in each}) for each in at_once),
         "most_nodes_a_trial": max(result["nodes"] for result in watch.ended.values()),
         "blocks": len(watch.block_times),
         "blocks_while_others_train": sum(among),

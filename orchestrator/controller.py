@@ -127,7 +127,8 @@ class Sweep:
             return
         check_spaces(v.trial.evaluation.fid for v in self.trials.values())
         to_make = {a: self.trials[a] for a in self.trials if a in missing}
-        time_plan = cost.planned(to_make, self.sources, self.storage, self.experiment.search, cluster)
+        machines = cost.machines_for(to_make, self.experiment.search, cluster) if cluster else []
+        time_plan = cost.planned(to_make, self.sources, self.storage, self.experiment.search, machines)
         if isinstance(time_plan, cost.Plan):
             self.display.say(f"time       about {cost.duration(time_plan.wall_s)}, if nothing of these trials is there")
         self.record.open()

@@ -15,9 +15,9 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from orchestrator.cluster import Cluster
+from orchestrator.cluster import Cluster, NodeType
 from orchestrator.experiment import SearchConfig, Variant
-from orchestrator.plan import Node, Size, Work, makespan, never
+from orchestrator.plan import Node, Size, Work, makespan, never, nodes_in_use
 from orchestrator.preflight import Cost, cost, validations
 from orchestrator.settings import NotYAML, read_yaml
 from workers import speed
@@ -214,9 +214,8 @@ def cost_text(
     prices: Prices | None,
 ) -> str:
     """Hours and price of the whole sweep, on the cluster of a file or here, or why they are not known."""
-    if cluster:
-        check_sizes(trials, cluster)
-    found = planned(trials, sources, storage, search, cluster)
+    machines = machines_for(trials, search, cluster) if cluster else []
+    found = planned(trials, sources, storage, search, machines)
     if isinstance(found, Unknown):
         return (
             f"Time: {found.why}. Run the sweep once, or --dry-run --calibrate on such a machine, "
@@ -224,14 +223,14 @@ def cost_text(
         )
     unit = "core" if found.hardware.endswith(CORE) else "GPU"
     lines = [
-        f"Time: about {duration(found.wall_s)} on {_where(cluster, unit)}: {_hours(found.training_s, unit)} of "
+        f"Time: about {duration(found.wall_s)} on {_where(machines, unit)}: {_hours(found.training_s, unit)} of "
         f"training and {_hours(found.evaluation_s, unit)} of evaluation, at the throughput of {found.hardware} "
         f"that {found.said_by} measured."
     ]
     if found.scaled:
         lines.append("Data-parallel training of this size was not measured: it is taken to be as fast a worker.")
     if cluster:
-        lines += ["The time that nodes take to start is not in it.", price_text(cluster, found.wall_s, prices)]
+        lines += ["The time that nodes take to start is not in it.", price_text(machines, found.wall_s, prices)]
     return "\n".join(lines)
 
 
@@ -240,27 +239,40 @@ def planned(
     sources: Mapping[DataConfig, Source],
     storage: Storage,
     search: SearchConfig,
-    cluster: Cluster | None,
+    machines: Sequence[NodeType] = (),
 ) -> Plan | Unknown:
-    """The plan from what the storage knows, on the cluster of a file or on this machine."""
+    """The plan from what the storage knows, on `machines` of a cluster or else on this one."""
     configs = [v.trial for v in trials.values()]
     paths = dict.fromkeys(_path(trial, sources[trial.data]) for trial in configs)
     speeds = {path: content for path in paths if (content := storage.read_json(path))}
     known = {name: each for file in speeds.values() for name, each in file.items()}
-    hardware = chosen(known, cluster)
+    hardware = chosen(known, machines)
     if hardware is None:
-        kind = "a GPU of the cluster" if cluster and any(n.gpus for n in cluster.nodes()) else "this machine"
-        return Unknown(f"no throughput is known of these models on {kind}")
-    most = None if search.max_concurrent == "auto" else search.max_concurrent
-    return estimate(configs, sources, speeds, hardware, *machines(hardware, cluster), most)
+        on = "this machine" if not machines else ", ".join(dict.fromkeys(m.instance or m.name for m in machines))
+        return Unknown(f"no throughput is known of these models on {on}")
+    if machines:
+        nodes, cores = [m.node for m in machines], sum(m.node.cpus for m in machines)
+    else:  # as `execution.session` starts Ray
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        nodes = [Node(cores + 1, 0 if hardware.endswith(CORE) else 1)]
+    return estimate(configs, sources, speeds, hardware, nodes, cores, _most(search))
 
 
-def check_sizes(trials: Mapping[str, Variant], cluster: Cluster) -> None:
-    """Raises Mistake with all sizes of trials that the cluster never holds."""
-    on_gpus = any(node.gpus for node in cluster.nodes())
-    sizes = [Size.of(v.trial.training, _gpus(v.trial, on_gpus)) for v in trials.values()]
-    if said := never(sizes, cluster.nodes()):
+def machines_for(trials: Mapping[str, Variant], search: SearchConfig, cluster: Cluster) -> list[NodeType]:
+    """The head, and the nodes that the trials would make the cluster have.
+
+    Raises Mistake with all sizes of trials that it never holds.
+    """
+    kinds, nodes = cluster.kinds(), cluster.nodes()
+    there = any(node.gpus for node in nodes)
+    sizes = [Size.of(v.trial.training, _gpus(v.trial, there)) for v in trials.values()]
+    if said := never(sizes, nodes):
         raise Mistake("\n".join(said))
+    return [kinds[0], *(kinds[i] for i in nodes_in_use(sizes, nodes, _most(search)) if i)]
+
+
+def _most(search: SearchConfig) -> int | None:
+    return None if search.max_concurrent == "auto" else search.max_concurrent
 
 
 def _gpus(trial: Trial, there: bool) -> int:
@@ -276,53 +288,49 @@ def machines(hardware: str, cluster: Cluster | None) -> tuple[list[Node], float]
     return [Node(cores + 1, 0 if hardware.endswith(CORE) else 1)], cores
 
 
-def chosen(known: Mapping[str, Mapping[str, Any]], cluster: Cluster | None) -> str | None:
-    """The hardware to plan for, of those with a known throughput: the cluster's, else this machine's best."""
+def chosen(known: Mapping[str, Mapping[str, Any]], machines: Sequence[NodeType]) -> str | None:
+    """The hardware to plan for, of those with a known throughput: the machines', or else what this one has."""
     gpus = [name for name in known if not name.endswith(CORE)]
-    cores = [name for name in known if name.endswith(CORE)]
-    if cluster is None:
+    cores = sorted((name for name in known if name.endswith(CORE)), key=lambda name: name != speed.hardware())
+    if not machines:
         mine = [name for name in gpus if known[name]["host"] == socket.gethostname()]
         return next(iter([*mine, *(name for name in cores if name == speed.hardware())]), None)
-    if not any(node.gpus for node in cluster.nodes()):
-        return next(iter(sorted(cores, key=lambda name: name != speed.hardware())), None)
-    families = [(kind.instance or "").partition(".")[0] for kind in cluster.kinds() if kind.node.gpus]
-    wanted = [FAMILIES[family] for family in families if family in FAMILIES]
-    fitting = [name for part in wanted for name in gpus if part in name.replace("-", " ").split()]
-    return next(iter(fitting if wanted else gpus), None)
+    with_gpus = [m for m in machines if m.node.gpus]
+    if not with_gpus:
+        return next(iter(cores), None)
+    wanted = [FAMILIES.get((m.instance or "").partition(".")[0]) for m in with_gpus]
+    fitting = [name for part in wanted for name in gpus if part is None or part in name.replace("-", " ").split()]
+    return next(iter(fitting), None)
 
 
-def price_text(cluster: Cluster, wall_s: float, prices: Prices | None) -> str:
-    """What all nodes cost for the whole time; an autoscaler that takes fewer makes it less."""
+def price_text(machines: Sequence[NodeType], wall_s: float, prices: Prices | None) -> str:
+    """What the machines cost for the whole time."""
     if prices is None:
         return "Price: not given; write hourly prices by instance type into prices.yaml beside the cluster file."
     total, terms, lacking = 0.0, list[str](), list[str]()
-    counts: dict[Any, int] = {}
-    for kind in cluster.kinds():
-        counts[kind] = counts.get(kind, 0) + 1
-    for kind, n in counts.items():
+    for kind, n in Counter(machines).items():
         name = kind.instance or kind.name
-        hourly = prices.spot.get(name) if kind.spot else None
-        asked = f"{name} (spot)" if hourly is not None else f"{name} (on demand, though spot is asked for)"
-        hourly = prices.hourly.get(name) if hourly is None else hourly
+        spot = prices.spot.get(name) if kind.spot else None
+        hourly = prices.hourly.get(name) if spot is None else spot
         if hourly is None:
             lacking.append(name)
             continue
+        how = "" if not kind.spot else " (spot)" if spot is not None else " (on demand, as no spot price is given)"
         total += n * hourly * wall_s / 3600
-        terms.append(f"{n} x {asked if kind.spot else name} at {hourly:g}")
+        terms.append(f"{n} {name} at {hourly:g}{how}")
     if lacking:
         return f"Price: not known, as the price file does not give {', '.join(dict.fromkeys(lacking))}."
     return (
-        f"Price: at most about {prices.currency} {total:,.2f}, with all nodes for the whole time: "
-        f"{', '.join(terms)} an hour ({prices.source}, {prices.date})."
+        f"Price: about {prices.currency} {total:,.2f} with {', '.join(terms)} an hour, all of the time "
+        f"({prices.source}, {prices.date})."
     )
 
 
-def _where(cluster: Cluster | None, unit: str) -> str:
-    if cluster is None:
+def _where(machines: Sequence[NodeType], unit: str) -> str:
+    if not machines:
         return "this machine"
-    nodes = cluster.nodes()
-    total = sum(node.gpus if unit == "GPU" else node.cpus for node in nodes)
-    return f"{len(nodes)} nodes with {total:g} {unit}s"
+    total = sum(m.node.gpus if unit == "GPU" else m.node.cpus for m in machines)
+    return f"{total:g} {unit}{'s' * (total != 1)} of {len(machines)} machine{'s' * (len(machines) != 1)}"
 
 
 def _hours(seconds: float, unit: str) -> str:

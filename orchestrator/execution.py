@@ -137,7 +137,7 @@ def train(
     if said := never(sizes.values(), nodes):
         raise Mistake("\n".join(said) + ("" if cluster else "; if it can grow, name its file by --cluster"))
     most = None if search.max_concurrent == "auto" else search.max_concurrent
-    together = at_once(list(sizes.values()), nodes, most)
+    together = len(at_once(list(sizes.values()), nodes, most))
     events.say(f"placement  {len(jobs)} trials on {nodes_text(nodes)}, {together} at once to begin with")
     for size in dict.fromkeys(size for size in sizes.values() if not in_one_node(size, nodes)):
         events.say(f"placement  {size}: more than a node holds, so such a trial trains over several nodes (PACK)")

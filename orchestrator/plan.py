@@ -159,12 +159,18 @@ def spare(nodes: Sequence[Node], evaluating: bool) -> Size:
     return Size(1, 1, int(evaluating and any(node.gpus for node in nodes)))
 
 
-def at_once(sizes: Sequence[Size], nodes: Sequence[Node], most: int | None = None) -> int:
-    """How many of the trials run at once where all of them wait."""
+def at_once(sizes: Sequence[Size], nodes: Sequence[Node], most: int | None = None) -> list[Size]:
+    """The trials that run at once to begin with, where all of them wait."""
     waiting, running = list(sizes), list[Size]()
     while (i := admit(waiting, running, nodes, spare=spare(nodes, False), most=most)) is not None:
         running.append(waiting.pop(i))
-    return len(running)
+    return running
+
+
+def nodes_in_use(sizes: Sequence[Size], nodes: Sequence[Node], most: int | None = None) -> list[int]:
+    """Which of the nodes those trials lie on: those that a cluster which grows by what is asked of it would have."""
+    left = _packed(at_once(sizes, nodes, most), nodes)
+    return [i for i, (before, after) in enumerate(zip(nodes, left, strict=True)) if before != after]
 
 
 def _room(size: Size, node: Node) -> int:

@@ -57,8 +57,8 @@ MACHINE = Node(64, 8)
     ],
 )
 def test_as_many_trials_run_at_once_as_fit(size: Size, nodes: list[Node], fit: int) -> None:
-    assert at_once([size] * 20, nodes) == fit
-    assert at_once([size] * 20, nodes, most=1) == 1
+    assert len(at_once([size] * 20, nodes)) == fit
+    assert len(at_once([size] * 20, nodes, most=1)) == 1
 
 
 def test_a_trial_that_never_fits_is_known() -> None:
