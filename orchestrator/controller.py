@@ -126,15 +126,11 @@ class Sweep:
         if not missing:
             return
         check_spaces(v.trial.evaluation.fid for v in self.trials.values())
-        to_make = {a: self.trials[a] for a in self.trials if a in missing}
-        machines = cost.machines_for(to_make, self.experiment.search, cluster) if cluster else []
-        time_plan = cost.planned(to_make, self.sources, self.storage, self.experiment.search, machines)
-        if isinstance(time_plan, cost.Plan):
-            self.display.say(f"time       about {cost.duration(time_plan.wall_s)}, if nothing of these trials is there")
+        cluster = cluster or (cluster_of_the_head() if address else None)
+        time_plan = self._time_plan(missing, cluster) if cluster or not address else None
         self.record.open()
         for config in self.sources:
             prepare(config)
-        cluster = cluster or (cluster_of_the_head() if address else None)
         with self.display, execution.session(address):
             nodes = execution.nodes_ever(cluster)
             for a in missing:
@@ -152,10 +148,18 @@ class Sweep:
                 execution.train(to_train, self.experiment.search, self, cluster)
             while self.evaluations:
                 self.tick(wait_s=0.5)
-        took = f"time       {cost.duration(time.monotonic() - self.began)}"
-        if isinstance(time_plan, cost.Plan):
-            took += f", about {cost.duration(time_plan.wall_s)} was planned"
-        self.display.say(took)
+        planned = f", {cost.duration(time_plan.wall_s)} planned" if time_plan else ""
+        self.display.say(f"time       {cost.duration(time.monotonic() - self.began)}{planned}")
+
+    def _time_plan(self, missing: set[str], cluster: Cluster | None) -> cost.Plan | None:
+        """How long it takes if nothing of the `missing` trials is there; None where speeds are not known."""
+        trials = {a: v for a, v in self.trials.items() if a in missing}
+        machines = cost.machines_for(trials, self.experiment.search, cluster) if cluster else []
+        found = cost.planned(trials, self.sources, self.storage, self.experiment.search, machines)
+        if isinstance(found, cost.Unknown):
+            return None
+        self.display.say(f"time       about {cost.duration(found.wall_s)}, at the throughput of {found.said_by}")
+        return found
 
     def say(self, text: str) -> None:
         self.display.say(text)

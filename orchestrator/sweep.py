@@ -88,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         experiment = load(options.file, overrides)
         trials, sources, warnings = trials_of(experiment)
         cluster = read_cluster(options.cluster) if options.cluster else None
+        if cluster and not (options.dry_run or options.address):
+            raise Mistake(f"--cluster {options.cluster}: goes with --address or --dry-run; this sweep would run here")
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
         if options.dry_run:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, trials_of
+from conftest import ROOT, TINY, sweep, trials_of
 from test_cluster_file import CLUSTER
 
 from orchestrator.cluster import read_cluster
@@ -224,6 +224,13 @@ def test_bad_input_is_refused(tiny: Path, tmp_path: Path, overrides: list[str], 
     file.write_text(cluster)
     result = dry_run(tiny, *overrides, "--cluster", file)
     assert result.returncode == 2 and expected in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_cluster_file_without_a_cluster_is_a_mistake(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(CLUSTER)
+    result = sweep(tiny, "--storage", tmp_path / "runs", "--cluster", file)
+    assert result.returncode == 2 and "goes with --address or --dry-run" in result.stderr
 
 
 def test_the_speeds_are_of_the_file(tiny: Path) -> None:
