@@ -158,7 +158,9 @@ class Sweep:
         found = cost.planned(trials, self.sources, self.storage, self.experiment.search, machines)
         if isinstance(found, cost.Unknown):
             return None
-        self.display.say(f"time       about {cost.duration(found.wall_s)}, at the throughput of {found.said_by}")
+        self.display.say(
+            f"time       about {cost.duration(found.wall_s)}, at the throughput that {found.said_by} measured"
+        )
         return found
 
     def say(self, text: str) -> None:
@@ -235,7 +237,7 @@ class Sweep:
         """Keeps what work of the trial took, for the plans of later sweeps."""
         trial = self.trials[address].trial
         for hardware, spent in spents.items():
-            cost.learn(self.storage, trial, self.sources[trial.data], hardware, spent, f"trial {address[:8]}")
+            cost.learn(self.storage, trial, self.sources[trial.data], hardware, spent, address[:8])
 
     def _measured(self, address: str) -> None:
         trial = self.trials[address].trial
