@@ -159,7 +159,7 @@ class Sweep:
         if isinstance(found, cost.Unknown):
             return None
         self.display.say(
-            f"time       about {cost.duration(found.wall_s)}, at the throughput that {found.said_by} measured"
+            f"time       about {cost.duration(found.wall_s)}, at the throughput measured by {found.said_by}"
         )
         return found
 
