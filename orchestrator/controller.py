@@ -5,18 +5,21 @@ together. It runs in the thread that called it.
 """
 
 import json
+import os
 import signal
+import socket
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 
-from orchestrator import execution, plan, results
+from orchestrator import archive, execution, plan, results
 from orchestrator.experiment import Experiment, Variant
 from orchestrator.record import Record
 from orchestrator.results import Row
 from orchestrator.settings import write_yaml
-from orchestrator.terminal import Display, Line
+from orchestrator.terminal import Display, Line, listen
 from workers import checkpoint as checkpoints
 from workers import tasks
 from workers.blocks import Images, blocks, summary_path
@@ -35,6 +38,7 @@ def run(
     address: str | None,
     fresh: bool,
     quiet: bool,
+    verbose: bool = False,
 ) -> int:
     """Makes what is missing of `trials` and prints the result. Gives the exit status.
 
@@ -42,16 +46,19 @@ def run(
     """
     storage = Storage(storage_root)
     console = Console(width=None if Console().is_terminal else 200)
+    listen(console, quiet, verbose)
     with storage.lock(f"sweeps/{experiment.name}/lock"):
-        sweep = Sweep(experiment, trials, sources, storage, console, quiet)
+        sweep = Sweep(experiment, trials, sources, storage, console, quiet, verbose)
         if fresh:
             sweep.forget()
         try:
             sweep.make(address)
         except KeyboardInterrupt:
+            sweep.end("interrupted")
             sweep.publish()
             console.print("\nInterrupted. The same command resumes.", markup=False)
             return 128 + signal.SIGINT
+        sweep.end("ended")
         sweep.publish()
         return sweep.conclude()
 
@@ -67,6 +74,7 @@ class Sweep:
         storage: Storage,
         console: Console,
         quiet: bool,
+        verbose: bool = False,
     ) -> None:
         self.experiment, self.trials, self.sources = experiment, trials, sources
         self.storage, self.console = storage, console
@@ -78,9 +86,13 @@ class Sweep:
             address: Line(row.name, v.trial.training.steps, v.trial.training.batch_size)
             for (address, v), row in zip(trials.items(), self.rows(), strict=True)
         }
-        self.display = Display(self.lines, console, quiet)
+        self.display = Display(self.lines, console, quiet, verbose)
+        self.events = archive.Events(storage, experiment.name)
+        self.started = False
         self.evaluations = execution.Evaluations()
         self.jobs: dict[str, tasks.Job] = {}
+        self.groups: dict[str, str] = {}  # the placement group of each data-parallel trial
+        self.looked_at = 0.0
         self.record = Record(experiment, trials, sources, storage)
 
     # What is there.
@@ -112,19 +124,27 @@ class Sweep:
 
     def make(self, address: str | None) -> None:
         decisions = {a: plan.decide(found, self.scheduler) for a, found in self.found.items()}
+        states = {row.digest: row.state for row in self.rows()}
         for a, line in self.lines.items():
             line.step = int((self.found[a].status or {}).get("step", 0))
-            line.state = "waiting" if decisions[a].action != "nothing" else self.found[a].state
-            if decisions[a].action != "nothing":
-                self.display.say(f"{a[:8]}  {decisions[a].action:<10}  {decisions[a].why}  {line.name}")
+            line.state = "waiting" if decisions[a].action != "nothing" else states[a]
+            text = f"{a[:8]}  {decisions[a].action:<10}  {decisions[a].why}  {line.name}"
+            self.display.say(text, detail=decisions[a].action == "nothing")
         missing = {a for a, decision in decisions.items() if decision.action != "nothing"}
+        archive.keep(self.storage, self.experiment, self.trials, self.sources)
         if not missing:
             return
+        self.started = True
+        self.events.add("started", host=socket.gethostname(), pid=os.getpid(), trials=len(self.trials))
+        for a, decision in decisions.items():
+            self.events.add("decided", a, action=decision.action, why=decision.why)
         check_spaces(v.trial.evaluation.fid for v in self.trials.values())
         self.record.open()
         for config in self.sources:
             prepare(config)
         with self.display, execution.session(address):
+            slots = execution.slots()
+            self.events.add("cluster", cpus=slots["cpus"], gpus=slots["gpus"])
             for a in missing:
                 trial = self.trials[a].trial
                 job = self.jobs[a] = tasks.make_job(self.storage, a, trial, execution.gpus_a_worker(trial.training))
@@ -140,9 +160,21 @@ class Sweep:
             while self.evaluations:
                 self.tick(wait_s=0.5)
 
+    def began(self, address: str) -> None:
+        training = self.trials[address].trial.training
+        of_one = {"cpus": training.cpus, "gpus": self.jobs[address]["gpus"]}
+        step = int((self.storage.read_json(f"{tasks.folder_of(address)}/status.json") or {}).get("step", 0))
+        self.events.add("began", address, step=step, **{name: n * training.workers for name, n in of_one.items()})
+        self.lines[address].state = "training"
+        self.display.say(f"{address[:8]}  begins at step {step}", detail=True)
+
     def progress(self, address: str, result: dict[str, Any]) -> None:
         if result["state"] == "failed":
             return
+        group = result.get("placement_group", "")
+        if self.groups.setdefault(address, group) != group:
+            self.groups[address] = group
+            self._restarts(address, "a worker of its group died; all of them start")
         line = self.lines[address]
         line.state, line.step, line.images_per_s = "training", result["step"], result["images_per_s"]
         if result["state"] in ("running", "finished"):
@@ -158,6 +190,10 @@ class Sweep:
             detail = f"pruned at step {line.step}: valid/nll_bpd {line.nll_bpd:.3f} was not among the best of its rung"
             self.storage.write_json(path, {**status, "state": "pruned", "scheduler": self.scheduler, "detail": detail})
         self.found[address] = self._look(address)
+        status = self.found[address].status or {}
+        self.events.add(
+            "trained", address, state=self.found[address].state, step=line.step, why=status.get("detail", "")
+        )
         if self.found[address].state == "finished":
             self._evaluate(address)
         else:
@@ -166,11 +202,19 @@ class Sweep:
             self.display.say(f"{address[:8]}  {(self.found[address].status or {}).get('detail')}")
             self._record(address)
 
-    def restarted(self, address: str) -> None:
-        self.display.say(f"{address[:8]}  its process died; it starts again from its last checkpoint")
+    def restarted(self, address: str, why: str) -> None:
+        self.groups.pop(address, None)
+        self._restarts(address, f"{why.rstrip('.')}; it starts")
 
-    def failed(self, address: str, why: str) -> None:
+    def _restarts(self, address: str, why: str) -> None:
+        self.events.add(
+            "restarted", address, step=self.lines[address].step, why=f"{why} again from its last checkpoint"
+        )
+        self.display.say(f"{address[:8]}  {why} again from its last checkpoint")
+
+    def failed(self, address: str, why: str, took: Mapping[str, Any] | None = None) -> None:
         self.errors[address] = why
+        self.events.add("failed", address, why=why, **(took or {}))
         self.lines[address].state = "failed"
         self.found[address] = self._look(address)
         self.display.changed(address)
@@ -178,14 +222,25 @@ class Sweep:
         self._record(address)
 
     def tick(self, wait_s: float = 0) -> None:
-        for address, why in self.evaluations.poll(wait_s):
-            if why:
-                self.failed(address, f"evaluation: {why}")
+        for ended in self.evaluations.poll(wait_s):
+            gpus = execution.BLOCK_GPUS if self.jobs[ended.name]["gpus"] else 0
+            took = {"busy_s": round(ended.busy_s, 3), "cpus": execution.BLOCK_CPUS, "gpus": gpus}
+            if ended.failed:
+                self.failed(ended.name, f"evaluation: {ended.failed}", took)
             else:
-                self._measured(address)
-        for address, line in self.lines.items():
-            line.blocks_left = self.evaluations.left(address)
-        self.display.refresh()
+                self._measured(ended.name, took)
+        self.events.flush_when_due()
+        if self.display.due:
+            for address, line in self.lines.items():
+                line.blocks_left = self.evaluations.left(address)
+            self.display.cluster = self._cluster()
+            self.display.refresh()
+
+    def _cluster(self) -> str:
+        if time.monotonic() - self.looked_at < 2 and self.display.cluster:
+            return self.display.cluster
+        self.looked_at = time.monotonic()
+        return execution.use()
 
     def _evaluate(self, address: str) -> None:
         """Starts the blocks of a trained trial that are not there."""
@@ -198,10 +253,13 @@ class Sweep:
         line.state, line.blocks, line.blocks_left, line.step = "evaluating", len(planned), len(missing), line.steps
         order = tasks.make_order(self.storage, m, checkpoint, self.jobs[address]["gpus"])
         self.evaluations.submit(address, order, planned, missing)
+        self.events.add("evaluating", address, blocks=len(planned), missing=len(missing))
+        self.display.say(f"{address[:8]}  evaluates: {len(missing)} of {len(planned)} blocks are missing", detail=True)
         self.display.changed(address)
 
-    def _measured(self, address: str) -> None:
+    def _measured(self, address: str, took: Mapping[str, Any]) -> None:
         self.found[address] = self._look(address)
+        self.events.add("measured", address, **took)
         self.lines[address].state = "done"
         self.display.changed(address)
         self._record(address)
@@ -211,6 +269,12 @@ class Sweep:
     def _record(self, address: str) -> None:
         [row] = [row for row in self.rows() if row.digest == address]
         self.record.trial_ended(row)
+
+    def end(self, how: str) -> None:
+        """Closes the journal of what happened, if this command did anything."""
+        if self.started:
+            self.events.add(how)
+            self.events.flush()
 
     def publish(self) -> None:
         """Writes the results, and ships to MLflow what it does not have yet."""
@@ -229,6 +293,7 @@ class Sweep:
         self.console.print(
             f"results     {self.storage.url(self.folder)}/results.parquet", soft_wrap=True, highlight=False
         )
+        self.console.print(f"report      {self.storage.url(self.folder)}/report.html", soft_wrap=True, highlight=False)
         self.console.print(f"comparison  {self.record.link}", soft_wrap=True, highlight=False)
         if self.record.left:
             self.console.print(self.record.left, soft_wrap=True, highlight=False, markup=False)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import ray
 from ray import tune
@@ -46,9 +46,10 @@ WORKERS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_TRAIN_ENABLE_STATE_T
 class Events(Protocol):
     """What a sweep wants to know of its training."""
 
+    def began(self, digest: str) -> None: ...
     def progress(self, digest: str, result: dict[str, Any]) -> None: ...
     def trained(self, digest: str, result: dict[str, Any]) -> None: ...
-    def restarted(self, digest: str) -> None: ...
+    def restarted(self, digest: str, why: str) -> None: ...
     def failed(self, digest: str, why: str) -> None: ...
     def tick(self) -> None: ...
 
@@ -83,6 +84,19 @@ def session(address: str | None, cpus: int | None = None) -> Iterator[None]:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def slots() -> dict[str, float]:
+    """What the cluster has to give, as Ray counts it."""
+    resources = ray.cluster_resources()
+    return {"cpus": resources.get("CPU", 0.0), "gpus": resources.get("GPU", 0.0)}
+
+
+def use() -> str:
+    """How much of the cluster is taken just now, in words."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    kinds = [(kind, total.get(kind, 0.0)) for kind in ("CPU", "GPU")]
+    return ", ".join(f"{all_ - free.get(kind, 0.0):g} of {all_:g} {kind}s busy" for kind, all_ in kinds if all_)
 
 
 def gpus_available() -> int:
@@ -202,6 +216,9 @@ class _Relay(tune.Callback):
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune writes its callbacks into a snapshot, which nobody restores here
 
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._events.began(_digest(trial))
+
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         self._events.progress(_digest(trial), result)
 
@@ -214,7 +231,7 @@ class _Relay(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._left_behind.append((time.monotonic() + TO_DIE_S, trial.last_result))
-        self._events.restarted(_digest(trial))
+        self._events.restarted(_digest(trial), _last_line(trial.error_file) or "its process died")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._left_behind.append((time.monotonic() + TO_DIE_S, trial.last_result))
@@ -231,6 +248,12 @@ def _last_line(path: str | None) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
+class Ended(NamedTuple):
+    name: str
+    failed: str  # empty where nothing did
+    busy_s: float  # that its blocks took, added up
+
+
 @dataclass
 class _Evaluation:
     order: tasks.Order
@@ -238,6 +261,7 @@ class _Evaluation:
     summary: Any  # the task at the end, which waits for all blocks
     left: set[Any]
     failed: str = ""
+    busy_s: float = 0.0  # of all its blocks that were made
 
 
 @dataclass
@@ -285,8 +309,8 @@ class Evaluations:
         """Blocks of an evaluation still to come."""
         return max(0, len(self._open[name].left) - 1) if name in self._open else 0
 
-    def poll(self, timeout_s: float = 0) -> list[tuple[str, str]]:
-        """(name, what failed or "") of each evaluation that has ended since, its summary written if nothing failed."""
+    def poll(self, timeout_s: float = 0) -> list[Ended]:
+        """The evaluations that have ended since, their summaries written if nothing failed."""
         if self._owner:
             ready, _ = ray.wait(list(self._owner), num_returns=len(self._owner), timeout=timeout_s)
             for ref in ready:
@@ -294,14 +318,14 @@ class Evaluations:
         ended = {name: e for name, e in self._open.items() if not e.left}
         for name in ended:
             del self._open[name]
-        return [(name, e.failed) for name, e in ended.items()]
+        return [Ended(name, e.failed, e.busy_s) for name, e in ended.items()]
 
     def _take(self, ref: Any) -> None:
         name = self._owner.pop(ref)
         evaluation = self._open[name]
         evaluation.left.discard(ref)
         try:
-            lacking = ray.get(ref)
+            made = ray.get(ref)
         except ray.exceptions.RayError as error:  # of the task, or of the machine that it ran on
             evaluation.failed = evaluation.failed or _reason(error)
             self._shared = {path: other for path, other in self._shared.items() if other != ref}
@@ -309,10 +333,13 @@ class Evaluations:
             for other in evaluation.left - {evaluation.summary} - set(self._shared.values()):
                 ray.cancel(other)
             return
-        if ref == evaluation.summary and lacking:
-            for block in lacking:
+        if ref != evaluation.summary:
+            evaluation.busy_s += made
+        elif made:  # blocks that are damaged
+            for block in made:
                 self._shared.pop(block.path, None)
-            self.submit(name, evaluation.order, evaluation.planned, lacking)
+            self.submit(name, evaluation.order, evaluation.planned, made)
+            self._open[name].busy_s += evaluation.busy_s
 
 
 def _reason(error: ray.exceptions.RayError) -> str:

@@ -61,9 +61,9 @@ def measure(
                     path, tasks.make_order(storage, subject.m, subject.checkpoint, gpus), planned, missing
                 )
             while evaluations:
-                for path, why in evaluations.poll(0.2):
-                    failed[path] = why
-                    lines[path].state = "failed" if why else "done"
+                for ended in evaluations.poll(0.2):
+                    failed[ended.name] = ended.failed
+                    lines[ended.name].state = "failed" if ended.failed else "done"
                 for path, line in lines.items():
                     line.blocks_left = evaluations.left(path)
                 display.refresh()
