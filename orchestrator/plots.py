@@ -52,7 +52,6 @@ def curves(
     log_y: bool = False,
     markers: bool = False,
     legend: bool = False,
-    y_top: float | None = None,
     size: tuple[float, float] = (6.4, 3.5),
 ) -> str:
     """Curves of y against x, the best-ranked on top; `name` is of the page's own choosing, and unique on it."""
@@ -68,8 +67,9 @@ def curves(
                 low, high = np.asarray(s.low, float)[keep], np.asarray(s.high, float)[keep]
                 axes.fill_between(x, low, high, color=_placeholder(s.rank), alpha=0.15, linewidth=0)
         _axes(axes, x_label, y_label, log_x, log_y)
-        if y_top is not None:
-            axes.set_ylim(top=y_top)
+        places = sorted({x for s in series for x in s.x})
+        if markers and log_x and len(places) < 12:
+            axes.set_xticks(places, [f"{x:g}" for x in places])
         if legend:
             handles, labels = axes.get_legend_handles_labels()
             axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize=9, labelcolor=INK)
@@ -123,12 +123,12 @@ def _axes(axes: Any, x_label: str, y_label: str, log_x: bool, log_y: bool) -> No
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.tick_params(length=0)
+    axes.tick_params(which="both", length=0)
     for axis, log in ((axes.xaxis, log_x), (axes.yaxis, log_y)):
         if log:
             axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             low, high = axis.get_view_interval()
-            few = high / max(low, 1e-30) < 12
+            few = high / max(low, 1e-30) < 5
             axis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:.3g}") if few else NullFormatter())
 
 

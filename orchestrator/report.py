@@ -220,7 +220,9 @@ def markdown(report: Report) -> str:
                   f"{use.slots:g} {use.slot}s held."]  # fmt: skip
     wrong = faults(report.happened)
     lines += ["", f"Faults and retries: {len(wrong) or 'none'}.", ""]
-    lines += [f"- {_utc(e['time_ms'])} {e.get('trial', '')[:8]} {e['event']}: {e.get('why', '')}" for e in wrong]
+    lines += [
+        f"- {_utc(e['time_ms'])} {t.trial} {t.event}: {t.text}".replace("  ", " ") for e in wrong for t in [_told(e)]
+    ]
     lines += ["<details><summary>How it was measured</summary>", ""]
     for kind, how, rows in protocols(report.rows):
         told = ", ".join(f"{name} {results.plain(value)}" for name, value in how.items())
@@ -283,12 +285,31 @@ def page(report: Report) -> str:
             for step, png in [report.grids[row.digest]]
         ],
         cost=[_cost(report, row) for row in report.rows],
-        faults=faults(report.happened),
-        events=report.happened[-EVENTS:],
+        faults=[_told(e) for e in faults(report.happened)],
+        events=[_told(e) for e in report.happened[-EVENTS:]],
         protocols=protocols(report.rows),
         warnings=sorted({text for row in report.rows for p in (row.found.summary or {}).get("passports", {}).values()
                          for text in p.get("warnings", ())}),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Told:
+    """An event for a person."""
+
+    time_ms: int
+    trial: str
+    event: str
+    text: str
+
+
+def _told(event: Event) -> Told:
+    rest = {name: value for name, value in event.items() if name not in ("time_ms", "trial", "event", "why")}
+    words = [str(rest.pop("action"))] if "action" in rest else []
+    words += [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in rest.items()]
+    name = "diverged" if event.get("state") == "diverged" else event["event"]
+    text = "; ".join(filter(None, [", ".join(words), event.get("why")]))
+    return Told(event["time_ms"], event.get("trial", "")[:8], name, text)
 
 
 @dataclass(frozen=True)
@@ -345,7 +366,7 @@ def _table(report: Report) -> list[Entry]:
 
 def _parts(report: Report) -> list[tuple[Row, list[tuple[str, float]], float]]:
     """(trial, the parts of its bound in bits/dim, the largest bound of all) where NLL was measured."""
-    names = {"prior": "L_T", "diffusion": "L_1 … L_{T-1}", "decoder": "L_0"}
+    names = {"prior": "L_T", "diffusion": "steps", "decoder": "L_0"}
     most = max((row.metrics["eval/nll_bpd"] for row in report.rows if "eval/nll_bpd" in row.metrics), default=1.0)
     return [
         (row, [(label, row.metrics[f"eval/nll_{name}_bpd"]) for name, label in names.items()], most)
@@ -387,7 +408,7 @@ def _bits_by_t(report: Report) -> str:
             T = len(by_t) - 1
             t = [i / T for i in range(1, T + 1)]
             series.append(Series(row.name, t, [max(b, 1e-9) * T for b in by_t[:-1]], report.rank[row.digest]))
-    return curves("bits-by-t", series, "t / T", "T × L_{t−1}  (bits/dim)", log_y=True) if series else ""
+    return curves("bits-by-t", series, "t / T", "T × Lₜ₋₁ (bits/dim)", log_y=True) if series else ""
 
 
 def _schedules(report: Report) -> str:
@@ -451,7 +472,6 @@ def _validation(report: Report) -> str:
     from orchestrator.plots import Series, curves
 
     series: list[Series] = []
-    later: list[float] = []
     for row in report.rows:
         points = [
             (p["step"], m["valid/nll_bpd"], m.get("valid/nll_bpd_se", 0.0))
@@ -462,10 +482,8 @@ def _validation(report: Report) -> str:
             x, y, e = zip(*sorted(points), strict=True)
             low, high = ([b + s * d for b, d in zip(y, e, strict=True)] for s in (-1, 1))
             series.append(Series(row.name, x, y, report.rank[row.digest], low, high))
-            later += y[1:]
-    top = None if not later else max(later) + 0.1 * (max(later) - min(later) + 0.1)
     label = "valid/nll_bpd (± its standard error)"
-    return curves("validation", series, "step", label, y_top=top, markers=True) if series else ""
+    return curves("validation", series, "step", label, log_y=True, markers=True) if series else ""
 
 
 def _scatter(report: Report) -> str:

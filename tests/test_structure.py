@@ -16,8 +16,10 @@ ORDER = """
     workers.canaries workers.training workers.tasks
     orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan orchestrator.profiles
     orchestrator.subjects orchestrator.terminal orchestrator.execution orchestrator.measuring
-    orchestrator.comparing orchestrator.results orchestrator.tracking orchestrator.record orchestrator.controller
+    orchestrator.comparing orchestrator.results orchestrator.archive orchestrator.importance orchestrator.plots
+    orchestrator.status orchestrator.report orchestrator.tracking orchestrator.record orchestrator.controller
     orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.canary orchestrator.ui
+    orchestrator.schema orchestrator.api
 """.split()
 ROOMS = {
     "ray": {"workers.tasks", "orchestrator.execution"},
@@ -28,6 +30,8 @@ ROOMS = {
         "orchestrator.controller",
         "orchestrator.evaluate",
         "orchestrator.canary",
+        "orchestrator.status",
+        "orchestrator.api",
     },
     "sklearn": {"workers.data", "workers.features"},
 }
