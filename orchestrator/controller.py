@@ -19,7 +19,7 @@ from orchestrator.experiment import Experiment, Variant
 from orchestrator.record import Record
 from orchestrator.results import Row
 from orchestrator.settings import write_yaml
-from orchestrator.terminal import Display, Line, listen
+from orchestrator.terminal import Display, Line, listening
 from workers import checkpoint as checkpoints
 from workers import tasks
 from workers.blocks import Images, blocks, summary_path
@@ -46,8 +46,7 @@ def run(
     """
     storage = Storage(storage_root)
     console = Console(width=None if Console().is_terminal else 200)
-    listen(console, quiet, verbose)
-    with storage.lock(f"sweeps/{experiment.name}/lock"):
+    with listening(console, quiet, verbose), storage.lock(f"sweeps/{experiment.name}/lock"):
         sweep = Sweep(experiment, trials, sources, storage, console, quiet, verbose)
         if fresh:
             sweep.forget()

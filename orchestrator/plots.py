@@ -159,7 +159,10 @@ def _of_the_page(svg: str, name: str) -> str:
         lambda found: f'<g class="series"><title>{html.escape(html.unescape(found[1]))}</title>',
         svg,
     )
-    svg = re.sub(r' id="(?!m|p|h|C)[^"]*"', "", svg)  # other ids are the same in every file, and not needed
+    # The ids that something refers to are made unique on the page; the others are not needed.
+    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", svg)
+    svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
     return re.sub(r"\n\s*", "\n", svg)
 
 

@@ -5,13 +5,15 @@ left alone and why, and whatever the libraries have to say, which is otherwise k
 """
 
 import logging
+import os
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -24,6 +26,10 @@ COLOURS = {
     "training": "cyan", "evaluating": "magenta", "done": "green", "pruned": "yellow", "diverged": "yellow",
     "failed": "bold red", "waiting": "dim",
 }  # fmt: skip
+
+# The columns of the table, and the width of a window from which on each is shown.
+COLUMNS = {"trial": 0, "": 0, "state": 0, " ": 100, "step": 0, "valid NLL": 60, "images/s": 80, "left": 90}
+RIGHT = ("step", "valid NLL", "images/s", "left")
 
 
 @dataclass
@@ -104,26 +110,27 @@ class Display:
         told = [counts(self.lines.values()), time_left(self.lines.values()), self.cluster]
         shown, rest = fitting(self.lines, self.console.height - 4)
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for name in ("trial", "", "state", "step", "", "valid NLL", "images/s", "left"):
-            right = name in ("valid NLL", "images/s", "left") or (name == "" and len(table.columns) == 4)
+        width = self.console.width
+        heads = [name for name, least in COLUMNS.items() if width >= least]
+        for name in heads:
             # The searched values give way where the window is narrow.
-            table.add_column(name, justify="right" if right else "left", no_wrap=True, overflow="ellipsis",
-                             min_width=None if len(table.columns) == 1 else len(name))  # fmt: skip
+            table.add_column(name.strip(), justify="right" if name in RIGHT else "left", no_wrap=name != "")
         for digest in shown:
             line = self.lines[digest]
             blocks = f" {line.blocks - line.blocks_left}/{line.blocks}" if line.state == "evaluating" else ""
-            done = ProgressBar(total=max(line.steps, 1), completed=line.step, width=12)
-            table.add_row(
-                digest[:8],
-                Text(line.name, no_wrap=True, overflow="ellipsis"),
-                Text(line.state + blocks, style=COLOURS.get(line.state, "")),
-                done if line.steps else "",
-                f"{line.step:,}/{line.steps:,}" if line.steps else "",
-                "" if line.nll_bpd is None else f"{line.nll_bpd:.3f}",
-                f"{line.images_per_s:,.0f}" if line.images_per_s else "",
-                line.left,
-            )
-        parts: list[Table | Text] = [Text("  ·  ".join(filter(None, told)), style="bold"), table]
+            cells: dict[str, RenderableType] = {
+                "trial": digest[:8],
+                "": Text(line.name, no_wrap=True, overflow="ellipsis"),
+                "state": Text(line.state + blocks, style=COLOURS.get(line.state, "")),
+                " ": ProgressBar(total=line.steps, completed=line.step, width=12) if line.steps else "",
+                "step": f"{line.step:,}/{line.steps:,}" if line.steps else "",
+                "valid NLL": "" if line.nll_bpd is None else f"{line.nll_bpd:.3f}",
+                "images/s": f"{line.images_per_s:,.0f}" if line.images_per_s else "",
+                "left": line.left,
+            }
+            table.add_row(*(cells[name] for name in heads))
+        head = Text("  ·  ".join(filter(None, told)), style="bold", no_wrap=True, overflow="ellipsis")
+        parts: list[Table | Text] = [head, table]
         if rest:
             parts.append(Text(f"and {counts(self.lines[digest] for digest in rest)}", style="dim"))
         return Group(Text(""), *parts)
@@ -180,17 +187,28 @@ class _Messages(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         ours = record.name.split(".")[0] in OURS
         if ours or self.verbose or record.levelno >= logging.ERROR:
-            source = "" if ours else f"{record.name.split('.')[0]}: "
-            text = f"{record.levelname.lower()}: {source}{record.getMessage()}"
+            source = "" if ours or record.name == "py.warnings" else f"{record.name.split('.')[0]}: "
+            text = f"{record.levelname.lower()}: {source}{record.getMessage().strip()}"
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def listen(console: Console, quiet: bool = False, verbose: bool = False) -> None:
-    """From now on, what is logged or warned of goes to `console`: of libraries errors alone, unless `verbose`."""
-    logging.captureWarnings(True)
-    root = logging.getLogger()
-    root.handlers = [h for h in root.handlers if not isinstance(h, _Messages)] + [_Messages(console, quiet, verbose)]
-    if verbose:
-        warnings.simplefilter("default")
-        for name in OURS:
-            logging.getLogger(name).setLevel(logging.INFO)
+@contextmanager
+def listening(console: Console, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
+    """What is logged or warned of meanwhile goes to `console`: of libraries errors alone, unless `verbose`."""
+    os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")  # it would write to stderr by itself
+    root, messages = logging.getLogger(), _Messages(console, quiet, verbose)
+    levels = {name: logging.getLogger(name).level for name in OURS}
+    with warnings.catch_warnings():
+        logging.captureWarnings(True)
+        root.addHandler(messages)
+        if verbose:
+            warnings.simplefilter("default")
+            for name in OURS:
+                logging.getLogger(name).setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            root.removeHandler(messages)
+            logging.captureWarnings(False)
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

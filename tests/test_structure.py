@@ -31,7 +31,6 @@ ROOMS = {
         "orchestrator.evaluate",
         "orchestrator.canary",
         "orchestrator.status",
-        "orchestrator.api",
     },
     "sklearn": {"workers.data", "workers.features"},
 }
