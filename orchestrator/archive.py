@@ -107,7 +107,7 @@ def _found(storage: Storage, kept: Kept, address: str) -> Found:
     status = storage.read_json(f"trials/{address}/status.json")
     checkpoint = (status or {}).get("checkpoint")
     path = f"evaluations/{checkpoint}/summary-{kept.protocols[address]}.json"
-    return Found(status, checkpoint, storage.read_json(path) if checkpoint else None)
+    return Found(status, checkpoint, storage.read_sealed(path) if checkpoint else None)
 
 
 def journals(storage: Storage, addresses: Iterable[str]) -> dict[str, list[dict[str, Any]]]:

@@ -62,7 +62,7 @@ def stored(root: Path, nll: Mapping[int, list[float]], **search: Any) -> tuple[S
                  "valid_nll_bpd": 3.0 + i, "updated_ms": 6_000, "host": "<b>here</b>", "detail": ""}  # fmt: skip
         storage.write_json(f"trials/{address}/status.json", state)
         key = protocol_key(Measurement.of(v.trial), Images.of(SOURCE))
-        storage.write_json(f"evaluations/c{i}/summary-{key}.json", summary(nll[i], v.trial.diffusion.T, 2.0 - i / 10))
+        storage.write_sealed(f"evaluations/c{i}/summary-{key}.json", summary(nll[i], v.trial.diffusion.T, 2.0 - i / 10))
     return storage, list(trials)
 
 
