@@ -159,7 +159,7 @@ class Sweep:
             while self.evaluations:
                 self.tick(wait_s=0.5)
 
-    def began(self, address: str) -> None:
+    def begins(self, address: str) -> None:
         training = self.trials[address].trial.training
         of_one = {"cpus": training.cpus, "gpus": self.jobs[address]["gpus"]}
         step = int((self.storage.read_json(f"{tasks.folder_of(address)}/status.json") or {}).get("step", 0))

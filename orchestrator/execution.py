@@ -46,7 +46,7 @@ WORKERS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_TRAIN_ENABLE_STATE_T
 class Events(Protocol):
     """What a sweep wants to know of its training."""
 
-    def began(self, digest: str) -> None: ...
+    def begins(self, digest: str) -> None: ...
     def progress(self, digest: str, result: dict[str, Any]) -> None: ...
     def trained(self, digest: str, result: dict[str, Any]) -> None: ...
     def restarted(self, digest: str, why: str) -> None: ...
@@ -217,7 +217,7 @@ class _Relay(tune.Callback):
         return {}  # Tune writes its callbacks into a snapshot, which nobody restores here
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._events.began(_digest(trial))
+        self._events.begins(_digest(trial))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         self._events.progress(_digest(trial), result)
