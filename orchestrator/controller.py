@@ -117,6 +117,8 @@ class Sweep:
             self.storage.delete(tasks.folder_of(address))
             if found.checkpoint:
                 self.storage.delete(f"evaluations/{found.checkpoint}")
+        self.storage.delete(f"{self.folder}/events.jsonl")
+        self.events = archive.Events(self.storage, self.experiment.name)
         self.found = {address: plan.Found() for address in self.trials}
 
     # Making what is missing.

@@ -65,7 +65,7 @@ class Display:
         self.cluster = ""  # what the cluster is at, in words
         live = console.is_terminal and not quiet
         self._live = Live(console=console, auto_refresh=False, transient=True) if live else None
-        self._refreshed = 0.0
+        self._refreshed, self._most = 0.0, 1
 
     def __enter__(self) -> "Display":
         if self._live:
@@ -91,10 +91,16 @@ class Display:
         else:
             nll = "" if line.nll_bpd is None else f"  valid/nll_bpd {line.nll_bpd:.3f}"
             rate = f"  {line.images_per_s:,.0f} images/s" if line.images_per_s else ""
+            left = time_left(self.lines.values(), self._at_once())
             self.say(
                 f"{digest[:8]}  {line.state:<10}  step {line.step}/{line.steps}{nll}{rate}  {line.name}"
-                + (f"  {left}" if (left := time_left(self.lines.values())) else "")
+                + f"  {left}" * bool(left)
             )
+
+    def _at_once(self) -> int:
+        """How many trials have been in training at the same time: between two, a place is free for a moment only."""
+        self._most = max(self._most, sum(line.state == "training" for line in self.lines.values()))
+        return self._most
 
     @property
     def due(self) -> bool:
@@ -107,7 +113,7 @@ class Display:
             self._live.update(self._view(), refresh=True)
 
     def _view(self) -> Group:
-        told = [counts(self.lines.values()), time_left(self.lines.values()), self.cluster]
+        told = [counts(self.lines.values()), time_left(self.lines.values(), self._at_once()), self.cluster]
         shown, rest = fitting(self.lines, self.console.height - 4)
         table = Table(box=None, pad_edge=False, header_style="dim")
         width = self.console.width
@@ -155,12 +161,15 @@ def counts(lines: Iterable[Line]) -> str:
     )
 
 
-def time_left(lines: Iterable[Line]) -> str:
-    """The time that the training still takes at the rate of the trials that run; empty before there is one."""
+def time_left(lines: Iterable[Line], at_once: int) -> str:
+    """The time that the training still takes where `at_once` trials run, each at the mean rate of those known."""
     lines = list(lines)
-    left = sum(line.images_left for line in lines)
-    rate = sum(line.images_per_s for line in lines if line.state == "training")
-    return f"training ends in about {clock(left / rate)}" if left and rate else ""
+    left = [line.images_left for line in lines if line.images_left]
+    rates = [line.images_per_s for line in lines if line.images_per_s]
+    if not left or not rates:
+        return ""
+    rate = sum(rates) / len(rates) * min(at_once, len(left))
+    return f"training ends in about {clock(sum(left) / rate)}"
 
 
 def clock(seconds: float) -> str:

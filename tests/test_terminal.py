@@ -31,7 +31,7 @@ def shown(lines: dict[str, Line], width: int = 120, height: int = 24, **options:
 
 def test_the_live_table_says_how_each_trial_stands() -> None:
     text = shown(LINES)
-    for said in ("1 training, 1 evaluating, 1 waiting, 1 done", "training ends in about 1:30", "2.9 of 3 CPUs busy",
+    for said in ("1 training, 1 evaluating, 1 waiting, 1 done", "training ends in about 1:13", "2.9 of 3 CPUs busy",
                  "aaaaaaaa", "evaluating 7/12", "150/300", "2.900", "1,011", "0:30"):  # fmt: skip
         assert said in text, said
 
@@ -98,4 +98,7 @@ def test_libraries_are_heard_where_it_matters(verbose: bool, expected: list[str]
 def test_times_and_counts() -> None:
     assert [clock(s) for s in (5, 65, 3700, 200_000)] == ["0:05", "1:05", "1:01:40", "2 d 7:33"]
     assert counts(LINES.values()) == "1 training, 1 evaluating, 1 waiting, 1 done"
-    assert time_left([Line("a", 10, 8)]) == "", "nothing is known before a trial has run"
+    assert time_left([Line("a", 10, 8)], 1) == "", "nothing is known before a trial has run"
+    ran, waits = Line("a", 100, 10, "done", 100, images_per_s=50), Line("b", 100, 10)
+    assert time_left([ran, waits, waits], 2) == "training ends in about 0:20"
+    assert time_left([ran, waits], 2) == "training ends in about 0:20", "one trial runs in one place"
