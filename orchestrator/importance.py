@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-BINS = 4  # of a setting with many numbers, as equal in size as can be
+BINS = 4  # of a setting whose numbers have fewer than so many trials each; as equal in size as can be
 LEAST = 4  # trials with the metric, below which nothing is said
 
 
@@ -55,10 +55,10 @@ def importance(params: Sequence[Mapping[str, Any]], values: Sequence[float]) -> 
 
 
 def _levels(values: Sequence[Any]) -> list[str]:
-    """The level of each value: itself, or one of BINS ranges where most are different numbers."""
+    """The level of each value: itself, or one of BINS ranges where its numbers have too few trials each."""
     distinct = sorted(set(map(repr, values)))
     numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-    if len(numbers) < len(values) or len(distinct) <= max(BINS, len(values) // 2):
+    if len(numbers) < len(values) or len(distinct) <= max(BINS, len(values) // BINS):
         return [_text(v) for v in values]
     order = sorted(range(len(values)), key=lambda i: values[i])
     labels = [""] * len(values)
@@ -72,4 +72,6 @@ def _levels(values: Sequence[Any]) -> list[str]:
 def _text(value: Any) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{k}={_text(v)}" for k, v in value.items())
+    if value is None:
+        return "–"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -140,7 +140,7 @@ def gather(storage: Storage, sweep: str) -> Report:
 def shares(report: Report) -> list[Share]:
     """How much each searched setting explains of the metric's variance; see `orchestrator.importance`."""
     values = [row.metrics[report.kept.metric] for row in report.measured]
-    return importance([results.short_params(row.variant) for row in report.measured], values)
+    return importance([results.short_values(row.variant) for row in report.measured], values)
 
 
 def front(report: Report) -> list[Row]:
@@ -304,7 +304,8 @@ class Told:
 
 
 def _told(event: Event) -> Told:
-    rest = {name: value for name, value in event.items() if name not in ("time_ms", "trial", "event", "why")}
+    left_out = {"time_ms", "trial", "event", "why", *(() if event["event"] == "cluster" else ("cpus", "gpus"))}
+    rest = {name: value for name, value in event.items() if name not in left_out}
     words = [str(rest.pop("action"))] if "action" in rest else []
     words += [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in rest.items()]
     name = "diverged" if event.get("state") == "diverged" else event["event"]

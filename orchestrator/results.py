@@ -53,12 +53,15 @@ class Row:
 
 def short_params(variant: Variant) -> dict[str, str]:
     """The searched values by the last name of their path; a section's values by theirs."""
-    flat: dict[str, str] = {}
+    return {name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in short_values(variant).items()}
+
+
+def short_values(variant: Variant) -> dict[str, Any]:
+    """The same as they are, not as text."""
+    flat: dict[str, Any] = {}
     for path, value in variant.params.items():
         inner = value if isinstance(value, Mapping) else {path: value}
-        flat |= {
-            str(name).rpartition(".")[2]: f"{v:g}" if isinstance(v, float) else str(v) for name, v in inner.items()
-        }
+        flat |= {str(name).rpartition(".")[2]: v for name, v in inner.items()}
     return flat
 
 
