@@ -44,8 +44,11 @@ def importance(params: Sequence[Mapping[str, Any]], values: Sequence[float]) -> 
         return []
     found = []
     for name in dict.fromkeys(name for p in params for name in p):
+        settings = [p.get(name) for p in params]
         groups: dict[str, list[float]] = defaultdict(list)
-        for label, value in zip(_levels([p.get(name) for p in params]), values, strict=True):
+        for label, _, value in sorted(
+            zip(_levels(settings), _order(settings), values, strict=True), key=lambda x: x[1]
+        ):
             groups[label].append(value)
         if len(groups) > 1:
             between = sum(len(g) * (sum(g) / len(g) - mean) ** 2 for g in groups.values())
@@ -67,6 +70,12 @@ def _levels(values: Sequence[Any]) -> list[str]:
         for i in members:
             labels[i] = f"{values[members[0]]:.3g} to {values[members[-1]]:.3g}"
     return labels
+
+
+def _order(values: Sequence[Any]) -> Sequence[Any]:
+    """What to list the levels by: the numbers themselves, else the order that they come in."""
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    return values if numbers else range(len(values))
 
 
 def _text(value: Any) -> str:
