@@ -2,6 +2,15 @@
 
     from orchestrator import load_results, open_model, preview, run_sweep
 
+    file, changes = "experiments/beta_schedule.yaml", ["name=try", "training.steps=100"]
+    print(preview(file, *changes))  # the trials and what they cost; nothing is started
+    done = run_sweep(file, *changes, storage="runs")  # resumes, or does nothing where all is there
+    trials = load_results("try", storage="runs")  # pandas: a row a trial, the best first
+    print(done.ok, done.report, trials[["trial", "diffusion.T", "eval/nll_bpd", "eval/nll_bpd_se"]])
+    model = open_model("try", storage="runs")  # of the best trial; or a trial's address, or a checkpoint's folder
+    images = model.sample(16, seed=0, steps=25)  # uint8 (16, 8, 8, 1)
+    print(images.shape, model.process.T)  # model(x_t, t) is eps_theta
+
 `orchestrator.api` holds them; they load when they are first asked for, so that importing the package costs nothing.
 """
 

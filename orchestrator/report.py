@@ -246,29 +246,27 @@ def _utc(time_ms: int | None) -> str:
 # ---- As a page -------------------------------------------------------------------------------------------------
 
 
-def page(report: Report) -> str:
-    """The whole report as one HTML file."""
+def render(template: str, **values: Any) -> str:
+    """A page from a file in templates/, all that is put into it escaped; `base.html` holds the style of all pages."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from orchestrator import plots
+    from orchestrator.plots import colour
 
+    loader = PackageLoader("orchestrator")
     environment = Environment(
-        loader=PackageLoader("orchestrator"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "clock": clock,
-        "utc": _utc,
-        "hours": hours,
-        "plain": results.plain,
-        "metric": _metric,
-        "zip": zip,
-    }
-    environment.globals |= {"colour": plots.colour}
-    return environment.get_template("report.html").render(
+        "clock": clock, "utc": _utc, "hours": hours, "plain": results.plain, "metric": _metric, "zip": zip,
+    }  # fmt: skip
+    environment.globals |= {"colour": colour}
+    return environment.get_template(template).render(**values)
+
+
+def page(report: Report) -> str:
+    """The whole report as one HTML file."""
+    return render(
+        "report.html",
         report=report,
         verdict=verdict(report),
         table=_table(report),
