@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from orchestrator.experiment import Experiment, Variant
+from orchestrator.experiment import Experiment, Variant, resolved
 from orchestrator.plan import Found
 from orchestrator.results import Row
 from orchestrator.settings import meant
@@ -43,6 +43,7 @@ class Kept:
     mode: str
     trials: Mapping[str, Variant]
     protocols: Mapping[str, str]
+    experiment: Mapping[str, Any]  # the file, with every setting
 
     @property
     def folder(self) -> str:
@@ -57,6 +58,7 @@ def keep(
         "name": experiment.name,
         "metric": experiment.search.metric,
         "mode": experiment.search.mode,
+        "experiment": resolved(experiment),
         "trials": {
             address: {
                 "params": v.params,
@@ -90,7 +92,7 @@ def open_sweep(storage: Storage, name: str) -> Kept:
         trial = TypeAdapter(Trial).validate_json(json.dumps(kept["trial"]))
         trials[address] = Variant(params=kept["params"], trial=trial)
     protocols = {address: kept["protocol"] for address, kept in content["trials"].items()}
-    return Kept(content["name"], content["metric"], content["mode"], trials, protocols)
+    return Kept(content["name"], content["metric"], content["mode"], trials, protocols, content["experiment"])
 
 
 def rows(storage: Storage, kept: Kept, happened: Sequence[Event] = ()) -> list[Row]:

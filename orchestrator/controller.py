@@ -294,7 +294,10 @@ class Sweep:
         self.console.print(
             f"results     {self.storage.url(self.folder)}/results.parquet", soft_wrap=True, highlight=False
         )
-        self.console.print(f"report      {self.storage.url(self.folder)}/report.html", soft_wrap=True, highlight=False)
+        if self.storage.exists(f"{self.folder}/report.html"):
+            self.console.print(
+                f"report      {self.storage.url(self.folder)}/report.html", soft_wrap=True, highlight=False
+            )
         self.console.print(f"comparison  {self.record.link}", soft_wrap=True, highlight=False)
         if self.record.left:
             self.console.print(self.record.left, soft_wrap=True, highlight=False, markup=False)

@@ -21,6 +21,7 @@ from orchestrator import archive, results
 from orchestrator.archive import Driver, Event, Kept, Use
 from orchestrator.importance import Share, importance
 from orchestrator.results import Row
+from orchestrator.settings import write_yaml
 from orchestrator.terminal import clock
 from workers.config import Mistake
 from workers.diffusion.schedules import alpha_bars, betas
@@ -89,7 +90,6 @@ class Report:
     driver: Driver
     journals: Mapping[str, Sequence[Mapping[str, Any]]]
     grids: Mapping[str, tuple[int, bytes]]  # by trial: the step of its last grid of samples, and the PNG
-    experiment: str  # the experiment file, resolved
     made_ms: int
 
     @cached_property
@@ -124,7 +124,6 @@ def gather(storage: Storage, sweep: str) -> Report:
         images = [p for p in journals[row.digest] if p.get("image") == "samples" and storage.exists(p["path"])]
         if images:
             grids[row.digest] = images[-1]["step"], storage.read(images[-1]["path"])
-    file = f"{kept.folder}/experiment.yaml"
     return Report(
         kept,
         rows,
@@ -132,7 +131,6 @@ def gather(storage: Storage, sweep: str) -> Report:
         archive.driver(happened, locked, [row.found.status or {} for row in rows], made_ms),
         journals,
         grids,
-        storage.read(file).decode() if storage.exists(file) else "",
         made_ms,
     )
 
@@ -269,6 +267,7 @@ def page(report: Report) -> str:
         "report.html",
         report=report,
         verdict=verdict(report),
+        experiment=write_yaml(report.kept.experiment),
         table=_table(report),
         footnote=results.footnote(report.rows).splitlines(),
         searched=list(dict.fromkeys(n for row in report.rows for n in results.short_params(row.variant))),

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from conftest import ROOT
 
 from orchestrator import archive, report, results, status
@@ -49,7 +48,6 @@ def stored(root: Path, nll: Mapping[int, list[float]], **search: Any) -> tuple[S
     storage, of = Storage(root), experiment(**search)
     trials = {f"{i}{'abcdef012345678'}": v for i, v in enumerate(expand(of))}
     archive.keep(storage, of, trials, {DataConfig(source="digits"): SOURCE})
-    storage.write("sweeps/small/experiment.yaml", yaml.safe_dump(of.model_dump(mode="json")).encode())
     for i, (address, v) in enumerate(trials.items()):
         if i not in nll:
             continue
