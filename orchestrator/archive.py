@@ -173,7 +173,7 @@ def failures(happened: Sequence[Event]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Spell:
-    """A time in which a trial held a part of the cluster. An evaluation's is the sum over its blocks."""
+    """A time in which a trial held a part of the cluster. An evaluation's is what its blocks used, added up."""
 
     trial: str
     kind: str  # training or evaluation
@@ -227,8 +227,8 @@ def use(happened: Sequence[Event]) -> Use:
                 held.append(_training(running.pop(trial), event["time_ms"], slot))
             if event["event"] == "began":
                 running[trial] = event
-            if event["event"] in ("measured", "failed") and "busy_s" in event:
-                held.append(Spell(trial, "evaluation", event["busy_s"], event[COUNTED[slot]]))
+            if event["event"] in ("measured", "failed") and "core_s" in event:
+                held.append(Spell(trial, "evaluation", event[f"{slot.lower()}_s"], 1))
         held += [_training(event, end, slot) for event in running.values()]
     return Use(slot, slots, wall_s, tuple(held), capacity)
 

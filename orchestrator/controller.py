@@ -14,7 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrator import archive, execution, plan, results
+from orchestrator import archive, cost, execution, plan, results
+from orchestrator.cluster import Cluster, cluster_of_the_head
 from orchestrator.experiment import Experiment, Variant
 from orchestrator.record import Record
 from orchestrator.results import Row
@@ -26,6 +27,7 @@ from workers.blocks import Images, blocks, summary_path
 from workers.config import DataConfig, Measurement
 from workers.data import Source, prepare
 from workers.features import check_spaces
+from workers.speed import CORE, Spent
 from workers.storage import Storage
 from workers.training import stop_path
 
@@ -38,6 +40,7 @@ def run(
     address: str | None,
     fresh: bool,
     quiet: bool,
+    cluster: Cluster | None = None,
     verbose: bool = False,
 ) -> int:
     """Makes what is missing of `trials` and prints the result. Gives the exit status.
@@ -51,7 +54,7 @@ def run(
         if fresh:
             sweep.forget()
         try:
-            sweep.make(address)
+            sweep.make(address, cluster)
         except KeyboardInterrupt:
             sweep.end("interrupted")
             sweep.publish()
@@ -93,6 +96,7 @@ class Sweep:
         self.groups: dict[str, str] = {}  # the placement group of each data-parallel trial
         self.looked_at = 0.0
         self.record = Record(experiment, trials, sources, storage)
+        self.began, self.start_s = time.monotonic(), 0.0  # the latter until the first trial tells of itself
 
     # What is there.
 
@@ -123,7 +127,7 @@ class Sweep:
 
     # Making what is missing.
 
-    def make(self, address: str | None) -> None:
+    def make(self, address: str | None, cluster: Cluster | None = None) -> None:
         decisions = {a: plan.decide(found, self.scheduler) for a, found in self.found.items()}
         states = {row.digest: row.state for row in self.rows()}
         for a, line in self.lines.items():
@@ -140,15 +144,19 @@ class Sweep:
         for a, decision in decisions.items():
             self.events.add("decided", a, action=decision.action, why=decision.why)
         check_spaces(v.trial.evaluation.fid for v in self.trials.values())
+        cluster = cluster or (cluster_of_the_head() if address else None)
+        time_plan = self._time_plan(missing, cluster) if cluster or not address else None
         self.record.open()
         for config in self.sources:
             prepare(config)
         with self.display, execution.session(address):
             slots = execution.slots()
             self.events.add("cluster", cpus=slots["cpus"], gpus=slots["gpus"])
+            nodes = execution.nodes_ever(cluster)
             for a in missing:
                 trial = self.trials[a].trial
-                job = self.jobs[a] = tasks.make_job(self.storage, a, trial, execution.gpus_a_worker(trial.training))
+                gpus = execution.gpus_a_worker(trial.training, nodes)
+                job = self.jobs[a] = tasks.make_job(self.storage, a, trial, gpus)
                 self.storage.write(f"{tasks.folder_of(a)}/trial.yaml", write_yaml(json.loads(job["trial"])).encode())
             for a in missing:
                 if decisions[a].action == "evaluate":
@@ -157,9 +165,29 @@ class Sweep:
             for job in to_train:
                 self.storage.delete(stop_path(tasks.folder_of(job["digest"])))
             if to_train:
-                execution.train(to_train, self.experiment.search, self)
+                execution.train(to_train, self.experiment.search, self, cluster)
             while self.evaluations:
                 self.tick(wait_s=0.5)
+        planned = f", {cost.duration(time_plan.wall_s)} planned" if time_plan else ""
+        self.display.say(f"time       {cost.duration(time.monotonic() - self.began)}{planned}")
+
+    def _time_plan(self, missing: set[str], cluster: Cluster | None) -> cost.Plan | None:
+        """How long it takes if nothing of the `missing` trials is there; None where speeds are not known."""
+        trials = {a: v for a, v in self.trials.items() if a in missing}
+        machines = cost.machines_for(trials, self.experiment.search, cluster) if cluster else []
+        found = cost.planned(trials, self.sources, self.storage, self.experiment.search, machines)
+        if isinstance(found, cost.Unknown):
+            return None
+        self.display.say(
+            f"time       about {cost.duration(found.wall_s)}, at the throughput that {found.said_by} measured"
+        )
+        return found
+
+    def say(self, text: str) -> None:
+        self.display.say(text)
+
+    def evaluating(self) -> bool:
+        return bool(self.evaluations)
 
     def begins(self, address: str) -> None:
         training = self.trials[address].trial.training
@@ -172,6 +200,7 @@ class Sweep:
     def progress(self, address: str, result: dict[str, Any]) -> None:
         if result["state"] == "failed":
             return
+        self.start_s = self.start_s or time.monotonic() - self.began
         group = result.get("placement_group", "")
         if self.groups.setdefault(address, group) != group:
             self.groups[address] = group
@@ -195,6 +224,8 @@ class Sweep:
         self.events.add(
             "trained", address, state=self.found[address].state, step=line.step, why=status.get("detail", "")
         )
+        if "spent" in status:
+            self._learn(address, {status["hardware"]: {**status["spent"], "start": (1, self.start_s)}})
         if self.found[address].state == "finished":
             self._evaluate(address)
         else:
@@ -223,13 +254,12 @@ class Sweep:
         self._record(address)
 
     def tick(self, wait_s: float = 0) -> None:
-        for ended in self.evaluations.poll(wait_s):
-            gpus = execution.BLOCK_GPUS if self.jobs[ended.name]["gpus"] else 0
-            took = {"busy_s": round(ended.busy_s, 3), "cpus": execution.BLOCK_CPUS, "gpus": gpus}
-            if ended.failed:
-                self.failed(ended.name, f"evaluation: {ended.failed}", took)
+        for address, why in self.evaluations.poll(wait_s):
+            spents = self.evaluations.spent.pop(address, {})
+            if why:
+                self.failed(address, f"evaluation: {why}", _seconds(spents))
             else:
-                self._measured(ended.name, took)
+                self._measured(address, spents)
         self.events.flush_when_due()
         if self.display.due:
             for address, line in self.lines.items():
@@ -258,9 +288,18 @@ class Sweep:
         self.display.say(f"{address[:8]}  evaluates: {len(missing)} of {len(planned)} blocks are missing", detail=True)
         self.display.changed(address)
 
-    def _measured(self, address: str, took: Mapping[str, Any]) -> None:
+    def _learn(self, address: str, spents: Mapping[str, Spent]) -> None:
+        """Keeps what work of the trial took, for the plans of later sweeps."""
+        trial = self.trials[address].trial
+        for hardware, spent in spents.items():
+            cost.learn(self.storage, trial, self.sources[trial.data], hardware, spent, address[:8])
+
+    def _measured(self, address: str, spents: Mapping[str, Spent]) -> None:
+        trial = self.trials[address].trial
+        source = self.sources[trial.data]
+        self._learn(address, {h: cost.evaluation_spent(s, trial, source) for h, s in spents.items()})
         self.found[address] = self._look(address)
-        self.events.add("measured", address, **took)
+        self.events.add("measured", address, **_seconds(spents))
         self.lines[address].state = "done"
         self.display.changed(address)
         self._record(address)
@@ -302,3 +341,11 @@ class Sweep:
         if self.record.left:
             self.console.print(self.record.left, soft_wrap=True, highlight=False, markup=False)
         return 1 if self.errors else 0
+
+
+def _seconds(spents: Mapping[str, Spent]) -> dict[str, float]:
+    """What the blocks of an evaluation used, in seconds of cores and of GPUs; `spents` is by hardware."""
+    used = {"core_s": 0.0, "gpu_s": 0.0}
+    for hardware, spent in spents.items():
+        used["core_s" if hardware.endswith(CORE) else "gpu_s"] += sum(seconds for _, seconds in spent.values())
+    return {kind: round(seconds, 3) for kind, seconds in used.items()}

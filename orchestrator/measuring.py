@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator import execution, plan
+from orchestrator.cluster import cluster_of_the_head
 from orchestrator.subjects import Subject
 from orchestrator.terminal import Display, Line
 from workers import tasks
@@ -55,15 +56,16 @@ def measure(
                  for path, (s, p, m) in to_do.items()}  # fmt: skip
         display.lines |= {to_do[path][0].checkpoint.digest: line for path, line in lines.items()}
         with display, execution.session(address, at_once):
-            evaluations, gpus = execution.Evaluations(), min(1, execution.gpus_available())
+            cluster = cluster_of_the_head() if address else None
+            evaluations, gpus = execution.Evaluations(), int(any(n.gpus for n in execution.nodes_ever(cluster)))
             for path, (subject, planned, missing) in to_do.items():
                 evaluations.submit(
                     path, tasks.make_order(storage, subject.m, subject.checkpoint, gpus), planned, missing
                 )
             while evaluations:
-                for ended in evaluations.poll(0.2):
-                    failed[ended.name] = ended.failed
-                    lines[ended.name].state = "failed" if ended.failed else "done"
+                for path, why in evaluations.poll(0.2):
+                    failed[path] = why
+                    lines[path].state = "failed" if why else "done"
                 for path, line in lines.items():
                     line.blocks_left = evaluations.left(path)
                 display.refresh()

@@ -63,7 +63,7 @@ def curves(
             [line] = axes.plot(x, y, color=_placeholder(s.rank), linewidth=1.6 if s.rank < PALETTE else 0.8,
                                marker="o" if markers else None, markersize=3.5, label=s.label)  # fmt: skip
             line.set_gid(_gid(s.label))
-            if len(s.low):
+            if len(s.low) and s.rank < PALETTE:
                 low, high = np.asarray(s.low, float)[keep], np.asarray(s.high, float)[keep]
                 axes.fill_between(x, low, high, color=_placeholder(s.rank), alpha=0.15, linewidth=0)
         _axes(axes, x_label, y_label, log_x, log_y)

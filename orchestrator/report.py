@@ -33,7 +33,7 @@ EPILOG = """examples:
   python -m orchestrator.report beta_schedule --output page.html --storage s3://bucket/runs
 
 The page goes to sweeps/<name>/report.html in the storage, or to --output."""
-GRIDS = 12  # trials whose samples are shown
+GRIDS = 12  # trials whose samples and parts of the bound are shown
 EVENTS = 400  # events that are listed
 Z = 1.96  # standard errors of an interval that holds the true mean in 95 % of cases
 
@@ -363,14 +363,14 @@ def _table(report: Report) -> list[Entry]:
 
 
 def _parts(report: Report) -> list[tuple[Row, list[tuple[str, float]], float]]:
-    """(trial, the parts of its bound in bits/dim, the largest bound of all) where NLL was measured."""
+    """(trial, the parts of its bound in bits/dim, the largest bound of all) of the best GRIDS with an NLL."""
     names = {"prior": "L_T", "diffusion": "steps", "decoder": "L_0"}
     most = max((row.metrics["eval/nll_bpd"] for row in report.rows if "eval/nll_bpd" in row.metrics), default=1.0)
     return [
         (row, [(label, row.metrics[f"eval/nll_{name}_bpd"]) for name, label in names.items()], most)
         for row in report.rows
         if "eval/nll_prior_bpd" in row.metrics
-    ]
+    ][:GRIDS]
 
 
 @dataclass(frozen=True)

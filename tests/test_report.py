@@ -229,7 +229,7 @@ def happened(*events: tuple[float, str, str, dict[str, Any]]) -> list[dict[str, 
 
 
 def test_use_counts_what_trials_held_of_the_cluster_over_all_commands() -> None:
-    one, block = {"cpus": 1, "gpus": 0}, {"busy_s": 8.0, "cpus": 0.5, "gpus": 0}
+    one, block = {"cpus": 1, "gpus": 0}, {"core_s": 4.0, "gpu_s": 0.0}
     use = archive.use(
         happened(
             (0, "started", "", {}),
@@ -258,7 +258,7 @@ def test_a_cluster_with_gpus_is_counted_in_them() -> None:
             (0, "cluster", "", {"cpus": 64.0, "gpus": 8.0}),
             (0, "began", "a", {"cpus": 4, "gpus": 4}),
             (100, "trained", "a", {"state": "finished"}),
-            (200, "measured", "a", {"busy_s": 400.0, "cpus": 0.9, "gpus": 0.25}),
+            (200, "measured", "a", {"core_s": 9.0, "gpu_s": 100.0}),
         )
     )
     assert (use.slot, use.busy, use.capacity) == ("GPU", 500, 1600)
