@@ -4,7 +4,7 @@ BIN := .venv/bin
 FILE ?= experiments/beta_schedule.yaml
 STORAGE ?= runs
 
-.PHONY: sweep ui test test-faults check lock
+.PHONY: sweep ui test test-faults check schema lock
 
 sweep: .venv/run.stamp
 	$(BIN)/python -m orchestrator.sweep $(FILE) --storage $(STORAGE)
@@ -32,6 +32,10 @@ check: .venv/dev.stamp
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[dev,inception]'
 	touch $@ .venv/run.stamp
+
+# What editors know of experiment files.
+schema: .venv/run.stamp
+	$(BIN)/python -m orchestrator.schema --output experiments/schema.json
 
 # Writes requirements.lock anew: the newest versions that pyproject.toml allows, with torch where it is pinned.
 lock:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
 
@@ -38,7 +38,7 @@ def paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> Difference:
     n = len(difference)
     if n < 2:
         raise ValueError("a difference with an error takes two images or more")
-    reach = student.ppf((1 + CONFIDENCE) / 2, n - 1) * difference.std(ddof=1) / n**0.5
+    reach = stdtrit(n - 1, (1 + CONFIDENCE) / 2) * difference.std(ddof=1) / n**0.5
     mean = float(difference.mean())
     return Difference(mean, mean - float(reach), mean + float(reach), n)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from orchestrator import results
+from orchestrator import report, results
 from orchestrator.experiment import Experiment, Variant, resolved, to_yaml
 from orchestrator.measuring import Measured
 from orchestrator.results import Row
@@ -109,6 +109,7 @@ class Record:
             "nll_by_t.png": results.bits_plot(rows),
         }
         self.storage.write(f"{self.folder}/experiment.yaml", to_yaml(self.experiment).encode())
+        files["report.html"] = report.page(report.gather(self.storage, self.experiment.name)).encode()
         if "tracker" not in self.__dict__:
             self.open()
         for row in rows:  # what a command before this one may have been cut off from telling

@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--storage", default="runs", help="folder or URI that keeps everything (default: ./runs)")
     result.add_argument("--tracking-uri", help="an MLflow server; default: the file's, or a database in the storage")
     result.add_argument("-q", "--quiet", action="store_true", help="print the result only")
+    result.add_argument("-v", "--verbose", action="store_true", help="also what is left alone, and libraries' warnings")
     return result
 
 
@@ -99,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         from orchestrator.controller import run  # torch, ray and MLflow load here: a dry run does without
 
-        return run(experiment, trials, sources, options.storage, options.address, options.fresh, options.quiet, cluster)
+        where = options.storage, options.address
+        return run(experiment, trials, sources, *where, options.fresh, options.quiet, cluster, options.verbose)
     except Mistake as mistake:
         print(mistake, file=sys.stderr)
         return 2

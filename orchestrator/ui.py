@@ -36,7 +36,12 @@ def server_command(storage: Path, port: int) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m orchestrator.ui", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m orchestrator.ui",
+        description="Serve MLflow's UI on the database of a local storage, at 127.0.0.1 alone.",
+        epilog="examples:\n  python -m orchestrator.ui\n  python -m orchestrator.ui --storage runs --port 5001",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--storage", type=Path, default=Path("runs"), help="the sweep's storage (default: ./runs)")
     parser.add_argument("--port", type=int, default=5000)
     options = parser.parse_args(arguments)

@@ -17,8 +17,10 @@ ORDER = """
     orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan
     orchestrator.cluster orchestrator.cost orchestrator.calibration orchestrator.profiles
     orchestrator.subjects orchestrator.terminal orchestrator.execution orchestrator.measuring
-    orchestrator.comparing orchestrator.results orchestrator.tracking orchestrator.record orchestrator.controller
+    orchestrator.comparing orchestrator.results orchestrator.archive orchestrator.importance orchestrator.plots
+    orchestrator.status orchestrator.report orchestrator.tracking orchestrator.record orchestrator.controller
     orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.canary orchestrator.ui
+    orchestrator.schema orchestrator.api
 """.split()
 ROOMS = {
     "ray": {"workers.tasks", "orchestrator.execution"},
@@ -29,6 +31,7 @@ ROOMS = {
         "orchestrator.controller",
         "orchestrator.evaluate",
         "orchestrator.canary",
+        "orchestrator.status",
     },
     "sklearn": {"workers.data", "workers.features"},
 }

@@ -107,6 +107,19 @@ class Storage:
                 raise Mistake(f"{target.parent} is in use by another process; wait for it, or stop it") from error
             yield
 
+    def locked(self, path: str) -> bool | None:
+        """Whether a process holds the lock `path`, without taking it; None of a remote storage, which has no locks."""
+        if not self.is_local:
+            return None
+        try:
+            with Path(self._at(path)).open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            return False
+        return False
+
     def read_json(self, path: str) -> Any | None:
         """None where there is no such file. Raises Mistake where its content is no JSON."""
         try:
