@@ -21,7 +21,6 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 from orchestrator.settings import (
     invalid,
     leaves,
-    meant,
     meant_path,
     merge,
     overlap,

@@ -1,4 +1,4 @@
-"""When a night is due: a time of day in a stated zone, made into instants. Pure functions of a given `now`.
+"""When a night is due: a time of day in a stated zone, made into instants. Pure functions but for the log.
 
 A night has one date, that of its wall time in the zone, and one instant. A time that the clock skips in spring comes
 that much later (02:30 becomes 03:30 where 02:00 jumps to 03:00); one that it shows twice in autumn counts the first
@@ -104,3 +104,13 @@ def crontab(existing: str, label: str, command: str) -> str:
     kept = re.sub(rf"^{re.escape(begin)}$.*?^{re.escape(end)}\n?", "", existing, flags=re.DOTALL | re.MULTILINE)
     entry = "*/5 * * * * " + command.replace("%", r"\%")  # cron takes a bare % for the end of the line
     return "\n".join([*kept.rstrip("\n").splitlines(), begin, entry, end]) + "\n"
+
+
+def written(schedule: Schedule) -> str:
+    """The time now in the schedule's zone, with its offset from UTC."""
+    return datetime.now(schedule.tz).isoformat(" ", "seconds")
+
+
+def say(schedule: Schedule, text: str) -> None:
+    """A line of the log, in the schedule's zone."""
+    print(f"{datetime.now(schedule.tz):%Y-%m-%d %H:%M:%S %Z}  {text}", flush=True)

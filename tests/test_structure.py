@@ -15,19 +15,23 @@ ORDER = """
     workers.diffusers_config workers.checkpoint workers.blocks workers.evaluation workers.summary
     workers.canaries workers.training workers.tasks
     orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan orchestrator.profiles
+    orchestrator.schedule orchestrator.suite orchestrator.hooks
     orchestrator.subjects orchestrator.terminal orchestrator.execution orchestrator.measuring
-    orchestrator.comparing orchestrator.results orchestrator.tracking orchestrator.record orchestrator.controller
-    orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.canary orchestrator.ui
+    orchestrator.comparing orchestrator.results orchestrator.tracking orchestrator.registry
+    orchestrator.night orchestrator.night_report orchestrator.record orchestrator.controller
+    orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.canary
+    orchestrator.night_shift orchestrator.nightly orchestrator.ui
 """.split()
 ROOMS = {
     "ray": {"workers.tasks", "orchestrator.execution"},
-    "mlflow": {"orchestrator.tracking"},
+    "mlflow": {"orchestrator.tracking", "orchestrator.registry"},
     "rich": {
         "orchestrator.results",
         "orchestrator.terminal",
         "orchestrator.controller",
         "orchestrator.evaluate",
         "orchestrator.canary",
+        "orchestrator.night_shift",
     },
     "sklearn": {"workers.data", "workers.features"},
 }
