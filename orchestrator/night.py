@@ -173,6 +173,8 @@ def select(models: Sequence[str], versions: Sequence[Version]) -> tuple[list[Wan
                 f"models: {model}: no model {sweep!r} is registered{meant(sweep, sweeps)}; registered: {names}"
             )
             continue
+        if not sweeps:
+            notes.append(f"{model}: no model is registered in MLflow; a sweep that ends registers its best trial")
         for one in [sweep] if explicit else sweeps:
             version, why = _pick(one, alias, versions)
             if version:

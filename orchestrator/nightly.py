@@ -153,15 +153,9 @@ def _same(options: argparse.Namespace, suite: Suite) -> list[str]:
 
 
 def _cron_command(options: argparse.Namespace, suite: Suite) -> str:
-    environment = [f"{name}={os.environ[name]}" for name in PASSED_ON if name in os.environ]
-    words = [
-        *(["env", *environment] if environment else []),
-        sys.executable,
-        "-m",
-        "orchestrator.nightly",
-        *_same(options, suite),
-        "--submit",
-    ]
+    given = [f"{name}={os.environ[name]}" for name in PASSED_ON if name in os.environ]
+    words = ["env", *given] if given else []
+    words += [sys.executable, "-m", "orchestrator.nightly", *_same(options, suite), "--submit"]
     words += ["--address", options.address] if options.address else []
     return f'{shlex.join(words)} >> "$HOME"/{shlex.quote(suite.label)}.log 2>&1'
 

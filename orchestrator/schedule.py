@@ -36,8 +36,8 @@ class Schedule(Record):
         known = available_timezones()
         if zone not in known:
             raise ValueError(
-                f"{zone!r} is no time zone{meant(zone, known)}; write a name of the IANA database, such as UTC or "
-                "Europe/Berlin"
+                f"{zone!r} is no time zone; write a name of the IANA database, such as UTC or Europe/Paris"
+                f"{meant(zone, known)}"
             )
         return zone
 

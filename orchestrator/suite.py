@@ -33,6 +33,15 @@ def _is_a_variable(name: str) -> str:
     return name
 
 
+def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError("[] is empty; give at least one")
+    return values
+
+
+Some = AfterValidator(_some)
+
+
 class Rule(Record):
     """A metric is worse where it rose by more than each bound that is given; better where it fell by as much."""
 
@@ -55,16 +64,16 @@ class Rule(Record):
 class Regression(Record):
     """A model against itself the night before, and a sweep's candidate against its champion, by every rule."""
 
-    against: tuple[Literal["last_night", "champion"], ...] = Field(
-        default=("last_night", "champion"), min_length=1, strict=False
+    against: Annotated[tuple[Literal["last_night", "champion"], ...], Some] = Field(
+        default=("last_night", "champion"), strict=False
     )
-    rules: tuple[Rule, ...] = Field(min_length=1, strict=False)
+    rules: Annotated[tuple[Rule, ...], Some] = Field(strict=False)
 
 
 class Mail(Record):
     to: str
-    command: tuple[str, ...] = Field(
-        default=("/usr/sbin/sendmail", "-t"), min_length=1, strict=False, description="takes the message as its input"
+    command: Annotated[tuple[str, ...], Some] = Field(
+        default=("/usr/sbin/sendmail", "-t"), strict=False, description="takes the message as its input"
     )
 
 
@@ -72,8 +81,8 @@ class Hooks(Record):
     """Who hears of a regression or a canary: a URL that an environment variable holds, a command, a mail."""
 
     webhook: Annotated[str, AfterValidator(_is_a_variable)] | None = None
-    command: tuple[str, ...] | None = Field(
-        default=None, min_length=1, strict=False, description="its words; takes the message as JSON"
+    command: Annotated[tuple[str, ...], Some, Field(strict=False)] | None = Field(
+        default=None, description="its words; takes the message as JSON"
     )
     mail: Mail | None = None
 
@@ -82,7 +91,7 @@ class Suite(Record):
     """`models`: SWEEP@ALIAS or *@ALIAS of MLflow's registry, `newest` being an alias too, or what `evaluate` takes."""
 
     name: Name
-    models: tuple[str, ...] = Field(min_length=1, strict=False)
+    models: Annotated[tuple[str, ...], Some] = Field(strict=False)
     seed: int = Field(default=0, ge=0)
     evaluation: EvaluationConfig = EvaluationConfig()
     schedule: Schedule

@@ -24,7 +24,7 @@ ORDER = """
 """.split()
 ROOMS = {
     "ray": {"workers.tasks", "orchestrator.execution"},
-    "mlflow": {"orchestrator.tracking", "orchestrator.registry"},
+    "mlflow": {"orchestrator.tracking"},
     "rich": {
         "orchestrator.results",
         "orchestrator.terminal",
