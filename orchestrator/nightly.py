@@ -109,7 +109,11 @@ def serve(options: argparse.Namespace, suite: Suite) -> int:
         except Mistake as mistake:  # may be another tomorrow: an alias, a server, another process at it
             say(suite.schedule, str(mistake))
         due = next_run(datetime.now(UTC), suite.schedule)
-        say(suite.schedule, f"the next night begins at {due:%Y-%m-%d %H:%M %Z} ({suite.schedule.zone}); ctrl-C ends it")
+        local = due.astimezone(suite.schedule.tz)
+        say(
+            suite.schedule,
+            f"the next night begins at {local:%Y-%m-%d %H:%M %Z} ({suite.schedule.zone}); ctrl-C ends it",
+        )
         try:
             while (left := (due - datetime.now(UTC)).total_seconds()) > 0:
                 time.sleep(min(left, 60))  # in short naps: a laptop that was closed wakes up late

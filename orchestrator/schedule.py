@@ -59,9 +59,9 @@ def instant(day: date, schedule: Schedule) -> datetime:
 
 
 def next_run(now: datetime, schedule: Schedule) -> datetime:
-    """The first beginning of a night after `now`, in the schedule's zone."""
+    """The first beginning of a night after `now`, in UTC: a zone's own times do not compare across its changes."""
     begins = (instant(day, schedule) for day in _around(now, schedule))
-    return min(begin for begin in begins if begin > now).astimezone(schedule.tz)
+    return min(begin for begin in begins if begin > now)
 
 
 def last_night(now: datetime, schedule: Schedule) -> date:

@@ -56,8 +56,8 @@ class Rule(Record):
         return self
 
     def __str__(self) -> str:
-        bounds = [f"{self.standard_errors:g} standard errors"] * (self.standard_errors is not None)
-        bounds += [f"{self.relative:.2%} of the value"] * (self.relative is not None)
+        bounds = [] if self.standard_errors is None else [f"{self.standard_errors:g} standard errors"]
+        bounds += [] if self.relative is None else [f"{self.relative:.2%} of the value"]
         return f"{self.metric} by more than {' and '.join(bounds)}"
 
 
