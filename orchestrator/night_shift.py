@@ -115,12 +115,12 @@ def _worked(suite: Suite, day: date, storage: Storage, address: str | None, hist
     started = written(suite.schedule)
     wanted, models, sources, notes = _found(suite, storage)
     asked = {model.entry.name: model.path for model in models if model.path}
-    due = decide.due(asked, {path for path in asked.values() if storage.exists(path)})
+    due = decide.due(asked, {path for path in asked.values() if storage.read_sealed(path) is not None})
     say(suite.schedule, f"the night of {day} of {suite.name}, due at {suite.schedule}: {_due_text(asked, due)}")
     verdicts, measured = _measured(suite, storage, address, models, due, sources)
     believed = all(verdict.passed for verdict in verdicts)
     entries = [
-        _with_numbers(m.entry, storage.read_json(m.path), measured.get(m.path)) if m.path else m.entry
+        _with_numbers(m.entry, storage.read_sealed(m.path), measured.get(m.path)) if m.path else m.entry
         for m in models
         if believed
     ]

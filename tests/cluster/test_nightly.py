@@ -190,9 +190,11 @@ def test_numbers_that_move_by_themselves_and_checkpoints_that_are_gone_are_told(
     assert main([*words, "2026-03-01"]) == 0
     digest = registry.client.get_model_version("tiny", registry.better).tags["orchestrator.checkpoint"]
     [path] = registry.storage.glob(f"evaluations/{digest}/summary-*.json")
-    summary = json.loads(path.read_text())
+    storage, name = Storage(registry.storage), f"evaluations/{digest}/{path.name}"
+    summary = storage.read_sealed(name)
+    assert summary
     summary["metrics"]["eval/nll_bpd"] *= 1.01  # as if an update of a library had it made again
-    path.write_text(json.dumps({**summary, "hash": "0123456789abcdef"}))
+    storage.write_sealed(name, {**summary, "hash": "0123456789abcdef"})
     assert main([*words, "2026-03-02"]) == 3
     kinds = [(f["kind"], f["model"], f["alarm"]) for f in result(registry, "2026-03-02")["findings"]]
     assert ("drift", "tiny@champion", True) in kinds and "0123456789abcdef" in str(webhook)
