@@ -24,6 +24,11 @@ class Difference:
         """Whether the interval leaves no doubt about the sign."""
         return self.low > 0 or self.high < 0
 
+    @property
+    def standard_error(self) -> float:
+        """Of the mean; the interval is as many of them as Student's distribution says."""
+        return float((self.high - self.low) / 2 / student.ppf((1 + CONFIDENCE) / 2, self.n - 1))
+
     def __str__(self) -> str:
         return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 

@@ -65,8 +65,11 @@ class Events(Protocol):
 def session(address: str | None, cpus: int | None = None) -> Iterator[None]:
     """A Ray cluster: the one at `address`, or one of this machine that ends with the block.
 
-    `cpus` bounds the latter's logical cores, and so how many tasks run at once.
+    `cpus` bounds the latter's logical cores, and so how many tasks run at once. Within another session it is that one.
     """
+    if ray.is_initialized():
+        yield
+        return
     os.environ.update({name: value for name, value in (QUIET | WORKERS).items() if name not in os.environ})
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it prints a page of, `_Relay` tells in a line

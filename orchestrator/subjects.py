@@ -57,6 +57,14 @@ def find(target: str, storage: Storage, overrides: Sequence[str], profile: str |
     return [_of_folder(target, update)]
 
 
+def at(path: str, storage: Storage, overrides: Sequence[str]) -> Subject:
+    """The checkpoint in trials/<address>/checkpoints/<step> of the storage. Raises Mistake where it is not there."""
+    match path.split("/"):
+        case ["trials", address, "checkpoints", _] if storage.exists(f"trials/{address}/trial.yaml"):
+            return _of_trial(address, storage, Update(overrides, None), checkpoints.committed(storage, path))
+    raise Mistake(f"{path} is no trial's checkpoint in {storage.root}")
+
+
 def _inside(target: str, storage: Storage) -> str:
     """The name that a bare word is, or a folder sweeps/<name> or trials/<digest> of the storage; else empty."""
     if "/" not in target:

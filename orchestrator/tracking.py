@@ -128,6 +128,31 @@ def resolve_uri(storage: Storage, uri: str | None) -> tuple[str, str | None]:
     )
 
 
+def origin(storage: Storage) -> str:
+    """What names a storage in MLflow, where others may record as well."""
+    return _without_secrets(f"{socket.gethostname()}:{storage.root}" if storage.is_local else storage.root)
+
+
+def client(storage: Storage, uri: str | None) -> Any:
+    """MLflow's own client, for questions that are asked once. Raises Mistake where the URI cannot be used."""
+    from mlflow import MlflowClient
+
+    _settle()
+    return MlflowClient(tracking_uri=resolve_uri(storage, uri)[0])
+
+
+def _settle() -> None:
+    """MLflow's settings that a user may replace."""
+    for variable, value in (
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),  # repeating is this module's business, and interruptible
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
+        ("DO_NOT_TRACK", "true"),
+    ):
+        os.environ.setdefault(variable, value)
+
+
 def _database(uri: str) -> Path:
     return Path(uri.removeprefix("sqlite:///"))
 
@@ -277,7 +302,7 @@ def _may_pass(error: Exception) -> bool:
     return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)  # requests' errors are OSErrors
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """One line: what the system said, where requests wraps it in four layers."""
     found = re.search(r"\[Errno -?\d+\] [^\"')]+", str(error))
     return found[0] if found else f"{type(error).__name__}: {error}"
@@ -325,7 +350,7 @@ class _Line:
             try:
                 call()
             except Exception as error:  # whatever it is: kept, said, and the next call gets its turn
-                text = _reason(error)
+                text = reason(error)
                 # Nothing works without the first call, the connection: it is never given up.
                 if not self.done or (_may_pass(error) and not (attempts >= 5 and self._is_up())):
                     failing = text
@@ -375,22 +400,17 @@ class _Run:
 class Tracker:
     """Everything a sweep tells MLflow. Methods return at once; an address of None is the sweep's own run."""
 
-    def __init__(self, storage: Storage, name: str, uri: str | None = None) -> None:
-        """Raises Mistake where the URI cannot be used. Nothing is asked of MLflow yet but to get ready."""
-        for variable, value in (
-            ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),  # repeating is this module's business, and interruptible
-            ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
-            ("MLFLOW_DISABLE_TELEMETRY", "true"),
-            ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
-            ("DO_NOT_TRACK", "true"),
-        ):
-            os.environ.setdefault(variable, value)
+    def __init__(self, storage: Storage, name: str, uri: str | None = None, folder: str | None = None) -> None:
+        """Raises Mistake where the URI cannot be used. Nothing is asked of MLflow yet but to get ready.
+
+        The state is kept in `folder` of the storage, by default sweeps/<name>.
+        """
+        _settle()
         self.uri, self._artifacts = resolve_uri(storage, uri)
         self.storage, self.name = storage, name
-        self._state_path = f"sweeps/{name}/mlflow.json"
+        self._state_path = f"{folder or f'sweeps/{name}'}/mlflow.json"
         self._state_key = "mlflow.db" if uri is None else self.uri  # a local storage may be moved, database and all
-        origin = f"{socket.gethostname()}:{storage.root}" if storage.is_local else storage.root
-        self._origin = _without_secrets(origin)
+        self._origin = origin(storage)
         self._client: Any = None
         self._experiment_id = ""
         self._runs: dict[str, _Run] = {}
@@ -507,6 +527,12 @@ class Tracker:
             choice = f"viewStateShareKey={self._view_key}"
         query = f"workflowType=machine_learning&{choice}&compareRunsMode=CHART"
         return f"{base}/#/experiments/{self._experiment_id}/runs?{query}"
+
+    def chart_link(self, timeout_s: float = 60) -> str:
+        """Where a browser shows the points of the parent run itself, a chart a metric; else as `link`."""
+        front = self.link(timeout_s).partition("?")[0]
+        run = self._runs.get(SWEEP)
+        return f"{front}/{run.run_id}/model-metrics?workflowType=machine_learning" if run and run.opened else front
 
     def _is_open(self, address: str) -> bool:
         return address in self._runs and self._runs[address].opened

@@ -16,11 +16,13 @@ ORDER = """
     workers.canaries workers.training workers.calibration workers.tasks
     orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan
     orchestrator.cluster orchestrator.cost orchestrator.calibration orchestrator.profiles
+    orchestrator.schedule orchestrator.suite orchestrator.hooks
     orchestrator.subjects orchestrator.terminal orchestrator.execution orchestrator.measuring
     orchestrator.comparing orchestrator.results orchestrator.archive orchestrator.importance orchestrator.plots
-    orchestrator.status orchestrator.report orchestrator.tracking orchestrator.record orchestrator.controller
-    orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.canary orchestrator.ui
-    orchestrator.schema orchestrator.api
+    orchestrator.status orchestrator.report orchestrator.tracking orchestrator.registry
+    orchestrator.night orchestrator.night_report orchestrator.record orchestrator.controller
+    orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.canary
+    orchestrator.night_shift orchestrator.nightly orchestrator.ui orchestrator.schema orchestrator.api
 """.split()
 ROOMS = {
     "ray": {"workers.tasks", "orchestrator.execution"},
@@ -32,6 +34,7 @@ ROOMS = {
         "orchestrator.evaluate",
         "orchestrator.canary",
         "orchestrator.status",
+        "orchestrator.night_shift",
     },
     "sklearn": {"workers.data", "workers.features"},
 }

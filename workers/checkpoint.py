@@ -121,7 +121,7 @@ def newest(storage: Storage, folder: str) -> Checkpoint | None:
     for name in reversed(storage.list(folder)):
         path = f"{folder}/{name}"
         if storage.exists(f"{path}/{MANIFEST}"):
-            return _committed(storage, path)
+            return committed(storage, path)
     return None
 
 
@@ -140,7 +140,7 @@ def open_folder(folder: str | Path) -> Checkpoint:
             f"{folder} cannot be opened ({error.__cause__ or error}); give a folder, or a URI such as s3://bucket/path"
         ) from error
     if MANIFEST in parts[""]:
-        return _committed(storage, "")
+        return committed(storage, "")
     if not parts[""]:
         raise CheckpointError(
             f"{folder} is not a folder, or an empty one; give the folder that holds model_index.json or config.json. "
@@ -201,7 +201,7 @@ def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Ten
     return _weights(checkpoint, WEIGHTS), _weights(checkpoint, STATE), progress
 
 
-def _committed(storage: Storage, path: str) -> Checkpoint:
+def committed(storage: Storage, path: str) -> Checkpoint:
     """The checkpoint of ours at `path`, from its manifest."""
     where = storage.url(_join(path, MANIFEST))
     manifest = _object(_bytes(storage, _join(path, MANIFEST)), where)
