@@ -15,12 +15,12 @@ ORDER = """
     workers.diffusers_config workers.checkpoint workers.blocks workers.evaluation workers.summary
     workers.canaries workers.training workers.tasks
     orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan orchestrator.profiles
-    orchestrator.subjects orchestrator.terminal orchestrator.execution orchestrator.measuring
+    orchestrator.subjects orchestrator.terminal orchestrator.submission orchestrator.execution orchestrator.measuring
     orchestrator.comparing orchestrator.results orchestrator.tracking orchestrator.record orchestrator.controller
     orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.canary orchestrator.ui
 """.split()
 ROOMS = {
-    "ray": {"workers.tasks", "orchestrator.execution"},
+    "ray": {"workers.tasks", "orchestrator.execution", "orchestrator.submission"},
     "mlflow": {"orchestrator.tracking"},
     "rich": {
         "orchestrator.results",
