@@ -6,6 +6,7 @@ the nodes need nothing installed but the libraries.
 """
 
 import asyncio
+import logging
 import os
 import shlex
 import shutil
@@ -61,7 +62,7 @@ def check_attachable(address: str) -> None:
     if address == "auto" and "RAY_ADDRESS" in os.environ:  # that of the cluster whose job this is
         return
     found = find_gcs_addresses()
-    if found and (address == "auto" or _numeric(address) in found):
+    if found and (address == "auto" or any(_same(address, other) for other in found)):
         return
     here = f"it is one of {', '.join(sorted(found))}" if found else "no Ray runs here"
     raise Mistake(
@@ -70,13 +71,14 @@ def check_attachable(address: str) -> None:
     )
 
 
-def _numeric(address: str) -> str:
-    """HOST:PORT with the host's number, as Ray keeps it; anything else as it is."""
+def _same(address: str, node: str) -> bool:
+    """Whether HOST:PORT is the address that a node of this machine has from Ray, which knows hosts by their numbers."""
     host, _, port = address.rpartition(":")
     try:
-        return f"{socket.gethostbyname(host)}:{port}"
+        number = socket.gethostbyname(host)
     except OSError:
-        return address
+        return False
+    return port == node.rpartition(":")[2] and (number.startswith("127.") or number == node.rpartition(":")[0])
 
 
 def _reach(host: str, port: int, address: str) -> None:
@@ -173,6 +175,8 @@ def connect(address: str) -> JobSubmissionClient:
     if parts.scheme not in ("http", "https") or not parts.hostname or not port:
         raise Mistake(f"--address {address!r}: --submit takes the head's Jobs API, such as http://127.0.0.1:8265")
     _reach(parts.hostname, port, address)
+    for name in ("job.sdk", "dashboard_sdk"):  # they tell of packages and web sockets
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
     for name in OVERRULES:
         os.environ.pop(name, None)
     try:

@@ -209,7 +209,7 @@ def login() -> Mapping[str, str]:
     return {"HOME": str(Path("~root").expanduser()), "PATH": PATH, "USER": "root", "LOGNAME": "root", "LANG": "C.UTF-8"}
 
 
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}"
