@@ -26,6 +26,7 @@ from ray.tune.search import SearchAlgorithm
 from orchestrator.cluster import Cluster
 from orchestrator.experiment import SearchConfig
 from orchestrator.plan import DRIVER_CPUS, Node, Size, admit, at_once, can_hold, in_one_node, never, nodes_text, spare
+from orchestrator.submission import TOKEN, check_attachable, code, inside_a_job
 from workers import tasks
 from workers.blocks import Block
 from workers.config import DataConfig, Mistake, TrainingConfig
@@ -70,19 +71,23 @@ def session(address: str | None, cpus: int | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    if address is not None:
+        check_attachable(address)
     os.environ.update({name: value for name, value in (QUIET | WORKERS).items() if name not in os.environ})
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it prints a page of, `_Relay` tells in a line
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if address is not None:  # a local Ray inherits them, and starts its processes faster without an environment to make
-        options["runtime_env"] = {"env_vars": WORKERS}
+        options["runtime_env"] = {"env_vars": WORKERS} | ({} if inside_a_job() else code())
     else:
         # A logical core more than the machine has, so that evaluation blocks run while the others train.
         options |= {"num_cpus": cpus or cores() + 1, "include_dashboard": False, "object_store_memory": 256 * 2**20}
     try:
         ray.init(address or "local", **options)
     except ConnectionError as error:
-        raise Mistake(f"--address {address}: no Ray cluster answers there ({error})") from error
+        raise Mistake(
+            f"--address {address}: no Ray cluster answers there ({error}); where it wants a token, {TOKEN}"
+        ) from error
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a reclaimed machine is ctrl-C to us
     try:
         yield

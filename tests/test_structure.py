@@ -17,7 +17,8 @@ ORDER = """
     orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan
     orchestrator.cluster orchestrator.cost orchestrator.calibration orchestrator.profiles
     orchestrator.schedule orchestrator.suite orchestrator.hooks
-    orchestrator.subjects orchestrator.terminal orchestrator.execution orchestrator.measuring
+    orchestrator.subjects orchestrator.terminal orchestrator.submission orchestrator.execution
+    orchestrator.measuring
     orchestrator.comparing orchestrator.results orchestrator.archive orchestrator.importance orchestrator.plots
     orchestrator.status orchestrator.report orchestrator.tracking orchestrator.registry
     orchestrator.night orchestrator.night_report orchestrator.record orchestrator.controller
@@ -25,7 +26,7 @@ ORDER = """
     orchestrator.night_shift orchestrator.nightly orchestrator.ui orchestrator.schema orchestrator.api
 """.split()
 ROOMS = {
-    "ray": {"workers.tasks", "orchestrator.execution"},
+    "ray": {"workers.tasks", "orchestrator.execution", "orchestrator.submission"},
     "mlflow": {"orchestrator.tracking"},
     "rich": {
         "orchestrator.results",

@@ -8,6 +8,7 @@ tasks, their order and a retry change nothing. What there is to make is said by 
 import hashlib
 import io
 import logging
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,7 @@ from workers.storage import Storage
 SUM = 32  # bytes of a sha256
 
 SPACE = b"feature_space"  # the stamp of features, in a block's metadata
+HOST = b"host"  # of the machine that made the block, in its metadata, which no hash of an evaluation counts
 log = logging.getLogger(__name__)
 
 
@@ -144,8 +146,10 @@ def make(bench: Bench, block: Block) -> None:
     """Makes a block and writes it; does nothing where it is there. What it needs must be there."""
     if bench.storage.exists(block.path):
         return
+    table = KINDS[block.kind](bench, block)
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), HOST: socket.gethostname()})
     stream = io.BytesIO()
-    pq.write_table(KINDS[block.kind](bench, block), stream)
+    pq.write_table(table, stream)
     bench.storage.write(block.path, sealed(stream.getvalue()))
 
 
