@@ -6,11 +6,11 @@ s3://bucket/prefix?region=eu-central-1; a store that is not Amazon's is named by
 AWS_ENDPOINT_URL or by ?endpoint_override=host:port&scheme=http. Keys come from the environment or the machine's role.
 """
 
-import _thread
 import fcntl
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -18,9 +18,10 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
@@ -39,28 +40,42 @@ class StorageError(Mistake, OSError):
 
 
 def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem at a URI, and the path in it. Raises Mistake where it is no such URI; it asks nothing there."""
+    """The filesystem at a URI, and the path in it. Raises Mistake where there can be none."""
     parts = urlsplit(uri)
     if "@" in parts.netloc:
         raise Mistake(
             f"{parts.scheme}://...@{parts.hostname}{parts.path} holds a key, which would end up in logs and files; "
             "leave it out: keys come from the environment (AWS_ACCESS_KEY_ID, ...) or from the machine's role"
         )
-    if parts.scheme == "s3":
+    try:
+        if parts.scheme != "s3":
+            return fs.FileSystem.from_uri(uri)
         options = dict(parse_qsl(parts.query, keep_blank_values=True))
         if unknown := sorted(options.keys() - set(S3_OPTIONS)):
             raise Mistake(f"{uri}: no option {', '.join(unknown)}; valid: {', '.join(S3_OPTIONS)}")
         if not parts.netloc:
             raise Mistake(f"{uri} names no bucket; give s3://bucket/path")
-    try:
-        found, path = fs.FileSystem.from_uri(uri)
+        return _s3(parts.netloc, **(_s3_endpoint() | options)), parts.netloc + unquote(parts.path).rstrip("/")
     except (pa.ArrowInvalid, OSError) as error:
         raise Mistake(f"{uri} cannot be opened ({error}); give a folder, or a URI such as s3://bucket/path") from error
-    if parts.scheme == "s3":  # the same once more: a URI cannot say how patient to be
-        options["region"] = options.get("region") or found.region
-        patience = fs.AwsDefaultS3RetryStrategy(max_attempts=ATTEMPTS)
-        found = fs.S3FileSystem(**options, retry_strategy=patience, allow_delayed_open=True)
-    return found, str(path).rstrip("/")
+
+
+def _s3_endpoint() -> dict[str, str]:
+    """The address of a store that is not Amazon's, from the environment: what botocore and Arrow read there."""
+    if not (url := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")):
+        return {}
+    parts = urlsplit(url if "://" in url else f"https://{url}")
+    return {"endpoint_override": parts.netloc, "scheme": parts.scheme}
+
+
+@lru_cache
+def _s3(bucket: str, **options: str) -> fs.FileSystem:
+    """S3 as a URI opens it, only more patient. Amazon is asked once for the bucket's region."""
+    if "region" not in options:
+        here = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        options["region"] = here if "endpoint_override" in options else fs.resolve_s3_region(bucket)
+    patience = fs.AwsDefaultS3RetryStrategy(max_attempts=ATTEMPTS)
+    return fs.S3FileSystem(**options, retry_strategy=patience, allow_delayed_open=True)
 
 
 class Storage:
@@ -219,7 +234,7 @@ class Storage:
             try:
                 if other := self._other(path, mine["holder"]):
                     log.error("%s was taken over by %s while this process did not run", self.url(path), other["who"])
-                    _thread.interrupt_main()
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
                 self.write_json(path, {**mine, "beat": (beat := beat + 1)})
             except StorageError as error:
