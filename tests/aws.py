@@ -63,8 +63,8 @@ def wait_for(url: str, server: subprocess.Popen[Any], timeout_s: float = 60) -> 
         time.sleep(0.1)
 
 
-def client(service: str, endpoint: str) -> Any:
-    return boto3.client(service, endpoint_url=endpoint, region_name=REGION)
+def client(service: str, endpoint: str, region: str = REGION) -> Any:
+    return boto3.client(service, endpoint_url=endpoint, region_name=region)
 
 
 class Proxy:
