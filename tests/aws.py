@@ -63,6 +63,16 @@ def wait_for(url: str, server: subprocess.Popen[Any], timeout_s: float = 60) -> 
         time.sleep(0.1)
 
 
+def end(server: subprocess.Popen[Any]) -> None:
+    """Asks a server that has a session of its own, and MLflow's workers theirs, to end, and waits for it."""
+    server.terminate()
+    try:
+        server.wait(timeout=30)
+    finally:
+        server.kill()
+        server.wait()
+
+
 def client(service: str, endpoint: str, region: str = REGION) -> Any:
     return boto3.client(service, endpoint_url=endpoint, region_name=region)
 

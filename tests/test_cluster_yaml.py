@@ -241,6 +241,7 @@ def as_cron(home: Path, command: str) -> subprocess.Popen[str]:
     return subprocess.Popen(["/bin/sh", "-c", command], env=environment, cwd=home, start_new_session=True, text=True)
 
 
+@pytest.mark.faults
 def test_mlflow_is_kept_running_and_its_database_in_the_bucket(account: str, head: tuple[Path, str]) -> None:
     home, address = head
     keep, database = f"bash {home}/orchestrator/deploy/mlflow.sh", home / "mlflow/mlflow.db"

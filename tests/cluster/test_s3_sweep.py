@@ -53,8 +53,7 @@ def mlflow(storage: Storage, tmp_path: Path) -> Iterator[str]:
         aws.wait_for(f"http://127.0.0.1:{port}/health", server, timeout_s=180)
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(server.pid, 9)
-        server.wait()
+        aws.end(server)
 
 
 def digits_as_parquet() -> bytes:
