@@ -7,6 +7,7 @@ AWS_ENDPOINT_URL or by ?endpoint_override=host:port&scheme=http. Keys come from 
 """
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -253,3 +254,31 @@ class Storage:
 
     def write_json(self, path: str, content: Any) -> None:
         self.write(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+    def read_sealed(self, path: str) -> dict[str, Any] | None:
+        """What `write_sealed` wrote; None where there is nothing, or where it is damaged: it is to be made again."""
+        try:
+            sealed = self.read(path)
+        except FileNotFoundError:
+            return None
+        try:
+            content = json.loads(sealed)
+            if content.pop(SEAL) == _sum(content):
+                return dict(content)
+        except (ValueError, KeyError, TypeError, AttributeError):  # no JSON, no seal, no mapping
+            log.debug("unreadable", exc_info=True)
+        log.warning("%s is damaged: it does not go with the sha256 in it; it is made again", self.url(path))
+        return None
+
+    def write_sealed(self, path: str, content: dict[str, Any]) -> None:
+        """JSON with a sha256 of itself, for results that can be made again: a changed digit is noticed."""
+        self.write_json(path, {**content, SEAL: _sum(content)})
+
+
+SEAL = "sha256"  # the key of the sum in sealed JSON
+
+
+def _sum(content: dict[str, Any]) -> str:
+    """Of the content as JSON gives it back, whatever its spaces and the order of its keys."""
+    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
