@@ -23,11 +23,12 @@ from mlflow import MlflowClient
 from ray.autoscaler import tags
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from orchestrator.cluster import read_cluster
 from workers.storage import Storage
 
 ROOT = Path(__file__).parent.parent
 REGION = "us-west-2"
-SCRIPTS = sorted((ROOT / "deploy").glob("*.sh"))
+SCRIPTS = sorted((ROOT / "deploy/aws").glob("*.sh"))
 
 
 def cluster_file() -> dict[str, Any]:
@@ -43,6 +44,14 @@ def commands(config: dict[str, Any]) -> list[str]:
 
 def test_ray_accepts_the_file() -> None:
     validate_config(prepare_config(cluster_file()))
+
+
+def test_the_planner_knows_its_machines_and_what_they_cost() -> None:
+    cluster = read_cluster(ROOT / "cluster.yaml")
+    assert len(cluster.nodes()) == 1 + cluster.most and max(node.gpus for node in cluster.nodes()) == 8
+    prices = yaml.safe_load((ROOT / "prices.yaml").read_text())["hourly"]
+    assert {kind.instance for kind in cluster.types} <= set(prices)
+    assert [kind.spot for kind in cluster.types] == [False, True, True, True]
 
 
 @pytest.mark.parametrize(
@@ -65,10 +74,10 @@ def test_what_it_copies_is_there_and_what_it_runs_is_copied() -> None:
     mounts = config["file_mounts"]
     assert all((ROOT / source).exists() for source in mounts.values() if not source.startswith("~"))
     for command in commands(config):
-        for script in re.findall(r"~/orchestrator/(\S+)", command):
-            assert (ROOT / script).is_file() and f"~/orchestrator/{script.partition('/')[0]}" in mounts
+        for script in re.findall(r"~/diffusion-orchestrator/(\S+)", command):
+            assert (ROOT / script).is_file() and f"~/diffusion-orchestrator/{script.partition('/')[0]}" in mounts
     packages = {p.parent.name for p in ROOT.glob("*/__init__.py")}
-    assert {f"~/orchestrator/{name}" for name in packages} <= set(mounts)
+    assert {f"~/diffusion-orchestrator/{name}" for name in packages} <= set(mounts)
     assert mounts["~/.ray/auth_token"] == "~/.ray/auth_token"
 
 
@@ -92,9 +101,9 @@ def test_shellcheck_finds_nothing() -> None:
 def test_everything_answers_on_loopback_alone_and_asks_for_the_token() -> None:
     starts = [text for text in commands(cluster_file()) if "ray start --head" in text]
     assert len(starts) == 1 and "--dashboard-host=127.0.0.1" in starts[0]
-    assert "--host 127.0.0.1" in (ROOT / "deploy/mlflow.sh").read_text()
+    assert "--host 127.0.0.1" in (ROOT / "deploy/aws/mlflow.sh").read_text()
     shown = subprocess.run(
-        ["bash", "-c", ". deploy/env.sh; env"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["bash", "-c", ". deploy/aws/env.sh; env"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout  # fmt: skip
     assert "RAY_AUTH_MODE=token" in shown.splitlines()
 
@@ -104,12 +113,12 @@ def test_everything_answers_on_loopback_alone_and_asks_for_the_token() -> None:
 
 @pytest.fixture(scope="module")
 def account() -> Iterator[str]:
-    """An account with what deploy/aws.yaml makes."""
+    """An account with what deploy/aws/account.yaml makes."""
     with aws.moto() as endpoint, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_DEFAULT_REGION", REGION)
         aws.client("cloudformation", endpoint, REGION).create_stack(
             StackName="diffusion-orchestrator",
-            TemplateBody=(ROOT / "deploy/aws.yaml").read_text(),
+            TemplateBody=(ROOT / "deploy/aws/account.yaml").read_text(),
             Parameters=[{"ParameterKey": "Bucket", "ParameterValue": "my-bucket"}],
             Capabilities=["CAPABILITY_NAMED_IAM"],
         )
@@ -139,7 +148,7 @@ def test_roles_reach_the_bucket_and_no_further(account: str) -> None:
 
 def test_cloudformation_reads_the_template() -> None:
     """It knows no aliases, which PyYAML and moto would take."""
-    events = yaml.parse((ROOT / "deploy/aws.yaml").read_text(), yaml.SafeLoader)
+    events = yaml.parse((ROOT / "deploy/aws/account.yaml").read_text(), yaml.SafeLoader)
     assert not [event for event in events if isinstance(event, yaml.AliasEvent)]
 
 
@@ -204,12 +213,12 @@ if [ "$1" = -l ]; then cat "$HOME/table"; else cp "$1" "$HOME/table"; fi
 def head(account: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, str]]:
     """(home, MLflow's address) of a head: deploy/ as it is mounted there, with a bucket and a free port."""
     home = tmp_path / "home"
-    shutil.copytree(ROOT / "deploy", home / "orchestrator/deploy")
-    shutil.copytree(ROOT / "experiments", home / "orchestrator/experiments")
-    settings = home / "orchestrator/deploy/settings.env"
+    shutil.copytree(ROOT / "deploy", home / "diffusion-orchestrator/deploy")
+    shutil.copytree(ROOT / "experiments", home / "diffusion-orchestrator/experiments")
+    settings = home / "diffusion-orchestrator/deploy/aws/settings.env"
     settings.write_text(settings.read_text().replace("BUCKET=", "BUCKET=my-bucket"))
     address = f"http://127.0.0.1:{aws.free_port()}"
-    script = home / "orchestrator/deploy/env.sh"
+    script = home / "diffusion-orchestrator/deploy/aws/env.sh"
     script.write_text(script.read_text().replace("http://127.0.0.1:5000", address))
     (home / "venv").symlink_to(sys.prefix)
     monkeypatch.setenv("HOME", str(home))
@@ -244,7 +253,7 @@ def as_cron(home: Path, command: str) -> subprocess.Popen[str]:
 @pytest.mark.faults
 def test_mlflow_is_kept_running_and_its_database_in_the_bucket(account: str, head: tuple[Path, str]) -> None:
     home, address = head
-    keep, database = f"bash {home}/orchestrator/deploy/mlflow.sh", home / "mlflow/mlflow.db"
+    keep, database = f"bash {home}/diffusion-orchestrator/deploy/aws/mlflow.sh", home / "mlflow/mlflow.db"
     server = as_cron(home, keep)
     aws.wait_for(f"{address}/health", server, timeout_s=180)
     assert as_cron(home, keep).wait(timeout=60) == 0 and server.poll() is None  # the next minute
@@ -275,12 +284,12 @@ def test_the_head_is_set_up_once(head: tuple[Path, str], monkeypatch: pytest.Mon
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     table.write_text("0 1 * * * somebody elses\n")
-    command = ["bash", home / "orchestrator/deploy/head.sh"]
+    command = ["bash", home / "diffusion-orchestrator/deploy/aws/head.sh"]
     for _ in range(2):
         result = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, result.stdout + result.stderr
         lines = table.read_text().splitlines()
-        for part in ("somebody elses", "deploy/mlflow.sh", "deploy/mlflow.sh save", "orchestrator.nightly"):
+        for part in ("somebody elses", "deploy/aws/mlflow.sh", "deploy/aws/mlflow.sh save", "orchestrator.nightly"):
             assert sum(line.endswith(part) or part in line for line in lines) == (
                 2 if part.endswith("mlflow.sh") else 1
             )
@@ -289,7 +298,9 @@ def test_the_head_is_set_up_once(head: tuple[Path, str], monkeypatch: pytest.Mon
 
 def test_a_head_without_a_bucket_says_so(head: tuple[Path, str]) -> None:
     home, _ = head
-    settings = home / "orchestrator/deploy/settings.env"
+    settings = home / "diffusion-orchestrator/deploy/aws/settings.env"
     settings.write_text(settings.read_text().replace("BUCKET=my-bucket", "BUCKET="))
-    result = subprocess.run(["bash", home / "orchestrator/deploy/head.sh"], capture_output=True, text=True)
+    result = subprocess.run(
+        ["bash", home / "diffusion-orchestrator/deploy/aws/head.sh"], capture_output=True, text=True
+    )
     assert result.returncode == 2 and "names no bucket" in result.stderr

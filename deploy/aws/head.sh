@@ -3,9 +3,9 @@
 # Run again, it changes nothing.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-# shellcheck source=deploy/env.sh
+# shellcheck source=deploy/aws/env.sh
 . "$here/env.sh"
-[ -n "$BUCKET" ] || { echo "deploy/settings.env names no bucket: set BUCKET, then ray up again" >&2; exit 2; }
+[ -n "$BUCKET" ] || { echo "deploy/aws/settings.env names no bucket: set BUCKET, then ray up again" >&2; exit 2; }
 
 table=$(mktemp)
 trap 'rm -f "$table"' EXIT

@@ -3,7 +3,7 @@
 # `mlflow.sh save` copies its database to the bucket; a head without one begins with that copy.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-# shellcheck source=deploy/env.sh
+# shellcheck source=deploy/aws/env.sh
 . "$here/env.sh"
 mkdir -p ~/mlflow
 if [ "${1:-}" = save ]; then
