@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = """
-    workers.config workers.speed workers.storage workers.noise workers.data workers.pixels workers.journal
+    workers.config workers.speed workers.storage workers.noise workers.mirror workers.data workers.pixels
+    workers.journal
     workers.unet_config workers.unet
     workers.diffusion.schedules workers.diffusion.process workers.diffusion.predictions
     workers.diffusion.objectives workers.diffusion.bound workers.diffusion.samplers workers.diffusion.gaussian
