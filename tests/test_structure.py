@@ -12,16 +12,17 @@ ORDER = """
     workers.diffusion.schedules workers.diffusion.process workers.diffusion.predictions
     workers.diffusion.objectives workers.diffusion.bound workers.diffusion.samplers workers.diffusion.gaussian
     workers.ledger workers.likelihood workers.frechet workers.fidelity workers.inception workers.features
-    workers.diffusers_config workers.checkpoint workers.blocks workers.evaluation workers.summary
+    workers.diffusers_config workers.checkpoint workers.blocks workers.drawing workers.evaluation workers.summary
     workers.canaries workers.training workers.tasks
     orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan orchestrator.profiles
     orchestrator.subjects orchestrator.terminal orchestrator.execution orchestrator.measuring
-    orchestrator.comparing orchestrator.results orchestrator.tracking orchestrator.record orchestrator.controller
+    orchestrator.comparing orchestrator.results orchestrator.views orchestrator.model_code orchestrator.models
+    orchestrator.tracking orchestrator.record orchestrator.controller
     orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.canary orchestrator.ui
 """.split()
 ROOMS = {
     "ray": {"workers.tasks", "orchestrator.execution"},
-    "mlflow": {"orchestrator.tracking"},
+    "mlflow": {"orchestrator.tracking", "orchestrator.models", "orchestrator.model_code"},
     "rich": {
         "orchestrator.results",
         "orchestrator.terminal",

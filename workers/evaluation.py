@@ -23,30 +23,17 @@ from workers.blocks import Block, strata, time_blocks
 from workers.checkpoint import Checkpoint
 from workers.config import Measurement
 from workers.data import Dataset
-from workers.diffusion.process import Process
-from workers.diffusion.samplers import sample
+from workers.drawing import Model, Pixels, draw
 from workers.features import FeatureSpace, feature_space
 from workers.likelihood import all_times, pair_errors, stratified_times
 from workers.noise import generator
-from workers.pixels import QUANTISERS, to_model
+from workers.pixels import to_model
 from workers.storage import Storage
 
 SUM = 32  # bytes of a sha256
 
 SPACE = b"feature_space"  # the stamp of features, in a block's metadata
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Model:
-    """A loaded checkpoint on its device."""
-
-    network: torch.nn.Module  # eps_theta(x_t, t - 1)
-    process: Process
-    device: torch.device
-
-    def eps_theta(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(self.network(x_t, t - 1))
 
 
 @dataclass(frozen=True)
@@ -95,10 +82,8 @@ def sample_block(bench: Bench, block: Block) -> pa.Table:
     m, dataset, model = bench.m, bench.dataset, bench.model
     fid = m.evaluation.fid
     assert fid
-    height, width, channels = dataset.shape
-    noise, shape = generator(m.seed, "samples", block.number), (blocks.SAMPLES, channels, height, width)
-    x = sample(model.process, model.eps_theta, fid.sampler, shape, noise, device=model.device)
-    images = QUANTISERS[fid.quantise](x, dataset.levels).cpu().numpy()
+    pixels = Pixels(dataset.shape, dataset.levels, fid.quantise)
+    images = draw(model, fid.sampler, pixels, m.seed, block.number, blocks.SAMPLES)
     first = block.number * blocks.SAMPLES
     return pa.table({"sample": np.arange(first, first + len(images)), "image": [row.tobytes() for row in images]})
 
