@@ -93,7 +93,7 @@ class Sweep:
         newest = checkpoints.newest(self.storage, f"{folder}/checkpoints")
         images = Images.of(self.sources[trial.data])
         path = summary_path(Measurement.of(trial), newest.digest, images) if newest else None
-        summary = self.storage.read_json(path) if path else None
+        summary = self.storage.read_sealed(path) if path else None
         return plan.Found(status, newest.digest if newest else None, summary)
 
     def rows(self) -> list[Row]:

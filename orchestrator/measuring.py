@@ -45,7 +45,7 @@ def measure(
         planned, path = blocks(subject.m, digest, images), summary_path(subject.m, digest, images)
         work.append((subject, planned, plan.missing(planned, storage.list), path))
     to_do = {path: (subject, planned, missing) for subject, planned, missing, path in work
-             if missing or not storage.exists(path)}  # fmt: skip
+             if missing or storage.read_sealed(path) is None}  # fmt: skip
     failed: dict[str, str] = {}
     if to_do:
         check_spaces(s.m.evaluation.fid for s in subjects)
@@ -68,7 +68,7 @@ def measure(
                     line.blocks_left = evaluations.left(path)
                 display.refresh()
     return [
-        Measured(subject, _kinds(planned), _kinds(missing), storage.read_json(path), failed.get(path, ""))
+        Measured(subject, _kinds(planned), _kinds(missing), storage.read_sealed(path), failed.get(path, ""))
         for subject, planned, missing, path in work
     ]
 

@@ -192,7 +192,7 @@ def make_summary(order: Order, *after: None) -> list[Block]:
     if lacking := remove_damaged(bench.storage, blocks(bench.m, digest, images), space):
         return lacking
     summary = summarise(bench.storage, bench.m, bench.dataset, process_of(order.checkpoint), digest, space)
-    bench.storage.write_json(summary_path(bench.m, digest, images), summary)
+    bench.storage.write_sealed(summary_path(bench.m, digest, images), summary)
     return []
 
 
