@@ -130,8 +130,8 @@ def _sections(compare: Comparison, image_step: int, best_id: str) -> list[tuple[
     if compare.curve:
         trade_off.append(_line(compare.curve))
     return [
-        ("What was searched, and what came of it", 1, 330, [_parallel(compare)]),
-        ("Trade-off (vivid: the Pareto front, pale: beaten) and validation", min(len(trade_off), 3), 400, trade_off),
+        ("Settings and results", 1, 330, [_parallel(compare)]),
+        ("Pareto front (vivid), validation", max(2, min(len(trade_off), 3)), 400, trade_off),
         (
             "Samples",
             1,
@@ -142,7 +142,7 @@ def _sections(compare: Comparison, image_step: int, best_id: str) -> list[tuple[
             ],
         ),
         (
-            "Results by setting",
+            "By setting",
             max(2, min(len(settings), 3)),
             330,
             [_scatter(_param(p), _metric(m)) for m in compare.metrics for p in settings],
@@ -154,7 +154,7 @@ def _sections(compare: Comparison, image_step: int, best_id: str) -> list[tuple[
 def _grouped(compare: Comparison, parent_id: str, param: str) -> dict[str, Any]:
     bars = [{"type": "BAR", "metricKey": metric} for metric in compare.metrics]
     curve = [_line(compare.curve)] if compare.curve else []
-    sections = [(f"Means over the trials that share a value of {param}", 2, 400, [*bars, *curve])]
+    sections = [(f"Means by {param}", 2, 400, [*bars, *curve])]
     group = {"aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": param}]}
     return {**_page(compare, children(parent_id), sections), "groupBy": group, "useGroupedValuesInCharts": True}
 
