@@ -23,7 +23,7 @@ from typing import Any
 import workers
 from workers import checkpoint as checkpoints
 from workers.checkpoint import Checkpoint
-from workers.config import SamplerConfig
+from workers.config import FIDConfig
 
 CANDIDATE = "candidate"
 TRIAL, CHECKPOINT, PATH, STORAGE = (f"orchestrator.{name}" for name in ("trial", "checkpoint", "path", "storage"))
@@ -38,8 +38,7 @@ class Candidate:
     trial: str
     checkpoint: Checkpoint
     levels: int
-    sampler: SamplerConfig
-    quantise: str
+    fid: FIDConfig
 
 
 def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
@@ -67,8 +66,7 @@ def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
             model_config={
                 "checkpoint": candidate.checkpoint.digest,
                 "levels": candidate.levels,
-                "quantise": candidate.quantise,
-                "sampler": candidate.sampler.model_dump(mode="json"),
+                "fid": candidate.fid.model_dump(mode="json"),
             },
             signature=ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs)),
             input_example=pd.DataFrame({"n": [4], "seed": [0]}),

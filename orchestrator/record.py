@@ -165,9 +165,8 @@ class Record:
         checkpoint = checkpoints.newest(self.storage, f"{folder_of(best.digest)}/checkpoints")
         assert checkpoint, best.digest
         trial = self.trials[best.digest].trial
-        fid = trial.evaluation.fid or FIDConfig()
-        return Candidate(trial=best.digest, checkpoint=checkpoint, levels=self.sources[trial.data].levels,
-                         sampler=fid.sampler, quantise=fid.quantise)  # fmt: skip
+        levels, fid = self.sources[trial.data].levels, trial.evaluation.fid or FIDConfig()
+        return Candidate(trial=best.digest, checkpoint=checkpoint, levels=levels, fid=fid)
 
     @cached_property
     def link(self) -> str:

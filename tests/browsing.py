@@ -173,11 +173,10 @@ PICTURES = {
 
 def main(storage: Path, sweep: str, folder: Path) -> None:
     recorded = Recorded.of(storage, sweep)
-    with served(storage) as base, browser() as chromium:
-        with chromium.page(base, recorded.view("all trials")) as page:
-            plots(page, "scatter", 3)
-            pictures(page, min(len(recorded.trials), 10))
-            page.screenshot(path=folder / "mlflow.png")
+    with served(storage) as base, browser() as chromium, chromium.page(base, recorded.view("all trials")) as page:
+        plots(page, "scatter", 3)
+        pictures(page, min(len(recorded.trials), 10))
+        page.screenshot(path=folder / "mlflow.png")
 
 
 if __name__ == "__main__":

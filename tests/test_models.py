@@ -22,16 +22,17 @@ from orchestrator import models
 from orchestrator.models import Candidate
 from orchestrator.tracking import Tracker
 from workers import blocks
-from workers.config import Mistake, SamplerConfig
+from workers.config import FIDConfig, Mistake, SamplerConfig
 from workers.evaluation import read_block
 from workers.storage import Storage
 
 SAMPLER = SamplerConfig(kind="ddim", steps=3)
+FID = FIDConfig(sampler=SAMPLER)
 
 
 def candidate(storage: Storage, weights: str = "a") -> Candidate:
     checkpoint = small.checkpoint_in(storage, weights)
-    return Candidate(trial=weights, checkpoint=checkpoint, levels=small.LEVELS, sampler=SAMPLER, quantise="round")
+    return Candidate(trial=weights, checkpoint=checkpoint, levels=small.LEVELS, fid=FID)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def asked(**columns: Any) -> pd.DataFrame:
 
 
 def test_the_images_are_those_of_the_evaluation(loaded: Any, tmp_path: Path) -> None:
-    """For the same seed and sampler: every image of a whole block, and the first of one that is asked for in part."""
+    """For the same seed and sampler, of whole blocks and of a part of one."""
     torch.set_num_threads(1)
     for sampler in (SAMPLER, SamplerConfig(kind="ancestral"), SamplerConfig(kind="ddim", steps=7)):
         m = small.measurement(seed=5, samples=150, sampler=sampler)

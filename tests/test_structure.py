@@ -12,7 +12,7 @@ ORDER = """
     workers.diffusion.schedules workers.diffusion.process workers.diffusion.predictions
     workers.diffusion.objectives workers.diffusion.bound workers.diffusion.samplers workers.diffusion.gaussian
     workers.ledger workers.likelihood workers.frechet workers.fidelity workers.inception workers.features
-    workers.diffusers_config workers.checkpoint workers.blocks workers.drawing workers.evaluation workers.summary
+    workers.diffusers_config workers.checkpoint workers.blocks workers.evaluation workers.summary
     workers.canaries workers.training workers.tasks
     orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan orchestrator.profiles
     orchestrator.subjects orchestrator.terminal orchestrator.execution orchestrator.measuring

@@ -21,19 +21,32 @@ from workers import blocks
 from workers import checkpoint as checkpoints
 from workers.blocks import Block, strata, time_blocks
 from workers.checkpoint import Checkpoint
-from workers.config import Measurement
+from workers.config import FIDConfig, Measurement
 from workers.data import Dataset
-from workers.drawing import Model, Pixels, draw
+from workers.diffusion.process import Process
+from workers.diffusion.samplers import sample
 from workers.features import FeatureSpace, feature_space
 from workers.likelihood import all_times, pair_errors, stratified_times
 from workers.noise import generator
-from workers.pixels import to_model
+from workers.pixels import QUANTISERS, to_model
 from workers.storage import Storage
 
 SUM = 32  # bytes of a sha256
 
 SPACE = b"feature_space"  # the stamp of features, in a block's metadata
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded checkpoint on its device."""
+
+    network: torch.nn.Module  # eps_theta(x_t, t - 1)
+    process: Process
+    device: torch.device
+
+    def eps_theta(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.network(x_t, t - 1))
 
 
 @dataclass(frozen=True)
@@ -82,10 +95,23 @@ def sample_block(bench: Bench, block: Block) -> pa.Table:
     m, dataset, model = bench.m, bench.dataset, bench.model
     fid = m.evaluation.fid
     assert fid
-    pixels = Pixels(dataset.shape, dataset.levels, fid.quantise)
-    images = draw(model, fid.sampler, pixels, m.seed, block.number, blocks.SAMPLES)
+    images = images_of_block(model, fid, m.seed, block.number, dataset.shape, dataset.levels)
     first = block.number * blocks.SAMPLES
     return pa.table({"sample": np.arange(first, first + len(images)), "image": [row.tobytes() for row in images]})
+
+
+def images_of_block(
+    model: Model, fid: FIDConfig, seed: int, block: int, shape: tuple[int, int, int], levels: int
+) -> np.ndarray:
+    """The SAMPLES images of a block, drawn as `fid` says: uint8 (SAMPLES, H, W, C) in 0..levels-1; shape is (H, W, C).
+
+    They are a function of (seed, block) alone, here and in a registered model.
+    """
+    height, width, channels = shape
+    noise = generator(seed, "samples", block)
+    size = (blocks.SAMPLES, channels, height, width)
+    x = sample(model.process, model.eps_theta, fid.sampler, size, noise, device=model.device)
+    return np.asarray(QUANTISERS[fid.quantise](x, levels).cpu().numpy())
 
 
 def feature_block(bench: Bench, block: Block) -> pa.Table:
