@@ -63,9 +63,8 @@ class Recorded:
 
     def view(self, title: str) -> str:
         """The page of a shared view by its title."""
-        keys = [key for key, text in self.tags.items()
-                if key.startswith("mlflow.sharedViewState.") and json.loads(text)["name"] == f"{self.sweep}: {title}"]  # fmt: skip
-        [key] = [key.rpartition(".")[2] for key in keys]
+        views = {k: json.loads(text) for k, text in self.tags.items() if k.startswith("mlflow.sharedViewState.")}
+        [key] = [key.rpartition(".")[2] for key, view in views.items() if view["name"] == f"{self.sweep}: {title}"]
         return f"#/experiments/{self.experiment}/runs?{ML}&viewStateShareKey={key}&compareRunsMode=CHART"
 
     def compare_page(self) -> str:
