@@ -21,14 +21,15 @@ ORDER = """
     orchestrator.subjects orchestrator.terminal orchestrator.submission orchestrator.execution
     orchestrator.measuring
     orchestrator.comparing orchestrator.results orchestrator.archive orchestrator.importance orchestrator.plots
-    orchestrator.status orchestrator.report orchestrator.tracking orchestrator.registry
+    orchestrator.status orchestrator.report
+    orchestrator.views orchestrator.model_code orchestrator.models orchestrator.tracking orchestrator.registry
     orchestrator.night orchestrator.night_report orchestrator.record orchestrator.controller
     orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.canary
     orchestrator.night_shift orchestrator.nightly orchestrator.ui orchestrator.schema orchestrator.api
 """.split()
 ROOMS = {
     "ray": {"workers.tasks", "orchestrator.execution", "orchestrator.submission"},
-    "mlflow": {"orchestrator.tracking"},
+    "mlflow": {"orchestrator.tracking", "orchestrator.models", "orchestrator.model_code"},
     "rich": {
         "orchestrator.results",
         "orchestrator.terminal",
