@@ -234,7 +234,7 @@ def test_the_table_has_a_row_for_each_trial_and_totals() -> None:
     assert lines[0].split()[:3] == ["trial", "diffusion.T", "loss"]
     assert [line.split()[0] for line in lines[2:6]] == list(trials)
     assert "weighting=min_snr gamma=3" in lines[2] and "6.4e-03" in lines[2] and "0.0046" in lines[2]
-    assert "9.2..-5.0" in lines[2]
+    assert "9.2..-5.1" in lines[2]
     assert lines[7].split() == ["4", "trials", "256k", "55k", "900k", "3M"]
     assert len({len(line) for line in lines[:8]}) == 1
 
