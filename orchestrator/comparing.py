@@ -27,7 +27,7 @@ class Difference:
     @property
     def standard_error(self) -> float:
         """Of the mean; the interval is as many of them as Student's distribution says."""
-        return float((self.high - self.low) / 2 / student.ppf((1 + CONFIDENCE) / 2, self.n - 1))
+        return float((self.high - self.low) / 2 / stdtrit(self.n - 1, (1 + CONFIDENCE) / 2))
 
     def __str__(self) -> str:
         return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"

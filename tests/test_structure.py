@@ -11,7 +11,8 @@ ORDER = """
     workers.journal
     workers.unet_config workers.unet
     workers.diffusion.schedules workers.diffusion.process workers.diffusion.predictions
-    workers.diffusion.objectives workers.diffusion.bound workers.diffusion.samplers workers.diffusion.gaussian
+    workers.diffusion.bound workers.diffusion.objectives workers.diffusion.timesteps workers.diffusion.samplers
+    workers.diffusion.gaussian
     workers.ledger workers.likelihood workers.frechet workers.fidelity workers.inception workers.features
     workers.diffusers_config workers.checkpoint workers.blocks workers.evaluation workers.summary
     workers.canaries workers.training workers.calibration workers.tasks
