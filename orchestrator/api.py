@@ -98,7 +98,7 @@ def load_results(sweep: str, storage: str | Path = "runs") -> "pd.DataFrame":
 class DiffusionModel:
     """A trained eps_theta with its process, on the CPU. `shape` is that of an image: (height, width, channels)."""
 
-    network: Any  # torch.nn.Module, called as (x_t, t - 1)
+    network: Any  # workers.diffusion.predictions.Denoiser: of p_theta all that it says
     process: "Process"
     shape: tuple[int, int, int]
     checkpoint: "Checkpoint"
@@ -108,7 +108,7 @@ class DiffusionModel:
         import torch
 
         with torch.no_grad():
-            return torch.as_tensor(self.network(x_t, t - 1))
+            return torch.as_tensor(self.network(x_t, t).eps)
 
     def sample(self, n: int, seed: int = 0, steps: int | None = None, eta: float = 0.0) -> "np.ndarray":
         """n samples, uint8 (n, H, W, C) in 0..255: ancestral, or by DDIM where `steps` are given."""
@@ -125,7 +125,7 @@ class DiffusionModel:
         height, width, channels = self.shape
         config = SamplerConfig(kind="ddim", steps=steps, eta=eta) if steps else SamplerConfig()
         with torch.no_grad():
-            x_0 = sample(self.process, self, config, (n, channels, height, width), generator(seed, "model"))
+            x_0 = sample(self.process, self.network, config, (n, channels, height, width), generator(seed, "model"))
         return to_levels(x_0, 256).numpy()
 
 

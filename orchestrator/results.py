@@ -247,6 +247,8 @@ def schedules_plot(trials: Mapping[str, Trial]) -> bytes | None:
     curves = {schedule_name(trials[digest].diffusion): c for digest, c in log_snr_curves(trials).items()}
     if not curves:
         return None
+    import numpy as np
+
     figure, axes = _figure()
     for name, curve in curves.items():
         shown = np.where(np.isfinite(curve), curve, np.nan)

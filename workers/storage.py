@@ -186,7 +186,7 @@ class Storage:
             yield
 
     def locked(self, path: str) -> bool | None:
-        """Whether a process holds the lock `path`, without taking it; None of a remote storage: its lease may be old."""
+        """Whether a process holds the lock `path`, not taking it; None of a remote storage: a lease may be old."""
         if not self.is_local:
             return None
         try:
