@@ -38,7 +38,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from workers.config import DataConfig, Mistake, digest
-from workers.mirror import mirror
 
 SPLIT_SEED = 20_200_619  # of every shuffle and split: each trial holds out the same images
 VERSION = 1  # of the decoding below: raise it when the same files would give other bytes, and caches are rebuilt
@@ -414,6 +413,8 @@ def _locate(config: DataConfig, cache: Path) -> tuple[str, Files]:
     if config.source in BUILT_IN:
         return config.source, BUILT_IN[config.source]()
     if _is_remote(config):
+        from workers.mirror import mirror  # with pyarrow, which a dry run on other data does without
+
         key = digest(config.source)
         with _lock(cache / "sources" / f"{key}.lock"):
             path = mirror(config.source, cache / "sources" / key)

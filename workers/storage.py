@@ -17,7 +17,6 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -79,6 +78,29 @@ def _s3(bucket: str, **options: str) -> fs.FileSystem:
     return fs.S3FileSystem(**options, retry_strategy=patience, allow_delayed_open=True)
 
 
+@contextmanager
+def _signals_put_off() -> Iterator[None]:
+    """Python's handlers of SIGINT and SIGTERM are called at the end of the block.
+
+    A stream that an exception closes in the middle would put what it has until then. In other threads than the main
+    one no handler runs.
+    """
+    came: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: handler for number, handler in found.items() if callable(handler)}
+    try:
+        for number in before:
+            signal.signal(number, lambda number, frame: came.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
 class Storage:
     """Read and write bytes and JSON below `root`. It pickles as its root, so that it travels to Ray tasks.
 
@@ -127,9 +149,8 @@ class Storage:
     def write(self, path: str, content: bytes) -> None:
         target = self._at(path)
         if not self.is_local:
-            # On a thread of its own, which no signal reaches: a stream that an interrupt closes puts what it has.
-            with self._told(path), ThreadPoolExecutor(1) as thread:
-                thread.submit(self._put, target, content).result()
+            with self._told(path), _signals_put_off(), self._fs.open_output_stream(target) as stream:
+                stream.write(content)
             return
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(f"{target}.{uuid.uuid4().hex[:8]}.tmp")
@@ -138,10 +159,6 @@ class Storage:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-
-    def _put(self, target: str, content: bytes) -> None:
-        with self._fs.open_output_stream(target) as stream:
-            stream.write(content)
 
     def exists(self, path: str) -> bool:
         with self._told(path):
