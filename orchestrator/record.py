@@ -138,7 +138,6 @@ class Record:
             "schedules.png": results.schedules_plot({row.digest: row.variant.trial for row in rows}),
         }
         self.storage.write(f"{self.folder}/experiment.yaml", to_yaml(self.experiment).encode())
-        files["report.html"] = report.page(report.gather(self.storage, self.experiment.name)).encode()
         if "tracker" not in self.__dict__:
             self.open()
         for row in rows:  # what a command before this one may have been cut off from telling
@@ -151,6 +150,9 @@ class Record:
             if content is not None:
                 self.storage.write(f"{self.folder}/{name}", content)
                 self.tracker.log_artifact(None, content, name)
+        page = report.page(report.gather(self.storage, self.experiment.name)).encode()
+        self.storage.write(report.path(self.experiment.name), page)
+        self.tracker.log_artifact(None, page, "report.html")
         done = all(row.state in ENDED for row in rows)
         self.tracker.close_sweep("FINISHED" if done else "FAILED", _sweep_note(self.experiment, rows))
         shipment = self.tracker.flush(FLUSH_S)

@@ -41,7 +41,7 @@ def test_mlflow_holds_everything(finished: tuple[Path, Path, str]) -> None:
     parent, children = runs(storage)
     assert parent.info.status == "FINISHED" and len(children) == 2
     artifacts = {a.path for a in client.list_artifacts(parent.info.run_id)}
-    assert {"experiment.yaml", "results.parquet", "nll_and_distance.png", "nll_by_t.png"} <= artifacts
+    assert {"experiment.yaml", "results.parquet", "report.html", "nll_and_distance.png", "nll_by_t.png"} <= artifacts
     assert "| trial |" in parent.data.tags["mlflow.note.content"]
     for run in children:
         run_id, params, tags = run.info.run_id, run.data.params, run.data.tags
