@@ -86,6 +86,7 @@ class Sweep:
         self.evaluations = execution.Evaluations()
         self.jobs: dict[str, tasks.Job] = {}
         self.record = Record(experiment, trials, sources, storage)
+        self.told = False  # where the comparison is
         self.began, self.start_s = time.monotonic(), 0.0  # the latter until the first trial tells of itself
 
     # What is there.
@@ -104,6 +105,9 @@ class Sweep:
         return [
             Row(address, v, self.found[address], self.errors.get(address, "")) for address, v in self.trials.items()
         ]
+
+    def ranked(self) -> list[Row]:
+        return results.ranked(self.rows(), self.experiment.search.metric, self.experiment.search.mode)
 
     def forget(self) -> None:
         """Removes what the storage holds of these trials and of the measurements of their checkpoints."""
@@ -216,6 +220,9 @@ class Sweep:
                 self.failed(address, f"evaluation: {why}")
             else:
                 self._measured(address)
+        if not self.told and self.record.tracker.is_open:
+            self.told = True
+            self.display.say(f"comparison  {self.record.tracker.link()}")
         for address, line in self.lines.items():
             line.blocks_left = self.evaluations.left(address)
         self.display.refresh()
@@ -252,17 +259,18 @@ class Sweep:
     # Telling of it.
 
     def _record(self, address: str) -> None:
-        [row] = [row for row in self.rows() if row.digest == address]
+        rows = self.ranked()
+        [row] = [row for row in rows if row.digest == address]
         self.record.trial_ended(row)
+        self.record.stands(rows)
 
     def publish(self) -> None:
         """Writes the results, and ships to MLflow what it does not have yet."""
-        rows = results.ranked(self.rows(), self.experiment.search.metric, self.experiment.search.mode)
-        self.record.sweep_ended(rows)
+        self.record.sweep_ended(self.ranked())
 
     def conclude(self) -> int:
         """Prints the result; gives the exit status."""
-        rows = results.ranked(self.rows(), self.experiment.search.metric, self.experiment.search.mode)
+        rows = self.ranked()
         self.console.print(results.table(rows))
         if footnote := results.footnote(rows):
             self.console.print(footnote, markup=False, highlight=False)

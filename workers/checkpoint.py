@@ -89,14 +89,7 @@ def save(
     """Writes `folder/step-<step>` whole; then removes the checkpoints before it, which it makes superfluous."""
     path = f"{folder}/step-{step:08}"
     files = {
-        INDEX: _json(
-            {
-                "_class_name": "DDPMPipeline",
-                "_diffusers_version": VERSION,
-                "scheduler": ["diffusers", "DDPMScheduler"],
-                "unet": ["diffusers", "UNet2DModel"],
-            }
-        ),
+        INDEX: _index(),
         UNET: _json(unet_config),
         WEIGHTS: _tensors(ema),
         SCHEDULER: _json(scheduler_config(process)),
@@ -190,6 +183,17 @@ def load(checkpoint: Checkpoint) -> tuple[nn.Module, Process]:
     return network.eval(), scheduler.process
 
 
+def export(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes what diffusers reads of a checkpoint to a local folder, without the state of the training.
+
+    `DDPMPipeline.from_pretrained` and `open_folder` open it. Raises CheckpointError where bytes are damaged.
+    """
+    for name in (INDEX, *EVALUATED):
+        content = _index() if name == INDEX else _read(checkpoint, name)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
 def process_of(checkpoint: Checkpoint) -> Process:
     """The process alone, from the config files. Raises CheckpointError as `load` does."""
     return _configured(checkpoint)[1].process
@@ -210,6 +214,17 @@ def _committed(storage: Storage, path: str) -> Checkpoint:
         return _checkpoint(storage.root, path, int(manifest["step"]), sums)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{where} is damaged: restore or delete the folder") from error
+
+
+def _index() -> bytes:
+    return _json(
+        {
+            "_class_name": "DDPMPipeline",
+            "_diffusers_version": VERSION,
+            "scheduler": ["diffusers", "DDPMScheduler"],
+            "unet": ["diffusers", "UNet2DModel"],
+        }
+    )
 
 
 def _checkpoint(root: str, path: str, step: int | None, sums: dict[str, str]) -> Checkpoint:

@@ -21,7 +21,7 @@ from workers import blocks
 from workers import checkpoint as checkpoints
 from workers.blocks import Block, strata, time_blocks
 from workers.checkpoint import Checkpoint
-from workers.config import Measurement
+from workers.config import FIDConfig, Measurement
 from workers.data import Dataset
 from workers.diffusion.process import Process
 from workers.diffusion.samplers import sample
@@ -95,12 +95,23 @@ def sample_block(bench: Bench, block: Block) -> pa.Table:
     m, dataset, model = bench.m, bench.dataset, bench.model
     fid = m.evaluation.fid
     assert fid
-    height, width, channels = dataset.shape
-    noise, shape = generator(m.seed, "samples", block.number), (blocks.SAMPLES, channels, height, width)
-    x = sample(model.process, model.eps_theta, fid.sampler, shape, noise, device=model.device)
-    images = QUANTISERS[fid.quantise](x, dataset.levels).cpu().numpy()
+    images = images_of_block(model, fid, m.seed, block.number, dataset.shape, dataset.levels)
     first = block.number * blocks.SAMPLES
     return pa.table({"sample": np.arange(first, first + len(images)), "image": [row.tobytes() for row in images]})
+
+
+def images_of_block(
+    model: Model, fid: FIDConfig, seed: int, block: int, shape: tuple[int, int, int], levels: int
+) -> np.ndarray:
+    """The SAMPLES images of a block, drawn as `fid` says: uint8 (SAMPLES, H, W, C) in 0..levels-1; shape is (H, W, C).
+
+    They are a function of (seed, block) alone, here and in a registered model.
+    """
+    height, width, channels = shape
+    noise = generator(seed, "samples", block)
+    size = (blocks.SAMPLES, channels, height, width)
+    x = sample(model.process, model.eps_theta, fid.sampler, size, noise, device=model.device)
+    return np.asarray(QUANTISERS[fid.quantise](x, levels).cpu().numpy())
 
 
 def feature_block(bench: Bench, block: Block) -> pa.Table:
