@@ -4,7 +4,7 @@ BIN := .venv/bin
 FILE ?= experiments/beta_schedule.yaml
 STORAGE ?= runs
 
-.PHONY: sweep ui test test-faults check lock
+.PHONY: sweep ui test test-faults check lock pictures
 
 sweep: .venv/run.stamp
 	$(BIN)/python -m orchestrator.sweep $(FILE) --storage $(STORAGE)
@@ -22,6 +22,10 @@ check: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Takes the pictures of docs/ that show a finished sweep in MLflow; needs Debian's chromium.
+pictures: .venv/dev.stamp
+	PYTHONPATH=. $(BIN)/python tests/browsing.py $(STORAGE) $(notdir $(basename $(FILE))) docs
 
 .venv/run.stamp: pyproject.toml requirements.lock
 	test -d .venv || $(PYTHON) -m venv .venv

@@ -17,12 +17,13 @@ ORDER = """
     orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan
     orchestrator.cluster orchestrator.cost orchestrator.calibration orchestrator.profiles
     orchestrator.subjects orchestrator.terminal orchestrator.execution orchestrator.measuring
-    orchestrator.comparing orchestrator.results orchestrator.tracking orchestrator.record orchestrator.controller
+    orchestrator.comparing orchestrator.results orchestrator.views orchestrator.model_code orchestrator.models
+    orchestrator.tracking orchestrator.record orchestrator.controller
     orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.canary orchestrator.ui
 """.split()
 ROOMS = {
     "ray": {"workers.tasks", "orchestrator.execution"},
-    "mlflow": {"orchestrator.tracking"},
+    "mlflow": {"orchestrator.tracking", "orchestrator.models", "orchestrator.model_code"},
     "rich": {
         "orchestrator.results",
         "orchestrator.terminal",
