@@ -32,6 +32,7 @@ from workers.tasks import folder_of
 
 FLUSH_S = 60.0  # how long the end of a sweep waits for MLflow
 ELSEWHERE = "evaluations"  # the experiment of checkpoints that come from elsewhere
+CURVE = "valid/nll_bpd"
 ENDED = ("done", "pruned", "diverged")  # as a trial of a sweep should
 STATUS: dict[str, Status] = {"done": "FINISHED", "pruned": "KILLED", "running": "KILLED"}  # else FAILED
 
@@ -45,6 +46,7 @@ class Record:
     left: str = ""  # what MLflow did not take, in words
     _opened: set[str] = field(default_factory=set)
     _ended: set[str] = field(default_factory=set)
+    _standing: dict[str, dict[str, str]] = field(default_factory=dict)  # tags of the opened trials, as told last
 
     @property
     def folder(self) -> str:
@@ -68,12 +70,14 @@ class Record:
 
     @cached_property
     def compare(self) -> Comparison:
-        trials = self.trials.values()
-        distances = sorted({f"eval/{distance_name(fid)}" for v in trials if (fid := v.trial.evaluation.fid)})
+        """The bound and the distances that the trials measure, the one that ranks them first."""
+        trials, best = self.trials.values(), self.experiment.search.metric
+        names = {f"eval/{distance_name(fid)}" for v in trials if (fid := v.trial.evaluation.fid)}
+        names |= {"eval/nll_bpd" for v in trials if v.trial.evaluation.nll}
         return Comparison(
             params=tuple(sorted({leaf for v in trials for p, x in v.params.items() for leaf in leaves(p, x)})),
-            metrics=("eval/nll_bpd", *distances),
-            curve="valid/nll_bpd",
+            metrics=tuple(sorted(names, key=lambda name: (name != best, name != "eval/nll_bpd", name))) or (CURVE,),
+            curve=CURVE,
             images=("samples",),
         )
 
@@ -93,7 +97,8 @@ class Record:
         ]  # fmt: skip
         params = _flat(trial.model_dump(mode="json"))
         tags = {**self.tags, "trial.digest": address, "data.digest": source.digest}
-        self.tracker.open_trial(address, name, params, tags, images)
+        self._standing[address] = pareto_tags(list(self.trials), {})[address]
+        self.tracker.open_trial(address, name, params, tags | self._standing[address], images)
         self.tracker.log_artifact(address, write_yaml(trial.model_dump(mode="json")).encode(), "trial.yaml")
 
     def trial_ended(self, row: Row) -> None:
@@ -118,7 +123,8 @@ class Record:
             if all(math.isfinite(row.metrics.get(name, math.nan)) for name in names)
         }
         for address, tags in pareto_tags(list(self.trials), points).items():
-            if address in self._opened:
+            if address in self._opened and tags != self._standing[address]:
+                self._standing[address] = tags
                 self.tracker.set_tags(address, tags)
         best = rows[0].digest if rows and self.experiment.search.metric in rows[0].metrics else ""
         self.tracker.show(replace(self.compare, best=best))

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,16 @@ FID = FIDConfig(sampler=SAMPLER)
 def candidate(storage: Storage, weights: str = "a") -> Candidate:
     checkpoint = small.checkpoint_in(storage, weights)
     return Candidate(trial=weights, checkpoint=checkpoint, levels=small.LEVELS, fid=FID)
+
+
+@pytest.fixture(autouse=True)
+def nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """MLflow makes a database in the working directory where it is asked without an address: nothing here does so."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    yield
+    assert not list((tmp_path / "here").iterdir())
 
 
 @pytest.fixture(scope="module")
