@@ -61,7 +61,6 @@ StrictModes no
 UsePAM no
 PermitRootLogin prohibit-password
 PasswordAuthentication no
-SetEnv {env}
 """
 
 
@@ -146,17 +145,12 @@ class Network:
 
 
 @contextmanager
-def network(folder: Path, names: Sequence[str], **env: str) -> Iterator[Network]:
-    """Hosts of these names, which share `folder`; all is gone at the end, however it comes.
-
-    `env` is in the environment of who comes by ssh.
-    """
+def network(folder: Path, names: Sequence[str]) -> Iterator[Network]:
+    """Hosts of these names, which share `folder`; all is gone at the end, however it comes."""
     result = Network(folder)
     for name in ("key", "host_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    (folder / "sshd_config").write_text(
-        SSHD.format(folder=folder, env=" ".join(f"{k}={v}" for k, v in {"LANG": "C.UTF-8", **env}.items()))
-    )
+    (folder / "sshd_config").write_text(SSHD.format(folder=folder))
     try:
         for number, name in enumerate(names):
             result.hosts[name] = _start(
