@@ -100,7 +100,7 @@ class Job:
     command: str
 
 
-def job(experiment: Experiment, file: Path, overrides: Sequence[str], storage: str, fresh: bool, quiet: bool) -> Job:
+def job(experiment: Experiment, file: Path, overrides: Sequence[str], storage: str, flags: Sequence[str] = ()) -> Job:
     """Raises Mistake for what could not work from another machine, or would show a secret there."""
     mistakes = []
     if "://" not in storage and not Path(storage).is_absolute():
@@ -118,7 +118,7 @@ def job(experiment: Experiment, file: Path, overrides: Sequence[str], storage: s
     if mistakes:
         raise Mistake("\n".join(mistakes))
     words = ["python", "-m", "orchestrator.sweep", file.name, *overrides, "--address", "auto", "--storage", storage]
-    words += ["--fresh"] * fresh + ["--quiet"] * quiet
+    words += flags
     address = digest([resolved(experiment), storage.rstrip("/")])[:8]
     return Job(f"sweep-{experiment.name}-{address}", file, shlex.join(words))
 

@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--storage", default="runs", help="folder or URI that keeps everything (default: ./runs)")
     result.add_argument("--tracking-uri", help="an MLflow server; default: the file's, or a database in the storage")
     result.add_argument("-q", "--quiet", action="store_true", help="print the result only")
+    result.add_argument("-v", "--verbose", action="store_true", help="also what is left alone, and libraries' warnings")
     return result
 
 
@@ -99,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from orchestrator.submission import job, submit
 
             expand(experiment)  # what the data must be asked for is checked where they are
-            sent = job(experiment, options.file, overrides, options.storage, options.fresh, options.quiet)
+            flags = [f"--{name}" for name in ("fresh", "quiet", "verbose") if getattr(options, name)]
+            sent = job(experiment, options.file, overrides, options.storage, flags)
             return submit(options.address, sent)
         trials, sources, warnings = trials_of(experiment)
         cluster = read_cluster(options.cluster) if options.cluster else None
@@ -117,7 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if options.address:
             check_attachable(options.address)
-        return run(experiment, trials, sources, options.storage, options.address, options.fresh, options.quiet, cluster)
+        where = options.storage, options.address
+        return run(experiment, trials, sources, *where, options.fresh, options.quiet, cluster, options.verbose)
     except Mistake as mistake:
         print(mistake, file=sys.stderr)
         return 2

@@ -22,9 +22,9 @@ from workers import blocks
 from workers import checkpoint as checkpoints
 from workers.blocks import Block, strata, time_blocks
 from workers.checkpoint import Checkpoint
-from workers.config import Measurement
+from workers.config import FIDConfig, Measurement
 from workers.data import Dataset
-from workers.diffusion.process import Process
+from workers.diffusion.process import Prediction, Process
 from workers.diffusion.samplers import sample
 from workers.features import FeatureSpace, feature_space
 from workers.likelihood import all_times, pair_errors, stratified_times
@@ -43,12 +43,13 @@ log = logging.getLogger(__name__)
 class Model:
     """A loaded checkpoint on its device."""
 
-    network: torch.nn.Module  # eps_theta(x_t, t - 1)
+    network: torch.nn.Module  # a `Denoiser`
     process: Process
     device: torch.device
 
-    def eps_theta(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(self.network(x_t, t - 1))
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor) -> Prediction:
+        said: Prediction = self.network(x_t, t)
+        return said
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def nll_block(bench: Bench, block: Block) -> pa.Table:
     x_0 = to_model(torch.from_numpy(dataset.held_out[pairs]), dataset.levels).to(model.device)
     noise = generator(*where, "eps")  # on the CPU, as a GPU's generator would draw other numbers
     rows = pairs, t.reshape(-1), weight.reshape(-1)
-    return pair_errors(model.process, model.eps_theta, x_0, *rows, noise, dataset.levels).table()
+    return pair_errors(model.process, model.predict, x_0, *rows, noise, dataset.levels).table()
 
 
 def sample_block(bench: Bench, block: Block) -> pa.Table:
@@ -97,12 +98,23 @@ def sample_block(bench: Bench, block: Block) -> pa.Table:
     m, dataset, model = bench.m, bench.dataset, bench.model
     fid = m.evaluation.fid
     assert fid
-    height, width, channels = dataset.shape
-    noise, shape = generator(m.seed, "samples", block.number), (blocks.SAMPLES, channels, height, width)
-    x = sample(model.process, model.eps_theta, fid.sampler, shape, noise, device=model.device)
-    images = QUANTISERS[fid.quantise](x, dataset.levels).cpu().numpy()
+    images = images_of_block(model, fid, m.seed, block.number, dataset.shape, dataset.levels)
     first = block.number * blocks.SAMPLES
     return pa.table({"sample": np.arange(first, first + len(images)), "image": [row.tobytes() for row in images]})
+
+
+def images_of_block(
+    model: Model, fid: FIDConfig, seed: int, block: int, shape: tuple[int, int, int], levels: int
+) -> np.ndarray:
+    """The SAMPLES images of a block, drawn as `fid` says: uint8 (SAMPLES, H, W, C) in 0..levels-1; shape is (H, W, C).
+
+    They are a function of (seed, block) alone, here and in a registered model.
+    """
+    height, width, channels = shape
+    noise = generator(seed, "samples", block)
+    size = (blocks.SAMPLES, channels, height, width)
+    x = sample(model.process, model.predict, fid.sampler, size, noise, device=model.device)
+    return np.asarray(QUANTISERS[fid.quantise](x, levels).cpu().numpy())
 
 
 def feature_block(bench: Bench, block: Block) -> pa.Table:

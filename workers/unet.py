@@ -312,7 +312,7 @@ class UNet(nn.Module):
                 module.generators = generators
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """eps_theta(x_t, t): x float (N, C, H, W); t int64 (N,), counted from 0 (the paper's t - 1) -> (N, C, H, W)."""
+        """x float (N, C, H, W); t int64 (N,), counted from 0 (the paper's t - 1) -> (N, out_channels, H, W)."""
         time = F.silu(self.time_embedding(t))  # every block begins with the same SiLU of it
         # In channels_last a convolution on a CPU with AMX takes half the time in bfloat16, four fifths in float32.
         h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
@@ -322,5 +322,5 @@ class UNet(nn.Module):
         h = self.mid_block(h, time)
         for level in self.up_blocks:
             h = level(h, time, skips)
-        eps: Tensor = self.conv_out(F.silu(self.conv_norm_out(h)))
-        return eps.contiguous()
+        y: Tensor = self.conv_out(F.silu(self.conv_norm_out(h)))
+        return y.contiguous()

@@ -175,19 +175,11 @@ def _start(folder: Path, name: str, address: str, keep: Sequence[Path]) -> Host:
     ready = folder / f"{name}.ready"
     env = {**login(), "NAME": name, "ADDRESS": address, "SSHD_CONFIG": str(folder / "sshd_config"), "READY": str(ready)}
     seen = [str(path) for path in keep if str(path).startswith(("/tmp/", "/run/"))]
-    command = [
-        "setpriv",
-        "--pdeathsig",
-        "KILL",
-        "unshare",
-        *(f"--{kind}" for kind in ("net", "pid", "mount", "uts", "ipc")),
-        "--fork",
-        "--kill-child",
-    ]
+    command = (
+        "setpriv --pdeathsig KILL unshare --net --pid --mount --uts --ipc --fork --kill-child --mount-proc".split()
+    )
     with (folder / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen(
-            [*command, "--mount-proc", "bash", "-c", FIRST, "bash", *seen], env=env, stdout=log, stderr=log
-        )
+        process = subprocess.Popen([*command, "bash", "-c", FIRST, "bash", *seen], env=env, stdout=log, stderr=log)
     try:
         until(lambda: ready.exists() or process.poll() is not None, f"{name} to start")
         assert process.poll() is None, (folder / f"{name}.log").read_text()

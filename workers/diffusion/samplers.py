@@ -5,26 +5,27 @@ the config picks a subsequence of the times first (`Process.strided`), so an ima
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from workers.config import SamplerConfig
-from workers.diffusion.process import EpsModel, Process, at
+from workers.diffusion.process import Model, Prediction, Process, at
 
 
 def ancestral(
-    process: Process, config: SamplerConfig, x_t: Tensor, x_0_hat: Tensor, t: Tensor, generator: torch.Generator
+    process: Process, config: SamplerConfig, x_t: Tensor, said: Prediction, t: Tensor, generator: torch.Generator
 ) -> Tensor:
     """x_{t-1} = mu_theta(x_t, t) + sigma_t z, with z = 0 at t = 1: Algorithm 2. sigma_t is a standard deviation."""
-    mean = process.posterior_mean(x_0_hat, x_t, t)
+    mean = process.posterior_mean(said.x_0, x_t, t)
     if int(t[0]) == 1:
         return mean
-    return mean + at(process.sigma_squared.sqrt(), t, x_t) * _normal_like(x_t, generator)
+    return mean + process.sigma(said, t) * _normal_like(x_t, generator)
 
 
 def ddim(
-    process: Process, config: SamplerConfig, x_t: Tensor, x_0_hat: Tensor, t: Tensor, generator: torch.Generator
+    process: Process, config: SamplerConfig, x_t: Tensor, said: Prediction, t: Tensor, generator: torch.Generator
 ) -> Tensor:
     """x_s = sqrt(alpha_bar_s) x_0_hat + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z (Song et al. 2020a, eq. 12, 16).
 
@@ -32,20 +33,21 @@ def ddim(
     eps is taken from x_0_hat, so that a clipped x_0_hat and eps agree.
     """
     now, before = process.alpha_bar, process.alpha_bar_before
-    eps = (x_t - at(now.sqrt(), t, x_t) * x_0_hat) / at((1 - now).sqrt(), t, x_t)
+    eps = (x_t - at(now.sqrt(), t, x_t) * said.x_0) / at((1 - now).sqrt(), t, x_t)
     sigma = config.eta * ((1 - before) / (1 - now) * (1 - now / before)).sqrt()
-    x_s = at(before.sqrt(), t, x_t) * x_0_hat + at((1 - before - sigma**2).clamp(min=0).sqrt(), t, x_t) * eps
+    x_s = at(before.sqrt(), t, x_t) * said.x_0 + at((1 - before - sigma**2).clamp(min=0).sqrt(), t, x_t) * eps
     return x_s if config.eta == 0 else x_s + at(sigma, t, x_t) * _normal_like(x_t, generator)
 
 
-Step = Callable[[Process, SamplerConfig, Tensor, Tensor, Tensor, torch.Generator], Tensor]
+# The prediction that a step is given has x_0 clipped where that is asked for; its eps is the network's own.
+Step = Callable[[Process, SamplerConfig, Tensor, Prediction, Tensor, torch.Generator], Tensor]
 STEPS: dict[str, Step] = {"ancestral": ancestral, "ddim": ddim}
 
 
 @torch.no_grad()
 def sample(
     process: Process,
-    eps_theta: EpsModel,
+    model: Model,
     config: SamplerConfig,
     shape: tuple[int, ...],
     generator: torch.Generator,
@@ -60,9 +62,9 @@ def sample(
     x = torch.randn(shape, generator=generator, device=generator.device).to(device or generator.device)
     for step in range(process.T, 0, -1):
         t = torch.full((shape[0],), step, device=x.device)
-        eps = eps_theta(x, at(process.times, t, t)).to(x.dtype)
-        x_0_hat = process.predict_x_0(x, t, eps, clip)
-        x = STEPS[config.kind](process, config, x, x_0_hat, t, generator)
+        said = model(x, at(process.times, t, t))
+        said = replace(said, x_0=said.x_0.clamp(-1, 1)) if clip else said
+        x = STEPS[config.kind](process, config, x, said, t, generator)
     return x
 
 
