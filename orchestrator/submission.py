@@ -96,8 +96,10 @@ class Job:
     """A sweep to be sent. Its name says which one it is: jobs of one name differ by their attempt alone."""
 
     name: str
+    sweep: str
+    storage: str
     file: Path
-    command: str
+    command: str  # what the head runs
 
 
 def job(experiment: Experiment, file: Path, overrides: Sequence[str], storage: str, flags: Sequence[str] = ()) -> Job:
@@ -120,7 +122,7 @@ def job(experiment: Experiment, file: Path, overrides: Sequence[str], storage: s
     words = ["python", "-m", "orchestrator.sweep", file.name, *overrides, "--address", "auto", "--storage", storage]
     words += flags
     address = digest([resolved(experiment), storage.rstrip("/")])[:8]
-    return Job(f"sweep-{experiment.name}-{address}", file, shlex.join(words))
+    return Job(f"sweep-{experiment.name}-{address}", experiment.name, storage, file, shlex.join(words))
 
 
 def choose(name: str, statuses: Mapping[str, str]) -> tuple[str, bool]:
@@ -158,8 +160,9 @@ def submit(address: str, job: Job) -> int:
     except (aiohttp.ClientError, OSError, RuntimeError) as error:
         why = f"Lost the connection ({error})"
     print(
-        f"\n{why}; the job goes on. The same command joins it again.\n"
-        f"To stop it: ray job stop --address {address} {submission_id}",
+        f"\n{why}; the job goes on. The same command joins it again; how it stands:\n"
+        f"  python -m orchestrator.status {job.sweep} --storage {shlex.quote(job.storage)}\n"
+        f"To stop it:\n  ray job stop --address {address} {submission_id}",
         file=sys.stderr,
     )
     return LEFT

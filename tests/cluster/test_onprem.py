@@ -106,6 +106,8 @@ def test_a_sweep_on_three_machines_outlives_its_client_and_one_of_them(hosts: Ne
     client.signal(signal.SIGINT)
     assert client.process.wait(timeout=60) == 130, said.read_text()
     assert "the job goes on" in said.read_text() and "Traceback" not in said.read_text()
+    status = laptop.run(["python", "-m", "orchestrator.status", "beta_schedule", "--storage", storage])
+    assert digest[:8] in status
     say("ctrl-C on the laptop; the same command again:")
     again = laptop.run(sweep, RAY_AUTH_MODE="token")
     for line in again.splitlines():
