@@ -16,12 +16,11 @@ from hosts import ROOT, Host, Network, lacking, network, until
 
 from workers.evaluation import HOST
 
-pytestmark = [pytest.mark.faults, pytest.mark.skipif(bool(lacking()), reason=lacking())]
+LACKING = lacking()
+pytestmark = [pytest.mark.faults, pytest.mark.skipif(bool(LACKING), reason=LACKING)]
 
 FILE = ROOT / "experiments/beta_schedule.yaml"
 LOG = ROOT / "build/onprem.log"
-# So that what Ray waits for is not what the test waits for: a head that went is given up after 5 s instead of 60.
-QUICK = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
 TINY = (
     "training.steps=90", "training.validate_every=30", "training.checkpoint_every=30", "training.batch_size=64",
     "evaluation.nll.images=50", "evaluation.nll.timesteps=10", "evaluation.fid.samples=200",
@@ -47,7 +46,7 @@ class Story:
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[Network]:
     """The user's laptop and three machines, of which nothing is left in the end."""
-    with network(tmp_path, ("laptop", "head", "worker-1", "worker-2"), **QUICK) as result:
+    with network(tmp_path, ("laptop", "head", "worker-1", "worker-2")) as result:
         yield result
     assert result.left() == []
 
@@ -107,6 +106,8 @@ def test_a_sweep_on_three_machines_outlives_its_client_and_one_of_them(hosts: Ne
     client.signal(signal.SIGINT)
     assert client.process.wait(timeout=60) == 130, said.read_text()
     assert "the job goes on" in said.read_text() and "Traceback" not in said.read_text()
+    status = laptop.run(["python", "-m", "orchestrator.status", "beta_schedule", "--storage", storage])
+    assert digest[:8] in status
     say("ctrl-C on the laptop; the same command again:")
     again = laptop.run(sweep, RAY_AUTH_MODE="token")
     for line in again.splitlines():
@@ -122,6 +123,10 @@ def test_a_sweep_on_three_machines_outlives_its_client_and_one_of_them(hosts: Ne
         say(f"{host}: {len(trained[host])} trials ended there, {len(made[host])} blocks were made there")
     assert sum(map(bool, made.values())) > 1
     assert mlflow_statuses(laptop) == ["FINISHED"] * 9
+    laptop.run([*sweep, "name=parallel", "search.space={}", "training.workers=2"], RAY_AUTH_MODE="token")
+    [parallel] = statuses(storage).keys() - ended.keys()
+    assert statuses(storage)[parallel]["state"] == "finished"
+    say("a data-parallel trial of two workers has spanned the two machines of one core that are left")
     laptop.run(["ray", "down", "--yes", config])
     say("`ray down` is done")
     until(lambda: not any(ray_processes(host) for host in hosts.hosts.values() if host is not laptop), "Ray to be gone")
