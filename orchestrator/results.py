@@ -57,7 +57,8 @@ def short_params(variant: Variant) -> dict[str, str]:
     for path, value in variant.params.items():
         inner = value if isinstance(value, Mapping) else {path: value}
         flat |= {
-            str(name).rpartition(".")[2]: f"{v:g}" if isinstance(v, float) else str(v) for name, v in inner.items()
+            str(name).rpartition(".")[2]: f"{v:g}" if isinstance(v, float) else v if isinstance(v, str) else show(v)
+            for name, v in inner.items()
         }
     return flat
 
@@ -243,7 +244,7 @@ def schedules_plot(trials: Mapping[str, Trial]) -> bytes | None:
         axes.plot(np.arange(1, len(curve) + 1) / len(curve), shown, label=name, linewidth=1.2)
     axes.set(xlabel="t / T", ylabel="log SNR$_t$")
     axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(fontsize=7, loc="lower left")
     return _png(figure)
 
 
