@@ -8,6 +8,7 @@ tasks, their order and a retry change nothing. What there is to make is said by 
 import hashlib
 import io
 import logging
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ from workers import blocks
 from workers import checkpoint as checkpoints
 from workers.blocks import Block, strata, time_blocks
 from workers.checkpoint import Checkpoint
-from workers.config import Measurement
+from workers.config import FIDConfig, Measurement
 from workers.data import Dataset
 from workers.diffusion.process import Prediction, Process
 from workers.diffusion.samplers import sample
@@ -34,6 +35,7 @@ from workers.storage import Storage
 SUM = 32  # bytes of a sha256
 
 SPACE = b"feature_space"  # the stamp of features, in a block's metadata
+HOST = b"host"  # of the machine that made the block, in its metadata, which no hash of an evaluation counts
 log = logging.getLogger(__name__)
 
 
@@ -96,12 +98,23 @@ def sample_block(bench: Bench, block: Block) -> pa.Table:
     m, dataset, model = bench.m, bench.dataset, bench.model
     fid = m.evaluation.fid
     assert fid
-    height, width, channels = dataset.shape
-    noise, shape = generator(m.seed, "samples", block.number), (blocks.SAMPLES, channels, height, width)
-    x = sample(model.process, model.predict, fid.sampler, shape, noise, device=model.device)
-    images = QUANTISERS[fid.quantise](x, dataset.levels).cpu().numpy()
+    images = images_of_block(model, fid, m.seed, block.number, dataset.shape, dataset.levels)
     first = block.number * blocks.SAMPLES
     return pa.table({"sample": np.arange(first, first + len(images)), "image": [row.tobytes() for row in images]})
+
+
+def images_of_block(
+    model: Model, fid: FIDConfig, seed: int, block: int, shape: tuple[int, int, int], levels: int
+) -> np.ndarray:
+    """The SAMPLES images of a block, drawn as `fid` says: uint8 (SAMPLES, H, W, C) in 0..levels-1; shape is (H, W, C).
+
+    They are a function of (seed, block) alone, here and in a registered model.
+    """
+    height, width, channels = shape
+    noise = generator(seed, "samples", block)
+    size = (blocks.SAMPLES, channels, height, width)
+    x = sample(model.process, model.predict, fid.sampler, size, noise, device=model.device)
+    return np.asarray(QUANTISERS[fid.quantise](x, levels).cpu().numpy())
 
 
 def feature_block(bench: Bench, block: Block) -> pa.Table:
@@ -145,8 +158,10 @@ def make(bench: Bench, block: Block) -> None:
     """Makes a block and writes it; does nothing where it is there. What it needs must be there."""
     if bench.storage.exists(block.path):
         return
+    table = KINDS[block.kind](bench, block)
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), HOST: socket.gethostname()})
     stream = io.BytesIO()
-    pq.write_table(KINDS[block.kind](bench, block), stream)
+    pq.write_table(table, stream)
     bench.storage.write(block.path, sealed(stream.getvalue()))
 
 
