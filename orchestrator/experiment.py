@@ -35,10 +35,12 @@ from orchestrator.settings import (
 from workers.blocks import distance_name
 from workers.config import (
     NOT_ADDRESSED,
+    SAMPLERS,
     DataConfig,
     EvaluationConfig,
     Mistake,
     Record,
+    SamplerConfig,
     Trial,
     sub_batches,
     trial_digest,
@@ -81,9 +83,16 @@ def _not_a_loss(metric: object) -> object:
 
 
 # The metrics to rank on, and the part of `evaluation` that measures each.
-MEASURED_BY = {"eval/nll_bpd": "nll", "eval/fid": "fid", "eval/fd_classifier": "fid", "valid/nll_bpd": None}
+MEASURED_BY = {
+    "eval/nll_bpd": "nll",
+    "eval/fid": "fid",
+    "eval/fd_classifier": "fid",
+    "eval/ode_nll_bpd": "ode_nll",
+    "valid/nll_bpd": None,
+}
 Metric = Annotated[
-    Literal["eval/nll_bpd", "eval/fid", "eval/fd_classifier", "valid/nll_bpd"], BeforeValidator(_not_a_loss)
+    Literal["eval/nll_bpd", "eval/fid", "eval/fd_classifier", "eval/ode_nll_bpd", "valid/nll_bpd"],
+    BeforeValidator(_not_a_loss),
 ]
 EarlyMetric = Annotated[Literal["valid/nll_bpd"], BeforeValidator(_not_a_loss)]
 Values = Annotated[tuple[Any, ...], Field(strict=False)]
@@ -385,19 +394,27 @@ def evaluation_mistakes(evaluation: EvaluationConfig, T: int) -> list[str]:
     found, nll, fid = [], evaluation.nll, evaluation.fid
     if nll and nll.timesteps != "all" and nll.timesteps > T:
         found.append(f"evaluation.nll.timesteps: {nll.timesteps} is more than diffusion.T = {T}; at most T, or all")
-    if fid and fid.sampler.steps and fid.sampler.steps > T:
-        found.append(
-            f"evaluation.fid.sampler.steps: {fid.sampler.steps} is more than diffusion.T = {T}; at most T, or null"
-        )
-    if fid and fid.sampler.eta and fid.sampler.kind != "ddim":
-        found.append(
-            f"evaluation.fid.sampler.eta: {fid.sampler.eta:g} is without effect on the {fid.sampler.kind} sampler; "
-            "leave it out, or take kind: ddim"
-        )
+    found += _sampler_mistakes(fid.sampler, T) if fid else []
     if fid and "inception_score" in fid.also and fid.features != "inception":
         found.append(
             f"evaluation.fid.also: inception_score needs features: inception, not {fid.features}; leave one out"
         )
+    return found
+
+
+def _sampler_mistakes(sampler: SamplerConfig, T: int) -> list[str]:
+    """Settings that the kind of sampler does not read, and more steps than there are times."""
+    where, reads, found = "evaluation.fid.sampler", SAMPLERS[sampler.kind], []
+    for name, field in SamplerConfig.model_fields.items():
+        value = getattr(sampler, name)
+        if name not in ("kind", *reads) and value != field.default:
+            others = " or ".join(kind for kind, names in SAMPLERS.items() if name in names)
+            found.append(
+                f"{where}.{name}: {value:g} is without effect on the {sampler.kind} sampler, which reads "
+                f"{', '.join(reads)}; leave it out, or take kind: {others}"
+            )
+    if "steps" in reads and sampler.steps and sampler.steps > T:
+        found.append(f"{where}.steps: {sampler.steps} is more than diffusion.T = {T}; at most T, or null")
     return found
 
 

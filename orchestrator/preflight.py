@@ -13,6 +13,7 @@ import numpy as np
 from orchestrator.experiment import Experiment, ExperimentError, Variant, told
 from orchestrator.settings import show
 from workers.config import (
+    ADAPTIVE_EVALUATIONS,
     SAMPLE_GRID,
     SAMPLE_GRID_STEPS,
     VALIDATION_IMAGES,
@@ -22,6 +23,7 @@ from workers.config import (
     EvaluationConfig,
     FIDConfig,
     Trial,
+    evaluations,
 )
 from workers.data import Source
 from workers.diffusion.schedules import alpha_bars, betas, prior_bpd
@@ -143,12 +145,14 @@ def _images(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
 
 def evaluation_findings(evaluation: EvaluationConfig, source: Source) -> Iterator[Finding]:
     """Whether the data have what an evaluation asks for."""
-    nll, fid = evaluation.nll, evaluation.fid
-    if nll and nll.images != "all" and nll.images > source.held_out:
-        yield Finding(
-            f"evaluation.nll.images: {nll.images:,} is more than the {source.held_out:,} that {source.name} holds out; "
-            "take fewer, or all"
-        )
+    fid = evaluation.fid
+    for name in ("nll", "ode_nll"):
+        part = getattr(evaluation, name)
+        if part and part.images != "all" and part.images > source.held_out:
+            yield Finding(
+                f"evaluation.{name}.images: {part.images:,} is more than the {source.held_out:,} that {source.name} "
+                "holds out; take fewer, or all"
+            )
     if fid and fid.features == "classifier" and not source.labelled:
         yield Finding(
             f"evaluation.fid.features: a classifier cannot be trained on {source.name}, which has no labels; "
@@ -210,15 +214,22 @@ class Cost:
 
 
 def cost(trial: Trial, source: Source) -> Cost:
-    """What `trial` costs from its first step to its last evaluation, where nothing of it is there yet."""
+    """What `trial` costs from its first step to its last evaluation, where nothing of it is there yet.
+
+    Solvers with error control are counted as they usually are; an evaluation of `ode_nll` has a backward pass as well.
+    """
     T, training, nll, fid = trial.diffusion.T, trial.training, trial.evaluation.nll, trial.evaluation.fid
     images = source.held_out if nll is None or nll.images == "all" else nll.images
     timesteps = T if nll is None or nll.timesteps == "all" else nll.timesteps
+    ode = trial.evaluation.ode_nll
+    flows = (source.held_out if ode.images == "all" else ode.images) if ode else 0
     return Cost(
         training_evaluations=training.steps * training.batch_size,
         validation_evaluations=validations(trial) * _validation(T, source),
-        nll_evaluations=images * timesteps if nll else 0,
-        sampling_evaluations=fid.samples * (fid.sampler.steps or T) if fid else 0,
+        nll_evaluations=(images * timesteps if nll else 0) + flows * ADAPTIVE_EVALUATIONS["ode_nll"],
+        sampling_evaluations=fid.samples * (evaluations(fid.sampler, T) or ADAPTIVE_EVALUATIONS["samples"])
+        if fid
+        else 0,
     )
 
 

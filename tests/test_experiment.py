@@ -350,13 +350,26 @@ def test_workers_share_whole_sub_batches(batch_size: int) -> None:
             assert "training.workers" in problems(training=training)[0]
 
 
+def sampler(**settings: Any) -> dict[str, Any]:
+    return {"evaluation": {"fid": {"sampler": settings}}}
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
         ({"diffusion": {"schedule": {"beta_start": 0.03}}}, "diffusion.schedule.beta_start: 0.03 is above beta_end"),
         ({"diffusion": {"T": 50}, "evaluation": {"nll": {"timesteps": 51}}}, "51 is more than diffusion.T = 50"),
         ({"diffusion": {"T": 5}, "evaluation": {"fid": {"sampler": {"steps": 6}}}}, "6 is more than diffusion.T = 5"),
-        ({"evaluation": {"fid": {"sampler": {"eta": 0.5}}}}, "without effect on the ancestral sampler"),
+        (
+            sampler(eta=0.5),
+            "without effect on the ancestral sampler, which reads steps; leave it out, or take",
+        ),
+        (sampler(kind="heun", eta=0.5), "without effect on the heun sampler"),
+        (sampler(kind="ode", steps=20), "steps: 20 is without effect on the ode sampler, which reads tolerance"),
+        (sampler(kind="heun", tolerance=0.1), "take kind: ode"),
+        (sampler(kind="dpmpp", repeats=2), "take kind: langevin"),
+        (sampler(kind="langevin", steps=2000), "2000 is more than diffusion.T = 1000"),
+        (sampler(kind="heun", steps=1001), "1001 is more than diffusion.T = 1000"),
     ],
 )
 def test_settings_that_do_not_go_together(sections: dict[str, Any], message: str) -> None:
@@ -543,13 +556,14 @@ def test_importing_it_stays_quick(module: str) -> None:
 
 
 def test_every_setting_of_a_trial_can_be_searched_or_says_why_not() -> None:
+    given = {"evaluation": {"ode_nll": {}}}
     for path in paths(Trial):
-        value = experiment().trial
+        value = experiment(**given).trial
         for name in path.split("."):
             value = getattr(value, name)
         plain = value.model_dump(mode="json") if hasattr(value, "model_dump") else value
         try:
-            (variant,) = expand(experiment(search=search({path: {"grid": [plain]}})))
-            assert variant.trial == experiment().trial, path
+            (variant,) = expand(experiment(**given, search=search({path: {"grid": [plain]}})))
+            assert variant.trial == experiment(**given).trial, path
         except ExperimentError as error:
             assert "does not change what is trained" in str(error), (path, error)

@@ -8,7 +8,7 @@ import pytest
 from orchestrator.experiment import ExperimentError, Variant, by_digest, expand, parse
 from orchestrator.preflight import Cost, chain, cost, dry_run_text, preflight, readable
 from orchestrator.settings import merge
-from workers.config import SAMPLE_GRID, DiffusionConfig, ScheduleConfig, Trial
+from workers.config import ADAPTIVE_EVALUATIONS, SAMPLE_GRID, DiffusionConfig, ScheduleConfig, Trial
 from workers.data import Source
 
 DIGITS = Source("d" * 16, "digits", "digits", 1497, 300, True, 17, (8, 8, 1))
@@ -147,6 +147,26 @@ def test_all_means_every_held_out_image_and_every_timestep() -> None:
     measured = cost(t, DIGITS)
     assert (measured.nll_evaluations, measured.sampling_evaluations) == (300 * 10, 7 * 10)
     assert measured.validation_evaluations == 4 * (128 * 10 + 25 * 10)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "count"),
+    [
+        ({"kind": "heun", "steps": 18}, 35),
+        ({"kind": "dpmpp", "steps": 10}, 10),
+        ({"kind": "langevin", "steps": 10, "repeats": 3}, 31),
+        ({"kind": "euler_maruyama"}, 200),
+        ({"kind": "ode"}, ADAPTIVE_EVALUATIONS["samples"]),
+    ],
+)
+def test_a_sample_costs_what_its_sampler_takes(sampler: dict[str, Any], count: int) -> None:
+    t = trial(
+        diffusion={"T": 200},
+        evaluation={"nll": None, "fid": {"samples": 50, "sampler": sampler}, "ode_nll": {"images": 20}},
+    )
+    found = cost(t, DIGITS)
+    assert found.sampling_evaluations == 50 * count
+    assert found.nll_evaluations == 20 * ADAPTIVE_EVALUATIONS["ode_nll"]
 
 
 def test_what_is_off_costs_nothing_and_validation_stops_at_the_data() -> None:

@@ -9,7 +9,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,10 +21,11 @@ from workers import blocks
 from workers import checkpoint as checkpoints
 from workers.blocks import Block, strata, time_blocks
 from workers.checkpoint import Checkpoint
-from workers.config import Measurement
+from workers.config import Measurement, evaluations
 from workers.data import Dataset
+from workers.diffusion.flow import log_density
 from workers.diffusion.process import Process
-from workers.diffusion.samplers import sample
+from workers.diffusion.samplers import draw
 from workers.features import FeatureSpace, feature_space
 from workers.likelihood import all_times, pair_errors, stratified_times
 from workers.noise import generator
@@ -62,12 +63,17 @@ class Bench:
     @cached_property
     def model(self) -> Model:
         network, process = checkpoints.load(self.checkpoint)
-        return Model(network.to(self.device), process, self.device)
+        return Model(network.to(self.device), measured_process(self.m, process), self.device)
 
     @cached_property
     def space(self) -> FeatureSpace:
         assert self.m.evaluation.fid
         return feature_space(self.storage, self.dataset, self.m.evaluation.fid.features, self.device)
+
+
+def measured_process(m: Measurement, process: Process) -> Process:
+    """The checkpoint's process with the variance that the measurement asks for."""
+    return replace(process, variance=m.evaluation.variance) if m.evaluation.variance else process
 
 
 def nll_block(bench: Bench, block: Block) -> pa.Table:
@@ -90,17 +96,44 @@ def nll_block(bench: Bench, block: Block) -> pa.Table:
     return pair_errors(model.process, model.eps_theta, x_0, *rows, noise, dataset.levels).table()
 
 
+def ode_nll_block(bench: Bench, block: Block) -> pa.Table:
+    """-log P of IMAGES images in nats by the probability-flow ODE: a row an image.
+
+    A level's probability is bounded by the density over its bin: -log P(x) <= -E log p(x + u) - D log(bin), with u
+    uniform over the bin (Theis et al. 2016, section 3.1).
+    """
+    m, dataset, model = bench.m, bench.dataset, bench.model
+    ode = m.evaluation.ode_nll
+    assert ode
+    first = block.number * blocks.IMAGES
+    image = np.arange(first, min(first + blocks.IMAGES, len(dataset.held_out)))
+    x_0 = to_model(torch.from_numpy(np.array(dataset.held_out[image])), dataset.levels).double()
+    where, bin_ = (m.seed, "ode_nll", block.number), 2 / (dataset.levels - 1)
+    u = torch.rand(x_0.shape, generator=generator(*where, "u"), dtype=torch.float64) - 0.5
+    probes = 2 * torch.randint(0, 2, (ode.probes, *x_0.shape), generator=generator(*where, "probes")) - 1
+    x, probes = (x_0 + bin_ * u).to(model.device), probes.to(model.device)
+    density = log_density(model.process, model.eps_theta, x, probes, ode.tolerance)
+    nats = -density.log_p.cpu().numpy() - x_0[0].numel() * np.log(bin_)
+    return pa.table({"image": image, "nats": nats, "evaluations": density.evaluations.cpu().numpy()})
+
+
 def sample_block(bench: Bench, block: Block) -> pa.Table:
-    """SAMPLES samples by their seed, quantised to the data's levels: a row a sample."""
+    """SAMPLES samples by their seed, quantised to the data's levels: a row a sample.
+
+    Where the sampler decides on the number of evaluations itself, each row has its own beside it.
+    """
     m, dataset, model = bench.m, bench.dataset, bench.model
     fid = m.evaluation.fid
     assert fid
     height, width, channels = dataset.shape
     noise, shape = generator(m.seed, "samples", block.number), (blocks.SAMPLES, channels, height, width)
-    x = sample(model.process, model.eps_theta, fid.sampler, shape, noise, device=model.device)
-    images = QUANTISERS[fid.quantise](x, dataset.levels).cpu().numpy()
+    x_T = torch.randn(shape, generator=noise).to(model.device)
+    drawn = draw(model.process, model.eps_theta, fid.sampler, x_T, noise, clip=True)
+    images = QUANTISERS[fid.quantise](drawn.x_0, dataset.levels).cpu().numpy()
     first = block.number * blocks.SAMPLES
-    return pa.table({"sample": np.arange(first, first + len(images)), "image": [row.tobytes() for row in images]})
+    rows = {"sample": np.arange(first, first + len(images)), "image": [row.tobytes() for row in images]}
+    counted = {} if evaluations(fid.sampler, m.T) else {"evaluations": drawn.evaluations.numpy()}
+    return pa.table(rows | counted)
 
 
 def feature_block(bench: Bench, block: Block) -> pa.Table:
@@ -133,6 +166,7 @@ def _featurised(bench: Bench, images: np.ndarray) -> pa.Table:
 
 KINDS: dict[str, Callable[[Bench, Block], pa.Table]] = {
     "nll": nll_block,
+    "ode_nll": ode_nll_block,
     "samples": sample_block,
     "features": feature_block,
     "reference": reference_block,

@@ -1,14 +1,14 @@
 """What a network predicts, turned into eps: all else here calls eps_theta(x_t, t).
 
 A prediction is a function of (process, x_t, t, the network's output) next to its formula; `PREDICTIONS` is the list
-of valid names. x_t and the output are float (N, C, H, W); t is int64 (N,) in 1..T.
+of valid names. x_t and the output are float (N, C, H, W); t (N,) lies in 1..T, between whole times by float64.
 """
 
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from workers.diffusion.process import Process, at
+from workers.diffusion.process import Process, spread
 
 
 def eps(process: Process, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
@@ -18,8 +18,8 @@ def eps(process: Process, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
 
 def x_0(process: Process, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
     """eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t): eq. (4) of Ho et al. 2020 solved for eps."""
-    alpha_bar = process.alpha_bar
-    return (x_t - at(alpha_bar.sqrt(), t, x_t) * output) / at((1 - alpha_bar).sqrt(), t, x_t)
+    alpha_bar = process.alpha_bar_at(t)
+    return (x_t - spread(alpha_bar.sqrt(), x_t) * output) / spread((1 - alpha_bar).sqrt(), x_t)
 
 
 def v(process: Process, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
@@ -27,8 +27,8 @@ def v(process: Process, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
 
     v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 is that of Salimans & Ho 2022, section 4.
     """
-    alpha_bar = process.alpha_bar
-    return at(alpha_bar.sqrt(), t, x_t) * output + at((1 - alpha_bar).sqrt(), t, x_t) * x_t
+    alpha_bar = process.alpha_bar_at(t)
+    return spread(alpha_bar.sqrt(), x_t) * output + spread((1 - alpha_bar).sqrt(), x_t) * x_t
 
 
 Prediction = Callable[[Process, Tensor, Tensor, Tensor], Tensor]

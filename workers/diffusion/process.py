@@ -15,7 +15,8 @@ from torch import Tensor
 from workers.config import DiffusionConfig
 from workers.diffusion import schedules
 
-# eps_theta(x_t, t): noisy images (N, C, H, W) and t (N,) in 1..T -> the noise in them, same shape as x_t.
+# eps_theta(x_t, t): noisy images (N, C, H, W) and t (N,) in 1..T -> the noise in them, same shape as x_t. Times are
+# whole numbers, int64; what integrates an ODE over them asks between them too, by float64.
 EpsModel = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -77,6 +78,25 @@ class Process:
         """SNR_t = alpha_bar_t / (1 - alpha_bar_t)."""
         return self.alpha_bar / (1 - self.alpha_bar)
 
+    @cached_property
+    def sigma(self) -> Tensor:
+        """The noise level of x_t / sqrt(alpha_bar_t) = x_0 + sigma_t eps: sqrt(1 / alpha_bar_t - 1), rising with t."""
+        return ((1 - self.alpha_bar) / self.alpha_bar).sqrt()
+
+    def alpha_bar_at(self, t: Tensor) -> Tensor:
+        """alpha_bar (N,) float64 at times t (N,) in [1, T]: between whole ones, log sigma_t is linear in t."""
+        if not t.is_floating_point():
+            return self.alpha_bar.to(t.device)[t - 1]
+        below = t.long().clamp(1, max(1, self.T - 1))
+        log_sigma = self.sigma.log().to(t.device)
+        low, high = log_sigma[below - 1], log_sigma[below.clamp(max=self.T - 1) if self.T > 1 else below - 1]
+        return torch.sigmoid(-2 * torch.lerp(low, high, t.double() - below))  # 1 / (1 + sigma^2)
+
+    def time_at(self, sigma: Tensor) -> Tensor:
+        """The time in [1, T] at which the noise level is `sigma`: float64, of its shape. `alpha_bar_at` backwards."""
+        times = np.arange(1, self.T + 1, dtype=np.float64)
+        return torch.from_numpy(np.interp(sigma.log().cpu(), self.sigma.log(), times)).to(sigma.device)
+
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, eq. (4)."""
         return at(self.alpha_bar.sqrt(), t, x_0) * x_0 + at((1 - self.alpha_bar).sqrt(), t, x_0) * eps
@@ -97,10 +117,13 @@ class Process:
         """
         if steps is None or steps >= self.T:
             return self
-        keep = torch.from_numpy(np.linspace(self.T, 1, steps).round().astype(np.int64)[::-1].copy()) - 1
-        alpha_bar = self.alpha_bar[keep]
+        return self.kept(torch.from_numpy(np.linspace(self.T, 1, steps).round().astype(np.int64)[::-1].copy()))
+
+    def kept(self, steps: Tensor) -> "Process":
+        """The process of some of its steps, int64 rising in 1..T; betas recomputed from alpha_bar."""
+        alpha_bar = self.alpha_bar[steps - 1]
         before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        return Process(1 - alpha_bar / before, self.variance, self.times[keep])
+        return Process(1 - alpha_bar / before, self.variance, self.times[steps - 1])
 
 
 def fixed_large(process: Process) -> Tensor:
@@ -127,5 +150,9 @@ VARIANCES: dict[str, Callable[[Process], Tensor]] = {"fixed_large": fixed_large,
 
 def at(coefficient: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """coefficient_t for each of the batch: float64 (T,), t (N,) in 1..T -> (N, 1, 1, ...) of `like`'s dtype."""
-    values = coefficient.to(t.device)[t - 1].to(like.dtype)
-    return values.reshape(-1, *[1] * (like.dim() - 1))
+    return spread(coefficient.to(t.device)[t - 1], like)
+
+
+def spread(values: Tensor, like: Tensor) -> Tensor:
+    """A number for each image, beside the images: (N,) -> (N, 1, 1, ...) of `like`'s dtype."""
+    return values.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
