@@ -36,7 +36,9 @@ from workers.blocks import distance_name
 from workers.config import (
     NOT_ADDRESSED,
     SAMPLERS,
+    SCHEDULE_READS,
     DataConfig,
+    DiffusionConfig,
     EvaluationConfig,
     Mistake,
     Record,
@@ -174,6 +176,9 @@ class SearchConfig(Record):
     """`space` maps dotted paths of the trial, sections included, to what they take; empty, it means one trial."""
 
     space: dict[str, Axis] = Field(default_factory=dict)
+    without: tuple[dict[str, Any], ...] = Field(
+        default=(), strict=False, description="values by path of the space: variants that have them all are left out"
+    )
     algorithm: Literal["grid", "random"] = "grid"
     samples: int | None = Field(default=None, ge=1, description="draws of a random search, each crossed with any grid")
     metric: Metric = "eval/nll_bpd"
@@ -340,6 +345,8 @@ def mistakes(content: Mapping[str, Any]) -> list[str]:
     if found:
         return found
     variants = expand(Experiment.model_validate(content))
+    if not variants:
+        return ["search.without: leaves out every variant of the search; no trial would run"]
     return told(((text, variant) for variant in variants for text in _trial_mistakes(variant.trial)), len(variants))
 
 
@@ -372,13 +379,8 @@ def _axis_mistakes(path: str, axis: Axis) -> list[str]:
 
 def _trial_mistakes(trial: Trial) -> list[str]:
     """Settings, each valid by itself, that do not go together."""
-    found, T, training = [], trial.diffusion.T, trial.training
-    schedule = trial.diffusion.schedule
-    if schedule.kind in ("linear", "quadratic") and schedule.beta_start > schedule.beta_end:
-        found.append(
-            f"diffusion.schedule.beta_start: {schedule.beta_start:g} is above beta_end = {schedule.beta_end:g}; "
-            "the range is reversed"
-        )
+    T, training = trial.diffusion.T, trial.training
+    found = [*_schedule_mistakes(trial.diffusion), *_objective_mistakes(trial)]
     parts = sub_batches(training.batch_size)
     if parts % training.workers:
         found.append(
@@ -387,6 +389,58 @@ def _trial_mistakes(trial: Trial) -> list[str]:
             f"valid: {', '.join(str(n) for n in range(1, parts + 1) if parts % n == 0)}"
         )
     return found + evaluation_mistakes(trial.evaluation, T)
+
+
+def _schedule_mistakes(diffusion: DiffusionConfig) -> Iterator[str]:
+    s, reads = diffusion.schedule, SCHEDULE_READS[diffusion.schedule.kind]
+    if "beta_start" in reads and s.beta_start > s.beta_end:
+        yield (
+            f"diffusion.schedule.beta_start: {s.beta_start:g} is above beta_end = {s.beta_end:g}; the range is reversed"
+        )
+    if s.kind == "log_snr" and s.log_snr_start <= s.log_snr_end:
+        yield (
+            f"diffusion.schedule.log_snr_start: {s.log_snr_start:g} is not above log_snr_end = {s.log_snr_end:g}, but "
+            "t = 1 has more signal than T; swap them"
+        )
+    if s.kind != "list" and s.betas is not None:
+        yield f"diffusion.schedule.betas: without effect on kind: {s.kind}; leave it out, or take kind: list"
+    if s.kind == "list" and len(s.betas or ()) != diffusion.T:
+        yield (
+            f"diffusion.schedule.betas: kind: list needs one value for each of diffusion.T = {diffusion.T} timesteps; "
+            f"given: {len(s.betas or ())}"
+        )
+    if s.kind == "list" and (outside := [beta for beta in s.betas or () if not 0 < beta < 1]):
+        yield f"diffusion.schedule.betas: {show(outside[:5])} must lie between 0 and 1, both excluded"
+
+
+def _objective_mistakes(trial: Trial) -> Iterator[str]:
+    """What is predicted, its variance and the loss must go together."""
+    d, loss = trial.diffusion, trial.loss
+    if d.learned and loss.objective == "mse":
+        yield (
+            f"diffusion.variance: {d.variance} is not trained by loss.objective: mse, in which the variance has no "
+            "part; take objective: hybrid or kl, or variance: fixed_small or fixed_large"
+        )
+    if not d.learned and loss.objective == "hybrid":
+        yield (
+            f"loss.objective: hybrid adds the bound to teach a variance, but diffusion.variance: {d.variance} is not "
+            "learned; take variance: learned_range or learned, or objective: mse or kl"
+        )
+    if loss.objective == "kl" and loss.weighting != "simple":
+        yield (
+            f"loss.weighting: {loss.weighting} is without effect on objective: kl, the bound, which weighs t itself; "
+            "leave it out, or take objective: mse"
+        )
+    if d.learned and loss.objective == "hybrid" and loss.weighting == "vlb":
+        yield (
+            f"loss.weighting: vlb weighs t by a fixed sigma_t^2, and diffusion.variance: {d.variance} has none; "
+            "take objective: kl for the bound, or another weighting"
+        )
+    if d.prediction == "mu" and trial.training.precision == "bf16":
+        yield (
+            "training.precision: bf16 has not the digits in which diffusion.prediction: mu differs from x_t; "
+            "take auto or float32, or another prediction"
+        )
 
 
 def evaluation_mistakes(evaluation: EvaluationConfig, T: int) -> list[str]:
@@ -434,6 +488,15 @@ def _search_mistakes(search: SearchConfig) -> list[str]:
     size = math.prod([search.samples or 1, *(len(a.values) for a in search.space.values() if a.kind == "grid")])
     if size > MOST_VARIANTS:
         found.append(f"search.space: {size:,} variants are more than {MOST_VARIANTS:,}; take fewer values or samples")
+    for index, left_out in enumerate(search.without):
+        known = list(search.space)
+        found += [
+            f"search.without[{index}].{p}: not a path of search.space{meant_path(p, known)}"
+            for p in left_out
+            if p not in known
+        ]
+        if not left_out:
+            found.append(f"search.without[{index}]: {{}} would leave out every variant; name paths and values")
     for (one, ours), (other, theirs) in itertools.combinations(search.space.items(), 2):
         if overlap(_sets(one, ours), _sets(other, theirs)):
             found.append(f"search.space.{other}: sets what search.space.{one} sets too; keep one of them")
@@ -515,10 +578,10 @@ def _points(search: SearchConfig, seed: int) -> Iterator[dict[str, Any]]:
     space = search.space
     for sample in range(search.samples or 1):
         drawn = {p: DRAWS[a.kind](a.values, uniform(seed, sample, p)) for p, a in space.items() if a.kind != "grid"}
-        yield from (
-            dict(zip(space, values, strict=True))
-            for values in itertools.product(*(a.values if p not in drawn else (drawn[p],) for p, a in space.items()))
-        )
+        points = itertools.product(*(a.values if p not in drawn else (drawn[p],) for p, a in space.items()))
+        for point in (dict(zip(space, values, strict=True)) for values in points):
+            if not any(left_out.items() <= point.items() for left_out in search.without):
+                yield point
 
 
 def _update(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from workers.config import (
     ADAPTIVE_EVALUATIONS,
     SAMPLE_GRID,
     SAMPLE_GRID_STEPS,
+    SCHEDULE_READS,
     VALIDATION_IMAGES,
     VALIDATION_TIMESTEPS,
     DataConfig,
@@ -26,7 +27,7 @@ from workers.config import (
     evaluations,
 )
 from workers.data import Source
-from workers.diffusion.schedules import alpha_bars, betas, prior_bpd
+from workers.diffusion.schedules import alpha_bars, betas, log_snrs, prior_bpd
 from workers.unet_config import unet_mistakes
 
 PHOTOGRAPHS = 0.25  # E[x_0^2] of photographs on the [-1, 1] scale, about
@@ -47,6 +48,8 @@ class Chain:
     alpha_bar_T: float
     prior_bpd: float  # L_T at E[x_0^2] = 1: an upper bound for all data in [-1, 1]
     photographs_bpd: float  # L_T at E[x_0^2] = 0.25
+    log_snr_1: float
+    log_snr_T: float  # -inf where alpha_bar_T = 0
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,21 @@ def chain(diffusion: DiffusionConfig) -> Chain:
         beta = betas(diffusion)
         alpha_bar = alpha_bars(beta)
         gaps = [float(prior_bpd(beta, moment)) for moment in (1.0, PHOTOGRAPHS)]
-    return Chain(float(beta.max()), float(alpha_bar[0]), float(alpha_bar[-1]), *gaps)
+        log_snr = log_snrs(beta)
+    ends = [float(x) for x in (beta.max(), alpha_bar[0], alpha_bar[-1], *gaps, log_snr[0], log_snr[-1])]
+    return Chain(*ends)
+
+
+def log_snr_curves(trials: Mapping[str, Trial]) -> dict[str, np.ndarray]:
+    """log SNR_1..log SNR_T of each trial, float64 (T,): the axis on which schedules compare. -inf where SNR_T = 0."""
+    return {digest: log_snrs(betas(trial.diffusion)) for digest, trial in trials.items()}
+
+
+def schedule_name(diffusion: DiffusionConfig) -> str:
+    """A schedule in a few words, such as `T=100 linear beta_start=0.0001 beta_end=0.02 scale=per_1000`."""
+    s = diffusion.schedule
+    read = [f"{n}={_cell(getattr(s, n))}" for n in SCHEDULE_READS[s.kind] if n != "betas"]
+    return " ".join([f"T={diffusion.T}", s.kind, *read])
 
 
 def preflight(experiment: Experiment, variants: Sequence[Variant], sources: Mapping[DataConfig, Source]) -> list[str]:
@@ -85,7 +102,7 @@ def preflight(experiment: Experiment, variants: Sequence[Variant], sources: Mapp
 def _noise(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Finding]:
     """The chain must consist of steps in (0, 1) and end in noise."""
     schedule, T, ends, limit = trial.diffusion.schedule, trial.diffusion.T, chain(trial.diffusion), _limit(experiment)
-    if ends.beta_max >= 1:
+    if ends.beta_max >= 1 and "scale" in SCHEDULE_READS[schedule.kind]:
         first = max(2, math.floor(1000 * schedule.beta_end + 1e-9) + 1)
         yield Finding(
             f"diffusion.schedule.scale: per_1000 makes the largest beta {ends.beta_max:.3g} at diffusion.T = {T}, "
@@ -93,6 +110,13 @@ def _noise(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Finding]
         )
     elif ends.alpha_bar_1 == 1:
         yield Finding(f"diffusion.schedule: beta_1 is too small for float64, as 1 - beta_1 = 1 at diffusion.T = {T}")
+    elif schedule.kind == "jsd" and trial.diffusion.prediction == "eps":
+        yield Finding(
+            "diffusion.schedule.kind: jsd ends at alpha_bar_T = 0, where diffusion.prediction: eps does not determine "
+            "x_0 (it divides by alpha_bar_T); take prediction: x_0 or v, or another schedule"
+        )
+    elif schedule.kind == "jsd":
+        return
     elif ends.alpha_bar_T == 0:
         yield Finding(
             f"diffusion.schedule: alpha_bar_T = 0 in float64 at diffusion.T = {T}: nothing of x_0 is left, and the "
@@ -122,6 +146,10 @@ def _limit(experiment: Experiment) -> float:
 
 def _remedy(diffusion: DiffusionConfig, limit: float) -> str:
     """What closes the prior gap: the rescaled schedule where that works, else a longer or a stronger one."""
+    if "scale" not in SCHEDULE_READS[diffusion.schedule.kind]:
+        return {"log_snr": "take a smaller log_snr_end", "list": "take larger betas"}.get(
+            diffusion.schedule.kind, "take a larger T"
+        )
     schedule = diffusion.schedule.model_copy(update={"scale": "per_1000"})
     scaled = chain(diffusion.model_copy(update={"schedule": schedule}))
     works = diffusion.schedule.scale == "absolute" and scaled.beta_max < 1 and scaled.prior_bpd <= limit * WARN_AT
@@ -252,20 +280,21 @@ def dry_run_text(trials: Mapping[str, Variant], sources: Mapping[DataConfig, Sou
     costs = [cost(v.trial, sources[v.trial.data]) for v in trials.values()]
     searched = list(next(iter(trials.values())).params) if trials else []
     ends = [chain(v.trial.diffusion) for v in trials.values()]
-    head = ["trial", *searched, "alpha_bar_T", "L_T <=", "training", "validation", "nll", "sampling"]
+    head = ["trial", *searched, "alpha_bar_T", "L_T <=", "log SNR", "training", "validation", "nll", "sampling"]
     rows = [
         [digest, *(_cell(v) for v in variant.params.values()), f"{end.alpha_bar_T:.1e}", f"{end.prior_bpd:.2g}"]
+        + [f"{end.log_snr_1:.1f}..{end.log_snr_T:.1f}"]
         + [readable(n) for n in astuple(price)]
         for (digest, variant), end, price in zip(trials.items(), ends, costs, strict=True)
     ]
     one = f"{len(trials)} trial" + "s" * (len(trials) != 1)
-    total = [one, *[""] * (len(searched) + 2), *(readable(n) for n in astuple(sum(costs, Cost())))]
+    total = [one, *[""] * (len(searched) + 3), *(readable(n) for n in astuple(sum(costs, Cost())))]
     return "\n".join(
         [
             *_aligned([head, *rows, total]),
             "",
-            "L_T: the prior gap in bits/dim at E[x_0^2] = 1. The other columns count evaluations of the network, an",
-            "image at a time; one of training is a forward and a backward.",
+            "L_T: the prior gap in bits/dim at E[x_0^2] = 1; log SNR: of t = 1 and T. The columns after it count",
+            "evaluations of the network, an image at a time; one of training is a forward and a backward.",
         ]
     )
 

@@ -107,6 +107,7 @@ class Record:
             "results.csv": frame.to_csv(index=False).encode(),
             "nll_and_distance.png": results.comparison_plot(rows),
             "nll_by_t.png": results.bits_plot(rows),
+            "schedules.png": results.schedules_plot({row.digest: row.variant.trial for row in rows}),
         }
         self.storage.write(f"{self.folder}/experiment.yaml", to_yaml(self.experiment).encode())
         if "tracker" not in self.__dict__:

@@ -14,6 +14,8 @@ from orchestrator.comparing import Difference, indistinguishable
 from orchestrator.experiment import Variant
 from orchestrator.measuring import Measured
 from orchestrator.plan import Found
+from orchestrator.preflight import log_snr_curves, schedule_name
+from workers.config import Trial
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,21 @@ def bits_plot(rows: Sequence[Row]) -> bytes | None:
         T = len(terms)
         axes.plot(np.arange(1, T + 1) / T, np.maximum(terms, 1e-9) * T, label=row.name, linewidth=1)
     axes.set(xlabel="t / T", ylabel="T × L_{t-1} (bits/dim)", yscale="log")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _png(figure)
+
+
+def schedules_plot(trials: Mapping[str, Trial]) -> bytes | None:
+    """The schedules of the trials on one axis, log SNR_t against t / T, as PNG; None where there is no trial."""
+    curves = {schedule_name(trials[digest].diffusion): c for digest, c in log_snr_curves(trials).items()}
+    if not curves:
+        return None
+    figure, axes = _figure()
+    for name, curve in curves.items():
+        shown = np.where(np.isfinite(curve), curve, np.nan)
+        axes.plot(np.arange(1, len(curve) + 1) / len(curve), shown, label=name, linewidth=1.2)
+    axes.set(xlabel="t / T", ylabel="log SNR$_t$")
+    axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return _png(figure)
 

@@ -25,6 +25,7 @@ from workers.canaries import (
 from workers.data import GAUSSIAN_SD, prepare
 from workers.diffusion import samplers
 from workers.diffusion.gaussian import GaussianDenoiser, exact_bound, sample_variances
+from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import VARIANCES, Process, fixed_large
 from workers.likelihood import estimate
 from workers.noise import generator
@@ -67,11 +68,10 @@ def test_the_bound_expected_is_the_exact_one(cache, process):
 
 def test_the_tolerance_with_sampled_timesteps_is_four_standard_errors(cache, process):
     """From 20 estimates with noise of their own, which tell a standard deviation to 1 / sqrt(38), a sixth."""
-    denoiser, dataset = GaussianDenoiser(DENOISER, process), prepare(GAUSSIAN.data, cache)
+    denoiser = Denoiser(GaussianDenoiser(DENOISER, process), process, "eps")
+    dataset = prepare(GAUSSIAN.data, cache)
     x_0 = to_model(torch.from_numpy(np.array(dataset.held_out)), 256)
-    means = [
-        estimate(process, lambda x, t: denoiser(x, t - 1), x_0, SAMPLED_T, 256, "spread", k).mean for k in range(20)
-    ]
+    means = [estimate(process, denoiser, x_0, SAMPLED_T, 256, "spread", k).mean for k in range(20)]
     assert CANARY["gaussian/nll_bpd_sampled_t"].tolerance == pytest.approx(4 * np.std(means, ddof=1), rel=0.5)
 
 

@@ -10,6 +10,7 @@ from scipy.stats import norm as normal
 
 from workers.config import DiffusionConfig, ScheduleConfig
 from workers.diffusion.flow import BOGACKI_SHAMPINE, DORMAND_PRINCE, integrate, log_density, solve
+from workers.diffusion.predictions import from_eps
 from workers.diffusion.process import Process
 from workers.noise import generator
 
@@ -36,7 +37,7 @@ def correlated(p: Process, A: torch.Tensor):
         eps = (1 - alpha_bar).sqrt() * torch.linalg.solve(v, x.double().flatten(1)[:, :, None])
         return eps.reshape(x.shape).to(x.dtype)
 
-    return eps_theta
+    return from_eps(p, eps_theta)
 
 
 def probes(K: int, x: torch.Tensor, *where: int | str) -> torch.Tensor:
@@ -80,7 +81,7 @@ def test_an_oscillation_is_followed_to_the_tolerance(pair, way):
 def test_a_network_that_is_not_finite_is_an_error():
     p = process(20)
     with pytest.raises(FloatingPointError, match="not finite"):
-        solve(p, lambda x, t: x / 0, torch.ones(2, 1, 2, 2), 1e-3)
+        solve(p, from_eps(p, lambda x, t: x / 0), torch.ones(2, 1, 2, 2), 1e-3)
 
 
 def test_a_jump_that_no_step_can_pass_is_an_error():
@@ -97,7 +98,7 @@ def test_a_jump_that_no_step_can_pass_is_an_error():
 def exact_log_p(p: Process, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
     """The flow is linear: y_1 = M y_T in the eigenbasis of A A^T, y_T ~ N(0, (1 + sigma_T^2) I)."""
     values, vectors = torch.linalg.eigh(A @ A.T)
-    first, last = p.sigma[0] ** 2, p.sigma[-1] ** 2
+    first, last = p.noise_level[0] ** 2, p.noise_level[-1] ** 2
     variance = (1 + last) * (values + first) / (values + last)
     z = x.double().flatten(1) @ vectors
     return -0.5 * (z.square() / variance + torch.log(2 * math.pi * variance)).sum(1)

@@ -20,6 +20,7 @@ from workers.diffusion.gaussian import (
     exact_decoder,
     sample_variances,
 )
+from workers.diffusion.predictions import from_eps
 from workers.diffusion.process import VARIANCES, Process
 from workers.diffusion.samplers import STEPS, sample
 from workers.ledger import OWN_FACTOR, bound
@@ -64,7 +65,9 @@ def measured(p: Process, eps_theta, images: np.ndarray, clip: bool = True):
     image = np.repeat(np.arange(n), p.T)
     x_0 = to_model(torch.from_numpy(np.array(images)), 256)
     noise = generator("measured")
-    ledger = pair_errors(p, eps_theta, x_0[image], image, t.reshape(-1), weight.reshape(-1), noise, 256, clip)
+    ledger = pair_errors(
+        p, from_eps(p, eps_theta), x_0[image], image, t.reshape(-1), weight.reshape(-1), noise, 256, clip
+    )
     return ledger, bound(p, ledger, squared_norms(x_0), 64)
 
 
@@ -250,7 +253,7 @@ def test_sampled_timesteps_estimate_the_exact_bound(data, T, strata, variance):
     """Image by image against its own exact bound, so that the standard error is that of timesteps and noise alone."""
     p = process(T, variance)
     x_0 = to_model(torch.from_numpy(np.array(data.held_out)), 256)
-    found = estimate(p, network(p), x_0, strata, 256, "stratified").total
+    found = estimate(p, from_eps(p, network(p)), x_0, strata, 256, "stratified").total
     gap = found - exact_bound(p, S, data.held_out, 256).mean.sum(1).numpy()
     error = gap.std(ddof=1) / len(gap) ** 0.5
     assert abs(gap.mean()) < 4 * error
@@ -316,7 +319,7 @@ def test_samples_have_the_exact_variance(sampler, variance):
         seen.append(float(x.double().square().mean()))
         return eps_theta(x, t)
 
-    x_0 = sample(p, watched, sampler, (500, 1, 8, 8), generator("samples"))
+    x_0 = sample(p, from_eps(p, watched), sampler, (500, 1, 8, 8), generator("samples"))
     expected = sample_variances(p, S, sampler).numpy()
     found = np.array([*seen, float(x_0.double().square().mean())])
     assert len(found) == (sampler.steps or p.T) + 1

@@ -11,6 +11,7 @@ from scipy.stats import norm
 
 from workers.config import DiffusionConfig, ScheduleConfig
 from workers.diffusion.bound import diffusion_terms
+from workers.diffusion.predictions import from_eps
 from workers.diffusion.process import VARIANCES, Process
 from workers.ledger import (
     DECODER_FACTORS,
@@ -51,7 +52,7 @@ def measured(p: Process, network=eps_theta) -> Ledger:
     t, weight = all_times(T, N)
     image = np.repeat(np.arange(N), T)
     rows = image, t.reshape(-1), weight.reshape(-1)
-    return pair_errors(p, network, images()[image], *rows, generator("measured"), LEVELS)
+    return pair_errors(p, from_eps(p, network), images()[image], *rows, generator("measured"), LEVELS)
 
 
 NORMS = squared_norms(images())
@@ -64,7 +65,8 @@ def ledger() -> Ledger:
 
 def same(a: Ledger, b: Ledger) -> bool:
     """Bit for bit, and of the same types."""
-    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(Ledger)]
+    names = [f.name for f in fields(Ledger) if getattr(a, f.name) is not None or getattr(b, f.name) is not None]
+    pairs = [(getattr(a, name), getattr(b, name)) for name in names]
     return all(x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes() for x, y in pairs)
 
 

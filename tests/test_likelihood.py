@@ -10,6 +10,7 @@ from scipy.stats import norm
 from workers import likelihood
 from workers.config import DiffusionConfig, ModelConfig, ScheduleConfig
 from workers.diffusion.bound import diffusion_terms, prior_term
+from workers.diffusion.predictions import from_eps
 from workers.diffusion.process import VARIANCES, Process
 from workers.ledger import Bound, Ledger, bound
 from workers.likelihood import PROPOSALS, all_times, estimate, pair_errors, squared_norms, stratified_times
@@ -49,7 +50,8 @@ def measured(p: Process, network, x_0: torch.Tensor, seed: int, clip: bool = Tru
     t, weight = all_times(p.T, len(x_0))
     image = np.repeat(np.arange(len(x_0)), p.T)
     noise = generator("measured", seed)
-    return pair_errors(p, network, x_0[image], image, t.reshape(-1), weight.reshape(-1), noise, LEVELS, clip)
+    rows = image, t.reshape(-1), weight.reshape(-1)
+    return pair_errors(p, from_eps(p, network), x_0[image], *rows, noise, LEVELS, clip)
 
 
 def full(p: Process, network, x_0: torch.Tensor, seed: int, clip: bool = True) -> Bound:
@@ -275,7 +277,9 @@ def test_log_uniform_has_the_smaller_error_for_terms_as_training_leaves_them(str
 @pytest.mark.parametrize("strata", [2, 4])
 def test_the_estimate_is_unbiased(strata):
     p, x_0 = process(12), digits_like(8)
-    estimates = np.array([estimate(p, eps_theta, x_0, strata, LEVELS, "unbiased", k).mean for k in range(150)])
+    estimates = np.array(
+        [estimate(p, from_eps(p, eps_theta), x_0, strata, LEVELS, "unbiased", k).mean for k in range(150)]
+    )
     sums = np.array([full(p, eps_theta, x_0, k).mean for k in range(150)])
     error = math.hypot(estimates.std(ddof=1), sums.std(ddof=1)) / 150**0.5
     assert abs(estimates.mean() - sums.mean()) < 4 * error
@@ -287,9 +291,9 @@ def test_the_estimate_of_all_strata_is_the_full_sum():
     t, weight = all_times(6, 3)
     image = np.repeat(np.arange(3), 6)
     noise = generator(0, "valid", "eps")
-    ledger = pair_errors(p, eps_theta, x_0[image], image, t.reshape(-1), weight.reshape(-1), noise, LEVELS)
+    ledger = pair_errors(p, from_eps(p, eps_theta), x_0[image], image, t.reshape(-1), weight.reshape(-1), noise, LEVELS)
     expected = bound(p, ledger, squared_norms(x_0), 4).total
-    assert (estimate(p, eps_theta, x_0, 5, LEVELS, 0, "valid").total == expected).all()
+    assert (estimate(p, from_eps(p, eps_theta), x_0, 5, LEVELS, 0, "valid").total == expected).all()
 
 
 def test_the_standard_error_is_that_of_a_mean_over_images():

@@ -3,11 +3,11 @@
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from workers.config import SAMPLERS, DiffusionConfig, SamplerConfig, ScheduleConfig, evaluations
+from workers.diffusion.predictions import from_eps, interpret
 from workers.diffusion.process import Process
 from workers.diffusion.samplers import (
     SOLVERS,
@@ -42,7 +42,7 @@ def best(p: Process, s: float = S):
         gain = (1 - alpha_bar).sqrt() / (alpha_bar * s**2 + 1 - alpha_bar)
         return gain.to(x.dtype)[:, None, None, None] * x
 
-    return eps_theta
+    return from_eps(p, eps_theta)
 
 
 def noise(n: int, *where: int | str) -> torch.Tensor:
@@ -53,7 +53,7 @@ def exact_map(p: Process, kind: str) -> float:
     """x_0 / x_T of the flow to sigma_1, where y has the standard deviation sqrt(s^2 + sigma^2) by quantiles, and of
     x_0_hat = E[x_0 | x_1] there. It begins at the highest level that the kind takes."""
     start = int(nearest_times(p, SOLVERS[kind].levels, 5)[-1]) if kind in SOLVERS else p.T
-    first, last = float(p.sigma[0]) ** 2, float(p.sigma[start - 1]) ** 2
+    first, last = float(p.noise_level[0]) ** 2, float(p.noise_level[start - 1]) ** 2
     return math.sqrt((1 + last) * (S**2 + first) / (S**2 + last)) * S**2 / (S**2 + first)
 
 
@@ -78,13 +78,13 @@ def test_every_kind_is_there_once():
 def test_evaluations_are_counted_as_they_are_made(kind, steps):
     p, calls = process(30), []
 
-    def eps_theta(x, t):
+    def watched(x, t):
         assert not t.is_floating_point() and len(set(t.tolist())) == 1
         calls.append(len(x))
         return best(p)(x, t)
 
     sampler = SamplerConfig(kind=kind, steps=steps)
-    drawn = draw(p, eps_theta, sampler, noise(3), generator("z"), clip=True)
+    drawn = draw(p, watched, sampler, noise(3), generator("z"), clip=True)
     assert drawn.x_0.shape == (3, 1, 4, 4) and drawn.x_0.dtype == torch.float32
     assert calls == [3] * evaluations(sampler, p.T) and drawn.evaluations.tolist() == [len(calls)] * 3
 
@@ -116,7 +116,7 @@ def test_one_point_data_land_on_the_point(kind):
         alpha_bar = p.alpha_bar_at(t).to(x.dtype)[:, None, None, None]
         return (x - alpha_bar.sqrt() * point) / (1 - alpha_bar).sqrt()
 
-    x = draw(p, eps_theta, SamplerConfig(kind=kind), noise(2), generator("point"), clip=True).x_0
+    x = draw(p, from_eps(p, eps_theta), SamplerConfig(kind=kind), noise(2), generator("point"), clip=True).x_0
     torch.testing.assert_close(x, torch.full_like(x, point), rtol=0, atol=0.02 if kind == "euler_maruyama" else 1e-3)
 
 
@@ -132,16 +132,16 @@ def test_levels_move_to_distinct_trained_times(T, steps, levels, kind):
     t = nearest_times(p, levels, steps)
     assert len(t) == min(steps or T, T) and (t.diff() > 0).all() and t[0] >= 1 and t[-1] <= T
     assert len(t) == 1 or t[0] == 1
-    most = min(float(p.sigma[-1]), 80.0 if levels is power else math.exp(5.1))
-    assert T < 1000 or len(t) == T or float(p.sigma[t[-1] - 1]) == pytest.approx(most, rel=0.2)
+    most = min(float(p.noise_level[-1]), 80.0 if levels is power else math.exp(5.1))
+    assert T < 1000 or len(t) == T or float(p.noise_level[t[-1] - 1]) == pytest.approx(most, rel=0.2)
 
 
 def test_levels_go_to_the_nearest_time_where_there_is_room():
     """Karras et al. 2022, eq. (5), from 80 down to sigma_1 = 0.01."""
     p = process(1000)
-    low, high = float(p.sigma[0]) ** (1 / 7), 80 ** (1 / 7)
+    low, high = float(p.noise_level[0]) ** (1 / 7), 80 ** (1 / 7)
     rho = (low + torch.arange(18) / 17 * (high - low)) ** 7
-    torch.testing.assert_close(nearest_times(p, power, 18), (p.sigma[None] - rho[:, None]).abs().argmin(1) + 1)
+    torch.testing.assert_close(nearest_times(p, power, 18), (p.noise_level[None] - rho[:, None]).abs().argmin(1) + 1)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
@@ -156,7 +156,7 @@ def test_noise_levels_between_the_times(kind):
     assert (alpha_bar.diff() < 0).all()
     torch.testing.assert_close(p.time_at((1 / alpha_bar - 1).sqrt()), t, rtol=1e-9, atol=1e-9)
     middle = p.alpha_bar_at(torch.tensor([7.5], dtype=F64))
-    torch.testing.assert_close(1 / middle - 1, (p.sigma[6] * p.sigma[7])[None])
+    torch.testing.assert_close(1 / middle - 1, (p.noise_level[6] * p.noise_level[7])[None])
     assert float(process(1).alpha_bar_at(torch.ones(1, dtype=F64))) == pytest.approx(float(process(1).alpha_bar))
 
 
@@ -217,7 +217,7 @@ def test_langevin_is_stationary_at_its_own_variance(step_size):
     p = process(50)
     level = 25
     ladder = Ladder.of(p.kept(torch.tensor([level])), best(p), False)
-    sigma = float(p.sigma[level - 1])
+    sigma = float(p.noise_level[level - 1])
     v = S**2 + sigma**2
     y = noise(6000).double() * v**0.5
     config = SamplerConfig(kind="langevin", step_size=step_size, repeats=60)
@@ -230,7 +230,7 @@ def test_annealing_follows_the_recursion_of_the_variance():
     p = process(40)
     config = SamplerConfig(kind="langevin", steps=12, repeats=3)
     x_0 = draw(p, best(p), config, noise(6000), generator("z"), False).x_0
-    sigma = p.sigma[nearest_times(p, geometric, 12) - 1].flip(0).tolist()
+    sigma = p.noise_level[nearest_times(p, geometric, 12) - 1].flip(0).tolist()
     expected = 1 + sigma[0] ** 2
     for s in sigma:
         a, v = config.step_size * s**2, S**2 + s**2
@@ -256,7 +256,7 @@ def test_dpmpp_is_that_of_diffusers(steps, clip):
     times = nearest_times(p, geometric, steps)
     scheduler.set_timesteps(steps)
     scheduler.timesteps = times.flip(0) - 1
-    scheduler.sigmas = torch.cat([p.sigma[times - 1].flip(0), torch.zeros(1, dtype=F64)])
+    scheduler.sigmas = torch.cat([p.noise_level[times - 1].flip(0), torch.zeros(1, dtype=F64)])
 
     def eps_theta(x, t):
         return (x + t[:, None, None, None] / 100).sin()
@@ -264,7 +264,7 @@ def test_dpmpp_is_that_of_diffusers(steps, clip):
     x = x_T = noise(3)
     for t in scheduler.timesteps:
         x = scheduler.step(eps_theta(x, (t + 1).expand(3)), t, x).prev_sample
-    ours = draw(p, eps_theta, SamplerConfig(kind="dpmpp", steps=steps), x_T, generator("n"), clip).x_0
+    ours = draw(p, from_eps(p, eps_theta), SamplerConfig(kind="dpmpp", steps=steps), x_T, generator("n"), clip).x_0
     torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)
 
 
@@ -272,7 +272,7 @@ def test_heun_is_that_of_diffusers():
     schedulers = pytest.importorskip("diffusers.schedulers")
     p = process(100)
     times = nearest_times(p, power, 9)
-    sigma = p.sigma[times - 1].flip(0)
+    sigma = p.noise_level[times - 1].flip(0)
     scheduler = schedulers.HeunDiscreteScheduler(100, trained_betas=p.beta.tolist())
     scheduler.set_timesteps(9)
     scheduler.sigmas = torch.cat([sigma[:1], sigma[1:].repeat_interleave(2), torch.zeros(1, dtype=F64)])
@@ -287,33 +287,26 @@ def test_heun_is_that_of_diffusers():
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(y, t)
         y = scheduler.step(eps_theta(scaled.float(), (t + 1).expand(3)), t, y).prev_sample
-    ours = draw(p, eps_theta, SamplerConfig(kind="heun", steps=9), x_T, generator("n"), True).x_0
+    ours = draw(p, from_eps(p, eps_theta), SamplerConfig(kind="heun", steps=9), x_T, generator("n"), True).x_0
     torch.testing.assert_close(ours, y.float(), rtol=1e-3, atol=1e-3)
     assert len(scheduler.timesteps) == evaluations(SamplerConfig(kind="heun", steps=9), 100)
 
 
-# ---- The rounding of times -------------------------------------------------------------------------------------
+# ---- Times between ---------------------------------------------------------------------------------------------
 
 
-def test_a_network_of_another_prediction_is_asked_between_its_times():
-    """EpsNetwork turns what a network of v or x_0 says at a real t into eps by the noise level of that t."""
-    from workers.diffusion.predictions import EpsNetwork
-
+@pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
+def test_a_network_of_any_prediction_is_understood_between_its_times(prediction):
+    """What it says at a real t becomes x_0 and eps by the noise level of that t."""
     p = process(50)
-
-    class Exact(torch.nn.Module):
-        def __init__(self, prediction):
-            super().__init__()
-            self.prediction = prediction
-
-        def forward(self, x, t):
-            alpha_bar = p.alpha_bar_at(t + 1).to(x.dtype)[:, None, None, None]
-            eps = best(p)(x, t + 1)
-            x_0 = (x - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
-            return x_0 if self.prediction == "x_0" else alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
-
-    x, t = noise(4).double(), torch.tensor([0.25, 3.5, 20, 48.9], dtype=F64)
-    for prediction in ("x_0", "v"):
-        found = EpsNetwork(Exact(prediction), p, prediction)(x, t)
-        torch.testing.assert_close(found, best(p)(x, t + 1), rtol=1e-6, atol=1e-6)
-    assert np.isfinite(found).all()
+    x, t = noise(4).double(), torch.tensor([1.25, 4.5, 21, 49.9], dtype=F64)
+    best_ = best(p)(x, t)
+    alpha_bar = p.alpha_bar_at(t)[:, None, None, None]
+    output = {
+        "eps": best_.eps,
+        "x_0": best_.x_0,
+        "v": alpha_bar.sqrt() * best_.eps - (1 - alpha_bar).sqrt() * best_.x_0,
+    }
+    found = interpret(p, prediction, x, t, output[prediction])
+    torch.testing.assert_close(found.eps, best_.eps, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.x_0, best_.x_0, rtol=0, atol=1e-9)

@@ -10,7 +10,7 @@ ORDER = """
     workers.config workers.storage workers.noise workers.data workers.pixels workers.journal
     workers.unet_config workers.unet
     workers.diffusion.schedules workers.diffusion.process workers.diffusion.predictions
-    workers.diffusion.objectives workers.diffusion.bound workers.diffusion.flow
+    workers.diffusion.bound workers.diffusion.objectives workers.diffusion.timesteps workers.diffusion.flow
     workers.diffusion.samplers workers.diffusion.gaussian
     workers.ledger workers.likelihood workers.frechet workers.fidelity workers.inception workers.features
     workers.diffusers_config workers.checkpoint workers.blocks workers.evaluation workers.summary

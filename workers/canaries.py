@@ -30,6 +30,7 @@ from workers.config import (
 )
 from workers.data import GAUSSIAN_SD, prepare
 from workers.diffusion.gaussian import GaussianDenoiser, denoiser_config
+from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Process
 from workers.diffusion.samplers import sample
 from workers.features import train_classifier
@@ -186,15 +187,11 @@ def measure(cache: Path | None = None) -> dict[str, float]:
 def measure_gaussian(cache: Path | None = None) -> dict[str, float]:
     """Bounds and samples under the best denoiser of the Gaussian pixels."""
     process = Process.of(GAUSSIAN.diffusion)
-    denoiser = GaussianDenoiser(DENOISER, process)
-
-    def eps_theta(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(denoiser(x_t, t - 1))
-
+    model = Denoiser(GaussianDenoiser(DENOISER, process), process, "eps")
     dataset = prepare(GAUSSIAN.data, cache)
     x_0 = to_model(torch.from_numpy(np.array(dataset.held_out)), dataset.levels)
-    every = estimate(process, eps_theta, x_0, process.T - 1, dataset.levels, "canary", "every t").mean
-    sampled = estimate(process, eps_theta, x_0, SAMPLED_T, dataset.levels, "canary", "sampled t").mean
+    every = estimate(process, model, x_0, process.T - 1, dataset.levels, "canary", "every t").mean
+    sampled = estimate(process, model, x_0, SAMPLED_T, dataset.levels, "canary", "sampled t").mean
     measured = {
         "gaussian/nll_bpd": every,
         "gaussian/nll_bpd_recorded": every,
@@ -202,7 +199,7 @@ def measure_gaussian(cache: Path | None = None) -> dict[str, float]:
     }
     shape = (SAMPLES, *x_0.shape[1:])
     for name, sampler in SAMPLERS.items():
-        x = sample(process, eps_theta, sampler, shape, generator("canary", name))
+        x = sample(process, model, sampler, shape, generator("canary", name))
         measured[f"gaussian/{name}_variance"] = float(x.double().square().mean())  # the mean is 0 by symmetry
     return measured
 

@@ -2,7 +2,7 @@
 
     step-00002000/  model_index.json
                     unet/config.json, unet/diffusion_pytorch_model.safetensors     the EMA weights: those to evaluate
-                    scheduler/scheduler_config.json                                T, betas, variance
+                    scheduler/scheduler_config.json                                T, betas, prediction, variance
                     state/training.safetensors, state/progress.json                raw weights and Adam's moments
                     manifest.json                                                  written last
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from workers.config import Mistake, digest
 from workers.diffusers_config import VERSION, Scheduler, read_index, read_network, read_scheduler, scheduler_config
 from workers.diffusion.gaussian import GaussianDenoiser
-from workers.diffusion.predictions import EpsNetwork
+from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Process
 from workers.storage import Storage
 from workers.unet import UNet
@@ -71,7 +71,7 @@ class Description:
     shape: tuple[int, int, int]  # height, width, channels of an image, as `Dataset.shape`
     T: int
     prediction: str  # a name in workers.diffusion.predictions.PREDICTIONS
-    variance: str  # a name in workers.diffusion.process.VARIANCES
+    variance: str  # a name in workers.diffusion.process.VARIANCES or LEARNED
     clip: bool  # whether the model's own scheduler clips x_0_hat to [-1, 1]
     parameters: int
 
@@ -85,6 +85,7 @@ def save(
     ema: dict[str, Tensor],
     state: dict[str, Tensor],
     progress: dict[str, Any],
+    prediction: str = "eps",
 ) -> Checkpoint:
     """Writes `folder/step-<step>` whole; then removes the checkpoints before it, which it makes superfluous."""
     path = f"{folder}/step-{step:08}"
@@ -99,7 +100,7 @@ def save(
         ),
         UNET: _json(unet_config),
         WEIGHTS: _tensors(ema),
-        SCHEDULER: _json(scheduler_config(process)),
+        SCHEDULER: _json(scheduler_config(process, prediction)),
         STATE: _tensors(state),
         PROGRESS: _json({**progress, "step": step}),
     }
@@ -167,15 +168,15 @@ def describe(checkpoint: Checkpoint) -> Description:
     return Description(shape, process.T, scheduler.prediction, process.variance, scheduler.clip, parameters)
 
 
-def load(checkpoint: Checkpoint) -> tuple[nn.Module, Process]:
-    """eps_theta as a module in eval mode, and its process.
+def load(checkpoint: Checkpoint) -> tuple[Denoiser, Process]:
+    """The model as a module in eval mode, and its process.
 
-    The module is called as `UNet` is, (x_t, t - 1), and gives eps whatever the network predicts; its weights are
-    float32. Raises CheckpointError where bytes are damaged or of another kind of model.
+    The module is called as a `Model` is, with t in 1..T, and gives a `Prediction` whatever its network predicts; its
+    weights are float32. Raises CheckpointError where bytes are damaged or of another kind of model.
     """
     unet, scheduler, _ = _configured(checkpoint)
     if isinstance(unet, GaussianDenoiser):
-        return unet, scheduler.process
+        return Denoiser(unet, scheduler.process, "eps").eval(), scheduler.process
     where, weights = _url(checkpoint, WEIGHTS), _weights(checkpoint, WEIGHTS)
     for name, w in weights.items():
         if not (w.is_floating_point() and torch.isfinite(w).all()):
@@ -186,8 +187,7 @@ def load(checkpoint: Checkpoint) -> tuple[nn.Module, Process]:
         raise CheckpointError(
             f"{where} does not fit the config.json beside it, or one of the two is damaged: {error}"
         ) from error
-    network = unet if scheduler.prediction == "eps" else EpsNetwork(unet, scheduler.process, scheduler.prediction)
-    return network.eval(), scheduler.process
+    return Denoiser(unet, scheduler.process, scheduler.prediction).eval(), scheduler.process
 
 
 def process_of(checkpoint: Checkpoint) -> Process:
@@ -231,7 +231,14 @@ def _configured(checkpoint: Checkpoint) -> tuple[nn.Module, Scheduler, tuple[int
     except (ValueError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{where} does not describe a network that can be built here: {error}") from error
     where = _url(checkpoint, SCHEDULER)
-    return unet, _meant(where, read_scheduler, _object(_read(checkpoint, SCHEDULER), where)), shape
+    scheduler = _meant(where, read_scheduler, _object(_read(checkpoint, SCHEDULER), where))
+    if (config["out_channels"] == 2 * config["in_channels"]) != scheduler.process.learned:
+        raise CheckpointError(
+            f"{where}: the variance is {scheduler.process.variance}, but the network beside it has out_channels "
+            f"{config['out_channels']} for in_channels {config['in_channels']}: a learned variance takes twice as "
+            "many, a fixed one as many"
+        )
+    return unet, scheduler, shape
 
 
 def _meant(where: str, read: Callable[[dict[str, Any]], R], content: dict[str, Any]) -> R:

@@ -63,24 +63,62 @@ class ModelConfig(Record):
 
 
 class ScheduleConfig(Record):
-    """beta_1..beta_T. `per_1000` states the range for T = 1000 and multiplies it by 1000 / T; `absolute` does not."""
+    """beta_1..beta_T. `per_1000` states the range for T = 1000 and multiplies it by 1000 / T; `absolute` does not.
 
-    kind: Literal["linear", "quadratic", "cosine", "constant"] = "linear"
+    SCHEDULE_READS says which kind reads what.
+    """
+
+    kind: Literal[
+        "linear", "quadratic", "constant", "jsd", "warmup10", "warmup50", "cosine", "sigmoid", "list", "log_snr"
+    ] = "linear"
     beta_start: float = Field(default=1e-4, gt=0, lt=1)
     beta_end: float = Field(default=0.02, gt=0, lt=1)
     scale: Literal["absolute", "per_1000"] = "absolute"
+    betas: tuple[float, ...] | None = Field(default=None, strict=False, description="beta_1..beta_T of kind: list")
+    log_snr_start: float = Field(default=9.0, gt=-30, lt=30, description="log SNR_1 of kind: log_snr")
+    log_snr_end: float = Field(default=-9.0, gt=-30, lt=30, description="log SNR_T of kind: log_snr")
+
+
+_RANGE = ("beta_start", "beta_end", "scale")
+SCHEDULE_READS: dict[str, tuple[str, ...]] = {
+    "linear": _RANGE,
+    "quadratic": _RANGE,
+    "constant": ("beta_end", "scale"),
+    "jsd": (),
+    "warmup10": _RANGE,
+    "warmup50": _RANGE,
+    "cosine": (),
+    "sigmoid": _RANGE,
+    "list": ("betas",),
+    "log_snr": ("log_snr_start", "log_snr_end"),
+}
 
 
 class DiffusionConfig(Record):
+    """What is diffused and what the network learns of it: its target, and for a learned variance a second head."""
+
     T: int = Field(default=1000, ge=1, le=100_000)
     schedule: ScheduleConfig = ScheduleConfig()
-    prediction: Literal["eps"] = "eps"
-    variance: Literal["fixed_small", "fixed_large"] = "fixed_large"
+    prediction: Literal["eps", "x_0", "mu", "v"] = "eps"
+    variance: Literal["fixed_small", "fixed_large", "learned", "learned_range"] = "fixed_large"
+
+    @property
+    def learned(self) -> bool:
+        """Whether the network has a second head, for the variance."""
+        return self.variance.startswith("learned")
 
 
 class LossConfig(Record):
-    weighting: Literal["simple", "vlb", "min_snr"] = "simple"
+    """What is minimised: `mse` the weighted squared error of the target, `kl` the bound, `hybrid` both together."""
+
+    objective: Literal["mse", "kl", "hybrid"] = "mse"
+    weighting: Literal["simple", "vlb", "snr", "truncated_snr", "min_snr", "p2"] = "simple"
     gamma: float = Field(default=5.0, gt=0, description="the cap of min-SNR-gamma")
+    p2_gamma: float = Field(default=1.0, ge=0, description="the exponent of P2")
+    p2_k: float = Field(default=1.0, gt=0, description="what P2 adds to the SNR")
+    vlb_weight: float = Field(
+        default=0.001, gt=0, description="lambda of the hybrid: what a bit/dim of the bound counts"
+    )
 
 
 class TrainingConfig(Record):
@@ -99,6 +137,9 @@ class TrainingConfig(Record):
     gpus: Literal["auto", 0, 1] = Field(default="auto", description="GPUs a worker; auto: 1 where the cluster has any")
     validate_every: int = Field(default=500, ge=1)
     checkpoint_every: int = Field(default=500, ge=1)
+    timesteps: Literal["uniform", "stratified", "antithetic", "importance"] = Field(
+        default="uniform", description="how t is drawn; importance: by the second moment of the loss"
+    )
 
 
 def sub_batches(batch_size: int) -> int:
@@ -252,16 +293,24 @@ def trial_digest(trial: Trial, data_digest: str) -> str:
     """The address of a trial: the digest of what changes its weights.
 
     The data count by their content (`data_digest`), not by the path they lie at; a setting that the chosen kind
-    does not read (beta_start of a cosine schedule, gamma without min-SNR) does not count.
+    does not read (beta_start of a cosine schedule, gamma without min-SNR) does not count. A setting that came later
+    counts from the first value on that is not its default, so that older trials keep their addresses.
     """
     content = trial.model_dump(mode="json", exclude={"evaluation"})
     content["data"] = {"digest": data_digest, "flip": trial.data.flip}
     for name in NOT_ADDRESSED:
         del content["training"][name]
-    if trial.diffusion.schedule.kind == "cosine":
-        content["diffusion"]["schedule"] = {"kind": "cosine"}
-    if trial.diffusion.schedule.kind == "constant":
-        del content["diffusion"]["schedule"]["beta_start"]
-    if trial.loss.weighting != "min_snr":
-        del content["loss"]["gamma"]
+    schedule, loss = content["diffusion"]["schedule"], content["loss"]
+    content["diffusion"]["schedule"] = {name: schedule[name] for name in ("kind", *SCHEDULE_READS[schedule["kind"]])}
+    read = {
+        "objective": loss["objective"] != "mse",
+        "weighting": True,
+        "gamma": loss["weighting"] == "min_snr",
+        "p2_gamma": loss["weighting"] == "p2",
+        "p2_k": loss["weighting"] == "p2",
+        "vlb_weight": loss["objective"] == "hybrid",
+    }
+    content["loss"] = {name: value for name, value in loss.items() if read[name]}
+    if trial.training.timesteps == "uniform":
+        del content["training"]["timesteps"]
     return digest(content)

@@ -21,26 +21,23 @@ from workers.unet_config import DEFAULTS
 VERSION = "0.35.0"  # the diffusers release whose layout is written
 
 
-def sigmoid(schedule: ScheduleConfig, T: int) -> schedules.Betas:
-    """beta_t = beta_start + (beta_end - beta_start) / (1 + exp(-s)), s even from -6 to 6 (GeoDiff, Xu et al. 2022)."""
-    rise = 1 / (1 + np.exp(-np.linspace(-6, 6, T, dtype=np.float64)))
-    return schedule.beta_start + (schedule.beta_end - schedule.beta_start) * rise
-
-
 # beta_schedule, variance_type and prediction_type of diffusers -> ours.
 BETAS: dict[str, Callable[[ScheduleConfig, int], schedules.Betas]] = {
     "linear": schedules.linear,
     "scaled_linear": schedules.quadratic,
     "squaredcos_cap_v2": schedules.cosine,
-    "sigmoid": sigmoid,
+    "sigmoid": schedules.sigmoid,
 }
 VARIANCE_TYPES = {
     "fixed_small": "fixed_small",
     "fixed_small_log": "fixed_small",  # the same variance, computed by way of its logarithm
     "fixed_large": "fixed_large",
     "fixed_large_log": "fixed_large",
+    "learned_range": "learned_range",
+    "learned_diagonal": "learned",  # ours: diffusers' own "learned" takes the second head for sigma_t^2 itself
 }
-PREDICTION_TYPES = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
+# The last is ours: diffusers opens such a checkpoint and refuses to sample from it.
+PREDICTION_TYPES = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v", "mu": "mu"}
 
 # Schedulers of the process of Ho et al. 2020, each with its defaults that are not DDPMScheduler's. What else one does
 # (its order, its spacing of the times) is sampling, and the evaluation has samplers of its own.
@@ -157,12 +154,10 @@ def read_network(config: dict[str, Any]) -> tuple[int, int, int]:
     if config.get("sample_size") is None:
         raise ValueError("sample_size is missing: set it to the side, in pixels, of the images it was trained on")
     network = _checked(_Network, {**DEFAULTS, **config})
-    if network.in_channels != network.out_channels:
-        learned = network.out_channels == 2 * network.in_channels
+    if network.out_channels not in (network.in_channels, 2 * network.in_channels):
         raise ValueError(
-            f"out_channels {network.out_channels} for in_channels {network.in_channels}: "
-            + ("a learned variance, which is not supported; only " if learned else "only ")
-            + "a network whose output is as its input is eps_theta"
+            f"out_channels {network.out_channels} for in_channels {network.in_channels}: there must be as many, or "
+            "twice as many, with a learned variance"
         )
     size = network.sample_size
     height, width = size if isinstance(size, list) else (size, size)
@@ -223,15 +218,19 @@ def read_scheduler(config: dict[str, Any]) -> Scheduler:
     return Scheduler(process, PREDICTION_TYPES[s.prediction_type], s.clip_sample)
 
 
-def scheduler_config(process: Process) -> dict[str, Any]:
-    """The config of a diffusers DDPMScheduler that samples the same process."""
+def scheduler_config(process: Process, prediction: str = "eps") -> dict[str, Any]:
+    """The config of a diffusers DDPMScheduler that samples the same process.
+
+    With the prediction `mu` it raises an error at its first step, and so does its sampling with a learned diagonal.
+    """
+    [prediction_type] = [theirs for theirs, ours in PREDICTION_TYPES.items() if ours == prediction]
     return {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": VERSION,
         "num_train_timesteps": process.T,
         "trained_betas": process.beta.tolist(),
-        "variance_type": process.variance,
-        "prediction_type": "epsilon",
+        "variance_type": next(theirs for theirs, ours in VARIANCE_TYPES.items() if ours == process.variance),
+        "prediction_type": prediction_type,
         "clip_sample": True,
     }
 

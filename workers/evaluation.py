@@ -24,7 +24,7 @@ from workers.checkpoint import Checkpoint
 from workers.config import Measurement, evaluations
 from workers.data import Dataset
 from workers.diffusion.flow import log_density
-from workers.diffusion.process import Process
+from workers.diffusion.process import Prediction, Process
 from workers.diffusion.samplers import draw
 from workers.features import FeatureSpace, feature_space
 from workers.likelihood import all_times, pair_errors, stratified_times
@@ -42,12 +42,13 @@ log = logging.getLogger(__name__)
 class Model:
     """A loaded checkpoint on its device."""
 
-    network: torch.nn.Module  # eps_theta(x_t, t - 1)
+    network: torch.nn.Module  # a `Denoiser`
     process: Process
     device: torch.device
 
-    def eps_theta(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(self.network(x_t, t - 1))
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor) -> Prediction:
+        said: Prediction = self.network(x_t, t)
+        return said
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Bench:
     @cached_property
     def model(self) -> Model:
         network, process = checkpoints.load(self.checkpoint)
-        return Model(network.to(self.device), measured_process(self.m, process), self.device)
+        return Model(network.to(self.device), process, self.device)
 
     @cached_property
     def space(self) -> FeatureSpace:
@@ -93,7 +94,7 @@ def nll_block(bench: Bench, block: Block) -> pa.Table:
     x_0 = to_model(torch.from_numpy(dataset.held_out[pairs]), dataset.levels).to(model.device)
     noise = generator(*where, "eps")  # on the CPU, as a GPU's generator would draw other numbers
     rows = pairs, t.reshape(-1), weight.reshape(-1)
-    return pair_errors(model.process, model.eps_theta, x_0, *rows, noise, dataset.levels).table()
+    return pair_errors(model.process, model.predict, x_0, *rows, noise, dataset.levels).table()
 
 
 def ode_nll_block(bench: Bench, block: Block) -> pa.Table:
@@ -112,7 +113,7 @@ def ode_nll_block(bench: Bench, block: Block) -> pa.Table:
     u = torch.rand(x_0.shape, generator=generator(*where, "u"), dtype=torch.float64) - 0.5
     probes = 2 * torch.randint(0, 2, (ode.probes, *x_0.shape), generator=generator(*where, "probes")) - 1
     x, probes = (x_0 + bin_ * u).to(model.device), probes.to(model.device)
-    density = log_density(model.process, model.eps_theta, x, probes, ode.tolerance)
+    density = log_density(model.process, model.predict, x, probes, ode.tolerance)
     nats = -density.log_p.cpu().numpy() - x_0[0].numel() * np.log(bin_)
     return pa.table({"image": image, "nats": nats, "evaluations": density.evaluations.cpu().numpy()})
 
@@ -128,7 +129,7 @@ def sample_block(bench: Bench, block: Block) -> pa.Table:
     height, width, channels = dataset.shape
     noise, shape = generator(m.seed, "samples", block.number), (blocks.SAMPLES, channels, height, width)
     x_T = torch.randn(shape, generator=noise).to(model.device)
-    drawn = draw(model.process, model.eps_theta, fid.sampler, x_T, noise, clip=True)
+    drawn = draw(measured_process(m, model.process), model.predict, fid.sampler, x_T, noise, clip=True)
     images = QUANTISERS[fid.quantise](drawn.x_0, dataset.levels).cpu().numpy()
     first = block.number * blocks.SAMPLES
     rows = {"sample": np.arange(first, first + len(images)), "image": [row.tobytes() for row in images]}

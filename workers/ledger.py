@@ -2,7 +2,8 @@
 
 `workers.likelihood` fills it with the network, once. Whatever fixed variance p_theta has, every L_{t-1} depends on the
 network only through |x_0 - x_0_hat(x_t)|^2, and so does the bound of any sub-chain of its times. So bits/dim for other
-variances and shorter chains, and the rate-distortion curve, cost no further evaluation of the network.
+variances and shorter chains, and the rate-distortion curve, cost no further evaluation of the network. With a learned
+variance the bound itself comes from a further column, the pairs' own terms.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import torch
 from workers.diffusion.bound import diffusion_terms, prior_term
 from workers.diffusion.process import Process
 
-# sigma_1^2 of the decoder, in multiples of the process's own: L_0 is measured at each, for its best value.
+# sigma_1^2 of the decoder, in multiples of that of a fixed variance: L_0 is measured at each, for its best value.
 DECODER_FACTORS = 2.0 ** (np.arange(-8, 25) / 2)
 OWN_FACTOR = 8  # the place of factor 1
 OPTIMAL = "optimal"  # the isotropic variance that minimises the bound of the images measured
@@ -31,11 +32,12 @@ class Ledger:
     squared_error: np.ndarray  # |x_0 - x_0_hat(x_t, t)|^2, summed over the dimensions
     weight: np.ndarray  # of the term in the sum over t: 1 where every t is measured
     decoder_nats: np.ndarray  # (images, len(DECODER_FACTORS)): L_0 by sigma_1^2, for the rows at t = 1 in their order
+    own_nats: np.ndarray | None = None  # L_{t-1} by a learned variance, L_0 at t = 1; None where it is fixed
 
     @staticmethod
     def join(parts: list["Ledger"]) -> "Ledger":
         """The rows of all parts in order of (image, t), whatever the order of the parts."""
-        rows = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ROWS}
+        rows = {name: np.concatenate([getattr(part, name) for part in parts]) for name in parts[0].rows}
         decoder_nats = np.concatenate([part.decoder_nats for part in parts])
         first = np.argsort(rows["image"][rows["t"] == 1], kind="stable")
         order = np.lexsort((rows["t"], rows["image"]))
@@ -44,8 +46,29 @@ class Ledger:
     def of_first(self, images: int) -> "Ledger":
         """The rows of the images 0 .. images - 1."""
         keep, first = self.image < images, self.image[self.t == 1] < images
-        rows = {name: getattr(self, name)[keep] for name in ROWS}
+        rows = {name: getattr(self, name)[keep] for name in self.rows}
         return Ledger(**rows, decoder_nats=self.decoder_nats[first])
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The columns that have a value a pair."""
+        return ROWS if self.own_nats is None else (*ROWS, "own_nats")
+
+    def diffusion_nats(self, process: Process, dimensions: int) -> np.ndarray:
+        """L_{t-1} of the pairs with t > 1 by the variance of the process, in their order."""
+        later = self.t > 1
+        if process.learned:
+            assert self.own_nats is not None
+            return self.own_nats[later]
+        t, error = torch.from_numpy(self.t[later]), torch.from_numpy(self.squared_error[later])
+        return np.asarray(diffusion_terms(process, t, error, dimensions).numpy())
+
+    def own_decoder_nats(self, process: Process) -> np.ndarray:
+        """L_0 of each image by the variance of the process."""
+        if process.learned:
+            assert self.own_nats is not None
+            return self.own_nats[self.t == 1]
+        return np.asarray(self.decoder_nats[:, OWN_FACTOR])
 
     @property
     def images(self) -> int:
@@ -60,11 +83,11 @@ class Ledger:
         lengths = np.where(self.t == 1, len(DECODER_FACTORS), 0)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         nats = pa.ListArray.from_arrays(offsets, self.decoder_nats.reshape(-1))
-        return pa.table({**{name: getattr(self, name) for name in ROWS}, "decoder_nats": nats})
+        return pa.table({**{name: getattr(self, name) for name in self.rows}, "decoder_nats": nats})
 
     @staticmethod
     def of_table(table: pa.Table) -> "Ledger":
-        rows = {name: table[name].to_numpy() for name in ROWS}
+        rows = {name: table[name].to_numpy() for name in (*ROWS, "own_nats") if name in table.column_names}
         nats = table["decoder_nats"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return Ledger(**rows, decoder_nats=nats.reshape(-1, len(DECODER_FACTORS)))
 
@@ -100,16 +123,15 @@ def bound(process: Process, ledger: Ledger, squared_norm: np.ndarray, dimensions
     names, row = np.unique(ledger.image, return_inverse=True)
     assert len(names) == len(squared_norm)
     later = ledger.t > 1
-    t, error = torch.from_numpy(ledger.t[later]), torch.from_numpy(ledger.squared_error[later])
-    terms = diffusion_terms(process, t, error, dimensions).numpy()
+    terms = ledger.diffusion_nats(process, dimensions)
     diffusion = np.bincount(row[later], weights=terms * ledger.weight[later], minlength=len(names))
-    return _in_bits(process, squared_norm, diffusion, ledger.decoder_nats[:, OWN_FACTOR], dimensions)
+    return _in_bits(process, squared_norm, diffusion, ledger.own_decoder_nats(process), dimensions)
 
 
 def chain_bound(
     process: Process, ledger: Ledger, squared_norm: np.ndarray, dimensions: int, variance: str, steps: int | None = None
 ) -> Bound:
-    """The bound of p_theta with another `variance`, along `steps` of the times, from a ledger with every t.
+    """The bound of p_theta with a fixed `variance` instead, along `steps` of the times, from a ledger with every t.
 
     The sub-chain is that of `Process.strided`, which keeps t = 1 and T. A fixed variance leaves the decoder as it is;
     with OPTIMAL sigma_t^2 = beta_tilde_t + c_t^2 E|x_0 - x_0_hat|^2 / D minimises the mean of each L_{t-1} (c_t weighs
@@ -131,11 +153,9 @@ def chain_bound(
 
 def bits_by_t(process: Process, ledger: Ledger, squared_norm: np.ndarray, dimensions: int) -> np.ndarray:
     """L_0, L_1, ..., L_T in bits/dim, float64 (T + 1,), each the mean over the images of a ledger with every t."""
-    error = torch.from_numpy(ledger.errors()[:, 1:])
-    t = torch.arange(2, process.T + 1).expand(len(error), -1)
-    diffusion = diffusion_terms(process, t, error, dimensions).mean(0).numpy()
+    diffusion = ledger.diffusion_nats(process, dimensions).reshape(-1, process.T - 1).mean(0)
     prior = prior_term(process, torch.from_numpy(squared_norm), dimensions).numpy().mean()
-    decoder = ledger.decoder_nats[:, OWN_FACTOR].mean()
+    decoder = ledger.own_decoder_nats(process).mean()
     return np.asarray([decoder, *diffusion, prior]) / (dimensions * np.log(2))
 
 

@@ -1,7 +1,8 @@
 """Likelihood: the network's errors on (image, t) pairs, which `workers.ledger` turns into bits/dim.
 
-`pair_errors` is the only part that evaluates the network: it turns (image, t) pairs into |x_0 - x_0_hat|^2, and the
-pairs at t = 1 into decoder terms. Pairs of any t are batched together. Which t are measured is a proposal's choice.
+`pair_errors` is the only part that evaluates the network: it turns (image, t) pairs into |x_0 - x_0_hat|^2, the pairs
+at t = 1 into decoder terms, and where the variance is learned every pair into its own term of the bound. Pairs of any t
+are batched together. Which t are measured is a proposal's choice.
 """
 
 import math
@@ -11,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.diffusion.bound import decoder_term
-from workers.diffusion.process import EpsModel, Process
+from workers.diffusion.bound import decoder_term, model_terms
+from workers.diffusion.process import Model, Prediction, Process
 from workers.ledger import DECODER_FACTORS, Bound, Ledger, bound
 from workers.noise import generator
 
@@ -22,7 +23,7 @@ BATCH = 250  # pairs a network evaluation
 @torch.no_grad()
 def pair_errors(
     process: Process,
-    eps_theta: EpsModel,
+    model: Model,
     x_0: Tensor,
     image: np.ndarray,
     t: np.ndarray,
@@ -37,18 +38,25 @@ def pair_errors(
     """
     eps = torch.randn(x_0.shape, generator=noise, device=noise.device).to(x_0.device)
     times = torch.from_numpy(t).to(x_0.device)
-    errors, nats = [], []
+    sigmas = (process.decoder_sigma_squared * torch.from_numpy(DECODER_FACTORS)).sqrt().tolist()
+    errors, nats, own = [], [], []
     for k in range(0, len(t), BATCH):
         part = slice(k, k + BATCH)
         x_t = process.q_sample(x_0[part], times[part], eps[part])
-        eps_hat = eps_theta(x_t, times[part]).to(x_t.dtype)
-        x_0_hat = process.predict_x_0(x_t, times[part], eps_hat, clip)
+        said = model(x_t, times[part])
+        x_0_hat = said.x_0.clamp(-1, 1) if clip else said.x_0
         errors.append((x_0[part] - x_0_hat).double().square().flatten(1).sum(1))
         first = times[part] == 1
         mean = process.posterior_mean(x_0_hat[first], x_t[first], times[part][first])
-        sigmas = (process.sigma_squared[0] * torch.from_numpy(DECODER_FACTORS)).sqrt().tolist()
         nats.append(torch.stack([decoder_term(x_0[part][first], mean, sigma, levels) for sigma in sigmas], dim=1))
-    return Ledger(image, t, torch.cat(errors).cpu().numpy(), weight, torch.cat(nats).cpu().numpy())
+        if process.learned:
+            assert said.variance is not None
+            precise = Prediction(x_0_hat.double(), said.eps.double(), said.variance.double())
+            own.append(model_terms(process, precise, x_0[part].double(), times[part], levels))
+    squared_error, decoder_nats = (torch.cat(parts).cpu().numpy() for parts in (errors, nats))
+    return Ledger(
+        image, t, squared_error, weight, decoder_nats, torch.cat(own).cpu().numpy() if process.learned else None
+    )
 
 
 def all_times(T: int, images: int) -> tuple[np.ndarray, np.ndarray]:
@@ -94,12 +102,12 @@ def stratified_times(
     return np.concatenate([first.astype(np.int64), t], axis=1), np.concatenate([first, 1 / (strata * probability)], 1)
 
 
-def estimate(process: Process, eps_theta: EpsModel, x_0: Tensor, strata: int, levels: int, *where: int | str) -> Bound:
+def estimate(process: Process, model: Model, x_0: Tensor, strata: int, levels: int, *where: int | str) -> Bound:
     """The bound of each of x_0 (N, C, H, W) from `strata` timesteps an image; its noise lies at the address `where`."""
     t, weight = stratified_times(process.T, strata, len(x_0), generator(*where, "t"), "log_uniform")
     image = np.repeat(np.arange(len(x_0)), t.shape[1])
     noise = generator(*where, "eps", device=x_0.device)
-    ledger = pair_errors(process, eps_theta, x_0[image], image, t.reshape(-1), weight.reshape(-1), noise, levels)
+    ledger = pair_errors(process, model, x_0[image], image, t.reshape(-1), weight.reshape(-1), noise, levels)
     return bound(process, ledger, squared_norms(x_0), x_0[0].numel())
 
 

@@ -113,7 +113,7 @@ def _likelihood(m: Measurement, dataset: Dataset, process: Process, whole: Ledge
         "version": blocks.VERSION, "data": dataset.digest, "split": "held_out", "images": n, "levels": dataset.levels,
         "dropped": 0,
         "timesteps": "all" if sampled is None else f"{sampled + 1}, {nll.proposal}",
-        "x_0_hat": "clipped to [-1, 1]", "decoder": "discrete, sigma_1^2 = beta_tilde_2",
+        "x_0_hat": "clipped to [-1, 1]", "decoder": "discrete; a fixed sigma_1^2 is beta_tilde_2",
     }  # fmt: skip
     found = {"metrics": metrics, "passports": {"nll": {"protocol": protocol}}, "nll_per_image": result.total.tolist()}
     if sampled is not None:
@@ -126,6 +126,9 @@ def _likelihood(m: Measurement, dataset: Dataset, process: Process, whole: Ledge
         ]
         for variance in (*VARIANCES, OPTIMAL)
     }
+    if process.learned:
+        whole_chain = {"steps": process.T, "bpd": result.mean, "bpd_se": result.standard_error}
+        chains = {process.variance: [whole_chain], **chains}
     rate, distortion = rate_distortion(process, ledger, norms, dimensions)
     best = chains[OPTIMAL][0]
     metrics |= {"eval/nll_optimal_variance_bpd": best["bpd"], "eval/nll_optimal_variance_bpd_se": best["bpd_se"]}

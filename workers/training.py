@@ -1,4 +1,4 @@
-"""Training eps_theta: one generator loop, the same under plain Python, a Tune actor and Ray Train.
+"""Training a network: one generator loop, the same under plain Python, a Tune actor and Ray Train.
 
 `train` yields a `Progress` at every validation and knows neither Ray nor MLflow; whoever iterates it is its host.
 All it measures goes to the trial's journal and checkpoints in the storage, so a stopped loop resumes by being called
@@ -31,9 +31,11 @@ from workers.config import (
     sub_batches,
 )
 from workers.data import Dataset
-from workers.diffusion.objectives import eps_loss, weights
-from workers.diffusion.process import EpsModel, Process
+from workers.diffusion.objectives import Objective
+from workers.diffusion.predictions import Denoiser
+from workers.diffusion.process import Model
 from workers.diffusion.samplers import sample
+from workers.diffusion.timesteps import DRAWS, History, Part
 from workers.journal import Journal
 from workers.likelihood import estimate
 from workers.noise import generator
@@ -102,9 +104,10 @@ class _Loop:
     def __init__(self, trial: Trial, dataset: Dataset, storage: Storage, folder: str, world: World) -> None:
         self.trial, self.dataset, self.storage, self.folder, self.world = trial, dataset, storage, folder, world
         height, _, channels = dataset.shape
-        self.process = Process.of(trial.diffusion)
-        self.weights = weights(self.process, trial.loss)
-        self.config = unet_config(trial.model, image_channels=channels, resolution=height)
+        self.objective = Objective.of(trial.diffusion, trial.loss, dataset.levels)
+        self.process, self.history = self.objective.process, History.empty(trial.diffusion.T)
+        learned = trial.diffusion.learned
+        self.config = unet_config(trial.model, image_channels=channels, resolution=height, learned=learned)
         self.unet = UNet(self.config, generator(trial.seed, "weights")).to(world.device)
         self.raw = list(self.unet.state_dict().values())  # views of the parameters, not copies
         self.ema = {name: p.clone() for name, p in self.unet.state_dict().items()}
@@ -149,18 +152,23 @@ class _Loop:
             generator(self.trial.seed, "train", self.step, j, device=world.device)
             for j in share(range(sub_batches(training.batch_size)), world)
         ]
-        x_0, t, eps = self._batch(noises)
+        probability = self.history.probability()
+        x_0, t, eps = self._batch(noises, probability)
         self.unet.set_noise(noises)
         with self.autocast:
-            loss = eps_loss(self.process, lambda x, s: self.network(x, s - 1), self.weights, x_0, t, eps)
-        loss.weighted.mean().backward()
+            loss = self.objective(lambda x, s: self.network(x, s - 1), x_0, t, eps)
+        weighted = loss.weighted
+        if training.timesteps == "importance":
+            weighted = weighted / (self.process.T * probability.to(t.device)[t - 1]).to(weighted.dtype)
+            self._remember(t, loss.weighted.detach())
+        weighted.mean().backward()
         norm = nn.utils.clip_grad_norm_(self.unet.parameters(), training.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._average()
-        self.sums[:4] += torch.stack([loss.weighted.detach().mean(), loss.eps_mse.mean(), norm, torch.ones_like(norm)])
+        self.sums[:4] += torch.stack([weighted.detach().mean(), loss.eps_mse.mean(), norm, torch.ones_like(norm)])
 
-    def _batch(self, noises: Sequence[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
+    def _batch(self, noises: Sequence[torch.Generator], probability: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """This worker's part of the global batch: x_0 and eps float32 (n, C, H, W), t int64 (n,) in 1..T."""
         size, flip = self.trial.training.batch_size, self.trial.data.flip
         rows = share(batch_rows(self.trial.seed, self.step, size, len(self.dataset.train), self.orders), self.world)
@@ -168,12 +176,25 @@ class _Loop:
         images = torch.from_numpy(self.dataset.train[rows]).to(device)
         x_0 = to_model(images, self.dataset.levels)
         n = len(x_0) // len(noises)
-        t = torch.cat([torch.randint(1, self.process.T + 1, (n,), generator=g, device=device) for g in noises])
+        count = sub_batches(size)
+        parts = share([Part(n, index, count) for index in range(count)], self.world)
+        draw, T = DRAWS[self.trial.training.timesteps], self.process.T
+        t = torch.cat([draw(T, part, g, probability) for part, g in zip(parts, noises, strict=True)])
         eps = torch.cat([torch.randn((n, *x_0.shape[1:]), generator=g, device=device) for g in noises])
         if flip:
             coins = torch.cat([torch.rand(n, generator=g, device=device) for g in noises]) < 0.5
             x_0 = torch.where(coins[:, None, None, None], x_0.flip(3), x_0)
         return x_0, t, eps
+
+    def _remember(self, t: Tensor, loss: Tensor) -> None:
+        """Adds the losses of the whole batch, in its order, to the history of every worker."""
+        rows = torch.stack([t.double(), loss.double()], dim=1)
+        if self.world.size > 1:
+            every = [torch.empty_like(rows) for _ in range(self.world.size)]
+            torch.distributed.all_gather(every, rows)
+            rows = torch.cat(every)
+        t, loss = rows.cpu().unbind(1)
+        self.history.add(t.long(), loss)
 
     def _average(self) -> None:
         """EMA of the weights, with min(ema, (1 + n) / (10 + n)) so that the start is forgotten early."""
@@ -192,10 +213,11 @@ class _Loop:
         weighted, mse, norm = (sums[:3] / sums[3]).tolist()
         if not (math.isfinite(weighted) and math.isfinite(norm)):
             raise Diverged(f"loss {weighted:g}, gradient norm {norm:g}")
+        loss = self.trial.loss
         self.journal.metrics(
             self.step,
             {
-                f"train/loss_{self.trial.loss.weighting}": weighted,
+                f"train/loss_{loss.weighting if loss.objective == 'mse' else loss.objective}": weighted,
                 "train/eps_mse": mse,
                 "train/grad_norm": norm,
                 "train/lr": learning_rate(self.trial.training, self.step - 1),
@@ -210,14 +232,14 @@ class _Loop:
         """
         nll_bpd = torch.zeros(1, dtype=torch.float64, device=self.world.device)
         if self.world.rank == 0 and self.journal.get(self.step, "valid/nll_bpd") is None:
-            with self.averaged() as eps_theta, self.autocast:
+            with self.averaged() as model, self.autocast:
                 seed, levels, device = self.trial.seed, self.dataset.levels, self.world.device
                 held_out = torch.from_numpy(np.array(self.dataset.held_out[:VALIDATION_IMAGES])).to(device)
                 x_0 = to_model(held_out, levels)
-                bound = estimate(self.process, eps_theta, x_0, VALIDATION_TIMESTEPS, levels, seed, "valid")
+                bound = estimate(self.process, model, x_0, VALIDATION_TIMESTEPS, levels, seed, "valid")
                 sampler = SamplerConfig(kind="ddim", steps=min(SAMPLE_GRID_STEPS, self.process.T))
                 noise = generator(seed, "grid", device=device)
-                images = sample(self.process, eps_theta, sampler, (SAMPLE_GRID, *x_0.shape[1:]), noise)
+                images = sample(self.process, model, sampler, (SAMPLE_GRID, *x_0.shape[1:]), noise)
             nll_bpd[0] = bound.mean
             if math.isfinite(bound.mean):
                 values = {"valid/nll_bpd": bound.mean, "valid/nll_bpd_se": bound.standard_error}
@@ -246,7 +268,7 @@ class _Loop:
         return self.step * self.trial.training.batch_size / self.train_seconds if self.train_seconds else 0.0
 
     def averaged(self) -> "_Averaged":
-        return _Averaged(self.unet, self.ema)
+        return _Averaged(self.unet, self.ema, Denoiser(self.unet, self.process, self.trial.diffusion.prediction))
 
     def _save(self) -> None:
         if self.world.rank != 0:
@@ -255,6 +277,8 @@ class _Loop:
         moments = self.optimizer.state_dict()["state"]
         for (name, _), values in zip(self.unet.named_parameters(), moments.values(), strict=True):
             state |= {f"{key}.{name}": value for key, value in values.items()}
+        if self.trial.training.timesteps == "importance":
+            state |= {"history.losses": self.history.losses, "history.seen": self.history.seen}
         self.journal.flush()
         self.checkpoint = checkpoints.save(
             self.storage,
@@ -265,6 +289,7 @@ class _Loop:
             self.ema,
             state,
             {"train_seconds": self.train_seconds},
+            self.trial.diffusion.prediction,
         )
 
     def _restore(self, checkpoint: checkpoints.Checkpoint) -> None:
@@ -275,20 +300,22 @@ class _Loop:
         keys = ("step", "exp_avg", "exp_avg_sq")
         moments = {i: {key: state[f"{key}.{name}"] for key in keys} for i, name in enumerate(names)}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        if self.trial.training.timesteps == "importance":
+            self.history = History(state["history.losses"], state["history.seen"])
         self.step, self.train_seconds = progress["step"], progress["train_seconds"]
 
 
 class _Averaged:
-    """Puts the EMA weights into the network for the length of a `with`, and gives it as eps_theta(x_t, t)."""
+    """Puts the EMA weights into the network for the length of a `with`, and gives the `model` that it is part of."""
 
-    def __init__(self, unet: UNet, ema: dict[str, Tensor]) -> None:
-        self.unet, self.ema = unet, ema
+    def __init__(self, unet: UNet, ema: dict[str, Tensor], model: Denoiser) -> None:
+        self.unet, self.ema, self.model = unet, ema, model
 
-    def __enter__(self) -> EpsModel:
+    def __enter__(self) -> Model:
         self.raw = {name: p.clone() for name, p in self.unet.state_dict().items()}
         self.unet.load_state_dict(self.ema)
         self.unet.eval()
-        return lambda x, t: self.unet(x, t - 1)
+        return self.model
 
     def __exit__(self, *_: object) -> None:
         self.unet.load_state_dict(self.raw)
@@ -332,12 +359,13 @@ def autocast(trial: Trial, device: torch.device) -> AbstractContextManager[Any]:
     """bf16 where the trial asks for it, or `auto` finds it faster; parameters stay float32.
 
     `auto` takes it on GPUs that have it, and on CPUs with AMX from a width of 32 channels on: below, it measured no
-    faster than float32.
+    faster than float32. Never for the prediction mu, which differs from x_t in digits that bf16 has not.
     """
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported()
     else:
         fast = torch.cpu._is_amx_tile_supported() and trial.model.channels >= 32
+    fast = fast and trial.diffusion.prediction != "mu"
     enabled = trial.training.precision == "bf16" or (trial.training.precision == "auto" and fast)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 

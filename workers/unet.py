@@ -312,7 +312,7 @@ class UNet(nn.Module):
                 module.generators = generators
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """eps_theta(x_t, t): x float (N, C, H, W); t (N,), counted from 0 (the paper's t - 1) -> (N, C, H, W).
+        """x float (N, C, H, W); t (N,), counted from 0 (the paper's t - 1) -> (N, out_channels, H, W).
 
         The sinusoids are smooth in t, so that times between those of the training are asked for as any other.
         """
@@ -325,5 +325,5 @@ class UNet(nn.Module):
         h = self.mid_block(h, time)
         for level in self.up_blocks:
             h = level(h, time, skips)
-        eps: Tensor = self.conv_out(F.silu(self.conv_norm_out(h)))
-        return eps.contiguous()
+        y: Tensor = self.conv_out(F.silu(self.conv_norm_out(h)))
+        return y.contiguous()

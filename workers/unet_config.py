@@ -87,8 +87,10 @@ def unet_mistakes(model: ModelConfig, *, resolution: int) -> list[str]:
     return mistakes
 
 
-def unet_config(model: ModelConfig, *, image_channels: int, resolution: int) -> dict[str, Any]:
+def unet_config(model: ModelConfig, *, image_channels: int, resolution: int, learned: bool = False) -> dict[str, Any]:
     """The config.json of the UNet2DModel that `model` means for resolution x resolution images.
+
+    With a `learned` variance the last convolution has twice the channels: the second head is its second half.
 
     `ModelConfig()` with 3 channels at 32 x 32 gives google/ddpm-cifar10-32 (Ho et al. 2020, appendix B). Raises
     ValueError with all that `unet_mistakes` finds.
@@ -101,7 +103,7 @@ def unet_config(model: ModelConfig, *, image_channels: int, resolution: int) -> 
         **DEFAULTS,
         "sample_size": resolution,
         "in_channels": image_channels,
-        "out_channels": image_channels,
+        "out_channels": image_channels * (1 + learned),
         "freq_shift": 1,
         "flip_sin_to_cos": False,
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],

@@ -2,7 +2,8 @@
 
 For a fixed variance every L_{t-1} depends on the network only through |x_0 - x_0_hat(x_t)|^2, since both means are
 the same linear combination of (x_0, x_t) and (x_0_hat, x_t). So the expensive part records squared errors
-(`workers.likelihood`) and the terms follow from them here; L_0 goes through the discrete decoder of eq. (13).
+(`workers.likelihood`) and the terms follow from them here; L_0 goes through the discrete decoder of eq. (13). A learned
+variance takes part in every term, which is then computed where the network is (`model_terms`).
 """
 
 import math
@@ -10,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from workers.diffusion.process import Process
+from workers.diffusion.process import Prediction, Process, at, fixed_small
 
 
 def gaussian_kl(mean_1: Tensor, variance_1: Tensor, mean_2: Tensor, variance_2: Tensor) -> Tensor:
@@ -35,6 +36,22 @@ def diffusion_terms(
     true, model = process.beta_tilde[i], (process.sigma_squared if sigma_squared is None else sigma_squared)[i]
     spread = 0.5 * dimensions * (torch.log(model / true) + true / model - 1)
     return spread + process.posterior_x_0[i].square() * squared_error / (2 * model)
+
+
+def model_terms(process: Process, said: Prediction, x_0: Tensor, t: Tensor, levels: int) -> Tensor:
+    """L_{t-1} by the variance of the process, fixed or learned, in nats (N,): eq. (5), and at t = 1 the decoder's L_0.
+
+    x_0 (N, C, H, W) of `levels` values; `said` in the same dtype, its x_0 clipped or not as the mean is to be.
+    """
+    log_model = process.log_sigma_squared(said, t)
+    log_true = at(fixed_small(process).log(), t, x_0)  # that of eq. (7) for t > 1; of t = 1 only finite
+    squared_error = (at(process.posterior_x_0, t, x_0) * (x_0 - said.x_0)).square()
+    kl = 0.5 * (log_model - log_true + (log_true - log_model).exp() + squared_error * (-log_model).exp() - 1)
+    terms, first = kl.flatten(1).sum(1), t == 1
+    if first.any():  # where mu_theta(x_1, 1) = x_0_hat
+        sigma = process.sigma(said, t)[first].double()
+        terms = terms.masked_scatter(first, decoder_term(x_0[first], said.x_0[first], sigma, levels).to(terms.dtype))
+    return terms
 
 
 def log_normal_interval(lower: Tensor, upper: Tensor) -> Tensor:

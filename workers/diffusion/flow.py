@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.diffusion.process import EpsModel, Process, spread
+from workers.diffusion.process import Model, Process, spread
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 5.0  # of the next step: the usual ones (Hairer et al. 1993, section II.4)
 FIRST, LEAST = 0.05, 1e-7  # the first step, and one that says that the solver is stuck, as parts of the whole way
@@ -112,18 +112,18 @@ def _weighted(weights: tuple[float, ...], stages: list[Tensor]) -> Tensor:
     return total
 
 
-def eps_at(process: Process, eps_theta: EpsModel, y: Tensor, sigma: Tensor) -> Tensor:
-    """eps_theta for y = x_0 + sigma eps, float64 (N, C, H, W), at noise levels sigma (N,) that may lie between."""
+def eps_at(process: Process, model: Model, y: Tensor, sigma: Tensor) -> Tensor:
+    """The model's eps of y = x_0 + sigma eps, float64 (N, C, H, W), at noise levels sigma (N,), trained or between."""
     x_t = (y / spread((1 + sigma**2).sqrt(), y)).float()
-    return eps_theta(x_t, process.time_at(sigma)).double()
+    return model(x_t, process.time_at(sigma)).eps.double()
 
 
 def _ends(process: Process) -> tuple[float, float]:
     """log sigma_1 and log sigma_T."""
-    return math.log(float(process.sigma[0])), math.log(float(process.sigma[-1]))
+    return math.log(float(process.noise_level[0])), math.log(float(process.noise_level[-1]))
 
 
-def solve(process: Process, eps_theta: EpsModel, y: Tensor, tolerance: float) -> Solution:
+def solve(process: Process, model: Model, y: Tensor, tolerance: float) -> Solution:
     """y at sigma_1 from y (N, C, H, W) at sigma_T, by Bogacki and Shampine's pair.
 
     `tolerance` is the root mean square of a step's error over the pixels of x_t = y / sqrt(1 + sigma^2), the scale on
@@ -133,7 +133,7 @@ def solve(process: Process, eps_theta: EpsModel, y: Tensor, tolerance: float) ->
 
     def derivative(_: Tensor, u: Tensor, y: Tensor) -> Tensor:
         sigma = u.exp()
-        return sigma[:, None] * eps_at(process, eps_theta, y.unflatten(1, shape), sigma).flatten(1)
+        return sigma[:, None] * eps_at(process, model, y.unflatten(1, shape), sigma).flatten(1)
 
     def norm(u: Tensor, error: Tensor) -> Tensor:
         return error.square().mean(1).sqrt() / (1 + (2 * u).exp()).sqrt() / tolerance
@@ -148,7 +148,7 @@ class Density:
     evaluations: Tensor  # int64 (N,): of the network; each goes with a backward pass for each probe
 
 
-def log_density(process: Process, eps_theta: EpsModel, x: Tensor, probes: Tensor, tolerance: float) -> Density:
+def log_density(process: Process, model: Model, x: Tensor, probes: Tensor, tolerance: float) -> Density:
     """log p(x) of the images that the flow makes of x_T ~ N(0, I), stopped at sigma_1: Song et al. 2021, eq. 39.
 
     log p_1(y) = log p_T(y_T) + integral of tr(d eps_theta / dy) dsigma along the flow from sigma_1 to sigma_T, the
@@ -162,7 +162,7 @@ def log_density(process: Process, eps_theta: EpsModel, x: Tensor, probes: Tensor
         sigma = u.exp()
         with torch.enable_grad():
             y = state[:, :D].unflatten(1, shape).detach().requires_grad_()
-            eps = eps_at(process, eps_theta, y, sigma)
+            eps = eps_at(process, model, y, sigma)
             traces = []
             for k, probe in enumerate(probes):
                 v = probe[images].to(eps.dtype)

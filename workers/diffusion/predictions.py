@@ -1,47 +1,111 @@
-"""What a network predicts, turned into eps: all else here calls eps_theta(x_t, t).
+"""What a network is trained to predict, and what follows from it: x_0 and eps, whichever it is.
 
-A prediction is a function of (process, x_t, t, the network's output) next to its formula; `PREDICTIONS` is the list
-of valid names. x_t and the output are float (N, C, H, W); t (N,) lies in 1..T, between whole times by float64.
+A target is four functions next to their formulas: what the network should say, x_0 and eps by what it says, and what
+a squared error of it is worth. `PREDICTIONS` is the list of valid names. All images are float (N, C, H, W); t is int64
+(N,) in 1..T, and what turns an output into eps or x_0 takes real times too, but for `mu`, which belongs to a step.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from workers.diffusion.process import Process, spread
+from workers.diffusion.process import EpsModel, Model, Prediction, Process, at, spread
 
 
-def eps(process: Process, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
-    """The output is eps_theta (Ho et al. 2020, eq. 14)."""
-    return output
+@dataclass(frozen=True)
+class Target:
+    of: Callable[[Process, Tensor, Tensor, Tensor, Tensor], Tensor]  # (process, x_0, x_t, t, eps) -> the exact output
+    x_0: Callable[[Process, Tensor, Tensor, Tensor], Tensor]  # (process, x_t, t, output)
+    eps: Callable[[Process, Tensor, Tensor, Tensor], Tensor]  # (process, x_t, t, output)
+    scale: Callable[[Process], Tensor]  # k_t, float64 (T,): |x_0 - x_0_hat|^2 = k_t |target - output|^2
 
 
-def x_0(process: Process, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+def eps_by_x_0(process: Process, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
     """eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t): eq. (4) of Ho et al. 2020 solved for eps."""
     alpha_bar = process.alpha_bar_at(t)
-    return (x_t - spread(alpha_bar.sqrt(), x_t) * output) / spread((1 - alpha_bar).sqrt(), x_t)
+    return (x_t - spread(alpha_bar.sqrt(), x_t) * x_0) / spread((1 - alpha_bar).sqrt(), x_t)
 
 
-def v(process: Process, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
-    """eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t.
+# eps, eq. (14). It does not determine x_0 where alpha_bar_t = 0.
+EPS = Target(
+    of=lambda process, x_0, x_t, t, eps: eps,
+    x_0=lambda process, x_t, t, output: process.predict_x_0(x_t, t, output, clip=False),
+    eps=lambda process, x_t, t, output: output,
+    scale=lambda process: 1 / process.snr,
+)
 
-    v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 is that of Salimans & Ho 2022, section 4.
-    """
+# x_0, which the paper found worse early on (section 3.2).
+X_0 = Target(
+    of=lambda process, x_0, x_t, t, eps: x_0,
+    x_0=lambda process, x_t, t, output: output,
+    eps=eps_by_x_0,
+    scale=lambda process: torch.ones_like(process.beta),
+)
+
+
+def _x_0_by_mu(process: Process, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+    """Eq. (7) solved for x_0."""
+    return (output - at(process.posterior_x_t, t, x_t) * x_t) / at(process.posterior_x_0, t, x_t)
+
+
+# mu_tilde_t(x_t, x_0), eq. (7) and (8): the baseline of table 2. Near x_t, it leaves float32 alone enough digits.
+MU = Target(
+    of=lambda process, x_0, x_t, t, eps: process.posterior_mean(x_0, x_t, t),
+    x_0=_x_0_by_mu,
+    eps=lambda process, x_t, t, output: eps_by_x_0(process, x_t, t, _x_0_by_mu(process, x_t, t, output)),
+    scale=lambda process: 1 / process.posterior_x_0.square(),
+)
+
+
+def _v(process: Process, x_0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    alpha_bar = process.alpha_bar
+    return at(alpha_bar.sqrt(), t, x_0) * eps - at((1 - alpha_bar).sqrt(), t, x_0) * x_0
+
+
+def _x_0_by_v(process: Process, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+    alpha_bar = process.alpha_bar_at(t)
+    return spread(alpha_bar.sqrt(), x_t) * x_t - spread((1 - alpha_bar).sqrt(), x_t) * output
+
+
+def _eps_by_v(process: Process, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
     alpha_bar = process.alpha_bar_at(t)
     return spread(alpha_bar.sqrt(), x_t) * output + spread((1 - alpha_bar).sqrt(), x_t) * x_t
 
 
-Prediction = Callable[[Process, Tensor, Tensor, Tensor], Tensor]
-PREDICTIONS: dict[str, Prediction] = {"eps": eps, "x_0": x_0, "v": v}
+# v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0: Salimans & Ho 2022, section 4 and appendix D.
+V = Target(of=_v, x_0=_x_0_by_v, eps=_eps_by_v, scale=lambda process: 1 - process.alpha_bar)
+
+PREDICTIONS: dict[str, Target] = {"eps": EPS, "x_0": X_0, "mu": MU, "v": V}
 
 
-class EpsNetwork(nn.Module):
-    """eps_theta from a network that predicts any of `PREDICTIONS`; called as the network itself is."""
+def heads(process: Process, output: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What the network says of its target and, where it learns one, of the variance: the two halves of its channels."""
+    if not process.learned:
+        return output, None
+    target, variance = output.chunk(2, dim=1)
+    return target, variance
+
+
+def interpret(process: Process, prediction: str, x_t: Tensor, t: Tensor, output: Tensor) -> Prediction:
+    """The output of a network trained to predict `prediction`, (N, C, H, W) or (N, 2C, H, W), in the dtype of x_t."""
+    target, (said, variance) = PREDICTIONS[prediction], heads(process, output.to(x_t.dtype))
+    return Prediction(target.x_0(process, x_t, t, said), target.eps(process, x_t, t, said), variance)
+
+
+def from_eps(process: Process, eps_theta: EpsModel) -> Model:
+    """The model that a function eps_theta(x_t, t) is, with a fixed variance."""
+    return lambda x_t, t: interpret(process, "eps", x_t, t, eps_theta(x_t, t))
+
+
+class Denoiser(nn.Module):
+    """A `Model` from a network that predicts any of `PREDICTIONS`, at the times of `process`."""
 
     def __init__(self, network: nn.Module, process: Process, prediction: str) -> None:
         super().__init__()
         self.network, self.process, self.prediction = network, process, prediction
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x float (N, C, H, W); t int64 (N,), counted from 0 (the paper's t - 1) -> eps, same shape as x."""
-        return PREDICTIONS[self.prediction](self.process, x, t + 1, self.network(x, t))
+    def forward(self, x_t: Tensor, t: Tensor) -> Prediction:
+        """x_t float (N, C, H, W); t int64 (N,) in 1..T. The network itself counts t from 0."""
+        return interpret(self.process, self.prediction, x_t, t, self.network(x_t, t - 1))

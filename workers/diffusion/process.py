@@ -1,4 +1,4 @@
-"""The forward process q, its posterior, and the reverse process p_theta with a fixed variance.
+"""The forward process q, its posterior, and the reverse process p_theta with a fixed or a learned variance.
 
 Symbols are those of Ho et al. 2020. `t` runs over 1..T as in the paper; coefficients are float64 tensors (T,)
 indexed by t - 1 and cast to the images' dtype where they are used. Images are float NCHW.
@@ -21,11 +21,28 @@ EpsModel = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """What a model says of x_t, whatever its network was trained to predict: each of the shape and dtype of x_t.
+
+    x_0 is not clipped. `variance` is the output of a second head, of which the process makes sigma_t^2
+    (`Process.sigma`); None where the variance is fixed.
+    """
+
+    x_0: Tensor
+    eps: Tensor
+    variance: Tensor | None = None
+
+
+# p_theta at (x_t, t): as EpsModel, but with all that there is to know. `workers.diffusion.predictions` makes them.
+Model = Callable[[Tensor, Tensor], Prediction]
+
+
+@dataclass(frozen=True)
 class Process:
     """A diffusion process over the times 1..T, or over a subsequence of another's times (`strided`)."""
 
     beta: Tensor  # float64 (T,)
-    variance: str  # a name in VARIANCES
+    variance: str  # a name in VARIANCES or LEARNED
     times: Tensor  # int64 (T,): the t that the network was trained with, at each step of this process
 
     @staticmethod
@@ -58,10 +75,34 @@ class Process:
         """The posterior's variance, eq. (7); zero at t = 1."""
         return (1 - self.alpha_bar_before) / (1 - self.alpha_bar) * self.beta
 
+    @property
+    def decoder_sigma_squared(self) -> Tensor:
+        """sigma_1^2 where the variance is fixed, and what a decoder is measured by where it is not: a scalar."""
+        return fixed_small(self)[0]
+
+    @property
+    def learned(self) -> bool:
+        """Whether the network has a second head, for the variance."""
+        return self.variance in LEARNED
+
     @cached_property
     def sigma_squared(self) -> Tensor:
-        """The variance of p_theta(x_{t-1} | x_t), section 3.2."""
+        """The variance of p_theta(x_{t-1} | x_t) where it is fixed, section 3.2."""
+        assert not self.learned, f"{self.variance} has no variance without the network; ask for sigma()"
         return VARIANCES[self.variance](self)
+
+    def sigma(self, prediction: Prediction, t: Tensor) -> Tensor:
+        """The standard deviation of p_theta(x_{t-1} | x_t): (N, C, H, W) where it is learned, else (N, 1, 1, 1)."""
+        if not self.learned:
+            return at(self.sigma_squared.sqrt(), t, prediction.x_0)
+        return (0.5 * self.log_sigma_squared(prediction, t)).exp()
+
+    def log_sigma_squared(self, prediction: Prediction, t: Tensor) -> Tensor:
+        """The logarithm of sigma^2, of the same shape."""
+        if not self.learned:
+            return at(self.sigma_squared.log(), t, prediction.x_0)
+        assert prediction.variance is not None, f"{self.variance} needs a network with a second head"
+        return LEARNED[self.variance](self, t, prediction.variance)
 
     @cached_property
     def posterior_x_0(self) -> Tensor:
@@ -79,23 +120,26 @@ class Process:
         return self.alpha_bar / (1 - self.alpha_bar)
 
     @cached_property
-    def sigma(self) -> Tensor:
-        """The noise level of x_t / sqrt(alpha_bar_t) = x_0 + sigma_t eps: sqrt(1 / alpha_bar_t - 1), rising with t."""
+    def noise_level(self) -> Tensor:
+        """The sigma_t of Karras et al. 2022, of x_t / sqrt(alpha_bar_t) = x_0 + sigma_t eps: sqrt(1 / alpha_bar_t - 1).
+
+        It rises with t.
+        """
         return ((1 - self.alpha_bar) / self.alpha_bar).sqrt()
 
     def alpha_bar_at(self, t: Tensor) -> Tensor:
-        """alpha_bar (N,) float64 at times t (N,) in [1, T]: between whole ones, log sigma_t is linear in t."""
+        """alpha_bar (N,) float64 at times t (N,) in [1, T]: between whole ones, log noise_level is linear in t."""
         if not t.is_floating_point():
             return self.alpha_bar.to(t.device)[t - 1]
         below = t.long().clamp(1, max(1, self.T - 1))
-        log_sigma = self.sigma.log().to(t.device)
+        log_sigma = self.noise_level.log().to(t.device)
         low, high = log_sigma[below - 1], log_sigma[below.clamp(max=self.T - 1) if self.T > 1 else below - 1]
         return torch.sigmoid(-2 * torch.lerp(low, high, t.double() - below))  # 1 / (1 + sigma^2)
 
     def time_at(self, sigma: Tensor) -> Tensor:
         """The time in [1, T] at which the noise level is `sigma`: float64, of its shape. `alpha_bar_at` backwards."""
         times = np.arange(1, self.T + 1, dtype=np.float64)
-        return torch.from_numpy(np.interp(sigma.log().cpu(), self.sigma.log(), times)).to(sigma.device)
+        return torch.from_numpy(np.interp(sigma.log().cpu(), self.noise_level.log(), times)).to(sigma.device)
 
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, eq. (4)."""
@@ -103,7 +147,8 @@ class Process:
 
     def predict_x_0(self, x_t: Tensor, t: Tensor, eps: Tensor, clip: bool) -> Tensor:
         """x_0_hat = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t), eq. (15); `clip` to the pixels' [-1, 1]."""
-        x_0 = (x_t - at((1 - self.alpha_bar).sqrt(), t, x_t) * eps) / at(self.alpha_bar.sqrt(), t, x_t)
+        alpha_bar = self.alpha_bar_at(t)
+        x_0 = (x_t - spread((1 - alpha_bar).sqrt(), x_t) * eps) / spread(alpha_bar.sqrt(), x_t)
         return x_0.clamp(-1, 1) if clip else x_0
 
     def posterior_mean(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -136,6 +181,24 @@ def fixed_small(process: Process) -> Tensor:
     return _for_decoder(process, process.beta_tilde)
 
 
+def learned(process: Process, t: Tensor, head: Tensor) -> Tensor:
+    """log sigma_t^2 = log beta_t + head, a pixel each: the learned diagonal of table 2 (Ho et al. 2020).
+
+    Their network gives log sigma_t^2 itself. From beta_t it starts, with a head of 0, at the fixed large variance, and
+    means the same along a strided chain.
+    """
+    return at(process.beta.log(), t, head) + head
+
+
+def learned_range(process: Process, t: Tensor, head: Tensor) -> Tensor:
+    """log sigma_t^2 = v log beta_t + (1 - v) log beta_tilde_t, v = (head + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
+
+    beta_tilde_1 = 0 is replaced by beta_tilde_2, as in their code; v is not held within [0, 1].
+    """
+    v = (head + 1) / 2
+    return v * at(process.beta.log(), t, head) + (1 - v) * at(fixed_small(process).log(), t, head)
+
+
 def _for_decoder(process: Process, variance: Tensor) -> Tensor:
     """`variance` with beta_tilde_2 at t = 1, where only the decoder uses it: as in the code of the published bits/dim.
 
@@ -146,6 +209,7 @@ def _for_decoder(process: Process, variance: Tensor) -> Tensor:
 
 
 VARIANCES: dict[str, Callable[[Process], Tensor]] = {"fixed_large": fixed_large, "fixed_small": fixed_small}
+LEARNED: dict[str, Callable[[Process, Tensor, Tensor], Tensor]] = {"learned": learned, "learned_range": learned_range}
 
 
 def at(coefficient: Tensor, t: Tensor, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ al. 2022 do for discrete models (appendix C.3), and all arithmetic is with the l
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from workers.config import SamplerConfig, evaluations
 from workers.diffusion import flow
-from workers.diffusion.process import EpsModel, Process, at, spread
+from workers.diffusion.process import Model, Prediction, Process, at, spread
 
 CLIPPING = ("ancestral", "ddim", "dpmpp")  # kinds that clip x_0_hat to [-1, 1] on their way, as their authors do
 RHO, LEAST, MOST = 7, 0.002, 80.0  # of `heun`'s levels: Karras et al. 2022, table 1
@@ -33,20 +33,20 @@ class Drawn:
 
 @torch.no_grad()
 def draw(
-    process: Process, eps_theta: EpsModel, config: SamplerConfig, x_T: Tensor, generator: torch.Generator, clip: bool
+    process: Process, model: Model, config: SamplerConfig, x_T: Tensor, generator: torch.Generator, clip: bool
 ) -> Drawn:
     """Images x_0 from x_T (N, C, H, W), float32. `clip` allows the kinds in CLIPPING to clip x_0_hat.
 
     Noise is drawn where the generator is, so that one on the CPU gives the same noise for every device.
     """
     if config.kind == "ode":
-        return ode(process, eps_theta, config, x_T)
+        return ode(process, model, config, x_T)
     clip = clip and config.kind in CLIPPING
     if config.kind in STEPS:
-        x_0 = _chain(process.strided(config.steps), eps_theta, config, x_T, generator, clip)
+        x_0 = _chain(process.strided(config.steps), model, config, x_T, generator, clip)
     else:
         solver = SOLVERS[config.kind]
-        ladder = Ladder.of(process.kept(nearest_times(process, solver.levels, config.steps)), eps_theta, clip)
+        ladder = Ladder.of(process.kept(nearest_times(process, solver.levels, config.steps)), model, clip)
         x_0 = solver.solve(ladder, config, x_T.double() * float((1 + ladder.sigma[-1] ** 2).sqrt()), generator).float()
     count = evaluations(config, process.T)
     assert count is not None, config.kind
@@ -55,7 +55,7 @@ def draw(
 
 def sample(
     process: Process,
-    eps_theta: EpsModel,
+    model: Model,
     config: SamplerConfig,
     shape: tuple[int, ...],
     generator: torch.Generator,
@@ -64,24 +64,24 @@ def sample(
 ) -> Tensor:
     """Images x_0 of `shape` (N, C, H, W), float32, from x_T ~ N(0, I), on `device` or else the generator's."""
     x_T = torch.randn(shape, generator=generator, device=generator.device).to(device or generator.device)
-    return draw(process, eps_theta, config, x_T, generator, clip).x_0
+    return draw(process, model, config, x_T, generator, clip).x_0
 
 
 # ---- One step of a chain ---------------------------------------------------------------------------------------
 
 
 def ancestral(
-    process: Process, config: SamplerConfig, x_t: Tensor, x_0_hat: Tensor, t: Tensor, generator: torch.Generator
+    process: Process, config: SamplerConfig, x_t: Tensor, said: Prediction, t: Tensor, generator: torch.Generator
 ) -> Tensor:
     """x_{t-1} = mu_theta(x_t, t) + sigma_t z, with z = 0 at t = 1: Algorithm 2. sigma_t is a standard deviation."""
-    mean = process.posterior_mean(x_0_hat, x_t, t)
+    mean = process.posterior_mean(said.x_0, x_t, t)
     if int(t[0]) == 1:
         return mean
-    return mean + at(process.sigma_squared.sqrt(), t, x_t) * _normal_like(x_t, generator)
+    return mean + process.sigma(said, t) * _normal_like(x_t, generator)
 
 
 def ddim(
-    process: Process, config: SamplerConfig, x_t: Tensor, x_0_hat: Tensor, t: Tensor, generator: torch.Generator
+    process: Process, config: SamplerConfig, x_t: Tensor, said: Prediction, t: Tensor, generator: torch.Generator
 ) -> Tensor:
     """x_s = sqrt(alpha_bar_s) x_0_hat + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z (Song et al. 2020a, eq. 12, 16).
 
@@ -89,14 +89,14 @@ def ddim(
     eps is taken from x_0_hat, so that a clipped x_0_hat and eps agree.
     """
     now, before = process.alpha_bar, process.alpha_bar_before
-    eps = _eps(process, x_t, x_0_hat, t)
+    eps = (x_t - at(now.sqrt(), t, x_t) * said.x_0) / at((1 - now).sqrt(), t, x_t)
     sigma = config.eta * ((1 - before) / (1 - now) * (1 - now / before)).sqrt()
-    x_s = at(before.sqrt(), t, x_t) * x_0_hat + at((1 - before - sigma**2).clamp(min=0).sqrt(), t, x_t) * eps
+    x_s = at(before.sqrt(), t, x_t) * said.x_0 + at((1 - before - sigma**2).clamp(min=0).sqrt(), t, x_t) * eps
     return x_s if config.eta == 0 else x_s + at(sigma, t, x_t) * _normal_like(x_t, generator)
 
 
 def euler_maruyama(
-    process: Process, config: SamplerConfig, x_t: Tensor, x_0_hat: Tensor, t: Tensor, generator: torch.Generator
+    process: Process, config: SamplerConfig, x_t: Tensor, said: Prediction, t: Tensor, generator: torch.Generator
 ) -> Tensor:
     """x_s = x_t + B x_t / 2 + B score + sqrt(B) z: dx = (f - g^2 score) dt + g dw backwards (Song et al. 2021, eq. 6).
 
@@ -104,29 +104,24 @@ def euler_maruyama(
     step, -log(alpha_bar_t / alpha_bar_s); score = -eps / sqrt(1 - alpha_bar_t). The last step adds no noise.
     """
     B = -torch.log1p(-process.beta)
-    score = -_eps(process, x_t, x_0_hat, t) / at((1 - process.alpha_bar).sqrt(), t, x_t)
+    score = -said.eps / at((1 - process.alpha_bar).sqrt(), t, x_t)
     mean = x_t + at(B, t, x_t) * (x_t / 2 + score)
     return mean if int(t[0]) == 1 else mean + at(B.sqrt(), t, x_t) * _normal_like(x_t, generator)
 
 
-def _eps(process: Process, x_t: Tensor, x_0_hat: Tensor, t: Tensor) -> Tensor:
-    """The eps that goes with x_0_hat: eq. (4) solved for it."""
-    alpha_bar = process.alpha_bar
-    return (x_t - at(alpha_bar.sqrt(), t, x_t) * x_0_hat) / at((1 - alpha_bar).sqrt(), t, x_t)
-
-
-Step = Callable[[Process, SamplerConfig, Tensor, Tensor, Tensor, torch.Generator], Tensor]
+# The prediction that a step is given has x_0 clipped where that is asked for; its eps is the network's own.
+Step = Callable[[Process, SamplerConfig, Tensor, Prediction, Tensor, torch.Generator], Tensor]
 STEPS: dict[str, Step] = {"ancestral": ancestral, "ddim": ddim, "euler_maruyama": euler_maruyama}
 
 
 def _chain(
-    process: Process, eps_theta: EpsModel, config: SamplerConfig, x: Tensor, generator: torch.Generator, clip: bool
+    process: Process, model: Model, config: SamplerConfig, x: Tensor, generator: torch.Generator, clip: bool
 ) -> Tensor:
     for step in range(process.T, 0, -1):
         t = torch.full((len(x),), step, device=x.device)
-        eps = eps_theta(x, at(process.times, t, t)).to(x.dtype)
-        x_0_hat = process.predict_x_0(x, t, eps, clip)
-        x = STEPS[config.kind](process, config, x, x_0_hat, t, generator)
+        said = model(x, at(process.times, t, t))
+        said = replace(said, x_0=said.x_0.clamp(-1, 1)) if clip else said
+        x = STEPS[config.kind](process, config, x, said, t, generator)
     return x
 
 
@@ -139,17 +134,17 @@ class Ladder:
 
     sigma: Tensor
     times: Tensor  # int64 (S,): the t of each
-    eps_theta: EpsModel
+    model: Model
     clip: bool
 
     @staticmethod
-    def of(process: Process, eps_theta: EpsModel, clip: bool) -> "Ladder":
-        return Ladder(process.sigma, process.times, eps_theta, clip)
+    def of(process: Process, model: Model, clip: bool) -> "Ladder":
+        return Ladder(process.noise_level, process.times, model, clip)
 
     def eps(self, y: Tensor, level: int) -> Tensor:
         """eps in y (N, C, H, W), float64, whose noise is that of `level` in 1..S."""
         x_t = (y / float((1 + self.sigma[level - 1] ** 2).sqrt())).float()
-        return self.eps_theta(x_t, self.times[level - 1].to(y.device).expand(len(y))).double()
+        return self.model(x_t, self.times[level - 1].to(y.device).expand(len(y))).eps.double()
 
     def x_0_hat(self, y: Tensor, level: int) -> Tensor:
         """y - sigma eps, clipped where the ladder clips."""
@@ -176,7 +171,7 @@ def nearest_times(process: Process, levels: Levels, steps: int | None) -> Tensor
 
     No two are the same: where a chain is too coarse for that, the next time above is taken. All T steps are all times.
     """
-    sigma, T = process.sigma.numpy(), process.T
+    sigma, T = process.noise_level.numpy(), process.T
     if steps is None or steps >= T:
         return torch.arange(1, T + 1)
     wanted = levels(sigma[0], sigma[-1], max(steps, 2))[-steps:]
@@ -243,11 +238,11 @@ SOLVERS = {
 }
 
 
-def ode(process: Process, eps_theta: EpsModel, config: SamplerConfig, x_T: Tensor) -> Drawn:
+def ode(process: Process, model: Model, config: SamplerConfig, x_T: Tensor) -> Drawn:
     """The flow by a solver with error control (`flow.solve`) down to sigma_1, then x_0_hat."""
-    solution = flow.solve(process, eps_theta, x_T.double() * float(process.alpha_bar[-1] ** -0.5), config.tolerance)
-    sigma = process.sigma[:1].to(x_T.device).expand(len(x_T))
-    x_0 = solution.y - spread(sigma, solution.y) * flow.eps_at(process, eps_theta, solution.y, sigma)
+    solution = flow.solve(process, model, x_T.double() * float(process.alpha_bar[-1] ** -0.5), config.tolerance)
+    sigma = process.noise_level[:1].to(x_T.device).expand(len(x_T))
+    x_0 = solution.y - spread(sigma, solution.y) * flow.eps_at(process, model, solution.y, sigma)
     return Drawn(x_0.float(), solution.evaluations.cpu() + 1)
 
 

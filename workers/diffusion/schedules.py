@@ -42,11 +42,57 @@ def cosine(schedule: ScheduleConfig, T: int) -> Betas:
     return np.minimum(1 - f[1:] / f[:-1], 0.999)
 
 
+def jsd(schedule: ScheduleConfig, T: int) -> Betas:
+    """beta_t = 1 / (T - t + 1): 1/T, 1/(T-1), ..., 1 (Sohl-Dickstein et al. 2015). alpha_bar_t = 1 - t/T: 0 at T."""
+    return 1 / np.arange(T, 0, -1, dtype=np.float64)
+
+
+def _warmup(schedule: ScheduleConfig, T: int, fraction: float) -> Betas:
+    """beta_end, but for a linear rise from beta_start to it over a fraction of the times."""
+    start, end = _range(schedule, T)
+    rise = int(T * fraction)
+    return np.concatenate([np.linspace(start, end, rise, dtype=np.float64), np.full(T - rise, end)])
+
+
+def warmup10(schedule: ScheduleConfig, T: int) -> Betas:
+    """A linear rise over the first tenth of the times, then beta_end (the code of Ho et al. 2020)."""
+    return _warmup(schedule, T, 0.1)
+
+
+def warmup50(schedule: ScheduleConfig, T: int) -> Betas:
+    """A linear rise over the first half of the times, then beta_end (the code of Ho et al. 2020)."""
+    return _warmup(schedule, T, 0.5)
+
+
+def sigmoid(schedule: ScheduleConfig, T: int) -> Betas:
+    """beta_t = beta_start + (beta_end - beta_start) / (1 + exp(-s)), s even from -6 to 6 (GeoDiff, Xu et al. 2022)."""
+    start, end = _range(schedule, T)
+    return start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, T, dtype=np.float64)))
+
+
+def given(schedule: ScheduleConfig, T: int) -> Betas:
+    """The betas of the file; the experiment's checks hold them to T values."""
+    return np.array(schedule.betas, dtype=np.float64)
+
+
+def log_snr(schedule: ScheduleConfig, T: int) -> Betas:
+    """log SNR_t linear in t between the two ends: alpha_bar_t = 1 / (1 + 1/SNR_t) (Kingma et al. 2021, section 3.2)."""
+    snr = np.exp(np.linspace(schedule.log_snr_start, schedule.log_snr_end, T, dtype=np.float64))
+    alpha_bar = snr / (1 + snr)
+    return 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
+
+
 SCHEDULES: dict[str, Callable[[ScheduleConfig, int], Betas]] = {
     "linear": linear,
     "quadratic": quadratic,
     "constant": constant,
+    "jsd": jsd,
+    "warmup10": warmup10,
+    "warmup50": warmup50,
     "cosine": cosine,
+    "sigmoid": sigmoid,
+    "list": given,
+    "log_snr": log_snr,
 }
 
 
@@ -58,6 +104,13 @@ def betas(diffusion: DiffusionConfig) -> Betas:
 def alpha_bars(betas: Betas) -> np.ndarray:
     """alpha_bar_t = prod_{s<=t} (1 - beta_s), float64 (T,)."""
     return np.cumprod(1 - betas)
+
+
+def log_snrs(betas: Betas) -> np.ndarray:
+    """log SNR_t = log(alpha_bar_t / (1 - alpha_bar_t)), float64 (T,); -inf where alpha_bar_t = 0."""
+    alpha_bar = alpha_bars(betas)
+    with np.errstate(divide="ignore"):
+        return np.log(alpha_bar) - np.log1p(-alpha_bar)
 
 
 def prior_bpd(betas: Betas, second_moment: float = 1.0) -> float:
