@@ -60,7 +60,7 @@ def _summary(target: str, options: argparse.Namespace) -> Mapping[str, Any]:
     sources, _ = subjects.check(found)
     [subject] = found
     path = summary_path(subject.m, subject.checkpoint.digest, Images.of(sources[subject.m.data]))
-    summary = storage.read_json(path)
+    summary = storage.read_sealed(path)
     if summary is None:
         words = " ".join(["python -m orchestrator.evaluate", target, *options.overrides])
         raise Mistake(f"{target} has not been measured in this way; run {words} --storage {options.storage}")

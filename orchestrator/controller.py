@@ -6,12 +6,14 @@ together. It runs in the thread that called it.
 
 import json
 import signal
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 
-from orchestrator import execution, plan, results
+from orchestrator import cost, execution, plan, results
+from orchestrator.cluster import Cluster, cluster_of_the_head
 from orchestrator.experiment import Experiment, Variant
 from orchestrator.record import Record
 from orchestrator.results import Row
@@ -23,6 +25,7 @@ from workers.blocks import Images, blocks, summary_path
 from workers.config import DataConfig, Measurement
 from workers.data import Source, prepare
 from workers.features import check_spaces
+from workers.speed import Spent
 from workers.storage import Storage
 from workers.training import stop_path
 
@@ -35,6 +38,7 @@ def run(
     address: str | None,
     fresh: bool,
     quiet: bool,
+    cluster: Cluster | None = None,
 ) -> int:
     """Makes what is missing of `trials` and prints the result. Gives the exit status.
 
@@ -47,7 +51,7 @@ def run(
         if fresh:
             sweep.forget()
         try:
-            sweep.make(address)
+            sweep.make(address, cluster)
         except KeyboardInterrupt:
             sweep.publish()
             console.print("\nInterrupted. The same command resumes.", markup=False)
@@ -82,6 +86,7 @@ class Sweep:
         self.evaluations = execution.Evaluations()
         self.jobs: dict[str, tasks.Job] = {}
         self.record = Record(experiment, trials, sources, storage)
+        self.began, self.start_s = time.monotonic(), 0.0  # the latter until the first trial tells of itself
 
     # What is there.
 
@@ -92,7 +97,7 @@ class Sweep:
         newest = checkpoints.newest(self.storage, f"{folder}/checkpoints")
         images = Images.of(self.sources[trial.data])
         path = summary_path(Measurement.of(trial), newest.digest, images) if newest else None
-        summary = self.storage.read_json(path) if path else None
+        summary = self.storage.read_sealed(path) if path else None
         return plan.Found(status, newest.digest if newest else None, summary)
 
     def rows(self) -> list[Row]:
@@ -110,7 +115,7 @@ class Sweep:
 
     # Making what is missing.
 
-    def make(self, address: str | None) -> None:
+    def make(self, address: str | None, cluster: Cluster | None = None) -> None:
         decisions = {a: plan.decide(found, self.scheduler) for a, found in self.found.items()}
         for a, line in self.lines.items():
             line.step = int((self.found[a].status or {}).get("step", 0))
@@ -121,13 +126,17 @@ class Sweep:
         if not missing:
             return
         check_spaces(v.trial.evaluation.fid for v in self.trials.values())
+        cluster = cluster or (cluster_of_the_head() if address else None)
+        time_plan = self._time_plan(missing, cluster) if cluster or not address else None
         self.record.open()
         for config in self.sources:
             prepare(config)
         with self.display, execution.session(address):
+            nodes = execution.nodes_ever(cluster)
             for a in missing:
                 trial = self.trials[a].trial
-                job = self.jobs[a] = tasks.make_job(self.storage, a, trial, execution.gpus_a_worker(trial.training))
+                gpus = execution.gpus_a_worker(trial.training, nodes)
+                job = self.jobs[a] = tasks.make_job(self.storage, a, trial, gpus)
                 self.storage.write(f"{tasks.folder_of(a)}/trial.yaml", write_yaml(json.loads(job["trial"])).encode())
             for a in missing:
                 if decisions[a].action == "evaluate":
@@ -136,13 +145,34 @@ class Sweep:
             for job in to_train:
                 self.storage.delete(stop_path(tasks.folder_of(job["digest"])))
             if to_train:
-                execution.train(to_train, self.experiment.search, self)
+                execution.train(to_train, self.experiment.search, self, cluster)
             while self.evaluations:
                 self.tick(wait_s=0.5)
+        planned = f", {cost.duration(time_plan.wall_s)} planned" if time_plan else ""
+        self.display.say(f"time       {cost.duration(time.monotonic() - self.began)}{planned}")
+
+    def _time_plan(self, missing: set[str], cluster: Cluster | None) -> cost.Plan | None:
+        """How long it takes if nothing of the `missing` trials is there; None where speeds are not known."""
+        trials = {a: v for a, v in self.trials.items() if a in missing}
+        machines = cost.machines_for(trials, self.experiment.search, cluster) if cluster else []
+        found = cost.planned(trials, self.sources, self.storage, self.experiment.search, machines)
+        if isinstance(found, cost.Unknown):
+            return None
+        self.display.say(
+            f"time       about {cost.duration(found.wall_s)}, at the throughput that {found.said_by} measured"
+        )
+        return found
+
+    def say(self, text: str) -> None:
+        self.display.say(text)
+
+    def evaluating(self) -> bool:
+        return bool(self.evaluations)
 
     def progress(self, address: str, result: dict[str, Any]) -> None:
         if result["state"] == "failed":
             return
+        self.start_s = self.start_s or time.monotonic() - self.began
         line = self.lines[address]
         line.state, line.step, line.images_per_s = "training", result["step"], result["images_per_s"]
         if result["state"] in ("running", "finished"):
@@ -158,6 +188,9 @@ class Sweep:
             detail = f"pruned at step {line.step}: valid/nll_bpd {line.nll_bpd:.3f} was not among the best of its rung"
             self.storage.write_json(path, {**status, "state": "pruned", "scheduler": self.scheduler, "detail": detail})
         self.found[address] = self._look(address)
+        status = self.found[address].status or {}
+        if "spent" in status:
+            self._learn(address, {status["hardware"]: {**status["spent"], "start": (1, self.start_s)}})
         if self.found[address].state == "finished":
             self._evaluate(address)
         else:
@@ -200,7 +233,17 @@ class Sweep:
         self.evaluations.submit(address, order, planned, missing)
         self.display.changed(address)
 
+    def _learn(self, address: str, spents: Mapping[str, Spent]) -> None:
+        """Keeps what work of the trial took, for the plans of later sweeps."""
+        trial = self.trials[address].trial
+        for hardware, spent in spents.items():
+            cost.learn(self.storage, trial, self.sources[trial.data], hardware, spent, address[:8])
+
     def _measured(self, address: str) -> None:
+        trial = self.trials[address].trial
+        source = self.sources[trial.data]
+        spents = self.evaluations.spent.pop(address, {})
+        self._learn(address, {h: cost.evaluation_spent(s, trial, source) for h, s in spents.items()})
         self.found[address] = self._look(address)
         self.lines[address].state = "done"
         self.display.changed(address)

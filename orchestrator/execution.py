@@ -10,30 +10,35 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 from ray import tune
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import SearchAlgorithm
 
+from orchestrator.cluster import Cluster
 from orchestrator.experiment import SearchConfig
-from orchestrator.plan import concurrency
+from orchestrator.plan import DRIVER_CPUS, Node, Size, admit, at_once, can_hold, in_one_node, never, nodes_text, spare
 from workers import tasks
 from workers.blocks import Block
 from workers.config import DataConfig, Mistake, TrainingConfig
+from workers.speed import Spent, added
 
 TO_DIE_S = 5.0  # until the processes of a dead trial are gone: freed before, Ray Train would take its cores again
 BLOCK_CPUS = 0.9  # not a whole one: the drivers of data-parallel trials take a little of the core that is kept free
-BLOCK_GPUS = 0.25  # of a GPU, for an evaluation block where trials train on GPUs
+LOOK_AGAIN_S = 1.0  # at the nodes, and at the placements that wait for room
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files beside our journal
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ctrl-C reaches us
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # how many may be started is `_Admission`'s to say
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
@@ -51,6 +56,8 @@ class Events(Protocol):
     def restarted(self, digest: str) -> None: ...
     def failed(self, digest: str, why: str) -> None: ...
     def tick(self) -> None: ...
+    def say(self, text: str) -> None: ...
+    def evaluating(self) -> bool: ...
 
 
 @contextmanager
@@ -85,76 +92,187 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def gpus_available() -> int:
-    """GPUs of the cluster."""
-    return int(ray.cluster_resources().get("GPU", 0))
+def nodes_now() -> list[Node]:
+    """The nodes of the cluster."""
+    alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    return [Node(resources.get("CPU", 0), resources.get("GPU", 0)) for resources in alive]
 
 
-def gpus_a_worker(training: TrainingConfig) -> int:
-    """`training.gpus` on this cluster. Raises Mistake where it asks for a GPU and there is none."""
-    available = gpus_available()
+def nodes_ever(cluster: Cluster | None) -> list[Node]:
+    """The nodes that the cluster can have: by its file where that is known, else those that it has."""
+    return cluster.nodes() if cluster else nodes_now()
+
+
+def gpus_a_worker(training: TrainingConfig, nodes: Sequence[Node]) -> int:
+    """`training.gpus` on these nodes. Raises Mistake where it asks for a GPU and there is none."""
+    available = any(node.gpus for node in nodes)
     if training.gpus == "auto":
-        return int(available > 0)
+        return int(available)
     if training.gpus and not available:
         raise Mistake("training.gpus: 1, but no node of the cluster has a GPU; set it to 0 or auto")
     return training.gpus
 
 
-def train(jobs: Sequence[tasks.Job], search: SearchConfig, events: Events) -> None:
-    """Trains all jobs and returns when all have ended. Jobs of one shape share a Tuner; one-worker trials come first.
+# How trials are hosted, by name: what Tune calls for one worker, and for several.
+HOSTS = {
+    "one_worker": tasks.OneWorker,
+    # Its driver takes next to nothing: the workers' cores are asked for by Ray Train.
+    "data_parallel": tune.with_resources(tasks.data_parallel, {"CPU": DRIVER_CPUS}),
+}
 
-    Raises Mistake where the cluster cannot hold a trial.
+
+def train(
+    jobs: Sequence[tasks.Job],
+    search: SearchConfig,
+    events: Events,
+    cluster: Cluster | None = None,
+    hosts: Mapping[str, Any] = HOSTS,
+) -> None:
+    """Trains all jobs, of whatever sizes, and returns when all have ended. `cluster` says how far Ray's can grow.
+
+    Raises Mistake where the cluster can never hold a trial.
+    """
+    nodes = nodes_ever(cluster)
+    sizes = {job["digest"]: Size.of(tasks.trial_of(job).training, job["gpus"]) for job in jobs}
+    if said := never(sizes.values(), nodes):
+        raise Mistake("\n".join(said) + ("" if cluster else "; if it can grow, name its file by --cluster"))
+    most = None if search.max_concurrent == "auto" else search.max_concurrent
+    together = len(at_once(list(sizes.values()), nodes, most))
+    events.say(f"placement  {len(jobs)} trials on {nodes_text(nodes)}, {together} at once to begin with")
+    for size in dict.fromkeys(size for size in sizes.values() if not in_one_node(size, nodes)):
+        events.say(f"placement  {size}: more than a node holds, so such a trial trains over several nodes (PACK)")
+    for name, host in hosts.items():
+        tune.register_trainable(name, host)
+    with tempfile.TemporaryDirectory(prefix="orchestrator-") as scratch:
+        admission = _Admission(jobs, sizes, search, events, cluster, scratch)
+        tune.Tuner(
+            hosts["one_worker"],
+            tune_config=tune.TuneConfig(
+                search_alg=admission,
+                scheduler=_scheduler(search, max(tasks.trial_of(job).training.steps for job in jobs)),
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="sweep",
+                storage_path=scratch,
+                callbacks=[_Relay(events, admission)],
+                failure_config=tune.FailureConfig(max_failures=search.max_failures),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+                verbose=0,
+            ),
+        ).fit()
+
+
+class _Admission(SearchAlgorithm):
+    """Gives Tune its next trial as soon as `plan.admit` finds room for it.
+
+    So the drivers that exist are those that fit, whatever the sizes. Tune keeps the actor of a trial that has ended
+    for the next one until it hears that there is no next one: see `is_finished`.
     """
 
-    def shape(job: tasks.Job) -> tuple[int, int, int]:
-        training = tasks.trial_of(job).training
-        return training.workers, training.cpus, job["gpus"]
+    def __init__(
+        self,
+        jobs: Sequence[tasks.Job],
+        sizes: Mapping[str, Size],
+        search: SearchConfig,
+        events: Events,
+        cluster: Cluster | None,
+        scratch: str,
+    ) -> None:
+        self._waiting, self._sizes = list(jobs), sizes
+        self._search, self._events, self._cluster, self._scratch = search, events, cluster, scratch
+        self._running: dict[str, Size] = {}  # by Tune's id of the trial
+        self._nodes, self._looked = nodes_ever(cluster), time.monotonic()
+        self._stuck: Size | None = None
+        self._again: Counter[str] = Counter()
+        self._choice: int | None = None
+        self._chosen = False  # whether `_choice` is still that of the present state
 
-    resources = ray.cluster_resources()
-    batches = []
-    for _, group in groupby(sorted(jobs, key=shape), key=shape):
-        batch = list(group)
-        training, gpus = tasks.trial_of(batch[0]).training, batch[0]["gpus"]
-        most = concurrency(training, gpus, resources.get("CPU", 0), resources.get("GPU", 0))
-        if most == 0:
-            raise Mistake(
-                f"training.workers: {training.workers} workers of {training.cpus} CPUs and {gpus} GPUs never fit a "
-                f"cluster of {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
-            )
-        batches.append((batch, training.workers, most if search.max_concurrent == "auto" else search.max_concurrent))
-    with tempfile.TemporaryDirectory(prefix="orchestrator-") as scratch:
-        for batch, workers, concurrent in batches:
-            _tune(batch, workers, concurrent, search, events, scratch)
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # as for `_Relay`
 
+    def add_configurations(self, experiments: Any) -> None:
+        self._storage = experiments[0].spec["storage"]
 
-def _tune(
-    jobs: list[tasks.Job], workers: int, concurrent: int, search: SearchConfig, events: Events, scratch: str
-) -> None:
-    space: dict[str, Any] = {"job": tune.grid_search(jobs)}
-    trainable: Any = tasks.OneWorker
-    if workers > 1:
-        # Its driver takes next to nothing: the workers' cores are asked for by Ray Train.
-        trainable = tune.with_resources(tasks.data_parallel, {"CPU": 0.01})
-        space |= {"scratch": scratch, "max_failures": search.max_failures}
-    tune.Tuner(
-        trainable,
-        param_space=space,
-        tune_config=tune.TuneConfig(
-            scheduler=_scheduler(search, max(tasks.trial_of(job).training.steps for job in jobs)),
-            max_concurrent_trials=concurrent,
-            reuse_actors=workers == 1,
+    @property
+    def total_samples(self) -> int:
+        return len(self._sizes)
+
+    def next_trial(self) -> Trial | None:
+        i = self._next()
+        if i is None:
+            return None
+        job = self._waiting.pop(i)
+        size = self._sizes[job["digest"]]
+        if not self._running and not can_hold(size, nodes_now()):
+            self._events.say(f"placement  {job['digest'][:8]} waits for a node that holds {size}")
+        config: dict[str, Any] = {"job": job}
+        if size.workers > 1:
+            strategy = "STRICT_PACK" if in_one_node(size, self._nodes) else "PACK"
+            config |= {"scratch": self._scratch, "max_failures": self._search.max_failures, "strategy": strategy}
+        trial = Trial(
+            "data_parallel" if size.workers > 1 else "one_worker",
+            config=config,
+            storage=self._storage,
+            max_failures=self._search.max_failures,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             trial_name_creator=_digest,
             trial_dirname_creator=_digest,
-        ),
-        run_config=tune.RunConfig(
-            name=f"workers-{workers}",
-            storage_path=scratch,
-            callbacks=[_Relay(events)],
-            failure_config=tune.FailureConfig(max_failures=search.max_failures),
-            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-            verbose=0,
-        ),
-    ).fit()
+        )
+        self._running[trial.trial_id], self._chosen = size, False
+        return trial
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._running.pop(trial_id, None)
+        self._chosen = False
+
+    def again(self, trial: Trial) -> bool:
+        """Puts a trial that Tune gave up back into the queue, unless it has failed too often: then it gives False.
+
+        Tune does not retry a trial whose actor dies as it is handed over from another trial.
+        """
+        job, most = trial.config["job"], self._search.max_failures
+        self._again[job["digest"]] += 1
+        if trial.run_metadata.num_failures > most or self._again[job["digest"]] > most:
+            return False
+        self._waiting.append(job)
+        self._chosen = False
+        return True
+
+    def is_finished(self) -> bool:
+        """Whether no trial comes now, none ever or none before a running one ends.
+
+        Tune asks again at each of its steps, and until then gives back the resources of actors that it kept: an
+        evaluation may need them, or a trial whose node was lost.
+        """
+        return not self._waiting or (bool(self._running) and self._next() is None)
+
+    def _next(self) -> int | None:
+        """The place in the queue of the trial that starts next."""
+        if time.monotonic() - self._looked > LOOK_AGAIN_S:
+            self._nodes, self._stuck = nodes_ever(self._cluster), self._without_place()
+            self._looked, self._chosen = time.monotonic(), False
+        if not self._chosen:
+            self._choice = admit(
+                [self._sizes[job["digest"]] for job in self._waiting],
+                list(self._running.values()),
+                self._nodes,
+                spare=spare(self._nodes, self._events.evaluating()),
+                most=None if self._search.max_concurrent == "auto" else self._search.max_concurrent,
+                stuck=self._stuck,
+            )
+            self._chosen = True
+        return self._choice
+
+    def _without_place(self) -> Size | None:
+        """The biggest of the running trials that Ray has no room for now, and would have on the nodes of now."""
+        if not self._waiting:
+            return None
+        groups = [g for g in ray.util.placement_group_table().values() if g["state"] in ("PENDING", "RESCHEDULING")]
+        bundles = [list(group["bundles"].values()) for group in groups]
+        sizes = {Size(len(b), b[0].get("CPU", 0), b[0].get("GPU", 0)) for b in bundles} & set(self._running.values())
+        now = nodes_now() if sizes else []
+        return max((size for size in sizes if can_hold(size, now)), key=lambda size: size.order, default=None)
 
 
 def _scheduler(search: SearchConfig, steps: int) -> TrialScheduler:
@@ -195,8 +313,8 @@ def _digest(trial: Any) -> str:
 class _Relay(tune.Callback):
     """Tune's callbacks in the sweep's words."""
 
-    def __init__(self, events: Events) -> None:
-        self._events = events
+    def __init__(self, events: Events, admission: _Admission) -> None:
+        self._events, self._admission = events, admission
         self._left_behind: list[tuple[float, dict[str, Any]]] = []  # (when to free it, last result of a dead trial)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -218,6 +336,9 @@ class _Relay(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._left_behind.append((time.monotonic() + TO_DIE_S, trial.last_result))
+        if self._admission.again(trial):
+            self._events.restarted(_digest(trial))
+            return
         self._events.failed(_digest(trial), _last_line(trial.error_file) or "its process died too often")
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
@@ -248,10 +369,11 @@ class Evaluations:
     _owner: dict[Any, str] = field(default_factory=dict)  # the evaluation of each task in flight
     _spaces: dict[tuple[DataConfig, str], Any] = field(default_factory=dict)
     _shared: dict[str, Any] = field(default_factory=dict)  # blocks of real images in the making, by path
+    spent: dict[str, dict[str, Spent]] = field(default_factory=dict)  # what blocks took, by evaluation and hardware
 
     def submit(self, name: str, order: tasks.Order, planned: list[Block], missing: list[Block]) -> None:
         """Starts the `missing` ones of the `planned` blocks, and after them the summary."""
-        options = {"num_cpus": BLOCK_CPUS, "num_gpus": BLOCK_GPUS if order.gpus else 0}
+        options = _needs(order)
         space = self._space(order)
         made: dict[str, Any] = {}
         others = []  # what another evaluation on the same data is making
@@ -275,7 +397,7 @@ class Evaluations:
             return None
         key = (order.m.data, order.m.evaluation.fid.features)
         if key not in self._spaces:
-            self._spaces[key] = tasks.make_space.options(num_cpus=BLOCK_CPUS).remote(order)
+            self._spaces[key] = tasks.make_space.options(**_needs(order)).remote(order)
         return self._spaces[key]
 
     def __len__(self) -> int:
@@ -301,7 +423,7 @@ class Evaluations:
         evaluation = self._open[name]
         evaluation.left.discard(ref)
         try:
-            lacking = ray.get(ref)
+            result = ray.get(ref)
         except ray.exceptions.RayError as error:  # of the task, or of the machine that it ran on
             evaluation.failed = evaluation.failed or _reason(error)
             self._shared = {path: other for path, other in self._shared.items() if other != ref}
@@ -309,10 +431,19 @@ class Evaluations:
             for other in evaluation.left - {evaluation.summary} - set(self._shared.values()):
                 ray.cancel(other)
             return
-        if ref == evaluation.summary and lacking:
-            for block in lacking:
+        if ref != evaluation.summary:
+            hardware, spent = result
+            spents = self.spent.setdefault(name, {})
+            spents[hardware] = added(spents.get(hardware, {}), spent)
+        elif result:  # blocks that the summary found damaged
+            for block in result:
                 self._shared.pop(block.path, None)
-            self.submit(name, evaluation.order, evaluation.planned, lacking)
+            self.submit(name, evaluation.order, evaluation.planned, result)
+
+
+def _needs(order: tasks.Order) -> dict[str, float]:
+    """What a task of an evaluation asks of the node it runs on."""
+    return {"num_cpus": BLOCK_CPUS, "num_gpus": tasks.BLOCK_GPUS if order.gpus else 0}
 
 
 def _reason(error: ray.exceptions.RayError) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator import execution, plan
+from orchestrator.cluster import cluster_of_the_head
 from orchestrator.subjects import Subject
 from orchestrator.terminal import Display, Line
 from workers import tasks
@@ -45,7 +46,7 @@ def measure(
         planned, path = blocks(subject.m, digest, images), summary_path(subject.m, digest, images)
         work.append((subject, planned, plan.missing(planned, storage.list), path))
     to_do = {path: (subject, planned, missing) for subject, planned, missing, path in work
-             if missing or not storage.exists(path)}  # fmt: skip
+             if missing or storage.read_sealed(path) is None}  # fmt: skip
     failed: dict[str, str] = {}
     if to_do:
         check_spaces(s.m.evaluation.fid for s in subjects)
@@ -55,7 +56,8 @@ def measure(
                  for path, (s, p, m) in to_do.items()}  # fmt: skip
         display.lines |= {to_do[path][0].checkpoint.digest: line for path, line in lines.items()}
         with display, execution.session(address, at_once):
-            evaluations, gpus = execution.Evaluations(), min(1, execution.gpus_available())
+            cluster = cluster_of_the_head() if address else None
+            evaluations, gpus = execution.Evaluations(), int(any(n.gpus for n in execution.nodes_ever(cluster)))
             for path, (subject, planned, missing) in to_do.items():
                 evaluations.submit(
                     path, tasks.make_order(storage, subject.m, subject.checkpoint, gpus), planned, missing
@@ -68,7 +70,7 @@ def measure(
                     line.blocks_left = evaluations.left(path)
                 display.refresh()
     return [
-        Measured(subject, _kinds(planned), _kinds(missing), storage.read_json(path), failed.get(path, ""))
+        Measured(subject, _kinds(planned), _kinds(missing), storage.read_sealed(path), failed.get(path, ""))
         for subject, planned, missing, path in work
     ]
 

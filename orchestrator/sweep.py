@@ -9,10 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from orchestrator.cluster import Cluster, read_cluster
+from orchestrator.cost import cost_text, read_prices
 from orchestrator.experiment import Experiment, Variant, by_digest, expand, load
 from orchestrator.preflight import dry_run_text, preflight
 from workers.config import DataConfig, Mistake
 from workers.data import Source, describe
+from workers.storage import Storage
 
 EPILOG = """examples:
   python -m orchestrator.sweep experiments/beta_schedule.yaml --dry-run
@@ -35,9 +38,14 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the file's")
     result.add_argument("--dry-run", action="store_true", help="print the trials and what they cost, and stop")
     result.add_argument(
+        "--calibrate", action="store_true", help="with --dry-run: measure this machine's throughput first, in seconds"
+    )
+    result.add_argument(
         "--fresh", action="store_true", help="forget what is there of these trials and start them again"
     )
     result.add_argument("--address", help="a Ray cluster to attach to; default: this machine alone")
+    result.add_argument("--cluster", type=Path, help="its file for `ray up`: what the cluster can grow to, and cost")
+    result.add_argument("--prices", type=Path, help="prices of its machines; default: prices.yaml beside that file")
     result.add_argument("--storage", default="runs", help="folder or URI that keeps everything (default: ./runs)")
     result.add_argument("--tracking-uri", help="an MLflow server; default: the file's, or a database in the storage")
     result.add_argument("-q", "--quiet", action="store_true", help="print the result only")
@@ -53,6 +61,24 @@ def trials_of(experiment: Experiment) -> tuple[dict[str, Variant], dict[DataConf
     return trials, sources, warnings + repeats
 
 
+def _cost_text(
+    options: argparse.Namespace,
+    experiment: Experiment,
+    trials: dict[str, Variant],
+    sources: dict[DataConfig, Source],
+    cluster: Cluster | None,
+) -> str:
+    """What the sweep takes in hours and money, after a calibration where it is asked for."""
+    storage = Storage(options.storage)
+    prices = options.prices or (options.cluster.with_name("prices.yaml") if options.cluster else None)
+    if options.calibrate:
+        from orchestrator.calibration import calibrate  # torch loads here, as for a run
+
+        calibrate(trials, sources, storage)
+    known = read_prices(prices) if prices and (options.prices or prices.exists()) else None
+    return cost_text(trials, sources, storage, experiment.search, cluster, known)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
     overrides = list(options.overrides)
@@ -61,14 +87,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         experiment = load(options.file, overrides)
         trials, sources, warnings = trials_of(experiment)
+        cluster = read_cluster(options.cluster) if options.cluster else None
+        if cluster and not (options.dry_run or options.address):
+            raise Mistake(f"--cluster {options.cluster}: goes with --address or --dry-run; this sweep would run here")
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
         if options.dry_run:
             print(dry_run_text(trials, sources))
+            print()
+            print(_cost_text(options, experiment, trials, sources, cluster))
             return 0
         from orchestrator.controller import run  # torch, ray and MLflow load here: a dry run does without
 
-        return run(experiment, trials, sources, options.storage, options.address, options.fresh, options.quiet)
+        return run(experiment, trials, sources, options.storage, options.address, options.fresh, options.quiet, cluster)
     except Mistake as mistake:
         print(mistake, file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
 """What several tests share: a storage, a tiny trial on the digits, and the program run as a user runs it."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -121,13 +122,22 @@ def _environment_of(pid: int) -> str:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """(experiment file, storage, output) of a sweep that ran undisturbed. Tests leave it as it is: see `own`."""
-    folder = tmp_path_factory.mktemp("finished")
-    file, storage = folder / "tiny.yaml", folder / "runs"
-    file.write_text(TINY)
-    result = sweep(file, "--storage", storage)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return file, storage, result.stdout
+    """(experiment file, storage, output) of a sweep that ran undisturbed. Tests leave it as it is: see `own`.
+
+    The test processes of one run share it: the first to ask runs the sweep, the others wait.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
+    folder.mkdir(exist_ok=True)
+    file, storage, output = folder / "tiny.yaml", folder / "runs", folder / "output"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not output.exists():
+            file.write_text(TINY)
+            result = sweep(file, "--storage", storage)
+            assert result.returncode == 0, result.stdout + result.stderr
+            output.write_text(result.stdout)
+    return file, storage, output.read_text()
 
 
 @pytest.fixture

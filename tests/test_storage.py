@@ -101,3 +101,21 @@ def test_a_lock_refuses_a_second_process_until_the_first_dies(tmp_path):
         pass
     with storage.lock("sweeps/a/lock"):  # freed at the end of the `with`
         pass
+
+
+def test_a_sealed_result_with_any_byte_changed_is_as_good_as_none(tmp_path):
+    storage = Storage(tmp_path)
+    content = {"metrics": {"eval/nll_bpd": 2.5, "n": 3}, "nll_per_image": [1.25, 2.0], "none": None, "text": "ε"}
+    storage.write_sealed("a.json", content)
+    whole = storage.read("a.json")
+    assert storage.read_sealed("a.json") == content and storage.read_sealed("b.json") is None
+    assert storage.read_json("a.json").keys() == content.keys() | {"sha256"}  # plain JSON to everybody else
+    believed = []
+    for i in range(len(whole)):
+        for changed in (whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :], whole[:i]):
+            storage.write("a.json", changed)
+            if (found := storage.read_sealed("a.json")) is not None:
+                believed.append(found)
+    assert all(found == content for found in believed)  # a space for a line's end changes nothing
+    storage.write("a.json", b"[1, 2]")
+    assert storage.read_sealed("a.json") is None

@@ -7,15 +7,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = """
-    workers.config workers.storage workers.noise workers.data workers.pixels workers.journal
+    workers.config workers.speed workers.storage workers.noise workers.data workers.pixels workers.journal
     workers.unet_config workers.unet
     workers.diffusion.schedules workers.diffusion.process workers.diffusion.predictions
     workers.diffusion.bound workers.diffusion.objectives workers.diffusion.timesteps workers.diffusion.flow
     workers.diffusion.samplers workers.diffusion.gaussian
     workers.ledger workers.likelihood workers.frechet workers.fidelity workers.inception workers.features
     workers.diffusers_config workers.checkpoint workers.blocks workers.evaluation workers.summary
-    workers.canaries workers.training workers.tasks
-    orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan orchestrator.profiles
+    workers.canaries workers.training workers.calibration workers.tasks
+    orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan
+    orchestrator.cluster orchestrator.cost orchestrator.calibration orchestrator.profiles
     orchestrator.subjects orchestrator.terminal orchestrator.execution orchestrator.measuring
     orchestrator.comparing orchestrator.results orchestrator.tracking orchestrator.record orchestrator.controller
     orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.canary orchestrator.ui

@@ -5,7 +5,9 @@ Paths are relative to the root, with forward slashes.
 """
 
 import fcntl
+import hashlib
 import json
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -17,6 +19,8 @@ import pyarrow as pa
 from pyarrow import fs
 
 from workers.config import Mistake
+
+log = logging.getLogger(__name__)
 
 
 class Storage:
@@ -112,3 +116,29 @@ class Storage:
 
     def write_json(self, path: str, content: Any) -> None:
         self.write(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+    def read_sealed(self, path: str) -> dict[str, Any] | None:
+        """What `write_sealed` wrote; None where there is nothing, or where it is damaged: it is to be made again."""
+        if not self.exists(path):
+            return None
+        try:
+            content = json.loads(self.read(path))
+            if content.pop(SEAL) == _sum(content):
+                return dict(content)
+        except (ValueError, KeyError, TypeError, AttributeError):  # no JSON, no seal, no mapping
+            log.debug("unreadable", exc_info=True)
+        log.warning("%s is damaged: it does not go with the sha256 in it; it is made again", self.url(path))
+        return None
+
+    def write_sealed(self, path: str, content: dict[str, Any]) -> None:
+        """JSON with a sha256 of itself, for results that can be made again: a changed digit is noticed."""
+        self.write_json(path, {**content, SEAL: _sum(content)})
+
+
+SEAL = "sha256"  # the key of the sum in sealed JSON
+
+
+def _sum(content: dict[str, Any]) -> str:
+    """Of the content as JSON gives it back, whatever its spaces and the order of its keys."""
+    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -25,12 +25,14 @@ from workers.checkpoint import Checkpoint, process_of
 from workers.config import Measurement, Trial
 from workers.data import absolute, prepare
 from workers.evaluation import Bench, make, remove_damaged
+from workers.speed import Meter, Spent
 from workers.storage import Storage
 from workers.summary import summarise
 from workers.training import World, stop_path
 from workers.training import train as training_loop
 
 PENALTY_BPD = 100.0  # what schedulers and searchers are told of a trial that diverged or failed
+BLOCK_GPUS = 0.25  # of a GPU, for an evaluation block where trials train on GPUs
 Job = dict[str, Any]  # {"storage": root, "digest": address, "trial": Trial as JSON, "gpus": GPUs a worker}
 
 
@@ -112,6 +114,7 @@ def data_parallel(config: dict[str, Any]) -> None:
             num_workers=training.workers,
             use_gpu=job["gpus"] > 0,
             resources_per_worker={"CPU": training.cpus, "GPU": job["gpus"]},
+            placement_strategy=config["strategy"],
         ),
         run_config=train.RunConfig(
             # A name of its own each time: Ray Train would take a finished run of the same name for this one.
@@ -175,13 +178,20 @@ def make_space(order: Order) -> None:
 
 
 @ray.remote(max_retries=3)
-def make_block(order: Order, block: Block, *after: None) -> None:
-    """Makes one block of an evaluation. A process that dies is retried; the block is then whole."""
-    make(_bench(order), block)
+def make_block(order: Order, block: Block, *after: Any) -> tuple[str, Spent]:
+    """Makes one block of an evaluation. A process that dies is retried; the block is then whole.
+
+    Gives the hardware, and what it took.
+    """
+    bench = _bench(order)
+    meter = Meter(bench.device, share=BLOCK_GPUS)
+    with meter.of(block.kind, 1):
+        make(bench, block)
+    return meter.hardware, meter.spent
 
 
 @ray.remote(max_retries=3)
-def make_summary(order: Order, *after: None) -> list[Block]:
+def make_summary(order: Order, *after: Any) -> list[Block]:
     """Writes the summary of an evaluation whose blocks are there.
 
     Gives the blocks that turned out to be damaged, and were removed: with them made again it can be called again.
@@ -192,7 +202,7 @@ def make_summary(order: Order, *after: None) -> list[Block]:
     if lacking := remove_damaged(bench.storage, blocks(bench.m, digest, images), space):
         return lacking
     summary = summarise(bench.storage, bench.m, bench.dataset, process_of(order.checkpoint), digest, space)
-    bench.storage.write_json(summary_path(bench.m, digest, images), summary)
+    bench.storage.write_sealed(summary_path(bench.m, digest, images), summary)
     return []
 
 

@@ -40,6 +40,7 @@ from workers.journal import Journal
 from workers.likelihood import estimate
 from workers.noise import generator
 from workers.pixels import grid_png, to_levels, to_model
+from workers.speed import Meter, training_kind
 from workers.storage import Storage
 from workers.unet import UNet
 from workers.unet_config import unet_config
@@ -88,7 +89,9 @@ def train(
     try:
         while True:
             if loop.due(trial.training.validate_every):
-                yield loop.validate()
+                with loop.meter.of("validations", 1):
+                    loop.validate()
+                yield loop.reached()
             if loop.step == trial.training.steps:
                 return
             loop.advance()
@@ -96,6 +99,16 @@ def train(
         yield loop.ended("diverged", f"diverged by step {loop.step}: {diverged}")
     except Pruned:
         yield loop.ended("pruned", f"pruned by step {loop.step}")
+
+
+def steps(trial: Trial, dataset: Dataset, storage: Storage, device: torch.device) -> Iterator[None]:
+    """Steps of a training that is neither validated nor kept, without end: what they take can be measured."""
+    loop = _Loop(trial, dataset, storage, "steps", World(device=device))
+    loop.network.train()
+    while True:
+        loop.train_step()
+        loop.step += 1
+        yield
 
 
 class _Loop:
@@ -114,6 +127,7 @@ class _Loop:
         self.optimizer = torch.optim.Adam(self.unet.parameters(), lr=trial.training.lr, fused=True)
         self.autocast = autocast(trial, world.device)
         self.step, self.train_seconds = 0, 0.0
+        self.meter = Meter(world.device)
         self.journal = Journal(storage, folder)
         self.checkpoint = checkpoints.newest(storage, f"{folder}/checkpoints")
         if self.checkpoint:
@@ -130,9 +144,9 @@ class _Loop:
         training = self.trial.training
         point_every = max(1, training.validate_every // POINTS)
         self.network.train()
-        started = time.monotonic()
+        started, first, busy = time.monotonic(), self.step, self.meter.now()
         while True:
-            self._train_step()
+            self.train_step()
             self.step += 1
             if self.due(point_every):
                 self._note_training()
@@ -143,8 +157,10 @@ class _Loop:
             if self.due(training.validate_every):
                 break
         self.train_seconds += time.monotonic() - started
+        images = (self.step - first) * training.batch_size // self.world.size
+        self.meter.add(training_kind(training), images, self.meter.now() - busy)
 
-    def _train_step(self) -> None:
+    def train_step(self) -> None:
         training, world = self.trial.training, self.world
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(training, self.step)
@@ -225,7 +241,7 @@ class _Loop:
         )
 
     @torch.no_grad()
-    def validate(self) -> Progress:
+    def validate(self) -> None:
         """bits/dim of held-out images and a grid of samples, both with the EMA weights and noise that trials share.
 
         Rank 0 does it. The others learn only whether it was finite, so that all of them end together.
@@ -249,6 +265,8 @@ class _Loop:
             torch.distributed.broadcast(nll_bpd, src=0)
         if not math.isfinite(nll_bpd.item()):
             raise Diverged(f"valid/nll_bpd {nll_bpd.item():g}")
+
+    def reached(self) -> Progress:
         return self._progress("finished" if self.step == self.trial.training.steps else "running")
 
     def ended(self, state: State, why: str) -> Progress:
@@ -260,7 +278,7 @@ class _Loop:
         progress = Progress(self.step, state, metrics, self.images_per_s, detail)
         if self.world.rank == 0:
             self.journal.flush()
-            write_status(self.storage, self.folder, progress, self.trial.training.steps, self.checkpoint)
+            write_status(self.storage, self.folder, progress, self.trial.training.steps, self.checkpoint, self.meter)
         return progress
 
     @property
@@ -371,7 +389,12 @@ def autocast(trial: Trial, device: torch.device) -> AbstractContextManager[Any]:
 
 
 def write_status(
-    storage: Storage, folder: str, progress: Progress, steps: int, checkpoint: checkpoints.Checkpoint | None
+    storage: Storage,
+    folder: str,
+    progress: Progress,
+    steps: int,
+    checkpoint: checkpoints.Checkpoint | None,
+    meter: Meter,
 ) -> None:
     """`status.json`: where the trial stands, for the driver that comes next and for a person."""
     storage.write_json(
@@ -385,6 +408,8 @@ def write_status(
             "detail": progress.detail,
             "checkpoint": checkpoint.digest if checkpoint else None,
             "host": socket.gethostname(),
+            "hardware": meter.hardware,
+            "spent": meter.spent,
             "updated_ms": time.time_ns() // 1_000_000,
         },
     )

@@ -12,14 +12,18 @@ pytestmark = pytest.mark.faults
 TWO = ["training.workers=2", "search.max_concurrent=1", "evaluation={nll: {images: 25}, fid: null}"]
 
 
-def test_an_early_stop_gives_the_cores_back_to_the_trials_that_follow(tiny: Path, tmp_path: Path) -> None:
+def test_an_early_stop_gives_the_cores_back_to_the_trials_that_follow_of_whatever_size(
+    tiny: Path, tmp_path: Path
+) -> None:
     result = sweep(
         tiny, "--storage", tmp_path / "runs", *TWO, "search.space.loss.weighting=null",
-        "search.space.training.lr.grid=[4.0e-3, 1.0e-6, 2.0e-3]", "search.metric=valid/nll_bpd",
+        "search.space.training.grid=[{lr: 2.0e-3, workers: 1}, {lr: 4.0e-3}, {lr: 1.0e-6}]",
+        "search.metric=valid/nll_bpd",
         "search.scheduler={kind: asha, grace: 20, reduction: 2}", "training.steps=60", "training.validate_every=20",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     states = [state for state, _ in state_of(tmp_path / "runs").values()]
+    assert result.stdout.index("lr=0.004 ") < result.stdout.index("workers=1")  # the bigger ones came first
     assert states.count("pruned") >= 1 and states.count("finished") >= 1, states
 
 

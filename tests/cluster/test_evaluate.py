@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import Started, run, runs, statuses, title
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
@@ -69,7 +70,9 @@ def test_more_of_it_runs_only_what_is_missing_and_a_damaged_block_is_made_again(
 
     digest = before["passports"]["nll"]["subject"]["checkpoint"]
     for summary in storage.glob(f"evaluations/{digest}/summary-*.json"):
-        summary.unlink()
+        content = json.loads(summary.read_text())
+        content["metrics"]["eval/nll_bpd"] += 0.001  # a digit that somebody, or a disk, has changed
+        summary.write_text(json.dumps(content))
     for damaged in storage.glob(f"evaluations/{digest}/nll-*/block-00000.parquet"):
         content = bytearray(damaged.read_bytes())
         content[len(content) // 2] ^= 1
@@ -105,6 +108,18 @@ def test_another_protocol_gets_names_of_its_own_in_mlflow(trained: tuple[Path, s
     assert json.loads(child.data.tags[f"protocol.{key}"])["nll"]["protocol"]["timesteps"] == "10, log_uniform"
     assert child.data.metrics[f"{other}/nll_bpd"] != child.data.metrics["eval/nll_bpd"]
     assert child.info.status == "FINISHED"
+
+    file = storage / "trials" / trial / "trial.yaml"  # as if its experiment had asked for this protocol
+    content = yaml.safe_load(file.read_text())
+    content["evaluation"]["nll"] |= {"images": 25, "timesteps": 10}
+    file.write_text(yaml.safe_dump({**content, "evaluation": {**content["evaluation"], "fid": None}}))
+    [other_trial] = set(statuses(storage)) - {trial}
+    refused = run("orchestrator.compare", trial, other_trial, "--storage", storage)
+    assert refused.returncode == 1, refused.stdout + refused.stderr
+    assert "not compared: nll images: 25 against 30" in refused.stdout
+    assert "not compared: nll timesteps: 10, log_uniform against all" in refused.stdout
+    assert "not compared: samples: not measured of the first" in refused.stdout
+    assert "A - B" not in refused.stdout
 
 
 def test_compares_what_may_be_compared_and_refuses_the_rest(trained: tuple[Path, str]) -> None:

@@ -1,16 +1,19 @@
 """The command as a user runs it, on a real local Ray and a real MLflow store."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from conftest import ROOT, runs, statuses, sweep
 from mlflow import MlflowClient
 from PIL import Image
+from scipy.stats import ttest_rel
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -70,13 +73,28 @@ def test_the_same_command_again_does_nothing(finished: tuple[Path, Path, str]) -
 
 
 def test_after_an_edit_only_new_trials_are_trained(own: tuple[Path, Path]) -> None:
+    """Another seed: 20 steps on 30 images do not tell the two apart, and the table says so."""
     file, storage = own
     before = {digest: status["updated_ms"] for digest, status in statuses(storage).items()}
-    edited = sweep(file, "--storage", storage, "search.space.loss.weighting.grid=[simple, vlb, min_snr]")
+    edited = sweep(
+        file, "--storage", storage, "search.space.loss.weighting.grid=[simple]", "search.space.seed.grid=[0, 1]"
+    )
     assert edited.returncode == 0, edited.stdout + edited.stderr
     after = {digest: status["updated_ms"] for digest, status in statuses(storage).items()}
     assert len(after) == 3 and all(after[digest] == time for digest, time in before.items())
     assert len(runs(storage)[1]) == 3
+
+    frame = pd.read_parquet(storage / "sweeps/tiny/results.parquet").set_index("trial")
+    best, other = frame.index
+    a, b = (summary_of(storage, statuses(storage)[trial]["checkpoint"]) for trial in (best, other))
+    assert ttest_rel(a["nll_per_image"], b["nll_per_image"]).pvalue > 0.05
+    assert edited.stdout.count(" ≈ ") == 1 and f"not distinguishable from {best[:8]}" in edited.stdout
+    assert frame.loc[other, "nll_above_best_low"] < 0 < frame.loc[other, "nll_above_best_high"]
+
+
+def summary_of(storage: Path, checkpoint: str) -> dict[str, Any]:
+    [path] = storage.glob(f"evaluations/{checkpoint}/summary-*.json")
+    return json.loads(path.read_text())
 
 
 def test_more_samples_compute_only_the_missing_blocks(own: tuple[Path, Path]) -> None:

@@ -1,0 +1,346 @@
+"""What a sweep takes in hours and money: its work, from speeds that were measured, on the machines that there are.
+
+Speeds lie in the storage (`speeds/<key>.json`, a file for each network, precision and image shape, by hardware). A
+sweep writes them as it goes, and `--calibrate` beforehand; nothing is guessed. `estimate` and `text` are pure.
+"""
+
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from orchestrator.cluster import Cluster, NodeType
+from orchestrator.experiment import SearchConfig, Variant
+from orchestrator.plan import Node, Size, Work, makespan, never, nodes_in_use
+from orchestrator.preflight import Cost, cost, validations
+from orchestrator.settings import NotYAML, read_yaml
+from workers import speed
+from workers.blocks import Images, blocks, reference_images
+from workers.config import DataConfig, Measurement, Mistake, Record, Trial
+from workers.data import Source
+from workers.speed import CORE, Spent, added, model_key, training_kind
+from workers.storage import Storage
+
+START_S = 20.0  # until the first trial trains, where no sweep has told: Ray, its workers, MLflow's database
+# The GPU of an instance family, by a part of the name that its driver gives it.
+FAMILIES = {
+    "g4dn": "T4", "g5": "A10G", "g6": "L4", "g6e": "L40S", "p3": "V100", "p4d": "A100", "p4de": "A100", "p5": "H100",
+}  # fmt: skip
+
+
+# ---- Speeds ----------------------------------------------------------------------------------------------------
+
+
+def learn(storage: Storage, trial: Trial, source: Source, hardware: str, spent: Spent, said_by: str) -> None:
+    """Keeps what work of each kind took; of a kind that was known the newer counts."""
+    if not spent:
+        return
+    path = _path(trial, source)
+    known = storage.read_json(path) or {}
+    before = known.get(hardware, {})
+    known[hardware] = {
+        "host": socket.gethostname(),
+        "said_by": said_by,
+        "date": time.strftime("%Y-%m-%d"),
+        "work": {**before.get("work", {}), **{kind: list(each) for kind, each in spent.items()}},
+    }
+    storage.write_json(path, known)
+
+
+def _path(trial: Trial, source: Source) -> str:
+    return f"speeds/{model_key(trial.model, trial.training, source.shape)}.json"
+
+
+def evaluation_spent(made: Spent, trial: Trial, source: Source) -> Spent:
+    """What blocks took, by the kinds of work in a speed file: from a number of blocks to what they are made of."""
+    m, images, price = Measurement.of(trial), Images.of(source), cost(trial, source)
+    kinds = Counter(block.kind for block in blocks(m, "", images))
+    features = _feature_images(trial, source)
+    total = {"nll": price.nll_evaluations, "samples": price.sampling_evaluations, **features}
+    spent: Spent = {}
+    for kind, (count, seconds) in made.items():
+        fid = trial.evaluation.fid
+        name = f"features-{fid.features}" if fid and kind in features else kind
+        spent = added(spent, {name: (count / kinds[kind] * total[kind], seconds)})
+    return spent
+
+
+def _feature_images(trial: Trial, source: Source) -> dict[str, int]:
+    fid = trial.evaluation.fid
+    if fid is None:
+        return {"features": 0, "reference": 0}
+    return {"features": fid.samples, "reference": reference_images(fid, Images.of(source))}
+
+
+# ---- Prices ----------------------------------------------------------------------------------------------------
+
+
+class Prices(Record):
+    """`prices.yaml`: what an hour of an instance costs. The user's to keep: the program knows no price by itself."""
+
+    currency: str
+    date: str = Field(description="of the prices")
+    source: str
+    hourly: dict[str, float] = Field(description="by instance type, on demand")
+    spot: dict[str, float] = Field(default_factory=dict, description="the same for spot instances")
+
+
+def read_prices(path: Path) -> Prices:
+    """Raises Mistake with all that is wrong with the file."""
+    try:
+        content, problems = read_yaml(path.read_text())
+        if not problems:
+            return Prices.model_validate(content)
+    except (OSError, NotYAML) as error:
+        problems = [str(error)]
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+    raise Mistake("\n  ".join([f"--prices {path}:", *problems]))
+
+
+# ---- The plan --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep takes where nothing of it is there: `training_s` and `evaluation_s` are of one core or GPU."""
+
+    hardware: str
+    wall_s: float
+    training_s: float
+    evaluation_s: float
+    said_by: str  # what has measured the speeds
+    scaled: bool  # whether a number of workers was asked for that nobody has measured
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """Why there is no plan."""
+
+    why: str
+
+
+def estimate(
+    trials: Sequence[Trial],
+    sources: Mapping[DataConfig, Source],
+    speeds: Mapping[str, Mapping[str, Any]],
+    hardware: str,
+    nodes: Sequence[Node],
+    cores: float,
+    most: int | None,
+) -> Plan | Unknown:
+    """The plan for `trials` on `nodes` of which each worker has one `hardware`.
+
+    `speeds` holds the content of a speed file by its path. Reference features count once a data set.
+    """
+    on_gpus = any(node.gpus for node in nodes)
+    works, said_by, scaled, referenced = [], list[str](), False, set[Any]()
+    for trial in trials:
+        source = sources[trial.data]
+        known = speeds.get(_path(trial, source), {}).get(hardware)
+        if known is None:
+            return Unknown(f"no throughput is known of this model on {hardware}")
+        work = known["work"]
+        kind = _like(training_kind(trial.training), work)
+        price = cost(trial, source)
+        wanted = _evaluation(trial, source, price, first=(trial.data, trial.evaluation.fid) not in referenced)
+        lacking = [name for name in wanted if name not in work] + ["training"] * (kind is None)
+        if lacking or kind is None:
+            return Unknown(f"no throughput is known of {', '.join(sorted(set(lacking)))} on {hardware}")
+        referenced.add((trial.data, trial.evaluation.fid))
+        scaled |= kind != training_kind(trial.training)
+        images = price.training_evaluations / trial.training.workers
+        training = images * _each(work[kind]) + _validation_s(trial, price, work)
+        size = Size.of(trial.training, _gpus(trial, on_gpus))
+        works.append(Work(size, training, sum(n * _each(work[name]) for name, n in wanted.items())))
+        said_by.append(f"{known['said_by']} on {known['date']}")
+    start = [each for file in speeds.values() if (each := file.get(hardware, {}).get("work", {}).get("start"))]
+    return Plan(
+        hardware,
+        makespan(works, nodes, cores, most) + (_each(start[-1]) if start else START_S),
+        sum(w.training_s * w.size.workers for w in works),
+        sum(w.evaluation_s for w in works),
+        ", ".join(dict.fromkeys(said_by)),
+        scaled,
+    )
+
+
+def _evaluation(trial: Trial, source: Source, price: Cost, first: bool) -> dict[str, float]:
+    """How much work of each kind measuring a trial is."""
+    wanted: dict[str, float] = {}
+    if trial.evaluation.nll:
+        wanted["nll"] = price.nll_evaluations
+    if fid := trial.evaluation.fid:
+        images = _feature_images(trial, source)
+        wanted["samples"] = price.sampling_evaluations
+        wanted[f"features-{fid.features}"] = images["features"] + (images["reference"] if first else 0)
+    return wanted
+
+
+def _validation_s(trial: Trial, price: Cost, work: Mapping[str, Any]) -> float:
+    """Measured as such where it was, else as so many evaluations of the network."""
+    if "validations" in work:
+        return validations(trial) * _each(work["validations"])
+    return price.validation_evaluations * _each(work.get("nll") or work["samples"])
+
+
+def _like(kind: str, work: Mapping[str, Any]) -> str | None:
+    """The kind of training itself, or the one that was measured the longest, per image of a worker."""
+    if kind in work:
+        return kind
+    others = [name for name in work if name.startswith("training-")]
+    return max(others, key=lambda name: work[name][0], default=None)
+
+
+def _each(counted: Sequence[float]) -> float:
+    return counted[1] / counted[0]
+
+
+# ---- What is said of it ----------------------------------------------------------------------------------------
+
+
+def cost_text(
+    trials: Mapping[str, Variant],
+    sources: Mapping[DataConfig, Source],
+    storage: Storage,
+    search: SearchConfig,
+    cluster: Cluster | None,
+    prices: Prices | None,
+) -> str:
+    """Hours and price of the whole sweep, on the cluster of a file or here, or why they are not known."""
+    machines = machines_for(trials, search, cluster) if cluster else []
+    found = planned(trials, sources, storage, search, machines)
+    if isinstance(found, Unknown):
+        return (
+            f"Time: {found.why}. Run the sweep once, or --dry-run --calibrate on such a machine, "
+            "with the same --storage: it takes seconds."
+        )
+    unit = "core" if found.hardware.endswith(CORE) else "GPU"
+    lines = [
+        f"Time: about {duration(found.wall_s)} on {_where(machines, unit)}: {_hours(found.training_s, unit)} of "
+        f"training and {_hours(found.evaluation_s, unit)} of evaluation, at the throughput of {found.hardware} "
+        f"that {found.said_by} measured."
+    ]
+    if found.scaled:
+        lines.append("Data-parallel training of this size was not measured: it is taken to be as fast a worker.")
+    if cluster:
+        lines += ["The time that nodes take to start is not in it.", price_text(machines, found.wall_s, prices)]
+    return "\n".join(lines)
+
+
+def planned(
+    trials: Mapping[str, Variant],
+    sources: Mapping[DataConfig, Source],
+    storage: Storage,
+    search: SearchConfig,
+    machines: Sequence[NodeType] = (),
+) -> Plan | Unknown:
+    """The plan from what the storage knows, on `machines` of a cluster or else on this one."""
+    configs = [v.trial for v in trials.values()]
+    paths = dict.fromkeys(_path(trial, sources[trial.data]) for trial in configs)
+    speeds = {path: content for path in paths if (content := storage.read_json(path))}
+    known = {name: each for file in speeds.values() for name, each in file.items()}
+    hardware = chosen(known, machines)
+    if hardware is None:
+        on = "this machine" if not machines else ", ".join(dict.fromkeys(m.instance or m.name for m in machines))
+        return Unknown(f"no throughput is known of these models on {on}")
+    if machines:
+        nodes, cores = [m.node for m in machines], sum(m.node.cpus for m in machines)
+    else:  # as `execution.session` starts Ray
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        nodes = [Node(cores + 1, 0 if hardware.endswith(CORE) else 1)]
+    return estimate(configs, sources, speeds, hardware, nodes, cores, _most(search))
+
+
+def machines_for(trials: Mapping[str, Variant], search: SearchConfig, cluster: Cluster) -> list[NodeType]:
+    """The head, and the nodes that the trials would make the cluster have.
+
+    Raises Mistake with all sizes of trials that it never holds.
+    """
+    kinds, nodes = cluster.kinds(), cluster.nodes()
+    there = any(node.gpus for node in nodes)
+    sizes = [Size.of(v.trial.training, _gpus(v.trial, there)) for v in trials.values()]
+    if said := never(sizes, nodes):
+        raise Mistake("\n".join(said))
+    return [kinds[0], *(kinds[i] for i in nodes_in_use(sizes, nodes, _most(search)) if i)]
+
+
+def _most(search: SearchConfig) -> int | None:
+    return None if search.max_concurrent == "auto" else search.max_concurrent
+
+
+def _gpus(trial: Trial, there: bool) -> int:
+    """GPUs a worker."""
+    return int(there) if trial.training.gpus == "auto" else trial.training.gpus
+
+
+def machines(hardware: str, cluster: Cluster | None) -> tuple[list[Node], float]:
+    """The nodes to plan on, and their cores. Here, as `execution.session` starts Ray."""
+    if cluster:
+        return cluster.nodes(), sum(node.cpus for node in cluster.nodes())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [Node(cores + 1, 0 if hardware.endswith(CORE) else 1)], cores
+
+
+def chosen(known: Mapping[str, Mapping[str, Any]], machines: Sequence[NodeType]) -> str | None:
+    """The hardware to plan for, of those with a known throughput: the machines', or else what this one has."""
+    gpus = [name for name in known if not name.endswith(CORE)]
+    cores = sorted((name for name in known if name.endswith(CORE)), key=lambda name: name != speed.hardware())
+    if not machines:
+        mine = [name for name in gpus if known[name]["host"] == socket.gethostname()]
+        return next(iter([*mine, *(name for name in cores if name == speed.hardware())]), None)
+    with_gpus = [m for m in machines if m.node.gpus]
+    if not with_gpus:
+        return next(iter(cores), None)
+    wanted = [FAMILIES.get((m.instance or "").partition(".")[0]) for m in with_gpus]
+    fitting = [name for part in wanted for name in gpus if part is None or part in name.replace("-", " ").split()]
+    return next(iter(fitting), None)
+
+
+def price_text(machines: Sequence[NodeType], wall_s: float, prices: Prices | None) -> str:
+    """What the machines cost for the whole time."""
+    if prices is None:
+        return "Price: not given; write hourly prices by instance type into prices.yaml beside the cluster file."
+    total, terms, lacking = 0.0, list[str](), list[str]()
+    for kind, n in Counter(machines).items():
+        name = kind.instance or kind.name
+        spot = prices.spot.get(name) if kind.spot else None
+        hourly = prices.hourly.get(name) if spot is None else spot
+        if hourly is None:
+            lacking.append(name)
+            continue
+        how = "" if not kind.spot else " (spot)" if spot is not None else " (on demand, as no spot price is given)"
+        total += n * hourly * wall_s / 3600
+        terms.append(f"{n} {name} at {hourly:g}{how}")
+    if lacking:
+        return f"Price: not known, as the price file does not give {', '.join(dict.fromkeys(lacking))}."
+    return (
+        f"Price: about {prices.currency} {total:,.2f} with {', '.join(terms)} an hour, all of the time "
+        f"({prices.source}, {prices.date})."
+    )
+
+
+def _where(machines: Sequence[NodeType], unit: str) -> str:
+    if not machines:
+        return "this machine"
+    total = sum(m.node.gpus if unit == "GPU" else m.node.cpus for m in machines)
+    return f"{total:g} {unit}{'s' * (total != 1)} of {len(machines)} machine{'s' * (len(machines) != 1)}"
+
+
+def _hours(seconds: float, unit: str) -> str:
+    return f"{seconds / 3600:,.1f} {unit}-hours" if seconds >= 3600 else f"{seconds / 60:.1f} {unit}-minutes"
+
+
+def duration(seconds: float) -> str:
+    """42 s, 4 min 40 s, 3.2 h, 2.5 days."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

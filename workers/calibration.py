@@ -1,0 +1,80 @@
+"""A trial's speed on this hardware, from seconds of its real work: training steps, likelihood, samples, features."""
+
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from workers.blocks import SAMPLES
+from workers.config import SamplerConfig, Trial
+from workers.data import prepare
+from workers.diffusion.process import Process
+from workers.diffusion.samplers import sample
+from workers.features import feature_space
+from workers.likelihood import BATCH, pair_errors
+from workers.noise import generator
+from workers.pixels import to_model
+from workers.speed import Meter, Spent, training_kind
+from workers.storage import Storage
+from workers.training import steps
+from workers.unet import UNet
+from workers.unet_config import unet_config
+
+ENOUGH_S = 3.0  # of a kind of work
+SAMPLER = SamplerConfig(kind="ddim", steps=5)
+
+
+def measure_speed(trial: Trial, storage_root: str) -> tuple[str, Spent]:
+    """The hardware, and what work of each kind took on it.
+
+    Trains as one worker of the trial does, by itself: what workers tell each other is not in it. Where the feature
+    space is to be learned from the data, the storage keeps it.
+    """
+    torch.set_num_threads(trial.training.cpus)
+    device = torch.device("cuda" if torch.cuda.is_available() and trial.training.gpus != 0 else "cpu")
+    meter, dataset = Meter(device), prepare(trial.data)
+    batch = trial.training.batch_size // trial.training.workers
+    with tempfile.TemporaryDirectory(prefix="orchestrator-") as scratch:
+        alone = trial.training.model_copy(update={"workers": 1, "batch_size": batch})
+        training = steps(trial.model_copy(update={"training": alone}), dataset, Storage(scratch), device)
+        _repeat(meter, training_kind(trial.training), batch, lambda: next(training))
+    torch.set_num_threads(1)  # as evaluation has it
+    process, height = Process.of(trial.diffusion), dataset.shape[0]
+    config = unet_config(trial.model, image_channels=dataset.shape[2], resolution=height)
+    network = UNet(config, generator(trial.seed, "weights")).to(device).eval()
+
+    def eps_theta(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(network(x, t - 1))
+
+    rows = np.arange(BATCH) % len(dataset.held_out)
+    x_0 = to_model(torch.from_numpy(np.array(dataset.held_out[rows])), dataset.levels).to(device)
+    t, noise = np.arange(BATCH) % trial.diffusion.T + 1, generator(0)
+
+    def pairs() -> object:
+        return pair_errors(process, eps_theta, x_0, rows, t, np.ones(BATCH), noise, dataset.levels)
+
+    _repeat(meter, "nll", BATCH, pairs)
+    if fid := trial.evaluation.fid:
+        shape = (SAMPLES, dataset.shape[2], *dataset.shape[:2])
+        made = SAMPLES * min(SAMPLER.steps or 1, trial.diffusion.T)
+        with torch.no_grad():
+            _repeat(meter, "samples", made, lambda: sample(process, eps_theta, SAMPLER, shape, noise, device=device))
+        space = feature_space(Storage(storage_root), dataset, fid.features, device)
+        images = np.array(dataset.train[:SAMPLES])
+        _repeat(meter, f"features-{fid.features}", len(images), lambda: space.features(images))
+    return meter.hardware, meter.spent
+
+
+def _repeat(meter: Meter, kind: str, count: float, work: Callable[[], object]) -> None:
+    """Does the work once to warm up, and then until it has taken long enough."""
+    work()
+    ends = time.monotonic() + ENOUGH_S
+    while True:
+        with meter.of(kind, count):
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        if time.monotonic() > ends:
+            return
