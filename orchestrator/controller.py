@@ -22,7 +22,7 @@ from orchestrator.terminal import Display, Line
 from workers import checkpoint as checkpoints
 from workers import tasks
 from workers.blocks import Images, blocks, summary_path
-from workers.config import DataConfig, Measurement
+from workers.config import DataConfig, Measurement, trained_by
 from workers.data import Source, prepare
 from workers.features import check_spaces
 from workers.speed import Spent
@@ -75,6 +75,9 @@ class Sweep:
         self.experiment, self.trials, self.sources = experiment, trials, sources
         self.storage, self.console = storage, console
         self.folder = f"sweeps/{experiment.name}"
+        self.sharing: dict[str, list[str]] = {}  # the rows that measure each trial
+        for row in trials:
+            self.sharing.setdefault(trained_by(row), []).append(row)
         self.scheduler = plan.scheduler_key(experiment.search.scheduler.model_dump(mode="json"))
         self.errors: dict[str, str] = {}
         self.found = {address: self._look(address) for address in trials}
@@ -133,15 +136,18 @@ class Sweep:
             prepare(config)
         with self.display, execution.session(address):
             nodes = execution.nodes_ever(cluster)
-            for a in missing:
+            for a in (a for a in self.trials if a in missing):
                 trial = self.trials[a].trial
                 gpus = execution.gpus_a_worker(trial.training, nodes)
-                job = self.jobs[a] = tasks.make_job(self.storage, a, trial, gpus)
-                self.storage.write(f"{tasks.folder_of(a)}/trial.yaml", write_yaml(json.loads(job["trial"])).encode())
+                job = self.jobs[a] = tasks.make_job(self.storage, trained_by(a), trial, gpus)
+                if a == self.sharing[trained_by(a)][0]:
+                    content = write_yaml(json.loads(job["trial"])).encode()
+                    self.storage.write(f"{tasks.folder_of(a)}/trial.yaml", content)
             for a in missing:
                 if decisions[a].action == "evaluate":
                     self._evaluate(a)
-            to_train = [self.jobs[a] for a in self.trials if a in missing and decisions[a].action == "train"]
+            train = [a for a in self.trials if a in missing and decisions[a].action == "train"]
+            to_train = list({trained_by(a): self.jobs[a] for a in reversed(train)}.values())[::-1]
             for job in to_train:
                 self.storage.delete(stop_path(tasks.folder_of(job["digest"])))
             if to_train:
@@ -169,7 +175,21 @@ class Sweep:
     def evaluating(self) -> bool:
         return bool(self.evaluations)
 
+    # What the training tells of a trial goes to all rows that measure it.
+
     def progress(self, address: str, result: dict[str, Any]) -> None:
+        for row in self.sharing[address]:
+            self._progress(row, result)
+
+    def trained(self, address: str, result: dict[str, Any]) -> None:
+        for row in self.sharing[address]:
+            self._trained(row, result)
+
+    def failed(self, address: str, why: str) -> None:
+        for row in self.sharing[address]:
+            self._failed(row, why)
+
+    def _progress(self, address: str, result: dict[str, Any]) -> None:
         if result["state"] == "failed":
             return
         self.start_s = self.start_s or time.monotonic() - self.began
@@ -180,7 +200,7 @@ class Sweep:
         self.record.trial_went_on(address, line.name)
         self.display.changed(address)
 
-    def trained(self, address: str, result: dict[str, Any]) -> None:
+    def _trained(self, address: str, result: dict[str, Any]) -> None:
         line = self.lines[address]
         if result["state"] in ("running", "pruned"):  # the scheduler stopped it, or had it stop
             path = f"{tasks.folder_of(address)}/status.json"
@@ -202,7 +222,7 @@ class Sweep:
     def restarted(self, address: str) -> None:
         self.display.say(f"{address[:8]}  its process died; it starts again from its last checkpoint")
 
-    def failed(self, address: str, why: str) -> None:
+    def _failed(self, address: str, why: str) -> None:
         self.errors[address] = why
         self.lines[address].state = "failed"
         self.found[address] = self._look(address)
@@ -213,7 +233,7 @@ class Sweep:
     def tick(self, wait_s: float = 0) -> None:
         for address, why in self.evaluations.poll(wait_s):
             if why:
-                self.failed(address, f"evaluation: {why}")
+                self._failed(address, f"evaluation: {why}")
             else:
                 self._measured(address)
         for address, line in self.lines.items():

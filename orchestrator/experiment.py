@@ -40,10 +40,12 @@ from workers.config import (
     DataConfig,
     DiffusionConfig,
     EvaluationConfig,
+    Measurement,
     Mistake,
     Record,
     SamplerConfig,
     Trial,
+    digest,
     sub_batches,
     trial_digest,
 )
@@ -519,7 +521,7 @@ def _metric_mistakes(search: SearchConfig, trial: Trial) -> list[str]:
 SETTINGS = paths(Experiment)
 TRIAL_SETTINGS = paths(Trial)
 LEAST_TRIAL = {"data": {"source": "digits"}, "training": {"steps": 1}}  # in which any one setting can be tried
-NOT_TRAINED = rf"evaluation\b|training\.({'|'.join(NOT_ADDRESSED)})$"
+NOT_TRAINED = rf"training\.({'|'.join(NOT_ADDRESSED)})$"
 
 
 def _space(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -594,18 +596,25 @@ def _update(params: Mapping[str, Any]) -> dict[str, Any]:
 def by_digest(
     variants: Sequence[Variant], data_digests: Mapping[DataConfig, str]
 ) -> tuple[dict[str, Variant], list[str]]:
-    """The variants by the address of their trial, in order, and warnings.
+    """The rows of a sweep in order, each variant by the address of its trial, and warnings.
 
-    Variants of one address are one trial: the first stands for all, and a warning names how many and why.
+    Variants that differ only in how they are measured share a trial, which is trained once: the address of each is the
+    trial's with a suffix for its measurement (`workers.config.trained_by` takes it off). Variants that are measured
+    alike as well are one row: the first stands for all, and a warning names how many and why.
     """
-    found: dict[str, Variant] = {}
-    repeats: list[set[str]] = []
+    trained: dict[str, dict[str, list[Variant]]] = {}
     for variant in variants:
-        first = found.setdefault(trial_digest(variant.trial, data_digests[variant.trial.data]), variant)
-        if first is not variant:
-            ours, theirs = (leaves("", v.params).items() for v in (variant, first))
-            same = [name for name, value in ours if (name, value) in theirs]
-            repeats.append({n.removeprefix(".") for n, _ in [*ours, *theirs] if n not in same})
+        measurements = trained.setdefault(trial_digest(variant.trial, data_digests[variant.trial.data]), {})
+        measured = digest(Measurement.of(variant.trial).evaluation.model_dump(mode="json"))[:8]
+        measurements.setdefault(measured, []).append(variant)
+    found, repeats = dict[str, Variant](), list[set[str]]()
+    for address, measurements in trained.items():
+        for measured, (first, *others) in measurements.items():
+            found[f"{address}-{measured}" if len(measurements) > 1 else address] = first
+            for variant in others:
+                ours, theirs = (leaves("", v.params).items() for v in (variant, first))
+                same = [name for name, value in ours if (name, value) in theirs]
+                repeats.append({n.removeprefix(".") for n, _ in [*ours, *theirs] if n not in same})
     if not repeats:
         return found, []
     names = ", ".join(sorted(set().union(*repeats)))

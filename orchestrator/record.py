@@ -18,7 +18,7 @@ from orchestrator.results import Row
 from orchestrator.settings import leaves, write_yaml
 from orchestrator.tracking import Comparison, Dataset, Status, Tracker, provenance, resolve_uri
 from workers.blocks import Images, distance_name, protocol_key
-from workers.config import DataConfig, digest
+from workers.config import DataConfig, digest, trained_by
 from workers.data import Source
 from workers.storage import Storage
 
@@ -107,6 +107,7 @@ class Record:
             "results.csv": frame.to_csv(index=False).encode(),
             "nll_and_distance.png": results.comparison_plot(rows),
             "nll_by_t.png": results.bits_plot(rows),
+            "distance_by_evaluations.png": results.evaluations_plot(rows),
             "schedules.png": results.schedules_plot({row.digest: row.variant.trial for row in rows}),
         }
         self.storage.write(f"{self.folder}/experiment.yaml", to_yaml(self.experiment).encode())
@@ -193,7 +194,7 @@ def _sweep_of(storage: Storage, trial: str | None) -> tuple[str, str | None]:
     """The sweep in whose MLflow experiment the trial has a run, and the tracking URI of that."""
     for name in storage.list("sweeps") if trial else []:
         for key, runs in (storage.read_json(f"sweeps/{name}/mlflow.json") or {}).items():
-            if trial in runs:
+            if trial in runs or any(trained_by(run) == trial for run in runs):
                 return name, None if key == "mlflow.db" else str(key)
     return ELSEWHERE, None
 

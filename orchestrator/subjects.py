@@ -15,7 +15,7 @@ from orchestrator.profiles import PROFILES
 from orchestrator.settings import invalid, meant, meant_path, paths, put, read_yaml
 from workers import checkpoint as checkpoints
 from workers.checkpoint import Checkpoint
-from workers.config import DataConfig, Measurement, Mistake, Trial
+from workers.config import DataConfig, Measurement, Mistake, Trial, trained_by
 from workers.data import Source, describe
 from workers.storage import Storage
 
@@ -108,8 +108,9 @@ def _of_sweep(name: str, storage: Storage, update: Update) -> list[Subject]:
     variants = expand(parse(content))
     sources = {config: describe(config) for config in dict.fromkeys(v.trial.data for v in variants)}
     trials, _ = by_digest(variants, {config: source.digest for config, source in sources.items()})
-    ended = [a for a in trials if (storage.read_json(f"trials/{a}/status.json") or {}).get("state") == "finished"]
-    found = [(address, checkpoints.newest(storage, f"trials/{address}/checkpoints")) for address in ended]
+    folders = {a: f"trials/{trained_by(a)}" for a in trials}
+    ended = [a for a, f in folders.items() if (storage.read_json(f"{f}/status.json") or {}).get("state") == "finished"]
+    found = [(a, checkpoints.newest(storage, f"{folders[a]}/checkpoints")) for a in ended]
     subjects = [_subject(str(trials[a]), trials[a].trial, c, a, update) for a, c in found if c]
     if not subjects:
         raise Mistake(f"the sweep {name} has no trained trial yet; run it first: python -m orchestrator.sweep ...")

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
-from workers.config import Mistake
+from workers.config import Mistake, trained_by
 from workers.config import digest as digest_of
 from workers.data import default_cache
 from workers.storage import Storage
@@ -702,7 +702,7 @@ class Tracker:
 
     def _journal(self, digest: str) -> list[str]:
         try:
-            return self.storage.read(f"trials/{digest}/journal.jsonl").decode().splitlines()
+            return self.storage.read(f"trials/{trained_by(digest)}/journal.jsonl").decode().splitlines()
         except FileNotFoundError:
             return []
 

@@ -166,7 +166,7 @@ def test_a_sample_costs_what_its_sampler_takes(sampler: dict[str, Any], count: i
     )
     found = cost(t, DIGITS)
     assert found.sampling_evaluations == 50 * count
-    assert found.nll_evaluations == 20 * ADAPTIVE_EVALUATIONS["ode_nll"]
+    assert found.ode_nll_evaluations == 20 * ADAPTIVE_EVALUATIONS["ode_nll"]
 
 
 def test_what_is_off_costs_nothing_and_validation_stops_at_the_data() -> None:

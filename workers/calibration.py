@@ -10,6 +10,7 @@ import torch
 from workers.blocks import SAMPLES
 from workers.config import SamplerConfig, Trial
 from workers.data import prepare
+from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Process
 from workers.diffusion.samplers import sample
 from workers.features import feature_space
@@ -42,25 +43,23 @@ def measure_speed(trial: Trial, storage_root: str) -> tuple[str, Spent]:
         _repeat(meter, training_kind(trial.training), batch, lambda: next(training))
     torch.set_num_threads(1)  # as evaluation has it
     process, height = Process.of(trial.diffusion), dataset.shape[0]
-    config = unet_config(trial.model, image_channels=dataset.shape[2], resolution=height)
-    network = UNet(config, generator(trial.seed, "weights")).to(device).eval()
-
-    def eps_theta(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(network(x, t - 1))
+    config = unet_config(trial.model, image_channels=dataset.shape[2], resolution=height, learned=process.learned)
+    network = UNet(config, generator(trial.seed, "weights")).to(device)
+    model = Denoiser(network, process, trial.diffusion.prediction).eval()
 
     rows = np.arange(BATCH) % len(dataset.held_out)
     x_0 = to_model(torch.from_numpy(np.array(dataset.held_out[rows])), dataset.levels).to(device)
     t, noise = np.arange(BATCH) % trial.diffusion.T + 1, generator(0)
 
     def pairs() -> object:
-        return pair_errors(process, eps_theta, x_0, rows, t, np.ones(BATCH), noise, dataset.levels)
+        return pair_errors(process, model, x_0, rows, t, np.ones(BATCH), noise, dataset.levels)
 
     _repeat(meter, "nll", BATCH, pairs)
     if fid := trial.evaluation.fid:
         shape = (SAMPLES, dataset.shape[2], *dataset.shape[:2])
         made = SAMPLES * min(SAMPLER.steps or 1, trial.diffusion.T)
         with torch.no_grad():
-            _repeat(meter, "samples", made, lambda: sample(process, eps_theta, SAMPLER, shape, noise, device=device))
+            _repeat(meter, "samples", made, lambda: sample(process, model, SAMPLER, shape, noise, device=device))
         space = feature_space(Storage(storage_root), dataset, fid.features, device)
         images = np.array(dataset.train[:SAMPLES])
         _repeat(meter, f"features-{fid.features}", len(images), lambda: space.features(images))

@@ -289,6 +289,11 @@ def digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def trained_by(row: str) -> str:
+    """The address of the trial that a row of a sweep measures: several rows may measure one, each by a suffix."""
+    return row.partition("-")[0]
+
+
 def trial_digest(trial: Trial, data_digest: str) -> str:
     """The address of a trial: the digest of what changes its weights.
 
