@@ -99,7 +99,8 @@ class Sweep:
         status = self.storage.read_json(f"{folder}/status.json")
         newest = checkpoints.newest(self.storage, f"{folder}/checkpoints")
         images = Images.of(self.sources[trial.data])
-        path = summary_path(Measurement.of(trial), newest.digest, images) if newest else None
+        m = Measurement.of(trial)
+        path = summary_path(m, checkpoints.averaged(newest, m.evaluation.ema).digest, images) if newest else None
         summary = self.storage.read_sealed(path) if path else None
         return plan.Found(status, newest.digest if newest else None, summary)
 
@@ -246,6 +247,7 @@ class Sweep:
         checkpoint = checkpoints.newest(self.storage, f"{tasks.folder_of(address)}/checkpoints")
         assert checkpoint
         m, images = Measurement.of(trial), Images.of(self.sources[trial.data])
+        checkpoint = checkpoints.averaged(checkpoint, m.evaluation.ema)
         planned = blocks(m, checkpoint.digest, images)
         missing = plan.missing(planned, self.storage.list)
         line.state, line.blocks, line.blocks_left, line.step = "evaluating", len(planned), len(missing), line.steps

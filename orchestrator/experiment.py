@@ -390,6 +390,12 @@ def _trial_mistakes(trial: Trial) -> list[str]:
             f"noise comes in {parts} sub-batches of {training.batch_size // parts}; "
             f"valid: {', '.join(str(n) for n in range(1, parts + 1) if parts % n == 0)}"
         )
+    kept, ema = (training.ema, *training.averages), trial.evaluation.ema
+    if ema is not None and ema not in kept:
+        found.append(
+            f"evaluation.ema: {ema:g} is no average that is kept in training, which are {', '.join(map(str, kept))}; "
+            "take one of them, or add it to training.averages"
+        )
     return found + evaluation_mistakes(trial.evaluation, T)
 
 

@@ -16,6 +16,7 @@ from orchestrator.experiment import Experiment, Variant, resolved, to_yaml
 from orchestrator.measuring import Measured
 from orchestrator.results import Row
 from orchestrator.settings import leaves, write_yaml
+from orchestrator.subjects import Subject
 from orchestrator.tracking import Comparison, Dataset, Status, Tracker, provenance, resolve_uri
 from workers.blocks import Images, distance_name, protocol_key
 from workers.config import DataConfig, digest, trained_by
@@ -188,6 +189,29 @@ def record_measurement(
             tracker.close_sweep("FINISHED")
     left = [tracker.flush(FLUSH_S) for tracker in trackers.values()]
     return "\n".join(str(shipment) for shipment in left if not shipment.complete)
+
+
+def record_pictures(storage: Storage, uri: str | None, subject: Subject, paths: Mapping[str, str]) -> str:
+    """Pictures of a checkpoint, PNG files of the storage by name, on its trial's run or in `evaluations`.
+
+    Gives what MLflow did not take, in words. Raises Mistake where it cannot be reached.
+    """
+    sweep, own_uri = _sweep_of(storage, subject.trial)
+    if uri is not None and uri != own_uri:
+        sweep, own_uri = ELSEWHERE, uri
+    tracker = Tracker(storage, sweep, own_uri)
+    tracker.check()
+    address = subject.trial if subject.trial and sweep != ELSEWHERE else f"{subject.checkpoint.digest}-pictures"
+    if sweep == ELSEWHERE:
+        tracker.open_sweep({}, provenance(), "Checkpoints that no sweep of this storage has trained.")
+    tracker.open_trial(address, subject.name, {}, {})
+    for name, path in paths.items():
+        tracker.log_image(address, f"pictures/{name}", path, subject.checkpoint.step or 0)
+    tracker.close_trial(address, "FINISHED")
+    if sweep == ELSEWHERE:
+        tracker.close_sweep("FINISHED")
+    shipment = tracker.flush(FLUSH_S)
+    return "" if shipment.complete else str(shipment)
 
 
 def _sweep_of(storage: Storage, trial: str | None) -> tuple[str, str | None]:

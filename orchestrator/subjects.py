@@ -153,7 +153,7 @@ def _checked(name: str, content: Any, checkpoint: Checkpoint, trial: str | None,
     m = Measurement.model_validate(content)
     if problems := evaluation_mistakes(m.evaluation, m.T):
         raise ExperimentError(problems, name)
-    return Subject(name, m, checkpoint, trial, own)
+    return Subject(name, m, checkpoints.averaged(checkpoint, m.evaluation.ema), trial, own)
 
 
 def check(subjects: Sequence[Subject]) -> tuple[dict[DataConfig, Source], list[str]]:

@@ -463,6 +463,11 @@ class Tracker:
         at = time_ms or _now_ms()
         self._put(f"metrics {', '.join(metrics)}", lambda: self._log_metrics(digest or SWEEP, metrics, step, at))
 
+    def log_image(self, digest: str, name: str, path: str, step: int) -> None:
+        """A PNG file of the storage, beside the images of the trial's journal; given again, it takes its own place."""
+        entry = {"image": name, "path": path, "step": step, "time_ms": step}
+        self._put(f"image {name}", lambda: self._log_image(self._opened(digest), entry))
+
     def log_artifact(self, digest: str | None, content: bytes | Path, path: str) -> None:
         """A file, given by its bytes or its local path, as the artifact `path` (folders by forward slashes)."""
         self._put(f"artifact {path}", lambda: self._log_artifact(digest or SWEEP, content, path))

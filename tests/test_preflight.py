@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from orchestrator.experiment import ExperimentError, Variant, by_digest, expand, parse
-from orchestrator.preflight import Cost, chain, cost, dry_run_text, preflight, readable
+from orchestrator.preflight import Cost, chain, cost, costs, dry_run_text, preflight, readable
 from orchestrator.settings import merge
 from workers.config import ADAPTIVE_EVALUATIONS, SAMPLE_GRID, DiffusionConfig, ScheduleConfig, Trial
 from workers.data import Source
@@ -217,3 +217,19 @@ def test_the_table_has_a_row_for_each_trial_and_totals() -> None:
 def test_the_table_of_one_trial_and_of_none() -> None:
     assert table()[1][4].startswith("1 trial ")
     assert "0 trials" in dry_run_text({}, {})
+
+
+def test_what_rows_share_is_counted_once() -> None:
+    space = {
+        "evaluation.fid.sampler": {"grid": [{"kind": "ddim"}, {"kind": "heun"}]},
+        "evaluation.nll.images": {"grid": [20, 30]},
+    }
+    content = {"name": "x", "data": {"source": "digits"}, "training": {"steps": 100}, "search": {"space": space}}
+    variants = expand(parse({**content, "diffusion": {"T": 50, "schedule": {"scale": "per_1000"}}}))
+    trials, _ = by_digest(variants, {v.trial.data: DIGITS.digest for v in variants})
+    found = costs(trials, {v.trial.data: DIGITS for v in variants})
+    assert [c.training_evaluations > 0 for c in found] == [True, False, False, False]
+    assert [c.nll_evaluations for c in found] == [20 * 50, 30 * 50, 0, 0]
+    assert [c.sampling_evaluations for c in found] == [1000 * 50] * 2 + [1000 * 99] * 2
+    text = dry_run_text(trials, {v.trial.data: DIGITS for v in variants})
+    assert "1 trial, 4 rows" in text and "ode_nll" not in text

@@ -14,12 +14,14 @@ ORDER = """
     workers.diffusion.samplers workers.diffusion.gaussian
     workers.ledger workers.likelihood workers.frechet workers.fidelity workers.inception workers.features
     workers.diffusers_config workers.checkpoint workers.blocks workers.evaluation workers.summary
+    workers.pictures
     workers.canaries workers.training workers.calibration workers.tasks
     orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan
     orchestrator.cluster orchestrator.cost orchestrator.calibration orchestrator.profiles
     orchestrator.subjects orchestrator.terminal orchestrator.execution orchestrator.measuring
     orchestrator.comparing orchestrator.results orchestrator.tracking orchestrator.record orchestrator.controller
-    orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.canary orchestrator.ui
+    orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.sample
+    orchestrator.canary orchestrator.ui
 """.split()
 ROOMS = {
     "ray": {"workers.tasks", "orchestrator.execution"},

@@ -130,6 +130,9 @@ class TrainingConfig(Record):
     warmup: int = Field(default=0, ge=0, description="steps over which the learning rate rises linearly from 0")
     decay: Literal["none", "cosine"] = Field(default="none", description="of the learning rate after the warm-up")
     ema: float = Field(default=0.9999, ge=0, lt=1)
+    averages: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
+        default=(), strict=False, description="decays of further averages to keep; 0 is the weights themselves"
+    )
     grad_clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
     precision: Literal["auto", "bf16", "float32"] = "auto"
     workers: int = Field(default=1, ge=1)
@@ -231,11 +234,14 @@ class EvaluationConfig(Record):
     variance: Literal["fixed_small", "fixed_large"] | None = Field(
         default=None, description="of p_theta as it is measured; null: that of the checkpoint"
     )
+    ema: float | None = Field(
+        default=None, ge=0, lt=1, description="one of training.averages to measure; null: that of training.ema"
+    )
 
     @model_serializer(mode="wrap")
     def _asked(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What came later than addresses were made counts only where it is set."""
-        later = ("ode_nll", "variance")
+        later = ("ode_nll", "variance", "ema")
         return {name: value for name, value in content(self).items() if name not in later or value is not None}
 
 
@@ -269,7 +275,8 @@ class Measurement(Record):
             nll = nll.model_copy(update={"timesteps": "all"})
         if fid and fid.sampler.steps and fid.sampler.steps >= T:
             fid = fid.model_copy(update={"sampler": fid.sampler.model_copy(update={"steps": None})})
-        return evaluation.model_copy(update={"nll": nll, "fid": fid})
+        ema = None if evaluation.ema == info.data.get("ema") else evaluation.ema
+        return evaluation.model_copy(update={"nll": nll, "fid": fid, "ema": ema})
 
     @staticmethod
     def of(trial: Trial) -> "Measurement":
@@ -318,4 +325,6 @@ def trial_digest(trial: Trial, data_digest: str) -> str:
     content["loss"] = {name: value for name, value in loss.items() if read[name]}
     if trial.training.timesteps == "uniform":
         del content["training"]["timesteps"]
+    if not trial.training.averages:
+        del content["training"]["averages"]
     return digest(content)

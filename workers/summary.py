@@ -48,8 +48,8 @@ def summarise(
         _digest_into(sha256, table)
         return table
 
-    process = measured_process(m, process)
-    subject = {"checkpoint": checkpoint, "ema": m.ema, "T": process.T, "variance": process.variance, "seed": m.seed}
+    process, ema = measured_process(m, process), m.ema if m.evaluation.ema is None else m.evaluation.ema
+    subject = {"checkpoint": checkpoint, "ema": ema, "T": process.T, "variance": process.variance, "seed": m.seed}
     summary: dict[str, Any] = {"metrics": {}, "passports": {}}
     images = Images.of(dataset)
     if m.evaluation.nll:
