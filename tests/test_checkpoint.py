@@ -2,15 +2,18 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from workers.checkpoint import Checkpoint, CheckpointError, load, load_state, newest, open_folder, save
-from workers.config import DiffusionConfig, ModelConfig, ScheduleConfig
-from workers.diffusion.process import VARIANCES, Process
+from workers.checkpoint import Checkpoint, CheckpointError, describe, load, load_state, newest, open_folder, save
+from workers.config import DiffusionConfig, ModelConfig, SamplerConfig, ScheduleConfig
+from workers.diffusion.predictions import PREDICTIONS, interpret
+from workers.diffusion.process import LEARNED, VARIANCES, Process
+from workers.diffusion.samplers import ancestral
 from workers.noise import generator
 from workers.storage import Storage
 from workers.unet import UNet
@@ -98,6 +101,69 @@ def test_diffusers_opens_it_as_a_pipeline(storage, variance):
     assert found == pytest.approx(p.sigma_squared[1:].tolist(), rel=1e-2)  # theirs is 1 - alpha_bar in float32
     image = pipeline(batch_size=1, num_inference_steps=p.T, output_type="np").images
     assert image.shape == (1, 8, 8, 1)
+
+
+def learner(seed: int = 0) -> UNet:
+    """A network with a second head, whose weights are not 0."""
+    unet = UNet({**CONFIG, "out_channels": 2}, generator("unet", seed)).eval()
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.1, generator=generator("conv_out", seed))
+    return unet
+
+
+def of_kind(storage: Storage, prediction: str, variance: str) -> Checkpoint:
+    unet = learner() if variance in LEARNED else network()
+    kind = {"process": process(variance), "prediction": prediction, "unet_config": unet.config}
+    return saved(storage, ema=unet.state_dict(), **kind)
+
+
+@pytest.mark.parametrize("variance", [*VARIANCES, *LEARNED])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_prediction_and_variance_are_part_of_it(storage, prediction, variance):
+    """Loaded, the model says what its network means: x_0, eps and sigma."""
+    checkpoint = of_kind(storage, prediction, variance)
+    model, read = load(checkpoint)
+    x, t = images()
+    with torch.no_grad():
+        output = (learner() if variance in LEARNED else network())(x, t)
+        said, expected = model(x, t + 1), interpret(process(variance), prediction, x, t + 1, output)
+    assert torch.equal(said.x_0, expected.x_0) and torch.equal(said.eps, expected.eps)
+    assert torch.equal(read.sigma(said, t + 1), process(variance).sigma(expected, t + 1))
+    found = describe(checkpoint)
+    assert (found.prediction, found.variance, found.shape) == (prediction, variance, (8, 8, 1))
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+@pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
+def test_a_step_of_diffusers_is_ours(storage, prediction, variance):
+    """DDPMScheduler's step by the network's output, from the same x_t and with the same noise."""
+    diffusers = pytest.importorskip("diffusers")
+    checkpoint = of_kind(storage, prediction, variance)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(storage.url(checkpoint.path))
+    model, p = load(checkpoint)
+    pipeline.scheduler.set_timesteps(p.T)
+    # In diffusers 1 - alpha_bar_t is a difference in float32, which at small t has few digits left.
+    pipeline.scheduler.alphas_cumprod = p.alpha_bar.clone()
+    x = torch.randn((3, 1, 8, 8), generator=generator("x_t"))
+    for time in (1, 2, 25, 50):
+        t = torch.full((3,), time)
+        with torch.no_grad():
+            said, output = model(x, t), pipeline.unet(x, time - 1).sample
+        theirs = pipeline.scheduler.step(output, time - 1, x, generator=generator("z")).prev_sample
+        said = replace(said, x_0=said.x_0.clamp(-1, 1))
+        ours = ancestral(p, SamplerConfig(), x, said, t, generator("z"))
+        torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=1e-4)
+    image = pipeline(batch_size=1, num_inference_steps=p.T, output_type="np").images
+    assert image.shape == (1, 8, 8, 1)
+
+
+@pytest.mark.parametrize(("prediction", "variance"), [("mu", "fixed_small"), ("eps", "learned")])
+def test_what_diffusers_cannot_sample_it_refuses_to(storage, prediction, variance):
+    """It opens the folder and fails at a step, instead of sampling from another model."""
+    diffusers = pytest.importorskip("diffusers")
+    checkpoint = of_kind(storage, prediction, variance)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(storage.url(checkpoint.path))
+    with pytest.raises((ValueError, RuntimeError)):
+        pipeline(batch_size=1, num_inference_steps=50, output_type="np")
 
 
 def flip_a_bit(file: Path) -> None:

@@ -14,7 +14,7 @@ from workers.diffusion.objectives import WEIGHTINGS, Objective, weights
 from workers.diffusion.predictions import eps_by_x_0, from_eps
 from workers.diffusion.process import VARIANCES, Model, Prediction, Process
 from workers.diffusion.samplers import STEPS, ancestral, ddim, sample
-from workers.diffusion.schedules import SCHEDULES, alpha_bars, betas, prior_bpd
+from workers.diffusion.schedules import SCHEDULES, alpha_bars, betas, log_snrs, prior_bpd
 from workers.noise import generator
 from workers.pixels import to_levels, to_model
 
@@ -89,6 +89,43 @@ def test_a_fixed_range_leaves_a_short_chain_short_of_noise(T, gap):
     assert prior_bpd(beta, 0.25) == pytest.approx(gap, rel=0.01)
     nats = prior_term(Process.of(config(T)), torch.tensor([0.25 * 12], dtype=F64), 12)
     assert float(nats) / (12 * math.log(2)) == pytest.approx(prior_bpd(beta, 0.25), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("T", [1, 2, 7, 1000])
+def test_every_schedule_falls_in_log_snr(kind, T):
+    """Strictly, but for the end of jsd at -inf; each value T of them, in (0, 1]."""
+    beta = betas(config(T, kind))
+    assert beta.shape == (T,) and beta.dtype == np.float64 and (beta > 0).all() and (beta <= 1).all()
+    curve = log_snrs(beta)
+    assert (np.diff(curve) < 0).all() and (np.isfinite(curve[:-1])).all()
+    assert np.isfinite(curve[-1]) == (kind != "jsd")
+
+
+def test_closed_forms_of_the_schedules():
+    jsd = betas(config(5, "jsd"))
+    np.testing.assert_allclose(jsd, [1 / 5, 1 / 4, 1 / 3, 1 / 2, 1])
+    np.testing.assert_allclose(alpha_bars(jsd), [0.8, 0.6, 0.4, 0.2, 0], atol=1e-15)
+    for kind, rise in (("warmup10", 100), ("warmup50", 500)):
+        beta = betas(config(1000, kind))
+        assert (beta[rise:] == 0.02).all() and beta[0] == 1e-4 and beta[rise - 1] == 0.02
+        np.testing.assert_allclose(np.diff(beta[:rise]), (0.02 - 1e-4) / (rise - 1))
+    sigmoid = betas(config(1000, "sigmoid"))
+    assert sigmoid[0] == pytest.approx(1e-4 + (0.02 - 1e-4) / (1 + math.exp(6)))
+    np.testing.assert_allclose(sigmoid + sigmoid[::-1], 0.02 + 1e-4)  # symmetric about its middle
+    straight = ScheduleConfig(kind="log_snr", log_snr_start=7.0, log_snr_end=-6.0)
+    curve = log_snrs(betas(DiffusionConfig(T=14, schedule=straight)))
+    np.testing.assert_allclose(curve, np.arange(7, -7, -1), rtol=1e-9, atol=1e-9)
+    given = (0.5, 0.1, 0.3)
+    assert tuple(betas(DiffusionConfig(T=3, schedule=ScheduleConfig(kind="list", betas=given)))) == given
+
+
+@pytest.mark.parametrize("kind", ["linear", "quadratic", "constant", "warmup10", "warmup50", "sigmoid"])
+def test_a_scaled_range_keeps_its_end_as_T_falls(kind):
+    """per_1000 means about the same alpha_bar_T, in its logarithm, at T = 100 as at 1000; at 1000 it is absolute."""
+    assert (betas(config(1000, kind, "per_1000")) == betas(config(1000, kind))).all()
+    end, short = (np.log(alpha_bars(betas(config(T, kind, "per_1000")))[-1]) for T in (1000, 100))
+    assert short == pytest.approx(end, rel=0.12)
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)

@@ -620,3 +620,136 @@ def test_an_average_that_is_not_kept_is_refused() -> None:
 def test_averages_count_where_there_are_any() -> None:
     plain, kept = (trial_digest(experiment(training={"averages": a}).trial, "d") for a in ([], [0.5]))
     assert plain == trial_digest(experiment().trial, "d") != kept
+
+
+RECORDED = {  # addresses of 2026-11-22, before there were other predictions, objectives and schedules
+    "606344c8c4938a27": {},
+    "05cc8e9b51cb2d48": {"diffusion": {"T": 50, "schedule": {"kind": "cosine"}}},
+    "b6163071677c5a35": {"diffusion": {"schedule": {"kind": "constant", "scale": "per_1000"}}},
+    "3c117c27d89d48e1": {
+        "diffusion": {"schedule": {"kind": "quadratic"}, "variance": "fixed_small"},
+        "loss": {"weighting": "min_snr", "gamma": 4.0},
+    },
+    "30d2fe3659602671": {"loss": {"weighting": "vlb"}, "seed": 3},
+}
+
+
+@pytest.mark.parametrize("address", RECORDED)
+def test_settings_that_came_later_leave_the_addresses_of_older_trials(address):
+    settings = {"data": {"source": "digits"}, "training": {"steps": 1}}
+    assert trial_digest(Trial.model_validate({**settings, **RECORDED[address]}), "d" * 16) == address
+
+
+def address_of(**sections: Any) -> str:
+    settings = {"data": {"source": "digits"}, "training": {"steps": 1}}
+    return trial_digest(Trial.model_validate(merge(settings, sections)), "d" * 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "read"),
+    [
+        ("linear", {"beta_start", "beta_end", "scale"}),
+        ("quadratic", {"beta_start", "beta_end", "scale"}),
+        ("warmup10", {"beta_start", "beta_end", "scale"}),
+        ("warmup50", {"beta_start", "beta_end", "scale"}),
+        ("sigmoid", {"beta_start", "beta_end", "scale"}),
+        ("constant", {"beta_end", "scale"}),
+        ("cosine", set()),
+        ("jsd", set()),
+        ("list", {"betas"}),
+        ("log_snr", {"log_snr_start", "log_snr_end"}),
+    ],
+)
+def test_what_a_schedule_reads_counts_and_nothing_else(kind, read):
+    other = {"beta_start": 2e-4, "beta_end": 0.03, "scale": "per_1000", "betas": [0.1] * 1000}
+    other |= {"log_snr_start": 8.0, "log_snr_end": -8.0}
+    plain = address_of(diffusion={"schedule": {"kind": kind}})
+    for name, value in other.items():
+        changed = address_of(diffusion={"schedule": {"kind": kind, name: value}})
+        assert (changed != plain) == (name in read), name
+
+
+def test_what_an_objective_reads_counts_and_nothing_else():
+    assert address_of(loss={"p2_gamma": 0.5, "p2_k": 2.0, "vlb_weight": 0.1}) == address_of()
+    p2 = {"weighting": "p2"}
+    assert (
+        len({address_of(loss=p2), address_of(loss={**p2, "p2_gamma": 0.5}), address_of(loss={**p2, "p2_k": 2.0})}) == 3
+    )
+    learned = {"variance": "learned_range"}
+    one, other = (address_of(diffusion=learned, loss={"objective": "hybrid", "vlb_weight": w}) for w in (0.001, 0.01))
+    kl = address_of(diffusion=learned, loss={"objective": "kl", "vlb_weight": 0.01})
+    assert (
+        len(
+            {
+                one,
+                other,
+                kl,
+                address_of(diffusion={"prediction": "v"}),
+                address_of(training={"timesteps": "stratified"}),
+            }
+        )
+        == 5
+    )
+    assert address_of(training={"timesteps": "uniform"}) == address_of()
+
+
+# ---- What goes together ----------------------------------------------------------------------------------------
+
+LEARNED = {"diffusion": {"variance": "learned_range"}}
+TOGETHER = [
+    (LEARNED, "diffusion.variance: learned_range is not trained by loss.objective: mse"),
+    ({"loss": {"objective": "hybrid"}}, "loss.objective: hybrid adds the bound to teach a variance"),
+    ({"loss": {"objective": "kl", "weighting": "p2"}}, "loss.weighting: p2 is without effect on objective: kl"),
+    ({**LEARNED, "loss": {"objective": "hybrid", "weighting": "vlb"}}, "loss.weighting: vlb weighs t by a fixed"),
+    ({"diffusion": {"prediction": "mu"}, "training": {"precision": "bf16"}}, "training.precision: bf16 has not"),
+    ({"diffusion": {"schedule": {"betas": [0.1]}}}, "diffusion.schedule.betas: without effect on kind: linear"),
+    ({"diffusion": {"schedule": {"kind": "list"}}}, "one value for each of diffusion.T = 1000 timesteps; given: 0"),
+    ({"diffusion": {"T": 2, "schedule": {"kind": "list", "betas": [0.1, 1.0]}}}, "betas: [1.0] must lie between 0"),
+    ({"diffusion": {"schedule": {"kind": "log_snr", "log_snr_end": 9.5}}}, "log_snr_start: 9 is not above log_snr_end"),
+    ({"diffusion": {"schedule": {"kind": "sigmoid", "beta_start": 0.5}}}, "beta_start: 0.5 is above beta_end = 0.02"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sections", "text"), TOGETHER, ids=[text[:40] for _, text in TOGETHER])
+def test_what_does_not_go_together_is_refused_with_the_reason_and_the_fix(sections, text):
+    with pytest.raises(ExperimentError) as caught:
+        parse(merge(content(), sections))
+    [problem] = caught.value.problems
+    assert text in problem and any(
+        word in problem for word in ("take ", "leave ", "swap ", "needs ", "between ", "reversed")
+    )
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {**LEARNED, "loss": {"objective": "kl"}},
+        {**LEARNED, "loss": {"objective": "hybrid", "weighting": "min_snr"}},
+        {"diffusion": {"variance": "learned"}, "loss": {"objective": "kl"}},
+        {"loss": {"objective": "kl"}},
+        {"diffusion": {"prediction": "mu"}},
+        {"diffusion": {"T": 2, "schedule": {"kind": "list", "betas": [0.1, 0.9]}}},
+    ],
+)
+def test_what_goes_together_is_taken(sections):
+    assert parse(merge(content(), sections))
+
+
+def test_a_search_leaves_out_what_it_is_told_to():
+    space = {"loss.objective": {"grid": ["kl", "mse"]}, "diffusion.variance": {"grid": ["learned", "fixed_large"]}}
+    without = [{"loss.objective": "mse", "diffusion.variance": "learned"}]
+    e = parse(content(search={"space": space, "without": without}))
+    assert [tuple(v.params.values()) for v in expand(e)] == [
+        ("kl", "learned"),
+        ("kl", "fixed_large"),
+        ("mse", "fixed_large"),
+    ]
+    assert parse(resolved(e)) == e
+    for wrong, text in (
+        ([{"loss.objectve": "mse"}], "search.without[0].loss.objectve: not a path of search.space"),
+        ([{}], "search.without[0]: {} would leave out every variant"),
+        ([{"loss.objective": "kl"}, {"loss.objective": "mse"}], "search.without: leaves out every variant"),
+    ):
+        with pytest.raises(ExperimentError) as caught:
+            parse(content(search={"space": space, "without": wrong}, diffusion={"variance": "fixed_large"}))
+        assert any(text in problem for problem in caught.value.problems), caught.value.problems

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,10 +21,10 @@ from workers.diffusion.gaussian import (
     exact_decoder,
     sample_variances,
 )
-from workers.diffusion.predictions import from_eps
+from workers.diffusion.predictions import Denoiser, from_eps
 from workers.diffusion.process import VARIANCES, Process
 from workers.diffusion.samplers import STEPS, sample
-from workers.ledger import OWN_FACTOR, bound
+from workers.ledger import OWN_FACTOR, Ledger, bits_by_t, bound, chain_bound
 from workers.likelihood import all_times, estimate, pair_errors, squared_norms
 from workers.noise import generator
 from workers.pixels import to_model
@@ -352,3 +353,65 @@ def test_long_chains_reach_the_data(sampler):
     gaps = [S**2 - float(sample_variances(process(T), S, sampler)[-1]) for T in (1000, 4000)]
     assert 0 < abs(gaps[1]) < 0.02 * S**2
     assert abs(gaps[0] / gaps[1]) == pytest.approx(4, rel=0.25)
+
+
+# ---- A learned variance ----------------------------------------------------------------------------------------
+
+
+def with_head(p: Process, head: float) -> Denoiser:
+    """The best denoiser, with a second head that says the same of every pixel."""
+    best = GaussianDenoiser(denoiser_config(S, 8, 1), p)
+
+    class Heads(torch.nn.Module):
+        def forward(self, x, t):
+            return torch.cat([best(x, t), torch.full_like(x, head)], dim=1)
+
+    return Denoiser(Heads(), p, "eps")
+
+
+@pytest.mark.parametrize("head", [-0.4, 0.3])
+def test_the_bound_with_a_learned_variance_is_the_exact_one(data, head, monkeypatch):
+    """The exact bound knows fixed variances: the one that the head means is made one of them."""
+    p = replace(process(50), variance="learned_range")
+
+    def between(q: Process) -> torch.Tensor:
+        v = (head + 1) / 2
+        return (v * q.beta.log() + (1 - v) * torch.cat([q.beta_tilde[1:2], q.beta_tilde[1:]]).log()).exp()
+
+    monkeypatch.setitem(VARIANCES, "between", between)
+    images = data.held_out[:100]
+    n = len(images)
+    t, weight = all_times(p.T, n)
+    image, x_0 = np.repeat(np.arange(n), p.T), to_model(torch.from_numpy(np.array(images)), 256)
+    rows = image, t.reshape(-1), weight.reshape(-1)
+    ledger = pair_errors(p, with_head(p, head), x_0[image], *rows, generator("learned"), 256)
+    found = bound(p, ledger, squared_norms(x_0), 64)
+    exact = exact_bound(replace(p, variance="between"), S, images, 256)
+    assert abs(found.mean - float(exact.mean.sum(1).mean())) < 4 * exact.standard_error()
+    by_t = bits_by_t(p, ledger, squared_norms(x_0), 64)
+    errors = (exact.variance.sum(0).sqrt() / n).numpy()
+    assert (np.abs(by_t - exact.mean.mean(0).numpy()) < 5 * errors + 1e-9).all()
+    # What follows for fixed variances is as without the second head.
+    plain = pair_errors(process(50), from_eps(p, network(p)), x_0[image], *rows, generator("learned"), 256)
+    for variance in ("fixed_small", "fixed_large"):
+        ours, theirs = (chain_bound(process(50), x, squared_norms(x_0), 64, variance) for x in (ledger, plain))
+        np.testing.assert_allclose(ours.total, theirs.total, rtol=1e-6)
+    # It survives the file, and its parts join.
+    kept = Ledger.of_table(ledger.table())
+    assert kept.own_nats is not None and np.array_equal(kept.own_nats, ledger.own_nats)
+    assert np.array_equal(bound(p, kept.of_first(7), squared_norms(x_0[:7]), 64).total, found.total[:7])
+
+
+@pytest.mark.parametrize("steps", [None, 10])
+def test_samples_with_a_learned_variance_have_the_exact_one(steps, monkeypatch):
+    """Along a sub-chain the head's range is that of its own betas."""
+    p = replace(process(50), variance="learned_range")
+
+    def between(q: Process) -> torch.Tensor:
+        return (q.beta * torch.cat([q.beta_tilde[1:2], q.beta_tilde[1:]])).sqrt()
+
+    monkeypatch.setitem(VARIANCES, "between", between)
+    sampler = SamplerConfig(steps=steps)
+    x_0 = sample(p, with_head(p, 0.0), sampler, (500, 1, 8, 8), generator("learned"))
+    expected = float(sample_variances(replace(p, variance="between"), S, sampler)[-1])
+    assert float(x_0.double().square().mean()) == pytest.approx(expected, rel=4 * (2 / x_0.numel()) ** 0.5)

@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 
 from orchestrator.experiment import ExperimentError, Variant, by_digest, expand, parse
-from orchestrator.preflight import Cost, chain, cost, costs, dry_run_text, preflight, readable
+from orchestrator.preflight import (
+    Cost,
+    chain,
+    cost,
+    costs,
+    dry_run_text,
+    log_snr_curves,
+    preflight,
+    readable,
+    schedule_name,
+)
 from orchestrator.settings import merge
 from workers.config import ADAPTIVE_EVALUATIONS, SAMPLE_GRID, DiffusionConfig, ScheduleConfig, Trial
 from workers.data import Source
@@ -94,6 +104,41 @@ def test_chains_that_underflow() -> None:
     assert "zero in float32" in warning
     (problem,) = refused(diffusion={"schedule": {"beta_start": 1e-20}})
     assert "too small for float64" in problem
+
+
+def test_jsd_works_where_x_0_is_what_the_network_says() -> None:
+    jsd = {"kind": "jsd"}
+    (problem,) = refused(diffusion={"schedule": jsd})
+    assert "alpha_bar_T = 0" in problem and "take prediction: x_0 or v" in problem
+    for prediction in ("x_0", "v", "mu"):
+        assert check(diffusion={"schedule": jsd, "prediction": prediction}) == []
+
+
+@pytest.mark.parametrize("T", [10, 20])
+@pytest.mark.parametrize("kind", ["linear", "quadratic", "warmup10", "warmup50", "constant"])
+def test_a_range_for_1000_steps_is_too_large_for_20(kind: str, T: int) -> None:
+    (problem,) = refused(diffusion={"T": T, "schedule": {"kind": kind, "scale": "per_1000"}})
+    assert "works from T = 21 on" in problem
+
+
+def test_a_gap_of_a_schedule_without_a_scale_has_a_remedy_of_its_own() -> None:
+    (problem,) = refused(diffusion={"schedule": {"kind": "log_snr", "log_snr_end": 0.0}})
+    assert "smaller log_snr_end" in problem and "per_1000" not in problem
+    (problem,) = refused(diffusion={"T": 2, "schedule": {"kind": "list", "betas": [0.1, 0.1]}})
+    assert "larger betas" in problem
+
+
+def test_log_snr_curves_are_those_of_the_schedules_by_trial() -> None:
+    trials = {
+        "straight": trial(diffusion={"T": 5, "schedule": {"kind": "log_snr", "log_snr_start": 4, "log_snr_end": -4}}),
+        "jsd": trial(diffusion={"T": 4, "schedule": {"kind": "jsd"}, "prediction": "x_0"}),
+    }
+    curves = log_snr_curves(trials)
+    assert curves["straight"] == pytest.approx([4, 2, 0, -2, -4])
+    assert curves["jsd"] == pytest.approx([math.log(3), 0, math.log(1 / 3), -math.inf])
+    ends = chain(trials["straight"].diffusion)
+    assert (ends.log_snr_1, ends.log_snr_T) == pytest.approx((4, -4))
+    assert schedule_name(trials["straight"].diffusion) == "T=5 log_snr log_snr_start=4 log_snr_end=-4"
 
 
 def test_all_variants_are_checked_and_named() -> None:
@@ -210,6 +255,7 @@ def test_the_table_has_a_row_for_each_trial_and_totals() -> None:
     assert lines[0].split()[:3] == ["trial", "diffusion.T", "loss"]
     assert [line.split()[0] for line in lines[2:6]] == list(trials)
     assert "weighting=min_snr gamma=3" in lines[2] and "6.4e-03" in lines[2] and "0.0046" in lines[2]
+    assert "9.2..-5.1" in lines[2]
     assert lines[7].split() == ["4", "trials", "256k", "55k", "900k", "3M"]
     assert len({len(line) for line in lines[:8]}) == 1
 

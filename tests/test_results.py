@@ -48,6 +48,12 @@ def test_plots_are_drawn_from_what_was_measured_and_left_out_where_nothing_was()
         assert plot(ROWS[1:2]) is None
 
 
+def test_schedules_are_drawn_for_whatever_was_planned() -> None:
+    png = results.schedules_plot({r.digest: r.variant.trial for r in ROWS})
+    assert png and png[:4] == b"\x89PNG"
+    assert results.schedules_plot({}) is None
+
+
 def measured(digest: str, per_image: list[float], images: str = "d1") -> Row:
     metrics = {"eval/nll_bpd": sum(per_image) / len(per_image), "eval/nll_bpd_se": 0.1}
     passports = {"nll": {"protocol": {"data": images}}}

@@ -8,8 +8,17 @@ import pytest
 import torch
 
 from workers import checkpoint as checkpoints
-from workers.config import DataConfig, DiffusionConfig, ModelConfig, ScheduleConfig, TrainingConfig, Trial
+from workers.config import (
+    DataConfig,
+    DiffusionConfig,
+    LossConfig,
+    ModelConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    Trial,
+)
 from workers.data import prepare
+from workers.diffusion.timesteps import KEPT
 from workers.storage import Storage
 from workers.training import World, batch_rows, learning_rate, read_status, share, train
 
@@ -79,6 +88,72 @@ def test_a_loop_that_was_stopped_and_resumed_ends_in_the_same_bits(tmp_path: Pat
     assert without_rates(points(parts)) == without_rates(points(whole))
 
 
+VARIED = [
+    {"timesteps": "importance", "T": 5, "prediction": "v", "variance": "learned_range", "objective": "kl"},
+    {"timesteps": "stratified", "T": 50, "prediction": "x_0", "variance": "learned", "objective": "hybrid"},
+    {"timesteps": "antithetic", "T": 50, "prediction": "mu", "variance": "fixed_small", "objective": "mse"},
+]
+
+
+def varied(timesteps: str, T: int, prediction: str, variance: str, objective: str, workers: int = 1) -> Trial:
+    """T = 5 has KEPT losses of each t after some steps, so that importance sampling is under way."""
+    schedule = ScheduleConfig(beta_end=0.5) if T == 5 else TRIAL.diffusion.schedule
+    diffusion = DiffusionConfig(T=T, schedule=schedule, prediction=prediction, variance=variance)
+    training = TRIAL.training.model_copy(update={"timesteps": timesteps, "workers": workers})
+    loss = LossConfig(objective=objective)
+    return TRIAL.model_copy(update={"diffusion": diffusion, "training": training, "loss": loss})
+
+
+@pytest.mark.parametrize("settings", VARIED, ids=lambda s: s["timesteps"])
+def test_every_choice_resumes_in_the_same_bits_and_is_measured(tmp_path: Path, settings: dict) -> None:
+    """The losses that importance sampling remembers are part of the checkpoint."""
+    trial, whole, parts = varied(**settings), Storage(tmp_path / "whole"), Storage(tmp_path / "parts")
+    expected = trained(whole, trial)
+    loop = train(trial, prepare(trial.data), parts, "trials/a")
+    assert [next(loop).step, next(loop).step] == [0, 6]
+    loop.close()
+    assert trained(parts, trial) == expected
+    assert without_rates(points(parts)) == without_rates(points(whole))
+    newest = checkpoints.newest(whole, "trials/a/checkpoints")
+    assert newest
+    _, state, _ = checkpoints.load_state(newest)
+    assert ("history.seen" in state) == (settings["timesteps"] == "importance")
+    if settings["timesteps"] == "importance":
+        assert int(state["history.seen"].sum()) == 12 * 32 and int(state["history.seen"].min()) >= KEPT
+    model, process = checkpoints.load(newest)
+    found = checkpoints.describe(newest)
+    assert (model.prediction, process.variance) == (settings["prediction"], settings["variance"])
+    assert (found.prediction, found.variance) == (settings["prediction"], settings["variance"])
+
+
+def _worker(rank: int, size: int, folder: str, settings: dict) -> None:
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", size)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    trial = varied(**settings, workers=size)
+    for _ in train(trial, prepare(trial.data), Storage(f"{folder}/two"), "trials/a", World(rank, size)):
+        pass
+    torch.distributed.destroy_process_group()
+
+
+def test_two_workers_share_what_importance_sampling_remembers(tmp_path: Path) -> None:
+    """Losses, and so p_t and the t that are drawn, are those of one worker up to rounding."""
+    trained(Storage(tmp_path / "one"), varied(**VARIED[0]))
+    torch.multiprocessing.spawn(_worker, (2, str(tmp_path), VARIED[0]), nprocs=2)
+    one, two = (without_rates(points(Storage(tmp_path / name))) for name in ("one", "two"))
+    assert len(one) == len(two) > 12
+    for a, b in zip(one, two, strict=True):
+        assert a["step"] == b["step"]
+        assert a.get("metrics", {}) == pytest.approx(b.get("metrics", {}), rel=1e-3, abs=1e-6)
+    histories = []
+    for name in ("one", "two"):
+        newest = checkpoints.newest(Storage(tmp_path / name), "trials/a/checkpoints")
+        assert newest
+        histories.append(checkpoints.load_state(newest)[1])
+    assert torch.equal(histories[0]["history.seen"], histories[1]["history.seen"])
+    torch.testing.assert_close(histories[0]["history.losses"], histories[1]["history.losses"], rtol=1e-2, atol=1e-4)
+
+
 def test_a_kill_between_checkpoint_and_validation_leaves_no_point_out_and_none_twice(tmp_path: Path) -> None:
     whole, cut = Storage(tmp_path / "whole"), Storage(tmp_path / "cut")
     expected = trained(whole)
@@ -128,3 +203,34 @@ def test_learning_rate_warms_up_and_decays() -> None:
     cosine = training.model_copy(update={"decay": "cosine"})
     assert learning_rate(cosine, 50) == pytest.approx(0.5)
     assert learning_rate(cosine, 99) < 0.001
+
+
+def test_averages_of_other_lengths_are_kept_beside_the_trial_s_own(tmp_path: Path) -> None:
+    """0 is the weights as they are; the trial's own decay gives its own average. A resumed run keeps them."""
+    averages = TRIAL.training.model_copy(update={"averages": (0.0, 0.9, 0.5)})
+    trial, dataset = TRIAL.model_copy(update={"training": averages}), prepare(TRIAL.data)
+    whole = trained(Storage(tmp_path / "whole"), trial)
+    loop = train(trial, dataset, Storage(tmp_path / "cut"), "trials/a")
+    assert [next(loop).step, next(loop).step] == [0, 6]
+    loop.close()
+    assert trained(Storage(tmp_path / "cut"), trial) == whole == trained(Storage(tmp_path / "plain"))
+
+    def newest(name: str) -> checkpoints.Checkpoint:
+        found = checkpoints.newest(Storage(tmp_path / name), "trials/a/checkpoints")
+        assert found
+        return found
+
+    ema, state, _ = checkpoints.load_state(newest("whole"))
+    kept = checkpoints.load_averages(newest("whole"), (0.0, 0.9, 0.5))
+    for name in ema:
+        assert torch.equal(kept[0.0][name], state[f"weights.{name}"]) and torch.equal(kept[0.9][name], ema[name])
+    assert any((kept[0.5][name] != ema[name]).any() for name in ema)
+    assert newest("whole").sums != newest("plain").sums
+    for decay, of_plain in ((None, True), (0.9, True), (0.5, False), (0.0, False)):
+        one, other = (checkpoints.averaged(newest(name), decay) for name in ("whole", "cut"))
+        assert one.digest == other.digest and (one.digest == newest("plain").digest) == of_plain
+        model, _ = checkpoints.load(one)
+        weights = ema if decay is None else kept[decay]
+        assert all(torch.equal(p, weights[name]) for name, p in model.network.state_dict().items())
+    with pytest.raises(checkpoints.CheckpointError, match="no average of evaluation.ema = 0.5; it has none"):
+        checkpoints.averaged(newest("plain"), 0.5)

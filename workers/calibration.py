@@ -43,9 +43,10 @@ def measure_speed(trial: Trial, storage_root: str) -> tuple[str, Spent]:
         _repeat(meter, training_kind(trial.training), batch, lambda: next(training))
     torch.set_num_threads(1)  # as evaluation has it
     process, height = Process.of(trial.diffusion), dataset.shape[0]
-    config = unet_config(trial.model, image_channels=dataset.shape[2], resolution=height, learned=process.learned)
-    network = UNet(config, generator(trial.seed, "weights")).to(device)
-    model = Denoiser(network, process, trial.diffusion.prediction).eval()
+    learned = trial.diffusion.learned
+    config = unet_config(trial.model, image_channels=dataset.shape[2], resolution=height, learned=learned)
+    network = UNet(config, generator(trial.seed, "weights")).to(device).eval()
+    model = Denoiser(network, process, trial.diffusion.prediction)
 
     rows = np.arange(BATCH) % len(dataset.held_out)
     x_0 = to_model(torch.from_numpy(np.array(dataset.held_out[rows])), dataset.levels).to(device)
