@@ -85,6 +85,9 @@ class Sweep:
             address: Line(row.name, v.trial.training.steps, v.trial.training.batch_size)
             for (address, v), row in zip(trials.items(), self.rows(), strict=True)
         }
+        for _, *others in self.sharing.values():
+            for row in others:
+                self.lines[row].shares = True
         self.display = Display(self.lines, console, quiet)
         self.evaluations = execution.Evaluations()
         self.jobs: dict[str, tasks.Job] = {}
@@ -199,7 +202,8 @@ class Sweep:
         if result["state"] in ("running", "finished"):
             line.nll_bpd = result["valid/nll_bpd"]
         self.record.trial_went_on(address, line.name)
-        self.display.changed(address)
+        if not line.shares:
+            self.display.changed(address)
 
     def _trained(self, address: str, result: dict[str, Any]) -> None:
         line = self.lines[address]

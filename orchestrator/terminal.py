@@ -23,10 +23,12 @@ class Line:
     images_per_s: float = 0.0
     blocks: int = 0  # of the evaluation
     blocks_left: int = 0
+    shares: bool = False  # the trial of a line before it, whose training is told and counted there
 
     @property
     def images_left(self) -> int:
-        return (self.steps - self.step) * self.batch_size if self.state in ("waiting", "training") else 0
+        training = self.state in ("waiting", "training") and not self.shares
+        return (self.steps - self.step) * self.batch_size if training else 0
 
 
 class Display:
@@ -73,7 +75,7 @@ class Display:
     def left(self) -> str:
         """The time that the training still takes at the rate of the trials that run; empty before there is one."""
         left = sum(line.images_left for line in self.lines.values())
-        rate = sum(line.images_per_s for line in self.lines.values() if line.state == "training")
+        rate = sum(line.images_per_s for line in self.lines.values() if line.state == "training" and not line.shares)
         return f"  training ends in about {clock(left / rate)}" if left and rate else ""
 
     def _table(self) -> Table:

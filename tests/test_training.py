@@ -232,5 +232,5 @@ def test_averages_of_other_lengths_are_kept_beside_the_trial_s_own(tmp_path: Pat
         model, _ = checkpoints.load(one)
         weights = ema if decay is None else kept[decay]
         assert all(torch.equal(p, weights[name]) for name, p in model.network.state_dict().items())
-    with pytest.raises(checkpoints.CheckpointError, match="no average of evaluation.ema = 0.5; it has none"):
+    with pytest.raises(checkpoints.CheckpointError, match=r"no average of evaluation\.ema = 0\.5; it has none"):
         checkpoints.averaged(newest("plain"), 0.5)
