@@ -396,6 +396,15 @@ def _trial_mistakes(trial: Trial) -> list[str]:
             f"evaluation.ema: {ema:g} is no average that is kept in training, which are {', '.join(map(str, kept))}; "
             "take one of them, or add it to training.averages"
         )
+    found += flow_mistakes(trial.evaluation, trial.diffusion.prediction)
+    fid, endless = trial.evaluation.fid, trial.diffusion.schedule.kind == "jsd"
+    if endless and fid and fid.sampler.kind not in ("ancestral", "ddim"):
+        found.append(
+            f"evaluation.fid.sampler.kind: {fid.sampler.kind} goes through noise levels sigma, and "
+            "diffusion.schedule.kind: jsd begins at sigma_T = inf; take ancestral or ddim, or another schedule"
+        )
+    if endless and trial.evaluation.ode_nll:
+        found.append("evaluation.ode_nll: diffusion.schedule.kind: jsd ends at sigma_T = inf; leave one out")
     return found + evaluation_mistakes(trial.evaluation, T)
 
 
@@ -449,6 +458,17 @@ def _objective_mistakes(trial: Trial) -> Iterator[str]:
             "training.precision: bf16 has not the digits in which diffusion.prediction: mu differs from x_t; "
             "take auto or float32, or another prediction"
         )
+
+
+def flow_mistakes(evaluation: EvaluationConfig, prediction: str) -> list[str]:
+    """Solvers that choose their own times need a network that says something between those of the training."""
+    if prediction != "mu":
+        return []
+    fid, why = evaluation.fid, "asks for eps between the times of the training, where diffusion.prediction: mu has none"
+    found = [f"evaluation.ode_nll: {why}; set it to null"] if evaluation.ode_nll else []
+    if fid and fid.sampler.kind == "ode":
+        found.append(f"evaluation.fid.sampler.kind: ode {why}; take heun or dpmpp")
+    return found
 
 
 def evaluation_mistakes(evaluation: EvaluationConfig, T: int) -> list[str]:

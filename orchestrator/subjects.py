@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.experiment import ExperimentError, assignment, by_digest, evaluation_mistakes, expand, parse
+from orchestrator.experiment import (
+    ExperimentError,
+    assignment,
+    by_digest,
+    evaluation_mistakes,
+    expand,
+    flow_mistakes,
+    parse,
+)
 from orchestrator.preflight import evaluation_findings
 from orchestrator.profiles import PROFILES
 from orchestrator.settings import invalid, meant, meant_path, paths, put, read_yaml
@@ -162,7 +170,9 @@ def check(subjects: Sequence[Subject]) -> tuple[dict[DataConfig, Source], list[s
     problems: list[str] = []
     warnings: list[str] = []
     for subject in subjects:
-        source, shape = sources[subject.m.data], checkpoints.describe(subject.checkpoint).shape
+        described = checkpoints.describe(subject.checkpoint)
+        source, shape = sources[subject.m.data], described.shape
+        problems += flow_mistakes(subject.m.evaluation, described.prediction)
         if shape != source.shape:
             problems.append(
                 f"{subject.name}: the model makes images of {_size(shape)}, {source.name} has {_size(source.shape)}; "

@@ -371,6 +371,13 @@ def sampler(**settings: Any) -> dict[str, Any]:
         (sampler(kind="dpmpp", repeats=2), "take kind: langevin"),
         (sampler(kind="langevin", steps=2000), "2000 is more than diffusion.T = 1000"),
         (sampler(kind="heun", steps=1001), "1001 is more than diffusion.T = 1000"),
+        ({**sampler(kind="ode"), "diffusion": {"prediction": "mu"}}, "prediction: mu has none; take heun or dpmpp"),
+        (
+            {"evaluation": {"ode_nll": {}}, "diffusion": {"prediction": "mu"}},
+            "evaluation.ode_nll: asks for eps between",
+        ),
+        ({**sampler(kind="dpmpp"), "diffusion": {"schedule": {"kind": "jsd"}}}, "jsd begins at sigma_T = inf"),
+        ({"evaluation": {"ode_nll": {}}, "diffusion": {"schedule": {"kind": "jsd"}}}, "ends at sigma_T = inf"),
     ],
 )
 def test_settings_that_do_not_go_together(sections: dict[str, Any], message: str) -> None:
