@@ -1,7 +1,7 @@
 """`python -m orchestrator.sample TARGET`: pictures of what a checkpoint makes, as PNG files and MLflow images.
 
     samples.png          a grid of samples by the sampler of the evaluation
-    progressive.png      x_0_hat along the chain, a sample a row
+    progressive.png      x_0_hat along all T ancestral steps, a sample a row
     interpolation.png    two held-out images blended at several t and decoded, t a row
     coding.png           held-out images as x_0_hat(x_t) shows them, by the bits received
     coding_curve.png     rate against distortion of progressive coding
@@ -118,8 +118,7 @@ def pictures(storage: Any, subject: Any, n: int, between: tuple[int, int], times
     noise = generator(m.seed, "pictures", "samples")
     samples = draw(process, model, sampler, x_T(n, noise), noise, clip=True).x_0
     noise = generator(m.seed, "pictures", "progressive")
-    along = SamplerConfig() if sampler.kind == "ode" else sampler  # whose images do not share their times
-    strip = progressive(process, model, along, x_T(ROWS, noise), noise, FRAMES)
+    strip = progressive(process, model, SamplerConfig(), x_T(ROWS, noise), noise, FRAMES)
     ends, weights = held_out(between), torch.linspace(0, 1, BLENDS)
     rows = []
     for t in times:
@@ -132,9 +131,9 @@ def pictures(storage: Any, subject: Any, n: int, between: tuple[int, int], times
         some = held_out(range(min(CURVE_IMAGES, len(dataset.held_out))))
         noise = generator(m.seed, "pictures", "curve")
         rate, rmse = coding_curve(process, model, some, dataset.levels, noise)
-    # Evenly spaced in the bits of the whole code, from the first x_t that says anything on.
-    wanted = np.linspace(rate[0], rate[-1], RATES)
-    sent = sorted({int(np.abs(rate - bits).argmin()) for bits in wanted})
+    # Evenly spaced in what is seen: most of the bits are spent where the eye finds no difference any more.
+    wanted = np.linspace(rmse[0], rmse[-1], RATES)
+    sent = sorted({int(np.abs(rmse - error).argmin()) for error in wanted})
     originals = held_out(range(min(ROWS, len(dataset.held_out))))
     noise = generator(m.seed, "pictures", "coding")
     shown = decoded(process, model, originals, [process.T - k for k in sent], noise)
