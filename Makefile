@@ -4,7 +4,7 @@ BIN := .venv/bin
 FILE ?= experiments/beta_schedule.yaml
 STORAGE ?= runs
 
-.PHONY: sweep ui test test-faults check lock
+.PHONY: sweep ui test test-faults check schema pictures lock
 
 sweep: .venv/run.stamp
 	$(BIN)/python -m orchestrator.sweep $(FILE) --storage $(STORAGE)
@@ -23,6 +23,10 @@ check: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Takes the pictures of docs/ that show a finished sweep in MLflow; needs Debian's chromium.
+pictures: .venv/dev.stamp
+	PYTHONPATH=. $(BIN)/python tests/browsing.py $(STORAGE) $(notdir $(basename $(FILE))) docs
+
 .venv/run.stamp: pyproject.toml requirements.lock
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable .
@@ -32,6 +36,10 @@ check: .venv/dev.stamp
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[dev,inception]'
 	touch $@ .venv/run.stamp
+
+# What editors know of experiment files.
+schema: .venv/run.stamp
+	$(BIN)/python -m orchestrator.schema --output experiments/schema.json
 
 # Writes requirements.lock anew: the newest versions that pyproject.toml allows, with torch where it is pinned.
 lock:

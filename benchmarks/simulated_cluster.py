@@ -4,7 +4,7 @@
 
 The nodes are raylets of this machine with 8 logical GPUs each. A trial trains nothing: its host takes the same way as
 a real one (admission, a Tune actor, and for several workers a placement group of its own) and sleeps in its place.
-Every eighth trial that ends leaves four evaluation tasks of a quarter of a GPU. It prints how much of the GPUs' time
+Every twentieth trial that ends leaves four evaluation tasks of a quarter of a GPU. It prints how much of the GPUs' time
 was used while trials waited, what scheduling cost, and how much memory all of it took.
 """
 
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 GPUS, CPUS = 8, 10  # of a node
 SIZES = (1, 2, 4, 8)  # workers of a GPU each, in turn
 STEPS = 2  # results of a trial
-BLOCKS, EVERY, BLOCK_S = 4, 8, 2.0
+BLOCKS, EVERY, BLOCK_S = 4, 20, 2.0
 
 
 # ---- What takes the places of training and evaluation. No module of the project is imported here: it would load torch.
@@ -125,7 +125,7 @@ class Watch:
         if self.blocks:
             ready, self.blocks = ray.wait(self.blocks, num_returns=len(self.blocks), timeout=wait_s)
             self.block_times += ray.get(ready)
-        if time.monotonic() - self.looked > 5:
+        if time.monotonic() - self.looked > 30:  # it takes a second
             self.memory_gb, self.looked = max(self.memory_gb, memory_gb()), time.monotonic()
         if self.lose and len(self.ended) >= self.trials // 4:
             self.lose = False
@@ -147,7 +147,9 @@ def memory_gb() -> float:
 def start(nodes: int) -> Cluster:
     head = {
         "num_cpus": 2, "num_gpus": 0, "include_dashboard": False, "object_store_memory": 80 * 2**20,
-        "_system_config": {"prestart_worker_first_driver": False, "enable_worker_prestart": False},
+        "_system_config": {
+            "prestart_worker_first_driver": False, "enable_worker_prestart": False, "num_workers_soft_limit": 2,
+        },
     }  # fmt: skip
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(nodes):

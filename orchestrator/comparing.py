@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
 
@@ -24,6 +24,11 @@ class Difference:
         """Whether the interval leaves no doubt about the sign."""
         return self.low > 0 or self.high < 0
 
+    @property
+    def standard_error(self) -> float:
+        """Of the mean; the interval is as many of them as Student's distribution says."""
+        return float((self.high - self.low) / 2 / stdtrit(self.n - 1, (1 + CONFIDENCE) / 2))
+
     def __str__(self) -> str:
         return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
@@ -38,7 +43,7 @@ def paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> Difference:
     n = len(difference)
     if n < 2:
         raise ValueError("a difference with an error takes two images or more")
-    reach = student.ppf((1 + CONFIDENCE) / 2, n - 1) * difference.std(ddof=1) / n**0.5
+    reach = stdtrit(n - 1, (1 + CONFIDENCE) / 2) * difference.std(ddof=1) / n**0.5
     mean = float(difference.mean())
     return Difference(mean, mean - float(reach), mean + float(reach), n)
 

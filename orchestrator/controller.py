@@ -5,27 +5,29 @@ together. It runs in the thread that called it.
 """
 
 import json
+import os
 import signal
+import socket
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 
-from orchestrator import cost, execution, plan, results
+from orchestrator import archive, cost, execution, plan, results
 from orchestrator.cluster import Cluster, cluster_of_the_head
 from orchestrator.experiment import Experiment, Variant
 from orchestrator.record import Record
 from orchestrator.results import Row
 from orchestrator.settings import write_yaml
-from orchestrator.terminal import Display, Line
+from orchestrator.terminal import Display, Line, listening
 from workers import checkpoint as checkpoints
 from workers import tasks
 from workers.blocks import Images, blocks, summary_path
 from workers.config import DataConfig, Measurement, trained_by
 from workers.data import Source, prepare
 from workers.features import check_spaces
-from workers.speed import Spent
+from workers.speed import CORE, Spent
 from workers.storage import Storage
 from workers.training import stop_path
 
@@ -39,6 +41,7 @@ def run(
     fresh: bool,
     quiet: bool,
     cluster: Cluster | None = None,
+    verbose: bool = False,
 ) -> int:
     """Makes what is missing of `trials` and prints the result. Gives the exit status.
 
@@ -46,16 +49,18 @@ def run(
     """
     storage = Storage(storage_root)
     console = Console(width=None if Console().is_terminal else 200)
-    with storage.lock(f"sweeps/{experiment.name}/lock"):
-        sweep = Sweep(experiment, trials, sources, storage, console, quiet)
+    with listening(console, quiet, verbose), storage.lock(f"sweeps/{experiment.name}/lock"):
+        sweep = Sweep(experiment, trials, sources, storage, console, quiet, verbose)
         if fresh:
             sweep.forget()
         try:
             sweep.make(address, cluster)
         except KeyboardInterrupt:
+            sweep.end("interrupted")
             sweep.publish()
             console.print("\nInterrupted. The same command resumes.", markup=False)
             return 128 + signal.SIGINT
+        sweep.end("ended")
         sweep.publish()
         return sweep.conclude()
 
@@ -71,6 +76,7 @@ class Sweep:
         storage: Storage,
         console: Console,
         quiet: bool,
+        verbose: bool = False,
     ) -> None:
         self.experiment, self.trials, self.sources = experiment, trials, sources
         self.storage, self.console = storage, console
@@ -88,10 +94,15 @@ class Sweep:
         for _, *others in self.sharing.values():
             for row in others:
                 self.lines[row].shares = True
-        self.display = Display(self.lines, console, quiet)
+        self.display = Display(self.lines, console, quiet, verbose)
+        self.events = archive.Events(storage, experiment.name)
+        self.started = False
         self.evaluations = execution.Evaluations()
         self.jobs: dict[str, tasks.Job] = {}
+        self.groups: dict[str, str] = {}  # the placement group of each data-parallel trial
+        self.looked_at = 0.0
         self.record = Record(experiment, trials, sources, storage)
+        self.told = False  # where the comparison is
         self.began, self.start_s = time.monotonic(), 0.0  # the latter until the first trial tells of itself
 
     # What is there.
@@ -112,26 +123,37 @@ class Sweep:
             Row(address, v, self.found[address], self.errors.get(address, "")) for address, v in self.trials.items()
         ]
 
+    def ranked(self) -> list[Row]:
+        return results.ranked(self.rows(), self.experiment.search.metric, self.experiment.search.mode)
+
     def forget(self) -> None:
         """Removes what the storage holds of these trials and of the measurements of their checkpoints."""
         for address, found in self.found.items():
             self.storage.delete(tasks.folder_of(address))
             if found.checkpoint:
                 self.storage.delete(f"evaluations/{found.checkpoint}")
+        self.storage.delete(f"{self.folder}/events.jsonl")
+        self.events = archive.Events(self.storage, self.experiment.name)
         self.found = {address: plan.Found() for address in self.trials}
 
     # Making what is missing.
 
     def make(self, address: str | None, cluster: Cluster | None = None) -> None:
         decisions = {a: plan.decide(found, self.scheduler) for a, found in self.found.items()}
+        states = {row.digest: row.state for row in self.rows()}
         for a, line in self.lines.items():
             line.step = int((self.found[a].status or {}).get("step", 0))
-            line.state = "waiting" if decisions[a].action != "nothing" else self.found[a].state
-            if decisions[a].action != "nothing":
-                self.display.say(f"{a[:8]}  {decisions[a].action:<10}  {decisions[a].why}  {line.name}")
+            line.state = "waiting" if decisions[a].action != "nothing" else states[a]
+            text = f"{a[:8]}  {decisions[a].action:<10}  {decisions[a].why}  {line.name}"
+            self.display.say(text, detail=decisions[a].action == "nothing")
         missing = {a for a, decision in decisions.items() if decision.action != "nothing"}
+        archive.keep(self.storage, self.experiment, self.trials, self.sources)
         if not missing:
             return
+        self.started = True
+        self.events.add("started", host=socket.gethostname(), pid=os.getpid(), trials=len(self.trials))
+        for a, decision in decisions.items():
+            self.events.add("decided", a, action=decision.action, why=decision.why)
         check_spaces(v.trial.evaluation.fid for v in self.trials.values())
         cluster = cluster or (cluster_of_the_head() if address else None)
         time_plan = self._time_plan(missing, cluster) if cluster or not address else None
@@ -139,6 +161,8 @@ class Sweep:
         for config in self.sources:
             prepare(config)
         with self.display, execution.session(address):
+            slots = execution.slots()
+            self.events.add("cluster", cpus=slots["cpus"], gpus=slots["gpus"])
             nodes = execution.nodes_ever(cluster)
             for a in (a for a in self.trials if a in missing):
                 trial = self.trials[a].trial
@@ -169,7 +193,7 @@ class Sweep:
         if isinstance(found, cost.Unknown):
             return None
         self.display.say(
-            f"time       about {cost.duration(found.wall_s)}, at the throughput that {found.said_by} measured"
+            f"time       about {cost.duration(found.wall_s)}, at the throughput measured by {found.said_by}"
         )
         return found
 
@@ -179,7 +203,16 @@ class Sweep:
     def evaluating(self) -> bool:
         return bool(self.evaluations)
 
-    # What the training tells of a trial goes to all rows that measure it.
+    # What the training tells of a trial goes to all rows that measure it, and is said of the first.
+
+    def begins(self, address: str) -> None:
+        row = self.sharing[address][0]
+        training = self.trials[row].trial.training
+        of_one = {"cpus": training.cpus, "gpus": self.jobs[row]["gpus"]}
+        step = int((self.storage.read_json(f"{tasks.folder_of(address)}/status.json") or {}).get("step", 0))
+        self.events.add("began", row, step=step, **{name: n * training.workers for name, n in of_one.items()})
+        self.lines[row].state = "training"
+        self.display.say(f"{address[:8]}  begins at step {step}", detail=True)
 
     def progress(self, address: str, result: dict[str, Any]) -> None:
         for row in self.sharing[address]:
@@ -197,6 +230,10 @@ class Sweep:
         if result["state"] == "failed":
             return
         self.start_s = self.start_s or time.monotonic() - self.began
+        group = result.get("placement_group", "")
+        if not self.lines[address].shares and self.groups.setdefault(address, group) != group:
+            self.groups[address] = group
+            self._restarts(address, "a worker of its group died; all of them start")
         line = self.lines[address]
         line.state, line.step, line.images_per_s = "training", result["step"], result["images_per_s"]
         if result["state"] in ("running", "finished"):
@@ -214,6 +251,9 @@ class Sweep:
             self.storage.write_json(path, {**status, "state": "pruned", "scheduler": self.scheduler, "detail": detail})
         self.found[address] = self._look(address)
         status = self.found[address].status or {}
+        self.events.add(
+            "trained", address, state=self.found[address].state, step=line.step, why=status.get("detail", "")
+        )
         if "spent" in status:
             self._learn(address, {status["hardware"]: {**status["spent"], "start": (1, self.start_s)}})
         if self.found[address].state == "finished":
@@ -224,11 +264,20 @@ class Sweep:
             self.display.say(f"{address[:8]}  {(self.found[address].status or {}).get('detail')}")
             self._record(address)
 
-    def restarted(self, address: str) -> None:
-        self.display.say(f"{address[:8]}  its process died; it starts again from its last checkpoint")
+    def restarted(self, address: str, why: str) -> None:
+        row = self.sharing[address][0]
+        self.groups.pop(row, None)
+        self._restarts(row, f"{why.rstrip('.')}; it starts")
 
-    def _failed(self, address: str, why: str) -> None:
+    def _restarts(self, address: str, why: str) -> None:
+        self.events.add(
+            "restarted", address, step=self.lines[address].step, why=f"{why} again from its last checkpoint"
+        )
+        self.display.say(f"{address[:8]}  {why} again from its last checkpoint")
+
+    def _failed(self, address: str, why: str, took: Mapping[str, Any] | None = None) -> None:
         self.errors[address] = why
+        self.events.add("failed", address, why=why, **(took or {}))
         self.lines[address].state = "failed"
         self.found[address] = self._look(address)
         self.display.changed(address)
@@ -237,13 +286,26 @@ class Sweep:
 
     def tick(self, wait_s: float = 0) -> None:
         for address, why in self.evaluations.poll(wait_s):
+            spents = self.evaluations.spent.pop(address, {})
             if why:
-                self._failed(address, f"evaluation: {why}")
+                self._failed(address, f"evaluation: {why}", _seconds(spents))
             else:
-                self._measured(address)
-        for address, line in self.lines.items():
-            line.blocks_left = self.evaluations.left(address)
-        self.display.refresh()
+                self._measured(address, spents)
+        if not self.told and self.record.tracker.is_open:
+            self.told = True
+            self.display.say(f"comparison  {self.record.tracker.link()}")
+        self.events.flush_when_due()
+        if self.display.due:
+            for address, line in self.lines.items():
+                line.blocks_left = self.evaluations.left(address)
+            self.display.cluster = self._cluster()
+            self.display.refresh()
+
+    def _cluster(self) -> str:
+        if time.monotonic() - self.looked_at < 2 and self.display.cluster:
+            return self.display.cluster
+        self.looked_at = time.monotonic()
+        return execution.use()
 
     def _evaluate(self, address: str) -> None:
         """Starts the blocks of a trained trial that are not there."""
@@ -257,6 +319,8 @@ class Sweep:
         line.state, line.blocks, line.blocks_left, line.step = "evaluating", len(planned), len(missing), line.steps
         order = tasks.make_order(self.storage, m, checkpoint, self.jobs[address]["gpus"])
         self.evaluations.submit(address, order, planned, missing)
+        self.events.add("evaluating", address, blocks=len(planned), missing=len(missing))
+        self.display.say(f"{address[:8]}  evaluates: {len(missing)} of {len(planned)} blocks are missing", detail=True)
         self.display.changed(address)
 
     def _learn(self, address: str, spents: Mapping[str, Spent]) -> None:
@@ -265,12 +329,12 @@ class Sweep:
         for hardware, spent in spents.items():
             cost.learn(self.storage, trial, self.sources[trial.data], hardware, spent, address[:8])
 
-    def _measured(self, address: str) -> None:
+    def _measured(self, address: str, spents: Mapping[str, Spent]) -> None:
         trial = self.trials[address].trial
         source = self.sources[trial.data]
-        spents = self.evaluations.spent.pop(address, {})
         self._learn(address, {h: cost.evaluation_spent(s, trial, source) for h, s in spents.items()})
         self.found[address] = self._look(address)
+        self.events.add("measured", address, **_seconds(spents))
         self.lines[address].state = "done"
         self.display.changed(address)
         self._record(address)
@@ -278,17 +342,24 @@ class Sweep:
     # Telling of it.
 
     def _record(self, address: str) -> None:
-        [row] = [row for row in self.rows() if row.digest == address]
+        rows = self.ranked()
+        [row] = [row for row in rows if row.digest == address]
         self.record.trial_ended(row)
+        self.record.stands(rows)
+
+    def end(self, how: str) -> None:
+        """Closes the journal of what happened, if this command did anything."""
+        if self.started:
+            self.events.add(how)
+            self.events.flush()
 
     def publish(self) -> None:
         """Writes the results, and ships to MLflow what it does not have yet."""
-        rows = results.ranked(self.rows(), self.experiment.search.metric, self.experiment.search.mode)
-        self.record.sweep_ended(rows)
+        self.record.sweep_ended(self.ranked())
 
     def conclude(self) -> int:
         """Prints the result; gives the exit status."""
-        rows = results.ranked(self.rows(), self.experiment.search.metric, self.experiment.search.mode)
+        rows = self.ranked()
         self.console.print(results.table(rows))
         if footnote := results.footnote(rows):
             self.console.print(footnote, markup=False, highlight=False)
@@ -298,7 +369,19 @@ class Sweep:
         self.console.print(
             f"results     {self.storage.url(self.folder)}/results.parquet", soft_wrap=True, highlight=False
         )
+        if self.storage.exists(f"{self.folder}/report.html"):
+            self.console.print(
+                f"report      {self.storage.url(self.folder)}/report.html", soft_wrap=True, highlight=False
+            )
         self.console.print(f"comparison  {self.record.link}", soft_wrap=True, highlight=False)
         if self.record.left:
             self.console.print(self.record.left, soft_wrap=True, highlight=False, markup=False)
         return 1 if self.errors else 0
+
+
+def _seconds(spents: Mapping[str, Spent]) -> dict[str, float]:
+    """What the blocks of an evaluation used, in seconds of cores and of GPUs; `spents` is by hardware."""
+    used = {"core_s": 0.0, "gpu_s": 0.0}
+    for hardware, spent in spents.items():
+        used["core_s" if hardware.endswith(CORE) else "gpu_s"] += sum(seconds for _, seconds in spent.values())
+    return {kind: round(seconds, 3) for kind, seconds in used.items()}

@@ -232,8 +232,8 @@ def cost_text(
     unit = "core" if found.hardware.endswith(CORE) else "GPU"
     lines = [
         f"Time: about {duration(found.wall_s)} on {_where(machines, unit)}: {_hours(found.training_s, unit)} of "
-        f"training and {_hours(found.evaluation_s, unit)} of evaluation, at the throughput of {found.hardware} "
-        f"that {found.said_by} measured."
+        f"training and {_hours(found.evaluation_s, unit)} of evaluation, at the throughput of {found.hardware}, "
+        f"measured by {found.said_by}."
     ]
     if found.scaled:
         lines.append("Data-parallel training of this size was not measured: it is taken to be as fast a worker.")

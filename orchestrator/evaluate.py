@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--storage", default="runs", help="folder or URI that keeps everything (default: ./runs)")
     result.add_argument("--tracking-uri", help="an MLflow server; default: that of the trial's sweep, or the storage's")
     result.add_argument("-q", "--quiet", action="store_true", help="print the result only")
+    result.add_argument("-v", "--verbose", action="store_true", help="also libraries' warnings")
     return result
 
 
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     from orchestrator import results, subjects
     from orchestrator.measuring import measure
     from orchestrator.record import record_measurement
-    from orchestrator.terminal import Display
+    from orchestrator.terminal import Display, listening
     from workers.storage import Storage
 
     storage = Storage(options.storage)
@@ -71,9 +72,10 @@ def run(options: argparse.Namespace) -> int:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     console = Console(width=None if Console().is_terminal else 200, stderr=options.json)
-    display = Display({}, console, options.quiet)
-    measured = measure(found, sources, storage, display, options.address, options.tasks)
-    left = record_measurement(storage, options.tracking_uri, measured, sources)
+    display = Display({}, console, options.quiet, options.verbose)
+    with listening(console, options.quiet, options.verbose):
+        measured = measure(found, sources, storage, display, options.address, options.tasks)
+        left = record_measurement(storage, options.tracking_uri, measured, sources)
     if options.json:
         print(json.dumps([results.as_json(m) for m in measured], indent=2))
     else:

@@ -26,6 +26,7 @@ from ray.tune.search import SearchAlgorithm
 from orchestrator.cluster import Cluster
 from orchestrator.experiment import SearchConfig
 from orchestrator.plan import DRIVER_CPUS, Node, Size, admit, at_once, can_hold, in_one_node, never, nodes_text, spare
+from orchestrator.submission import TOKEN, check_attachable, code, inside_a_job
 from workers import tasks
 from workers.blocks import Block
 from workers.config import DataConfig, Mistake, TrainingConfig
@@ -51,9 +52,10 @@ WORKERS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_TRAIN_ENABLE_STATE_T
 class Events(Protocol):
     """What a sweep wants to know of its training."""
 
+    def begins(self, digest: str) -> None: ...
     def progress(self, digest: str, result: dict[str, Any]) -> None: ...
     def trained(self, digest: str, result: dict[str, Any]) -> None: ...
-    def restarted(self, digest: str) -> None: ...
+    def restarted(self, digest: str, why: str) -> None: ...
     def failed(self, digest: str, why: str) -> None: ...
     def tick(self) -> None: ...
     def say(self, text: str) -> None: ...
@@ -64,21 +66,28 @@ class Events(Protocol):
 def session(address: str | None, cpus: int | None = None) -> Iterator[None]:
     """A Ray cluster: the one at `address`, or one of this machine that ends with the block.
 
-    `cpus` bounds the latter's logical cores, and so how many tasks run at once.
+    `cpus` bounds the latter's logical cores, and so how many tasks run at once. Within another session it is that one.
     """
+    if ray.is_initialized():
+        yield
+        return
+    if address is not None:
+        check_attachable(address)
     os.environ.update({name: value for name, value in (QUIET | WORKERS).items() if name not in os.environ})
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it prints a page of, `_Relay` tells in a line
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if address is not None:  # a local Ray inherits them, and starts its processes faster without an environment to make
-        options["runtime_env"] = {"env_vars": WORKERS}
+        options["runtime_env"] = {"env_vars": WORKERS} | ({} if inside_a_job() else code())
     else:
         # A logical core more than the machine has, so that evaluation blocks run while the others train.
         options |= {"num_cpus": cpus or cores() + 1, "include_dashboard": False, "object_store_memory": 256 * 2**20}
     try:
         ray.init(address or "local", **options)
     except ConnectionError as error:
-        raise Mistake(f"--address {address}: no Ray cluster answers there ({error})") from error
+        raise Mistake(
+            f"--address {address}: no Ray cluster answers there ({error}); where it wants a token, {TOKEN}"
+        ) from error
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a reclaimed machine is ctrl-C to us
     try:
         yield
@@ -90,6 +99,19 @@ def session(address: str | None, cpus: int | None = None) -> Iterator[None]:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def slots() -> dict[str, float]:
+    """What the cluster has to give, as Ray counts it."""
+    resources = ray.cluster_resources()
+    return {"cpus": resources.get("CPU", 0.0), "gpus": resources.get("GPU", 0.0)}
+
+
+def use() -> str:
+    """How much of the cluster is taken just now, in words."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    kinds = [(kind, total.get(kind, 0.0)) for kind in ("CPU", "GPU")]
+    return ", ".join(f"{all_ - free.get(kind, 0.0):g} of {all_:g} {kind}s busy" for kind, all_ in kinds if all_)
 
 
 def nodes_now() -> list[Node]:
@@ -320,6 +342,9 @@ class _Relay(tune.Callback):
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune writes its callbacks into a snapshot, which nobody restores here
 
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._events.begins(_digest(trial))
+
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         self._events.progress(_digest(trial), result)
 
@@ -332,12 +357,12 @@ class _Relay(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._left_behind.append((time.monotonic() + TO_DIE_S, trial.last_result))
-        self._events.restarted(_digest(trial))
+        self._events.restarted(_digest(trial), _last_line(trial.error_file) or "its process died")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._left_behind.append((time.monotonic() + TO_DIE_S, trial.last_result))
         if self._admission.again(trial):
-            self._events.restarted(_digest(trial))
+            self._events.restarted(_digest(trial), _last_line(trial.error_file) or "its process died")
             return
         self._events.failed(_digest(trial), _last_line(trial.error_file) or "its process died too often")
 

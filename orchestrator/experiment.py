@@ -21,12 +21,12 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 from orchestrator.settings import (
     invalid,
     leaves,
-    meant,
     meant_path,
     merge,
     overlap,
     paths,
     put,
+    read_file,
     read_yaml,
     show,
     valid,
@@ -75,6 +75,9 @@ def _safe_name(name: str) -> str:
             "without a dot in front or two in a row"
         )
     return name
+
+
+Name = Annotated[str, AfterValidator(_safe_name)]
 
 
 def _not_a_loss(metric: object) -> object:
@@ -208,7 +211,7 @@ class PreflightConfig(Record):
 class Experiment(Trial):
     """A trial, and what to make of it. `trial` is the part outside the search."""
 
-    name: Annotated[str, AfterValidator(_safe_name)]
+    name: Name
     search: SearchConfig = SearchConfig()
     tracking: TrackingConfig = TrackingConfig()
     preflight: PreflightConfig = PreflightConfig()
@@ -239,7 +242,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     a path is searched and `search.space.<path>=null` takes it out of the search.
     """
     try:
-        content, problems = _read(Path(path))
+        content, problems = read_file(Path(path), "an experiment needs name, data and training")
     except ValueError as mistake:
         raise ExperimentError([str(mistake)], str(path)) from None
     given: dict[str, Any] = {}
@@ -272,24 +275,6 @@ def resolved(experiment: Experiment) -> dict[str, Any]:
 def to_yaml(experiment: Experiment) -> str:
     """`resolved` as the text of an experiment file: `load` makes an equal experiment of it."""
     return write_yaml(resolved(experiment))
-
-
-def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The content of the file and the keys that it holds twice. Raises ValueError where there is nothing to check."""
-    try:
-        content, problems = read_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise ValueError(f"no such file (looked at {path.absolute()}){meant(path.name, siblings)}") from None
-    except UnicodeDecodeError:
-        raise ValueError("not a text file in UTF-8") from None
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from None
-    if content is None:
-        raise ValueError("the file is empty; an experiment needs name, data and training")
-    if not isinstance(content, dict):
-        raise ValueError(f"{show(content)} is not a mapping of settings, such as 'name: my_experiment'")
-    return content, problems
 
 
 def assignment(text: str) -> tuple[str, Any]:

@@ -6,25 +6,35 @@ command that finds everything done and shipped does not ask MLflow at all.
 
 import io
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import cached_property
 from typing import Any
 
-from orchestrator import results
+from orchestrator import report, results
 from orchestrator.experiment import Experiment, Variant, resolved, to_yaml
 from orchestrator.measuring import Measured
+from orchestrator.models import Candidate
+from orchestrator.night import Night
 from orchestrator.results import Row
 from orchestrator.settings import leaves, write_yaml
 from orchestrator.subjects import Subject
-from orchestrator.tracking import Comparison, Dataset, Status, Tracker, provenance, resolve_uri
+from orchestrator.tracking import Dataset, Status, Tracker, provenance, resolve_uri
+from orchestrator.views import Comparison, pareto_tags
+from workers import checkpoint as checkpoints
 from workers.blocks import Images, distance_name, protocol_key
-from workers.config import DataConfig, digest, trained_by
+from workers.config import DataConfig, FIDConfig, Measurement, digest, trained_by
 from workers.data import Source
 from workers.storage import Storage
+from workers.tasks import folder_of
 
 FLUSH_S = 60.0  # how long the end of a sweep waits for MLflow
 ELSEWHERE = "evaluations"  # the experiment of checkpoints that come from elsewhere
+CURVE = "valid/nll_bpd"
+ENDED = ("done", "pruned", "diverged")  # as a trial of a sweep should
 STATUS: dict[str, Status] = {"done": "FINISHED", "pruned": "KILLED", "running": "KILLED"}  # else FAILED
 
 
@@ -37,6 +47,7 @@ class Record:
     left: str = ""  # what MLflow did not take, in words
     _opened: set[str] = field(default_factory=set)
     _ended: set[str] = field(default_factory=set)
+    _standing: dict[str, dict[str, str]] = field(default_factory=dict)  # tags of the opened trials, as told last
 
     @property
     def folder(self) -> str:
@@ -49,20 +60,27 @@ class Record:
     def open(self) -> None:
         """The sweep's own run. Raises Mistake where MLflow cannot be reached."""
         self.tracker.check()
-        experiment, trials = self.experiment, self.trials.values()
-        distances = sorted({f"eval/{distance_name(fid)}" for v in trials if (fid := v.trial.evaluation.fid)})
+        experiment = self.experiment
         self.tracker.open_sweep(
             {"trials": len(self.trials), **_flat(experiment.search.model_dump(mode="json"), "search")},
             self.tags,
             f"Sweep `{experiment.name}`: {len(self.trials)} trials.",
-            Comparison(
-                params=tuple(sorted({leaf for v in trials for p, x in v.params.items() for leaf in leaves(p, x)})),
-                metrics=("eval/nll_bpd", *distances),
-                images=("samples",),
-                image_step=max(v.trial.training.steps for v in trials),
-            ),
+            self.compare,
         )
         self.tracker.log_artifact(None, to_yaml(experiment).encode(), "experiment.yaml")
+
+    @cached_property
+    def compare(self) -> Comparison:
+        """The bound and the distances that the trials measure, the one that ranks them first."""
+        trials, best = self.trials.values(), self.experiment.search.metric
+        names = {f"eval/{distance_name(fid)}" for v in trials if (fid := v.trial.evaluation.fid)}
+        names |= {"eval/nll_bpd" for v in trials if v.trial.evaluation.nll}
+        return Comparison(
+            params=tuple(sorted({leaf for v in trials for p, x in v.params.items() for leaf in leaves(p, x)})),
+            metrics=tuple(sorted(names, key=lambda name: (name != best, name != "eval/nll_bpd", name))) or (CURVE,),
+            curve=CURVE,
+            images=("samples",),
+        )
 
     def trial_went_on(self, address: str, name: str) -> None:
         """Opens the trial's run the first time; then ships what its journal has got since."""
@@ -80,7 +98,8 @@ class Record:
         ]  # fmt: skip
         params = _flat(trial.model_dump(mode="json"))
         tags = {**self.tags, "trial.digest": address, "data.digest": source.digest}
-        self.tracker.open_trial(address, name, params, tags, images)
+        self._standing[address] = pareto_tags(list(self.trials), {})[address]
+        self.tracker.open_trial(address, name, params, tags | self._standing[address], images)
         self.tracker.log_artifact(address, write_yaml(trial.model_dump(mode="json")).encode(), "trial.yaml")
 
     def trial_ended(self, row: Row) -> None:
@@ -96,9 +115,24 @@ class Record:
             self.tracker.set_tags(row.digest, {"evaluation.hash": row.found.summary["hash"]})
         self.tracker.close_trial(row.digest, STATUS.get(row.state, "FAILED"), _trial_note(row))
 
+    def stands(self, rows: Sequence[Row]) -> None:
+        """Shows how the trials stand, best first: the Pareto front in their colours, the differences from the best."""
+        names = self.compare.metrics
+        points = {
+            row.digest: [row.metrics[name] for name in names]
+            for row in rows
+            if all(math.isfinite(row.metrics.get(name, math.nan)) for name in names)
+        }
+        for address, tags in pareto_tags(list(self.trials), points).items():
+            if address in self._opened and tags != self._standing[address]:
+                self._standing[address] = tags
+                self.tracker.set_tags(address, tags)
+        best = rows[0].digest if rows and self.experiment.search.metric in rows[0].metrics else ""
+        self.tracker.show(replace(self.compare, best=best))
+
     def sweep_ended(self, rows: Sequence[Row]) -> None:
         """Writes the results beside the sweep and ships them, unless just these were shipped before."""
-        key = digest([resolved(self.experiment), [[r.digest, r.state, r.metrics] for r in rows]])
+        key = digest([resolved(self.experiment), [[r.digest, r.state, r.metrics, r.found.checkpoint] for r in rows]])
         published = self.storage.read_json(f"{self.folder}/published.json") or {}
         if published.get("key") == key and self._still_there(published["uri"]):
             return
@@ -117,11 +151,17 @@ class Record:
         for row in rows:  # what a command before this one may have been cut off from telling
             if row.found.status and row.digest not in self._ended:
                 self.trial_ended(row)
+        self.stands(rows)
+        if (candidate := self._candidate(rows)) is not None:
+            self.tracker.register(candidate)
         for name, content in files.items():
             if content is not None:
                 self.storage.write(f"{self.folder}/{name}", content)
                 self.tracker.log_artifact(None, content, name)
-        done = all(row.state in ("done", "pruned", "diverged") for row in rows)
+        page = report.page(report.gather(self.storage, self.experiment.name)).encode()
+        self.storage.write(report.path(self.experiment.name), page)
+        self.tracker.log_artifact(None, page, "report.html")
+        done = all(row.state in ENDED for row in rows)
         self.tracker.close_sweep("FINISHED" if done else "FAILED", _sweep_note(self.experiment, rows))
         shipment = self.tracker.flush(FLUSH_S)
         self.left = "" if shipment.complete else str(shipment)
@@ -131,6 +171,18 @@ class Record:
                 f"{self.folder}/published.json", {"key": key, "uri": self.tracker.uri, "link": link}
             )
         self.link = link
+
+    def _candidate(self, rows: Sequence[Row]) -> Candidate | None:
+        """The best of the rows, which come best first; None while some trial has still to be made."""
+        best = next((row for row in rows if row.state == "done" and self.experiment.search.metric in row.metrics), None)
+        if best is None or not all(row.state in (*ENDED, "failed") for row in rows):
+            return None
+        checkpoint = checkpoints.newest(self.storage, f"{folder_of(best.digest)}/checkpoints")
+        assert checkpoint, best.digest
+        trial = self.trials[best.digest].trial
+        checkpoint = checkpoints.averaged(checkpoint, Measurement.of(trial).evaluation.ema)
+        levels, fid = self.sources[trial.data].levels, trial.evaluation.fid or FIDConfig()
+        return Candidate(trial=best.digest, checkpoint=checkpoint, levels=levels, fid=fid)
 
     @cached_property
     def link(self) -> str:
@@ -212,6 +264,42 @@ def record_pictures(storage: Storage, uri: str | None, subject: Subject, paths: 
         tracker.close_sweep("FINISHED")
     shipment = tracker.flush(FLUSH_S)
     return "" if shipment.complete else str(shipment)
+
+
+def record_night(
+    storage: Storage, uri: str | None, label: str, night: Night, files: Mapping[str, bytes], begins_ms: int
+) -> tuple[str, str]:
+    """A night in the MLflow experiment `label`: a run with its numbers, and its points on the run of all nights.
+
+    The step is the day's number since 1970-01-01, so that a metric's chart on the run of all nights is its trend.
+    Gives where a browser shows that, and what MLflow did not take, in words. Raises Mistake where it cannot be reached.
+    """
+    tracker = Tracker(storage, label, uri, folder=f"nightly/{night.suite}")
+    tracker.check()
+    about = f"Nights of `{night.suite}`, due at {night.schedule}: a run a night. Trends are on the run `{label}`."
+    tags = provenance()
+    tracker.open_sweep({}, tags, about)
+    address, day = str(night.day), night.day.toordinal() - date(1970, 1, 1).toordinal()
+    checkpoints = {f"checkpoint.{_metric_name(e.name)}": e.checkpoint for e in night.entries}
+    tracker.open_trial(address, address, {"date": address, "schedule": night.schedule}, {**tags, **checkpoints})
+    metrics = {
+        f"{_metric_name(entry.name)}/{name.removeprefix('eval/')}": value
+        for entry in night.entries
+        for name, value in entry.metrics.items()
+    }
+    for run in (address, None):
+        tracker.log_metrics(run, {**metrics, "status": night.status}, day, begins_ms)
+    for name, content in files.items():
+        tracker.log_artifact(address, content, name)
+    tracker.close_trial(address, "FAILED" if night.status else "FINISHED", files["report.md"].decode())
+    tracker.close_sweep("FINISHED")
+    shipment = tracker.flush(FLUSH_S)
+    return tracker.chart_link(), "" if shipment.complete else str(shipment)
+
+
+def _metric_name(model: str) -> str:
+    """A model's name in the characters that MLflow takes, tiny@champion as tiny.champion."""
+    return re.sub(r"[^\w.-]", ".", model).strip(".")
 
 
 def _sweep_of(storage: Storage, trial: str | None) -> tuple[str, str | None]:

@@ -4,18 +4,20 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pandas as pd
 from rich.table import Table
 
 from orchestrator.comparing import Difference, indistinguishable
 from orchestrator.experiment import Variant
-from orchestrator.measuring import Measured
 from orchestrator.plan import Found
 from orchestrator.preflight import log_snr_curves, schedule_name
 from workers.config import Trial
+
+if TYPE_CHECKING:  # a table of results needs neither Ray nor pandas
+    import pandas as pd
+
+    from orchestrator.measuring import Measured
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,15 @@ class Row:
 
 def short_params(variant: Variant) -> dict[str, str]:
     """The searched values by the last name of their path; a section's values by theirs."""
-    flat: dict[str, str] = {}
+    return {name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in short_values(variant).items()}
+
+
+def short_values(variant: Variant) -> dict[str, Any]:
+    """The same as they are, not as text."""
+    flat: dict[str, Any] = {}
     for path, value in variant.params.items():
         inner = value if isinstance(value, Mapping) else {path: value}
-        flat |= {
-            str(name).rpartition(".")[2]: f"{v:g}" if isinstance(v, float) else str(v) for name, v in inner.items()
-        }
+        flat |= {str(name).rpartition(".")[2]: v for name, v in inner.items()}
     return flat
 
 
@@ -68,9 +73,11 @@ def ranked(rows: Sequence[Row], metric: str, mode: str) -> list[Row]:
     return sorted(rows, key=lambda row: sign * row.metrics[metric] if metric in row.metrics else math.inf)
 
 
-def frame(rows: Sequence[Row]) -> pd.DataFrame:
+def frame(rows: Sequence[Row]) -> "pd.DataFrame":
     """A row a trial: digest, state, the searched params by dotted path, the metrics, the cost."""
-    _, differences = _differences(rows)
+    import pandas as pd
+
+    _, differences = against_best(rows)
     return pd.DataFrame(
         {
             "trial": row.digest,
@@ -79,7 +86,7 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
                 path: value if not isinstance(value, dict) else str(value) for path, value in row.variant.params.items()
             },
             **row.metrics,
-            **_against_best(row, differences),
+            **_behind(row, differences),
             "step": (row.found.status or {}).get("step"),
             "images_per_s": row.images_per_s,
             "detail": row.error or (row.found.status or {}).get("detail") or "",
@@ -88,7 +95,7 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
     )
 
 
-def _against_best(row: Row, differences: Mapping[str, Difference]) -> dict[str, float]:
+def _behind(row: Row, differences: Mapping[str, Difference]) -> dict[str, float]:
     d = differences.get(row.digest)
     return {"nll_above_best_bpd": d.mean, "nll_above_best_low": d.low, "nll_above_best_high": d.high} if d else {}
 
@@ -96,7 +103,7 @@ def _against_best(row: Row, differences: Mapping[str, Difference]) -> dict[str, 
 def table(rows: Sequence[Row]) -> Table:
     """What the sweep ends with. A missing number is a dash, and the state says why."""
     distances = sorted({name for row in rows for name in row.metrics if is_distance(name)})
-    _, differences = _differences(rows)
+    _, differences = against_best(rows)
     names = list(dict.fromkeys(name for row in rows for name in short_params(row.variant)))
     counts = {row.metrics.get(EVALUATIONS) for row in rows} - {None}  # of the network, a sample: told where they differ
     result = Table(box=None, pad_edge=False, header_style="bold")
@@ -129,7 +136,8 @@ EVALUATIONS = "eval/network_evaluations"
 SAME = " ≈"  # after the bits/dim of a trial that cannot be told from the best
 
 
-def _differences(rows: Sequence[Row]) -> tuple[str | None, dict[str, Difference]]:
+def against_best(rows: Sequence[Row]) -> tuple[str | None, dict[str, Difference]]:
+    """The best trial in bits/dim, and the paired differences of the others from it."""
     return indistinguishable({row.digest: row.found.summary for row in rows if row.found.summary})
 
 
@@ -142,7 +150,7 @@ def _mark(row: Row, differences: Mapping[str, Difference]) -> str:
 
 def footnote(rows: Sequence[Row]) -> str:
     """What the mark in the table means, and which trials were measured otherwise; empty where there is nothing."""
-    best, differences = _differences(rows)
+    best, differences = against_best(rows)
     name, same = str(best)[:8], [d for d in differences.values() if not d.clear]
     said = [f"≈ not distinguishable from {name} in bits/dim (95 % each, paired over {d.n} images)" for d in same[:1]]
     measured = [r.digest for r in rows if "eval/nll_bpd" in r.metrics and r.found.summary]
@@ -165,7 +173,7 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def as_json(measured: Measured) -> dict[str, Any]:
+def as_json(measured: "Measured") -> dict[str, Any]:
     """All that is known of a measurement, in plain types."""
     subject = measured.subject
     return {
@@ -179,7 +187,7 @@ def as_json(measured: Measured) -> dict[str, Any]:
     }
 
 
-def evaluation_text(measured: Measured) -> str:
+def evaluation_text(measured: "Measured") -> str:
     """A measurement for a person: each number with its error, then what the numbers are."""
     subject, summary = measured.subject, measured.summary
     ran = ", ".join(f"{measured.missing[k]} of {n} {k}" for k, n in measured.planned.items())
@@ -196,7 +204,7 @@ def evaluation_text(measured: Measured) -> str:
         told = ", ".join(f"{c['steps']}: {c['bpd']:.3f} ± {c['bpd_se']:.3f}" for c in chains)
         lines.append(f"  bits/dim by steps, {variance:<12} {told}")
     for kind, passport in summary["passports"].items():
-        protocol = ", ".join(f"{name} {_plain(value)}" for name, value in passport["protocol"].items())
+        protocol = ", ".join(f"{name} {plain(value)}" for name, value in passport["protocol"].items())
         lines.append(f"  {kind + ' protocol':<16} {protocol}")
         lines += [f"  warning         {text}" for text in passport.get("warnings", ())]
     return "\n".join([*lines, f"  hash            {summary['hash']}", ""])
@@ -207,7 +215,7 @@ def _with_error(name: str, metrics: Mapping[str, float]) -> str:
     return f"{metrics[name]:.4f}" if error is None else f"{metrics[name]:.4f} ± {error:.4f}"
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{k}={v}" for k, v in value.items() if v is not None)
     return str(value)
@@ -254,6 +262,8 @@ def bits_plot(rows: Sequence[Row]) -> bytes | None:
     curves = [(row, by_t) for row in rows if row.found.summary and (by_t := row.found.summary.get("nll_by_t"))]
     if not curves:
         return None
+    import numpy as np
+
     figure, axes = _figure()
     for row, by_t in curves:
         terms = np.array(by_t[:-1])
@@ -269,6 +279,8 @@ def schedules_plot(trials: Mapping[str, Trial]) -> bytes | None:
     curves = {schedule_name(trials[digest].diffusion): c for digest, c in log_snr_curves(trials).items()}
     if not curves:
         return None
+    import numpy as np
+
     figure, axes = _figure()
     for name, curve in curves.items():
         shown = np.where(np.isfinite(curve), curve, np.nan)

@@ -9,6 +9,7 @@ import math
 import re
 import types
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
@@ -88,6 +89,27 @@ def read_yaml(text: str) -> tuple[Any, list[str]]:
         raise NotYAML(f"{line}not valid YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise NotYAML(f"not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+def read_file(path: Path, needs: str) -> tuple[dict[str, Any], list[str]]:
+    """The settings in a file, and the keys that it holds twice. Raises ValueError where there is nothing to check.
+
+    `needs` says to the writer of an empty one what such a file needs.
+    """
+    try:
+        content, problems = read_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise ValueError(f"no such file (looked at {path.absolute()}){meant(path.name, siblings)}") from None
+    except UnicodeDecodeError:
+        raise ValueError("not a text file in UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    if content is None:
+        raise ValueError(f"the file is empty; {needs}")
+    if not isinstance(content, dict):
+        raise ValueError(f"{show(content)} is not a mapping of settings, such as 'name: my_experiment'")
+    return content, problems
 
 
 def write_yaml(content: Any) -> str:

@@ -6,7 +6,7 @@ A folder of diffusers says nothing of data, so `data.source` is given with it; e
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from orchestrator.experiment import (
@@ -65,15 +65,31 @@ def find(target: str, storage: Storage, overrides: Sequence[str], profile: str |
     return [_of_folder(target, update)]
 
 
+def at(path: str, storage: Storage, overrides: Sequence[str]) -> Subject:
+    """The checkpoint in trials/<address>/checkpoints/<step> of the storage. Raises Mistake where it is not there."""
+    match path.split("/"):
+        case ["trials", address, "checkpoints", _] if storage.exists(f"trials/{address}/trial.yaml"):
+            return _of_trial(address, storage, Update(overrides, None), checkpoints.committed(storage, path))
+    raise Mistake(f"{path} is no trial's checkpoint in {storage.root}")
+
+
 def _inside(target: str, storage: Storage) -> str:
     """The name that a bare word is, or a folder sweeps/<name> or trials/<digest> of the storage; else empty."""
     if "/" not in target:
         return target
     with suppress(ValueError):
-        match Path(target).absolute().relative_to(storage.root).parts:
+        match PurePath(_place(target)[0]).relative_to(_place(storage.root)[0]).parts:
             case ("sweeps" | "trials", name):
                 return name
     return ""
+
+
+def _place(target: str) -> tuple[str, str]:
+    """An absolute path or a URI, and the URI's options with their question mark."""
+    if "://" not in target:
+        return str(Path(target).absolute()), ""
+    place, mark, options = target.partition("?")
+    return place.rstrip("/"), mark + options
 
 
 class Update:
@@ -136,18 +152,17 @@ def _of_trial(address: str, storage: Storage, update: Update, checkpoint: Checkp
 
 def _of_folder(folder: str, update: Update) -> Subject:
     """A folder that holds a checkpoint; one in a trial's folder belongs to the trial."""
-    if "://" not in folder:
-        place = Path(folder).absolute()
-        trial = place.parent.parent
-        if place.parent.name == "checkpoints" and (trial / "trial.yaml").exists():
-            storage = Storage(trial.parent.parent)
-            checkpoint = checkpoints.open_folder(place)
-            return _of_trial(trial.name, storage, update, checkpoint)
+    place, options = _place(folder)
+    match place.split("/"):
+        case [*above, "trials", address, "checkpoints", _]:
+            storage = Storage(("/".join(above) or "/") + options)
+            if storage.exists(f"trials/{address}/trial.yaml"):
+                return _of_trial(address, storage, update, checkpoints.open_folder(place + options))
     checkpoint = checkpoints.open_folder(folder)
     content = update.of({"T": checkpoints.describe(checkpoint).T})
     if "source" not in content.get("data", {}):
         raise Mistake(f"{folder}: it does not say which images it was trained on; give data.source=...")
-    return _checked(folder.rstrip("/").rpartition("/")[2], content, checkpoint, None, None)
+    return _checked(place.rpartition("/")[2], content, checkpoint, None, None)
 
 
 def _subject(name: str, trial: Trial, checkpoint: Checkpoint, address: str, update: Update) -> Subject:

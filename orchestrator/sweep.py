@@ -1,7 +1,8 @@
 """`python -m orchestrator.sweep FILE`: make everything that an experiment file implies and that is not there yet.
 
 Exit status: 0 all done, 1 some trial failed (the others finished), 2 the user's mistake, told before Ray starts,
-130 interrupted; the same command then resumes.
+130 interrupted; the same command then resumes. With --submit the sweep runs as a job of a cluster, its exit status is
+the job's, and 130 leaves the job running; the same command then joins it.
 """
 
 import argparse
@@ -22,6 +23,7 @@ EPILOG = """examples:
   python -m orchestrator.sweep experiments/beta_schedule.yaml
   python -m orchestrator.sweep experiments/beta_schedule.yaml name=longer training.steps=2500
   python -m orchestrator.sweep experiments/beta_schedule.yaml 'search.space.diffusion.T.grid=[100, 1000]'
+  python -m orchestrator.sweep FILE --submit --address http://127.0.0.1:8265 --storage s3://BUCKET/runs
 
 Run it again to resume what was cut off; it does nothing where all is there, and trains only new trials
 after an edit of the file."""
@@ -43,12 +45,16 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--fresh", action="store_true", help="forget what is there of these trials and start them again"
     )
-    result.add_argument("--address", help="a Ray cluster to attach to; default: this machine alone")
+    result.add_argument(
+        "--address", help="a Ray cluster: auto or HOST:PORT on a node of it; http://HEAD:8265 with --submit"
+    )
+    result.add_argument("--submit", action="store_true", help="run as a job of the cluster, or join it where it runs")
     result.add_argument("--cluster", type=Path, help="its file for `ray up`: what the cluster can grow to, and cost")
     result.add_argument("--prices", type=Path, help="prices of its machines; default: prices.yaml beside that file")
     result.add_argument("--storage", default="runs", help="folder or URI that keeps everything (default: ./runs)")
     result.add_argument("--tracking-uri", help="an MLflow server; default: the file's, or a database in the storage")
     result.add_argument("-q", "--quiet", action="store_true", help="print the result only")
+    result.add_argument("-v", "--verbose", action="store_true", help="also what is left alone, and libraries' warnings")
     return result
 
 
@@ -85,7 +91,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.tracking_uri:
         overrides.append(f"tracking.uri={options.tracking_uri}")
     try:
+        if options.submit and not options.address:
+            raise Mistake("--submit needs the cluster's Jobs API: --address http://HEAD:8265")
+        if options.submit and options.cluster and not options.dry_run:
+            raise Mistake("--cluster goes without --submit: the job finds the head's own copy of the file")
         experiment = load(options.file, overrides)
+        if options.submit and not options.dry_run:
+            from orchestrator.submission import job, submit
+
+            expand(experiment)  # what the data must be asked for is checked where they are
+            sent = job(experiment, options.file, overrides, options.storage, options.fresh, options.quiet)
+            return submit(options.address, sent)
         trials, sources, warnings = trials_of(experiment)
         cluster = read_cluster(options.cluster) if options.cluster else None
         if cluster and not (options.dry_run or options.address):
@@ -98,8 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(_cost_text(options, experiment, trials, sources, cluster))
             return 0
         from orchestrator.controller import run  # torch, ray and MLflow load here: a dry run does without
+        from orchestrator.submission import check_attachable
 
-        return run(experiment, trials, sources, options.storage, options.address, options.fresh, options.quiet, cluster)
+        if options.address:
+            check_attachable(options.address)
+        where = options.storage, options.address
+        return run(experiment, trials, sources, *where, options.fresh, options.quiet, cluster, options.verbose)
     except Mistake as mistake:
         print(mistake, file=sys.stderr)
         return 2

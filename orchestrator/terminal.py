@@ -1,13 +1,35 @@
-"""What the user sees while a sweep runs: a live table in a terminal, plain lines anywhere else."""
+"""What the user sees while a sweep runs: a live table in a terminal, plain lines anywhere else.
 
+Three loudnesses: quiet prints the result alone; the usual one also decisions with their reasons; verbose also what was
+left alone and why, and whatever the libraries have to say, which is otherwise kept out of the way.
+"""
+
+import logging
+import os
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
+
+REFRESH_S = 0.5
+# What is under way comes first where the window is too low for all trials.
+STATES = ("failed", "evaluating", "training", "diverged", "waiting", "pruned", "done")
+COLOURS = {
+    "training": "cyan", "evaluating": "magenta", "done": "green", "pruned": "yellow", "diverged": "yellow",
+    "failed": "bold red", "waiting": "dim",
+}  # fmt: skip
+
+# The columns of the table, and the width of a window from which on each is shown.
+COLUMNS = {"trial": 0, "": 0, "state": 0, " ": 100, "step": 0, "valid NLL": 60, "images/s": 80, "left": 90}
+RIGHT = ("step", "valid NLL", "images/s", "left")
 
 
 @dataclass
@@ -17,7 +39,7 @@ class Line:
     name: str
     steps: int
     batch_size: int
-    state: str = "waiting"  # waiting, training, evaluating, done, diverged, pruned, failed
+    state: str = "waiting"  # a name in STATES
     step: int = 0
     nll_bpd: float | None = None
     images_per_s: float = 0.0
@@ -30,14 +52,22 @@ class Line:
         training = self.state in ("waiting", "training") and not self.shares
         return (self.steps - self.step) * self.batch_size if training else 0
 
+    @property
+    def left(self) -> str:
+        """The time that its training still takes; empty where nothing is known."""
+        training = self.state == "training" and self.images_per_s
+        return clock(self.images_left / self.images_per_s) if training else ""
+
 
 class Display:
     """Shows `lines` by digest. Use as a context; call `changed` after a trial's line has changed."""
 
-    def __init__(self, lines: dict[str, Line], console: Console, quiet: bool = False) -> None:
-        self.lines, self.console, self.quiet = lines, console, quiet
-        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
-        self._refreshed = 0.0
+    def __init__(self, lines: dict[str, Line], console: Console, quiet: bool = False, verbose: bool = False) -> None:
+        self.lines, self.console, self.quiet, self.verbose = lines, console, quiet, verbose
+        self.cluster = ""  # what the cluster is at, in words
+        live = console.is_terminal and not quiet
+        self._live = Live(console=console, auto_refresh=False, transient=True) if live else None
+        self._refreshed, self._most = 0.0, 1
 
     def __enter__(self) -> "Display":
         if self._live:
@@ -50,9 +80,9 @@ class Display:
         if self._live:
             self._live.stop()
 
-    def say(self, text: str) -> None:
-        """A line that stays: a decision with its reason."""
-        if not self.quiet:
+    def say(self, text: str, detail: bool = False) -> None:
+        """A line that stays: a decision with its reason. A `detail` is for the verbose alone."""
+        if self.verbose or not (self.quiet or detail):
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def changed(self, digest: str) -> None:
@@ -63,48 +93,133 @@ class Display:
         else:
             nll = "" if line.nll_bpd is None else f"  valid/nll_bpd {line.nll_bpd:.3f}"
             rate = f"  {line.images_per_s:,.0f} images/s" if line.images_per_s else ""
+            left = time_left(self.lines.values(), self._at_once())
             self.say(
-                f"{digest[:8]}  {line.state:<10}  step {line.step}/{line.steps}{nll}{rate}  {line.name}{self.left()}"
+                f"{digest[:8]}  {line.state:<10}  step {line.step}/{line.steps}{nll}{rate}  {line.name}"
+                + f"  {left}" * bool(left)
             )
+
+    def _at_once(self) -> int:
+        """How many trials have been in training at the same time: between two, a place is free for a moment only."""
+        self._most = max(self._most, sum(line.state == "training" for line in self.lines.values()))
+        return self._most
+
+    @property
+    def due(self) -> bool:
+        """Whether a `refresh` would show something new."""
+        return self._live is not None and time.monotonic() - self._refreshed > REFRESH_S
 
     def refresh(self, force: bool = False) -> None:
-        if self._live and (force or time.monotonic() - self._refreshed > 0.5):
+        if self._live and (force or self.due):
             self._refreshed = time.monotonic()
-            self._live.update(self._table(), refresh=True)
+            self._live.update(self._view(), refresh=True)
 
-    def left(self) -> str:
-        """The time that the training still takes at the rate of the trials that run; empty before there is one."""
-        left = sum(line.images_left for line in self.lines.values())
-        rate = sum(line.images_per_s for line in self.lines.values() if line.state == "training" and not line.shares)
-        return f"  training ends in about {clock(left / rate)}" if left and rate else ""
-
-    def _table(self) -> Table:
-        counts = ", ".join(f"{n} {state}" for state, n in _counts(self.lines.values()))
-        table = Table(box=None, pad_edge=False, title=f"{counts}{self.left()}", title_justify="left", title_style="")
-        for name in ("trial", "", "state", "step", "valid NLL bits/dim", "images/s"):
-            table.add_column(name, justify="left" if name in ("trial", "", "state") else "right")
-        for digest, line in self.lines.items():
+    def _view(self) -> Group:
+        told = [counts(self.lines.values()), time_left(self.lines.values(), self._at_once()), self.cluster]
+        shown, rest = fitting(self.lines, self.console.height - 4)
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        width = self.console.width
+        heads = [name for name, least in COLUMNS.items() if width >= least]
+        for name in heads:
+            # The searched values give way where the window is narrow.
+            table.add_column(name.strip(), justify="right" if name in RIGHT else "left", no_wrap=name != "")
+        for digest in shown:
+            line = self.lines[digest]
             blocks = f" {line.blocks - line.blocks_left}/{line.blocks}" if line.state == "evaluating" else ""
-            table.add_row(
-                digest[:8],
-                line.name,
-                line.state + blocks,
-                f"{line.step}/{line.steps}",
-                "" if line.nll_bpd is None else f"{line.nll_bpd:.3f}",
-                f"{line.images_per_s:,.0f}" if line.images_per_s else "",
-            )
-        return table
+            cells: dict[str, RenderableType] = {
+                "trial": digest[:8],
+                "": Text(line.name, no_wrap=True, overflow="ellipsis"),
+                "state": Text(line.state + blocks, style=COLOURS.get(line.state, "")),
+                " ": ProgressBar(total=line.steps, completed=line.step, width=12) if line.steps else "",
+                "step": f"{line.step:,}/{line.steps:,}" if line.steps else "",
+                "valid NLL": "" if line.nll_bpd is None else f"{line.nll_bpd:.3f}",
+                "images/s": f"{line.images_per_s:,.0f}" if line.images_per_s else "",
+                "left": line.left,
+            }
+            table.add_row(*(cells[name] for name in heads))
+        head = Text("  ·  ".join(filter(None, told)), style="bold", no_wrap=True, overflow="ellipsis")
+        parts: list[Table | Text] = [head, table]
+        if rest:
+            parts.append(Text(f"and {counts(self.lines[digest] for digest in rest)}", style="dim"))
+        return Group(Text(""), *parts)
+
+
+def fitting(lines: Mapping[str, Line], room: int) -> tuple[list[str], list[str]]:
+    """The trials that a table of `room` lines shows, in their order, and those that it leaves out."""
+    if len(lines) <= max(1, room):
+        return list(lines), []
+    first = sorted(lines, key=lambda digest: STATES.index(lines[digest].state))[: max(1, room - 1)]
+    return [d for d in lines if d in first], [d for d in lines if d not in first]
+
+
+def counts(lines: Iterable[Line]) -> str:
+    """How many trials are in which state: `2 training, 5 waiting, 1 done`."""
+    found: dict[str, int] = {}
+    for line in lines:
+        found[line.state] = found.get(line.state, 0) + 1
+    order = ("training", "evaluating", "waiting", "done")
+    return ", ".join(
+        f"{found[state]} {state}" for state in sorted(found, key=lambda s: order.index(s) if s in order else len(order))
+    )
+
+
+def time_left(lines: Iterable[Line], at_once: int) -> str:
+    """The time that the training still takes where `at_once` trials run, each at the mean rate of those known."""
+    lines = list(lines)
+    left = [line.images_left for line in lines if line.images_left]
+    rates = [line.images_per_s for line in lines if line.images_per_s]
+    if not left or not rates:
+        return ""
+    rate = sum(rates) / len(rates) * min(at_once, len(left))
+    return f"training ends in about {clock(sum(left) / rate)}"
 
 
 def clock(seconds: float) -> str:
-    """65 -> 1:05, 3700 -> 1:01:40."""
+    """65 -> 1:05, 3700 -> 1:01:40, 200000 -> 2 d 7:33."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24}:{minute:02}"
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def _counts(lines: Iterable[Line]) -> list[tuple[str, int]]:
-    counts: dict[str, int] = {}
-    for line in lines:
-        counts[line.state] = counts.get(line.state, 0) + 1
-    return list(counts.items())
+# ---- What libraries say ----------------------------------------------------------------------------------------
+
+OURS = ("orchestrator", "workers")
+
+
+class _Messages(logging.Handler):
+    """Log records as lines of the console, above the live table."""
+
+    def __init__(self, console: Console, quiet: bool, verbose: bool) -> None:
+        super().__init__(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
+        self.console, self.verbose = console, verbose
+
+    def emit(self, record: logging.LogRecord) -> None:
+        ours = record.name.split(".")[0] in OURS
+        if ours or self.verbose or record.levelno >= logging.ERROR:
+            source = "" if ours or record.name == "py.warnings" else f"{record.name.split('.')[0]}: "
+            text = f"{record.levelname.lower()}: {source}{record.getMessage().strip()}"
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def listening(console: Console, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
+    """What is logged or warned of meanwhile goes to `console`: of libraries errors alone, unless `verbose`."""
+    os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")  # it would write to stderr by itself
+    root, messages = logging.getLogger(), _Messages(console, quiet, verbose)
+    levels = {name: logging.getLogger(name).level for name in OURS}
+    with warnings.catch_warnings():
+        logging.captureWarnings(True)
+        root.addHandler(messages)
+        if verbose:
+            warnings.simplefilter("default")
+            for name in OURS:
+                logging.getLogger(name).setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            root.removeHandler(messages)
+            logging.captureWarnings(False)
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

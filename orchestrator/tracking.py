@@ -8,7 +8,6 @@ command ships what is missing. Which run belongs to which trial, and how much of
 `sweeps/<name>/mlflow.json`; the run's own tag `orchestrator.address` says it again.
 """
 
-import base64
 import getpass
 import hashlib
 import json
@@ -26,7 +25,6 @@ import tempfile
 import threading
 import time
 import uuid
-import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
@@ -34,8 +32,11 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
+from orchestrator import models, views
+from orchestrator.models import Candidate
+from orchestrator.views import PARENT, Comparison
 from workers.config import Mistake, trained_by
 from workers.config import digest as digest_of
 from workers.data import default_cache
@@ -48,8 +49,9 @@ Value = float | str | bool | None | Sequence[Any] | Mapping[str, Any]
 
 BATCH = 100  # points a call
 PARAM_LIMIT, TAG_LIMIT = 6000, 8000  # characters, beyond which MLflow cuts without a word
+VIEWS = "views"  # among the addresses that wait to be shipped
 SWEEP = "sweep"  # the address of the parent run; a trial's address is its digest
-ADDRESS, STORAGE, PARENT = "orchestrator.address", "orchestrator.storage", "mlflow.parentRunId"
+ADDRESS, STORAGE = "orchestrator.address", "orchestrator.storage"
 # Failures that say nothing about the call itself: it is made again. Any other answer is a refusal of this call.
 PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED", "ABORTED"}
 
@@ -64,16 +66,6 @@ class Dataset:
     shape: tuple[int, ...]
     profile: Mapping[str, Any] = field(default_factory=dict)
     context: Literal["training", "evaluation"] = "training"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What the ready-made view shows: `params` against the first of `metrics`, the metrics pairwise, `images`."""
-
-    params: tuple[str, ...]
-    metrics: tuple[str, ...]
-    images: tuple[str, ...] = ()
-    image_step: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +118,32 @@ def resolve_uri(storage: Storage, uri: str | None) -> tuple[str, str | None]:
         "  http://HOST:5000, https://...  an MLflow server\n"
         "  sqlite:////ABSOLUTE/mlflow.db  another database: three slashes, then an absolute path"
     )
+
+
+def origin(storage: Storage) -> str:
+    """What names a storage in MLflow, where others may record as well."""
+    return _without_secrets(f"{socket.gethostname()}:{storage.root}" if storage.is_local else storage.root)
+
+
+def client(storage: Storage, uri: str | None) -> Any:
+    """MLflow's own client, for questions that are asked once. Raises Mistake where the URI cannot be used."""
+    from mlflow import MlflowClient
+
+    _settle()
+    return MlflowClient(tracking_uri=resolve_uri(storage, uri)[0])
+
+
+def _settle() -> None:
+    """MLflow's settings that a user may replace."""
+    for variable, value in (
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),  # repeating is this module's business, and interruptible
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
+        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
+        ("DO_NOT_TRACK", "true"),
+    ):
+        os.environ.setdefault(variable, value)
 
 
 def _database(uri: str) -> Path:
@@ -220,47 +238,6 @@ def _cpu_model() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def shared_view(name: str, parent_id: str, compare: Comparison, time_ms: int) -> str:
-    """The value of an experiment tag `mlflow.sharedViewState.<key>`: MLflow 3.17's internal format of a saved view."""
-    section = "comparison"
-    first, *others = compare.metrics
-    charts: list[dict[str, Any]] = [
-        {
-            "type": "PARALLEL",
-            "displayName": f"{first} by what was searched",
-            "selectedParams": list(compare.params),
-            "selectedMetrics": list(compare.metrics),
-            "showAllRuns": True,
-        }
-    ]
-    for other in others:
-        axes = {"xaxis": {"key": first, "type": "METRIC"}, "yaxis": {"key": other, "type": "METRIC"}}
-        charts.append({"type": "SCATTER", "displayName": f"{other} against {first}", **axes})
-    for key in compare.images:
-        charts.append(
-            {"type": "IMAGE", "displayName": key, "imageKeys": [key], "step": compare.image_step, "showRunParams": True}
-        )
-    common = {"runsCountToCompare": 100, "metricSectionId": section, "deleted": False, "isGenerated": False}
-    state = {
-        "searchFilter": _children(parent_id),
-        "orderByKey": f"metrics.`{first}`",
-        "orderByAsc": True,
-        "selectedColumns": [f"params.`{p}`" for p in compare.params] + [f"metrics.`{m}`" for m in compare.metrics],
-        "runsHiddenMode": "SHOW_ALL",
-        "isAccordionReordered": True,
-        "compareRunCharts": [{"uuid": f"{section}-{i}", **common, **chart} for i, chart in enumerate(charts)],
-        "compareRunSections": [
-            {"uuid": section, "name": "Comparison", "display": True, "isReordered": True, "isGenerated": False}
-        ],
-    }
-    packed = "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
-    return json.dumps({"name": name, "createdAt": time_ms, "updatedAt": time_ms, "state": packed})
-
-
-def _children(parent_id: str) -> str:
-    return f"tags.`{PARENT}` = '{parent_id}'"
-
-
 def _now_ms() -> int:
     return int(time.time() * 1000)
 
@@ -277,7 +254,7 @@ def _may_pass(error: Exception) -> bool:
     return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)  # requests' errors are OSErrors
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """One line: what the system said, where requests wraps it in four layers."""
     found = re.search(r"\[Errno -?\d+\] [^\"')]+", str(error))
     return found[0] if found else f"{type(error).__name__}: {error}"
@@ -325,7 +302,7 @@ class _Line:
             try:
                 call()
             except Exception as error:  # whatever it is: kept, said, and the next call gets its turn
-                text = _reason(error)
+                text = reason(error)
                 # Nothing works without the first call, the connection: it is never given up.
                 if not self.done or (_may_pass(error) and not (attempts >= 5 and self._is_up())):
                     failing = text
@@ -369,34 +346,32 @@ class _Run:
     params: dict[str, str] = field(default_factory=dict)
     metrics: set[str] = field(default_factory=set)
     datasets: set[tuple[str, str]] = field(default_factory=set)
+    images: set[int] = field(default_factory=set)  # the steps of its images
     opened: bool = False
 
 
 class Tracker:
     """Everything a sweep tells MLflow. Methods return at once; an address of None is the sweep's own run."""
 
-    def __init__(self, storage: Storage, name: str, uri: str | None = None) -> None:
-        """Raises Mistake where the URI cannot be used. Nothing is asked of MLflow yet but to get ready."""
-        for variable, value in (
-            ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),  # repeating is this module's business, and interruptible
-            ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
-            ("MLFLOW_DISABLE_TELEMETRY", "true"),
-            ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
-            ("DO_NOT_TRACK", "true"),
-        ):
-            os.environ.setdefault(variable, value)
+    def __init__(self, storage: Storage, name: str, uri: str | None = None, folder: str | None = None) -> None:
+        """Raises Mistake where the URI cannot be used. Nothing is asked of MLflow yet but to get ready.
+
+        The state is kept in `folder` of the storage, by default sweeps/<name>.
+        """
+        _settle()
         self.uri, self._artifacts = resolve_uri(storage, uri)
         self.storage, self.name = storage, name
-        self._state_path = f"sweeps/{name}/mlflow.json"
+        self._state_path = f"{folder or f'sweeps/{name}'}/mlflow.json"
         self._state_key = "mlflow.db" if uri is None else self.uri  # a local storage may be moved, database and all
-        origin = f"{socket.gethostname()}:{storage.root}" if storage.is_local else storage.root
-        self._origin = _without_secrets(origin)
+        self._origin = origin(storage)
         self._client: Any = None
         self._experiment_id = ""
         self._runs: dict[str, _Run] = {}
         self._listed = self._changed = False
         self._saved_at = 0.0
-        self._view_key = ""
+        self._compare: Comparison | None = None
+        self._description = ""
+        self._shown: dict[str, str] = {}  # tags of the experiment, as they were written last
         self._waiting: set[str] = set()  # addresses whose `ship` stands in line already
         self._line = _Line(self._ask)
         self._put("the connection", self._connect)
@@ -431,11 +406,17 @@ class Tracker:
         compare: Comparison | None = None,
     ) -> None:
         """Starts the parent run or continues it. `description` is markdown, shown on the experiment's page too."""
-        if compare:
-            self._view_key = digest_of([self._origin, self.name])
+        self._compare, self._description = compare, description
         note = {"mlflow.note.content": description} if description else {}
         self._put("opening the sweep", lambda: self._open(SWEEP, self.name, params, {**tags, **note}, (), None))
-        self._put("describing the experiment", lambda: self._describe(description, compare))
+        self._put("describing the experiment", self._show)
+
+    def show(self, compare: Comparison) -> None:
+        """Writes the views of the comparison again where they have changed."""
+        self._compare = compare
+        if VIEWS not in self._waiting:
+            self._waiting.add(VIEWS)
+            self._put("the comparison", self._show)
 
     def open_trial(
         self,
@@ -476,6 +457,10 @@ class Tracker:
         """Tags of a trial's run that are known only later."""
         self._put(f"tags {', '.join(tags)}", lambda: self._tag(digest, tags))
 
+    def register(self, candidate: Candidate) -> None:
+        """Makes a trial's checkpoint the candidate of the registered model of the sweep's name; see `models`."""
+        self._put(f"the model of trial {candidate.trial}", lambda: self._register(candidate))
+
     def close_trial(self, digest: str, status: Status, note: str = "", end_ms: int | None = None) -> None:
         """Ends the run after the rest of its journal; `note` is markdown."""
         self.ship(digest)
@@ -503,15 +488,22 @@ class Tracker:
         """Where a browser shows the trials side by side; the server's front page while the runs are not there yet."""
         base = "http://127.0.0.1:5000" if self.uri.startswith("sqlite:") else self.uri
         line = self._line
-        line.wait(lambda: self._is_open(SWEEP) or bool(line.failing or line.refused), timeout_s)
-        if not self._is_open(SWEEP):
+        line.wait(lambda: self.is_open or bool(line.failing or line.refused), timeout_s)
+        if not self.is_open:
             return f"{base}/#/experiments?workflowType=machine_learning"
-        # A filter in the address would switch the shared view off: the view holds the same filter.
-        choice = f"searchFilter={quote(_children(self._runs[SWEEP].run_id))}"
-        if self._view_key:
-            choice = f"viewStateShareKey={self._view_key}"
-        query = f"workflowType=machine_learning&{choice}&compareRunsMode=CHART"
-        return f"{base}/#/experiments/{self._experiment_id}/runs?{query}"
+        key = self._view_key("all trials") if self._compare else ""
+        return f"{base}/{views.page(self._experiment_id, key, self._runs[SWEEP].run_id)}"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the sweep has its run, so that the link leads to it."""
+        return self._is_open(SWEEP)
+
+    def chart_link(self, timeout_s: float = 60) -> str:
+        """Where a browser shows the points of the parent run itself, a chart a metric; else as `link`."""
+        front = self.link(timeout_s).partition("?")[0]
+        run = self._runs.get(SWEEP)
+        return f"{front}/{run.run_id}/model-metrics?workflowType=machine_learning" if run and run.opened else front
 
     def _is_open(self, address: str) -> bool:
         return address in self._runs and self._runs[address].opened
@@ -697,13 +689,37 @@ class Tracker:
         self._client.log_inputs(run.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", used.context)])])
         run.datasets.add((used.name, digest))
 
-    def _describe(self, description: str, compare: Comparison | None) -> None:
-        tags = {"mlflow.note.content": description[:TAG_LIMIT]} if description else {}
-        if compare:
-            view = shared_view(self.name, self._runs[SWEEP].run_id, compare, _now_ms())
-            tags[f"mlflow.sharedViewState.{self._view_key}"] = view
-        for key, text in tags.items():
-            self._client.set_experiment_tag(self._experiment_id, key, text)
+    def _view_key(self, title: str) -> str:
+        """Of the view of that title; the same for ever, so that a link that was given out leads to what is there."""
+        return digest_of([self._origin, self.name, title])
+
+    def _show(self) -> None:
+        """Writes the experiment's note and the views, those that have changed since."""
+        self._waiting.discard(VIEWS)
+        note = [self._description] if self._description else []
+        if self._compare:
+            trials = {address: run for address, run in self._runs.items() if address != SWEEP}
+            going = [run.images for run in trials.values() if run.status in ("RUNNING", "FINISHED")]
+            best = trials.get(self._compare.best)
+            parent_id, best_id = self._runs[SWEEP].run_id, best.run_id if best else ""
+            links = []
+            for view in views.views(self._compare, parent_id, views.common_step(going), best_id):
+                key = self._view_key(view.title)
+                text = json.dumps(view.state)
+                if self._shown.get(key) != text:
+                    tag = views.tag(f"{self.name}: {view.title}", view.state, _now_ms())
+                    self._client.set_experiment_tag(self._experiment_id, f"mlflow.sharedViewState.{key}", tag)
+                    self._shown[key] = text
+                links.append(f"[{view.title}]({views.page(self._experiment_id, key)})")
+            note.append(f"Compare {', '.join(links)}.")
+        text = "\n\n".join(note)[:TAG_LIMIT]
+        if note and self._shown.get("note") != text:
+            self._client.set_experiment_tag(self._experiment_id, "mlflow.note.content", text)
+            self._shown["note"] = text
+
+    def _register(self, candidate: Candidate) -> None:
+        run = self._opened(candidate.trial)
+        models.register(self._client, self._experiment_id, self.name, run.run_id, candidate, self._origin)
 
     def _journal(self, digest: str) -> list[str]:
         try:
@@ -716,7 +732,9 @@ class Tracker:
 
         self._waiting.discard(digest)  # a line written from here on gets a call of its own
         run, lines = self._opened(digest), self._journal(digest)
+        images = {json.loads(line)["step"] for line in lines if '"image"' in line}
         if len(lines) <= run.lines:
+            run.images = images
             return
         self._resume(run)
         self._resume(self._runs[SWEEP])
@@ -733,6 +751,10 @@ class Tracker:
                 points = []
                 run.lines, self._changed = number, True
                 self._save()
+        if run.images != images:
+            run.images = images
+            if self._compare:  # the step that all trials have images of may be another now
+                self._show()
 
     def _finite(self, address: str, metrics: Mapping[str, Any], step: int) -> dict[str, float]:
         """MLflow would turn infinity into 1.8e308: what is not finite becomes a tag, the first time it happens."""

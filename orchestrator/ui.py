@@ -36,12 +36,24 @@ def server_command(storage: Path, port: int) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m orchestrator.ui", description=__doc__)
-    parser.add_argument("--storage", type=Path, default=Path("runs"), help="the sweep's storage (default: ./runs)")
+    parser = argparse.ArgumentParser(
+        prog="python -m orchestrator.ui",
+        description="Serve MLflow's UI on the database of a local storage, at 127.0.0.1 alone.",
+        epilog="examples:\n  python -m orchestrator.ui\n  python -m orchestrator.ui --storage runs --port 5001",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--storage", default="runs", help="the sweep's storage (default: ./runs)")
     parser.add_argument("--port", type=int, default=5000)
     options = parser.parse_args(arguments)
+    if "://" in options.storage:
+        print(
+            f"--storage {options.storage}: of a remote storage, MLflow is a server of its own: open the address that "
+            "tracking.uri (--tracking-uri) names. That of cluster.yaml is reached by: ray attach cluster.yaml -p 5000",
+            file=sys.stderr,
+        )
+        return 2
     try:
-        command = server_command(options.storage, options.port)
+        command = server_command(Path(options.storage), options.port)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

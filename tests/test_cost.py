@@ -25,6 +25,7 @@ from orchestrator.cost import (
 from orchestrator.experiment import SearchConfig, by_digest, expand, load
 from orchestrator.plan import Node, Size, Work, makespan
 from orchestrator.preflight import cost
+from workers import calibration
 from workers.config import DataConfig, Mistake, Trial
 from workers.data import Source, describe
 from workers.speed import CORE, added, hardware, model_key, training_kind
@@ -128,6 +129,19 @@ def test_what_a_sweep_learns_is_what_a_plan_reads(trial: Trial, tmp_path: Path) 
     plan = estimate([trial], SOURCE, {path: storage.read_json(path)}, "A core", LAPTOP, 2, None)
     assert isinstance(plan, Plan) and "trial abc" in plan.said_by
     assert plan.training_s > 640 / 640 * 2.0
+
+
+def test_a_calibration_measures_all_that_a_plan_asks_for(
+    trial: Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "ENOUGH_S", 0.01)
+    name, spent = calibration.measure_speed(trial, str(tmp_path))
+    assert name == hardware() and all(count > 0 and seconds > 0 for count, seconds in spent.values())
+    storage = Storage(tmp_path)
+    learn(storage, trial, SOURCE[DIGITS], name, spent, "a calibration")
+    [file] = storage.list("speeds")
+    known = {f"speeds/{file}": storage.read_json(f"speeds/{file}")}
+    assert isinstance(estimate([trial], SOURCE, known, name, LAPTOP, 2, None), Plan)
 
 
 def test_spent_adds_up() -> None:

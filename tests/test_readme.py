@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, environment, sweep
 from PIL import Image
 
-from orchestrator import subjects
+from orchestrator import nightly, subjects, suite
 from orchestrator.experiment import assignment
 
 README = (ROOT / "README.md").read_text()
@@ -23,7 +23,10 @@ SWEEPS = [c for c in COMMANDS if "orchestrator.sweep" in c]
 def test_every_command_is_of_a_kind_that_a_test_runs() -> None:
     kinds = (
         "make ",
-        *(f"python -m orchestrator.{verb}" for verb in ("sweep ", "evaluate ", "compare ", "sample ", "canary", "ui")),
+        *(
+            f"python -m orchestrator.{verb}"
+            for verb in ("sweep ", "evaluate ", "compare ", "sample ", "canary", "nightly ", "ui")
+        ),
     )
     assert COMMANDS and SWEEPS
     assert all(command.startswith(kinds) for command in COMMANDS), COMMANDS
@@ -57,6 +60,13 @@ def test_commands_of_measuring_are_understood(command: str) -> None:
     for text in (word for word in words if "=" in word):
         path, _ = assignment(text)
         assert path in subjects.SETTINGS
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "orchestrator.nightly" in c])
+def test_nightly_commands_are_understood(command: str) -> None:
+    """Their words and their suite; tests/cluster/test_nightly.py runs such."""
+    options = nightly.parser().parse_intermixed_args(shlex.split(command.partition(">")[0])[3:])
+    suite.load(ROOT / options.file, options.overrides)
 
 
 def test_the_main_command_runs_to_its_end(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = """
-    workers.config workers.speed workers.storage workers.noise workers.data workers.pixels workers.journal
+    workers.config workers.speed workers.storage workers.noise workers.mirror workers.data workers.pixels
+    workers.journal
     workers.unet_config workers.unet
     workers.diffusion.schedules workers.diffusion.process workers.diffusion.predictions
     workers.diffusion.bound workers.diffusion.objectives workers.diffusion.timesteps workers.diffusion.flow
@@ -18,20 +19,27 @@ ORDER = """
     workers.canaries workers.training workers.calibration workers.tasks
     orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan
     orchestrator.cluster orchestrator.cost orchestrator.calibration orchestrator.profiles
-    orchestrator.subjects orchestrator.terminal orchestrator.execution orchestrator.measuring
-    orchestrator.comparing orchestrator.results orchestrator.tracking orchestrator.record orchestrator.controller
-    orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.sample
-    orchestrator.canary orchestrator.ui
+    orchestrator.schedule orchestrator.suite orchestrator.hooks
+    orchestrator.subjects orchestrator.terminal orchestrator.submission orchestrator.execution
+    orchestrator.measuring
+    orchestrator.comparing orchestrator.results orchestrator.archive orchestrator.importance orchestrator.plots
+    orchestrator.status orchestrator.report
+    orchestrator.views orchestrator.model_code orchestrator.models orchestrator.tracking orchestrator.registry
+    orchestrator.night orchestrator.night_report orchestrator.record orchestrator.controller
+    orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.sample orchestrator.canary
+    orchestrator.night_shift orchestrator.nightly orchestrator.ui orchestrator.schema orchestrator.api
 """.split()
 ROOMS = {
-    "ray": {"workers.tasks", "orchestrator.execution"},
-    "mlflow": {"orchestrator.tracking"},
+    "ray": {"workers.tasks", "orchestrator.execution", "orchestrator.submission"},
+    "mlflow": {"orchestrator.tracking", "orchestrator.models", "orchestrator.model_code"},
     "rich": {
         "orchestrator.results",
         "orchestrator.terminal",
         "orchestrator.controller",
         "orchestrator.evaluate",
         "orchestrator.canary",
+        "orchestrator.status",
+        "orchestrator.night_shift",
     },
     "sklearn": {"workers.data", "workers.features"},
 }

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,8 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from orchestrator import ui
-from orchestrator.tracking import (
-    Comparison,
-    Dataset,
-    Tracker,
-    make_database,
-    param_text,
-    provenance,
-    resolve_uri,
-    shared_view,
-)
+from orchestrator.tracking import Dataset, Tracker, make_database, param_text, provenance, resolve_uri
+from orchestrator.views import Comparison
 from workers.data import default_cache
 from workers.storage import Storage
 
@@ -483,22 +476,54 @@ def test_the_link_shows_the_trials_of_the_sweep_side_by_side(done: Any) -> None:
     assert sorted(run.data.tags["orchestrator.address"] for run in children) == ["d0", "d1"]
 
 
-def test_the_ready_made_comparison(storage: Storage) -> None:
-    compare = Comparison(params=("diffusion.T",), metrics=("eval/nll_bpd", "eval/fd_classifier"), images=("samples",))
+def views_of(tracker: Tracker) -> dict[str, Any]:
+    """The states of the shared views by their titles."""
+    tags = client_of(tracker).get_experiment_by_name(tracker.name).tags
+    found = (json.loads(text) for key, text in tags.items() if key.startswith("mlflow.sharedViewState."))
+    return {
+        view["name"]: json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+        for view in found
+    }
+
+
+def test_the_ready_made_comparison_goes_along_with_the_sweep(storage: Storage) -> None:
+    """Its link is the same from the beginning; the step of the images and the best trial are those of the moment."""
+    compare = Comparison(
+        params=("diffusion.T",), metrics=("eval/nll_bpd", "eval/fd_classifier"), images=("eval/samples",)
+    )
     tracker = Tracker(storage, "compared")
-    tracker.open_sweep({}, {}, compare=compare)
+    tracker.open_sweep({}, {}, "# A sweep", compare)
     link = tracker.link()
-    assert tracker.flush(120).complete
+    assert tracker.is_open and tracker.flush(120).complete
     options = parse_qs(link.partition("?")[2])
     assert "searchFilter" not in options  # it would switch the shared view off
     experiment = client_of(tracker).get_experiment_by_name("compared")
-    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{options['viewStateShareKey'][0]}"])
-    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
-    assert [chart["type"] for chart in state["compareRunCharts"]] == ["PARALLEL", "SCATTER", "IMAGE"]
-    assert state["compareRunCharts"][0]["selectedParams"] == ["diffusion.T"]
-    assert client_of(tracker).search_runs([experiment.experiment_id], state["searchFilter"]) == []
-    many = Comparison(params=tuple(f"section.setting_{i}" for i in range(100)), metrics=("a", "b", "c"))
-    assert len(shared_view("x", "y", many, 0)) < 5000  # a tag's length in every database
+    assert f"mlflow.sharedViewState.{options['viewStateShareKey'][0]}" in experiment.tags
+    note = experiment.tags["mlflow.note.content"]
+    assert note.startswith("# A sweep") and f"(#{link.partition('#')[2]})" in note
+
+    def image_step() -> int:
+        state = views_of(tracker)["compared: all trials"]
+        [image] = [chart for chart in state["compareRunCharts"] if chart["type"] == "IMAGE"]
+        return int(image["step"])
+
+    assert image_step() == 0
+    for name, steps in (("c0", 7), ("c1", 4)):
+        write_journal(storage, name, steps)
+        tracker.open_trial(name, name, {}, {})
+    assert tracker.flush(120).complete
+    assert image_step() == 3  # c0 has images of 0, 3 and 6
+    write_journal(storage, "c1", 7)
+    tracker.close_trial("c1", "FINISHED")
+    tracker.show(replace(compare, best="c1"))
+    assert tracker.flush(120).complete
+    assert image_step() == 6 and tracker.link() == link
+    state = views_of(tracker)["compared: all trials"]
+    [difference] = [chart for chart in state["compareRunCharts"] if chart["type"] == "DIFFERENCE"]
+    (best,) = runs_of(tracker)["c1"]
+    assert difference["baselineColumnUuid"] == best.info.run_id
+    children = client_of(tracker).search_runs([experiment.experiment_id], state["searchFilter"])
+    assert len(children) == 2
 
 
 def test_provenance_says_what_ran_where(monkeypatch: pytest.MonkeyPatch) -> None:

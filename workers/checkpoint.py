@@ -95,14 +95,7 @@ def save(
     """Writes `folder/step-<step>` whole; then removes the checkpoints before it, which it makes superfluous."""
     path = f"{folder}/step-{step:08}"
     files = {
-        INDEX: _json(
-            {
-                "_class_name": "DDPMPipeline",
-                "_diffusers_version": VERSION,
-                "scheduler": ["diffusers", "DDPMScheduler"],
-                "unet": ["diffusers", "UNet2DModel"],
-            }
-        ),
+        INDEX: _index(),
         UNET: _json(unet_config),
         WEIGHTS: _tensors(ema),
         SCHEDULER: _json(scheduler_config(process, prediction)),
@@ -128,7 +121,7 @@ def newest(storage: Storage, folder: str) -> Checkpoint | None:
     for name in reversed(storage.list(folder)):
         path = f"{folder}/{name}"
         if storage.exists(f"{path}/{MANIFEST}"):
-            return _committed(storage, path)
+            return committed(storage, path)
     return None
 
 
@@ -147,7 +140,7 @@ def open_folder(folder: str | Path) -> Checkpoint:
             f"{folder} cannot be opened ({error.__cause__ or error}); give a folder, or a URI such as s3://bucket/path"
         ) from error
     if MANIFEST in parts[""]:
-        return _committed(storage, "")
+        return committed(storage, "")
     if not parts[""]:
         raise CheckpointError(
             f"{folder} is not a folder, or an empty one; give the folder that holds model_index.json or config.json. "
@@ -220,6 +213,17 @@ def load(checkpoint: Checkpoint) -> tuple[Denoiser, Process]:
     return Denoiser(unet, scheduler.process, scheduler.prediction).eval(), scheduler.process
 
 
+def export(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes what diffusers reads of a checkpoint to a local folder, without the state of the training.
+
+    `DDPMPipeline.from_pretrained` and `open_folder` open it. Raises CheckpointError where bytes are damaged.
+    """
+    for name in (INDEX, *EVALUATED):
+        content = _index() if name == INDEX else _read(checkpoint, checkpoint.weights if name == WEIGHTS else name)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
 def process_of(checkpoint: Checkpoint) -> Process:
     """The process alone, from the config files. Raises CheckpointError as `load` does."""
     return _configured(checkpoint)[1].process
@@ -231,7 +235,7 @@ def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Ten
     return _weights(checkpoint, WEIGHTS), _weights(checkpoint, STATE), progress
 
 
-def _committed(storage: Storage, path: str) -> Checkpoint:
+def committed(storage: Storage, path: str) -> Checkpoint:
     """The checkpoint of ours at `path`, from its manifest."""
     where = storage.url(_join(path, MANIFEST))
     manifest = _object(_bytes(storage, _join(path, MANIFEST)), where)
@@ -241,6 +245,17 @@ def _committed(storage: Storage, path: str) -> Checkpoint:
         return _checkpoint(storage.root, path, int(manifest["step"]), sums)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{where} is damaged: restore or delete the folder") from error
+
+
+def _index() -> bytes:
+    return _json(
+        {
+            "_class_name": "DDPMPipeline",
+            "_diffusers_version": VERSION,
+            "scheduler": ["diffusers", "DDPMScheduler"],
+            "unet": ["diffusers", "UNet2DModel"],
+        }
+    )
 
 
 def _checkpoint(root: str, path: str, step: int | None, sums: dict[str, str]) -> Checkpoint:

@@ -43,7 +43,7 @@ class Record(BaseModel):
 
 
 class DataConfig(Record):
-    """Which images. `source` is `digits` or `gaussian`, or a path: Parquet, images, CIFAR-10 binary, gzipped IDX."""
+    """Which images. `source` is `digits` or `gaussian`, or a path or URI: Parquet, images, CIFAR-10 binary, IDX."""
 
     source: str
     resolution: int | None = Field(default=None, ge=1, description="centre-crop and resize to this many pixels")

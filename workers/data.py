@@ -6,6 +6,9 @@
 nor scikit-learn. `prepare` decodes on the first call and opens instantly on every later one. Both splits are stored
 in a fixed shuffled order, so any prefix of either is a fair sample.
 
+A source on an object store (s3://...) is copied into the cache first, once on each node (`workers.mirror`), and is then
+read like any other path.
+
 To add a format, write a function from a path to `Files` (None where the path holds something else) and list it in
 `FORMATS`; the first that finds its own is taken.
 """
@@ -117,22 +120,24 @@ class Dataset:
 
 def absolute(config: DataConfig) -> DataConfig:
     """`config` with an absolute path, for processes that have another current directory."""
-    if config.source in BUILT_IN:
+    if config.source in BUILT_IN or _is_remote(config):
         return config
     return config.model_copy(update={"source": str(Path(config.source).expanduser().absolute())})
 
 
 def fingerprint(config: DataConfig, cache: Path | None = None) -> str:
     """The address of the decoded data set, 16 hex digits: it follows from the bytes at the source, not their path."""
+    cache = cache or default_cache()
     with _about(config):
-        return _address(config, *_locate(config), cache or default_cache())
+        return _address(config, *_locate(config, cache), cache)
 
 
 def describe(config: DataConfig, cache: Path | None = None) -> Source:
     """Counts, shape and address, decoding at most the first few images. Raises DataError."""
+    cache = cache or default_cache()
     with _about(config):
-        kind, files = _locate(config)
-        return _describe(config, kind, files, _address(config, kind, files, cache or default_cache()))
+        kind, files = _locate(config, cache)
+        return _describe(config, kind, files, _address(config, kind, files, cache))
 
 
 def prepare(config: DataConfig, cache: Path | None = None) -> Dataset:
@@ -142,7 +147,7 @@ def prepare(config: DataConfig, cache: Path | None = None) -> Dataset:
     """
     cache = cache or default_cache()
     with _about(config):
-        kind, files = _locate(config)
+        kind, files = _locate(config, cache)
         address = _address(config, kind, files, cache)
         folder = cache / "data" / address
         if not (folder / "meta.json").exists():
@@ -399,11 +404,22 @@ CHOICES = (
 )
 
 
-def _locate(config: DataConfig) -> tuple[str, Files]:
+def _is_remote(config: DataConfig) -> bool:
+    return "://" in config.source
+
+
+def _locate(config: DataConfig, cache: Path) -> tuple[str, Files]:
     """The name of the format at `config.source`, and its files."""
     if config.source in BUILT_IN:
         return config.source, BUILT_IN[config.source]()
-    path = Path(config.source).expanduser()
+    if _is_remote(config):
+        from workers.mirror import mirror  # with pyarrow, which a dry run on other data does without
+
+        key = digest(config.source)
+        with _lock(cache / "sources" / f"{key}.lock"):
+            path = mirror(config.source, cache / "sources" / key)
+    else:
+        path = Path(config.source).expanduser()
     if not config.source:
         raise DataError(f"it is empty. {CHOICES}")
     if not path.exists():
@@ -429,11 +445,8 @@ def _locate(config: DataConfig) -> tuple[str, Files]:
 
 
 def _name(config: DataConfig) -> str:
-    return (
-        config.source
-        if config.source in BUILT_IN
-        else Path(config.source).expanduser().absolute().name.removesuffix(".parquet")
-    )
+    path = absolute(config).source
+    return Path(path.partition("?")[0] if _is_remote(config) else path).name.removesuffix(".parquet")
 
 
 def _counts(config: DataConfig, files: Files) -> tuple[int, int]:
@@ -456,7 +469,7 @@ def _address(config: DataConfig, kind: str, files: Files, cache: Path) -> str:
 
 def _hashes(config: DataConfig, files: Files, cache: Path) -> list[tuple[str, str]]:
     """Names and sha256 of the files, remembered by (path, size, time of change): asking again is a stat a file."""
-    memo = cache / "hashes" / f"{digest(str(Path(config.source).expanduser().absolute()))}.json"
+    memo = cache / "hashes" / f"{digest(absolute(config).source)}.json"
     known: dict[str, list[Any]] = {}
     with suppress(OSError, ValueError):
         known = json.loads(memo.read_text())

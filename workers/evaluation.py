@@ -8,6 +8,7 @@ tasks, their order and a retry change nothing. What there is to make is said by 
 import hashlib
 import io
 import logging
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,7 +22,7 @@ from workers import blocks
 from workers import checkpoint as checkpoints
 from workers.blocks import Block, strata, time_blocks
 from workers.checkpoint import Checkpoint
-from workers.config import Measurement, evaluations
+from workers.config import FIDConfig, Measurement, evaluations
 from workers.data import Dataset
 from workers.diffusion.flow import log_density
 from workers.diffusion.process import Prediction, Process
@@ -35,6 +36,7 @@ from workers.storage import Storage
 SUM = 32  # bytes of a sha256
 
 SPACE = b"feature_space"  # the stamp of features, in a block's metadata
+HOST = b"host"  # of the machine that made the block, in its metadata, which no hash of an evaluation counts
 log = logging.getLogger(__name__)
 
 
@@ -126,15 +128,33 @@ def sample_block(bench: Bench, block: Block) -> pa.Table:
     m, dataset, model = bench.m, bench.dataset, bench.model
     fid = m.evaluation.fid
     assert fid
-    height, width, channels = dataset.shape
-    noise, shape = generator(m.seed, "samples", block.number), (blocks.SAMPLES, channels, height, width)
-    x_T = torch.randn(shape, generator=noise).to(model.device)
-    drawn = draw(measured_process(m, model.process), model.predict, fid.sampler, x_T, noise, clip=True)
-    images = QUANTISERS[fid.quantise](drawn.x_0, dataset.levels).cpu().numpy()
+    model = replace(model, process=measured_process(m, model.process))
+    images, counts = drawn_block(model, fid, m.seed, block.number, dataset.shape, dataset.levels)
     first = block.number * blocks.SAMPLES
     rows = {"sample": np.arange(first, first + len(images)), "image": [row.tobytes() for row in images]}
-    counted = {} if evaluations(fid.sampler, m.T) else {"evaluations": drawn.evaluations.numpy()}
+    counted = {} if evaluations(fid.sampler, m.T) else {"evaluations": counts}
     return pa.table(rows | counted)
+
+
+def images_of_block(
+    model: Model, fid: FIDConfig, seed: int, block: int, shape: tuple[int, int, int], levels: int
+) -> np.ndarray:
+    """The SAMPLES images of a block, drawn as `fid` says: uint8 (SAMPLES, H, W, C) in 0..levels-1; shape is (H, W, C).
+
+    They are a function of (seed, block) alone, here and in a registered model.
+    """
+    return drawn_block(model, fid, seed, block, shape, levels)[0]
+
+
+def drawn_block(
+    model: Model, fid: FIDConfig, seed: int, block: int, shape: tuple[int, int, int], levels: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`images_of_block`, and the network's evaluations that each image took: int64 (SAMPLES,)."""
+    height, width, channels = shape
+    noise = generator(seed, "samples", block)
+    x_T = torch.randn((blocks.SAMPLES, channels, height, width), generator=noise).to(model.device)
+    drawn = draw(model.process, model.predict, fid.sampler, x_T, noise, clip=True)
+    return QUANTISERS[fid.quantise](drawn.x_0, levels).cpu().numpy(), drawn.evaluations.numpy()
 
 
 def feature_block(bench: Bench, block: Block) -> pa.Table:
@@ -179,8 +199,10 @@ def make(bench: Bench, block: Block) -> None:
     """Makes a block and writes it; does nothing where it is there. What it needs must be there."""
     if bench.storage.exists(block.path):
         return
+    table = KINDS[block.kind](bench, block)
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), HOST: socket.gethostname()})
     stream = io.BytesIO()
-    pq.write_table(KINDS[block.kind](bench, block), stream)
+    pq.write_table(table, stream)
     bench.storage.write(block.path, sealed(stream.getvalue()))
 
 

@@ -106,7 +106,7 @@ def steps(trial: Trial, dataset: Dataset, storage: Storage, device: torch.device
     loop = _Loop(trial, dataset, storage, "steps", World(device=device))
     loop.network.train()
     while True:
-        loop.train_step()
+        loop._train_step()
         loop.step += 1
         yield
 
@@ -147,7 +147,7 @@ class _Loop:
         self.network.train()
         started, first, busy = time.monotonic(), self.step, self.meter.now()
         while True:
-            self.train_step()
+            self._train_step()
             self.step += 1
             if self.due(point_every):
                 self._note_training()
@@ -161,7 +161,7 @@ class _Loop:
         images = (self.step - first) * training.batch_size // self.world.size
         self.meter.add(training_kind(training), images, self.meter.now() - busy)
 
-    def train_step(self) -> None:
+    def _train_step(self) -> None:
         training, world = self.trial.training, self.world
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(training, self.step)

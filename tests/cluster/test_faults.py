@@ -10,6 +10,9 @@ import pytest
 from conftest import Started, runs, state_of, statuses, sweep, title, trials_of, undisturbed
 from mlflow import MlflowClient
 
+from orchestrator import archive
+from workers.storage import Storage
+
 pytestmark = pytest.mark.faults
 
 
@@ -53,6 +56,13 @@ def test_a_killed_worker_is_replaced_and_its_trial_goes_on(tiny: Path, tmp_path:
         assert started.process.wait(timeout=600) == 0, started.said()
         assert "starts again from its last checkpoint" in started.said() and "Traceback" not in started.said()
         assert set(state_of(storage).values()) == {("finished", 400)}
+        happened = archive.events(Storage(storage), "tiny")
+        [restart] = [event for event in happened if event["event"] == "restarted"]
+        assert restart["why"] and restart["trial"] in state_of(storage)
+        begins = [event["trial"] for event in happened if event["event"] == "began"]
+        assert sorted(begins) == sorted([*state_of(storage), restart["trial"]]), "each begins, and one again"
+        assert restart["trial"][:8] in (page := (storage / "sweeps/tiny/report.html").read_text())
+        assert '<span class="tag restarted">' in page
     finally:
         started.end()
 

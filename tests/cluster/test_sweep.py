@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlflow
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT, runs, statuses, sweep
 from mlflow import MlflowClient
 from PIL import Image
@@ -41,7 +44,7 @@ def test_mlflow_holds_everything(finished: tuple[Path, Path, str]) -> None:
     parent, children = runs(storage)
     assert parent.info.status == "FINISHED" and len(children) == 2
     artifacts = {a.path for a in client.list_artifacts(parent.info.run_id)}
-    assert {"experiment.yaml", "results.parquet", "nll_and_distance.png", "nll_by_t.png"} <= artifacts
+    assert {"experiment.yaml", "results.parquet", "report.html", "nll_and_distance.png", "nll_by_t.png"} <= artifacts
     assert "| trial |" in parent.data.tags["mlflow.note.content"]
     for run in children:
         run_id, params, tags = run.info.run_id, run.data.params, run.data.tags
@@ -60,6 +63,28 @@ def test_mlflow_holds_everything(finished: tuple[Path, Path, str]) -> None:
         assert len(tags["trial.digest"]) == 16 and len(tags["data.digest"]) == 16
         assert "eval/nll_bpd" in tags["mlflow.note.content"]
         assert any("git" in tag for tag in tags) and any("torch" in tag for tag in tags)
+
+
+def test_its_best_trial_is_a_registered_model(
+    finished: tuple[Path, Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version 1 is the candidate, says where it comes from, and gives the images that the evaluation measured."""
+    _, storage, _ = finished
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{storage}/mlflow.db")
+    best = pd.read_parquet(storage / "sweeps/tiny/results.parquet")["trial"][0]
+    status = statuses(storage)[best]
+    version = MlflowClient().get_model_version_by_alias("tiny", "candidate")
+    assert int(version.version) == 1
+    assert version.tags["orchestrator.trial"] == best
+    assert version.tags["orchestrator.checkpoint"] == status["checkpoint"]
+    assert version.tags["orchestrator.path"] == f"trials/{best}/checkpoints/step-00000020"
+    assert version.tags["orchestrator.storage"].endswith(f":{storage}")
+    torch.set_num_threads(1)
+    given = mlflow.pyfunc.load_model("models:/tiny@candidate").predict(pd.DataFrame({"n": [100], "seed": [0]}))
+    blocks = storage.glob(f"evaluations/{status['checkpoint']}/samples-*/block-00000.parquet")
+    [measured] = [path for path in blocks if "classifier" not in path.parent.name]
+    images = [np.frombuffer(image, np.uint8) for image in pd.read_parquet(measured)["image"]]
+    assert np.array_equal(given, np.stack(images).reshape(given.shape))
 
 
 def test_the_same_command_again_does_nothing(finished: tuple[Path, Path, str]) -> None:

@@ -1,0 +1,70 @@
+"""The code of a registered model: MLflow runs this file where it loads one, so that no pickle is needed.
+
+It lies in the model beside the package `workers` of the day it was registered (the folder code/) and the checkpoint as
+diffusers keeps it (the artifact `diffusers`). A table asks for images, a row a request:
+
+    n         how many images; they are drawn in whole blocks of workers.blocks.SAMPLES, as in an evaluation
+    seed      whose noise; the same seed gives the same images, and those that an evaluation with it measures
+    sampler   a name of workers.diffusion.samplers.STEPS; without the column, that of the sweep's evaluation
+    steps     network evaluations an image; without the column, the evaluation's
+
+`predict` gives the images of all rows one after the other: uint8 (N, H, W, C) in 0..levels-1, the data's own levels.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from workers import checkpoint as checkpoints
+from workers.blocks import SAMPLES
+from workers.config import FIDConfig, Mistake, SamplerConfig
+from workers.evaluation import Model, images_of_block
+
+
+class Images(PythonModel):
+    def load_context(self, context: PythonModelContext) -> None:
+        """Raises Mistake where the checkpoint's bytes are not those that were registered."""
+        settings = context.model_config
+        checkpoint = checkpoints.open_folder(context.artifacts["diffusers"])
+        if checkpoint.digest != settings["checkpoint"]:
+            raise Mistake(
+                f"{checkpoint.url} is damaged: it is {checkpoint.digest}, registered was {settings['checkpoint']}; "
+                "fetch the model again"
+            )
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        network, process = checkpoints.load(checkpoint)
+        self.model = Model(network.to(device), process, device)
+        self.shape = checkpoints.describe(checkpoint).shape
+        self.levels, self.fid = settings["levels"], FIDConfig.model_validate(settings["fid"])
+
+    def predict(self, context: PythonModelContext, model_input: pd.DataFrame) -> np.ndarray:
+        """`model_input` is a table with the columns above. Raises ValueError for a request that means nothing.
+
+        (MLflow checks the columns and their types against the signature before.)
+        """
+        parts = [np.zeros((0, *self.shape), np.uint8)]
+        for row in model_input.to_dict("records"):
+            n, seed, fid = int(row["n"]), int(row["seed"]), self._as_asked(row)
+            if n < 0:
+                raise ValueError(f"n = {n} images were asked for; give 0 or more")
+            for block in range(math.ceil(n / SAMPLES)):
+                images = images_of_block(self.model, fid, seed, block, self.shape, self.levels)
+                parts.append(images[: n - block * SAMPLES])
+        return np.concatenate(parts)
+
+    def _as_asked(self, row: dict[Any, Any]) -> FIDConfig:
+        """The evaluation's way of drawing with the row's sampler and steps."""
+        own = self.fid.sampler
+        kind = row.get("sampler") or own.kind
+        base = own if kind == own.kind else SamplerConfig(kind=kind)
+        steps = int(row["steps"]) if row.get("steps") else base.steps
+        sampler = SamplerConfig.model_validate({**base.model_dump(), "steps": steps})
+        return self.fid.model_copy(update={"sampler": sampler})
+
+
+set_model(Images())

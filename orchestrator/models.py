@@ -1,0 +1,119 @@
+"""The registered model of a sweep: MLflow's copy of its best checkpoint, ready to give images.
+
+A version belongs to a checkpoint and is made once; the alias `candidate` is moved to that of the best trial. Its tags
+say where it comes from:
+
+    orchestrator.trial        the trial's address
+    orchestrator.checkpoint   the digest of the checkpoint
+    orchestrator.path         its folder, relative to the root of the storage
+    orchestrator.storage      the storage, with its host where it is a local folder
+
+What lies in it is code (`model_code`, and the package `workers` as it is today), the checkpoint as diffusers keeps it,
+and texts; `mlflow.pyfunc.load_model` opens it without a pickle.
+"""
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import workers
+from workers import checkpoint as checkpoints
+from workers.checkpoint import Checkpoint
+from workers.config import FIDConfig
+
+CANDIDATE = "candidate"
+TRIAL, CHECKPOINT, PATH, STORAGE = (f"orchestrator.{name}" for name in ("trial", "checkpoint", "path", "storage"))
+# What `model_code` and the modules of `workers` below it import.
+REQUIRED = ("mlflow", "numpy", "pandas", "pillow", "pyarrow", "pydantic", "safetensors", "torch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """The best trial of a sweep: its checkpoint, and how its evaluation draws images."""
+
+    trial: str
+    checkpoint: Checkpoint
+    levels: int
+    fid: FIDConfig
+
+
+def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
+    """Writes the MLflow model to `folder`; `record` is what MLflow knows of it already (mlflow.models.Model).
+
+    Raises CheckpointError where the checkpoint is damaged.
+    """
+    import numpy as np
+    import pandas as pd
+    from mlflow.models import ModelSignature
+    from mlflow.pyfunc import save_model
+    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+
+    inputs = [ColSpec(DataType.long, "n"), ColSpec(DataType.long, "seed")]
+    inputs += [ColSpec(DataType.string, "sampler", required=False), ColSpec(DataType.long, "steps", required=False)]
+    outputs = [TensorSpec(np.dtype(np.uint8), (-1, *checkpoints.describe(candidate.checkpoint).shape))]
+    with tempfile.TemporaryDirectory() as temporary:
+        checkpoints.export(candidate.checkpoint, Path(temporary, "diffusers"))
+        save_model(
+            str(folder),
+            mlflow_model=record,
+            python_model=str(Path(__file__).with_name("model_code.py")),
+            code_paths=[str(Path(workers.__file__).parent)],
+            artifacts={"diffusers": str(Path(temporary, "diffusers"))},
+            model_config={
+                "checkpoint": candidate.checkpoint.digest,
+                "levels": candidate.levels,
+                "fid": candidate.fid.model_dump(mode="json"),
+            },
+            signature=ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs)),
+            input_example=pd.DataFrame({"n": [4], "seed": [0]}),
+            pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIRED],
+        )
+    for cache in folder.rglob("__pycache__"):
+        shutil.rmtree(cache)
+
+
+def register(client: Any, experiment_id: str, name: str, run_id: str, candidate: Candidate, origin: str) -> None:
+    """Makes the candidate's checkpoint a version of the registered model `name`, once, and moves the alias to it.
+
+    It can be cut off anywhere and made again. `run_id` is the trial's run, `origin` the storage.
+    """
+    tags = {TRIAL: candidate.trial, CHECKPOINT: candidate.checkpoint.digest}
+    tags |= {PATH: candidate.checkpoint.path, STORAGE: origin}
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name, description=f"The best trial of the sweep `{name}`; predict gives images.")
+    version = next(
+        (v for v in client.search_model_versions(f"name = '{name}'") if tags.items() <= v.tags.items()), None
+    )
+    if version is None:
+        # By its place: MLflow would look up `models:/<id>` at the process's own tracking URI and not at the client's.
+        model = _logged(client, experiment_id, name, run_id, candidate, tags)
+        version = client.create_model_version(name, model.artifact_location, run_id, tags, model_id=model.model_id)
+        linked = json.dumps([{"name": name, "version": version.version}])
+        client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": linked})  # the page's link to it
+    if client.get_registered_model(name).aliases.get(CANDIDATE) != version.version:
+        client.set_registered_model_alias(name, CANDIDATE, version.version)
+
+
+def _logged(client: Any, experiment_id: str, name: str, run_id: str, candidate: Candidate, tags: dict[str, str]) -> Any:
+    """The candidate's model in the experiment (a LoggedModel), with all its files; one that was cut off is removed."""
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+    from mlflow.models import Model
+
+    for found in client.search_logged_models([experiment_id], f"tags.`{CHECKPOINT}` = '{tags[CHECKPOINT]}'"):
+        if tags.items() <= found.tags.items():
+            if found.status == LoggedModelStatus.READY:
+                return found
+            client.delete_logged_model(found.model_id)
+    logged = client.create_logged_model(experiment_id, name, run_id, tags, model_type="diffusion")
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=candidate.checkpoint.step or 0)])
+    record = Model(
+        artifact_path=logged.artifact_location, model_uuid=logged.model_id, model_id=logged.model_id, run_id=run_id
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        save(candidate, Path(temporary, "model"), record)
+        client.log_model_artifacts(logged.model_id, str(Path(temporary, "model")))
+    return client.finalize_logged_model(logged.model_id, "READY")

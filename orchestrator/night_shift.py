@@ -1,0 +1,323 @@
+"""A night in progress: find the suite's models, measure what is due, hold it against what there is, tell of it.
+
+What is decided is decided in `night`; the storage, Ray, MLflow and the hooks are here.
+"""
+
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from typing import Any
+
+from rich.console import Console
+
+from orchestrator import canary, execution, hooks, registry, subjects
+from orchestrator import night as decide
+from orchestrator.experiment import ExperimentError
+from orchestrator.measuring import Measured, measure
+from orchestrator.night import CanaryResult, Entry, Finding, Night, Promotion, State, Wanted
+from orchestrator.night_report import headline, to_html, to_markdown
+from orchestrator.record import record_measurement, record_night
+from orchestrator.registry import Version
+from orchestrator.schedule import instant, missed, say, written
+from orchestrator.subjects import Subject
+from orchestrator.suite import CANDIDATE, CHAMPION, Suite
+from orchestrator.terminal import Display
+from orchestrator.tracking import origin, provenance
+from workers.blocks import Images, protocol_key, summary_path
+from workers.canaries import Verdict
+from workers.config import DataConfig, Mistake
+from workers.data import Source
+from workers.storage import Storage
+
+HISTORY = 30  # nights before, for trends and for models that were not measured last night
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the suite: what is known of it, and where the summary of its checkpoint is, or will be.
+
+    Without a subject it cannot be measured, and the entry says why.
+    """
+
+    entry: Entry
+    subject: Subject | None = None
+    path: str = ""
+
+
+def run(suite: Suite, day: date, storage_root: str, address: str | None) -> int:
+    """One night, its exit status. Raises Mistake."""
+    storage, folder = Storage(storage_root), f"nightly/{suite.name}"
+    with _alone(storage, folder, day):
+        night = _kept(storage, f"{folder}/{day}")
+        if night and night.state == "complete" and night.recorded:
+            say(suite.schedule, f"the night of {day} ended at {night.ended} with status {night.status}; nothing to do")
+            say(suite.schedule, f"report {storage.url(folder)}/{day}/report.html")
+            return night.status
+        history = _history(storage, folder, day)
+        if night is None or night.state != "complete":
+            night = _worked(suite, day, storage, address, history)
+            night = _alarmed(suite, storage, night)
+        return _recorded(suite, storage, night, history)
+
+
+# ---- Nights that are there -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _alone(storage: Storage, folder: str, day: date) -> Iterator[None]:
+    """Holds the suite against another process, of whatever night. Raises Mistake where one is at it."""
+    note = f"{folder}/running.json"
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(storage.lock(f"{folder}/lock"))
+        except Mistake as refused:
+            other = storage.read_json(note)
+            if other is None:
+                raise
+            raise Mistake(
+                f"the night of {day} is skipped: that of {other['day']} is still running, since {other['started']}, "
+                f"as process {other['process']} on {other['host']}"
+            ) from refused
+        mine = {"day": str(day), "process": os.getpid(), "host": socket.gethostname()}
+        storage.write_json(note, {**mine, "started": datetime.now(UTC).isoformat(" ", "seconds")})
+        try:
+            yield
+        finally:
+            storage.delete(note)
+
+
+def _kept(storage: Storage, folder: str) -> Night | None:
+    path = f"{folder}/result.json"
+    if not storage.exists(path):
+        return None
+    try:
+        return Night.model_validate_json(storage.read(path))
+    except ValueError as error:
+        raise Mistake(f"{storage.url(path)} is damaged ({error}); remove it to run that night again") from error
+
+
+def _history(storage: Storage, folder: str, day: date) -> list[Night]:
+    """The nights before, newest first."""
+    days = [name for name in storage.list(folder) if re.fullmatch(r"\d{4}-\d\d-\d\d", name) and name < str(day)]
+    nights = (_kept(storage, f"{folder}/{name}") for name in sorted(days, reverse=True)[:HISTORY])
+    return [night for night in nights if night]
+
+
+# ---- Its work --------------------------------------------------------------------------------------------------
+
+
+def _worked(suite: Suite, day: date, storage: Storage, address: str | None, history: Sequence[Night]) -> Night:
+    """Finds the suite's models, measures those that are due, and holds their numbers against what there is."""
+    started = written(suite.schedule)
+    wanted, models, sources, notes = _found(suite, storage)
+    asked = {model.entry.name: model.path for model in models if model.path}
+    due = decide.due(asked, {path for path in asked.values() if storage.read_sealed(path) is not None})
+    say(suite.schedule, f"the night of {day} of {suite.name}, due at {suite.schedule}: {_due_text(asked, due)}")
+    verdicts, measured = _measured(suite, storage, address, models, due, sources)
+    believed = all(verdict.passed for verdict in verdicts)
+    entries = [
+        _with_numbers(m.entry, storage.read_sealed(m.path), measured.get(m.path)) if m.path else m.entry
+        for m in models
+        if believed
+    ]
+    before = decide.earlier_entries(history)
+    libraries = {k.removeprefix("version."): v for k, v in provenance().items() if k.startswith("version.")}
+    comparisons = decide.compare(suite.regression.rules, entries, before)
+    drift = decide.drifted(entries, before, libraries)
+    decided = decide.promotions(entries, comparisons, any(finding.alarm for finding in drift))
+    promotions, refused = _promoted(suite, storage, decided, {w.name: w.version for w in wanted if w.version}, day)
+    findings = [
+        *(Finding(kind="canary", text=str(v), alarm=True) for v in verdicts if not v.passed),
+        *decide.regressions(suite, entries, comparisons),
+        *drift,
+        *(Finding(kind="not measured", model=e.name, text=e.failed) for e in entries if e.failed),
+        *refused,
+        *(Finding(kind="note", text=text) for text in notes),
+    ]
+    whole: State = "incomplete" if any(entry.failed for entry in entries) else "complete"
+    return Night(
+        suite=suite.name,
+        day=day,
+        schedule=str(suite.schedule),
+        zone=suite.schedule.zone,
+        started=started,
+        ended=written(suite.schedule),
+        state=whole if believed else "not believed",
+        previous=next((night.day for night in history if night.state != "not believed"), None),
+        missed=tuple(missed(history[0].day if history else None, day)),
+        versions=libraries,
+        rules=tuple(map(str, suite.regression.rules)),
+        canaries=tuple(CanaryResult.of(verdict) for verdict in verdicts),
+        entries=tuple(entries),
+        comparisons=tuple(comparisons),
+        promotions=tuple(promotions),
+        findings=tuple(findings),
+    )
+
+
+def _found(suite: Suite, storage: Storage) -> tuple[list[Wanted], list[Model], dict[DataConfig, Source], list[str]]:
+    """The suite's models with their checkpoints, their data, and notes. Raises Mistake with all that is not there."""
+    wanted, notes, problems = decide.select(suite.models, registry.versions(storage, suite.tracking.uri))
+    overrides = [f"seed={suite.seed}", f"evaluation={suite.evaluation.model_dump_json()}"]
+    sources: dict[DataConfig, Source] = {}
+    models: list[Model] = []
+    for one in wanted:
+        try:
+            entries = _subjects(one, storage, overrides)
+        except Mistake as mistake:
+            if one.version is None:
+                problems.append(f"models: {mistake}")
+            elif one.version.storage != origin(storage) and not one.explicit:
+                notes.append(f"{one.name}: its checkpoint lies in another storage, {one.version.storage}")
+            else:
+                models.append(Model(_entry(one, one.name).model_copy(update={"failed": str(mistake)})))
+            continue
+        for entry, subject in entries:
+            try:
+                its, warnings = subjects.check([subject])
+            except Mistake as mistake:
+                models.append(Model(entry.model_copy(update={"failed": str(mistake)})))
+                continue
+            sources |= its
+            notes += [text for text in warnings if text not in notes]
+            images, digest = Images.of(its[subject.m.data]), subject.checkpoint.digest
+            entry = entry.model_copy(update={"protocol": protocol_key(subject.m, images)})
+            models.append(Model(entry, subject, summary_path(subject.m, digest, images)))
+    if not problems and not any(model.subject for model in models):
+        why = [f"{model.entry.name}: {model.entry.failed}" for model in models]
+        problems = ["models: there is nothing to measure", *why, *notes]
+    if problems:
+        raise ExperimentError(problems, f"suite {suite.name}")
+    return wanted, models, sources, notes
+
+
+def _subjects(one: Wanted, storage: Storage, overrides: Sequence[str]) -> list[tuple[Entry, Subject]]:
+    """The checkpoints that a name of the suite stands for: several where it is a sweep. Raises Mistake."""
+    if one.version is None:
+        targets = subjects.find(one.name, storage, overrides, None)
+        names = [one.name if len(targets) == 1 else f"{one.name}/{str(s.trial)[:8]}" for s in targets]
+    else:
+        targets, names = [subjects.at(one.version.path, storage, overrides)], [one.name]
+        if targets[0].checkpoint.digest != one.version.checkpoint:
+            raise Mistake(f"{one.version.path} was trained anew since it was registered as {one.version.checkpoint}")
+    return [(_entry(one, name, subject), subject) for name, subject in zip(names, targets, strict=True)]
+
+
+def _entry(one: Wanted, name: str, subject: Subject | None = None) -> Entry:
+    version, checkpoint = one.version, subject.checkpoint if subject else None
+    return Entry(
+        name=name,
+        sweep=version.sweep if version else None,
+        alias=one.alias,
+        version=version.number if version else None,
+        trial=version.trial if version else subject.trial if subject else None,
+        checkpoint=checkpoint.digest if checkpoint else version.checkpoint if version else "",
+        url=checkpoint.url if checkpoint else "",
+    )
+
+
+def _measured(
+    suite: Suite,
+    storage: Storage,
+    address: str | None,
+    models: Sequence[Model],
+    due: Mapping[str, Sequence[str]],
+    sources: Mapping[DataConfig, Source],
+) -> tuple[list[Verdict], dict[str, Measured]]:
+    """The canaries' verdicts, and what is due by the path of its summary. Where nothing is due, no Ray starts."""
+    display = Display({}, Console(stderr=True), quiet=True)
+    by_path = {model.path: model.subject for model in models if model.subject}
+    measured: dict[str, Measured] = {}
+    with execution.session(address) if due else nullcontext():
+        verdicts = canary.verdicts(storage, display, address, through_ray=bool(due))
+        say(suite.schedule, f"canaries: {sum(v.passed for v in verdicts)} of {len(verdicts)} as expected")
+        if due and all(verdict.passed for verdict in verdicts):
+            found = measure([by_path[path] for path in due], sources, storage, display, address, None)
+            measured = dict(zip(due, found, strict=True))
+    if measured and (left := record_measurement(storage, suite.tracking.uri, list(measured.values()), sources)):
+        say(suite.schedule, left)
+    return verdicts, measured
+
+
+def _with_numbers(entry: Entry, summary: Mapping[str, Any] | None, measured: Measured | None) -> Entry:
+    failed = measured.failed if measured else ""
+    if failed or summary is None:
+        return entry.model_copy(update={"failed": failed or "its summary is gone"})
+    numbers: dict[str, Any] = {key: summary[key] for key in ("hash", "metrics", "passports")}
+    numbers["nll_per_image"] = tuple(summary.get("nll_per_image", ()))
+    numbers["blocks_run"] = sum(measured.missing.values()) if measured else 0
+    return entry.model_copy(update=numbers)
+
+
+def _due_text(asked: Mapping[str, str], due: Mapping[str, Sequence[str]]) -> str:
+    checkpoints = f"{len(asked)} models of {len(set(asked.values()))} checkpoints"
+    if not due:
+        return f"{checkpoints}, all measured already"
+    return f"{checkpoints}, {len(due)} due: {'; '.join(' = '.join(names) for names in due.values())}"
+
+
+def _promoted(
+    suite: Suite, storage: Storage, decided: Sequence[Promotion], versions: Mapping[str, Version], day: date
+) -> tuple[list[Promotion], list[Finding]]:
+    """Moves the aliases that are to be moved, where that is asked for; and what MLflow refused."""
+    done, refused = [], []
+    for p in decided:
+        if p.promoted and not suite.promote:
+            p = p.model_copy(update={"promoted": False, "why": f"{p.why}; promotion was not asked for"})
+        elif p.promoted:
+            version = versions[f"{p.sweep}@{CANDIDATE}"]
+            try:
+                registry.promote(storage, suite.tracking.uri, version, CHAMPION, f"{suite.label} {day}: {p.why}")
+            except Mistake as mistake:
+                refused.append(Finding(kind="note", model=f"{p.sweep}@{CANDIDATE}", text=str(mistake)))
+                p = p.model_copy(update={"promoted": False, "why": f"{p.why}; MLflow refused it"})
+        say(suite.schedule, f"{p.sweep}: version {p.version} {'' if p.promoted else 'not '}promoted: {p.why}")
+        done.append(p)
+    return done, refused
+
+
+# ---- Telling of it ---------------------------------------------------------------------------------------------
+
+
+def _alarmed(suite: Suite, storage: Storage, night: Night) -> Night:
+    """The night after the hooks were called, if it takes that, with those that failed among its findings."""
+    if night.status != 3:
+        return night
+    message = {
+        "text": headline(night),
+        "suite": night.suite,
+        "date": str(night.day),
+        "zone": night.zone,
+        "status": night.status,
+        "findings": [str(finding) for finding in night.findings if finding.alarm],
+        "report": storage.url(f"nightly/{night.suite}/{night.day}/report.html"),
+    }
+    failed = []
+    for hook, why in hooks.call(suite.hooks, message, to_markdown(night)):
+        say(suite.schedule, f"{hook} {'failed: ' + why if why else 'called'}")
+        failed += [Finding(kind="hook", text=f"the {hook} failed: {why}")] if why else []
+    return night.model_copy(update={"findings": (*night.findings, *failed)})
+
+
+def _recorded(suite: Suite, storage: Storage, night: Night, history: Sequence[Night]) -> int:
+    """Writes the report, tells MLflow, and writes the result at last, which says that all of it is done."""
+    place = f"nightly/{night.suite}/{night.day}"
+    files = {"report.md": to_markdown(night).encode(), "report.html": to_html(night, history).encode()}
+    for name, content in files.items():
+        storage.write(f"{place}/{name}", content)
+    begins = int(instant(night.day, suite.schedule).timestamp() * 1000)
+    link, left = record_night(storage, suite.tracking.uri, suite.label, night, files, begins)
+    night = night.model_copy(update={"recorded": not left})
+    storage.write(f"{place}/result.json", night.model_dump_json(indent=2).encode())
+    for finding in night.findings:
+        say(suite.schedule, str(finding))
+    say(suite.schedule, headline(night))
+    say(suite.schedule, f"report {storage.url(place)}/report.html")
+    say(suite.schedule, f"trends {link}")
+    if left:
+        say(suite.schedule, left)
+    return night.status

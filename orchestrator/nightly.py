@@ -1,0 +1,180 @@
+"""`python -m orchestrator.nightly FILE`: measure the suite's models, hold them against last night and the champion.
+
+A night has a date, that of its time of day in the suite's zone, and is done once: run again, it says so and does
+nothing. Without --date it is the newest night that has begun, whatever was missed before it. Everything about it is in
+nightly/<suite>/<date>/ of the storage: report.md, report.html, result.json (written last).
+
+Exit status: 0 fine, 1 something could not be measured (run again, it goes on with that), 2 the user's mistake, 3 a
+regression, numbers that moved by themselves, or a canary off; 130 interrupted.
+
+On a cluster's head, cron asks every five minutes whether a night is due, and submits it as the Ray job nightly-<date>
+(nightly-<suite>-<date> where the suite has another name than that); a second one of that id is refused. To install:
+
+    python -m orchestrator.nightly experiments/nightly.yaml --storage S --tracking-uri U --install-cron > crontab.txt
+    crontab crontab.txt
+
+The first prints the user's crontab with the entry in it and changes nothing. `ray start` on the head needs the
+environment that the hooks need. On a laptop --serve sleeps until the next night, runs it, and so on.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from orchestrator import hooks
+from orchestrator.experiment import ExperimentError
+from orchestrator.schedule import crontab, given_date, last_night, next_run, say
+from orchestrator.suite import Suite, load
+from workers.config import Mistake
+
+JOBS = "http://127.0.0.1:8265"  # Ray's dashboard on the head, which takes jobs
+PASSED_ON = (  # of the environment, into the crontab: cron gives none. Secrets stay out of it
+    "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL",
+)  # fmt: skip
+EPILOG = """examples:
+  python -m orchestrator.nightly experiments/nightly.yaml
+  python -m orchestrator.nightly experiments/nightly.yaml --date 2026-11-23
+  python -m orchestrator.nightly experiments/nightly.yaml schedule.at=04:15 --serve
+  python -m orchestrator.nightly experiments/nightly.yaml --storage s3://bucket/runs --install-cron"""
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        "python -m orchestrator.nightly",
+        description="Measure the models of a nightly file, and tell what became worse.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("file", type=Path, help="the nightly file (YAML)")
+    result.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the file's")
+    when = result.add_mutually_exclusive_group()
+    when.add_argument("--date", help="the night's date; default: the newest night that has begun")
+    when.add_argument("--serve", action="store_true", help="sleep until the next night, run it, and so on")
+    when.add_argument("--submit", nargs="?", const=JOBS, metavar="URL", help=f"run it as a Ray job (default: {JOBS})")
+    when.add_argument("--install-cron", action="store_true", help="print the crontab that submits every night")
+    result.add_argument("--promote", action="store_true", help="move `champion` to a candidate that is clearly better")
+    result.add_argument("--address", help="a Ray cluster to attach to; default: this machine alone")
+    result.add_argument("--storage", default="runs", help="folder or URI that keeps everything (default: ./runs)")
+    result.add_argument("--tracking-uri", help="an MLflow server; default: the file's, or a database in the storage")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_intermixed_args(arguments)
+    overrides = [*options.overrides, *["promote=true"][: options.promote]]
+    if options.tracking_uri:
+        overrides.append(f"tracking.uri={options.tracking_uri}")
+    try:
+        suite = load(options.file, overrides)
+        if options.install_cron:
+            print(crontab(_installed_crontab(), suite.label, _cron_command(options, suite)), end="")
+            return 0
+        if options.submit:
+            return submit(options, suite)
+        if problems := hooks.missing(suite.hooks, os.environ):
+            raise ExperimentError(problems, str(options.file))
+        if options.serve:
+            return serve(options, suite)
+        now = datetime.now(UTC)
+        day = given_date(options.date, now, suite.schedule) if options.date else last_night(now, suite.schedule)
+        from orchestrator.night_shift import run  # torch, ray and MLflow load here: a slip is told without
+
+        return run(suite, day, options.storage, options.address)
+    except Mistake as mistake:
+        print(mistake, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same night goes on where this one stopped.", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+# ---- When ------------------------------------------------------------------------------------------------------
+
+
+def serve(options: argparse.Namespace, suite: Suite) -> int:
+    """Runs every night until ctrl-C; first the newest that has begun, if nobody did."""
+    from orchestrator.night_shift import run
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    while True:
+        try:
+            run(suite, last_night(datetime.now(UTC), suite.schedule), options.storage, options.address)
+        except Mistake as mistake:  # may be another tomorrow: an alias, a server, another process at it
+            say(suite.schedule, str(mistake))
+        due = next_run(datetime.now(UTC), suite.schedule)
+        local = due.astimezone(suite.schedule.tz)
+        say(
+            suite.schedule,
+            f"the next night begins at {local:%Y-%m-%d %H:%M %Z} ({suite.schedule.zone}); ctrl-C ends it",
+        )
+        try:
+            while (left := (due - datetime.now(UTC)).total_seconds()) > 0:
+                time.sleep(min(left, 60))  # in short naps: a laptop that was closed wakes up late
+        except KeyboardInterrupt:
+            return 0
+
+
+def submit(options: argparse.Namespace, suite: Suite) -> int:
+    """Hands the newest night that has begun to a cluster as a Ray job, unless it is done, or was submitted before."""
+    from workers.storage import Storage
+
+    day = last_night(datetime.now(UTC), suite.schedule)
+    if Storage(options.storage).exists(f"nightly/{suite.name}/{day}/result.json"):
+        return 0
+    job = f"{suite.label}-{day}"
+    words = [sys.executable, "-m", "orchestrator.nightly", *_same(options, suite), "--date", str(day)]
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", options.submit, "--no-wait"]
+    done = subprocess.run(
+        [*ray, "--submission-id", job, "--", *words, "--address", options.address or "auto"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode == 0:
+        say(suite.schedule, f"submitted the job {job}; ray job logs {job} shows it")
+        return 0
+    said = (done.stderr or done.stdout).strip()
+    if f"{job} already exists" in said:
+        say(suite.schedule, f"the job {job} was submitted before; a night is submitted once")
+        return 0
+    last = said.splitlines()[-1] if said else "no reason given"
+    say(suite.schedule, f"the job {job} could not be submitted to {options.submit}: {last}")
+    return 1
+
+
+def _same(options: argparse.Namespace, suite: Suite) -> list[str]:
+    """This command's words, for another process on this machine that starts anywhere."""
+    from workers.storage import Storage
+
+    words = [str(options.file.absolute()), *options.overrides, "--storage", Storage(options.storage).root]
+    words += ["--tracking-uri", options.tracking_uri] if options.tracking_uri else []
+    return words + ["--promote"] * options.promote
+
+
+def _cron_command(options: argparse.Namespace, suite: Suite) -> str:
+    given = [f"{name}={os.environ[name]}" for name in PASSED_ON if name in os.environ]
+    words = ["env", *given] if given else []
+    words += [sys.executable, "-m", "orchestrator.nightly", *_same(options, suite), "--submit"]
+    words += ["--address", options.address] if options.address else []
+    return f'{shlex.join(words)} >> "$HOME"/{shlex.quote(suite.label)}.log 2>&1'
+
+
+def _installed_crontab() -> str:
+    """The user's crontab; empty where there is none. Raises Mistake where it cannot be read."""
+    try:
+        done = subprocess.run(["crontab", "-l"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        print("There is no crontab program here: this is the entry alone.", file=sys.stderr)
+        return ""
+    if done.returncode and "no crontab" not in done.stderr:
+        raise Mistake(f"crontab -l: {done.stderr.strip()}; not printed, as installing it would lose what is there")
+    return done.stdout if done.returncode == 0 else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

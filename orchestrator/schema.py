@@ -1,0 +1,75 @@
+"""`python -m orchestrator.schema`: the JSON schema of an experiment file, for editors and other programs.
+
+It is made of the records that check the file, so what an editor underlines the command refuses too; what spans several
+settings (a reversed range, a chain short of noise) is said by `--dry-run` alone.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.experiment import TRIAL_SETTINGS, Axis, Experiment
+
+EPILOG = """examples:
+  python -m orchestrator.schema
+  python -m orchestrator.schema --output experiments/schema.json
+
+An editor with a YAML language server reads it where a file says:  # yaml-language-server: $schema=schema.json"""
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        "python -m orchestrator.schema",
+        description="Print the JSON schema of an experiment file.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("--output", type=Path, help="write it there instead")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    text = json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
+    if options.output:
+        options.output.write_text(text, encoding="utf-8")
+    else:
+        print(text, end="")
+    return 0
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of an experiment file."""
+    content = Experiment.model_json_schema()
+    kinds: dict[str, Any] = content["$defs"]
+    axis = kinds["Axis"]
+    # An axis has exactly one of its forms; pydantic, which gives the others null, does not say so.
+    axis["properties"] = {name: _given(axis["properties"][name]) for name in Axis.model_fields}
+    axis |= {"minProperties": 1, "maxProperties": 1}
+    for name in ("grid", "choice"):
+        axis["properties"][name]["minItems"] = 1
+    space = kinds["SearchConfig"]["properties"]["space"]
+    del space["additionalProperties"]
+    space |= {
+        "properties": {path: {"$ref": "#/$defs/Axis"} for path in TRIAL_SETTINGS},
+        "additionalProperties": False,
+    }
+    content["properties"]["name"]["pattern"] = r"^(?!\.)(?!.*\.\.)[A-Za-z0-9._-]{1,100}$"
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **content,
+        "title": "An experiment of diffusion-orchestrator",
+    }
+
+
+def _given(form: dict[str, Any]) -> dict[str, Any]:
+    """A form of an axis without the null that stands for its absence."""
+    [given] = [option for option in form["anyOf"] if option != {"type": "null"}]
+    return {**given, "description": form["description"]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

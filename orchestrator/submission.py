@@ -1,0 +1,208 @@
+"""Clusters that are not this machine's own: attaching to one, and sending a sweep there as a job.
+
+A driver that attaches must run on a node of the cluster. A job is sent over HTTP to the Jobs API of the head, where the
+driver then runs; whoever sent it may follow its output, leave, and come back. Either way the code comes along, so that
+the nodes need nothing installed but the libraries.
+"""
+
+import asyncio
+import logging
+import os
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+from ray._private.services import find_gcs_addresses
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
+
+from orchestrator.experiment import Experiment, resolved
+from workers.config import Mistake, digest
+
+ANSWER_S = 5.0  # for a connection to be made
+LEFT = 128 + signal.SIGINT  # the exit status of a client that went before its job ended
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+OVERRULES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # Ray's client takes them before the address that it is given
+TOKEN = (
+    "set RAY_AUTH_MODE=token, and put the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN "
+    "(`ray get-auth-token` on the head prints it)"
+)
+
+
+def code() -> dict[str, Any]:
+    """The runtime environment that takes this code to the nodes. Nothing secret may be in one: it shows in logs."""
+    root = Path(__file__).parent.parent
+    return {"py_modules": [str(root / package) for package in ("orchestrator", "workers")], "excludes": ["__pycache__"]}
+
+
+def inside_a_job() -> bool:
+    """Whether this process is the driver of a job, which has its code from it."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def check_attachable(address: str) -> None:
+    """Raises Mistake where no driver can attach to `address` from here: it must be a node of that cluster."""
+    if address.startswith(("http://", "https://")):
+        raise Mistake(f"--address {address} is that of a Jobs API: add --submit to send the sweep there as a job")
+    if "://" in address:
+        raise Mistake(
+            f"--address {address}: a sweep cannot run through Ray's client. Submit it to the head's Jobs API "
+            "(--address http://HEAD:8265 --submit), or attach on a node of the cluster (--address auto)"
+        )
+    if address == "auto" and "RAY_ADDRESS" in os.environ:  # that of the cluster whose job this is
+        return
+    found = find_gcs_addresses()
+    if found and (address == "auto" or any(_same(address, other) for other in found)):
+        return
+    here = f"it is one of {', '.join(sorted(found))}" if found else "no Ray runs here"
+    raise Mistake(
+        f"--address {address}: this machine is no node of such a cluster ({here}). Attach on a node (--address auto), "
+        "or submit the sweep to the head's Jobs API from anywhere (--address http://HEAD:8265 --submit)"
+    )
+
+
+def _same(address: str, node: str) -> bool:
+    """Whether HOST:PORT is the address that a node of this machine has from Ray, which knows hosts by their numbers."""
+    host, _, port = address.rpartition(":")
+    try:
+        number = socket.gethostbyname(host)
+    except OSError:
+        return False
+    return port == node.rpartition(":")[2] and (number.startswith("127.") or number == node.rpartition(":")[0])
+
+
+def _reach(host: str, port: int, address: str) -> None:
+    try:
+        socket.create_connection((host, port), timeout=ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise Mistake(
+            f"--address {address}: nothing answers there ({error}). Is the cluster up, and the port open or tunnelled "
+            "(`ray dashboard CLUSTER.yaml` tunnels 8265)?"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sweep to be sent. Its name says which one it is: jobs of one name differ by their attempt alone."""
+
+    name: str
+    file: Path
+    command: str
+
+
+def job(experiment: Experiment, file: Path, overrides: Sequence[str], storage: str, fresh: bool, quiet: bool) -> Job:
+    """Raises Mistake for what could not work from another machine, or would show a secret there."""
+    mistakes = []
+    if "://" not in storage and not Path(storage).is_absolute():
+        mistakes.append(
+            f"--storage {storage!r} is relative to this machine: give a folder that every node of the cluster sees, by "
+            "its absolute path, or a URI such as s3://bucket/path"
+        )
+    for name, uri in (("--storage", storage), ("tracking.uri", experiment.tracking.uri or "")):
+        if "@" in urlsplit(uri).netloc:
+            mistakes.append(
+                f"{name} holds a user's name or password, which the cluster's logs would show: leave them out and set "
+                "them in the environment of the head (MLFLOW_TRACKING_USERNAME, AWS_ACCESS_KEY_ID, ...) or give its "
+                "machine a role"
+            )
+    if mistakes:
+        raise Mistake("\n".join(mistakes))
+    words = ["python", "-m", "orchestrator.sweep", file.name, *overrides, "--address", "auto", "--storage", storage]
+    words += ["--fresh"] * fresh + ["--quiet"] * quiet
+    address = digest([resolved(experiment), storage.rstrip("/")])[:8]
+    return Job(f"sweep-{experiment.name}-{address}", file, shlex.join(words))
+
+
+def choose(name: str, statuses: Mapping[str, str]) -> tuple[str, bool]:
+    """The submission id of a job, and whether it is new: one that has not ended is joined, else comes an attempt more.
+
+    `statuses` are those of the cluster's jobs by their submission id.
+    """
+    attempts = {int(n): i for i in statuses if (n := i.removeprefix(f"{name}-")) != i and n.isdigit()}
+    last = max(attempts, default=0)
+    if last and statuses[attempts[last]] not in ENDED:
+        return attempts[last], False
+    return f"{name}-{last + 1}", True
+
+
+def submit(address: str, job: Job) -> int:
+    """Sends the job, or joins it where it runs already, and follows it to its end. Gives its exit status.
+
+    Raises Mistake where `address` cannot be used.
+    """
+    client = connect(address)
+    submission_id, new = choose(job.name, {j.submission_id: j.status for j in client.list_jobs() if j.submission_id})
+    if new:
+        with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
+            shutil.copy(job.file, folder)
+            # No resources are asked for: so the driver runs on the head, and not on a machine that may be reclaimed.
+            client.submit_job(
+                entrypoint=job.command, submission_id=submission_id, runtime_env={"working_dir": folder, **code()}
+            )
+    print(f"job  {submission_id}  {'submitted' if new else 'runs already: its output from the start'}", flush=True)
+    try:
+        asyncio.run(_tail(client, submission_id))
+        return _ended(client, submission_id)
+    except KeyboardInterrupt:
+        why = "Left"
+    except (aiohttp.ClientError, OSError, RuntimeError) as error:
+        why = f"Lost the connection ({error})"
+    print(
+        f"\n{why}; the job goes on. The same command joins it again.\n"
+        f"To stop it: ray job stop --address {address} {submission_id}",
+        file=sys.stderr,
+    )
+    return LEFT
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """The Jobs API at `address`. Raises Mistake where there is none, or none that lets us in."""
+    parts = urlsplit(address)
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        port = 0
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port:
+        raise Mistake(f"--address {address!r}: --submit takes the head's Jobs API, such as http://127.0.0.1:8265")
+    _reach(parts.hostname, port, address)
+    for name in ("job.sdk", "dashboard_sdk"):  # they tell of packages and web sockets
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+    for name in OVERRULES:
+        os.environ.pop(name, None)
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise Mistake(f"--address {address}: the cluster does not know this token; {TOKEN}") from error
+    except (OSError, RuntimeError, KeyError) as error:
+        raise Mistake(f"--address {address}: what answers there is no Jobs API of Ray ({error})") from error
+
+
+async def _tail(client: JobSubmissionClient, submission_id: str) -> None:
+    """Prints the job's output, from its start, until it has ended."""
+    async for text in client.tail_job_logs(submission_id):
+        print(text, end="", flush=True)
+
+
+def _ended(client: JobSubmissionClient, submission_id: str) -> int:
+    """Waits for the end that the job's output has announced; gives its exit status, and its reason where it has one."""
+    while (info := client.get_job_info(submission_id)).status not in ENDED:
+        time.sleep(0.5)
+    if info.status == "SUCCEEDED":
+        return 0
+    if info.status == "STOPPED":
+        print(f"{submission_id} was stopped; the same command resumes.", file=sys.stderr)
+        return LEFT
+    if info.driver_exit_code is None:
+        print(f"{submission_id} failed: {info.message}", file=sys.stderr)
+        return 1
+    return int(info.driver_exit_code)

@@ -1,0 +1,185 @@
+"""The nightly file: which models are measured every night, how, when, and what counts as a regression.
+
+    file + overrides -> load -> Suite
+
+`load` tells all mistakes at once. Everything but the reading of the file is a pure function of its content.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from orchestrator.experiment import ExperimentError, Name, TrackingConfig, assignment, evaluation_mistakes
+from orchestrator.preflight import DIMENSIONS
+from orchestrator.schedule import Schedule
+from orchestrator.settings import invalid, meant, meant_path, paths, put, read_file
+from workers.blocks import distance_name
+from workers.config import EvaluationConfig, Record
+
+CHAMPION, CANDIDATE, NEWEST = "champion", "candidate", "newest"
+EVERY = "*"
+LONGEST_T = 100_000
+
+
+def _is_a_variable(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError(
+            "not the name of an environment variable, such as NIGHTLY_WEBHOOK; the address itself stays out of the "
+            "file, as whoever knows it can write there"
+        )
+    return name
+
+
+def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError("[] is empty; give at least one")
+    return values
+
+
+Some = AfterValidator(_some)
+
+
+class Rule(Record):
+    """A metric is worse where it rose by more than each bound that is given; better where it fell by as much."""
+
+    metric: str
+    standard_errors: float | None = Field(default=None, gt=0, description="of the difference")
+    relative: float | None = Field(default=None, gt=0, description="part of the value it is compared with")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> "Rule":
+        if self.standard_errors is None and self.relative is None:
+            raise ValueError("takes standard_errors, relative or both: any change would be a regression")
+        return self
+
+    def __str__(self) -> str:
+        bounds = [] if self.standard_errors is None else [f"{self.standard_errors:g} standard errors"]
+        bounds += [] if self.relative is None else [f"{self.relative:.2%} of the value"]
+        return f"{self.metric} by more than {' and '.join(bounds)}"
+
+
+class Regression(Record):
+    """A model against itself the night before, and a sweep's candidate against its champion, by every rule."""
+
+    against: Annotated[tuple[Literal["last_night", "champion"], ...], Some] = Field(
+        default=("last_night", "champion"), strict=False
+    )
+    rules: Annotated[tuple[Rule, ...], Some] = Field(strict=False)
+
+
+class Mail(Record):
+    to: str
+    command: Annotated[tuple[str, ...], Some] = Field(
+        default=("/usr/sbin/sendmail", "-t"), strict=False, description="takes the message as its input"
+    )
+
+
+class Hooks(Record):
+    """Who hears of a regression or a canary: a URL that an environment variable holds, a command, a mail."""
+
+    webhook: Annotated[str, AfterValidator(_is_a_variable)] | None = None
+    command: Annotated[tuple[str, ...], Some, Field(strict=False)] | None = Field(
+        default=None, description="its words; takes the message as JSON"
+    )
+    mail: Mail | None = None
+
+
+class Suite(Record):
+    """`models`: SWEEP@ALIAS or *@ALIAS of MLflow's registry, `newest` being an alias too, or what `evaluate` takes."""
+
+    name: Name
+    models: Annotated[tuple[str, ...], Some] = Field(strict=False)
+    seed: int = Field(default=0, ge=0)
+    evaluation: EvaluationConfig = EvaluationConfig()
+    schedule: Schedule
+    regression: Regression
+    hooks: Hooks = Hooks()
+    promote: bool = False
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def label(self) -> str:
+        """What MLflow's experiment and the cluster's jobs are called."""
+        return "nightly" if self.name == "nightly" else f"nightly-{self.name}"
+
+
+SETTINGS = paths(Suite)
+
+
+def registered(model: str) -> tuple[str, str] | None:
+    """(sweep or *, alias) of a model that is looked up in the registry; None for a target of `evaluate`."""
+    found = re.fullmatch(r"(\*|[A-Za-z0-9._-]+)@([A-Za-z0-9._-]+)", model)
+    return (found[1], found[2]) if found else None
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
+    """The suite in a YAML file, with `a.b=value` overrides applied. Raises ExperimentError with all mistakes."""
+    try:
+        content, problems = read_file(Path(path), "a nightly file needs name, models, schedule and regression")
+    except ValueError as mistake:
+        raise ExperimentError([str(mistake)], str(path)) from None
+    for text in overrides:
+        try:
+            name, value = assignment(text)
+            if name not in SETTINGS:
+                raise ValueError(f"unknown path{meant_path(name, SETTINGS)}")
+            content = put(content, name.split("."), value)
+        except ValueError as mistake:
+            problems.append(f"override {text!r}: {mistake}")
+    if problems := problems + mistakes(content):
+        raise ExperimentError(problems, str(path))
+    return Suite.model_validate(content)
+
+
+def mistakes(content: Mapping[str, Any]) -> list[str]:
+    """All mistakes in the content of a nightly file; empty if it is valid."""
+    found = [f"{path}: {text}" for path, text in invalid(Suite, content)]
+    return found or _together(Suite.model_validate(content))
+
+
+def _together(suite: Suite) -> list[str]:
+    """Settings, each valid by itself, that do not go together."""
+    evaluation, found = suite.evaluation, evaluation_mistakes(suite.evaluation, LONGEST_T)
+    if not (evaluation.nll or evaluation.fid):
+        found.append("evaluation: nothing is measured; give nll, fid or both")
+    if evaluation.nll and evaluation.nll.images == 1:
+        found.append("evaluation.nll.images: a single image has no error to judge by; take 2 or more, or all")
+    metrics = comparable(evaluation)
+    for i, rule in enumerate(suite.regression.rules):
+        where = f"regression.rules[{i}]"
+        if rule.metric not in metrics:
+            found.append(
+                f"{where}.metric: {rule.metric!r} is not measured by this evaluation{meant(rule.metric, metrics)}; "
+                f"valid: {', '.join(metrics) or 'none'}"
+            )
+        elif rule.standard_errors and not metrics[rule.metric]:
+            found.append(
+                f"{where}.standard_errors: {rule.metric} has no standard error with so few samples; take more of "
+                "them, or leave it out and give relative"
+            )
+    names = [rule.metric for rule in suite.regression.rules]
+    found += [f"regression.rules: {name} is there twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    aliases = {alias for model in suite.models for _, alias in [registered(model) or ("", "")]}
+    for setting, needed in (
+        ("regression.against: champion", {CHAMPION} if CHAMPION in suite.regression.against else set()),
+        ("promote: true", {CHAMPION, CANDIDATE} if suite.promote else set()),
+    ):
+        found += [
+            f"{setting} takes a {alias}, and models names none; add '*@{alias}' to it"
+            for alias in sorted(needed - aliases)
+        ]
+    return found
+
+
+def comparable(evaluation: EvaluationConfig) -> dict[str, bool]:
+    """The metrics that a rule may name, all of them better where lower; and whether each has a standard error."""
+    found = {"eval/nll_bpd": True} if evaluation.nll else {}
+    if fid := evaluation.fid:
+        name = distance_name(fid)
+        found[f"eval/{name}"] = fid.samples > DIMENSIONS[fid.features]
+        if "kid" in fid.also:
+            found["eval/kid" + ("" if name == "fid" else name.removeprefix("fd"))] = True
+    return found

@@ -1,0 +1,231 @@
+"""The ready-made comparison of a sweep in MLflow: shared views of its runs page, as pure functions of data.
+
+A shared view is a tag of the experiment that MLflow's page reads. Its format is internal to MLflow 3.17, to which the
+project is pinned; tests/browser opens the views in a real browser. Each is one of
+
+    the comparison       every trial: parallel coordinates, NLL against distance, validation, samples, settings
+    the Pareto front     the trials that no other beats in all that was measured
+    by <setting>         means over the trials that share a value of one searched setting
+"""
+
+import base64
+import colorsys
+import json
+import zlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+PARENT = "mlflow.parentRunId"
+PARETO, COLOUR = "pareto", "mlflow.runColor"  # tags of a trial's run
+FRONT, BEATEN = "front", "beaten"
+SETTINGS = 12  # more searched settings than these get no charts and views of their own: a tag holds 5,000 characters
+GENERATED = ("eval", "train", "valid")  # sections that MLflow fills with a chart for every metric
+
+Chart = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What the views show: `params` against `metrics`, smaller being better and the first ranking the trials."""
+
+    params: tuple[str, ...]
+    metrics: tuple[str, ...]
+    curve: str = ""  # a metric that is logged as the training goes on
+    images: tuple[str, ...] = ()
+    best: str = ""  # the address of the trial that the others are held against
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    title: str
+    state: Mapping[str, Any]
+
+
+def views(compare: Comparison, parent_id: str, image_step: int, best_id: str) -> list[View]:
+    """All views of the sweep whose own run is `parent_id`, the comparison of all trials first.
+
+    `image_step` is the step whose images are shown, `best_id` the run that differences are taken from, if known.
+    """
+    everything = _page(compare, children(parent_id), _sections(compare, image_step, best_id))
+    result = [View(title="all trials", state=everything)]
+    if len(compare.metrics) > 1:
+        chosen = f"{children(parent_id)} and tags.{PARETO} = '{FRONT}'"
+        result.append(View(title="the Pareto front", state={**everything, "searchFilter": chosen}))
+    if len(compare.params) > 1:
+        result += [
+            View(title=f"by {param}", state=_grouped(compare, parent_id, param)) for param in compare.params[:SETTINGS]
+        ]
+    return result
+
+
+def children(parent_id: str) -> str:
+    """The filter of a sweep's trials."""
+    return f"tags.`{PARENT}` = '{parent_id}'"
+
+
+def tag(name: str, state: Mapping[str, Any], time_ms: int) -> str:
+    """The value of an experiment's tag `mlflow.sharedViewState.<key>`."""
+    packed = "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode(), 9)).decode()
+    return json.dumps({"name": name, "createdAt": time_ms, "updatedAt": time_ms, "state": packed})
+
+
+def page(experiment_id: str, key: str = "", parent_id: str = "") -> str:
+    """The address, behind the server's, of a view by its key, or else of the trials' charts as MLflow makes them.
+
+    A filter in the address would switch the view off: the view holds the same filter.
+    """
+    choice = f"viewStateShareKey={key}" if key else f"searchFilter={quote(children(parent_id))}"
+    return f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&{choice}&compareRunsMode=CHART"
+
+
+def pareto_front(points: Mapping[str, Sequence[float]]) -> set[str]:
+    """The names of the points that no other beats: is nowhere larger and somewhere smaller."""
+    return {
+        name
+        for name, values in points.items()
+        if not any(
+            all(a <= b for a, b in zip(other, values, strict=True)) and tuple(other) != tuple(values)
+            for other in points.values()
+        )
+    }
+
+
+def pareto_tags(addresses: Sequence[str], points: Mapping[str, Sequence[float]]) -> dict[str, dict[str, str]]:
+    """The tags that make the front readable: a trial keeps its hue, and turns pale when another beats it.
+
+    `points` has the trials that are measured; those that are not are as vivid as the front.
+    """
+    front = pareto_front(points)
+    tags = {}
+    for number, address in enumerate(addresses):
+        beaten = address in points and address not in front
+        tags[address] = {COLOUR: _colour(number, pale=beaten)}
+        if address in points:
+            tags[address][PARETO] = BEATEN if beaten else FRONT
+    return tags
+
+
+def _colour(number: int, pale: bool) -> str:
+    """Hues of neighbouring numbers lie far apart: a golden section of the circle."""
+    hue = (0.6 + number * 0.381966) % 1
+    lightness, saturation = (0.82, 0.45) if pale else (0.42, 0.85)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, lightness, saturation))
+
+
+def common_step(images: Iterable[Collection[int]]) -> int:
+    """The last step at which every trial that has images has one; the last of all where there is none."""
+    steps = [set(own) for own in images if own]
+    if not steps:
+        return 0
+    return max(set.intersection(*steps) or set.union(*steps))
+
+
+def _sections(compare: Comparison, image_step: int, best_id: str) -> list[tuple[str, int, int, list[Chart]]]:
+    """(title, columns, height in pixels, charts) of the comparison, from the top of the page to its end."""
+    first, *others = compare.metrics
+    settings = compare.params[:SETTINGS]
+    trade_off = [_scatter(_metric(first), _metric(other)) for other in others]
+    if compare.curve:
+        trade_off.append(_line(compare.curve))
+    return [
+        ("Settings and results", 1, 330, [_parallel(compare)]),
+        ("Pareto front (vivid), validation", max(2, min(len(trade_off), 3)), 400, trade_off),
+        (
+            "Samples",
+            1,
+            500,
+            [
+                {"type": "IMAGE", "displayName": key, "imageKeys": [key], "step": image_step, "showRunParams": False}
+                for key in compare.images
+            ],
+        ),
+        (
+            "By setting",
+            max(2, min(len(settings), 3)),
+            330,
+            [_scatter(_param(p), _metric(m)) for m in compare.metrics for p in settings],
+        ),
+        ("Differences from the best", 1, 400, [_difference(best_id)]),
+    ]
+
+
+def _grouped(compare: Comparison, parent_id: str, param: str) -> dict[str, Any]:
+    bars = [{"type": "BAR", "metricKey": metric} for metric in compare.metrics]
+    curve = [_line(compare.curve)] if compare.curve else []
+    sections = [(f"Means by {param}", 2, 400, [*bars, *curve])]
+    group = {"aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": param}]}
+    return {**_page(compare, children(parent_id), sections), "groupBy": group, "useGroupedValuesInCharts": True}
+
+
+def _page(
+    compare: Comparison, chosen: str, sections: Sequence[tuple[str, int, int, Sequence[Chart]]]
+) -> dict[str, Any]:
+    charts, heads = [], []
+    for number, (name, columns, height, own) in enumerate(sections):
+        section = f"section-{number}"
+        common = {"runsCountToCompare": 100, "metricSectionId": section, "deleted": False, "isGenerated": False}
+        charts += [{"uuid": f"{section}-{i}", **common, **chart} for i, chart in enumerate(own)]
+        if own:
+            heads.append({"uuid": section, "name": name, "display": True, "columns": columns, "cardHeight": height})
+    heads += [{"uuid": name, "name": name, "display": False} for name in GENERATED]  # folded, below all else
+    first = compare.metrics[0]
+    return {
+        "searchFilter": chosen,
+        "orderByKey": f"metrics.`{first}`",
+        "orderByAsc": True,
+        "selectedColumns": [f"params.`{p}`" for p in compare.params] + [f"metrics.`{m}`" for m in compare.metrics],
+        "runsHiddenMode": "SHOW_ALL",
+        "isAccordionReordered": True,
+        "compareRunCharts": charts,
+        "compareRunSections": [{"isReordered": True, "isGenerated": False, **head} for head in heads],
+    }
+
+
+def _metric(key: str) -> dict[str, str]:
+    return {"key": key, "type": "METRIC", "dataAccessKey": key}
+
+
+def _param(key: str) -> dict[str, str]:
+    return {"key": key, "type": "PARAM"}
+
+
+def _scatter(x: Mapping[str, str], y: Mapping[str, str]) -> Chart:
+    return {"type": "SCATTER", "displayName": f"{y['key']} against {x['key']}", "xaxis": x, "yaxis": y}
+
+
+def _parallel(compare: Comparison) -> Chart:
+    """The last metric colours the lines: it is the one that ranks the trials."""
+    return {
+        "type": "PARALLEL",
+        "displayName": f"{compare.metrics[0]} by what was searched",
+        "selectedParams": list(compare.params),
+        "selectedMetrics": list(reversed(compare.metrics)),
+        "showAllRuns": True,
+    }
+
+
+def _line(metric: str) -> Chart:
+    return {
+        "type": "LINE",
+        "displayName": metric,
+        "metricKey": metric,
+        "selectedMetricKeys": [metric],
+        "xAxisKey": "step",
+        "xAxisScaleType": "linear",
+        "scaleType": "linear",
+        "lineSmoothness": 0,
+    }
+
+
+def _difference(best_id: str) -> Chart:
+    return {
+        "type": "DIFFERENCE",
+        "displayName": "Differences from the best",
+        "chartName": "Differences from the best",
+        "compareGroups": ["Parameters", "Model metrics"],
+        "showChangeFromBaseline": True,
+        "showDifferencesOnly": True,
+        "baselineColumnUuid": best_id,
+    }

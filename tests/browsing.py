@@ -1,0 +1,182 @@
+"""MLflow's own pages on a storage, in Debian's Chromium: what stands on them, and their pictures.
+
+`python tests/browsing.py STORAGE SWEEP FOLDER` (make pictures) takes the pictures of docs/.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from playwright.sync_api import Page, sync_playwright
+
+from orchestrator import ui
+
+CHROMIUM = shutil.which("chromium")
+OPTIONS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-background-networking --disable-component-update "
+    "--disable-sync --no-first-run"
+).split()
+# MLflow opens its assistant beside everything the first time that a browser comes.
+CLOSED = """
+localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
+localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
+"""
+ML = "workflowType=machine_learning"
+WAIT_MS = 60_000
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What MLflow has of a sweep, by its API: what the pages are held against."""
+
+    sweep: str
+    experiment: str
+    tags: dict[str, str]  # of the experiment
+    parent: Run
+    trials: list[Run]  # best first
+
+    @staticmethod
+    def of(storage: Path, sweep: str) -> "Recorded":
+        client = MlflowClient(f"sqlite:///{storage.absolute()}/mlflow.db")
+        experiment = client.get_experiment_by_name(sweep)
+        assert experiment, f"{storage} has no sweep {sweep}"
+        runs = client.search_runs([experiment.experiment_id], order_by=["metrics.`eval/nll_bpd`"])
+        trials = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+        [parent] = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+        return Recorded(sweep, experiment.experiment_id, experiment.tags, parent, trials)
+
+    def names(self, **tags: str) -> list[str]:
+        return [str(run.info.run_name) for run in self.trials if tags.items() <= run.data.tags.items()]
+
+    def view(self, title: str) -> str:
+        """The page of a shared view by its title."""
+        views = {k: json.loads(text) for k, text in self.tags.items() if k.startswith("mlflow.sharedViewState.")}
+        [key] = [key.rpartition(".")[2] for key, view in views.items() if view["name"] == f"{self.sweep}: {title}"]
+        return f"#/experiments/{self.experiment}/runs?{ML}&viewStateShareKey={key}&compareRunsMode=CHART"
+
+    def compare_page(self) -> str:
+        """MLflow's older page that compares runs."""
+        ids = quote(json.dumps([run.info.run_id for run in self.trials]))
+        return f"#/compare-runs?runs={ids}&experiments={quote(json.dumps([self.experiment]))}&{ML}"
+
+    def run_page(self, run: Run) -> str:
+        return f"#/experiments/{self.experiment}/runs/{run.info.run_id}?{ML}"
+
+    def model_page(self) -> str:
+        return f"#/models/{self.sweep}?{ML}"
+
+
+@contextmanager
+def served(storage: Path) -> Iterator[str]:
+    """The address of the UI's server on the storage."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        ui.server_command(storage, port), env={**os.environ, **ui.LIGHT}, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        while True:
+            assert server.poll() is None, "the server ended"
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                continue
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+@contextmanager
+def browser(width: int = 1500) -> Iterator["Browser"]:
+    """A fresh Chromium. Its pages are tall, as charts are drawn when they come into sight."""
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+        context = chromium.new_context(viewport={"width": width, "height": 2600})
+        context.set_default_timeout(WAIT_MS)
+        context.add_init_script(CLOSED)
+        yield Browser(context)
+        chromium.close()
+
+
+class Browser:
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    @contextmanager
+    def page(self, base: str, where: str, height: int = 2600) -> Iterator[Page]:
+        page = self._context.new_page()
+        page.set_viewport_size({"width": page.viewport_size["width"], "height": height})
+        page.goto(f"{base}/{where}")
+        yield page
+        page.close()
+
+
+# What stands on a page. Each waits until as much is there as is asked for, and fails where it does not come.
+
+
+def plots(page: Page, kind: str, n: int) -> list[dict[str, Any]]:
+    """The first trace of the plots of a kind of Plotly's, with `x`, `y`, colours and the axes' titles."""
+    found = """kind => [...document.querySelectorAll('.js-plotly-plot')]
+        .filter(plot => plot.data && plot.data.length && plot.data[0].type === kind)
+        .map(plot => ({traces: plot.data.length, names: plot.data.map(trace => trace.name),
+                       x: [...(plot.data[0].x || [])], y: [...(plot.data[0].y || [])],
+                       colours: plot.data[0].marker && plot.data[0].marker.color,
+                       titles: [plot.layout.xaxis, plot.layout.yaxis].map(
+                           axis => axis && axis.title && (axis.title.text || axis.title))}))"""
+    page.wait_for_function(f"n => ({found})('{kind}').length >= n", arg=n)
+    return list(page.evaluate(found, kind))
+
+
+def axes(page: Page) -> list[str]:
+    """The labels of the parallel coordinates, whole or cut short."""
+    page.wait_for_selector(".parcoords .dimension .label")
+    return [str(label.text_content()) for label in page.locator(".parcoords .dimension .label").all()]
+
+
+def pictures(page: Page, n: int) -> int:
+    """How many logged images are shown."""
+    shown = """() => [...document.images].filter(
+        image => image.src.includes('artifact') && image.naturalWidth > 0 && image.getBoundingClientRect().width > 0
+    ).length"""
+    page.wait_for_function(f"n => ({shown})() >= n", arg=n)
+    return int(page.evaluate(shown))
+
+
+def wait_for_texts(page: Page, *texts: str) -> None:
+    for text in texts:
+        page.get_by_text(text).first.wait_for()
+
+
+PICTURES = {
+    "mlflow": ("all trials", 1900),
+    "mlflow-setting": ("by diffusion.T", 900),
+}
+
+
+def main(storage: Path, sweep: str, folder: Path) -> None:
+    recorded = Recorded.of(storage, sweep)
+    with served(storage) as base, browser() as chromium, chromium.page(base, recorded.view("all trials")) as page:
+        plots(page, "scatter", 3)
+        pictures(page, min(len(recorded.trials), 10))
+        page.screenshot(path=folder / "mlflow.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

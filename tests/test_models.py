@@ -1,0 +1,211 @@
+"""A registered model gives the images that the evaluation measured, wherever it is loaded, and holds no pickle."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import small_evaluation as small
+import torch
+from diffusers import DDPMPipeline
+from mlflow import MlflowClient
+
+from orchestrator import models
+from orchestrator.models import Candidate
+from orchestrator.tracking import Tracker
+from workers import blocks
+from workers.config import FIDConfig, Mistake, SamplerConfig
+from workers.evaluation import read_block
+from workers.storage import Storage
+
+SAMPLER = SamplerConfig(kind="ddim", steps=3)
+FID = FIDConfig(sampler=SAMPLER)
+
+
+def candidate(storage: Storage, weights: str = "a") -> Candidate:
+    checkpoint = small.checkpoint_in(storage, weights)
+    return Candidate(trial=weights, checkpoint=checkpoint, levels=small.LEVELS, fid=FID)
+
+
+@pytest.fixture(autouse=True)
+def nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """MLflow makes a database in the working directory where it is asked without an address: nothing here does so."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    yield
+    assert not list((tmp_path / "here").iterdir())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    models.save(candidate(Storage(folder / "runs")), folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def loaded(saved: Path) -> Any:
+    return mlflow.pyfunc.load_model(str(saved))
+
+
+def asked(**columns: Any) -> pd.DataFrame:
+    return pd.DataFrame({name: [value] for name, value in columns.items()})
+
+
+def test_the_images_are_those_of_the_evaluation(loaded: Any, tmp_path: Path) -> None:
+    """For the same seed and sampler, of whole blocks and of a part of one."""
+    torch.set_num_threads(1)
+    for sampler in (SAMPLER, SamplerConfig(kind="ancestral"), SamplerConfig(kind="ddim", steps=7)):
+        m = small.measurement(seed=5, samples=150, sampler=sampler)
+        bench = small.bench(tmp_path, m)
+        wanted = blocks.sample_blocks(m, bench.checkpoint.digest, small.IMAGES)
+        small.make_all(bench, wanted)
+        images = [row for block in wanted for row in read_block(bench.storage, block)["image"].to_pylist()]
+        measured = np.stack([np.frombuffer(image, np.uint8) for image in images]).reshape(-1, small.SIDE, small.SIDE, 1)
+        request = asked(n=200, seed=5, sampler=sampler.kind, steps=sampler.steps or small.T)
+        given = loaded.predict(request)
+        assert given.dtype == np.uint8 and np.array_equal(given, measured)
+        assert np.array_equal(loaded.predict(request.assign(n=130)), measured[:130])
+
+
+def test_a_row_is_a_request(loaded: Any) -> None:
+    """The rows' images follow each other; the evaluation's sampler and steps are those of a row without."""
+    two = loaded.predict(pd.DataFrame({"n": [2, 3], "seed": [0, 1]}))
+    assert two.shape == (5, small.SIDE, small.SIDE, 1) and two.max() < small.LEVELS
+    assert np.array_equal(two[2:], loaded.predict(asked(n=3, seed=1)))
+    assert np.array_equal(two[:2], loaded.predict(asked(n=2, seed=0, sampler="ddim", steps=3)))
+    assert not np.array_equal(two[:2], loaded.predict(asked(n=2, seed=0, sampler="ddim", steps=9)))
+    assert loaded.predict(asked(n=0, seed=0)).shape == (0, small.SIDE, small.SIDE, 1)
+
+
+@pytest.mark.parametrize(
+    "columns", [{"n": 1}, {"n": 1.5, "seed": 0}, {"n": -1, "seed": 0}, {"n": 1, "seed": 0, "sampler": "magic"}]
+)
+def test_a_request_that_means_nothing_is_refused(loaded: Any, columns: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, mlflow.MlflowException)):
+        loaded.predict(asked(**columns))
+
+
+def test_what_lies_in_it(saved: Path, loaded: Any) -> None:
+    files = {str(path.relative_to(saved)): path for path in saved.rglob("*") if path.is_file()}
+    assert {Path(name).suffix for name in files} <= {".py", ".json", ".yaml", ".txt", ".safetensors", ""}
+    assert not [name for name, path in files.items() if path.read_bytes()[:1] == b"\x80"]  # as a pickle begins
+    assert "model_code.py" in files and "code/workers/unet.py" in files
+    signature = loaded.metadata.signature
+    assert signature.inputs.input_names() == ["n", "seed", "sampler", "steps"]
+    assert signature.inputs.required_input_names() == ["n", "seed"]
+    assert signature.outputs.inputs[0].shape == (-1, small.SIDE, small.SIDE, 1)
+    example = loaded.metadata.load_input_example(str(saved))
+    assert len(loaded.predict(example)) == example["n"][0]
+
+
+def test_diffusers_opens_its_folder(saved: Path) -> None:
+    pipeline = DDPMPipeline.from_pretrained(saved / "artifacts/diffusers")
+    images = pipeline(batch_size=2, num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, small.SIDE, small.SIDE, 1)
+
+
+def test_a_damaged_model_is_refused(saved: Path, tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    other = candidate(storage, "b")
+    models.save(replace(other, checkpoint=replace(other.checkpoint, digest="0" * 16)), tmp_path / "model")
+    with pytest.raises(Mistake, match="is damaged"):
+        mlflow.pyfunc.load_model(str(tmp_path / "model"))
+
+
+LOAD = """
+import json, sys, mlflow, pandas as pd
+model = mlflow.pyfunc.load_model(sys.argv[1])
+images = model.predict(pd.DataFrame({"n": [3], "seed": [0]}))
+print(json.dumps({"images": images.tolist(),
+                  "workers": {n: m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "workers"},
+                  "unused": [n for n in ("ray", "sklearn", "orchestrator") if n in sys.modules]}))
+"""
+
+
+def test_it_brings_its_own_code_and_names_all_that_it_imports(saved: Path, loaded: Any, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD, str(saved)], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout.splitlines()[-1])
+    assert np.array_equal(np.array(said["images"], np.uint8), loaded.predict(asked(n=3, seed=0)))
+    assert said["unused"] == []
+    files = [Path(file) for file in said["workers"].values() if file]
+    assert files and all(file.is_relative_to(saved / "code") for file in files)
+    imported = {name for file in [*files, saved / "model_code.py"] for name in _imported_at_once(file)}
+    named = {line.partition("==")[0] for line in (saved / "requirements.txt").read_text().splitlines()}
+    packages = {"PIL": "pillow"}
+    assert {packages.get(name, name) for name in imported - sys.stdlib_module_names - {"workers"}} <= named
+
+
+def _imported_at_once(file: Path) -> set[str]:
+    """The top-level names that a file imports when it is imported itself."""
+    nodes = ast.parse(file.read_text()).body
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.partition(".")[0] for name in names}
+
+
+def register(storage: Storage, *wanted: Candidate) -> MlflowClient:
+    """As a sweep does it, through the line of calls."""
+    tracker = Tracker(storage, "registered")
+    tracker.open_sweep({}, {})
+    for one in wanted:
+        tracker.open_trial(one.trial, one.trial, {}, {})
+        tracker.register(one)
+    left = tracker.flush(120)
+    assert left.complete, str(left)
+    return MlflowClient(tracker.uri)
+
+
+def versions(client: MlflowClient) -> dict[str, str]:
+    return {str(v.version): v.tags["orchestrator.trial"] for v in client.search_model_versions("name = 'registered'")}
+
+
+def test_a_checkpoint_is_registered_once_and_the_best_is_the_candidate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(tmp_path)
+    first, better = candidate(storage, "a"), candidate(storage, "b")
+    with monkeypatch.context() as patched:  # a server that dies before it has all of the model: it is made again, whole
+        upload, answers = MlflowClient.log_model_artifacts, iter(["dies"])
+
+        def dies_once(self: MlflowClient, *arguments: Any, **named: Any) -> None:
+            if next(answers, ""):
+                raise mlflow.MlflowException("timed out")
+            upload(self, *arguments, **named)
+
+        patched.setattr(MlflowClient, "log_model_artifacts", dies_once)
+        client = register(storage, first)
+    assert versions(client) == {"1": "a"}
+    client = register(storage, first)
+    assert versions(client) == {"1": "a"}
+    client = register(storage, better)
+    assert versions(client) == {"1": "a", "2": "b"}
+    assert client.get_model_version_by_alias("registered", "candidate").tags == {
+        "orchestrator.trial": "b",
+        "orchestrator.checkpoint": better.checkpoint.digest,
+        "orchestrator.path": "trials/b/checkpoints/step-00000001",
+        "orchestrator.storage": client.get_model_version("registered", "2").tags["orchestrator.storage"],
+    }
+    register(storage, first)
+    assert versions(client) == {"1": "a", "2": "b"}
+    assert client.get_model_version_by_alias("registered", "candidate").tags["orchestrator.trial"] == "a"
+    experiment = client.get_experiment_by_name("registered")
+    assert len(client.search_logged_models([experiment.experiment_id])) == 2
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    images = mlflow.pyfunc.load_model("models:/registered@candidate").predict(asked(n=2, seed=0))
+    assert images.shape == (2, small.SIDE, small.SIDE, 1)

@@ -1,0 +1,357 @@
+"""What a sweep's storage keeps of it, and the report and status that are made of that: no Ray, no torch."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from orchestrator import archive, report, results, status
+from orchestrator.archive import Driver, Events
+from orchestrator.experiment import Experiment, expand, parse
+from orchestrator.importance import importance
+from orchestrator.plots import pareto
+from workers.blocks import Images, protocol_key
+from workers.config import DataConfig, Measurement
+from workers.data import Source
+from workers.storage import Storage
+
+SOURCE = Source("d1", "digits", "digits", 1497, 300, True, 17, (8, 8, 1))
+PIXEL = bytes.fromhex(  # a PNG of one pixel
+    "89504e470d0a1a0a0000000d4948445200000001000000010800000000 3a7e9b550000000a49444154789c6360000000020001"
+    "48afa4710000000049454e44ae426082"
+)
+
+
+def experiment(**search: Any) -> Experiment:
+    space = {"diffusion.T": {"grid": [20, 50]}, "loss.weighting": {"grid": ["simple", "vlb"]}}
+    schedule = {"scale": "per_1000", "beta_end": 0.015}
+    return parse(
+        {
+            "name": "small",
+            "data": {"source": "digits"},
+            "diffusion": {"schedule": schedule},
+            "training": {"steps": 10, "batch_size": 8},
+            "search": {"space": space, **search},
+        }
+    )
+
+
+def stored(root: Path, nll: Mapping[int, list[float]], **search: Any) -> tuple[Storage, list[str]]:
+    """A storage as a sweep of four trials leaves it; `nll` has the bits/dim of each image, by the trial's number."""
+    storage, of = Storage(root), experiment(**search)
+    trials = {f"{i}{'abcdef012345678'}": v for i, v in enumerate(expand(of))}
+    archive.keep(storage, of, trials, {DataConfig(source="digits"): SOURCE})
+    for i, (address, v) in enumerate(trials.items()):
+        if i not in nll:
+            continue
+        point = {"step": 10, "time_ms": 5_000, "metrics": {"valid/nll_bpd": 3.0 + i, "valid/nll_bpd_se": 0.1}}
+        image = {"step": 10, "time_ms": 5_000, "image": "samples", "path": f"trials/{address}/samples/step-10.png"}
+        storage.write(image["path"], PIXEL)
+        lines = [{**point, "step": 0}, point, image]
+        storage.write(f"trials/{address}/journal.jsonl", "".join(json.dumps(x) + "\n" for x in lines).encode())
+        state = {"state": "finished", "step": 10, "steps": 10, "images_per_s": 40.0, "checkpoint": f"c{i}",
+                 "valid_nll_bpd": 3.0 + i, "updated_ms": 6_000, "host": "<b>here</b>", "detail": ""}  # fmt: skip
+        storage.write_json(f"trials/{address}/status.json", state)
+        key = protocol_key(Measurement.of(v.trial), Images.of(SOURCE))
+        storage.write_sealed(f"evaluations/c{i}/summary-{key}.json", summary(nll[i], v.trial.diffusion.T, 2.0 - i / 10))
+    return storage, list(trials)
+
+
+def summary(per_image: list[float], T: int, distance: float) -> dict[str, Any]:
+    mean = sum(per_image) / len(per_image)
+    parts = {"eval/nll_prior_bpd": 0.01, "eval/nll_diffusion_bpd": mean - 0.41, "eval/nll_decoder_bpd": 0.4}
+    return {
+        "metrics": {"eval/nll_bpd": mean, "eval/nll_bpd_se": 0.05, **parts, "eval/fd_classifier": distance,
+                    "eval/fd_classifier_se": 0.1},
+        "passports": {"nll": {"protocol": {"data": "d1", "timesteps": "all"}, "subject": {"T": T}},
+                      "samples": {"protocol": {"features": "classifier"}, "also": {"kid": "100 subsets"},
+                                  "warnings": ["few samples"]}},
+        "nll_per_image": per_image,
+        "nll_by_t": [mean / T] * T + [0.01],
+        "rate_distortion": {"rate_bpd": [0.1 * t for t in range(T)], "rmse_255": [100.0 / (t + 1) for t in range(T)]},
+        "ledger": {"optimal": [{"steps": s, "bpd": mean + 20 / s, "bpd_se": 0.05} for s in (T, 10)]},
+        "hash": "h",
+    }  # fmt: skip
+
+
+FOUR = {0: [2.0, 2.4, 2.8], 1: [2.1, 2.35, 2.84], 2: [2.5, 2.91, 3.3], 3: [3.0, 3.41, 3.8]}
+
+
+class Page(HTMLParser):
+    """What a page would load, its tags in balance, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        names = dict(attributes)
+        self.loads += [str(v) for k, v in attributes if k in ("src", "href", "xlink:href", "srcset", "data", "action")]
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base"), tag
+        assert not any(name.startswith("on") for name in names), names
+        if tag not in ("meta", "br", "img", "path", "use", "rect", "input"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.loads += [str(v) for k, v in attributes if k in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("path", "use", "rect"):
+            assert self.open.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
+    storage, addresses = stored(tmp_path, FOUR)
+    events = Events(storage, "small")
+    events.add("started", host="h", pid=1, trials=4)
+    events.add("restarted", addresses[0], step=5, why="<script>alert(1)</script> died; it starts again")
+    events.add("ended")
+    events.flush()
+    content = report.page(report.gather(storage, "small"))
+    page = Page(content)
+    text = " ".join(" ".join(page.text).split())
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.loads)
+    assert not re.search(r"url\((?!#)", content) and "@import" not in content
+    for address in addresses:
+        assert address[:8] in text
+    for said in ("Trials", "What matters", "NLL against distance", "Where the bits go", "Noise schedules",
+                 "Rate and distortion", "Fewer steps", "Validation while training", "Samples", "Cost",
+                 "Faults and retries", "How it was measured", "few samples", "2.400 ± 0.050", "≈ best"):  # fmt: skip
+        assert said in text, said
+    assert content.count("<svg") == len(report.PLOTS) and content.count("data:image/png") == 4
+    assert "<script" not in content and "&lt;script&gt;alert(1)" in content
+    identifiers = re.findall(r'\bid="([^"]+)"', content)
+    assert len(identifiers) == len(set(identifiers)), "two drawings of a page must not share their ids"
+    used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", content))
+    assert used <= set(identifiers)
+
+
+def test_a_page_can_be_made_at_any_moment_of_a_sweep(tmp_path: Path) -> None:
+    for some in ({}, {0: FOUR[0]}, {0: FOUR[0], 3: FOUR[3]}):
+        storage, _ = stored(tmp_path / str(len(some)), some)
+        made = report.gather(storage, "small")
+        Page(report.page(made))
+        assert f"{len(some)} / 4" in report.page(made)
+        assert ("Best of" in report.verdict(made)) == bool(some)
+        assert report.markdown(made).count("| ") > 4
+
+
+def test_the_same_storage_gives_the_same_page(tmp_path: Path) -> None:
+    storage, _ = stored(tmp_path, FOUR)
+    first, second = (report.page(report.gather(storage, "small")) for _ in range(2))
+    assert [line for line in first.splitlines() if "as of" not in line] == [
+        line for line in second.splitlines() if "as of" not in line
+    ]
+
+
+def test_marks_what_cannot_be_told_from_the_best(tmp_path: Path) -> None:
+    storage, _ = stored(tmp_path, FOUR)
+    table = report._table(report.gather(storage, "small"))
+    assert [entry.mark for entry in table] == ["best", "same", "", ""]
+    whiskers = [entry.whisker for entry in table if entry.whisker]
+    assert min(w.low for w in whiskers) == 0 and abs(max(w.high for w in whiskers) - 100) < 1e-9
+    assert "cannot be told from one other" in report.verdict(report.gather(storage, "small"))
+
+
+def test_markdown_is_for_a_pull_request(tmp_path: Path) -> None:
+    storage, _ = stored(tmp_path, FOUR)
+    text = report.markdown(report.gather(storage, "small"))
+    assert text.startswith("## Sweep `small`") and text.count("| done |") == 4
+    assert "explained by each setting" in text and "<details>" in text and "Faults and retries: none" in text
+
+
+def test_a_sweep_that_is_not_there_is_a_mistake_that_names_those_that_are(tmp_path: Path, capsys: Any) -> None:
+    stored(tmp_path, {})
+    for verb in (report, status):
+        assert verb.main(["smal", "--storage", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert "did you mean 'small'" in said and "Sweeps there: small" in said
+        assert verb.main(["../small", "--storage", str(tmp_path)]) == 2
+    assert status.main(["--storage", str(tmp_path / "nothing")]) == 2
+    assert not (tmp_path / "nothing").exists()
+
+
+# ---- What matters ----------------------------------------------------------------------------------------------
+
+
+def test_shares_of_a_full_grid_without_interplay_add_up_to_one() -> None:
+    params = [{"a": a, "b": b} for a in (1, 2) for b in ("x", "y", "z")]
+    values = [10 * p["a"] + "xyz".index(p["b"]) for p in params]
+    a, b = importance(params, values)
+    assert (a.name, b.name) == ("a", "b") and abs(a.share + b.share - 1) < 1e-12
+    # Sums of squares by hand: 6 x 5^2 between the a, 2 x (1 + 0 + 1) between the b.
+    assert abs(a.share - 150 / 154) < 1e-12 and abs(b.share - 4 / 154) < 1e-12
+    assert (a.chance, b.chance) == (1 / 5, 2 / 5)
+    assert [(level.label, level.mean, level.trials) for level in a.levels] == [("1", 11.0, 3), ("2", 21.0, 3)]
+
+
+def test_an_interplay_belongs_to_no_setting() -> None:
+    params = [{"a": a, "b": b} for a in (0, 1) for b in (0, 1)]
+    assert [s.share for s in importance(params, [p["a"] ^ p["b"] for p in params])] == [0, 0]
+
+
+def test_numbers_that_were_drawn_are_put_into_ranges() -> None:
+    [lr] = importance([{"lr": x / 100} for x in range(40)], [float(x // 10) for x in range(40)])
+    assert abs(lr.share - 1) < 1e-12 and [level.trials for level in lr.levels] == [10] * 4
+
+
+def test_says_nothing_of_too_few_trials_or_of_no_difference() -> None:
+    assert importance([{"a": 1}, {"a": 2}, {"a": 3}], [1.0, 2.0, 3.0]) == []
+    assert importance([{"a": i} for i in range(5)], [1.0] * 5) == []
+
+
+def test_the_front_has_the_points_that_none_beats() -> None:
+    assert pareto([(1, 5), (2, 4), (3, 4), (2, 6), (4, 1), (1, 5)]) == [(1, 5), (2, 4), (4, 1)]
+
+
+# ---- What happened ---------------------------------------------------------------------------------------------
+
+
+def happened(*events: tuple[float, str, str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {"time_ms": int(1000 * second), "event": event, **({"trial": trial} if trial else {}), **what}
+        for second, event, trial, what in events
+    ]
+
+
+def test_use_counts_what_trials_held_of_the_cluster_over_all_commands() -> None:
+    one, block = {"cpus": 1, "gpus": 0}, {"core_s": 4.0, "gpu_s": 0.0}
+    use = archive.use(
+        happened(
+            (0, "started", "", {}),
+            (10, "cluster", "", {"cpus": 4.0, "gpus": 0.0}),
+            (20, "began", "a", one),
+            (30, "restarted", "a", {}),
+            (35, "began", "a", one),
+            (50, "trained", "a", {"state": "finished"}),
+            (60, "measured", "a", block),
+            # The command is killed, and another one goes on where it stopped.
+            (1000, "started", "", {}),
+            (1000, "cluster", "", {"cpus": 4.0, "gpus": 0.0}),
+            (1010, "began", "b", {"cpus": 2, "gpus": 0}),
+            (1030, "interrupted", "", {}),
+        )
+    )
+    assert use.wall_s == 50 + 30 and use.capacity == 4 * 80
+    assert use.of("a", "training") == 10 + 15 and use.of("a", "evaluation") == 4 and use.of("b", "training") == 40
+    assert use.utilisation == 69 / 320 and use.slot == "core"
+
+
+def test_a_cluster_with_gpus_is_counted_in_them() -> None:
+    use = archive.use(
+        happened(
+            (0, "started", "", {}),
+            (0, "cluster", "", {"cpus": 64.0, "gpus": 8.0}),
+            (0, "began", "a", {"cpus": 4, "gpus": 4}),
+            (100, "trained", "a", {"state": "finished"}),
+            (200, "measured", "a", {"core_s": 9.0, "gpu_s": 100.0}),
+        )
+    )
+    assert (use.slot, use.busy, use.capacity) == ("GPU", 500, 1600)
+
+
+def test_failures_are_those_of_the_last_command() -> None:
+    first = [(0, "started", "", {}), (1, "failed", "a", {"why": "memory"}), (1, "failed", "b", {"why": "disk"})]
+    assert archive.failures(happened(*first)) == {"a": "memory", "b": "disk"}
+    assert archive.failures(happened(*first, (2, "started", "", {}), (3, "failed", "b", {"why": "x"}))) == {"b": "x"}
+
+
+@pytest.mark.parametrize(
+    ("last", "locked", "age_s", "expected"),
+    [
+        ("began", True, 1, "running"),
+        ("began", False, 1, "gone"),  # killed: a lock is freed by the system
+        ("ended", False, 1, "ended"),
+        ("interrupted", False, 1, "interrupted"),
+        ("began", None, 5, "running"),  # a remote storage has no locks: the last sign decides
+        ("began", None, 3600, "silent"),
+    ],
+)
+def test_whether_a_command_is_at_work(last: str, locked: bool | None, age_s: float, expected: str) -> None:
+    events = happened((0, "started", "", {"host": "h", "pid": 7}), (10, last, "", {}))
+    found = archive.driver(events, locked, [], 10_000 + int(1000 * age_s))
+    assert (found.state, found.host, found.pid, found.heard_ms) == (expected, "h", 7, 10_000)
+
+
+def test_events_are_kept_over_commands_and_never_half(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    for command in range(2):
+        events = Events(storage, "small")
+        events.add("started", pid=command)
+        for _ in range(3):
+            events.add("began", "a", step=1)
+        events.flush()
+    found = archive.events(storage, "small")
+    assert [e["event"] for e in found] == ["started", "began", "began", "began"] * 2
+    assert [e["pid"] for e in found if "pid" in e] == [0, 1] and all(e["time_ms"] > 0 for e in found)
+
+
+# ---- Status ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "at_work", "last", "expected"),
+    [
+        (None, "running", "decided", "waiting"),
+        (None, "running", "began", "training"),
+        (None, "gone", "began", "not begun"),
+        ("running", "running", "began", "training"),
+        ("running", "gone", "began", "cut off"),
+        ("finished", "running", "evaluating", "evaluating"),
+        ("finished", "gone", "evaluating", "trained"),
+        ("diverged", "ended", "trained", "diverged"),
+        ("pruned", "running", "trained", "pruned"),
+    ],
+)
+def test_the_state_of_a_trial(state: str | None, at_work: str, last: str, expected: str) -> None:
+    variant = expand(experiment())[0]
+    found = results.Found({"state": state} if state else None, "c", None)
+    row = results.Row("a", variant, found)
+    assert status.standing(row, Driver(at_work), {"event": last}) == expected
+
+
+def test_status_shows_sweeps_and_trials(tmp_path: Path, capsys: Any) -> None:
+    storage, addresses = stored(tmp_path, {0: FOUR[0]})
+    events = Events(storage, "small")
+    events.add("started", host="h", pid=1, trials=4)
+    events.flush()
+    with storage.lock("sweeps/small/lock"):
+        assert status.main(["--storage", str(tmp_path)]) == 0
+        said = capsys.readouterr().out
+        assert "small" in said and "1 done, 3 waiting" in said and "runs on h (process 1)" in said
+    assert status.main(["small", "--storage", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "10/10" in said and "0/10" in said and "the same command resumes" in said
+    assert all(address[:8] in said for address in addresses)
+    assert status.main(["small", "--json", "--storage", str(tmp_path)]) == 0
+    [sweep] = json.loads(capsys.readouterr().out)["sweeps"]
+    assert [t["state"] for t in sweep["trials"]] == ["done", "not begun", "not begun", "not begun"]
+    assert sweep["driver"]["state"] == "gone" and sweep["trials"][0]["metrics"]["eval/nll_bpd"] == pytest.approx(2.4)
+    assert status.main(["small", "--watch", "--storage", str(tmp_path)]) == 0  # nothing runs: it ends by itself
+
+
+def test_status_and_report_import_neither_torch_nor_ray_nor_mlflow(tmp_path: Path) -> None:
+    stored(tmp_path, FOUR)
+    code = (
+        "import sys; from orchestrator import status, report; "
+        f"assert status.main(['small', '--storage', {str(tmp_path)!r}]) == 0; "
+        f"assert report.main(['small', '--storage', {str(tmp_path)!r}]) == 0; "
+        "print(sorted({'torch', 'ray', 'mlflow', 'sklearn'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "[]", result.stdout + result.stderr
+    assert (tmp_path / "sweeps/small/report.html").stat().st_size > 20_000

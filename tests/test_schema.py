@@ -1,0 +1,79 @@
+"""The experiment file's JSON schema is that of the records, is shipped, and is named by every experiment file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from conftest import ROOT
+
+from orchestrator.experiment import mistakes
+from orchestrator.schema import main, schema
+from orchestrator.settings import read_yaml
+
+FILES = sorted((ROOT / "experiments").glob("*.yaml"))
+VALIDATOR = jsonschema.Draft202012Validator(schema())
+LEAST = {"name": "a", "data": {"source": "digits"}, "training": {"steps": 1}}
+
+
+def content(file: Path) -> Any:
+    return read_yaml(file.read_text())[0]
+
+
+def test_the_shipped_schema_is_current() -> None:
+    assert json.loads((ROOT / "experiments/schema.json").read_text()) == schema(), "make schema writes it again"
+    jsonschema.Draft202012Validator.check_schema(schema())
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_every_experiment_file_names_the_schema_and_is_valid(file: Path) -> None:
+    assert "# yaml-language-server: $schema=schema.json" in file.read_text().splitlines()
+    VALIDATOR.validate(content(file))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"trainin": {}},
+        {"name": "../outside"},
+        {"training": {"steps": 0}},
+        {"training": {"steps": "many"}},
+        {"training": {}},
+        {"loss": {"weighting": "simpel"}},
+        {"diffusion": {"schedule": {"beta_end": 1.5}}},
+        {"search": {"space": {"diffusion.T": [1, 2]}}},
+        {"search": {"space": {"diffusion.T": {"grid": []}}}},
+        {"search": {"space": {"diffusion.T": {}}}},
+        {"search": {"space": {"diffusion.T": {"grid": [10], "choice": [20]}}}},
+        {"search": {"space": {"diffusion.T": {"grid": None}}}},
+        {"search": {"space": {"diffusion.t": {"grid": [10]}}}},
+        {"search": {"space": {"training.lr": {"uniform": [1]}}}},
+        {"search": {"metric": "train/loss_simple"}},
+    ],
+    ids=str,
+)
+def test_what_the_schema_refuses_the_command_refuses_too(wrong: dict[str, Any]) -> None:
+    assert not VALIDATOR.is_valid({**LEAST, **wrong}) and mistakes({**LEAST, **wrong})
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        {},
+        {"search": {"space": {"diffusion.T": {"grid": [10, 20]}, "loss.weighting": {"grid": ["simple", "vlb"]}}}},
+        {"search": {"space": {"training.lr": {"loguniform": [1e-4, 1e-2]}}, "algorithm": "random", "samples": 3}},
+        {"evaluation": {"nll": None, "fid": {"samples": 500}}},
+        {"search": {"space": {"diffusion.schedule": {"grid": [{"kind": "cosine"}]}}}},
+    ],
+    ids=str,
+)
+def test_both_take_what_is_right(right: dict[str, Any]) -> None:
+    VALIDATOR.validate({**LEAST, **right})
+    assert mistakes({**LEAST, **right}) == []
+
+
+def test_the_command_prints_and_writes_it(tmp_path: Path, capsys: Any) -> None:
+    assert main([]) == 0 and json.loads(capsys.readouterr().out) == schema()
+    assert main(["--output", str(tmp_path / "schema.json")]) == 0
+    assert json.loads((tmp_path / "schema.json").read_text()) == schema()

@@ -1,0 +1,126 @@
+"""Sending a sweep to a cluster: which job it is, and what is refused. Jobs that run: cluster/test_onprem."""
+
+import shlex
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from orchestrator import submission
+from orchestrator.experiment import load
+from orchestrator.submission import Job, check_attachable, choose, code, job
+from orchestrator.sweep import main
+from workers.config import Mistake
+
+
+def sent(file: Path, *overrides: str, storage: str = "/shared/runs", fresh: bool = False) -> Job:
+    return job(load(file, overrides), file, overrides, storage, fresh, quiet=False)
+
+
+def test_a_job_is_named_by_what_it_makes_and_where(tiny: Path) -> None:
+    name = sent(tiny).name
+    assert name.startswith("sweep-tiny-")
+    assert sent(tiny, storage="/shared/runs/").name == name and sent(tiny, fresh=True).name == name
+    assert sent(tiny, "training.steps=20").name == name, "the file says so already"
+    assert sent(tiny, "training.steps=21").name != name and sent(tiny, storage="s3://bucket/runs").name != name
+
+
+def test_its_command_is_the_one_that_runs_on_the_head(tiny: Path) -> None:
+    words = shlex.split(sent(tiny, "search.space.diffusion.T.grid=[50, 100]", fresh=True).command)
+    assert words[:5] == ["python", "-m", "orchestrator.sweep", "tiny.yaml", "search.space.diffusion.T.grid=[50, 100]"]
+    assert words[5:] == ["--address", "auto", "--storage", "/shared/runs", "--fresh"]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [
+        ({}, ("s-1", True)),
+        ({"s-1": "RUNNING"}, ("s-1", False)),
+        ({"s-1": "PENDING"}, ("s-1", False)),
+        ({"s-1": "FAILED"}, ("s-2", True)),
+        ({"s-1": "FAILED", "s-2": "RUNNING"}, ("s-2", False)),
+        ({f"s-{n}": "STOPPED" for n in range(1, 11)}, ("s-11", True)),
+        ({"s-9": "FAILED", "s-10": "SUCCEEDED"}, ("s-11", True)),
+        ({"s-x": "RUNNING", "ss-1": "RUNNING", "raysubmit_s-3": "RUNNING"}, ("s-1", True)),
+    ],
+)
+def test_what_runs_is_joined_and_what_has_ended_gets_another_attempt(
+    statuses: dict[str, str], expected: tuple[str, bool]
+) -> None:
+    assert choose("s", statuses) == expected
+
+
+def test_the_code_that_comes_along_is_this_one() -> None:
+    modules = [Path(path) for path in code()["py_modules"]]
+    assert [path.name for path in modules] == ["orchestrator", "workers"]
+    assert modules[0] / "submission.py" == Path(submission.__file__)
+    assert "env_vars" not in code()
+
+
+def test_all_that_cannot_work_from_here_is_said_at_once_and_no_password_is_repeated(tiny: Path) -> None:
+    with pytest.raises(Mistake) as told:
+        sent(tiny, "tracking.uri=http://ann:secret@host:5000", storage="runs")
+    assert "'runs' is relative" in str(told.value) and "tracking.uri" in str(told.value)
+    assert "secret" not in str(told.value)
+    with pytest.raises(Mistake, match="--storage holds"):
+        sent(tiny, storage="s3://KEY:secret@bucket/runs")
+
+
+@pytest.fixture
+def no_ray() -> Iterator[int]:
+    """The port of an HTTP server that has never heard of Ray."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(404)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing."""
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server.server_port
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_an_address_that_is_no_jobs_api_is_a_mistake(
+    tiny: Path, no_ray: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = {
+        f"http://127.0.0.1:{no_ray}": "is no Jobs API of Ray",
+        "http://127.0.0.1:1": "nothing answers there",
+        "http://127.0.0.1:99999": "takes the head's Jobs API",
+        "127.0.0.1:6379": "takes the head's Jobs API",
+        "ray://127.0.0.1:10001": "takes the head's Jobs API",
+    }
+    for address, expected in cases.items():
+        assert main([str(tiny), "--submit", "--storage", "/shared/runs", "--address", address]) == 2
+        assert expected in capsys.readouterr().err, address
+    assert main([str(tiny), "--submit"]) == 2
+    assert "--address http://HEAD:8265" in capsys.readouterr().err
+    assert main([str(tiny), "--submit", "--address", "http://127.0.0.1:1", "training.steps=0"]) == 2
+    assert "training.steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("http://127.0.0.1:8265", "add --submit"),
+        ("ray://127.0.0.1:10001", "through Ray's client"),
+        ("127.0.0.1:1", "no node of such a cluster"),
+        ("nowhere", "no node of such a cluster"),
+    ],
+)
+def test_where_no_driver_can_attach_is_told_before_anything_starts(
+    address: str, expected: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Mistake, match=expected):
+        check_attachable(address)
+    assert main([str(tiny), "--address", address, "--storage", str(tmp_path / "runs")]) == 2
+    assert expected in capsys.readouterr().err and not (tmp_path / "runs").exists()

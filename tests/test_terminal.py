@@ -1,0 +1,104 @@
+"""What a terminal shows: the live table at any size, plain lines elsewhere, and no libraries in between."""
+
+import io
+import logging
+import re
+import warnings
+
+import pytest
+from rich.console import Console
+
+from orchestrator.terminal import Display, Line, clock, counts, fitting, listening, time_left
+
+LINES = {
+    "aaaaaaaa11": Line("T=50 weighting=simple", 300, 128, "done", 300, 2.598, 1011.0),
+    "bbbbbbbb22": Line("T=100 weighting=simple", 300, 128, "evaluating", 300, 2.6, 720.0, blocks=12, blocks_left=5),
+    "cccccccc33": Line("T=50 weighting=vlb", 300, 128, "training", 150, 2.9, 640.0),
+    "dddddddd44": Line("T=100 weighting=vlb", 300, 128),
+}
+
+
+def shown(lines: dict[str, Line], width: int = 120, height: int = 24, **options: bool) -> str:
+    """The screen after one refresh in a terminal of that size."""
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=width, height=height, color_system=None)
+    display = Display(lines, console, **options)
+    display.cluster = "2.9 of 3 CPUs busy"
+    with display:
+        display.refresh(force=True)
+    return text.getvalue()
+
+
+def test_the_live_table_says_how_each_trial_stands() -> None:
+    text = shown(LINES)
+    for said in ("1 training, 1 evaluating, 1 waiting, 1 done", "training ends in about 1:13", "2.9 of 3 CPUs busy",
+                 "aaaaaaaa", "evaluating 7/12", "150/300", "2.900", "1,011", "0:30"):  # fmt: skip
+        assert said in text, said
+
+
+def test_more_trials_than_the_window_is_high_leave_out_those_that_rest() -> None:
+    lines = {f"{i:08}": Line(f"lr={i}", 100, 8, "done" if i < 30 else "waiting") for i in range(60)}
+    lines |= {"busy0000": Line("lr=7", 100, 8, "training", 3), "lost0000": Line("lr=8", 100, 8, "failed")}
+    text = shown(lines, height=20)
+    assert "busy0000" in text and "lost0000" in text and "and 17 waiting, 30 done" in text
+    some, rest = fitting(lines, 15)
+    assert len(some) == 14 and not set(some) & set(rest) and len(some) + len(rest) == len(lines)
+    assert some == [digest for digest in lines if digest in some], "the order of the experiment stays"
+
+
+@pytest.mark.parametrize("width", [50, 60, 80, 200])
+def test_a_narrow_window_breaks_no_line(width: int) -> None:
+    screen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown(LINES, width=width)).split("trial ")[1].splitlines()
+    assert [row.split()[0] for row in screen[1:5]] == [digest[:8] for digest in LINES]
+    assert all(
+        state in row for row, state in zip(screen[1:5], ("done", "evaluating 7/12", "training", "waiting"), strict=True)
+    )
+    assert all(len(row) <= width for row in screen)
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    text = io.StringIO()
+    display = Display(LINES, Console(file=text, width=200))
+    with display:
+        display.say("cccccccc  train  new")
+        display.say("aaaaaaaa  nothing  done", detail=True)
+        display.changed("cccccccc33")
+        display.refresh(force=True)
+    first, second = text.getvalue().splitlines()
+    assert first == "cccccccc  train  new"
+    assert second.startswith("cccccccc  training    step 150/300  valid/nll_bpd 2.900  640 images/s")
+
+
+@pytest.mark.parametrize(("quiet", "verbose", "lines"), [(True, False, 0), (False, False, 1), (False, True, 2)])
+def test_three_loudnesses(quiet: bool, verbose: bool, lines: int) -> None:
+    text = io.StringIO()
+    display = Display(LINES, Console(file=text, width=200), quiet, verbose)
+    display.say("a decision")
+    display.say("a detail", detail=True)
+    assert len(text.getvalue().splitlines()) == lines
+
+
+@pytest.mark.parametrize(("verbose", "expected"), [(False, ["warning: ours", "error: ray: broken"]), (True, None)])
+def test_libraries_are_heard_where_it_matters(verbose: bool, expected: list[str] | None) -> None:
+    text = io.StringIO()
+    before = list(logging.getLogger().handlers)
+    with listening(Console(file=text, width=200), verbose=verbose):
+        logging.getLogger("orchestrator.tracking").warning("ours")
+        logging.getLogger("somelibrary.runtime").warning("a library's")
+        logging.getLogger("ray.tune").error("broken")
+        warnings.warn("deprecated", UserWarning, stacklevel=1)
+    said = text.getvalue().splitlines()
+    if expected is not None:
+        assert said == expected
+    else:
+        assert "warning: somelibrary: a library's" in said and any("deprecated" in line for line in said)
+    assert logging.getLogger().handlers == before, "afterwards all is as it was"
+
+
+def test_times_and_counts() -> None:
+    assert [clock(s) for s in (5, 65, 3700, 200_000)] == ["0:05", "1:05", "1:01:40", "2 d 7:33"]
+    assert counts(LINES.values()) == "1 training, 1 evaluating, 1 waiting, 1 done"
+    assert time_left([Line("a", 10, 8)], 1) == "", "nothing is known before a trial has run"
+    ran, waits = Line("a", 100, 10, "done", 100, images_per_s=50), Line("b", 100, 10)
+    assert time_left([ran, waits, waits], 2) == "training ends in about 0:20"
+    assert time_left([ran, waits], 2) == "training ends in about 0:20", "one trial runs in one place"
