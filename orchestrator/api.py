@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator import archive, results
 from orchestrator.experiment import load
-from orchestrator.preflight import Cost, chain, cost
+from orchestrator.preflight import Cost, chain, costs
 from orchestrator.report import path as report_path
 from orchestrator.sweep import trials_of
 from workers.config import Mistake, SamplerConfig, Trial, trained_by
@@ -60,9 +60,9 @@ def preview(file: str | Path, *overrides: str) -> "pd.DataFrame":
             **{p: str(v) if isinstance(v, dict) else v for p, v in variant.params.items()},
             "alpha_bar_T": chain(variant.trial.diffusion).alpha_bar_T,
             "prior_bpd": chain(variant.trial.diffusion).prior_bpd,
-            **dict(zip(names, astuple(cost(variant.trial, sources[variant.trial.data])), strict=True)),
+            **dict(zip(names, astuple(price), strict=True)),
         }
-        for address, variant in trials.items()
+        for (address, variant), price in zip(trials.items(), costs(trials, sources), strict=True)
     )
 
 
