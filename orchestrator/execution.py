@@ -386,6 +386,11 @@ class _Evaluation:
     failed: str = ""
 
 
+# Kinds of blocks that measurements of one checkpoint, or on one data set, have in common: while one makes them, the
+# others wait for them.
+SHARED = ("nll", "ode_nll", "reference")
+
+
 @dataclass
 class Evaluations:
     """Evaluations in flight, each under a name. `submit` starts one, `poll` takes what has ended."""
@@ -393,7 +398,7 @@ class Evaluations:
     _open: dict[str, _Evaluation] = field(default_factory=dict)
     _owner: dict[Any, str] = field(default_factory=dict)  # the evaluation of each task in flight
     _spaces: dict[tuple[DataConfig, str], Any] = field(default_factory=dict)
-    _shared: dict[str, Any] = field(default_factory=dict)  # blocks of real images in the making, by path
+    _shared: dict[str, Any] = field(default_factory=dict)  # blocks that several evaluations may need, by path
     spent: dict[str, dict[str, Spent]] = field(default_factory=dict)  # what blocks took, by evaluation and hardware
 
     def submit(self, name: str, order: tasks.Order, planned: list[Block], missing: list[Block]) -> None:
@@ -406,10 +411,10 @@ class Evaluations:
             if block.path in self._shared:
                 others.append(self._shared[block.path])
                 continue
-            after = [made[b.path] for b in block.needs if b.path in made]
+            after = [ref for b in block.needs if (ref := made.get(b.path, self._shared.get(b.path))) is not None]
             after += [space] if space is not None and block.kind in ("features", "reference") else []
             made[block.path] = tasks.make_block.options(**options).remote(order, block, *after)
-            if block.kind == "reference":
+            if block.kind in SHARED:
                 self._shared[block.path] = made[block.path]
         refs = list(made.values())
         summary = tasks.make_summary.options(**options).remote(order, *refs, *others)

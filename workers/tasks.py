@@ -22,7 +22,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from workers.blocks import Block, Images, blocks, summary_path
 from workers.checkpoint import Checkpoint, process_of
-from workers.config import Measurement, Trial
+from workers.config import Measurement, Trial, trained_by
 from workers.data import absolute, prepare
 from workers.evaluation import Bench, make, remove_damaged
 from workers.speed import Meter, Spent
@@ -45,8 +45,9 @@ def trial_of(job: Job) -> Trial:
     return TypeAdapter(Trial).validate_json(job["trial"])
 
 
-def folder_of(digest: str) -> str:
-    return f"trials/{digest}"
+def folder_of(row: str) -> str:
+    """The folder of the trial with this address, or that a row of a sweep measures."""
+    return f"trials/{trained_by(row)}"
 
 
 def results(job: Job, world: World) -> Generator[dict[str, Any], None, None]:
