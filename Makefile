@@ -40,6 +40,7 @@ pictures: .venv/dev.stamp
 # What editors know of experiment files.
 schema: .venv/run.stamp
 	$(BIN)/python -m orchestrator.schema --output experiments/schema.json
+	$(BIN)/python -m orchestrator.schema nightly --output experiments/nightly.schema.json
 
 # Writes requirements.lock anew: the newest versions that pyproject.toml allows, with torch where it is pinned.
 lock:
