@@ -97,6 +97,9 @@ class Watch:
         self.block_times: list[tuple[float, float]] = []
         self.memory_gb, self.looked = 0.0, 0.0
 
+    def begins(self, digest: str) -> None:
+        pass
+
     def progress(self, digest: str, result: dict[str, Any]) -> None:
         pass
 
