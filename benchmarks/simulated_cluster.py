@@ -97,6 +97,9 @@ class Watch:
         self.block_times: list[tuple[float, float]] = []
         self.memory_gb, self.looked = 0.0, 0.0
 
+    def begins(self, digest: str) -> None:
+        pass
+
     def progress(self, digest: str, result: dict[str, Any]) -> None:
         pass
 
@@ -109,7 +112,7 @@ class Watch:
             needs = {"num_cpus": BLOCK_CPUS, "num_gpus": BLOCK_GPUS}
             self.blocks += [block.options(**needs).remote() for _ in range(BLOCKS)]
 
-    def restarted(self, digest: str) -> None:
+    def restarted(self, digest: str, why: str) -> None:
         self.restarts += 1
 
     def failed(self, digest: str, why: str) -> None:
