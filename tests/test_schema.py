@@ -12,7 +12,8 @@ from orchestrator.experiment import mistakes
 from orchestrator.schema import main, schema
 from orchestrator.settings import read_yaml
 
-FILES = sorted((ROOT / "experiments").glob("*.yaml"))
+# A nightly suite lies there too: it is no experiment, and trains nothing.
+FILES = [f for f in sorted((ROOT / "experiments").glob("*.yaml")) if "training" in read_yaml(f.read_text())[0]]
 VALIDATOR = jsonschema.Draft202012Validator(schema())
 LEAST = {"name": "a", "data": {"source": "digits"}, "training": {"steps": 1}}
 
