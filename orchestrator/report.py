@@ -24,7 +24,7 @@ from orchestrator.results import Row
 from orchestrator.settings import write_yaml
 from orchestrator.terminal import clock
 from workers.config import Mistake
-from workers.diffusion.schedules import alpha_bars, betas
+from workers.diffusion.schedules import betas, log_snrs
 from workers.storage import Storage
 
 EPILOG = """examples:
@@ -421,10 +421,9 @@ def _schedules(report: Report) -> str:
         content = diffusion.model_dump(mode="json")
         key = json.dumps([content["T"], content["schedule"]], sort_keys=True)
         if key not in series:
-            bar = alpha_bars(betas(diffusion))
-            t = (np.arange(len(bar)) + 1) / len(bar)
-            with np.errstate(divide="ignore"):
-                snr = np.log(bar) - np.log1p(-bar)
+            snr = log_snrs(betas(diffusion))
+            t = (np.arange(len(snr)) + 1) / len(snr)
+            t, snr = t[np.isfinite(snr)], snr[np.isfinite(snr)]  # jsd ends at -inf
             names = {n: v for n, v in results.short_params(row.variant).items() if n in _scheduling(row)}
             label = " ".join(f"{n}={v}" for n, v in names.items()) or f"{diffusion.schedule.kind} T={diffusion.T}"
             series[key] = Series(label, t.tolist(), snr.tolist(), len(series))

@@ -12,6 +12,7 @@ from orchestrator.comparing import Difference, indistinguishable
 from orchestrator.experiment import Variant
 from orchestrator.plan import Found
 from orchestrator.preflight import log_snr_curves, schedule_name
+from orchestrator.settings import show
 from workers.config import Trial
 
 if TYPE_CHECKING:  # a table of results needs neither Ray nor pandas
@@ -55,7 +56,13 @@ class Row:
 
 def short_params(variant: Variant) -> dict[str, str]:
     """The searched values by the last name of their path; a section's values by theirs."""
-    return {name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in short_values(variant).items()}
+    return {name: _short(value) for name, value in short_values(variant).items()}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return show(value)  # cut to a readable length
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def short_values(variant: Variant) -> dict[str, Any]:
@@ -287,7 +294,7 @@ def schedules_plot(trials: Mapping[str, Trial]) -> bytes | None:
         axes.plot(np.arange(1, len(curve) + 1) / len(curve), shown, label=name, linewidth=1.2)
     axes.set(xlabel="t / T", ylabel="log SNR$_t$")
     axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(fontsize=7, loc="lower left")
     return _png(figure)
 
 

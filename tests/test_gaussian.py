@@ -392,7 +392,7 @@ def test_the_bound_with_a_learned_variance_is_the_exact_one(data, head, monkeypa
     errors = (exact.variance.sum(0).sqrt() / n).numpy()
     assert (np.abs(by_t - exact.mean.mean(0).numpy()) < 5 * errors + 1e-9).all()
     # What follows for fixed variances is as without the second head.
-    plain = pair_errors(process(50), from_eps(p, network(p)), x_0[image], *rows, generator("learned"), 256)
+    plain = pair_errors(process(50), from_eps(process(50), network(p)), x_0[image], *rows, generator("learned"), 256)
     for variance in ("fixed_small", "fixed_large"):
         ours, theirs = (chain_bound(process(50), x, squared_norms(x_0), 64, variance) for x in (ledger, plain))
         np.testing.assert_allclose(ours.total, theirs.total, rtol=1e-6)

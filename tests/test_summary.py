@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from small_evaluation import (
+    CONFIG,
+    CPU,
     DATASET,
     IMAGES,
     LEVELS,
@@ -28,6 +31,7 @@ from small_evaluation import (
     summary_of,
 )
 
+from workers import checkpoint as checkpoints
 from workers import summary as summaries
 from workers.blocks import feature_blocks, nll_blocks, ode_nll_blocks, sample_blocks
 from workers.config import EvaluationConfig, ODENLLConfig, SamplerConfig
@@ -37,7 +41,11 @@ from workers.fidelity import inception_score, kid, kid_error, precision_recall
 from workers.frechet import Moments, extrapolated_distance, frechet_distance, sampling_error
 from workers.ledger import OPTIMAL, Ledger, bound, shorter_chains
 from workers.likelihood import squared_norms
+from workers.noise import generator
 from workers.pixels import to_model
+from workers.storage import Storage
+from workers.summary import summarise
+from workers.unet import UNet
 
 few_rows_a_block = pytest.fixture(autouse=True)(small_blocks)
 
@@ -101,6 +109,30 @@ def test_the_ledger_has_every_variance_and_chain(root):
         assert all(best["bpd"] <= ledger[variance][k]["bpd"] for variance in VARIANCES)
     assert metrics["eval/nll_optimal_variance_bpd"] == ledger[OPTIMAL][0]["bpd"]
     assert metrics["eval/nll_optimal_variance_bpd_se"] == ledger[OPTIMAL][0]["bpd_se"]
+
+
+@pytest.mark.parametrize("head", [-1.0, 0.4])
+def test_a_learned_variance_is_measured_by_its_own_terms(root, head):
+    """A second head that always says -1 means the fixed small variance: the bound by the pairs' own terms is then the
+    one by their squared errors. What follows for other variances takes no account of it."""
+    process = replace(PROCESS, variance="learned_range")
+    unet = UNet({**CONFIG, "out_channels": 2}, generator("unet"))
+    torch.nn.init.normal_(unet.conv_out.weight[:1], std=0.1, generator=generator("conv_out", "a"))
+    torch.nn.init.constant_(unet.conv_out.bias[1:], head)
+    storage = Storage(root)
+    m = measurement().model_copy(update={"evaluation": EvaluationConfig(fid=None)})
+    saved = checkpoints.save(storage, "trials/learned/checkpoints", 1, unet.config, process, unet.state_dict(), {}, {})
+    b = Bench(storage, m, DATASET, saved, CPU)
+    make_all(b, blocks_of(b))
+    summary = summarise(storage, b.m, DATASET, process, saved.digest, None)
+    bpd, ledger = summary["metrics"]["eval/nll_bpd"], summary["ledger"]
+    assert [(row["steps"], row["bpd"]) for row in ledger["learned_range"]] == [(T, bpd)]
+    assert sum(summary["nll_by_t"]) == pytest.approx(bpd)
+    assert summary["passports"]["nll"]["subject"]["variance"] == "learned_range"
+    assert (bpd == pytest.approx(ledger["fixed_small"][0]["bpd"], rel=1e-6)) == (head == -1)
+    plain = evaluated(root, measurement())["ledger"]  # the same weights of the mean
+    for variance in VARIANCES:
+        assert ledger[variance][0]["bpd"] == pytest.approx(plain[variance][0]["bpd"], rel=1e-5)
 
 
 def test_sampled_timesteps_give_an_estimate_and_nothing_that_takes_every_t(root):
