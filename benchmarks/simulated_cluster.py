@@ -4,6 +4,7 @@
 
 The nodes are raylets of this machine with 8 logical GPUs each. A trial trains nothing: its host takes the same way as
 a real one (admission, a Tune actor, and for several workers a placement group of its own) and sleeps in its place.
+Drivers are handed from trial to trial, which real ones are not: two cores cannot start as many processes at once.
 Every twentieth trial that ends leaves four evaluation tasks of a quarter of a GPU. It prints how much of the GPUs' time
 was used while trials waited, what scheduling cost, and how much memory all of it took.
 """
@@ -186,6 +187,7 @@ def measure(nodes: int, trials: int, seconds: float, lose_a_node: bool) -> dict[
     os.environ["SIMULATED_CLUSTER"] = str(os.getpid())
     from orchestrator import execution
     from orchestrator.experiment import SearchConfig
+    from workers.config import DRIVER_CPUS
 
     began = time.monotonic()
     cluster = start(nodes)
@@ -195,7 +197,7 @@ def measure(nodes: int, trials: int, seconds: float, lose_a_node: bool) -> dict[
             watch, work = Watch(cluster, trials, lose_a_node), jobs(trials, seconds)
             hosts = {
                 "one_worker": Asleep,
-                "data_parallel": tune.with_resources(asleep_together, {"CPU": execution.DRIVER_CPUS}),
+                "data_parallel": tune.with_resources(asleep_together, {"CPU": DRIVER_CPUS}),
             }
             wall, cpu = time.time(), time.process_time()
             execution.train(work, SearchConfig(), watch, hosts=hosts)

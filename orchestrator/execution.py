@@ -25,7 +25,7 @@ from ray.tune.search import SearchAlgorithm
 
 from orchestrator.cluster import Cluster
 from orchestrator.experiment import SearchConfig
-from orchestrator.plan import DRIVER_CPUS, Node, Size, admit, at_once, can_hold, in_one_node, never, nodes_text, spare
+from orchestrator.plan import Node, Size, admit, at_once, can_hold, in_one_node, never, nodes_text, spare
 from orchestrator.submission import TOKEN, check_attachable, code, inside_a_job
 from workers import tasks
 from workers.blocks import Block
@@ -138,8 +138,7 @@ def gpus_a_worker(training: TrainingConfig, nodes: Sequence[Node]) -> int:
 # How trials are hosted, by name: what Tune calls for one worker, and for several.
 HOSTS = {
     "one_worker": tasks.OneWorker,
-    # Its driver takes next to nothing: the workers' cores are asked for by Ray Train.
-    "data_parallel": tune.with_resources(tasks.data_parallel, {"CPU": DRIVER_CPUS}),
+    "data_parallel": tune.with_resources(tasks.data_parallel, lambda config: tasks.DriverResources()),
 }
 
 

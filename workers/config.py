@@ -33,6 +33,8 @@ VALIDATION_TIMESTEPS = 16
 SAMPLE_GRID = 25
 SAMPLE_GRID_STEPS = 50  # or T, where that is less
 
+DRIVER_CPUS = 0.01  # of the process that leads the workers of a data-parallel trial: Ray Tune refuses 0
+
 
 class Mistake(ValueError):
     """The user's mistake. Its message says what to do; a command prints it and exits with status 2."""
