@@ -5,13 +5,14 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,10 @@ class Recorded:
         views = {k: json.loads(text) for k, text in self.tags.items() if k.startswith("mlflow.sharedViewState.")}
         [key] = [key.rpartition(".")[2] for key, view in views.items() if view["name"] == f"{self.sweep}: {title}"]
         return f"#/experiments/{self.experiment}/runs?{ML}&viewStateShareKey={key}&compareRunsMode=CHART"
+
+    def by_setting(self) -> str:
+        """The title of the view by the first of the settings."""
+        return re.findall(r"\[(by .+?)\]", self.tags["mlflow.note.content"])[0]
 
     def compare_page(self) -> str:
         """MLflow's older page that compares runs."""
@@ -130,7 +135,7 @@ class Browser:
 
 # What stands on a page. Each waits for it, and fails where it does not come.
 
-PLOTS = """() => [...document.querySelectorAll('.js-plotly-plot')].filter(plot => plot.data && plot.data.length).map(plot => {
+PLOTS = """() => [...document.querySelectorAll('.js-plotly-plot')].filter(plot => (plot.data || []).length).map(plot => {
     const title = axis => axis && axis.title ? axis.title.text || axis.title : '', first = plot.data[0];
     return {kind: first.type, x_title: title(plot.layout.xaxis), y_title: title(plot.layout.yaxis),
             traces: plot.data.length, x: [...(first.x || [])], y: [...(first.y || [])],
@@ -173,11 +178,22 @@ def texts(page: Page, *wanted: str) -> None:
 
 def main(storage: Path, sweep: str, folder: Path) -> None:
     recorded = Recorded.of(storage, sweep)
-    with served(storage) as base, browser() as chromium:
-        with chromium.page(base, recorded.view("all trials"), height=2300) as page:
-            images(page, min(len(recorded.trials), 10))
+    images_shown = min(len(recorded.trials), 10)  # MLflow shows the pictures of ten runs at most
+    with served(storage) as base, browser(1200) as chromium:
+
+        def shoot(name: str, where: str, height: int, ready: Callable[[Page], object]) -> None:
+            with chromium.page(base, where, height) as page:
+                ready(page)
+                page.wait_for_timeout(1000)  # for what moves to come to rest
+                page.screenshot(path=folder / f"{name}.png")
+
+        def compared(page: Page) -> None:
+            images(page, images_shown)
             plots(page, 3, kind="scatter")
-            page.screenshot(path=folder / "mlflow.png")
+
+        shoot("mlflow", recorded.view("all trials"), 2300, compared)
+        shoot("mlflow-setting", recorded.view(recorded.by_setting()), 900, lambda page: plots(page, 2, kind="bar"))
+        shoot("mlflow-model", recorded.model_page(), 700, lambda page: texts(page, "candidate"))
 
 
 if __name__ == "__main__":
