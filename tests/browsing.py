@@ -135,8 +135,7 @@ class Browser:
 
 # What stands on a page. Each waits for it, and fails where it does not come.
 
-PLOTS = """() => [...document.querySelectorAll('.js-plotly-plot')]
-    .filter(plot => (plot.data || []).length).map(plot => {
+PLOTS = """() => [...document.querySelectorAll('.js-plotly-plot')].filter(p => (p.data || []).length).map(plot => {
     const title = axis => axis && axis.title ? axis.title.text || axis.title : '', first = plot.data[0];
     return {kind: first.type, x_title: title(plot.layout.xaxis), y_title: title(plot.layout.yaxis),
             traces: plot.data.length, x: [...(first.x || [])], y: [...(first.y || [])],
