@@ -40,10 +40,11 @@ pictures: .venv/dev.stamp
 # What editors know of experiment files.
 schema: .venv/run.stamp
 	$(BIN)/python -m orchestrator.schema --output experiments/schema.json
+	$(BIN)/python -m orchestrator.schema nightly --output experiments/nightly.schema.json
 
 # Writes requirements.lock anew: the newest versions that pyproject.toml allows, with torch where it is pinned.
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --quiet torch==2.13.0 --editable '.[dev,inception]'
+	build/lock/bin/python -m pip install --quiet torch==2.13.0 --editable '.[dev,inception,cluster]'
 	build/lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu//' > requirements.lock
 	rm -rf build/lock

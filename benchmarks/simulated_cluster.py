@@ -4,6 +4,7 @@
 
 The nodes are raylets of this machine with 8 logical GPUs each. A trial trains nothing: its host takes the same way as
 a real one (admission, a Tune actor, and for several workers a placement group of its own) and sleeps in its place.
+Drivers are handed from trial to trial, which real ones are not: two cores cannot start as many processes at once.
 Every twentieth trial that ends leaves four evaluation tasks of a quarter of a GPU. It prints how much of the GPUs' time
 was used while trials waited, what scheduling cost, and how much memory all of it took.
 """
@@ -97,6 +98,9 @@ class Watch:
         self.block_times: list[tuple[float, float]] = []
         self.memory_gb, self.looked = 0.0, 0.0
 
+    def begins(self, digest: str) -> None:
+        pass
+
     def progress(self, digest: str, result: dict[str, Any]) -> None:
         pass
 
@@ -109,7 +113,7 @@ class Watch:
             needs = {"num_cpus": BLOCK_CPUS, "num_gpus": BLOCK_GPUS}
             self.blocks += [block.options(**needs).remote() for _ in range(BLOCKS)]
 
-    def restarted(self, digest: str) -> None:
+    def restarted(self, digest: str, why: str) -> None:
         self.restarts += 1
 
     def failed(self, digest: str, why: str) -> None:
@@ -183,6 +187,7 @@ def measure(nodes: int, trials: int, seconds: float, lose_a_node: bool) -> dict[
     os.environ["SIMULATED_CLUSTER"] = str(os.getpid())
     from orchestrator import execution
     from orchestrator.experiment import SearchConfig
+    from workers.config import DRIVER_CPUS
 
     began = time.monotonic()
     cluster = start(nodes)
@@ -192,7 +197,7 @@ def measure(nodes: int, trials: int, seconds: float, lose_a_node: bool) -> dict[
             watch, work = Watch(cluster, trials, lose_a_node), jobs(trials, seconds)
             hosts = {
                 "one_worker": Asleep,
-                "data_parallel": tune.with_resources(asleep_together, {"CPU": execution.DRIVER_CPUS}),
+                "data_parallel": tune.with_resources(asleep_together, {"CPU": DRIVER_CPUS}),
             }
             wall, cpu = time.time(), time.process_time()
             execution.train(work, SearchConfig(), watch, hosts=hosts)
@@ -224,6 +229,7 @@ def figures(watch: Watch, work: list[dict[str, Any]], wall: float, cpu_s: float,
         "most_gpus_at_once": max(sum(gpus[d] for d in each) for each in at_once),
         "most_trials_at_once": max(map(len, at_once)),
         "sizes_at_once": max(len({gpus[d] for d in each}) for each in at_once),
+        "driver_processes": len({result["pid"] for result in watch.ended.values()}),
         "most_nodes_a_trial": max(result["nodes"] for result in watch.ended.values()),
         "blocks": len(watch.block_times),
         "blocks_while_others_train": sum(among),

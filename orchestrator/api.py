@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator import archive, results
 from orchestrator.experiment import load
-from orchestrator.preflight import Cost, chain, cost
+from orchestrator.preflight import Cost, chain, costs
 from orchestrator.report import path as report_path
 from orchestrator.sweep import trials_of
-from workers.config import Mistake, SamplerConfig
+from workers.config import Mistake, SamplerConfig, Trial, trained_by
 from workers.storage import Storage
 
 if TYPE_CHECKING:  # torch and pandas take seconds: each function loads what it needs
@@ -60,9 +60,9 @@ def preview(file: str | Path, *overrides: str) -> "pd.DataFrame":
             **{p: str(v) if isinstance(v, dict) else v for p, v in variant.params.items()},
             "alpha_bar_T": chain(variant.trial.diffusion).alpha_bar_T,
             "prior_bpd": chain(variant.trial.diffusion).prior_bpd,
-            **dict(zip(names, astuple(cost(variant.trial, sources[variant.trial.data])), strict=True)),
+            **dict(zip(names, astuple(price), strict=True)),
         }
-        for address, variant in trials.items()
+        for (address, variant), price in zip(trials.items(), costs(trials, sources), strict=True)
     )
 
 
@@ -141,6 +141,11 @@ def open_model(target: str | Path, storage: str | Path = "runs") -> DiffusionMod
     return DiffusionModel(network, process, checkpoints.describe(checkpoint).shape, checkpoint)
 
 
+def _average(trial: Trial) -> list[str]:
+    """The override that names the average that a trial measures."""
+    return [] if trial.evaluation.ema is None else [f"evaluation.ema={trial.evaluation.ema}"]
+
+
 def _checkpoint(target: str, storage: Storage) -> "Checkpoint":
     from orchestrator import subjects
     from workers import checkpoint as checkpoints
@@ -150,7 +155,9 @@ def _checkpoint(target: str, storage: Storage) -> "Checkpoint":
         rows = [row for row in archive.rows(storage, kept) if kept.metric in row.metrics]
         if not rows:
             raise Mistake(f"no trial of the sweep {target} has {kept.metric} yet")
-        target = results.ranked(rows, kept.metric, kept.mode)[0].digest
+        best = results.ranked(rows, kept.metric, kept.mode)[0]
+        [subject] = subjects.find(trained_by(best.digest), storage, _average(best.variant.trial), None)
+        return subject.checkpoint
     if "://" in target or Path(target).is_dir():
         return checkpoints.open_folder(target)
     [subject] = subjects.find(target, storage, (), None)

@@ -21,7 +21,7 @@ from orchestrator.plan import Found
 from orchestrator.results import Row
 from orchestrator.settings import meant
 from workers.blocks import Images, protocol_key
-from workers.config import DataConfig, Measurement, Mistake, Trial
+from workers.config import DataConfig, Measurement, Mistake, Trial, trained_by
 from workers.data import Source
 from workers.storage import Storage
 
@@ -106,16 +106,22 @@ def rows(storage: Storage, kept: Kept, happened: Sequence[Event] = ()) -> list[R
 
 
 def _found(storage: Storage, kept: Kept, address: str) -> Found:
-    status = storage.read_json(f"trials/{address}/status.json")
-    checkpoint = (status or {}).get("checkpoint")
-    path = f"evaluations/{checkpoint}/summary-{kept.protocols[address]}.json"
+    folder, ema = f"trials/{trained_by(address)}", kept.trials[address].trial.evaluation.ema
+    status = storage.read_json(f"{folder}/status.json")
+    checkpoint = measured = (status or {}).get("checkpoint")
+    if ema not in (None, kept.trials[address].trial.training.ema) and checkpoint:
+        from workers import checkpoint as checkpoints  # torch takes a second, and only this needs it
+
+        newest = checkpoints.newest(storage, f"{folder}/checkpoints")
+        measured = checkpoints.averaged(newest, ema).digest if newest else None
+    path = f"evaluations/{measured}/summary-{kept.protocols[address]}.json"
     return Found(status, checkpoint, storage.read_sealed(path) if checkpoint else None)
 
 
 def journals(storage: Storage, addresses: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
     """The points of each trial's journal, as `workers.journal` writes them."""
     addresses = list(addresses)
-    texts = _at_once(lambda address: _text(storage, f"trials/{address}/journal.jsonl"), addresses)
+    texts = _at_once(lambda address: _text(storage, f"trials/{trained_by(address)}/journal.jsonl"), addresses)
     return {a: [json.loads(line) for line in text.splitlines()] for a, text in zip(addresses, texts, strict=True)}
 
 

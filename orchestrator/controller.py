@@ -24,7 +24,7 @@ from orchestrator.terminal import Display, Line, listening
 from workers import checkpoint as checkpoints
 from workers import tasks
 from workers.blocks import Images, blocks, summary_path
-from workers.config import DataConfig, Measurement
+from workers.config import DataConfig, Measurement, trained_by
 from workers.data import Source, prepare
 from workers.features import check_spaces
 from workers.speed import CORE, Spent
@@ -81,6 +81,9 @@ class Sweep:
         self.experiment, self.trials, self.sources = experiment, trials, sources
         self.storage, self.console = storage, console
         self.folder = f"sweeps/{experiment.name}"
+        self.sharing: dict[str, list[str]] = {}  # the rows that measure each trial
+        for row in trials:
+            self.sharing.setdefault(trained_by(row), []).append(row)
         self.scheduler = plan.scheduler_key(experiment.search.scheduler.model_dump(mode="json"))
         self.errors: dict[str, str] = {}
         self.found = {address: self._look(address) for address in trials}
@@ -88,6 +91,9 @@ class Sweep:
             address: Line(row.name, v.trial.training.steps, v.trial.training.batch_size)
             for (address, v), row in zip(trials.items(), self.rows(), strict=True)
         }
+        for _, *others in self.sharing.values():
+            for row in others:
+                self.lines[row].shares = True
         self.display = Display(self.lines, console, quiet, verbose)
         self.events = archive.Events(storage, experiment.name)
         self.started = False
@@ -107,7 +113,8 @@ class Sweep:
         status = self.storage.read_json(f"{folder}/status.json")
         newest = checkpoints.newest(self.storage, f"{folder}/checkpoints")
         images = Images.of(self.sources[trial.data])
-        path = summary_path(Measurement.of(trial), newest.digest, images) if newest else None
+        m = Measurement.of(trial)
+        path = summary_path(m, checkpoints.averaged(newest, m.evaluation.ema).digest, images) if newest else None
         summary = self.storage.read_sealed(path) if path else None
         return plan.Found(status, newest.digest if newest else None, summary)
 
@@ -157,15 +164,18 @@ class Sweep:
             slots = execution.slots()
             self.events.add("cluster", cpus=slots["cpus"], gpus=slots["gpus"])
             nodes = execution.nodes_ever(cluster)
-            for a in missing:
+            for a in (a for a in self.trials if a in missing):
                 trial = self.trials[a].trial
                 gpus = execution.gpus_a_worker(trial.training, nodes)
-                job = self.jobs[a] = tasks.make_job(self.storage, a, trial, gpus)
-                self.storage.write(f"{tasks.folder_of(a)}/trial.yaml", write_yaml(json.loads(job["trial"])).encode())
+                job = self.jobs[a] = tasks.make_job(self.storage, trained_by(a), trial, gpus)
+                if a == self.sharing[trained_by(a)][0]:
+                    content = write_yaml(json.loads(job["trial"])).encode()
+                    self.storage.write(f"{tasks.folder_of(a)}/trial.yaml", content)
             for a in missing:
                 if decisions[a].action == "evaluate":
                     self._evaluate(a)
-            to_train = [self.jobs[a] for a in self.trials if a in missing and decisions[a].action == "train"]
+            train = [a for a in self.trials if a in missing and decisions[a].action == "train"]
+            to_train = list({trained_by(a): self.jobs[a] for a in reversed(train)}.values())[::-1]
             for job in to_train:
                 self.storage.delete(stop_path(tasks.folder_of(job["digest"])))
             if to_train:
@@ -193,20 +203,35 @@ class Sweep:
     def evaluating(self) -> bool:
         return bool(self.evaluations)
 
+    # What the training tells of a trial goes to all rows that measure it, and is said of the first.
+
     def begins(self, address: str) -> None:
-        training = self.trials[address].trial.training
-        of_one = {"cpus": training.cpus, "gpus": self.jobs[address]["gpus"]}
+        row = self.sharing[address][0]
+        training = self.trials[row].trial.training
+        of_one = {"cpus": training.cpus, "gpus": self.jobs[row]["gpus"]}
         step = int((self.storage.read_json(f"{tasks.folder_of(address)}/status.json") or {}).get("step", 0))
-        self.events.add("began", address, step=step, **{name: n * training.workers for name, n in of_one.items()})
-        self.lines[address].state = "training"
+        self.events.add("began", row, step=step, **{name: n * training.workers for name, n in of_one.items()})
+        self.lines[row].state = "training"
         self.display.say(f"{address[:8]}  begins at step {step}", detail=True)
 
     def progress(self, address: str, result: dict[str, Any]) -> None:
+        for row in self.sharing[address]:
+            self._progress(row, result)
+
+    def trained(self, address: str, result: dict[str, Any]) -> None:
+        for row in self.sharing[address]:
+            self._trained(row, result)
+
+    def failed(self, address: str, why: str) -> None:
+        for row in self.sharing[address]:
+            self._failed(row, why)
+
+    def _progress(self, address: str, result: dict[str, Any]) -> None:
         if result["state"] == "failed":
             return
         self.start_s = self.start_s or time.monotonic() - self.began
         group = result.get("placement_group", "")
-        if self.groups.setdefault(address, group) != group:
+        if not self.lines[address].shares and self.groups.setdefault(address, group) != group:
             self.groups[address] = group
             self._restarts(address, "a worker of its group died; all of them start")
         line = self.lines[address]
@@ -214,9 +239,10 @@ class Sweep:
         if result["state"] in ("running", "finished"):
             line.nll_bpd = result["valid/nll_bpd"]
         self.record.trial_went_on(address, line.name)
-        self.display.changed(address)
+        if not line.shares:
+            self.display.changed(address)
 
-    def trained(self, address: str, result: dict[str, Any]) -> None:
+    def _trained(self, address: str, result: dict[str, Any]) -> None:
         line = self.lines[address]
         if result["state"] in ("running", "pruned"):  # the scheduler stopped it, or had it stop
             path = f"{tasks.folder_of(address)}/status.json"
@@ -239,8 +265,9 @@ class Sweep:
             self._record(address)
 
     def restarted(self, address: str, why: str) -> None:
-        self.groups.pop(address, None)
-        self._restarts(address, f"{why.rstrip('.')}; it starts")
+        row = self.sharing[address][0]
+        self.groups.pop(row, None)
+        self._restarts(row, f"{why.rstrip('.')}; it starts")
 
     def _restarts(self, address: str, why: str) -> None:
         self.events.add(
@@ -248,7 +275,7 @@ class Sweep:
         )
         self.display.say(f"{address[:8]}  {why} again from its last checkpoint")
 
-    def failed(self, address: str, why: str, took: Mapping[str, Any] | None = None) -> None:
+    def _failed(self, address: str, why: str, took: Mapping[str, Any] | None = None) -> None:
         self.errors[address] = why
         self.events.add("failed", address, why=why, **(took or {}))
         self.lines[address].state = "failed"
@@ -261,7 +288,7 @@ class Sweep:
         for address, why in self.evaluations.poll(wait_s):
             spents = self.evaluations.spent.pop(address, {})
             if why:
-                self.failed(address, f"evaluation: {why}", _seconds(spents))
+                self._failed(address, f"evaluation: {why}", _seconds(spents))
             else:
                 self._measured(address, spents)
         if not self.told and self.record.tracker.is_open:
@@ -286,6 +313,7 @@ class Sweep:
         checkpoint = checkpoints.newest(self.storage, f"{tasks.folder_of(address)}/checkpoints")
         assert checkpoint
         m, images = Measurement.of(trial), Images.of(self.sources[trial.data])
+        checkpoint = checkpoints.averaged(checkpoint, m.evaluation.ema)
         planned = blocks(m, checkpoint.digest, images)
         missing = plan.missing(planned, self.storage.list)
         line.state, line.blocks, line.blocks_left, line.step = "evaluating", len(planned), len(missing), line.steps

@@ -62,7 +62,8 @@ def evaluation_spent(made: Spent, trial: Trial, source: Source) -> Spent:
     m, images, price = Measurement.of(trial), Images.of(source), cost(trial, source)
     kinds = Counter(block.kind for block in blocks(m, "", images))
     features = _feature_images(trial, source)
-    total = {"nll": price.nll_evaluations, "samples": price.sampling_evaluations, **features}
+    bounds = {"nll": price.nll_evaluations, "ode_nll": price.ode_nll_evaluations}
+    total = {**bounds, "samples": price.sampling_evaluations, **features}
     spent: Spent = {}
     for kind, (count, seconds) in made.items():
         fid = trial.evaluation.fid
@@ -137,7 +138,8 @@ def estimate(
 ) -> Plan | Unknown:
     """The plan for `trials` on `nodes` of which each worker has one `hardware`.
 
-    `speeds` holds the content of a speed file by its path. Reference features count once a data set.
+    `speeds` holds the content of a speed file by its path. Reference features count once a data set, the training and
+    the bound of trials that differ in their measurement alone once as well.
     """
     on_gpus = any(node.gpus for node in nodes)
     works, said_by, scaled, referenced = [], list[str](), False, set[Any]()
@@ -155,8 +157,12 @@ def estimate(
             return Unknown(f"no throughput is known of {', '.join(sorted(set(lacking)))} on {hardware}")
         referenced.add((trial.data, trial.evaluation.fid))
         scaled |= kind != training_kind(trial.training)
+        trained = trial.model_dump_json(exclude={"evaluation"})
+        if (trained, trial.evaluation.nll) in referenced:
+            wanted.pop("nll", None)
         images = price.training_evaluations / trial.training.workers
-        training = images * _each(work[kind]) + _validation_s(trial, price, work)
+        training = images * _each(work[kind]) + _validation_s(trial, price, work) if trained not in referenced else 0.0
+        referenced |= {trained, (trained, trial.evaluation.nll)}
         size = Size.of(trial.training, _gpus(trial, on_gpus))
         works.append(Work(size, training, sum(n * _each(work[name]) for name, n in wanted.items())))
         said_by.append(f"{known['said_by']} on {known['date']}")
@@ -176,6 +182,8 @@ def _evaluation(trial: Trial, source: Source, price: Cost, first: bool) -> dict[
     wanted: dict[str, float] = {}
     if trial.evaluation.nll:
         wanted["nll"] = price.nll_evaluations
+    if trial.evaluation.ode_nll:
+        wanted["ode_nll"] = price.ode_nll_evaluations
     if fid := trial.evaluation.fid:
         images = _feature_images(trial, source)
         wanted["samples"] = price.sampling_evaluations

@@ -25,7 +25,7 @@ from ray.tune.search import SearchAlgorithm
 
 from orchestrator.cluster import Cluster
 from orchestrator.experiment import SearchConfig
-from orchestrator.plan import DRIVER_CPUS, Node, Size, admit, at_once, can_hold, in_one_node, never, nodes_text, spare
+from orchestrator.plan import Node, Size, admit, at_once, can_hold, in_one_node, never, nodes_text, spare
 from orchestrator.submission import TOKEN, check_attachable, code, inside_a_job
 from workers import tasks
 from workers.blocks import Block
@@ -138,8 +138,7 @@ def gpus_a_worker(training: TrainingConfig, nodes: Sequence[Node]) -> int:
 # How trials are hosted, by name: what Tune calls for one worker, and for several.
 HOSTS = {
     "one_worker": tasks.OneWorker,
-    # Its driver takes next to nothing: the workers' cores are asked for by Ray Train.
-    "data_parallel": tune.with_resources(tasks.data_parallel, {"CPU": DRIVER_CPUS}),
+    "data_parallel": tune.with_resources(tasks.data_parallel, lambda config: tasks.DriverResources()),
 }
 
 
@@ -386,6 +385,11 @@ class _Evaluation:
     failed: str = ""
 
 
+# Kinds of blocks that measurements of one checkpoint, or on one data set, have in common: while one makes them, the
+# others wait for them.
+SHARED = ("nll", "ode_nll", "reference")
+
+
 @dataclass
 class Evaluations:
     """Evaluations in flight, each under a name. `submit` starts one, `poll` takes what has ended."""
@@ -393,7 +397,7 @@ class Evaluations:
     _open: dict[str, _Evaluation] = field(default_factory=dict)
     _owner: dict[Any, str] = field(default_factory=dict)  # the evaluation of each task in flight
     _spaces: dict[tuple[DataConfig, str], Any] = field(default_factory=dict)
-    _shared: dict[str, Any] = field(default_factory=dict)  # blocks of real images in the making, by path
+    _shared: dict[str, Any] = field(default_factory=dict)  # blocks that several evaluations may need, by path
     spent: dict[str, dict[str, Spent]] = field(default_factory=dict)  # what blocks took, by evaluation and hardware
 
     def submit(self, name: str, order: tasks.Order, planned: list[Block], missing: list[Block]) -> None:
@@ -406,10 +410,10 @@ class Evaluations:
             if block.path in self._shared:
                 others.append(self._shared[block.path])
                 continue
-            after = [made[b.path] for b in block.needs if b.path in made]
+            after = [ref for b in block.needs if (ref := made.get(b.path, self._shared.get(b.path))) is not None]
             after += [space] if space is not None and block.kind in ("features", "reference") else []
             made[block.path] = tasks.make_block.options(**options).remote(order, block, *after)
-            if block.kind == "reference":
+            if block.kind in SHARED:
                 self._shared[block.path] = made[block.path]
         refs = list(made.values())
         summary = tasks.make_summary.options(**options).remote(order, *refs, *others)

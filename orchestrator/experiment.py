@@ -35,13 +35,17 @@ from orchestrator.settings import (
 from workers.blocks import distance_name
 from workers.config import (
     NOT_ADDRESSED,
+    SAMPLERS,
     SCHEDULE_READS,
     DataConfig,
     DiffusionConfig,
     EvaluationConfig,
+    Measurement,
     Mistake,
     Record,
+    SamplerConfig,
     Trial,
+    digest,
     sub_batches,
     trial_digest,
 )
@@ -86,9 +90,16 @@ def _not_a_loss(metric: object) -> object:
 
 
 # The metrics to rank on, and the part of `evaluation` that measures each.
-MEASURED_BY = {"eval/nll_bpd": "nll", "eval/fid": "fid", "eval/fd_classifier": "fid", "valid/nll_bpd": None}
+MEASURED_BY = {
+    "eval/nll_bpd": "nll",
+    "eval/fid": "fid",
+    "eval/fd_classifier": "fid",
+    "eval/ode_nll_bpd": "ode_nll",
+    "valid/nll_bpd": None,
+}
 Metric = Annotated[
-    Literal["eval/nll_bpd", "eval/fid", "eval/fd_classifier", "valid/nll_bpd"], BeforeValidator(_not_a_loss)
+    Literal["eval/nll_bpd", "eval/fid", "eval/fd_classifier", "eval/ode_nll_bpd", "valid/nll_bpd"],
+    BeforeValidator(_not_a_loss),
 ]
 EarlyMetric = Annotated[Literal["valid/nll_bpd"], BeforeValidator(_not_a_loss)]
 Values = Annotated[tuple[Any, ...], Field(strict=False)]
@@ -364,6 +375,21 @@ def _trial_mistakes(trial: Trial) -> list[str]:
             f"noise comes in {parts} sub-batches of {training.batch_size // parts}; "
             f"valid: {', '.join(str(n) for n in range(1, parts + 1) if parts % n == 0)}"
         )
+    kept, ema = (training.ema, *training.averages), trial.evaluation.ema
+    if ema is not None and ema not in kept:
+        found.append(
+            f"evaluation.ema: {ema:g} is no average that is kept in training, which are {', '.join(map(str, kept))}; "
+            "take one of them, or add it to training.averages"
+        )
+    found += flow_mistakes(trial.evaluation, trial.diffusion.prediction)
+    fid, endless = trial.evaluation.fid, trial.diffusion.schedule.kind == "jsd"
+    if endless and fid and fid.sampler.kind not in ("ancestral", "ddim"):
+        found.append(
+            f"evaluation.fid.sampler.kind: {fid.sampler.kind} goes through noise levels sigma, and "
+            "diffusion.schedule.kind: jsd begins at sigma_T = inf; take ancestral or ddim, or another schedule"
+        )
+    if endless and trial.evaluation.ode_nll:
+        found.append("evaluation.ode_nll: diffusion.schedule.kind: jsd ends at sigma_T = inf; leave one out")
     return found + evaluation_mistakes(trial.evaluation, T)
 
 
@@ -419,24 +445,43 @@ def _objective_mistakes(trial: Trial) -> Iterator[str]:
         )
 
 
+def flow_mistakes(evaluation: EvaluationConfig, prediction: str) -> list[str]:
+    """Solvers that choose their own times need a network that says something between those of the training."""
+    if prediction != "mu":
+        return []
+    fid, why = evaluation.fid, "asks for eps between the times of the training, where diffusion.prediction: mu has none"
+    found = [f"evaluation.ode_nll: {why}; set it to null"] if evaluation.ode_nll else []
+    if fid and fid.sampler.kind == "ode":
+        found.append(f"evaluation.fid.sampler.kind: ode {why}; take heun or dpmpp")
+    return found
+
+
 def evaluation_mistakes(evaluation: EvaluationConfig, T: int) -> list[str]:
     """Settings of an evaluation, each valid by itself, that do not go together or with a chain of T steps."""
     found, nll, fid = [], evaluation.nll, evaluation.fid
     if nll and nll.timesteps != "all" and nll.timesteps > T:
         found.append(f"evaluation.nll.timesteps: {nll.timesteps} is more than diffusion.T = {T}; at most T, or all")
-    if fid and fid.sampler.steps and fid.sampler.steps > T:
-        found.append(
-            f"evaluation.fid.sampler.steps: {fid.sampler.steps} is more than diffusion.T = {T}; at most T, or null"
-        )
-    if fid and fid.sampler.eta and fid.sampler.kind != "ddim":
-        found.append(
-            f"evaluation.fid.sampler.eta: {fid.sampler.eta:g} is without effect on the {fid.sampler.kind} sampler; "
-            "leave it out, or take kind: ddim"
-        )
+    found += _sampler_mistakes(fid.sampler, T) if fid else []
     if fid and "inception_score" in fid.also and fid.features != "inception":
         found.append(
             f"evaluation.fid.also: inception_score needs features: inception, not {fid.features}; leave one out"
         )
+    return found
+
+
+def _sampler_mistakes(sampler: SamplerConfig, T: int) -> list[str]:
+    """Settings that the kind of sampler does not read, and more steps than there are times."""
+    where, reads, found = "evaluation.fid.sampler", SAMPLERS[sampler.kind], []
+    for name, field in SamplerConfig.model_fields.items():
+        value = getattr(sampler, name)
+        if name not in ("kind", *reads) and value != field.default:
+            others = " or ".join(kind for kind, names in SAMPLERS.items() if name in names)
+            found.append(
+                f"{where}.{name}: {value:g} is without effect on the {sampler.kind} sampler, which reads "
+                f"{', '.join(reads)}; leave it out, or take kind: {others}"
+            )
+    if "steps" in reads and sampler.steps and sampler.steps > T:
+        found.append(f"{where}.steps: {sampler.steps} is more than diffusion.T = {T}; at most T, or null")
     return found
 
 
@@ -487,7 +532,7 @@ def _metric_mistakes(search: SearchConfig, trial: Trial) -> list[str]:
 SETTINGS = paths(Experiment)
 TRIAL_SETTINGS = paths(Trial)
 LEAST_TRIAL = {"data": {"source": "digits"}, "training": {"steps": 1}}  # in which any one setting can be tried
-NOT_TRAINED = rf"evaluation\b|training\.({'|'.join(NOT_ADDRESSED)})$"
+NOT_TRAINED = rf"training\.({'|'.join(NOT_ADDRESSED)})$"
 
 
 def _space(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -562,18 +607,25 @@ def _update(params: Mapping[str, Any]) -> dict[str, Any]:
 def by_digest(
     variants: Sequence[Variant], data_digests: Mapping[DataConfig, str]
 ) -> tuple[dict[str, Variant], list[str]]:
-    """The variants by the address of their trial, in order, and warnings.
+    """The rows of a sweep in order, each variant by the address of its trial, and warnings.
 
-    Variants of one address are one trial: the first stands for all, and a warning names how many and why.
+    Variants that differ only in how they are measured share a trial, which is trained once: the address of each is the
+    trial's with a suffix for its measurement (`workers.config.trained_by` takes it off). Variants that are measured
+    alike as well are one row: the first stands for all, and a warning names how many and why.
     """
-    found: dict[str, Variant] = {}
-    repeats: list[set[str]] = []
+    trained: dict[str, dict[str, list[Variant]]] = {}
     for variant in variants:
-        first = found.setdefault(trial_digest(variant.trial, data_digests[variant.trial.data]), variant)
-        if first is not variant:
-            ours, theirs = (leaves("", v.params).items() for v in (variant, first))
-            same = [name for name, value in ours if (name, value) in theirs]
-            repeats.append({n.removeprefix(".") for n, _ in [*ours, *theirs] if n not in same})
+        measurements = trained.setdefault(trial_digest(variant.trial, data_digests[variant.trial.data]), {})
+        measured = digest(Measurement.of(variant.trial).evaluation.model_dump(mode="json"))[:8]
+        measurements.setdefault(measured, []).append(variant)
+    found, repeats = dict[str, Variant](), list[set[str]]()
+    for address, measurements in trained.items():
+        for measured, (first, *others) in measurements.items():
+            found[f"{address}-{measured}" if len(measurements) > 1 else address] = first
+            for variant in others:
+                ours, theirs = (leaves("", v.params).items() for v in (variant, first))
+                same = [name for name, value in ours if (name, value) in theirs]
+                repeats.append({n.removeprefix(".") for n, _ in [*ours, *theirs] if n not in same})
     if not repeats:
         return found, []
     names = ", ".join(sorted(set().union(*repeats)))

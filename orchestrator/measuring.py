@@ -54,7 +54,7 @@ def measure(
             prepare(config)
         lines = {path: Line(s.name, 0, 1, "evaluating", blocks=len(p), blocks_left=len(m))
                  for path, (s, p, m) in to_do.items()}  # fmt: skip
-        display.lines |= {to_do[path][0].checkpoint.digest: line for path, line in lines.items()}
+        display.lines |= {f"{to_do[path][0].checkpoint.digest}-{path}": line for path, line in lines.items()}
         with display, execution.session(address, at_once):
             cluster = cluster_of_the_head() if address else None
             evaluations, gpus = execution.Evaluations(), int(any(n.gpus for n in execution.nodes_ever(cluster)))

@@ -40,7 +40,7 @@ class Section:
 
 
 def title(night: Night) -> str:
-    return f"Nightly {night.suite}, {night.day}: {STATUS[night.status]}"
+    return f"Night of {night.day}, suite {night.suite}: {STATUS[night.status]}"
 
 
 def headline(night: Night) -> str:

@@ -94,8 +94,9 @@ def _kept(storage: Storage, folder: str) -> Night | None:
     path = f"{folder}/result.json"
     if not storage.exists(path):
         return None
+    content = storage.read(path)
     try:
-        return Night.model_validate_json(storage.read(path))
+        return Night.model_validate_json(content)
     except ValueError as error:
         raise Mistake(f"{storage.url(path)} is damaged ({error}); remove it to run that night again") from error
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from workers.blocks import Block
-from workers.config import TrainingConfig, digest
+from workers.config import DRIVER_CPUS, TrainingConfig, digest
 
 Action = Literal["train", "evaluate", "nothing"]
 
@@ -62,8 +62,6 @@ def scheduler_key(scheduler: Mapping[str, Any]) -> str:
 
 
 # ---- Placement: which trial starts next ------------------------------------------------------------------------
-
-DRIVER_CPUS = 0.01  # of the process that leads the workers of a data-parallel trial
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,16 @@ Pure functions of the experiment and of the descriptions of its data; neither to
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from orchestrator.experiment import Experiment, ExperimentError, Variant, told
 from orchestrator.settings import show
 from workers.config import (
+    ADAPTIVE_EVALUATIONS,
     SAMPLE_GRID,
     SAMPLE_GRID_STEPS,
     SCHEDULE_READS,
@@ -23,6 +25,8 @@ from workers.config import (
     EvaluationConfig,
     FIDConfig,
     Trial,
+    evaluations,
+    trained_by,
 )
 from workers.data import Source
 from workers.diffusion.schedules import alpha_bars, betas, log_snrs, prior_bpd
@@ -171,12 +175,14 @@ def _images(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
 
 def evaluation_findings(evaluation: EvaluationConfig, source: Source) -> Iterator[Finding]:
     """Whether the data have what an evaluation asks for."""
-    nll, fid = evaluation.nll, evaluation.fid
-    if nll and nll.images != "all" and nll.images > source.held_out:
-        yield Finding(
-            f"evaluation.nll.images: {nll.images:,} is more than the {source.held_out:,} that {source.name} holds out; "
-            "take fewer, or all"
-        )
+    fid = evaluation.fid
+    for name in ("nll", "ode_nll"):
+        part = getattr(evaluation, name)
+        if part and part.images != "all" and part.images > source.held_out:
+            yield Finding(
+                f"evaluation.{name}.images: {part.images:,} is more than the {source.held_out:,} that {source.name} "
+                "holds out; take fewer, or all"
+            )
     if fid and fid.features == "classifier" and not source.labelled:
         yield Finding(
             f"evaluation.fid.features: a classifier cannot be trained on {source.name}, which has no labels; "
@@ -232,22 +238,47 @@ class Cost:
     validation_evaluations: int = 0
     nll_evaluations: int = 0
     sampling_evaluations: int = 0
+    ode_nll_evaluations: int = 0  # each with a backward pass for every probe
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def cost(trial: Trial, source: Source) -> Cost:
-    """What `trial` costs from its first step to its last evaluation, where nothing of it is there yet."""
+    """What `trial` costs from its first step to its last evaluation, where nothing of it is there yet.
+
+    Solvers with error control are counted as they usually are.
+    """
     T, training, nll, fid = trial.diffusion.T, trial.training, trial.evaluation.nll, trial.evaluation.fid
     images = source.held_out if nll is None or nll.images == "all" else nll.images
     timesteps = T if nll is None or nll.timesteps == "all" else nll.timesteps
+    ode = trial.evaluation.ode_nll
+    flows = (source.held_out if ode.images == "all" else ode.images) if ode else 0
     return Cost(
         training_evaluations=training.steps * training.batch_size,
         validation_evaluations=validations(trial) * _validation(T, source),
         nll_evaluations=images * timesteps if nll else 0,
-        sampling_evaluations=fid.samples * (fid.sampler.steps or T) if fid else 0,
+        sampling_evaluations=fid.samples * (evaluations(fid.sampler, T) or ADAPTIVE_EVALUATIONS["samples"])
+        if fid
+        else 0,
+        ode_nll_evaluations=flows * ADAPTIVE_EVALUATIONS["ode_nll"],
     )
+
+
+def costs(trials: Mapping[str, Variant], sources: Mapping[DataConfig, Source]) -> list[Cost]:
+    """Of the rows of a sweep: what several have in common, the training and the bound, counts at the first of them."""
+    found, done = [], set[Any]()
+    for row, variant in trials.items():
+        trial, price = variant.trial, cost(variant.trial, sources[variant.trial.data])
+        for key, names in (
+            (trained_by(row), ("training_evaluations", "validation_evaluations")),
+            ((trained_by(row), trial.evaluation.nll), ("nll_evaluations",)),
+            ((trained_by(row), trial.evaluation.ode_nll), ("ode_nll_evaluations",)),
+        ):
+            price = replace(price, **dict.fromkeys(names, 0)) if key in done else price
+            done.add(key)
+        found.append(price)
+    return found
 
 
 def validations(trial: Trial) -> int:
@@ -266,18 +297,22 @@ def _validation(T: int, source: Source) -> int:
 
 def dry_run_text(trials: Mapping[str, Variant], sources: Mapping[DataConfig, Source]) -> str:
     """A table of the trials by digest: what is searched, where their chains end, what they cost, and the totals."""
-    costs = [cost(v.trial, sources[v.trial.data]) for v in trials.values()]
+    prices = costs(trials, sources)
     searched = list(next(iter(trials.values())).params) if trials else []
     ends = [chain(v.trial.diffusion) for v in trials.values()]
-    head = ["trial", *searched, "alpha_bar_T", "L_T <=", "log SNR", "training", "validation", "nll", "sampling"]
+    head = ["trial", *searched, "alpha_bar_T", "L_T <=", "log SNR"]
+    head += ["training", "validation", "nll", "sampling", "ode_nll"]
     rows = [
         [digest, *(_cell(v) for v in variant.params.values()), f"{end.alpha_bar_T:.1e}", f"{end.prior_bpd:.2g}"]
         + [f"{end.log_snr_1:.1f}..{end.log_snr_T:.1f}"]
         + [readable(n) for n in astuple(price)]
-        for (digest, variant), end, price in zip(trials.items(), ends, costs, strict=True)
+        for (digest, variant), end, price in zip(trials.items(), ends, prices, strict=True)
     ]
-    one = f"{len(trials)} trial" + "s" * (len(trials) != 1)
-    total = [one, *[""] * (len(searched) + 3), *(readable(n) for n in astuple(sum(costs, Cost())))]
+    trained = len({trained_by(row) for row in trials})
+    one = f"{trained} trial" + "s" * (trained != 1) + f", {len(trials)} rows" * (len(trials) != trained)
+    total = [one, *[""] * (len(searched) + 3), *(readable(n) for n in astuple(sum(prices, Cost())))]
+    if not any(price.ode_nll_evaluations for price in prices):
+        head, rows, total = head[:-1], [row[:-1] for row in rows], total[:-1]
     return "\n".join(
         [
             *_aligned([head, *rows, total]),

@@ -21,11 +21,12 @@ from orchestrator.models import Candidate
 from orchestrator.night import Night
 from orchestrator.results import Row
 from orchestrator.settings import leaves, write_yaml
+from orchestrator.subjects import Subject
 from orchestrator.tracking import Dataset, Status, Tracker, provenance, resolve_uri
 from orchestrator.views import Comparison, pareto_tags
 from workers import checkpoint as checkpoints
 from workers.blocks import Images, distance_name, protocol_key
-from workers.config import DataConfig, FIDConfig, digest
+from workers.config import DataConfig, FIDConfig, Measurement, digest, trained_by
 from workers.data import Source
 from workers.storage import Storage
 from workers.tasks import folder_of
@@ -141,6 +142,7 @@ class Record:
             "results.csv": frame.to_csv(index=False).encode(),
             "nll_and_distance.png": results.comparison_plot(rows),
             "nll_by_t.png": results.bits_plot(rows),
+            "distance_by_evaluations.png": results.evaluations_plot(rows),
             "schedules.png": results.schedules_plot({row.digest: row.variant.trial for row in rows}),
         }
         self.storage.write(f"{self.folder}/experiment.yaml", to_yaml(self.experiment).encode())
@@ -178,6 +180,7 @@ class Record:
         checkpoint = checkpoints.newest(self.storage, f"{folder_of(best.digest)}/checkpoints")
         assert checkpoint, best.digest
         trial = self.trials[best.digest].trial
+        checkpoint = checkpoints.averaged(checkpoint, Measurement.of(trial).evaluation.ema)
         levels, fid = self.sources[trial.data].levels, trial.evaluation.fid or FIDConfig()
         return Candidate(trial=best.digest, checkpoint=checkpoint, levels=levels, fid=fid)
 
@@ -240,6 +243,29 @@ def record_measurement(
     return "\n".join(str(shipment) for shipment in left if not shipment.complete)
 
 
+def record_pictures(storage: Storage, uri: str | None, subject: Subject, paths: Mapping[str, str]) -> str:
+    """Pictures of a checkpoint, PNG files of the storage by name, on its trial's run or in `evaluations`.
+
+    Gives what MLflow did not take, in words. Raises Mistake where it cannot be reached.
+    """
+    sweep, own_uri = _sweep_of(storage, subject.trial)
+    if uri is not None and uri != own_uri:
+        sweep, own_uri = ELSEWHERE, uri
+    tracker = Tracker(storage, sweep, own_uri)
+    tracker.check()
+    address = subject.trial if subject.trial and sweep != ELSEWHERE else f"{subject.checkpoint.digest}-pictures"
+    if sweep == ELSEWHERE:
+        tracker.open_sweep({}, provenance(), "Checkpoints that no sweep of this storage has trained.")
+    tracker.open_trial(address, subject.name, {}, {})
+    for name, path in paths.items():
+        tracker.log_image(address, f"pictures/{name}", path, subject.checkpoint.step or 0)
+    tracker.close_trial(address, "FINISHED")
+    if sweep == ELSEWHERE:
+        tracker.close_sweep("FINISHED")
+    shipment = tracker.flush(FLUSH_S)
+    return "" if shipment.complete else str(shipment)
+
+
 def record_night(
     storage: Storage, uri: str | None, label: str, night: Night, files: Mapping[str, bytes], begins_ms: int
 ) -> tuple[str, str]:
@@ -280,7 +306,7 @@ def _sweep_of(storage: Storage, trial: str | None) -> tuple[str, str | None]:
     """The sweep in whose MLflow experiment the trial has a run, and the tracking URI of that."""
     for name in storage.list("sweeps") if trial else []:
         for key, runs in (storage.read_json(f"sweeps/{name}/mlflow.json") or {}).items():
-            if trial in runs:
+            if trial in runs or any(trained_by(run) == trial for run in runs):
                 return name, None if key == "mlflow.db" else str(key)
     return ELSEWHERE, None
 

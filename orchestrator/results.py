@@ -112,8 +112,17 @@ def table(rows: Sequence[Row]) -> Table:
     distances = sorted({name for row in rows for name in row.metrics if is_distance(name)})
     _, differences = against_best(rows)
     names = list(dict.fromkeys(name for row in rows for name in short_params(row.variant)))
+    counts = {row.metrics.get(EVALUATIONS) for row in rows} - {None}  # of the network, a sample: told where they differ
     result = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ["trial", *names, "NLL bits/dim", *(d.removeprefix("eval/") for d in distances), "images/s", "state"]:
+    for name in [
+        "trial",
+        *names,
+        "NLL bits/dim",
+        *(d.removeprefix("eval/") for d in distances),
+        *["evaluations"][: len(counts) > 1],
+        "images/s",
+        "state",
+    ]:
         result.add_column(name, justify="left" if name in ("trial", "state") else "right", no_wrap=True)
     for row in rows:
         params, metrics = short_params(row.variant), row.metrics
@@ -123,12 +132,14 @@ def table(rows: Sequence[Row]) -> Table:
             *(params.get(name, "-") for name in names),
             "-" if nll is None else f"{nll:.3f} ± {metrics['eval/nll_bpd_se']:.3f}{_mark(row, differences)}",
             *(f"{metrics[d]:.3f}" if d in metrics else "-" for d in distances),
+            *[f"{metrics[EVALUATIONS]:.0f}" if EVALUATIONS in metrics else "-"][: len(counts) > 1],
             f"{row.images_per_s:,.0f}" if row.images_per_s else "-",
             row.state,
         )
     return result
 
 
+EVALUATIONS = "eval/network_evaluations"
 SAME = " ≈"  # after the bits/dim of a trial that cannot be told from the best
 
 
@@ -228,6 +239,27 @@ def comparison_plot(rows: Sequence[Row]) -> bytes | None:
     for row, m in both:
         axes.errorbar(m["eval/nll_bpd"], m[name], xerr=m["eval/nll_bpd_se"], fmt="o", capsize=3, label=row.name)
     axes.set(xlabel="NLL (bits/dim, standard error)", ylabel=f"{name.removeprefix('eval/')}", yscale="log")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _png(figure)
+
+
+def evaluations_plot(rows: Sequence[Row]) -> bytes | None:
+    """The distance against network evaluations, a line for each other setting, as PNG; None where all took as many."""
+    name = next((n for row in rows for n in row.metrics if is_distance(n)), "")
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for row in rows:
+        if name in row.metrics:
+            others = {k: v for k, v in short_params(row.variant).items() if k not in ("steps", "tolerance")}
+            point = row.metrics[EVALUATIONS], row.metrics[name], row.metrics.get(f"{name}_se", 0.0)
+            lines.setdefault(" ".join(f"{k}={v}" for k, v in others.items()), []).append(point)
+    if len({point[0] for points in lines.values() for point in points}) < 2:
+        return None
+    figure, axes = _figure()
+    for label, points in lines.items():
+        count, distance, error = zip(*sorted(points), strict=True)
+        axes.errorbar(count, distance, yerr=error, fmt="o-", capsize=3, linewidth=1, markersize=4, label=label)
+    axes.set(xlabel="evaluations of the network a sample", ylabel=name.removeprefix("eval/"))
+    axes.set(xscale="log", yscale="log")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return _png(figure)
 

@@ -1,4 +1,4 @@
-"""`python -m orchestrator.schema`: the JSON schema of an experiment file, for editors and other programs.
+"""`python -m orchestrator.schema`: the JSON schema of an experiment or nightly file, for editors and other programs.
 
 It is made of the records that check the file, so what an editor underlines the command refuses too; what spans several
 settings (a reversed range, a chain short of noise) is said by `--dry-run` alone.
@@ -7,15 +7,17 @@ settings (a reversed range, a chain short of noise) is said by `--dry-run` alone
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.experiment import TRIAL_SETTINGS, Axis, Experiment
+from orchestrator.suite import Suite
 
 EPILOG = """examples:
   python -m orchestrator.schema
   python -m orchestrator.schema --output experiments/schema.json
+  python -m orchestrator.schema nightly
 
 An editor with a YAML language server reads it where a file says:  # yaml-language-server: $schema=schema.json"""
 
@@ -23,17 +25,18 @@ An editor with a YAML language server reads it where a file says:  # yaml-langua
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         "python -m orchestrator.schema",
-        description="Print the JSON schema of an experiment file.",
+        description="Print the JSON schema of a file that people write.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    result.add_argument("kind", nargs="?", choices=SCHEMAS, default="experiment", help="of which file")
     result.add_argument("--output", type=Path, help="write it there instead")
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    text = json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(SCHEMAS[options.kind](), indent=2, ensure_ascii=False) + "\n"
     if options.output:
         options.output.write_text(text, encoding="utf-8")
     else:
@@ -57,12 +60,20 @@ def schema() -> dict[str, Any]:
         "properties": {path: {"$ref": "#/$defs/Axis"} for path in TRIAL_SETTINGS},
         "additionalProperties": False,
     }
+    return _headed(content, "An experiment of diffusion-orchestrator")
+
+
+def nightly() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a nightly file."""
+    return _headed(Suite.model_json_schema(), "A nightly evaluation of diffusion-orchestrator")
+
+
+SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {"experiment": schema, "nightly": nightly}
+
+
+def _headed(content: dict[str, Any], title: str) -> dict[str, Any]:
     content["properties"]["name"]["pattern"] = r"^(?!\.)(?!.*\.\.)[A-Za-z0-9._-]{1,100}$"
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **content,
-        "title": "An experiment of diffusion-orchestrator",
-    }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **content, "title": title}
 
 
 def _given(form: dict[str, Any]) -> dict[str, Any]:

@@ -9,13 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from orchestrator.experiment import ExperimentError, assignment, by_digest, evaluation_mistakes, expand, parse
+from orchestrator.experiment import (
+    ExperimentError,
+    assignment,
+    by_digest,
+    evaluation_mistakes,
+    expand,
+    flow_mistakes,
+    parse,
+)
 from orchestrator.preflight import evaluation_findings
 from orchestrator.profiles import PROFILES
 from orchestrator.settings import invalid, meant, meant_path, paths, put, read_yaml
 from workers import checkpoint as checkpoints
 from workers.checkpoint import Checkpoint
-from workers.config import DataConfig, Measurement, Mistake, Trial
+from workers.config import DataConfig, Measurement, Mistake, Trial, trained_by
 from workers.data import Source, describe
 from workers.storage import Storage
 
@@ -124,8 +132,9 @@ def _of_sweep(name: str, storage: Storage, update: Update) -> list[Subject]:
     variants = expand(parse(content))
     sources = {config: describe(config) for config in dict.fromkeys(v.trial.data for v in variants)}
     trials, _ = by_digest(variants, {config: source.digest for config, source in sources.items()})
-    ended = [a for a in trials if (storage.read_json(f"trials/{a}/status.json") or {}).get("state") == "finished"]
-    found = [(address, checkpoints.newest(storage, f"trials/{address}/checkpoints")) for address in ended]
+    folders = {a: f"trials/{trained_by(a)}" for a in trials}
+    ended = [a for a, f in folders.items() if (storage.read_json(f"{f}/status.json") or {}).get("state") == "finished"]
+    found = [(a, checkpoints.newest(storage, f"{folders[a]}/checkpoints")) for a in ended]
     subjects = [_subject(str(trials[a]), trials[a].trial, c, a, update) for a, c in found if c]
     if not subjects:
         raise Mistake(f"the sweep {name} has no trained trial yet; run it first: python -m orchestrator.sweep ...")
@@ -167,7 +176,7 @@ def _checked(name: str, content: Any, checkpoint: Checkpoint, trial: str | None,
     m = Measurement.model_validate(content)
     if problems := evaluation_mistakes(m.evaluation, m.T):
         raise ExperimentError(problems, name)
-    return Subject(name, m, checkpoint, trial, own)
+    return Subject(name, m, checkpoints.averaged(checkpoint, m.evaluation.ema), trial, own)
 
 
 def check(subjects: Sequence[Subject]) -> tuple[dict[DataConfig, Source], list[str]]:
@@ -176,7 +185,9 @@ def check(subjects: Sequence[Subject]) -> tuple[dict[DataConfig, Source], list[s
     problems: list[str] = []
     warnings: list[str] = []
     for subject in subjects:
-        source, shape = sources[subject.m.data], checkpoints.describe(subject.checkpoint).shape
+        described = checkpoints.describe(subject.checkpoint)
+        source, shape = sources[subject.m.data], described.shape
+        problems += flow_mistakes(subject.m.evaluation, described.prediction)
         if shape != source.shape:
             problems.append(
                 f"{subject.name}: the model makes images of {_size(shape)}, {source.name} has {_size(source.shape)}; "

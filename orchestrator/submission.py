@@ -96,11 +96,13 @@ class Job:
     """A sweep to be sent. Its name says which one it is: jobs of one name differ by their attempt alone."""
 
     name: str
+    sweep: str
+    storage: str
     file: Path
-    command: str
+    command: str  # what the head runs
 
 
-def job(experiment: Experiment, file: Path, overrides: Sequence[str], storage: str, fresh: bool, quiet: bool) -> Job:
+def job(experiment: Experiment, file: Path, overrides: Sequence[str], storage: str, flags: Sequence[str] = ()) -> Job:
     """Raises Mistake for what could not work from another machine, or would show a secret there."""
     mistakes = []
     if "://" not in storage and not Path(storage).is_absolute():
@@ -118,9 +120,9 @@ def job(experiment: Experiment, file: Path, overrides: Sequence[str], storage: s
     if mistakes:
         raise Mistake("\n".join(mistakes))
     words = ["python", "-m", "orchestrator.sweep", file.name, *overrides, "--address", "auto", "--storage", storage]
-    words += ["--fresh"] * fresh + ["--quiet"] * quiet
+    words += flags
     address = digest([resolved(experiment), storage.rstrip("/")])[:8]
-    return Job(f"sweep-{experiment.name}-{address}", file, shlex.join(words))
+    return Job(f"sweep-{experiment.name}-{address}", experiment.name, storage, file, shlex.join(words))
 
 
 def choose(name: str, statuses: Mapping[str, str]) -> tuple[str, bool]:
@@ -158,8 +160,9 @@ def submit(address: str, job: Job) -> int:
     except (aiohttp.ClientError, OSError, RuntimeError) as error:
         why = f"Lost the connection ({error})"
     print(
-        f"\n{why}; the job goes on. The same command joins it again.\n"
-        f"To stop it: ray job stop --address {address} {submission_id}",
+        f"\n{why}; the job goes on. The same command joins it again; how it stands:\n"
+        f"  python -m orchestrator.status {job.sweep} --storage {shlex.quote(job.storage)}\n"
+        f"To stop it:\n  ray job stop --address {address} {submission_id}",
         file=sys.stderr,
     )
     return LEFT

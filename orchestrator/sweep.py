@@ -100,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from orchestrator.submission import job, submit
 
             expand(experiment)  # what the data must be asked for is checked where they are
-            sent = job(experiment, options.file, overrides, options.storage, options.fresh, options.quiet)
+            flags = [f"--{name}" for name in ("fresh", "quiet", "verbose") if getattr(options, name)]
+            sent = job(experiment, options.file, overrides, options.storage, flags)
             return submit(options.address, sent)
         trials, sources, warnings = trials_of(experiment)
         cluster = read_cluster(options.cluster) if options.cluster else None

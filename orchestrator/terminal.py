@@ -45,10 +45,12 @@ class Line:
     images_per_s: float = 0.0
     blocks: int = 0  # of the evaluation
     blocks_left: int = 0
+    shares: bool = False  # the trial of a line before it, whose training is told and counted there
 
     @property
     def images_left(self) -> int:
-        return (self.steps - self.step) * self.batch_size if self.state in ("waiting", "training") else 0
+        training = self.state in ("waiting", "training") and not self.shares
+        return (self.steps - self.step) * self.batch_size if training else 0
 
     @property
     def left(self) -> str:

@@ -37,7 +37,7 @@ from urllib.parse import urlsplit
 from orchestrator import models, views
 from orchestrator.models import Candidate
 from orchestrator.views import PARENT, Comparison
-from workers.config import Mistake
+from workers.config import Mistake, trained_by
 from workers.config import digest as digest_of
 from workers.data import default_cache
 from workers.storage import Storage
@@ -444,6 +444,11 @@ class Tracker:
         at = time_ms or _now_ms()
         self._put(f"metrics {', '.join(metrics)}", lambda: self._log_metrics(digest or SWEEP, metrics, step, at))
 
+    def log_image(self, digest: str, name: str, path: str, step: int) -> None:
+        """A PNG file of the storage, beside the images of the trial's journal; given again, it takes its own place."""
+        entry = {"image": name, "path": path, "step": step, "time_ms": step}
+        self._put(f"image {name}", lambda: self._log_image(self._opened(digest), entry))
+
     def log_artifact(self, digest: str | None, content: bytes | Path, path: str) -> None:
         """A file, given by its bytes or its local path, as the artifact `path` (folders by forward slashes)."""
         self._put(f"artifact {path}", lambda: self._log_artifact(digest or SWEEP, content, path))
@@ -718,7 +723,7 @@ class Tracker:
 
     def _journal(self, digest: str) -> list[str]:
         try:
-            return self.storage.read(f"trials/{digest}/journal.jsonl").decode().splitlines()
+            return self.storage.read(f"trials/{trained_by(digest)}/journal.jsonl").decode().splitlines()
         except FileNotFoundError:
             return []
 

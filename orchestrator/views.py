@@ -53,11 +53,8 @@ def views(compare: Comparison, parent_id: str, image_step: int, best_id: str) ->
     if len(compare.metrics) > 1:
         chosen = f"{children(parent_id)} and tags.{PARETO} = '{FRONT}'"
         result.append(View(title="the Pareto front", state={**everything, "searchFilter": chosen}))
-    if len(compare.params) > 1:
-        result += [
-            View(title=f"by {param}", state=_grouped(compare, parent_id, param)) for param in compare.params[:SETTINGS]
-        ]
-    return result
+    settings = compare.params[:SETTINGS]
+    return result + [View(title=f"by {param}", state=_grouped(compare, parent_id, param)) for param in settings]
 
 
 def children(parent_id: str) -> str:

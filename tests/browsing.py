@@ -5,13 +5,14 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,10 @@ class Recorded:
         views = {k: json.loads(text) for k, text in self.tags.items() if k.startswith("mlflow.sharedViewState.")}
         [key] = [key.rpartition(".")[2] for key, view in views.items() if view["name"] == f"{self.sweep}: {title}"]
         return f"#/experiments/{self.experiment}/runs?{ML}&viewStateShareKey={key}&compareRunsMode=CHART"
+
+    def by_setting(self) -> str:
+        """The title of the view by the first of the settings."""
+        return re.findall(r"\[(by .+?)\]", self.tags["mlflow.note.content"])[0]
 
     def compare_page(self) -> str:
         """MLflow's older page that compares runs."""
@@ -128,54 +133,67 @@ class Browser:
         page.close()
 
 
-# What stands on a page. Each waits until as much is there as is asked for, and fails where it does not come.
+# What stands on a page. Each waits for it, and fails where it does not come.
+
+PLOTS = """() => [...document.querySelectorAll('.js-plotly-plot')].filter(p => (p.data || []).length).map(plot => {
+    const title = axis => axis && axis.title ? axis.title.text || axis.title : '', first = plot.data[0];
+    return {kind: first.type, x_title: title(plot.layout.xaxis), y_title: title(plot.layout.yaxis),
+            traces: plot.data.length, x: [...(first.x || [])], y: [...(first.y || [])],
+            colours: first.marker ? first.marker.color : null};
+})"""
+IMAGES = """() => [...document.images].filter(
+    image => image.src.includes('get-artifact') && image.naturalWidth && image.getBoundingClientRect().width).length"""
 
 
-def plots(page: Page, kind: str, n: int) -> list[dict[str, Any]]:
-    """The first trace of the plots of a kind of Plotly's, with `x`, `y`, colours and the axes' titles."""
-    found = """kind => [...document.querySelectorAll('.js-plotly-plot')]
-        .filter(plot => plot.data && plot.data.length && plot.data[0].type === kind)
-        .map(plot => ({traces: plot.data.length, names: plot.data.map(trace => trace.name),
-                       x: [...(plot.data[0].x || [])], y: [...(plot.data[0].y || [])],
-                       colours: plot.data[0].marker && plot.data[0].marker.color,
-                       titles: [plot.layout.xaxis, plot.layout.yaxis].map(
-                           axis => axis && axis.title && (axis.title.text || axis.title))}))"""
-    page.wait_for_function(f"n => ({found})('{kind}').length >= n", arg=n)
-    return list(page.evaluate(found, kind))
+def plots(page: Page, n: int, **wanted: str) -> list[dict[str, Any]]:
+    """The plots that have what is wanted, such as x_title="eval/nll_bpd": n or more."""
+    chosen = f"wanted => ({PLOTS})().filter(plot => Object.entries(wanted).every(([k, v]) => plot[k] === v))"
+    page.wait_for_function(f"([wanted, n]) => ({chosen})(wanted).length >= n", arg=[wanted, n])
+    return list(page.evaluate(chosen, wanted))
+
+
+def plot(page: Page, x: str, y: str) -> dict[str, Any]:
+    """The scatter plot of y against x."""
+    [found] = plots(page, 1, x_title=x, y_title=y)
+    return found
 
 
 def axes(page: Page) -> list[str]:
-    """The labels of the parallel coordinates, whole or cut short."""
-    page.wait_for_selector(".parcoords .dimension .label")
-    return [str(label.text_content()) for label in page.locator(".parcoords .dimension .label").all()]
+    """The labels of the parallel coordinates, in which MLflow cuts long ones short."""
+    labels = page.locator(".parcoords .dimension .label")
+    labels.first.wait_for()
+    return [str(label.text_content()) for label in labels.all()]
 
 
-def pictures(page: Page, n: int) -> int:
-    """How many logged images are shown."""
-    shown = """() => [...document.images].filter(
-        image => image.src.includes('artifact') && image.naturalWidth > 0 && image.getBoundingClientRect().width > 0
-    ).length"""
-    page.wait_for_function(f"n => ({shown})() >= n", arg=n)
-    return int(page.evaluate(shown))
+def images(page: Page, n: int) -> int:
+    """How many logged images are seen: n or more."""
+    page.wait_for_function(f"n => ({IMAGES})() >= n", arg=n)
+    return int(page.evaluate(IMAGES))
 
 
-def wait_for_texts(page: Page, *texts: str) -> None:
-    for text in texts:
+def texts(page: Page, *wanted: str) -> None:
+    for text in wanted:
         page.get_by_text(text).first.wait_for()
-
-
-PICTURES = {
-    "mlflow": ("all trials", 1900),
-    "mlflow-setting": ("by diffusion.T", 900),
-}
 
 
 def main(storage: Path, sweep: str, folder: Path) -> None:
     recorded = Recorded.of(storage, sweep)
-    with served(storage) as base, browser() as chromium, chromium.page(base, recorded.view("all trials")) as page:
-        plots(page, "scatter", 3)
-        pictures(page, min(len(recorded.trials), 10))
-        page.screenshot(path=folder / "mlflow.png")
+    images_shown = min(len(recorded.trials), 10)  # MLflow shows the pictures of ten runs at most
+    with served(storage) as base, browser(1200) as chromium:
+
+        def shoot(name: str, where: str, height: int, ready: Callable[[Page], object]) -> None:
+            with chromium.page(base, where, height) as page:
+                ready(page)
+                page.wait_for_timeout(1000)  # for what moves to come to rest
+                page.screenshot(path=folder / f"{name}.png")
+
+        def compared(page: Page) -> None:
+            images(page, images_shown)
+            plots(page, 3, kind="scatter")
+
+        shoot("mlflow", recorded.view("all trials"), 2300, compared)
+        shoot("mlflow-setting", recorded.view(recorded.by_setting()), 900, lambda page: plots(page, 2, kind="bar"))
+        shoot("mlflow-model", recorded.model_page(), 700, lambda page: texts(page, "candidate"))
 
 
 if __name__ == "__main__":

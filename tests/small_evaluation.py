@@ -55,8 +55,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def measurement(images: Any = "all", timesteps: Any = "all", seed: int = 0, **fid: Any) -> Measurement:
     nll = NLLConfig(images=images, timesteps=timesteps, proposal=fid.pop("proposal", "log_uniform"))
+    later = {name: fid.pop(name, None) for name in ("ode_nll", "variance")}
     fid = {"samples": 15, "sampler": SamplerConfig(kind="ddim", steps=3), **fid}
-    evaluation = EvaluationConfig(nll=nll, fid=FIDConfig(**fid))
+    evaluation = EvaluationConfig(nll=nll, fid=FIDConfig(**fid), **later)
     return Measurement(seed=seed, data=DataConfig(source="digits"), T=T, ema=0.99, evaluation=evaluation)
 
 

@@ -74,6 +74,16 @@ def test_drivers_exist_only_of_trials_that_fit() -> None:
     assert a.is_finished() and a.next_trial() is None
 
 
+def test_no_driver_of_a_data_parallel_trial_is_handed_to_another() -> None:
+    """Tune hands an actor over where the resources that it holds equal those that a trial asks for."""
+    trials = started(admission(8, 4, 1, 1))
+    for trial in trials:
+        trial.create_placement_group_factory()
+    one, other, small, same = (trial.placement_group_factory for trial in trials)
+    assert one != other and one.bundles == other.bundles == [{"CPU": 0.01}]
+    assert small == same
+
+
 def test_a_trial_bigger_than_a_machine_is_packed_over_several() -> None:
     [trial] = started(admission(16))
     assert trial.config["strategy"] == "PACK"

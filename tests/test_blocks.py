@@ -15,11 +15,12 @@ from workers.blocks import (
     distance_name,
     feature_blocks,
     nll_blocks,
+    ode_nll_blocks,
     reference_blocks,
     sample_blocks,
     summary_path,
 )
-from workers.config import DataConfig, EvaluationConfig, FIDConfig, SamplerConfig
+from workers.config import SAMPLERS, DataConfig, EvaluationConfig, FIDConfig, ODENLLConfig, SamplerConfig
 from workers.data import describe, prepare
 
 few_rows_a_block = pytest.fixture(autouse=True)(small_blocks)
@@ -73,6 +74,9 @@ def test_more_reference_images_only_add_blocks(images, count):
         ({"samples": 31}, set()),
         ({"images": 3}, set()),
         ({"also": ()}, set()),
+        ({"sampler": SamplerConfig(kind="heun", steps=3)}, {"samples", "features"}),
+        ({"variance": "fixed_small"}, set()),
+        ({"variance": "fixed_small", "sampler": SamplerConfig()}, {"samples", "features"}),
     ],
 )
 def test_a_setting_moves_what_it_changes_and_nothing_else(other, kinds):
@@ -152,3 +156,40 @@ def test_a_data_set_counts_alike_before_and_after_it_is_decoded(tmp_path):
 )
 def test_fid_is_inception_against_all_of_train_and_nothing_else(settings, name):
     assert distance_name(FIDConfig(**settings)) == name
+
+
+@pytest.mark.parametrize(
+    ("sampler", "samples", "summary"),
+    [
+        (SamplerConfig(), "6be533ba9f8ae4db", "2b0ab42f0edbe5d4"),
+        (SamplerConfig(kind="ddim", steps=4, eta=0.5), "ec08195271e8a733", "9b3a0a09bdb19818"),
+    ],
+)
+def test_addresses_are_those_of_before_there_were_other_samplers(sampler, samples, summary):
+    """Recorded: what was measured then is not measured again."""
+    m = measurement(sampler=sampler)
+    assert folders(m)["samples"] == f"evaluations/c/samples-{samples}"
+    assert folders(m)["nll"] == "evaluations/c/nll-6124366543330a23"
+    assert summary_path(m, "c", IMAGES) == f"evaluations/c/summary-{summary}.json"
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_settings_that_a_sampler_does_not_read_move_nothing(kind):
+    unread = {"eta": 0.5, "repeats": 2, "step_size": 0.1, "tolerance": 0.01, "steps": 4}
+    here = folders(measurement(sampler=SamplerConfig(kind=kind)))
+    for name, value in unread.items():
+        there = folders(measurement(sampler=SamplerConfig(kind=kind, **{name: value})))
+        reads = name in SAMPLERS[kind] or (kind, name) == ("ancestral", "eta")  # refused before it gets here
+        assert (here != there) == reads, name
+
+
+def test_the_ode_s_likelihood_has_blocks_of_its_own():
+    def of(**ode: Any) -> set[str]:
+        return {b.path for b in ode_nll_blocks(measurement(ode_nll=ODENLLConfig(**ode)), "c", IMAGES)}
+
+    assert ode_nll_blocks(measurement(), "c", IMAGES) == []
+    assert len(of()) == 3 and of(images=4) < of(images=5) < of()
+    assert not of() & of(probes=2) and not of() & of(tolerance=1e-3)
+    assert folders(measurement(ode_nll=ODENLLConfig())) == folders(measurement()) | {
+        "ode_nll": next(iter(of())).rpartition("/")[0]
+    }

@@ -41,36 +41,58 @@ def test_the_link_that_a_sweep_prints_opens_the_comparison(
 ) -> None:
     links = re.findall(r"comparison +\S+?/(#\S+)", finished[2])
     assert len(links) == 2 and len(set(links)) == 1  # at the start and at the end
+    trials = len(recorded.trials)
     with chromium.page(base, links[0]) as page:
-        browsing.wait_for_texts(page, *recorded.names())
+        browsing.texts(page, *recorded.names())
         assert browsing.axes(page) == ["loss.weighting", "eval/fd_classifier", "eval/nll_bpd"]
-        scatters = browsing.plots(page, "scatter", 4)
-        seen = {tuple(plot["titles"]): plot for plot in scatters}
-        for x, y in (("eval/nll_bpd", "eval/fd_classifier"), ("loss.weighting", "eval/nll_bpd")):
-            assert len(seen[(x, y)]["x"]) == len(recorded.trials), (x, y)
-        assert browsing.pictures(page, len(recorded.trials)) == len(recorded.trials)
-        browsing.wait_for_texts(page, "Differences from the best")
+        for x, y in (
+            ("eval/nll_bpd", "eval/fd_classifier"),
+            ("loss.weighting", "eval/nll_bpd"),
+            ("loss.weighting", "eval/fd_classifier"),
+        ):
+            assert len(browsing.plot(page, x, y)["x"]) == trials, (x, y)
+        assert {plot["traces"] for plot in browsing.plots(page, 1, x_title="Step")} >= {trials}
+        assert browsing.images(page, trials) == trials
+        browsing.texts(page, "Differences from the best", "baseline")
 
 
 def test_the_front_is_vivid(recorded: Recorded, base: str, chromium: Browser) -> None:
     """The points of the scatter have the colours of the runs' tags."""
     with chromium.page(base, recorded.view("all trials")) as page:
-        [plot] = [p for p in browsing.plots(page, "scatter", 4) if p["titles"][1] == "eval/fd_classifier"][:1]
+        plot = browsing.plot(page, "eval/nll_bpd", "eval/fd_classifier")
         tags = {run.data.metrics["eval/nll_bpd"]: run.data.tags["mlflow.runColor"] for run in recorded.trials}
-        assert {round(x, 9): c for x, c in zip(plot["x"], plot["colours"], strict=True)} == {
-            round(x, 9): c for x, c in tags.items()
-        }
+        assert dict(zip(plot["x"], plot["colours"], strict=True)) == tags
 
 
 def test_the_view_of_the_front_has_the_front_alone(recorded: Recorded, base: str, chromium: Browser) -> None:
     front, beaten = recorded.names(pareto=FRONT), recorded.names(pareto=BEATEN)
     assert front and sorted(front + beaten) == sorted(recorded.names())
     with chromium.page(base, recorded.view("the Pareto front")) as page:
-        browsing.wait_for_texts(page, *front)
-        assert len(browsing.plots(page, "scatter", 4)[0]["x"]) == len(front)
+        browsing.texts(page, *front)
+        assert len(browsing.plot(page, "eval/nll_bpd", "eval/fd_classifier")["x"]) == len(front)
 
 
 def test_a_view_groups_by_a_setting(recorded: Recorded, base: str, chromium: Browser) -> None:
     with chromium.page(base, recorded.view("by loss.weighting")) as page:
-        browsing.wait_for_texts(page, "Group: simple", "Group: vlb")
-        assert {len(plot["y"]) for plot in browsing.plots(page, "bar", 2)} == {2}
+        browsing.texts(page, "Group: simple", "Group: vlb")
+        assert {len(plot["y"]) for plot in browsing.plots(page, 2, kind="bar")} == {2}
+
+
+def test_the_note_of_the_experiment_leads_to_the_views(recorded: Recorded, base: str, chromium: Browser) -> None:
+    assert all(f"({recorded.view(title)})" in recorded.tags["mlflow.note.content"]
+               for title in ("all trials", "the Pareto front", "by loss.weighting"))  # fmt: skip
+
+
+def test_the_older_page_of_comparison_has_all_trials(recorded: Recorded, base: str, chromium: Browser) -> None:
+    with chromium.page(base, recorded.compare_page()) as page:
+        browsing.texts(page, f"Comparing {len(recorded.trials)} Runs", *recorded.names())
+
+
+def test_the_page_of_a_trial_has_its_note_and_model(recorded: Recorded, base: str, chromium: Browser) -> None:
+    with chromium.page(base, recorded.run_page(recorded.trials[0])) as page:
+        browsing.texts(page, "What the numbers are", "loss.weighting", "eval/fd_classifier")
+
+
+def test_the_page_of_models_has_the_candidate(recorded: Recorded, base: str, chromium: Browser) -> None:
+    with chromium.page(base, recorded.model_page()) as page:
+        browsing.texts(page, "tiny", "Version 1", "candidate")

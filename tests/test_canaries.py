@@ -180,7 +180,7 @@ def late_network(monkeypatch):
     """The network is asked about the next t."""
     right = GaussianDenoiser.forward
     monkeypatch.setattr(
-        GaussianDenoiser, "forward", lambda self, x, t: right(self, x, (t + 1).clamp(max=len(self.gain) - 1))
+        GaussianDenoiser, "forward", lambda self, x, t: right(self, x, (t + 1).clamp(max=self.process.T - 1))
     )
 
 

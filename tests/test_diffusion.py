@@ -351,7 +351,7 @@ def test_one_point_data_land_on_the_point(variance, steps, sampler):
     torch.testing.assert_close(x, torch.full_like(x, point), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("kind", ["ancestral", "ddim"])
 def test_the_noise_of_a_step_has_sigma_for_its_standard_deviation(kind):
     """Not sigma^2: the trap of the notes. From x_t = x_0_hat = 0 all that is left is sigma z."""
     p, n = process(40, "fixed_small"), 20_000
@@ -363,9 +363,9 @@ def test_the_noise_of_a_step_has_sigma_for_its_standard_deviation(kind):
 def test_the_last_step_shows_the_mean_without_noise():
     p = process(40, "fixed_large")
     t, x_0, x_t, _ = every_t(p)
-    for kind, step in STEPS.items():
+    for kind in ("ancestral", "ddim"):
         of = said(p, x_0[:1], x_t[:1], t[:1])
-        x = step(p, SamplerConfig(kind=kind, eta=1.0), x_t[:1], of, t[:1], generator("last"))
+        x = STEPS[kind](p, SamplerConfig(kind=kind, eta=1.0), x_t[:1], of, t[:1], generator("last"))
         torch.testing.assert_close(x, x_0[:1], msg=kind)
 
 

@@ -28,6 +28,7 @@ from small_evaluation import (
 
 from workers import evaluation
 from workers.blocks import Block, feature_blocks, nll_blocks, reference_blocks, sample_blocks
+from workers.config import ODENLLConfig
 from workers.evaluation import KINDS, Bench, DamagedBlock, make, read_block, remove_damaged, sealed
 from workers.ledger import Ledger
 from workers.noise import generator
@@ -38,8 +39,8 @@ few_rows_a_block = pytest.fixture(autouse=True)(small_blocks)
 
 @pytest.fixture
 def whole(tmp_path) -> Bench:
-    """A bench with all its blocks made."""
-    b = bench(tmp_path / "whole", measurement())
+    """A bench with all its blocks made, of every kind."""
+    b = bench(tmp_path / "whole", measurement(ode_nll=ODENLLConfig(images=6, tolerance=1e-2)))
     make_all(b, blocks_of(b))
     return b
 

@@ -22,7 +22,7 @@ from orchestrator.experiment import (
     to_yaml,
 )
 from orchestrator.settings import merge, paths, put, read_yaml
-from workers.config import Trial, sub_batches, trial_digest
+from workers.config import Measurement, Trial, sub_batches, trained_by, trial_digest
 
 SAMPLE = """
 name: beta_schedule
@@ -351,13 +351,33 @@ def test_workers_share_whole_sub_batches(batch_size: int) -> None:
             assert "training.workers" in problems(training=training)[0]
 
 
+def sampler(**settings: Any) -> dict[str, Any]:
+    return {"evaluation": {"fid": {"sampler": settings}}}
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
         ({"diffusion": {"schedule": {"beta_start": 0.03}}}, "diffusion.schedule.beta_start: 0.03 is above beta_end"),
         ({"diffusion": {"T": 50}, "evaluation": {"nll": {"timesteps": 51}}}, "51 is more than diffusion.T = 50"),
         ({"diffusion": {"T": 5}, "evaluation": {"fid": {"sampler": {"steps": 6}}}}, "6 is more than diffusion.T = 5"),
-        ({"evaluation": {"fid": {"sampler": {"eta": 0.5}}}}, "without effect on the ancestral sampler"),
+        (
+            sampler(eta=0.5),
+            "without effect on the ancestral sampler, which reads steps; leave it out, or take",
+        ),
+        (sampler(kind="heun", eta=0.5), "without effect on the heun sampler"),
+        (sampler(kind="ode", steps=20), "steps: 20 is without effect on the ode sampler, which reads tolerance"),
+        (sampler(kind="heun", tolerance=0.1), "take kind: ode"),
+        (sampler(kind="dpmpp", repeats=2), "take kind: langevin"),
+        (sampler(kind="langevin", steps=2000), "2000 is more than diffusion.T = 1000"),
+        (sampler(kind="heun", steps=1001), "1001 is more than diffusion.T = 1000"),
+        ({**sampler(kind="ode"), "diffusion": {"prediction": "mu"}}, "prediction: mu has none; take heun or dpmpp"),
+        (
+            {"evaluation": {"ode_nll": {}}, "diffusion": {"prediction": "mu"}},
+            "evaluation.ode_nll: asks for eps between",
+        ),
+        ({**sampler(kind="dpmpp"), "diffusion": {"schedule": {"kind": "jsd"}}}, "jsd begins at sigma_T = inf"),
+        ({"evaluation": {"ode_nll": {}}, "diffusion": {"schedule": {"kind": "jsd"}}}, "ends at sigma_T = inf"),
     ],
 )
 def test_settings_that_do_not_go_together(sections: dict[str, Any], message: str) -> None:
@@ -402,7 +422,7 @@ T_GRID = {"diffusion.T": {"grid": [50, 100]}}
         ({"search": search({"diffusion.T": {"choice": [5]}}, algorithm="random")}, "search.samples: missing"),
         ({"search": search({"seed": {"grid": list(range(10_001))}})}, "10,001 variants are more than 10,000"),
         ({"search": search({**T_GRID, "diffusion": {"grid": [{"T": 5}]}})}, "sets what search.space.diffusion.T sets"),
-        ({"search": search({"evaluation.fid.samples": {"grid": [10, 20]}})}, "does not change what is trained"),
+        ({"search": search({"training.cpus": {"grid": [1, 2]}})}, "does not change what is trained"),
     ],
 )
 def test_searches_that_make_no_sense(sections: dict[str, Any], message: str) -> None:
@@ -544,16 +564,69 @@ def test_importing_it_stays_quick(module: str) -> None:
 
 
 def test_every_setting_of_a_trial_can_be_searched_or_says_why_not() -> None:
+    given = {"evaluation": {"ode_nll": {}}}
     for path in paths(Trial):
-        value = experiment().trial
+        value = experiment(**given).trial
         for name in path.split("."):
             value = getattr(value, name)
         plain = value.model_dump(mode="json") if hasattr(value, "model_dump") else value
         try:
-            (variant,) = expand(experiment(search=search({path: {"grid": [plain]}})))
-            assert variant.trial == experiment().trial, path
+            (variant,) = expand(experiment(**given, search=search({path: {"grid": [plain]}})))
+            assert variant.trial == experiment(**given).trial, path
         except ExperimentError as error:
             assert "does not change what is trained" in str(error), (path, error)
+
+
+# ---- Rows that share a trial -----------------------------------------------------------------------------------
+
+
+def test_measurements_of_one_trial_are_rows_that_share_its_address() -> None:
+    """What is trained and what is measured cross: a row each, the training's address in front."""
+    space = {
+        "diffusion.T": {"grid": [50, 60]},
+        "evaluation.fid.sampler": {"grid": [{"kind": "ddim"}, {"kind": "heun"}]},
+        "evaluation.fid.sampler.steps": {"grid": [5, 10]},
+    }
+    found, warnings = digests(expand(experiment(search=search(space))))
+    assert len(found) == 8 and not warnings
+    assert len({trained_by(row) for row in found}) == 2
+    for row, variant in found.items():
+        assert trained_by(row) == trial_digest(variant.trial, "d") and row != trained_by(row)
+    alone, _ = digests(expand(experiment(search=search({"diffusion.T": {"grid": [50, 60]}}))))
+    assert set(alone) == {trained_by(row) for row in found}
+
+
+def test_a_row_keeps_its_address_when_others_come_beside_it() -> None:
+    path = "evaluation.fid.sampler.steps"
+    few, many = (
+        set(digests(expand(experiment(search=search({path: {"grid": steps}}))))[0]) for steps in ([5, 9], [7, 5, 9, 2])
+    )
+    assert few < many
+
+
+def test_rows_that_are_measured_alike_are_one() -> None:
+    """As many steps as there are is all of them, and the variance of the model itself is no other."""
+    space = {
+        "evaluation.fid.sampler.steps": {"grid": [None, 1000]},
+        "evaluation.variance": {"grid": [None, "fixed_large", "fixed_small"]},
+    }
+    found, (warning,) = digests(expand(experiment(search=search(space))))
+    assert len(found) == 2 and "4 repeat another one" in warning
+
+
+def test_an_average_that_is_not_kept_is_refused() -> None:
+    (problem,) = problems(training={"ema": 0.9, "averages": [0.5]}, evaluation={"ema": 0.99})
+    assert "evaluation.ema: 0.99 is no average that is kept in training, which are 0.9, 0.5" in problem
+    e = experiment(
+        training={"ema": 0.9, "averages": [0.5, 0]}, search=search({"evaluation.ema": {"grid": [0.9, 0.5, 0]}})
+    )
+    found, _ = digests(expand(e))
+    assert [Measurement.of(v.trial).evaluation.ema for v in found.values()] == [None, 0.5, 0]
+
+
+def test_averages_count_where_there_are_any() -> None:
+    plain, kept = (trial_digest(experiment(training={"averages": a}).trial, "d") for a in ([], [0.5]))
+    assert plain == trial_digest(experiment().trial, "d") != kept
 
 
 RECORDED = {  # addresses of 2026-11-22, before there were other predictions, objectives and schedules

@@ -299,6 +299,8 @@ SAMPLERS = [
     SamplerConfig(kind="ddim", steps=10),
     SamplerConfig(kind="ddim", steps=7, eta=0.5),
     SamplerConfig(kind="ddim", steps=25, eta=1.0),
+    SamplerConfig(kind="euler_maruyama"),
+    SamplerConfig(kind="euler_maruyama", steps=25),
 ]
 
 

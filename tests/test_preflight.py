@@ -10,6 +10,7 @@ from orchestrator.preflight import (
     Cost,
     chain,
     cost,
+    costs,
     dry_run_text,
     log_snr_curves,
     preflight,
@@ -17,7 +18,7 @@ from orchestrator.preflight import (
     schedule_name,
 )
 from orchestrator.settings import merge
-from workers.config import SAMPLE_GRID, DiffusionConfig, ScheduleConfig, Trial
+from workers.config import ADAPTIVE_EVALUATIONS, SAMPLE_GRID, DiffusionConfig, ScheduleConfig, Trial
 from workers.data import Source
 
 DIGITS = Source("d" * 16, "digits", "digits", 1497, 300, True, 17, (8, 8, 1))
@@ -193,6 +194,26 @@ def test_all_means_every_held_out_image_and_every_timestep() -> None:
     assert measured.validation_evaluations == 4 * (128 * 10 + 25 * 10)
 
 
+@pytest.mark.parametrize(
+    ("sampler", "count"),
+    [
+        ({"kind": "heun", "steps": 18}, 35),
+        ({"kind": "dpmpp", "steps": 10}, 10),
+        ({"kind": "langevin", "steps": 10, "repeats": 3}, 31),
+        ({"kind": "euler_maruyama"}, 200),
+        ({"kind": "ode"}, ADAPTIVE_EVALUATIONS["samples"]),
+    ],
+)
+def test_a_sample_costs_what_its_sampler_takes(sampler: dict[str, Any], count: int) -> None:
+    t = trial(
+        diffusion={"T": 200},
+        evaluation={"nll": None, "fid": {"samples": 50, "sampler": sampler}, "ode_nll": {"images": 20}},
+    )
+    found = cost(t, DIGITS)
+    assert found.sampling_evaluations == 50 * count
+    assert found.ode_nll_evaluations == 20 * ADAPTIVE_EVALUATIONS["ode_nll"]
+
+
 def test_what_is_off_costs_nothing_and_validation_stops_at_the_data() -> None:
     few = Source("d", "few", "images", 100, 3, False, 256, (8, 8, 3))
     t = trial(diffusion={"T": 1}, evaluation={"nll": None, "fid": None}, training={"validate_every": 1000})
@@ -242,3 +263,19 @@ def test_the_table_has_a_row_for_each_trial_and_totals() -> None:
 def test_the_table_of_one_trial_and_of_none() -> None:
     assert table()[1][4].startswith("1 trial ")
     assert "0 trials" in dry_run_text({}, {})
+
+
+def test_what_rows_share_is_counted_once() -> None:
+    space = {
+        "evaluation.fid.sampler": {"grid": [{"kind": "ddim"}, {"kind": "heun"}]},
+        "evaluation.nll.images": {"grid": [20, 30]},
+    }
+    content = {"name": "x", "data": {"source": "digits"}, "training": {"steps": 100}, "search": {"space": space}}
+    variants = expand(parse({**content, "diffusion": {"T": 50, "schedule": {"scale": "per_1000"}}}))
+    trials, _ = by_digest(variants, {v.trial.data: DIGITS.digest for v in variants})
+    found = costs(trials, {v.trial.data: DIGITS for v in variants})
+    assert [c.training_evaluations > 0 for c in found] == [True, False, False, False]
+    assert [c.nll_evaluations for c in found] == [20 * 50, 30 * 50, 0, 0]
+    assert [c.sampling_evaluations for c in found] == [1000 * 50] * 2 + [1000 * 99] * 2
+    text = dry_run_text(trials, {v.trial.data: DIGITS for v in variants})
+    assert "1 trial, 4 rows" in text and "ode_nll" not in text

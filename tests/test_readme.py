@@ -21,10 +21,8 @@ SWEEPS = [c for c in COMMANDS if "orchestrator.sweep" in c]
 
 
 def test_every_command_is_of_a_kind_that_a_test_runs() -> None:
-    kinds = (
-        "make ",
-        *(f"python -m orchestrator.{verb}" for verb in ("sweep ", "evaluate ", "compare ", "canary", "nightly ", "ui")),
-    )
+    verbs = ("sweep ", "evaluate ", "compare ", "sample ", "canary", "nightly ", "status", "report ", "ui")
+    kinds = ("make ", "ray up ", "ray down ", *(f"python -m orchestrator.{verb}" for verb in verbs))
     assert COMMANDS and SWEEPS
     assert all(command.startswith(kinds) for command in COMMANDS), COMMANDS
 
@@ -47,7 +45,9 @@ def test_sweep_commands_are_valid(command: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"orchestrator\.(evaluate|compare|canary)", c)])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if re.search(r"orchestrator\.(evaluate|compare|sample|canary|status|report)", c)]
+)
 def test_commands_of_measuring_are_understood(command: str) -> None:
     """They need a trained storage: tests/cluster/test_evaluate.py runs such, here their words are checked."""
     _, _, module, *words = shlex.split(command)

@@ -9,10 +9,11 @@ import pytest
 from conftest import ROOT
 
 from orchestrator.experiment import mistakes
-from orchestrator.schema import main, schema
+from orchestrator.schema import SCHEMAS, main, schema
 from orchestrator.settings import read_yaml
 
 FILES = sorted((ROOT / "experiments").glob("*.yaml"))
+SHIPPED = {"experiment": "schema.json", "nightly": "nightly.schema.json"}
 VALIDATOR = jsonschema.Draft202012Validator(schema())
 LEAST = {"name": "a", "data": {"source": "digits"}, "training": {"steps": 1}}
 
@@ -21,15 +22,17 @@ def content(file: Path) -> Any:
     return read_yaml(file.read_text())[0]
 
 
-def test_the_shipped_schema_is_current() -> None:
-    assert json.loads((ROOT / "experiments/schema.json").read_text()) == schema(), "make schema writes it again"
-    jsonschema.Draft202012Validator.check_schema(schema())
+@pytest.mark.parametrize("kind", SCHEMAS)
+def test_the_shipped_schema_is_current(kind: str) -> None:
+    assert json.loads((ROOT / "experiments" / SHIPPED[kind]).read_text()) == SCHEMAS[kind](), "make schema"
+    jsonschema.Draft202012Validator.check_schema(SCHEMAS[kind]())
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_every_experiment_file_names_the_schema_and_is_valid(file: Path) -> None:
-    assert "# yaml-language-server: $schema=schema.json" in file.read_text().splitlines()
-    VALIDATOR.validate(content(file))
+def test_every_file_names_its_schema_and_is_valid(file: Path) -> None:
+    kind = "nightly" if "orchestrator.nightly" in file.read_text() else "experiment"
+    assert f"# yaml-language-server: $schema={SHIPPED[kind]}" in file.read_text().splitlines()
+    jsonschema.Draft202012Validator(SCHEMAS[kind]()).validate(content(file))
 
 
 @pytest.mark.parametrize(

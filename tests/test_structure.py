@@ -11,10 +11,11 @@ ORDER = """
     workers.journal
     workers.unet_config workers.unet
     workers.diffusion.schedules workers.diffusion.process workers.diffusion.predictions
-    workers.diffusion.bound workers.diffusion.objectives workers.diffusion.timesteps workers.diffusion.samplers
-    workers.diffusion.gaussian
+    workers.diffusion.bound workers.diffusion.objectives workers.diffusion.timesteps workers.diffusion.flow
+    workers.diffusion.samplers workers.diffusion.gaussian
     workers.ledger workers.likelihood workers.frechet workers.fidelity workers.inception workers.features
     workers.diffusers_config workers.checkpoint workers.blocks workers.evaluation workers.summary
+    workers.pictures
     workers.canaries workers.training workers.calibration workers.tasks
     orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan
     orchestrator.cluster orchestrator.cost orchestrator.calibration orchestrator.profiles
@@ -25,7 +26,7 @@ ORDER = """
     orchestrator.status orchestrator.report
     orchestrator.views orchestrator.model_code orchestrator.models orchestrator.tracking orchestrator.registry
     orchestrator.night orchestrator.night_report orchestrator.record orchestrator.controller
-    orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.canary
+    orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.sample orchestrator.canary
     orchestrator.night_shift orchestrator.nightly orchestrator.ui orchestrator.schema orchestrator.api
 """.split()
 ROOMS = {

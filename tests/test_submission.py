@@ -2,7 +2,7 @@
 
 import shlex
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -15,20 +15,20 @@ from orchestrator.sweep import main
 from workers.config import Mistake
 
 
-def sent(file: Path, *overrides: str, storage: str = "/shared/runs", fresh: bool = False) -> Job:
-    return job(load(file, overrides), file, overrides, storage, fresh, quiet=False)
+def sent(file: Path, *overrides: str, storage: str = "/shared/runs", flags: Sequence[str] = ()) -> Job:
+    return job(load(file, overrides), file, overrides, storage, flags)
 
 
 def test_a_job_is_named_by_what_it_makes_and_where(tiny: Path) -> None:
     name = sent(tiny).name
     assert name.startswith("sweep-tiny-")
-    assert sent(tiny, storage="/shared/runs/").name == name and sent(tiny, fresh=True).name == name
+    assert sent(tiny, storage="/shared/runs/").name == name and sent(tiny, flags=["--fresh"]).name == name
     assert sent(tiny, "training.steps=20").name == name, "the file says so already"
     assert sent(tiny, "training.steps=21").name != name and sent(tiny, storage="s3://bucket/runs").name != name
 
 
 def test_its_command_is_the_one_that_runs_on_the_head(tiny: Path) -> None:
-    words = shlex.split(sent(tiny, "search.space.diffusion.T.grid=[50, 100]", fresh=True).command)
+    words = shlex.split(sent(tiny, "search.space.diffusion.T.grid=[50, 100]", flags=["--fresh"]).command)
     assert words[:5] == ["python", "-m", "orchestrator.sweep", "tiny.yaml", "search.space.diffusion.T.grid=[50, 100]"]
     assert words[5:] == ["--address", "auto", "--storage", "/shared/runs", "--fresh"]
 

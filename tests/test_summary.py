@@ -33,8 +33,8 @@ from small_evaluation import (
 
 from workers import checkpoint as checkpoints
 from workers import summary as summaries
-from workers.blocks import feature_blocks, nll_blocks
-from workers.config import EvaluationConfig, SamplerConfig
+from workers.blocks import feature_blocks, nll_blocks, ode_nll_blocks, sample_blocks
+from workers.config import EvaluationConfig, ODENLLConfig, SamplerConfig
 from workers.diffusion.process import VARIANCES
 from workers.evaluation import Bench, read_block, sealed
 from workers.fidelity import inception_score, kid, kid_error, precision_recall
@@ -176,6 +176,7 @@ def test_distances_are_of_the_samples_asked_for_to_the_images_named(root, fid, n
         **({f"eval/kid{suffix}_se": error} if (error := kid_error(samples, reference)) else {}),
         f"eval/precision{suffix}": neighbours.precision,
         f"eval/recall{suffix}": neighbours.recall,
+        "eval/network_evaluations": 3,
     }
     found = {key: value for key, value in summary["metrics"].items() if "nll" not in key}
     assert found == pytest.approx(expected, rel=1e-8, abs=1e-12)
@@ -250,7 +251,7 @@ def test_in_inception_s_space_against_all_of_train_names_are_plain(tmp_path, mon
     make_all(b, blocks_of(b))
     metrics = summary_of(b)["metrics"]
     names = {f"eval/{distance}", f"eval/{distance}_se", f"eval/kid{suffix}"}
-    names |= {f"eval/precision{suffix}", f"eval/recall{suffix}", "eval/inception_score"}
+    names |= {f"eval/precision{suffix}", f"eval/recall{suffix}", "eval/inception_score", "eval/network_evaluations"}
     assert {name for name in metrics if "nll" not in name and name != f"eval/kid{suffix}_se"} == names
     expected = inception_score(FakeInception.logits(features_of(b)))
     assert metrics["eval/inception_score"] == expected.mean
@@ -369,3 +370,52 @@ def test_the_hash_is_the_same_in_any_making_order(tmp_path, root):
 def test_other_weights_or_noise_are_another_hash(root):
     hashes = {evaluated(root, m, w)["hash"] for m in (measurement(), measurement(seed=1)) for w in ("a", "b")}
     assert len(hashes) == 4
+
+
+# ---- Samplers, the ODE's likelihood, variances -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", [SamplerConfig(kind="heun", steps=4), SamplerConfig(kind="ode", tolerance=0.1)])
+def test_the_passport_counts_the_network_s_evaluations(tmp_path, sampler):
+    """Known beforehand, or, of a solver with error control, the mean of what the blocks counted for each sample."""
+    b = bench(tmp_path, measurement(sampler=sampler, samples=13))
+    make_all(b, blocks_of(b))
+    summary = summary_of(b)
+    count = summary["passports"]["samples"]["subject"]["network_evaluations"]
+    protocol = summary["passports"]["samples"]["protocol"]
+    tables = [read_block(b.storage, block) for block in sample_blocks(b.m, b.checkpoint.digest, IMAGES)]
+    if sampler.kind == "heun":
+        assert count == 7 and tables[0].column_names == ["sample", "image"]
+        assert protocol["sampler"] == {"kind": "heun", "steps": 4} and "nearest trained" in protocol["times"]
+    else:
+        counted = np.concatenate([table["evaluations"].to_numpy() for table in tables])
+        assert count == counted[:13].mean() and counted.min() > 5
+        assert protocol["sampler"] == {"kind": "ode", "tolerance": 0.1} and "real t" in protocol["times"]
+    assert summary["metrics"]["eval/network_evaluations"] == count and protocol["x_0_hat"] == "not clipped"
+
+
+def test_the_ode_s_likelihood_is_the_mean_of_its_blocks_over_the_images_asked_for(tmp_path):
+    b = bench(tmp_path, measurement(ode_nll=ODENLLConfig(images=7, probes=2, tolerance=1e-2)))
+    make_all(b, blocks_of(b))
+    summary = summary_of(b)
+    rows = [read_block(b.storage, block) for block in ode_nll_blocks(b.m, b.checkpoint.digest, IMAGES)]
+    assert len(rows) == 2
+    bits = np.concatenate([r["nats"].to_numpy() for r in rows])[:7] / (SIDE * SIDE * np.log(2))
+    assert summary["metrics"]["eval/ode_nll_bpd"] == pytest.approx(bits.mean(), rel=1e-12)
+    assert summary["metrics"]["eval/ode_nll_bpd_se"] == pytest.approx(bits.std(ddof=1) / 7**0.5, rel=1e-12)
+    passport = summary["passports"]["ode_nll"]
+    assert passport["protocol"]["images"] == 7 and "uniformly" in passport["protocol"]["dequantised"]
+    assert "2 of +-1" in passport["protocol"]["trace"] and passport["subject"]["network_evaluations"] > 10
+    more = evaluated(tmp_path, measurement(ode_nll=ODENLLConfig(images="all", probes=2, tolerance=1e-2)))
+    assert more["ode_nll_per_image"][:7] == summary["ode_nll_per_image"]
+
+
+def test_another_variance_is_measured_from_the_same_blocks_of_the_bound(tmp_path):
+    """And other samples, where the sampler adds noise of that variance."""
+    own, other = (measurement(variance=v, sampler=SamplerConfig(steps=4)) for v in (None, "fixed_small"))
+    first, second = evaluated(tmp_path, own), evaluated(tmp_path, other)
+    assert (PROCESS.variance, second["passports"]["nll"]["subject"]["variance"]) == ("fixed_large", "fixed_small")
+    [expected] = [c for c in first["ledger"]["fixed_small"] if c["steps"] == T]
+    assert second["metrics"]["eval/nll_bpd"] == pytest.approx(expected["bpd"], rel=1e-12)
+    assert first["metrics"]["eval/nll_bpd"] != second["metrics"]["eval/nll_bpd"]
+    assert first["metrics"]["eval/fd_classifier"] != second["metrics"]["eval/fd_classifier"]

@@ -203,3 +203,34 @@ def test_learning_rate_warms_up_and_decays() -> None:
     cosine = training.model_copy(update={"decay": "cosine"})
     assert learning_rate(cosine, 50) == pytest.approx(0.5)
     assert learning_rate(cosine, 99) < 0.001
+
+
+def test_averages_of_other_lengths_are_kept_beside_the_trial_s_own(tmp_path: Path) -> None:
+    """0 is the weights as they are; the trial's own decay gives its own average. A resumed run keeps them."""
+    averages = TRIAL.training.model_copy(update={"averages": (0.0, 0.9, 0.5)})
+    trial, dataset = TRIAL.model_copy(update={"training": averages}), prepare(TRIAL.data)
+    whole = trained(Storage(tmp_path / "whole"), trial)
+    loop = train(trial, dataset, Storage(tmp_path / "cut"), "trials/a")
+    assert [next(loop).step, next(loop).step] == [0, 6]
+    loop.close()
+    assert trained(Storage(tmp_path / "cut"), trial) == whole == trained(Storage(tmp_path / "plain"))
+
+    def newest(name: str) -> checkpoints.Checkpoint:
+        found = checkpoints.newest(Storage(tmp_path / name), "trials/a/checkpoints")
+        assert found
+        return found
+
+    ema, state, _ = checkpoints.load_state(newest("whole"))
+    kept = checkpoints.load_averages(newest("whole"), (0.0, 0.9, 0.5))
+    for name in ema:
+        assert torch.equal(kept[0.0][name], state[f"weights.{name}"]) and torch.equal(kept[0.9][name], ema[name])
+    assert any((kept[0.5][name] != ema[name]).any() for name in ema)
+    assert newest("whole").sums != newest("plain").sums
+    for decay, of_plain in ((None, True), (0.9, True), (0.5, False), (0.0, False)):
+        one, other = (checkpoints.averaged(newest(name), decay) for name in ("whole", "cut"))
+        assert one.digest == other.digest and (one.digest == newest("plain").digest) == of_plain
+        model, _ = checkpoints.load(one)
+        weights = ema if decay is None else kept[decay]
+        assert all(torch.equal(p, weights[name]) for name, p in model.network.state_dict().items())
+    with pytest.raises(checkpoints.CheckpointError, match=r"no average of evaluation\.ema = 0\.5; it has none"):
+        checkpoints.averaged(newest("plain"), 0.5)

@@ -58,7 +58,8 @@ def test_one_view_for_the_front_and_one_for_each_setting() -> None:
 
 def test_what_was_not_measured_has_no_chart() -> None:
     alone = Comparison(params=("diffusion.T",), metrics=("eval/nll_bpd",))
-    [view] = views.views(alone, "parent", 0, "")
+    view, by_setting = views.views(alone, "parent", 0, "")
+    assert [chart["type"] for chart in by_setting.state["compareRunCharts"]] == ["BAR"]
     assert [chart["type"] for chart in view.state["compareRunCharts"]] == ["PARALLEL", "SCATTER", "DIFFERENCE"]
     assert len(view.state["compareRunSections"]) == 3 + len(views.GENERATED)
 

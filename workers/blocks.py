@@ -1,6 +1,7 @@
 """Which blocks an evaluation is made of, and where they lie: pure functions of what is measured.
 
     evaluations/<checkpoint>/nll-<key>/block-00007.parquet                    |x_0 - x_0_hat|^2 of images x timesteps
+    evaluations/<checkpoint>/ode_nll-<key>/block-00007.parquet                -log P of images along the ODE
     evaluations/<checkpoint>/samples-<key>/block-00007.parquet                images by seed
     evaluations/<checkpoint>/samples-<key>-<features>/block-00007.parquet     their features
     references/<data>-<split>-<features>-v<version>/block-00007.parquet       features of real images
@@ -89,12 +90,27 @@ def nll_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
     return [Block("nll", folder, k) for k in range(rows * time_blocks(m))]
 
 
+def ode_nll_images(m: Measurement, images: Images) -> int:
+    return asked(m.evaluation.ode_nll.images, images.held_out) if m.evaluation.ode_nll else 0
+
+
+def ode_nll_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
+    """The blocks that hold the first `ode_nll.images` of the held-out split."""
+    ode = m.evaluation.ode_nll
+    if ode is None:
+        return []
+    folder = f"evaluations/{checkpoint}/ode_nll-{digest([VERSION, images.digest, m.seed, ode.probes, ode.tolerance])}"
+    return [Block("ode_nll", folder, k) for k in range(math.ceil(ode_nll_images(m, images) / IMAGES))]
+
+
 def sample_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
     fid = m.evaluation.fid
     if fid is None:
         return []
-    key = digest([VERSION, m.seed, fid.sampler.model_dump(mode="json"), fid.quantise, images.levels])
-    folder = f"evaluations/{checkpoint}/samples-{key}"
+    what = [VERSION, m.seed, fid.sampler.model_dump(mode="json"), fid.quantise, images.levels]
+    if fid.sampler.kind == "ancestral" and m.evaluation.variance:  # the only kind that reads it
+        what.append(m.evaluation.variance)
+    folder = f"evaluations/{checkpoint}/samples-{digest(what)}"
     return [Block("samples", folder, k) for k in range(math.ceil(fid.samples / SAMPLES))]
 
 
@@ -128,6 +144,7 @@ def blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
     """All blocks of an evaluation, each after those that it needs."""
     return [
         *nll_blocks(m, checkpoint, images),
+        *ode_nll_blocks(m, checkpoint, images),
         *reference_blocks(m, images),
         *sample_blocks(m, checkpoint, images),
         *feature_blocks(m, checkpoint, images),

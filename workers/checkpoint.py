@@ -3,6 +3,7 @@
     step-00002000/  model_index.json
                     unet/config.json, unet/diffusion_pytorch_model.safetensors     the EMA weights: those to evaluate
                     scheduler/scheduler_config.json                                T, betas, prediction, variance
+                    averages/0.99.safetensors                                      EMA weights of other lengths
                     state/training.safetensors, state/progress.json                raw weights and Adam's moments
                     manifest.json                                                  written last
 
@@ -13,9 +14,10 @@ only: no pickle is ever loaded.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import safetensors.torch
@@ -34,6 +36,7 @@ from workers.unet import UNet
 UNET, WEIGHTS = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
 SCHEDULER, INDEX, MANIFEST = "scheduler/scheduler_config.json", "model_index.json", "manifest.json"
 STATE, PROGRESS = "state/training.safetensors", "state/progress.json"
+AVERAGES, SAFE = "averages/", ".safetensors"
 EVALUATED = (UNET, WEIGHTS, SCHEDULER)  # what an evaluation reads
 PICKLES = (".bin", ".ckpt", ".pth", ".pt")
 
@@ -57,6 +60,7 @@ class Checkpoint:
     step: int | None  # None where a folder that we did not write does not say
     digest: str
     sums: tuple[tuple[str, str], ...]  # (file below path, sha256 in hex), of every file that is read
+    weights: str = WEIGHTS  # the file that is loaded
 
     @property
     def url(self) -> str:
@@ -86,6 +90,7 @@ def save(
     state: dict[str, Tensor],
     progress: dict[str, Any],
     prediction: str = "eps",
+    averages: Mapping[float, dict[str, Tensor]] = MappingProxyType({}),
 ) -> Checkpoint:
     """Writes `folder/step-<step>` whole; then removes the checkpoints before it, which it makes superfluous."""
     path = f"{folder}/step-{step:08}"
@@ -96,6 +101,7 @@ def save(
         SCHEDULER: _json(scheduler_config(process, prediction)),
         STATE: _tensors(state),
         PROGRESS: _json({**progress, "step": step}),
+        **{_average(decay): _tensors(weights) for decay, weights in averages.items()},
     }
     for name, content in files.items():
         storage.write(f"{path}/{name}", content)
@@ -153,6 +159,30 @@ def open_folder(folder: str | Path) -> Checkpoint:
     return checkpoint
 
 
+def averaged(checkpoint: Checkpoint, ema: float | None) -> Checkpoint:
+    """The same checkpoint with another of its averages to be loaded: another model, with a digest of its own.
+
+    None is the average that the checkpoint was written for. Raises CheckpointError where it holds no such average.
+    """
+    if ema is None:
+        return checkpoint
+    sums = dict(checkpoint.sums)
+    if _average(ema) not in sums:
+        held = ", ".join(name.removeprefix(AVERAGES).removesuffix(SAFE) for name in sums if name.startswith(AVERAGES))
+        raise CheckpointError(f"{checkpoint.url} holds no average of evaluation.ema = {ema}; it has {held or 'none'}")
+    files = {name: sums[_file(sums, name)] for name in EVALUATED} | {WEIGHTS: sums[_average(ema)]}
+    return replace(checkpoint, digest=digest(files), weights=_average(ema))
+
+
+def load_averages(checkpoint: Checkpoint, decays: Iterable[float]) -> dict[float, dict[str, Tensor]]:
+    """The further averages, to resume from. Raises CheckpointError where bytes are damaged."""
+    return {decay: _weights(checkpoint, _average(decay)) for decay in decays}
+
+
+def _average(decay: float) -> str:
+    return f"{AVERAGES}{decay}{SAFE}"
+
+
 def describe(checkpoint: Checkpoint) -> Description:
     """What the checkpoint holds, from its config files alone. Raises CheckpointError as `load` does."""
     unet, scheduler, shape = _configured(checkpoint)
@@ -170,7 +200,7 @@ def load(checkpoint: Checkpoint) -> tuple[Denoiser, Process]:
     unet, scheduler, _ = _configured(checkpoint)
     if isinstance(unet, GaussianDenoiser):
         return Denoiser(unet, scheduler.process, "eps").eval(), scheduler.process
-    where, weights = _url(checkpoint, WEIGHTS), _weights(checkpoint, WEIGHTS)
+    where, weights = _url(checkpoint, checkpoint.weights), _weights(checkpoint, checkpoint.weights)
     for name, w in weights.items():
         if not (w.is_floating_point() and torch.isfinite(w).all()):
             raise CheckpointError(f"{where}: {name} ({w.dtype}) holds other things than finite numbers: save it again")
@@ -189,7 +219,7 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
     `DDPMPipeline.from_pretrained` and `open_folder` open it. Raises CheckpointError where bytes are damaged.
     """
     for name in (INDEX, *EVALUATED):
-        content = _index() if name == INDEX else _read(checkpoint, name)
+        content = _index() if name == INDEX else _read(checkpoint, checkpoint.weights if name == WEIGHTS else name)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
 
@@ -211,6 +241,7 @@ def committed(storage: Storage, path: str) -> Checkpoint:
     manifest = _object(_bytes(storage, _join(path, MANIFEST)), where)
     try:
         sums = {name: str(manifest["sha256"][name]) for name in (INDEX, *EVALUATED, STATE, PROGRESS)}
+        sums |= {name: str(sha) for name, sha in manifest["sha256"].items() if name.startswith(AVERAGES)}
         return _checkpoint(storage.root, path, int(manifest["step"]), sums)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{where} is damaged: restore or delete the folder") from error

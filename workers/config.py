@@ -10,7 +10,15 @@ import json
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 Count = Literal["all"] | Annotated[int, Field(ge=1)]
 
@@ -24,6 +32,8 @@ VALIDATION_IMAGES = 128
 VALIDATION_TIMESTEPS = 16
 SAMPLE_GRID = 25
 SAMPLE_GRID_STEPS = 50  # or T, where that is less
+
+DRIVER_CPUS = 0.01  # of the process that leads the workers of a data-parallel trial: Ray Tune refuses 0
 
 
 class Mistake(ValueError):
@@ -122,6 +132,9 @@ class TrainingConfig(Record):
     warmup: int = Field(default=0, ge=0, description="steps over which the learning rate rises linearly from 0")
     decay: Literal["none", "cosine"] = Field(default="none", description="of the learning rate after the warm-up")
     ema: float = Field(default=0.9999, ge=0, lt=1)
+    averages: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
+        default=(), strict=False, description="decays of further averages to keep; 0 is the weights themselves"
+    )
     grad_clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
     precision: Literal["auto", "bf16", "float32"] = "auto"
     workers: int = Field(default=1, ge=1)
@@ -140,9 +153,50 @@ def sub_batches(batch_size: int) -> int:
 
 
 class SamplerConfig(Record):
-    kind: Literal["ancestral", "ddim"] = "ancestral"
-    steps: int | None = Field(default=None, ge=1, description="network evaluations a sample; null: all T")
+    """How samples are drawn. A kind reads some of the settings (`SAMPLERS`); any other must be at its default."""
+
+    kind: Literal["ancestral", "ddim", "euler_maruyama", "langevin", "heun", "dpmpp", "ode"] = "ancestral"
+    steps: int | None = Field(default=None, ge=1, description="of the T times, or noise levels; null: all T")
     eta: float = Field(default=0.0, ge=0, le=1, description="DDIM's noise: 0 deterministic, 1 that of the DDPM")
+    repeats: int = Field(default=5, ge=1, description="Langevin's updates a noise level")
+    step_size: float = Field(default=0.2, gt=0, lt=4, description="Langevin's a_i / sigma_i^2; above 4 it diverges")
+    tolerance: float = Field(default=1e-3, ge=1e-6, lt=1, description="of the ode's error a step and pixel in x_t")
+
+    @model_serializer(mode="wrap")
+    def _read(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What the kind does not read is left out, so that it moves no address.
+
+        `eta` of the ancestral sampler stays: it was there before there were other kinds.
+        """
+        names = ("steps", "eta") if self.kind == "ancestral" else SAMPLERS[self.kind]
+        return {name: value for name, value in content(self).items() if name in ("kind", *names)}
+
+
+# The kinds of samplers, each with the settings that it reads.
+SAMPLERS: dict[str, tuple[str, ...]] = {
+    "ancestral": ("steps",),
+    "ddim": ("steps", "eta"),
+    "euler_maruyama": ("steps",),
+    "langevin": ("steps", "repeats", "step_size"),
+    "heun": ("steps",),
+    "dpmpp": ("steps",),
+    "ode": ("tolerance",),
+}
+# Of the two adaptive solvers at their default tolerances, about: what a plan of costs counts.
+ADAPTIVE_EVALUATIONS = {"samples": 70, "ode_nll": 100}
+
+
+def evaluations(sampler: SamplerConfig, T: int) -> int | None:
+    """Evaluations of the network that a sample costs; None where the sampler's error control decides it."""
+    steps = min(sampler.steps or T, T)
+    match sampler.kind:
+        case "heun":  # two a step, but for the last
+            return 2 * steps - 1
+        case "langevin":  # and one to remove what noise is left
+            return steps * sampler.repeats + 1
+        case "ode":
+            return None
+    return steps
 
 
 class NLLConfig(Record):
@@ -167,9 +221,30 @@ class FIDConfig(Record):
     )
 
 
+class ODENLLConfig(Record):
+    """bits/dim by the change of variables along the probability-flow ODE, of images dequantised uniformly."""
+
+    images: Count = "all"
+    probes: int = Field(default=1, ge=1, le=64, description="of Hutchinson's trace an image")
+    tolerance: float = Field(default=1e-4, ge=1e-6, lt=1, description="of the solver's error a step")
+
+
 class EvaluationConfig(Record):
     nll: NLLConfig | None = NLLConfig()
     fid: FIDConfig | None = FIDConfig()
+    ode_nll: ODENLLConfig | None = None
+    variance: Literal["fixed_small", "fixed_large"] | None = Field(
+        default=None, description="of p_theta as it is measured; null: that of the checkpoint"
+    )
+    ema: float | None = Field(
+        default=None, ge=0, lt=1, description="one of training.averages to measure; null: that of training.ema"
+    )
+
+    @model_serializer(mode="wrap")
+    def _asked(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What came later than addresses were made counts only where it is set."""
+        later = ("ode_nll", "variance", "ema")
+        return {name: value for name, value in content(self).items() if name not in later or value is not None}
 
 
 class Trial(Record):
@@ -202,12 +277,15 @@ class Measurement(Record):
             nll = nll.model_copy(update={"timesteps": "all"})
         if fid and fid.sampler.steps and fid.sampler.steps >= T:
             fid = fid.model_copy(update={"sampler": fid.sampler.model_copy(update={"steps": None})})
-        return EvaluationConfig(nll=nll, fid=fid)
+        ema = None if evaluation.ema == info.data.get("ema") else evaluation.ema
+        return evaluation.model_copy(update={"nll": nll, "fid": fid, "ema": ema})
 
     @staticmethod
     def of(trial: Trial) -> "Measurement":
-        ema, T = trial.training.ema, trial.diffusion.T
-        return Measurement(seed=trial.seed, data=trial.data, T=T, ema=ema, evaluation=trial.evaluation)
+        ema, T, evaluation = trial.training.ema, trial.diffusion.T, trial.evaluation
+        if evaluation.variance == trial.diffusion.variance:
+            evaluation = evaluation.model_copy(update={"variance": None})
+        return Measurement(seed=trial.seed, data=trial.data, T=T, ema=ema, evaluation=evaluation)
 
 
 # Settings of `training` that place or observe a run and leave its weights as they are.
@@ -218,6 +296,11 @@ def digest(content: Any) -> str:
     """16 hex digits of the sha256 of `content` (anything JSON can hold), independent of the order of its keys."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def trained_by(row: str) -> str:
+    """The address of the trial that a row of a sweep measures: several rows may measure one, each by a suffix."""
+    return row.partition("-")[0]
 
 
 def trial_digest(trial: Trial, data_digest: str) -> str:
@@ -244,4 +327,6 @@ def trial_digest(trial: Trial, data_digest: str) -> str:
     content["loss"] = {name: value for name, value in loss.items() if read[name]}
     if trial.training.timesteps == "uniform":
         del content["training"]["timesteps"]
+    if not trial.training.averages:
+        del content["training"]["averages"]
     return digest(content)

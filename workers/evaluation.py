@@ -10,7 +10,7 @@ import io
 import logging
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,10 +22,11 @@ from workers import blocks
 from workers import checkpoint as checkpoints
 from workers.blocks import Block, strata, time_blocks
 from workers.checkpoint import Checkpoint
-from workers.config import FIDConfig, Measurement
+from workers.config import FIDConfig, Measurement, evaluations
 from workers.data import Dataset
+from workers.diffusion.flow import log_density
 from workers.diffusion.process import Prediction, Process
-from workers.diffusion.samplers import sample
+from workers.diffusion.samplers import draw
 from workers.features import FeatureSpace, feature_space
 from workers.likelihood import all_times, pair_errors, stratified_times
 from workers.noise import generator
@@ -73,6 +74,11 @@ class Bench:
         return feature_space(self.storage, self.dataset, self.m.evaluation.fid.features, self.device)
 
 
+def measured_process(m: Measurement, process: Process) -> Process:
+    """The checkpoint's process with the variance that the measurement asks for."""
+    return replace(process, variance=m.evaluation.variance) if m.evaluation.variance else process
+
+
 def nll_block(bench: Bench, block: Block) -> pa.Table:
     """|x_0 - x_0_hat|^2 and decoder terms of IMAGES x TIMES pairs: a row a pair."""
     m, dataset, model = bench.m, bench.dataset, bench.model
@@ -93,14 +99,41 @@ def nll_block(bench: Bench, block: Block) -> pa.Table:
     return pair_errors(model.process, model.predict, x_0, *rows, noise, dataset.levels).table()
 
 
+def ode_nll_block(bench: Bench, block: Block) -> pa.Table:
+    """-log P of IMAGES images in nats by the probability-flow ODE: a row an image.
+
+    A level's probability is bounded by the density over its bin: -log P(x) <= -E log p(x + u) - D log(bin), with u
+    uniform over the bin (Theis et al. 2016, section 3.1).
+    """
+    m, dataset, model = bench.m, bench.dataset, bench.model
+    ode = m.evaluation.ode_nll
+    assert ode
+    first = block.number * blocks.IMAGES
+    image = np.arange(first, min(first + blocks.IMAGES, len(dataset.held_out)))
+    x_0 = to_model(torch.from_numpy(np.array(dataset.held_out[image])), dataset.levels).double()
+    where, bin_ = (m.seed, "ode_nll", block.number), 2 / (dataset.levels - 1)
+    u = torch.rand(x_0.shape, generator=generator(*where, "u"), dtype=torch.float64) - 0.5
+    probes = 2 * torch.randint(0, 2, (ode.probes, *x_0.shape), generator=generator(*where, "probes")) - 1
+    x, probes = (x_0 + bin_ * u).to(model.device), probes.to(model.device)
+    density = log_density(model.process, model.predict, x, probes, ode.tolerance)
+    nats = -density.log_p.cpu().numpy() - x_0[0].numel() * np.log(bin_)
+    return pa.table({"image": image, "nats": nats, "evaluations": density.evaluations.cpu().numpy()})
+
+
 def sample_block(bench: Bench, block: Block) -> pa.Table:
-    """SAMPLES samples by their seed, quantised to the data's levels: a row a sample."""
+    """SAMPLES samples by their seed, quantised to the data's levels: a row a sample.
+
+    Where the sampler decides on the number of evaluations itself, each row has its own beside it.
+    """
     m, dataset, model = bench.m, bench.dataset, bench.model
     fid = m.evaluation.fid
     assert fid
-    images = images_of_block(model, fid, m.seed, block.number, dataset.shape, dataset.levels)
+    model = replace(model, process=measured_process(m, model.process))
+    images, counts = drawn_block(model, fid, m.seed, block.number, dataset.shape, dataset.levels)
     first = block.number * blocks.SAMPLES
-    return pa.table({"sample": np.arange(first, first + len(images)), "image": [row.tobytes() for row in images]})
+    rows = {"sample": np.arange(first, first + len(images)), "image": [row.tobytes() for row in images]}
+    counted = {} if evaluations(fid.sampler, m.T) else {"evaluations": counts}
+    return pa.table(rows | counted)
 
 
 def images_of_block(
@@ -110,11 +143,18 @@ def images_of_block(
 
     They are a function of (seed, block) alone, here and in a registered model.
     """
+    return drawn_block(model, fid, seed, block, shape, levels)[0]
+
+
+def drawn_block(
+    model: Model, fid: FIDConfig, seed: int, block: int, shape: tuple[int, int, int], levels: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`images_of_block`, and the network's evaluations that each image took: int64 (SAMPLES,)."""
     height, width, channels = shape
     noise = generator(seed, "samples", block)
-    size = (blocks.SAMPLES, channels, height, width)
-    x = sample(model.process, model.predict, fid.sampler, size, noise, device=model.device)
-    return np.asarray(QUANTISERS[fid.quantise](x, levels).cpu().numpy())
+    x_T = torch.randn((blocks.SAMPLES, channels, height, width), generator=noise).to(model.device)
+    drawn = draw(model.process, model.predict, fid.sampler, x_T, noise, clip=True)
+    return QUANTISERS[fid.quantise](drawn.x_0, levels).cpu().numpy(), drawn.evaluations.numpy()
 
 
 def feature_block(bench: Bench, block: Block) -> pa.Table:
@@ -147,6 +187,7 @@ def _featurised(bench: Bench, images: np.ndarray) -> pa.Table:
 
 KINDS: dict[str, Callable[[Bench, Block], pa.Table]] = {
     "nll": nll_block,
+    "ode_nll": ode_nll_block,
     "samples": sample_block,
     "features": feature_block,
     "reference": reference_block,

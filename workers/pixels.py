@@ -32,12 +32,12 @@ def _scaled(x: Tensor, levels: int) -> Tensor:
 QUANTISERS: dict[str, Callable[[Tensor, int], Tensor]] = {"round": to_levels, "truncate": to_levels_truncated}
 
 
-def grid_png(images: Tensor, levels: int, side: int = 400) -> bytes:
-    """A square grid of uint8 NHWC images, a grey line between them, as PNG.
+def grid_png(images: Tensor, levels: int, side: int = 400, columns: int | None = None) -> bytes:
+    """A grid of uint8 NHWC images, square unless `columns` are given, a grey line between them, as PNG.
 
-    Enlarged by a whole factor of at least 3, to about `side` pixels.
+    Enlarged by a whole factor of at least 3, to about `side` pixels of height.
     """
-    columns = math.isqrt(len(images))
+    columns = columns or math.isqrt(len(images))
     shown = images[: len(images) // columns * columns].cpu().float() * (255 / (levels - 1))
     tiles = F.pad(shown.permute(0, 3, 1, 2), (0, 1, 0, 1), value=128)
     n, channels, height, width = tiles.shape

@@ -17,10 +17,11 @@ import torch
 
 from workers import blocks, fidelity
 from workers.blocks import Block, Images, distance_name, reference_blocks, reference_images, strata
-from workers.config import FIDConfig, Measurement
+from workers.config import FIDConfig, Measurement, evaluations
 from workers.data import Dataset
 from workers.diffusion.process import VARIANCES, Process
-from workers.evaluation import read_block
+from workers.diffusion.samplers import CLIPPING, SOLVERS, STEPS
+from workers.evaluation import measured_process, read_block
 from workers.features import FeatureSpace
 from workers.frechet import extrapolated_distance, frechet_distance, least_to_extrapolate, merged, sampling_error
 from workers.inception import Inception
@@ -29,6 +30,7 @@ from workers.likelihood import squared_norms
 from workers.pixels import to_model
 from workers.storage import Storage
 
+BETWEEN = "real t, log sigma_t linear between trained t"  # of what solves the ODE with levels of its own
 NEIGHBOURS = 10_000  # samples and images that precision and recall take at most: their cost grows with the square
 
 
@@ -46,13 +48,20 @@ def summarise(
         _digest_into(sha256, table)
         return table
 
-    subject = {"checkpoint": checkpoint, "ema": m.ema, "T": process.T, "variance": process.variance, "seed": m.seed}
+    process, ema = measured_process(m, process), m.ema if m.evaluation.ema is None else m.evaluation.ema
+    subject = {"checkpoint": checkpoint, "ema": ema, "T": process.T, "variance": process.variance, "seed": m.seed}
     summary: dict[str, Any] = {"metrics": {}, "passports": {}}
     images = Images.of(dataset)
     if m.evaluation.nll:
         tables = [read(block) for block in blocks.nll_blocks(m, checkpoint, images)]
         _add(summary, _likelihood(m, dataset, process, Ledger.join([Ledger.of_table(t) for t in tables])))
         summary["passports"]["nll"]["subject"] = subject
+    if m.evaluation.ode_nll:
+        n = blocks.ode_nll_images(m, images)
+        tables = [read(block) for block in blocks.ode_nll_blocks(m, checkpoint, images)]
+        _add(summary, _ode_likelihood(m, dataset, pa.concat_tables(tables).slice(0, n)))
+        mean = _mean_evaluations(tables, n)
+        summary["passports"]["ode_nll"]["subject"] = {**subject, "network_evaluations": mean}
     if fid := m.evaluation.fid:
         assert space
         samples = [_features(read(b)) for b in blocks.feature_blocks(m, checkpoint, images)]
@@ -61,8 +70,11 @@ def summarise(
         last_real = reference_images(fid, images) - (len(real) - 1) * blocks.REAL
         samples[-1], real[-1] = samples[-1][:last], real[-1][:last_real]
         _add(summary, _fidelity(fid, dataset, space, samples, real))
-        evaluations = process.strided(fid.sampler.steps).T
-        summary["passports"]["samples"]["subject"] = {**subject, "network_evaluations": evaluations}
+        count: float | None = evaluations(fid.sampler, process.T)
+        if count is None:
+            count = _mean_evaluations([read(b) for b in blocks.sample_blocks(m, checkpoint, images)], fid.samples)
+        summary["passports"]["samples"]["subject"] = {**subject, "network_evaluations": count}
+        summary["metrics"]["eval/network_evaluations"] = count
     return {**summary, "hash": sha256.hexdigest()[:16]}
 
 
@@ -127,6 +139,28 @@ def _likelihood(m: Measurement, dataset: Dataset, process: Process, whole: Ledge
     }
 
 
+def _ode_likelihood(m: Measurement, dataset: Dataset, table: pa.Table) -> dict[str, Any]:
+    ode, n = m.evaluation.ode_nll, len(table)
+    assert ode
+    bits = table["nats"].to_numpy() / (np.prod(dataset.shape) * np.log(2))
+    metrics = {
+        "eval/ode_nll_bpd": float(bits.mean()),
+        "eval/ode_nll_bpd_se": float(bits.std(ddof=1) / n**0.5) if n > 1 else 0.0,
+    }
+    protocol = {
+        "version": blocks.VERSION, "data": dataset.digest, "split": "held_out", "images": n, "levels": dataset.levels,
+        "dropped": 0, "dequantised": "uniformly over a level's bin", "trace": f"Hutchinson's, {ode.probes} of +-1",
+        "solver": f"Dormand-Prince from sigma_1 to sigma_T, tolerance {ode.tolerance:g}", "times": BETWEEN,
+        "x_0_hat": "not clipped",
+    }  # fmt: skip
+    return {"metrics": metrics, "passports": {"ode_nll": {"protocol": protocol}}, "ode_nll_per_image": bits.tolist()}
+
+
+def _mean_evaluations(tables: list[pa.Table], n: int) -> float:
+    """Evaluations of the network an image, over the first n rows."""
+    return float(np.concatenate([table["evaluations"].to_numpy() for table in tables])[:n].mean())
+
+
 def _fidelity(
     fid: FIDConfig, dataset: Dataset, space: FeatureSpace, samples: list[np.ndarray], real: list[np.ndarray]
 ) -> dict[str, Any]:
@@ -138,9 +172,12 @@ def _fidelity(
         "version": blocks.VERSION, "features": fid.features, "features_digest": space.digest,
         "dimensions": len(ours.mean),
         "reference": f"{dataset.digest} {fid.reference}", "reference_images": theirs.n, "samples": ours.n,
-        "sampler": fid.sampler.model_dump(mode="json"), "x_0_hat": "clipped to [-1, 1]",
+        "sampler": fid.sampler.model_dump(mode="json"),
+        "x_0_hat": "clipped to [-1, 1]" if fid.sampler.kind in CLIPPING else "not clipped",
         "quantised": f"{fid.quantise} to {dataset.levels} levels", "dropped": 0,
     }  # fmt: skip
+    if fid.sampler.kind not in STEPS:
+        protocol["times"] = BETWEEN if fid.sampler.kind not in SOLVERS else "levels moved to the nearest trained t"
     warnings = [
         f"{count} {what} are not more than the {len(ours.mean)} dimensions of {fid.features}: their covariance is "
         "singular, and most of the distance may be their small number"

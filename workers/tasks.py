@@ -22,7 +22,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from workers.blocks import Block, Images, blocks, summary_path
 from workers.checkpoint import Checkpoint, process_of
-from workers.config import Measurement, Trial
+from workers.config import DRIVER_CPUS, Measurement, Trial, trained_by
 from workers.data import absolute, prepare
 from workers.evaluation import Bench, make, remove_damaged
 from workers.speed import Meter, Spent
@@ -45,8 +45,9 @@ def trial_of(job: Job) -> Trial:
     return TypeAdapter(Trial).validate_json(job["trial"])
 
 
-def folder_of(digest: str) -> str:
-    return f"trials/{digest}"
+def folder_of(row: str) -> str:
+    """The folder of the trial with this address, or that a row of a sweep measures."""
+    return f"trials/{trained_by(row)}"
 
 
 def results(job: Job, world: World) -> Generator[dict[str, Any], None, None]:
@@ -101,6 +102,23 @@ class OneWorker(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing: the loop resumes from the storage."""
+
+
+class DriverResources(tune.PlacementGroupFactory):
+    """What the driver of a data-parallel trial asks for: next to nothing, as Ray Train asks for its workers.
+
+    No two are equal, so that Tune never hands the driver's actor to another trial: a second TorchTrainer in the same
+    process sometimes does not return after an early stop.
+    """
+
+    def __init__(self) -> None:
+        super().__init__([{"CPU": DRIVER_CPUS}])
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
 
 
 def data_parallel(config: dict[str, Any]) -> None:

@@ -124,6 +124,7 @@ class _Loop:
         self.unet = UNet(self.config, generator(trial.seed, "weights")).to(world.device)
         self.raw = list(self.unet.state_dict().values())  # views of the parameters, not copies
         self.ema = {name: p.clone() for name, p in self.unet.state_dict().items()}
+        self.averages = {decay: {n: p.clone() for n, p in self.ema.items()} for decay in trial.training.averages}
         self.optimizer = torch.optim.Adam(self.unet.parameters(), lr=trial.training.lr, fused=True)
         self.autocast = autocast(trial, world.device)
         self.step, self.train_seconds = 0, 0.0
@@ -214,8 +215,9 @@ class _Loop:
 
     def _average(self) -> None:
         """EMA of the weights, with min(ema, (1 + n) / (10 + n)) so that the start is forgotten early."""
-        decay = min(self.trial.training.ema, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.ema.values()), self.raw, 1 - decay)
+        for ema, weights in ((self.trial.training.ema, self.ema), *self.averages.items()):
+            decay = min(ema, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(list(weights.values()), self.raw, 1 - decay)
 
     def _note_training(self) -> None:
         """A point of means since the last one, over all workers. Raises Diverged or Pruned on all of them at once."""
@@ -308,11 +310,14 @@ class _Loop:
             state,
             {"train_seconds": self.train_seconds},
             self.trial.diffusion.prediction,
+            self.averages,
         )
 
     def _restore(self, checkpoint: checkpoints.Checkpoint) -> None:
         ema, state, progress = checkpoints.load_state(checkpoint)
         self.ema = {name: ema[name].to(self.world.device) for name in self.ema}
+        for decay, weights in checkpoints.load_averages(checkpoint, self.averages).items():
+            self.averages[decay] = {name: weights[name].to(self.world.device) for name in self.ema}
         self.unet.load_state_dict({name: state[f"weights.{name}"] for name in self.ema})
         names = [name for name, _ in self.unet.named_parameters()]
         keys = ("step", "exp_avg", "exp_avg_sq")

@@ -194,9 +194,9 @@ class TimeEmbedding(nn.Module):
         self.linear_1 = nn.Linear(channels, 4 * channels)
         self.linear_2 = nn.Linear(4 * channels, 4 * channels)
 
-    def forward(self, t: Tensor) -> Tensor:  # int64 (N,) -> (N, 4 * channels)
+    def forward(self, t: Tensor) -> Tensor:  # (N,) -> (N, 4 * channels)
         index = torch.arange(self.waves, dtype=torch.float32, device=t.device)
-        angle = t[:, None] * torch.exp(-math.log(10000) / (self.waves - self.shift) * index)
+        angle = t[:, None].float() * torch.exp(-math.log(10000) / (self.waves - self.shift) * index)
         waves = (angle.cos(), angle.sin()) if self.cos_first else (angle.sin(), angle.cos())
         y: Tensor = self.linear_2(F.silu(self.linear_1(torch.cat(waves, dim=1))))
         return y
@@ -312,7 +312,10 @@ class UNet(nn.Module):
                 module.generators = generators
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x float (N, C, H, W); t int64 (N,), counted from 0 (the paper's t - 1) -> (N, out_channels, H, W)."""
+        """x float (N, C, H, W); t (N,), counted from 0 (the paper's t - 1) -> (N, out_channels, H, W).
+
+        The sinusoids are smooth in t, so that times between those of the training are asked for as any other.
+        """
         time = F.silu(self.time_embedding(t))  # every block begins with the same SiLU of it
         # In channels_last a convolution on a CPU with AMX takes half the time in bfloat16, four fifths in float32.
         h = self.conv_in(x.contiguous(memory_format=torch.channels_last))

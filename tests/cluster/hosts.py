@@ -61,7 +61,6 @@ StrictModes no
 UsePAM no
 PermitRootLogin prohibit-password
 PasswordAuthentication no
-SetEnv {env}
 """
 
 
@@ -146,17 +145,12 @@ class Network:
 
 
 @contextmanager
-def network(folder: Path, names: Sequence[str], **env: str) -> Iterator[Network]:
-    """Hosts of these names, which share `folder`; all is gone at the end, however it comes.
-
-    `env` is in the environment of who comes by ssh.
-    """
+def network(folder: Path, names: Sequence[str]) -> Iterator[Network]:
+    """Hosts of these names, which share `folder`; all is gone at the end, however it comes."""
     result = Network(folder)
     for name in ("key", "host_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    (folder / "sshd_config").write_text(
-        SSHD.format(folder=folder, env=" ".join(f"{k}={v}" for k, v in {"LANG": "C.UTF-8", **env}.items()))
-    )
+    (folder / "sshd_config").write_text(SSHD.format(folder=folder))
     try:
         for number, name in enumerate(names):
             result.hosts[name] = _start(
@@ -181,19 +175,11 @@ def _start(folder: Path, name: str, address: str, keep: Sequence[Path]) -> Host:
     ready = folder / f"{name}.ready"
     env = {**login(), "NAME": name, "ADDRESS": address, "SSHD_CONFIG": str(folder / "sshd_config"), "READY": str(ready)}
     seen = [str(path) for path in keep if str(path).startswith(("/tmp/", "/run/"))]
-    command = [
-        "setpriv",
-        "--pdeathsig",
-        "KILL",
-        "unshare",
-        *(f"--{kind}" for kind in ("net", "pid", "mount", "uts", "ipc")),
-        "--fork",
-        "--kill-child",
-    ]
+    command = (
+        "setpriv --pdeathsig KILL unshare --net --pid --mount --uts --ipc --fork --kill-child --mount-proc".split()
+    )
     with (folder / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen(
-            [*command, "--mount-proc", "bash", "-c", FIRST, "bash", *seen], env=env, stdout=log, stderr=log
-        )
+        process = subprocess.Popen([*command, "bash", "-c", FIRST, "bash", *seen], env=env, stdout=log, stderr=log)
     try:
         until(lambda: ready.exists() or process.poll() is not None, f"{name} to start")
         assert process.poll() is None, (folder / f"{name}.log").read_text()

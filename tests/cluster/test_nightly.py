@@ -209,12 +209,12 @@ def test_numbers_that_move_by_themselves_and_checkpoints_that_are_gone_are_told(
 def test_what_is_due_is_measured_once_a_checkpoint_after_the_canaries(registry: Registry, suite: Path) -> None:
     registry.set("champion", registry.better)
     registry.set("candidate", registry.better)
-    words = (suite, "models=[tiny@champion, tiny@candidate]", "evaluation.nll.images=40", "--date", "2026-03-01")
+    words = (suite, "models=[tiny@champion, tiny@candidate]", "evaluation.nll.images=60", "--date", "2026-03-01")
     first = run("orchestrator.nightly", *words, "--storage", registry.storage)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "1 due: tiny@champion = tiny@candidate" in first.stdout and "canaries: 9 of 9" in first.stdout
     entries = result(registry, "2026-03-01")["entries"]
-    assert [e["blocks_run"] for e in entries] == [2, 2] and len(entries[0]["nll_per_image"]) == 40
+    assert [e["blocks_run"] for e in entries] == [1, 1] and len(entries[0]["nll_per_image"]) == 60
     assert entries[0]["hash"] == entries[1]["hash"]
 
 

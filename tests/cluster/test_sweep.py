@@ -180,3 +180,33 @@ def test_a_dry_run_imports_neither_torch_nor_ray_and_writes_nothing(tiny: Path, 
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "[]"
     assert "2 trials" in result.stdout and not (tmp_path / "runs").exists()
+
+
+def test_measurements_of_one_trial_train_it_once(tiny: Path, tmp_path: Path) -> None:
+    """Samplers, a variance and an average as search dimensions: a row and a run of MLflow each, one training."""
+    space = {
+        "loss.weighting": None,
+        "evaluation.fid.sampler": {"grid": [{"kind": "ddim"}, {"kind": "heun"}, {"kind": "ancestral"}]},
+        "evaluation.variance": {"grid": [None, "fixed_small"]},
+        "evaluation.ema": {"grid": [0.99, 0]},
+    }
+    words = [f"search.space.{path}={json.dumps(axis)}" for path, axis in space.items()]
+    words += ["training.averages=[0.0]", "evaluation.nll.images=10", "evaluation.ode_nll={images: 5, tolerance: 0.01}"]
+    storage = tmp_path / "runs"
+    first = sweep(tiny, *words, "--storage", storage)
+    assert first.returncode == 0, first.stdout + first.stderr
+    frame = pd.read_parquet(storage / "sweeps/tiny/results.parquet")
+    assert list(frame["state"]) == ["done"] * 12 and len(list((storage / "trials").iterdir())) == 1
+    assert frame["trial"].nunique() == 12 and frame["trial"].str.partition("-")[0].nunique() == 1
+    # Where the sampler reads no variance its samples are shared; the bound differs by variance and weights alone.
+    assert frame["eval/nll_bpd"].nunique() == 4 and frame["eval/ode_nll_bpd"].nunique() == 2
+    kinds = frame["evaluation.fid.sampler"].str.extract("'kind': '([a-z]*)'")[0]
+    assert list(frame.groupby(kinds)["eval/fd_classifier"].nunique()[["ddim", "heun", "ancestral"]]) == [2, 2, 4]
+    counts = frame.groupby(kinds)["eval/network_evaluations"].first()
+    assert (counts["ddim"], counts["heun"], counts["ancestral"]) == (5, 9, 5)
+    _, children = runs(storage)
+    assert len(children) == 12 and all(run.info.status == "FINISHED" for run in children)
+    blocks = sorted(str(path.relative_to(storage)) for path in (storage / "evaluations").rglob("*.parquet"))
+    assert len([path for path in blocks if "/nll-" in path]) == 2  # one of each average
+    again = sweep(tiny, *words, "--storage", storage)
+    assert again.returncode == 0 and "train" not in again.stdout.partition("trial")[0]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from workers.config import SamplerConfig
 from workers.diffusion.bound import log_normal_interval
-from workers.diffusion.process import Process, at
+from workers.diffusion.process import Process, spread
 
 # The trapezoid rule for means over a standard normal number. For an analytic function its error falls as
 # exp(-2 pi a / step), a being the distance of the nearest singularity from the real line; beyond REACH lies 1.5e-23.
@@ -33,8 +33,11 @@ REACH, STEP = 10.0, 0.02
 
 def gain(process: Process, standard_deviation: float) -> Tensor:
     """sqrt(1 - alpha_bar_t) / (alpha_bar_t s^2 + 1 - alpha_bar_t), float64 (T,): the best denoiser is gain_t x_t."""
-    noise = 1 - process.alpha_bar
-    return noise.sqrt() / (process.alpha_bar * standard_deviation**2 + noise)
+    return _gain(process.alpha_bar, standard_deviation)
+
+
+def _gain(alpha_bar: Tensor, standard_deviation: float) -> Tensor:
+    return (1 - alpha_bar).sqrt() / (alpha_bar * standard_deviation**2 + 1 - alpha_bar)
 
 
 def denoiser_config(standard_deviation: float, size: int, channels: int) -> dict[str, Any]:
@@ -55,20 +58,17 @@ class GaussianDenoiser(nn.Module):
     standard deviation is not positive.
     """
 
-    gain: Tensor
-
     def __init__(self, config: dict[str, Any], process: Process) -> None:
         super().__init__()
         s = config["standard_deviation"]
         if not s > 0:
             raise ValueError(f"standard_deviation: {s!r} must be above 0, on the pixels' scale of [-1, 1]")
-        self.config = dict(config)
-        self.register_buffer("gain", gain(process, s), persistent=False)  # no weight: the state dict stays empty
+        self.config, self.process = dict(config), process
         self.eval()
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x_t float (N, C, H, W); t int64 (N,), counted from 0 (the paper's t - 1) -> (N, C, H, W)."""
-        return at(self.gain, t + 1, x) * x
+        """x_t float (N, C, H, W); t (N,), counted from 0 (the paper's t - 1) -> (N, C, H, W)."""
+        return spread(_gain(self.process.alpha_bar_at(t + 1), self.config["standard_deviation"]), x) * x
 
 
 @dataclass(frozen=True)
@@ -173,4 +173,12 @@ def _ddim(process: Process, gain: Tensor, sampler: SamplerConfig) -> tuple[Tenso
     return before.sqrt() * x_0_hat + (1 - before - added).clamp(min=0).sqrt() * gain, added
 
 
-CHAINS = {"ancestral": _ancestral, "ddim": _ddim}
+def _euler_maruyama(process: Process, gain: Tensor, sampler: SamplerConfig) -> tuple[Tensor, Tensor]:
+    """x_t + B x_t / 2 + B score over B = -log(alpha_t), score = -E[eps | x_t] / std_t (Song et al. 2021, eq. 6)."""
+    B = -torch.log1p(-process.beta)
+    added = B.clone()
+    added[0] = 0
+    return 1 + B / 2 - B * gain / (1 - process.alpha_bar).sqrt(), added
+
+
+CHAINS = {"ancestral": _ancestral, "ddim": _ddim, "euler_maruyama": _euler_maruyama}

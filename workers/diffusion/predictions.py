@@ -2,7 +2,7 @@
 
 A target is four functions next to their formulas: what the network should say, x_0 and eps by what it says, and what
 a squared error of it is worth. `PREDICTIONS` is the list of valid names. All images are float (N, C, H, W); t is int64
-(N,) in 1..T.
+(N,) in 1..T, and what turns an output into eps or x_0 takes real times too, but for `mu`, which belongs to a step.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from workers.diffusion.process import EpsModel, Model, Prediction, Process, at
+from workers.diffusion.process import EpsModel, Model, Prediction, Process, at, spread
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Target:
 
 def eps_by_x_0(process: Process, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
     """eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t): eq. (4) of Ho et al. 2020 solved for eps."""
-    alpha_bar = process.alpha_bar
-    return (x_t - at(alpha_bar.sqrt(), t, x_t) * x_0) / at((1 - alpha_bar).sqrt(), t, x_t)
+    alpha_bar = process.alpha_bar_at(t)
+    return (x_t - spread(alpha_bar.sqrt(), x_t) * x_0) / spread((1 - alpha_bar).sqrt(), x_t)
 
 
 # eps, eq. (14). It does not determine x_0 where alpha_bar_t = 0.
@@ -65,13 +65,13 @@ def _v(process: Process, x_0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Te
 
 
 def _x_0_by_v(process: Process, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
-    alpha_bar = process.alpha_bar
-    return at(alpha_bar.sqrt(), t, x_t) * x_t - at((1 - alpha_bar).sqrt(), t, x_t) * output
+    alpha_bar = process.alpha_bar_at(t)
+    return spread(alpha_bar.sqrt(), x_t) * x_t - spread((1 - alpha_bar).sqrt(), x_t) * output
 
 
 def _eps_by_v(process: Process, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
-    alpha_bar = process.alpha_bar
-    return at(alpha_bar.sqrt(), t, x_t) * output + at((1 - alpha_bar).sqrt(), t, x_t) * x_t
+    alpha_bar = process.alpha_bar_at(t)
+    return spread(alpha_bar.sqrt(), x_t) * output + spread((1 - alpha_bar).sqrt(), x_t) * x_t
 
 
 # v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0: Salimans & Ho 2022, section 4 and appendix D.

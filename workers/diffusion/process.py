@@ -15,7 +15,8 @@ from torch import Tensor
 from workers.config import DiffusionConfig
 from workers.diffusion import schedules
 
-# eps_theta(x_t, t): noisy images (N, C, H, W) and t (N,) in 1..T -> the noise in them, same shape as x_t.
+# eps_theta(x_t, t): noisy images (N, C, H, W) and t (N,) in 1..T -> the noise in them, same shape as x_t. Times are
+# whole numbers, int64; what integrates an ODE over them asks between them too, by float64.
 EpsModel = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -118,13 +119,36 @@ class Process:
         """SNR_t = alpha_bar_t / (1 - alpha_bar_t)."""
         return self.alpha_bar / (1 - self.alpha_bar)
 
+    @cached_property
+    def noise_level(self) -> Tensor:
+        """The sigma_t of Karras et al. 2022, of x_t / sqrt(alpha_bar_t) = x_0 + sigma_t eps: sqrt(1 / alpha_bar_t - 1).
+
+        It rises with t.
+        """
+        return ((1 - self.alpha_bar) / self.alpha_bar).sqrt()
+
+    def alpha_bar_at(self, t: Tensor) -> Tensor:
+        """alpha_bar (N,) float64 at times t (N,) in [1, T]: between whole ones, log noise_level is linear in t."""
+        if not t.is_floating_point():
+            return self.alpha_bar.to(t.device)[t - 1]
+        below = t.long().clamp(1, max(1, self.T - 1))
+        log_sigma = self.noise_level.log().to(t.device)
+        low, high = log_sigma[below - 1], log_sigma[below.clamp(max=self.T - 1) if self.T > 1 else below - 1]
+        return torch.sigmoid(-2 * torch.lerp(low, high, t.double() - below))  # 1 / (1 + sigma^2)
+
+    def time_at(self, sigma: Tensor) -> Tensor:
+        """The time in [1, T] at which the noise level is `sigma`: float64, of its shape. `alpha_bar_at` backwards."""
+        times = np.arange(1, self.T + 1, dtype=np.float64)
+        return torch.from_numpy(np.interp(sigma.log().cpu(), self.noise_level.log(), times)).to(sigma.device)
+
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, eq. (4)."""
         return at(self.alpha_bar.sqrt(), t, x_0) * x_0 + at((1 - self.alpha_bar).sqrt(), t, x_0) * eps
 
     def predict_x_0(self, x_t: Tensor, t: Tensor, eps: Tensor, clip: bool) -> Tensor:
         """x_0_hat = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t), eq. (15); `clip` to the pixels' [-1, 1]."""
-        x_0 = (x_t - at((1 - self.alpha_bar).sqrt(), t, x_t) * eps) / at(self.alpha_bar.sqrt(), t, x_t)
+        alpha_bar = self.alpha_bar_at(t)
+        x_0 = (x_t - spread((1 - alpha_bar).sqrt(), x_t) * eps) / spread(alpha_bar.sqrt(), x_t)
         return x_0.clamp(-1, 1) if clip else x_0
 
     def posterior_mean(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -138,10 +162,13 @@ class Process:
         """
         if steps is None or steps >= self.T:
             return self
-        keep = torch.from_numpy(np.linspace(self.T, 1, steps).round().astype(np.int64)[::-1].copy()) - 1
-        alpha_bar = self.alpha_bar[keep]
+        return self.kept(torch.from_numpy(np.linspace(self.T, 1, steps).round().astype(np.int64)[::-1].copy()))
+
+    def kept(self, steps: Tensor) -> "Process":
+        """The process of some of its steps, int64 rising in 1..T; betas recomputed from alpha_bar."""
+        alpha_bar = self.alpha_bar[steps - 1]
         before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        return Process(1 - alpha_bar / before, self.variance, self.times[keep])
+        return Process(1 - alpha_bar / before, self.variance, self.times[steps - 1])
 
 
 def fixed_large(process: Process) -> Tensor:
@@ -187,5 +214,9 @@ LEARNED: dict[str, Callable[[Process, Tensor, Tensor], Tensor]] = {"learned": le
 
 def at(coefficient: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """coefficient_t for each of the batch: float64 (T,), t (N,) in 1..T -> (N, 1, 1, ...) of `like`'s dtype."""
-    values = coefficient.to(t.device)[t - 1].to(like.dtype)
-    return values.reshape(-1, *[1] * (like.dim() - 1))
+    return spread(coefficient.to(t.device)[t - 1], like)
+
+
+def spread(values: Tensor, like: Tensor) -> Tensor:
+    """A number for each image, beside the images: (N,) -> (N, 1, 1, ...) of `like`'s dtype."""
+    return values.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))

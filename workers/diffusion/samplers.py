@@ -1,17 +1,73 @@
 """Samplers of p_theta: from noise to images. All noise comes from the one generator that is handed in.
 
-A sampler is one step x_t -> x_{t-1}, a function next to its formula; `STEPS` is the list of valid names. `steps` of
-the config picks a subsequence of the times first (`Process.strided`), so an image costs one network evaluation a step.
+`STEPS` holds those that are one step x_t -> x_s of a chain of kept times, evenly spaced with T among them
+(`Process.strided`). `SOLVERS` holds those that go through noise levels sigma in y = x_t / sqrt(alpha_bar_t)
+= x_0 + sigma eps, where the score is -eps / sigma and the flow dy / dsigma = eps; each names the levels that it takes.
+
+The network is only asked for times that it was trained with: levels are moved to the nearest of them, as Karras et
+al. 2022 do for discrete models (appendix C.3), and all arithmetic is with the level of that time. The exception is
+`ode`, whose solver chooses its levels: see `workers.diffusion.flow`.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from workers.config import SamplerConfig
-from workers.diffusion.process import Model, Prediction, Process, at
+from workers.config import SamplerConfig, evaluations
+from workers.diffusion import flow
+from workers.diffusion.process import Model, Prediction, Process, at, spread
+
+CLIPPING = ("ancestral", "ddim", "dpmpp")  # kinds that clip x_0_hat to [-1, 1] on their way, as their authors do
+RHO, LEAST, MOST = 7, 0.002, 80.0  # of `heun`'s levels: Karras et al. 2022, table 1
+MOST_OF_DPMPP = float(np.exp(5.1))  # where Lu et al. 2022b clip the log-SNR of chains that end far beyond, as cosine's
+
+
+@dataclass(frozen=True)
+class Drawn:
+    x_0: Tensor  # float32 (N, C, H, W)
+    evaluations: Tensor  # int64 (N,): of the network, for each image
+
+
+@torch.no_grad()
+def draw(
+    process: Process, model: Model, config: SamplerConfig, x_T: Tensor, generator: torch.Generator, clip: bool
+) -> Drawn:
+    """Images x_0 from x_T (N, C, H, W), float32. `clip` allows the kinds in CLIPPING to clip x_0_hat.
+
+    Noise is drawn where the generator is, so that one on the CPU gives the same noise for every device.
+    """
+    if config.kind == "ode":
+        return ode(process, model, config, x_T)
+    clip = clip and config.kind in CLIPPING
+    if config.kind in STEPS:
+        x_0 = _chain(process.strided(config.steps), model, config, x_T, generator, clip)
+    else:
+        solver = SOLVERS[config.kind]
+        ladder = Ladder.of(process.kept(nearest_times(process, solver.levels, config.steps)), model, clip)
+        x_0 = solver.solve(ladder, config, x_T.double() * float((1 + ladder.sigma[-1] ** 2).sqrt()), generator).float()
+    count = evaluations(config, process.T)
+    assert count is not None, config.kind
+    return Drawn(x_0, torch.full((len(x_T),), count))
+
+
+def sample(
+    process: Process,
+    model: Model,
+    config: SamplerConfig,
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    clip: bool = True,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Images x_0 of `shape` (N, C, H, W), float32, from x_T ~ N(0, I), on `device` or else the generator's."""
+    x_T = torch.randn(shape, generator=generator, device=generator.device).to(device or generator.device)
+    return draw(process, model, config, x_T, generator, clip).x_0
+
+
+# ---- One step of a chain ---------------------------------------------------------------------------------------
 
 
 def ancestral(
@@ -39,33 +95,155 @@ def ddim(
     return x_s if config.eta == 0 else x_s + at(sigma, t, x_t) * _normal_like(x_t, generator)
 
 
+def euler_maruyama(
+    process: Process, config: SamplerConfig, x_t: Tensor, said: Prediction, t: Tensor, generator: torch.Generator
+) -> Tensor:
+    """x_s = x_t + B x_t / 2 + B score + sqrt(B) z: dx = (f - g^2 score) dt + g dw backwards (Song et al. 2021, eq. 6).
+
+    f = -beta(t) x / 2 and g^2 = beta(t), the variance-preserving SDE (eq. 11); B is the integral of beta(t) over the
+    step, -log(alpha_bar_t / alpha_bar_s); score = -eps / sqrt(1 - alpha_bar_t). The last step adds no noise.
+    """
+    B = -torch.log1p(-process.beta)
+    score = -said.eps / at((1 - process.alpha_bar).sqrt(), t, x_t)
+    mean = x_t + at(B, t, x_t) * (x_t / 2 + score)
+    return mean if int(t[0]) == 1 else mean + at(B.sqrt(), t, x_t) * _normal_like(x_t, generator)
+
+
 # The prediction that a step is given has x_0 clipped where that is asked for; its eps is the network's own.
 Step = Callable[[Process, SamplerConfig, Tensor, Prediction, Tensor, torch.Generator], Tensor]
-STEPS: dict[str, Step] = {"ancestral": ancestral, "ddim": ddim}
+STEPS: dict[str, Step] = {"ancestral": ancestral, "ddim": ddim, "euler_maruyama": euler_maruyama}
 
 
-@torch.no_grad()
-def sample(
-    process: Process,
-    model: Model,
-    config: SamplerConfig,
-    shape: tuple[int, ...],
-    generator: torch.Generator,
-    clip: bool = True,
-    device: torch.device | None = None,
+def _chain(
+    process: Process, model: Model, config: SamplerConfig, x: Tensor, generator: torch.Generator, clip: bool
 ) -> Tensor:
-    """Images x_0 of `shape` (N, C, H, W), float32, from x_T ~ N(0, I), on `device` or else the generator's.
-
-    Noise is drawn where the generator is, so that one on the CPU gives the same noise for every device.
-    """
-    process = process.strided(config.steps)
-    x = torch.randn(shape, generator=generator, device=generator.device).to(device or generator.device)
     for step in range(process.T, 0, -1):
-        t = torch.full((shape[0],), step, device=x.device)
+        t = torch.full((len(x),), step, device=x.device)
         said = model(x, at(process.times, t, t))
         said = replace(said, x_0=said.x_0.clamp(-1, 1)) if clip else said
         x = STEPS[config.kind](process, config, x, said, t, generator)
     return x
+
+
+# ---- Through noise levels --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The noise levels sigma_1 < ... < sigma_S of a sampler, float64 (S,), and the network at each of them."""
+
+    sigma: Tensor
+    times: Tensor  # int64 (S,): the t of each
+    model: Model
+    clip: bool
+
+    @staticmethod
+    def of(process: Process, model: Model, clip: bool) -> "Ladder":
+        return Ladder(process.noise_level, process.times, model, clip)
+
+    def eps(self, y: Tensor, level: int) -> Tensor:
+        """eps in y (N, C, H, W), float64, whose noise is that of `level` in 1..S."""
+        x_t = (y / float((1 + self.sigma[level - 1] ** 2).sqrt())).float()
+        return self.model(x_t, self.times[level - 1].to(y.device).expand(len(y))).eps.double()
+
+    def x_0_hat(self, y: Tensor, level: int) -> Tensor:
+        """y - sigma eps, clipped where the ladder clips."""
+        x_0 = y - float(self.sigma[level - 1]) * self.eps(y, level)
+        return x_0.clamp(-1, 1) if self.clip else x_0
+
+
+def geometric(low: float, high: float, steps: int) -> np.ndarray:
+    """Levels whose logarithms, and so those of the signal-to-noise ratio, are evenly spaced."""
+    return np.geomspace(low, min(high, MOST_OF_DPMPP), steps)
+
+
+def power(low: float, high: float, steps: int) -> np.ndarray:
+    """Levels evenly spaced in sigma^(1 / rho), rho = 7, within 0.002..80: Karras et al. 2022, eq. (5)."""
+    ends = max(low, LEAST) ** (1 / RHO), min(high, MOST) ** (1 / RHO)
+    return np.asarray(np.linspace(*ends, steps) ** RHO)
+
+
+Levels = Callable[[float, float, int], np.ndarray]
+
+
+def nearest_times(process: Process, levels: Levels, steps: int | None) -> Tensor:
+    """The times, int64 rising in 1..T, whose noise levels are nearest to `steps` levels between sigma_1 and sigma_T.
+
+    No two are the same: where a chain is too coarse for that, the next time above is taken. All T steps are all times.
+    """
+    sigma, T = process.noise_level.numpy(), process.T
+    if steps is None or steps >= T:
+        return torch.arange(1, T + 1)
+    wanted = levels(sigma[0], sigma[-1], max(steps, 2))[-steps:]
+    nearest = np.abs(sigma[None, :] - wanted[:, None]).argmin(1)
+    place = np.arange(steps)
+    distinct = np.maximum.accumulate(nearest - place) + place  # each at least one above the one before
+    return torch.from_numpy(np.minimum(distinct, T - steps + place) + 1)
+
+
+def heun(ladder: Ladder, config: SamplerConfig, y: Tensor, generator: torch.Generator) -> Tensor:
+    """The flow by Heun's rule, an Euler step to sigma = 0 at the end: Karras et al. 2022, Algorithm 1.
+
+    y' = y + (sigma' - sigma) eps(y, sigma), then y + (sigma' - sigma) (eps(y, sigma) + eps(y', sigma')) / 2. Of the
+    second order; 2 S - 1 evaluations.
+    """
+    for level in range(len(ladder.sigma), 0, -1):
+        eps, sigma = ladder.eps(y, level), float(ladder.sigma[level - 1])
+        below = float(ladder.sigma[level - 2]) if level > 1 else 0.0
+        reached = y + (below - sigma) * eps
+        y = reached if level == 1 else y + (below - sigma) * (eps + ladder.eps(reached, level - 1)) / 2
+    return y
+
+
+def dpmpp(ladder: Ladder, config: SamplerConfig, y: Tensor, generator: torch.Generator) -> Tensor:
+    """DPM-Solver++(2M): Lu et al. 2022b, Algorithm 2, in y = x_t / sqrt(alpha_bar_t).
+
+    y' = (sigma' / sigma) y + (1 - sigma' / sigma) D,  D = x_0_hat + (x_0_hat - x_0_hat before) h / (2 h before), where
+    h is a step in -log sigma. The first step has no x_0_hat before it, and the last, to sigma = 0, is D = x_0_hat.
+    """
+    sigma, before, h_before = ladder.sigma.tolist(), None, 0.0
+    for level in range(len(sigma), 1, -1):
+        x_0_hat, ratio = ladder.x_0_hat(y, level), sigma[level - 2] / sigma[level - 1]
+        h = -float(np.log(ratio))
+        D = x_0_hat if before is None else x_0_hat + (x_0_hat - before) * (h / (2 * h_before))
+        y, before, h_before = ratio * y + (1 - ratio) * D, x_0_hat, h
+    return ladder.x_0_hat(y, 1)
+
+
+def langevin(ladder: Ladder, config: SamplerConfig, y: Tensor, generator: torch.Generator) -> Tensor:
+    """Annealed Langevin dynamics: Song & Ermon 2019, Algorithm 1, with the score -eps / sigma.
+
+    y <- y + a_i / 2 score + sqrt(a_i) z, `repeats` times a level, where a_i = `step_size` sigma_i^2 (theirs is
+    epsilon sigma_i^2 / sigma_L^2, 0.2 sigma_i^2 in their experiments). At the end x_0_hat takes the last noise away
+    (Jolicoeur-Martineau et al. 2021, section 3.1).
+    """
+    for level in range(len(ladder.sigma), 0, -1):
+        a = config.step_size * float(ladder.sigma[level - 1]) ** 2
+        for _ in range(config.repeats):
+            score = -ladder.eps(y, level) / float(ladder.sigma[level - 1])
+            y = y + a / 2 * score + a**0.5 * _normal_like(y, generator)
+    return ladder.x_0_hat(y, 1)
+
+
+@dataclass(frozen=True)
+class Solver:
+    levels: Levels
+    solve: Callable[[Ladder, SamplerConfig, Tensor, torch.Generator], Tensor]
+
+
+SOLVERS = {
+    "heun": Solver(power, heun),
+    "dpmpp": Solver(geometric, dpmpp),
+    "langevin": Solver(geometric, langevin),
+}
+
+
+def ode(process: Process, model: Model, config: SamplerConfig, x_T: Tensor) -> Drawn:
+    """The flow by a solver with error control (`flow.solve`) down to sigma_1, then x_0_hat."""
+    solution = flow.solve(process, model, x_T.double() * float(process.alpha_bar[-1] ** -0.5), config.tolerance)
+    sigma = process.noise_level[:1].to(x_T.device).expand(len(x_T))
+    x_0 = solution.y - spread(sigma, solution.y) * flow.eps_at(process, model, solution.y, sigma)
+    return Drawn(x_0.float(), solution.evaluations.cpu() + 1)
 
 
 def _normal_like(x: Tensor, generator: torch.Generator) -> Tensor:

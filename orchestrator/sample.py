@@ -1,0 +1,190 @@
+"""`python -m orchestrator.sample TARGET`: pictures of what a checkpoint makes, as PNG files and MLflow images.
+
+    samples.png          a grid of samples by the sampler of the evaluation
+    progressive.png      x_0_hat along all T ancestral steps, a sample a row
+    interpolation.png    two held-out images blended at several t and decoded, t a row
+    coding.png           held-out images as x_0_hat(x_t) shows them, by the bits received
+    coding_curve.png     rate against distortion of progressive coding
+
+One process, without Ray. Exit status: 0 done, 2 the user's mistake.
+"""
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from workers.config import Mistake
+
+EPILOG = """examples:
+  python -m orchestrator.sample 53964d91
+  python -m orchestrator.sample 53964d91 evaluation.fid.sampler.kind=heun evaluation.fid.sampler.steps=18 --n 100
+  python -m orchestrator.sample 53964d91 --between 3 7 --at 25 50 75
+  python -m orchestrator.sample ddpm-cifar10-32 data.source=cifar10.parquet"""
+ROWS, FRAMES, BLENDS, RATES = 8, 11, 9, 8  # of the pictures
+CURVE_IMAGES = 25  # held-out images of the coding curve where the evaluation has not measured it
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        "python -m orchestrator.sample",
+        description="Draw samples, interpolations and the progressive code of a checkpoint.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("target", help="a trial's address, or a folder with a checkpoint, ours or diffusers'")
+    result.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings of evaluation, data, seed")
+    result.add_argument("--n", type=int, default=64, help="samples of the grid (default: 64)")
+    result.add_argument("--between", type=int, nargs=2, default=(0, 1), metavar=("A", "B"),
+                        help="the held-out images to interpolate between, by their number (default: 0 1)")  # fmt: skip
+    result.add_argument("--at", type=int, nargs="+", metavar="T", help="times to blend at (default: eighths of T)")
+    result.add_argument("--storage", default="runs", help="folder or URI that keeps everything (default: ./runs)")
+    result.add_argument("--tracking-uri", help="an MLflow server; default: that of the trial's sweep, or the storage's")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        return run(parser().parse_intermixed_args(arguments))
+    except Mistake as mistake:
+        print(mistake, file=sys.stderr)
+        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    """Raises Mistake."""
+    from orchestrator import subjects  # torch loads here: --help does without
+    from orchestrator.record import record_pictures
+    from workers.storage import Storage
+
+    storage = Storage(options.storage)
+    found = subjects.find(options.target, storage, options.overrides, None)
+    if len(found) > 1:
+        names = ", ".join(dict.fromkeys(str(s.trial)[:8] for s in found))
+        raise Mistake(f"{options.target} is a sweep of several trials or measurements; give a trial: {names}")
+    [subject] = found
+    sources, _ = subjects.check(found)
+    source = sources[subject.m.data]
+    problems = [f"--n {options.n}: at least 1"] if options.n < 1 else []
+    problems += [f"--between {k}: the held-out images of {source.name} are 0..{source.held_out - 1}"
+                 for k in options.between if not 0 <= k < source.held_out]  # fmt: skip
+    problems += [f"--at {t}: the times are 1..{subject.m.T}" for t in options.at or () if not 1 <= t <= subject.m.T]
+    if problems:
+        raise Mistake("\n".join(problems))
+    times = options.at or sorted({max(1, subject.m.T * k // 8) for k in range(1, 9)}, reverse=True)
+    folder = f"pictures/{subject.checkpoint.digest}"
+    paths = {}
+    for name, content in pictures(storage, subject, options.n, tuple(options.between), times).items():
+        paths[name] = f"{folder}/{name}.png"
+        storage.write(paths[name], content)
+        print(storage.url(paths[name]))
+    if left := record_pictures(storage, options.tracking_uri, subject, paths):
+        print(left)
+    return 0
+
+
+def pictures(storage: Any, subject: Any, n: int, between: tuple[int, int], times: Sequence[int]) -> dict[str, bytes]:
+    """The PNG files by name, of a `Subject`. Noise is addressed by its seed, so the same command draws the same."""
+    import numpy as np
+    import torch
+
+    from workers import checkpoint as checkpoints
+    from workers.blocks import Images, summary_path
+    from workers.config import SamplerConfig
+    from workers.data import prepare
+    from workers.diffusion.samplers import draw
+    from workers.evaluation import measured_process
+    from workers.noise import generator
+    from workers.pictures import coding_curve, decoded, interpolated, progressive
+    from workers.pixels import grid_png, to_levels, to_model
+
+    m, dataset = subject.m, prepare(subject.m.data)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network, process = checkpoints.load(subject.checkpoint)
+    model, process = network.to(device), measured_process(m, process)
+    sampler = m.evaluation.fid.sampler if m.evaluation.fid else SamplerConfig()
+    height, width, channels = dataset.shape
+
+    def held_out(rows: Sequence[int]) -> torch.Tensor:
+        return to_model(torch.from_numpy(np.array(dataset.held_out[list(rows)])), dataset.levels).to(device)
+
+    def png(x: torch.Tensor, columns: int | None = None) -> bytes:
+        return grid_png(to_levels(x, dataset.levels), dataset.levels, columns=columns)
+
+    def x_T(count: int, noise: torch.Generator) -> torch.Tensor:
+        return torch.randn((count, channels, height, width), generator=noise).to(device)
+
+    noise = generator(m.seed, "pictures", "samples")
+    samples = draw(process, model, sampler, x_T(n, noise), noise, clip=True).x_0
+    noise = generator(m.seed, "pictures", "progressive")
+    strip = progressive(process, model, SamplerConfig(), x_T(ROWS, noise), noise, FRAMES)
+    ends, weights = held_out(between), torch.linspace(0, 1, BLENDS)
+    rows = []
+    for t in times:
+        noise = generator(m.seed, "pictures", "interpolation", t)
+        rows += [ends[:1], interpolated(process, model, ends, t, weights, noise), ends[1:]]
+    summary = storage.read_sealed(summary_path(m, subject.checkpoint.digest, Images.of(dataset))) or {}
+    if curve := summary.get("rate_distortion"):
+        rate, rmse = np.array(curve["rate_bpd"]), np.array(curve["rmse_255"])
+    else:
+        some = held_out(range(min(CURVE_IMAGES, len(dataset.held_out))))
+        noise = generator(m.seed, "pictures", "curve")
+        rate, rmse = coding_curve(process, model, some, dataset.levels, noise)
+    # Evenly spaced in what is seen: most of the bits are spent where the eye finds no difference any more.
+    wanted = np.linspace(rmse[0], rmse[-1], RATES)
+    sent = sorted({int(np.abs(rmse - error).argmin()) for error in wanted})
+    originals = held_out(range(min(ROWS, len(dataset.held_out))))
+    noise = generator(m.seed, "pictures", "coding")
+    shown = decoded(process, model, originals, [process.T - k for k in sent], noise)
+    coded = torch.cat([shown, originals[:, None]], dim=1)
+    labels = [f"{rate[k]:.3g}" for k in sent]
+    return {
+        "samples": png(samples),
+        "progressive": png(strip.flatten(0, 1), strip.shape[1]),
+        "interpolation": png(torch.cat(rows), BLENDS + 2),
+        "coding": coding_figure(to_levels(coded.flatten(0, 1), dataset.levels).numpy(), dataset.levels, labels),
+        "coding_curve": curve_figure(rate, rmse),
+    }
+
+
+def coding_figure(images: Any, levels: int, labels: Sequence[str]) -> bytes:
+    """A row an image, a column a rate with its bits/dim above it, the image itself last; uint8 NHWC -> PNG."""
+    from matplotlib.figure import Figure
+
+    columns = len(labels) + 1
+    rows = len(images) // columns
+    figure = Figure(figsize=(columns, rows + 0.4), layout="constrained")
+    for k, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        axes.imshow(images[k].squeeze() / (levels - 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_axis_off()
+        if k < columns:
+            axes.set_title([*labels, "image"][k], fontsize=8)
+    figure.suptitle("bits/dim received", fontsize=9)
+    return _png(figure)
+
+
+def curve_figure(rate: Any, rmse: Any) -> bytes:
+    """Distortion against rate, and both against the steps of the reverse process (Ho et al. 2020, figure 5)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    by_step, rates, both = figure.subplots(1, 3)
+    steps = range(1, len(rate) + 1)
+    by_step.plot(steps, rmse)
+    by_step.set(xlabel="steps of the reverse process", ylabel="distortion (RMSE on 0..255)")
+    rates.plot(steps, rate)
+    rates.set(xlabel="steps of the reverse process", ylabel="rate (bits/dim)")
+    both.plot(rate, rmse, marker=".", markersize=3)
+    both.set(xlabel="rate (bits/dim)", ylabel="distortion (RMSE on 0..255)")
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110)
+    return stream.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Pictures of a model: their laws on Gaussian pixels, and the command that writes them."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from orchestrator import sample as command
+from workers import checkpoint as checkpoints
+from workers.config import DiffusionConfig, ModelConfig, SamplerConfig, ScheduleConfig
+from workers.diffusion.predictions import from_eps
+from workers.diffusion.process import Process
+from workers.diffusion.samplers import draw
+from workers.noise import generator
+from workers.pictures import coding_curve, decoded, interpolated, progressive
+from workers.pixels import grid_png
+from workers.storage import Storage
+from workers.unet import UNet
+from workers.unet_config import unet_config
+
+P = Process.of(DiffusionConfig(T=40, schedule=ScheduleConfig(scale="per_1000")))
+S = 0.2
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def best():
+    def eps_theta(x, t):
+        alpha_bar = P.alpha_bar_at(t).to(x.dtype)[:, None, None, None]
+        return (1 - alpha_bar).sqrt() / (alpha_bar * S**2 + 1 - alpha_bar) * x
+
+    return from_eps(P, eps_theta)
+
+
+def noise(n: int, *where: int | str) -> torch.Tensor:
+    return torch.randn((n, 1, 4, 4), generator=generator("pictures", *where))
+
+
+@pytest.mark.parametrize("sampler", [SamplerConfig(), SamplerConfig(kind="heun", steps=9)])
+def test_progressive_generation_ends_in_the_sample(sampler):
+    """Its first frame is x_0_hat(x_T), about 0; what it settles on has the pixels' size."""
+    x_T = noise(3)
+    strip = progressive(P, best(), sampler, x_T, generator("z"), frames=6)
+    assert strip.shape == (3, 6, 1, 4, 4)
+    assert torch.equal(strip[:, -1], draw(P, best(), sampler, x_T, generator("z"), clip=True).x_0.clamp(-1, 1))
+    size = strip.square().mean((0, 2, 3, 4))
+    assert size[0] < 0.01 * size[-1] and size[-1] == pytest.approx(S**2, rel=0.5)
+
+
+def test_interpolation_near_the_data_is_a_blend_and_from_noise_forgets_both():
+    """At t = 1 x_t holds nearly all of x_0; from t = T what comes out has little to do with the ends."""
+    ends = S * noise(2, "ends")
+    weights = torch.linspace(0, 1, 5)
+    near = interpolated(P, best(), ends, 1, weights, generator("near"))
+    blend = (1 - weights)[:, None, None, None] * ends[:1] + weights[:, None, None, None] * ends[1:]
+    torch.testing.assert_close(near, blend, rtol=0, atol=4 * float(P.noise_level[0]))
+    far = interpolated(P, best(), ends, P.T, weights, generator("far"))
+    assert (far[0] - ends[0]).square().mean() > S**2 / 4
+    again = interpolated(P, best(), ends, P.T, weights[:1], generator("far"))
+    torch.testing.assert_close(again[0], far[0])  # the noise is one for all weights
+
+
+def test_what_is_decoded_nears_the_image_as_t_falls():
+    """E|x_0 - x_0_hat|^2 = s^2 sigma_t^2 / (s^2 + sigma_t^2) a pixel, of the best x_0_hat."""
+    x_0, times = S * noise(3000, "x_0"), [40, 20, 8, 1]
+    shown = decoded(P, best(), x_0, times, generator("decoded"))
+    error = (shown - x_0[:, None]).square().mean((0, 2, 3, 4)).double()
+    level = P.noise_level[torch.tensor(times) - 1] ** 2
+    torch.testing.assert_close(error, S**2 * level / (S**2 + level), rtol=0.03, atol=0)
+
+
+def test_the_coding_curve_rises_in_rate_and_falls_in_distortion():
+    pixels = ((S * noise(20, "curve")).clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1
+    rate, rmse = coding_curve(P, best(), pixels, 256, generator("curve"))
+    assert rate.shape == rmse.shape == (P.T,) and (np.diff(rate) > 0).all()
+    assert rmse[0] == pytest.approx(127.5 * S, rel=0.1) and rmse[-1] < rmse[0] / 3
+
+
+def test_a_grid_has_the_columns_it_is_given():
+    images = torch.zeros(6, 4, 4, 1, dtype=torch.uint8)
+    shown = Image.open(io.BytesIO(grid_png(images, 17, side=1, columns=3)))
+    assert shown.size == (3 * (3 * 5 - 1), 3 * (2 * 5 - 1))
+
+
+# ---- The command -----------------------------------------------------------------------------------------------
+
+
+def folder(root: Path) -> str:
+    """A checkpoint of a small network for the digits, in a storage of its own."""
+    config = unet_config(
+        ModelConfig(channels=4, multipliers=(1,), blocks=1, attention=(), dropout=0.0), image_channels=1, resolution=8
+    )
+    unet = UNet(config, generator("unet"))
+    checkpoint = checkpoints.save(Storage(root), "elsewhere", 3, config, P, unet.state_dict(), {}, {})
+    return f"{root}/{checkpoint.path}"
+
+
+def test_the_command_writes_its_pictures_and_mlflow_has_them(tmp_path, capsys):
+    words = [folder(tmp_path / "a"), "data.source=digits", "--storage", str(tmp_path / "runs"), "--n", "9", "--at", "5"]
+    assert command.main(words) == 0
+    paths = capsys.readouterr().out.split()
+    names = ["samples", "progressive", "interpolation", "coding", "coding_curve"]
+    assert [Path(p).stem for p in paths] == names
+    first = [Path(p).read_bytes() for p in paths]
+    assert Image.open(paths[0]).size[0] == Image.open(paths[0]).size[1]
+    assert Image.open(paths[2]).size[0] > 5 * Image.open(paths[2]).size[1]  # 11 images a row, one row
+    shown = sorted(p.name for p in (tmp_path / "runs").rglob("images/*.png"))
+    assert [name.partition("+")[0] for name in shown] == sorted(f"pictures~{name}" for name in names)
+    assert command.main(words) == 0
+    assert [Path(p).read_bytes() for p in paths] == first
+    assert len(list((tmp_path / "runs").rglob("images/*.png"))) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--n", "0"], "--n 0: at least 1"),
+        (["--between", "0", "300"], "--between 300: the held-out images of digits are 0..299"),
+        (["--at", "41"], "--at 41: the times are 1..40"),
+        (["evaluation.fid.sampler.kind=hen"], "did you mean 'heun'?"),
+        (["evaluation.ema=0.5"], "holds no average of evaluation.ema = 0.5; it has none"),
+    ],
+)
+def test_mistakes_are_told(tmp_path, capsys, words, message):
+    target = folder(tmp_path / "a")
+    assert command.main([target, "data.source=digits", "--storage", str(tmp_path / "runs"), *words]) == 2
+    assert message in capsys.readouterr().err
