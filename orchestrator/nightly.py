@@ -122,36 +122,31 @@ def serve(options: argparse.Namespace, suite: Suite) -> int:
 
 
 def submit(options: argparse.Namespace, suite: Suite) -> int:
-    """Hands the newest night that has begun to a cluster as a Ray job, unless it is done, or was submitted before."""
+    """Hands the newest night that has begun to a cluster as a Ray job, unless it is done, or was submitted before.
+
+    Raises Mistake where the cluster does not answer.
+    """
+    from orchestrator.submission import submit_once
     from workers.storage import Storage
 
     day = last_night(datetime.now(UTC), suite.schedule)
     if Storage(options.storage).exists(f"nightly/{suite.name}/{day}/result.json"):
         return 0
     job = f"{suite.label}-{day}"
-    words = [sys.executable, "-m", "orchestrator.nightly", *_same(options, suite), "--date", str(day)]
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", options.submit, "--no-wait"]
-    done = subprocess.run(
-        [*ray, "--submission-id", job, "--", *words, "--address", options.address or "auto"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode == 0:
+    words = ["python", "-m", "orchestrator.nightly", options.file.name, *_same(options)]
+    words += ["--date", str(day), "--address", options.address or "auto"]
+    if submit_once(options.submit, job, options.file, words):
         say(suite.schedule, f"submitted the job {job}; ray job logs {job} shows it")
-        return 0
-    said = (done.stderr or done.stdout).strip()
-    if f"{job} already exists" in said:
+    else:
         say(suite.schedule, f"the job {job} was submitted before; a night is submitted once")
-        return 0
-    last = said.splitlines()[-1] if said else "no reason given"
-    say(suite.schedule, f"the job {job} could not be submitted to {options.submit}: {last}")
-    return 1
+    return 0
 
 
-def _same(options: argparse.Namespace, suite: Suite) -> list[str]:
-    """This command's words, for another process on this machine that starts anywhere."""
+def _same(options: argparse.Namespace) -> list[str]:
+    """The words of this command after its file, for a process that starts in another folder."""
     from workers.storage import Storage
 
-    words = [str(options.file.absolute()), *options.overrides, "--storage", Storage(options.storage).root]
+    words = [*options.overrides, "--storage", Storage(options.storage).root]
     words += ["--tracking-uri", options.tracking_uri] if options.tracking_uri else []
     return words + ["--promote"] * options.promote
 
@@ -159,8 +154,8 @@ def _same(options: argparse.Namespace, suite: Suite) -> list[str]:
 def _cron_command(options: argparse.Namespace, suite: Suite) -> str:
     given = [f"{name}={os.environ[name]}" for name in PASSED_ON if name in os.environ]
     words = ["env", *given] if given else []
-    words += [sys.executable, "-m", "orchestrator.nightly", *_same(options, suite), "--submit"]
-    words += ["--address", options.address] if options.address else []
+    words += [sys.executable, "-m", "orchestrator.nightly", str(options.file.absolute()), *_same(options)]
+    words += ["--submit"] + (["--address", options.address] if options.address else [])
     return f'{shlex.join(words)} >> "$HOME"/{shlex.quote(suite.label)}.log 2>&1'
 
 

@@ -168,6 +168,24 @@ def submit(address: str, job: Job) -> int:
     return LEFT
 
 
+def submit_once(address: str, submission_id: str, file: Path, words: Sequence[str]) -> bool:
+    """Sends a command with its file and does not follow it; False where there was a job of this id before.
+
+    Raises Mistake where `address` cannot be used.
+    """
+    client = connect(address)
+    with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
+        shutil.copy(file, folder)
+        environment = {"working_dir": folder, **code()}
+        try:
+            client.submit_job(entrypoint=shlex.join(words), submission_id=submission_id, runtime_env=environment)
+        except RuntimeError as error:
+            if f"{submission_id} already exists" in str(error):
+                return False
+            raise
+    return True
+
+
 def connect(address: str) -> JobSubmissionClient:
     """The Jobs API at `address`. Raises Mistake where there is none, or none that lets us in."""
     parts = urlsplit(address)

@@ -138,7 +138,7 @@ class Browser:
 PLOTS = """() => [...document.querySelectorAll('.js-plotly-plot')].filter(p => (p.data || []).length).map(plot => {
     const title = axis => axis && axis.title ? axis.title.text || axis.title : '', first = plot.data[0];
     return {kind: first.type, x_title: title(plot.layout.xaxis), y_title: title(plot.layout.yaxis),
-            traces: plot.data.length, x: [...(first.x || [])], y: [...(first.y || [])],
+            traces: [...new Set(plot.data.map(trace => trace.name))], x: [...(first.x || [])], y: [...(first.y || [])],
             colours: first.marker ? first.marker.color : null};
 })"""
 IMAGES = """() => [...document.images].filter(

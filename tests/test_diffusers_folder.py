@@ -308,7 +308,7 @@ def test_the_other_schedulers_are_those_of_diffusers():
 def test_a_place_that_is_no_folder(folder, tmp_path):
     for place, reason in (
         (tmp_path / "nowhere", "not a folder.*hf download"),
-        (folder / WEIGHTS, "not a folder"),
+        (folder / WEIGHTS, "Not a directory.*give a folder"),
         (folder / "unet", "lacks scheduler_config.json"),
         ("nothing://bucket", "cannot be opened.*s3://"),
     ):

@@ -3,6 +3,7 @@
 import shlex
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -124,3 +125,21 @@ def test_where_no_driver_can_attach_is_told_before_anything_starts(
         check_attachable(address)
     assert main([str(tiny), "--address", address, "--storage", str(tmp_path / "runs")]) == 2
     assert expected in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_a_command_is_sent_once_under_its_id(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a client that answers as Ray 2.60's does; one that is real is in cluster/test_onprem."""
+    jobs: dict[str, str] = {}
+
+    class Client:
+        def submit_job(self, entrypoint: str, submission_id: str, runtime_env: dict[str, object]) -> None:
+            if submission_id in jobs:
+                raise RuntimeError(f"Request failed with status code 500: Job with submission_id {submission_id} "
+                                   "already exists. Please use a different submission_id.")  # fmt: skip
+            assert (Path(str(runtime_env["working_dir"])) / "tiny.yaml").read_text() == tiny.read_text()
+            jobs[submission_id] = entrypoint
+
+    monkeypatch.setattr(submission, "connect", lambda address: Client())
+    send = partial(submission.submit_once, "http://head:8265", "nightly-2026-03-01", tiny)
+    assert send(["python", "-m", "a b"]) and not send(["python", "-m", "another"])
+    assert jobs == {"nightly-2026-03-01": "python -m 'a b'"}

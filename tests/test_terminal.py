@@ -78,14 +78,14 @@ def test_three_loudnesses(quiet: bool, verbose: bool, lines: int) -> None:
     assert len(text.getvalue().splitlines()) == lines
 
 
-@pytest.mark.parametrize(("verbose", "expected"), [(False, ["warning: ours", "error: ray: broken"]), (True, None)])
+@pytest.mark.parametrize(("verbose", "expected"), [(False, ["warning: ours", "error: lib: broken"]), (True, None)])
 def test_libraries_are_heard_where_it_matters(verbose: bool, expected: list[str] | None) -> None:
     text = io.StringIO()
     before = list(logging.getLogger().handlers)
     with listening(Console(file=text, width=200), verbose=verbose):
         logging.getLogger("orchestrator.tracking").warning("ours")
         logging.getLogger("somelibrary.runtime").warning("a library's")
-        logging.getLogger("ray.tune").error("broken")
+        logging.getLogger("lib.loop").error("broken")
         warnings.warn("deprecated", UserWarning, stacklevel=1)
     said = text.getvalue().splitlines()
     if expected is not None:

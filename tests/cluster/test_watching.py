@@ -47,11 +47,12 @@ def looked(storage: Path) -> dict[str, Any]:
 
 def test_a_sweep_is_seen_from_another_terminal_while_it_runs(tiny: Path, tmp_path: Path) -> None:
     storage = tmp_path / "runs"
-    terminal = Terminal("orchestrator.sweep", tiny, "training.steps=300", "--storage", storage)
+    terminal = Terminal("orchestrator.sweep", tiny, "training.steps=200", "--storage", storage)
     seen, made = [], ""
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 900
     while terminal.process.poll() is None and time.monotonic() < deadline:
         seen.append(looked(storage))
+        time.sleep(1)  # looking takes from the cores that train
         if not made and any(t["state"] == "training" and t["step"] for t in seen[-1].get("trials", ())):
             page = run("orchestrator.report", "tiny", "--output", tmp_path / "during.html", "--storage", storage)
             assert page.returncode == 0, page.stderr
