@@ -196,8 +196,8 @@ def connect(address: str) -> JobSubmissionClient:
     if parts.scheme not in ("http", "https") or not parts.hostname or not port:
         raise Mistake(f"--address {address!r}: --submit takes the head's Jobs API, such as http://127.0.0.1:8265")
     _reach(parts.hostname, port, address)
-    for name in ("job.sdk", "dashboard_sdk"):  # they tell of packages and web sockets
-        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+    for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)  # they tell of packages and web sockets
     for name in OVERRULES:
         os.environ.pop(name, None)
     try:
