@@ -1,10 +1,10 @@
-# make sweep, make test, make test-faults: each installs what it needs into .venv first, from requirements.lock.
+# make sweep, test, test-faults, test-clusters: each installs what it needs into .venv first, from requirements.lock.
 PYTHON ?= python3
 BIN := .venv/bin
 FILE ?= experiments/beta_schedule.yaml
 STORAGE ?= runs
 
-.PHONY: sweep ui test test-faults check schema pictures lock
+.PHONY: sweep ui test test-faults test-clusters check schema pictures lock
 
 sweep: .venv/run.stamp
 	$(BIN)/python -m orchestrator.sweep $(FILE) --storage $(STORAGE)
@@ -13,10 +13,13 @@ ui: .venv/run.stamp
 	$(BIN)/python -m orchestrator.ui --storage $(STORAGE)
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest -m "not faults"
+	$(BIN)/python -m pytest -m "not faults and not clusters"
 
 test-faults: .venv/dev.stamp
 	$(BIN)/python -m pytest -m faults
+
+test-clusters: .venv/dev.stamp
+	$(BIN)/python -m pytest -m clusters --numprocesses 0 -s
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from hosts import ROOT, Host, Network, lacking, network, until
 from workers.evaluation import HOST
 
 LACKING = lacking()
-pytestmark = [pytest.mark.faults, pytest.mark.skipif(bool(LACKING), reason=LACKING)]
+pytestmark = [pytest.mark.clusters, pytest.mark.skipif(bool(LACKING), reason=LACKING)]
 
 FILE = ROOT / "experiments/beta_schedule.yaml"
 LOG = ROOT / "build/onprem.log"

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.clusters
 
 
 def test_trials_of_mixed_sizes_share_128_gpus_and_one_node_is_lost() -> None:
