@@ -96,7 +96,7 @@ def test_a_killed_sweep_on_s3_resumes_and_is_measured_there(
     resumed = sweep(*arguments)
     print(resumed.stdout, resumed.stderr)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert "seeing for 20 s whether it is alive" in resumed.stderr and "resume" in resumed.stdout
+    assert "seeing for 20 s whether it is alive" in resumed.stdout and "resume" in resumed.stdout
     assert "s3://bucket/runs/sweeps/tiny/results.parquet" in resumed.stdout and mlflow in resumed.stdout
     frame = pd.read_parquet(BytesIO(storage.read("sweeps/tiny/results.parquet")))
     assert list(frame["state"]) == ["done", "done"] and (frame["eval/fd_classifier"] > 0).all()
