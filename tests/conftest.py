@@ -97,7 +97,7 @@ class Started:
 
     def family(self) -> list[int]:
         """The processes that the command started and that still run, by the marker in their environment."""
-        return [pid for pid in processes() if pid != os.getpid() and self.marker in _environment_of(pid)]
+        return [pid for pid in processes() if pid != os.getpid() and self.marker in environment_of(pid)]
 
     def end(self) -> None:
         """Ends the command and all that it started, by their ids."""
@@ -113,7 +113,7 @@ def processes() -> Iterator[int]:
     return (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
 
 
-def _environment_of(pid: int) -> str:
+def environment_of(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
     except (FileNotFoundError, PermissionError, ProcessLookupError):

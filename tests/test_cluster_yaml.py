@@ -18,7 +18,7 @@ from typing import Any
 import aws
 import pytest
 import yaml
-from conftest import processes
+from conftest import environment_of, processes
 from mlflow import MlflowClient
 from ray.autoscaler import tags
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -228,9 +228,9 @@ def head(account: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 def stop_mlflow(home: Path) -> None:
-    """Ends MLflow's processes, which sit in several sessions: those that hold the lock that they inherited."""
+    """Ends MLflow's processes, which sit in several sessions: those that hold its lock, or were started in its home."""
     lock = home / "mlflow/lock"
-    while holders := [pid for pid in processes() if holds(pid, lock)]:
+    while holders := [pid for pid in processes() if holds(pid, lock) or str(home) in environment_of(pid)]:
         for pid in holders:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
