@@ -21,12 +21,13 @@ pytestmark = [pytest.mark.clusters, pytest.mark.skipif(bool(LACKING), reason=LAC
 
 FILE = ROOT / "experiments/beta_schedule.yaml"
 LOG = ROOT / "build/onprem.log"
-# Four trials, one a machine: hosts of one core share this machine's.
+# Four trials, one a machine: hosts of one core share this machine's. The last trial has so many blocks that the host
+# that trained it takes part in making them.
 TINY = (
     "search.space.diffusion.T=null", "training.batch_size=64",
     "training.steps=90", "training.validate_every=30", "training.checkpoint_every=30",
     "evaluation.nll.images=50", "evaluation.nll.timesteps=10",
-    "evaluation.fid.samples=200", "evaluation.fid.sampler.steps=5",
+    "evaluation.fid.samples=1500", "evaluation.fid.sampler.steps=5",
 )  # fmt: skip
 
 
@@ -111,7 +112,7 @@ def test_a_sweep_on_three_machines_outlives_its_client_and_one_of_them(hosts: Ne
     status = laptop.run(["python", "-m", "orchestrator.status", "beta_schedule", "--storage", storage])
     assert digest[:8] in status
     say("ctrl-C on the laptop; the same command again:")
-    again = laptop.run(sweep, RAY_AUTH_MODE="token")
+    again = laptop.run(sweep, timeout_s=900, RAY_AUTH_MODE="token")
     for line in again.splitlines():
         say(f"    {line}")
     say("the sweep has ended")
@@ -123,8 +124,7 @@ def test_a_sweep_on_three_machines_outlives_its_client_and_one_of_them(hosts: Ne
     made = {host: [p for p in storage.glob("evaluations/*/*/*.parquet") if made_by(p) == host] for host in hosts.hosts}
     for host in hosts.hosts:
         say(f"{host}: {len(trained[host])} trials ended there, {len(made[host])} blocks were made there")
-    # Of two machines of one core each, one may hold the trials and the other their blocks.
-    assert sum(bool(trained[host] or made[host]) for host in hosts.hosts) > 1 and any(made.values())
+    assert sum(map(bool, made.values())) > 1
     assert mlflow_statuses(laptop) == ["FINISHED"] * 5
     laptop.run(["ray", "down", "--yes", config])
     say("`ray down` is done")
