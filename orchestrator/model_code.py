@@ -12,6 +12,7 @@ diffusers keeps it (the artifact `diffusers`). A table asks for images, a row a 
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ class Images(PythonModel):
             )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network, process = checkpoints.load(checkpoint)
+        if settings["variance"]:
+            process = replace(process, variance=settings["variance"])
         self.model = Model(network.to(device), process, device)
         self.shape = checkpoints.describe(checkpoint).shape
         self.levels, self.fid = settings["levels"], FIDConfig.model_validate(settings["fid"])

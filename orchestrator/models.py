@@ -23,7 +23,7 @@ from typing import Any
 import workers
 from workers import checkpoint as checkpoints
 from workers.checkpoint import Checkpoint
-from workers.config import FIDConfig
+from workers.config import FIDConfig, trained_by
 
 CANDIDATE = "candidate"
 TRIAL, CHECKPOINT, PATH, STORAGE = (f"orchestrator.{name}" for name in ("trial", "checkpoint", "path", "storage"))
@@ -35,10 +35,11 @@ REQUIRED = ("mlflow", "numpy", "pandas", "pillow", "pyarrow", "pydantic", "safet
 class Candidate:
     """The best trial of a sweep: its checkpoint, and how its evaluation draws images."""
 
-    trial: str
+    trial: str  # its address, or that of a row of the sweep that measures it
     checkpoint: Checkpoint
     levels: int
     fid: FIDConfig
+    variance: str | None = None  # of p_theta as it is measured; None: the checkpoint's own
 
 
 def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
@@ -67,6 +68,7 @@ def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
                 "checkpoint": candidate.checkpoint.digest,
                 "levels": candidate.levels,
                 "fid": candidate.fid.model_dump(mode="json"),
+                "variance": candidate.variance,
             },
             signature=ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs)),
             input_example=pd.DataFrame({"n": [4], "seed": [0]}),
@@ -81,7 +83,7 @@ def register(client: Any, experiment_id: str, name: str, run_id: str, candidate:
 
     It can be cut off anywhere and made again. `run_id` is the trial's run, `origin` the storage.
     """
-    tags = {TRIAL: candidate.trial, CHECKPOINT: candidate.checkpoint.digest}
+    tags = {TRIAL: trained_by(candidate.trial), CHECKPOINT: candidate.checkpoint.digest}
     tags |= {PATH: candidate.checkpoint.path, STORAGE: origin}
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description=f"The best trial of the sweep `{name}`; predict gives images.")

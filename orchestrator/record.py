@@ -80,6 +80,7 @@ class Record:
             metrics=tuple(sorted(names, key=lambda name: (name != best, name != "eval/nll_bpd", name))) or (CURVE,),
             curve=CURVE,
             images=("samples",),
+            trials=len(self.trials),
         )
 
     def trial_went_on(self, address: str, name: str) -> None:
@@ -182,7 +183,8 @@ class Record:
         trial = self.trials[best.digest].trial
         checkpoint = checkpoints.averaged(checkpoint, Measurement.of(trial).evaluation.ema)
         levels, fid = self.sources[trial.data].levels, trial.evaluation.fid or FIDConfig()
-        return Candidate(trial=best.digest, checkpoint=checkpoint, levels=levels, fid=fid)
+        variance = Measurement.of(trial).evaluation.variance
+        return Candidate(trial=best.digest, checkpoint=checkpoint, levels=levels, fid=fid, variance=variance)
 
     @cached_property
     def link(self) -> str:

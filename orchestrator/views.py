@@ -11,6 +11,7 @@ project is pinned; tests/browser opens the views in a real browser. Each is one 
 import base64
 import colorsys
 import json
+import math
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ PARENT = "mlflow.parentRunId"
 PARETO, COLOUR = "pareto", "mlflow.runColor"  # tags of a trial's run
 FRONT, BEATEN = "front", "beaten"
 SETTINGS = 12  # more searched settings than these get no charts and views of their own: a tag holds 5,000 characters
+IMAGE_TRIALS, IMAGES_A_ROW = 10, 3  # MLflow shows images of ten runs at most; so many abreast on a usual screen
 GENERATED = ("eval", "train", "valid")  # sections that MLflow fills with a chart for every metric
 
 Chart = dict[str, Any]
@@ -34,6 +36,7 @@ class Comparison:
     metrics: tuple[str, ...]
     curve: str = ""  # a metric that is logged as the training goes on
     images: tuple[str, ...] = ()
+    trials: int = 0  # how many there are: the panel of images is made high enough for them
     best: str = ""  # the address of the trial that the others are held against
 
 
@@ -126,13 +129,14 @@ def _sections(compare: Comparison, image_step: int, best_id: str) -> list[tuple[
     trade_off = [_scatter(_metric(first), _metric(other)) for other in others]
     if compare.curve:
         trade_off.append(_line(compare.curve))
+    rows = math.ceil(min(compare.trials, IMAGE_TRIALS) / IMAGES_A_ROW)
     return [
         ("Settings and results", 1, 330, [_parallel(compare)]),
         ("Pareto front (vivid), validation", max(2, min(len(trade_off), 3)), 400, trade_off),
         (
             "Samples",
             1,
-            500,
+            max(450, 160 + 290 * rows),
             [
                 {"type": "IMAGE", "displayName": key, "imageKeys": [key], "step": image_step, "showRunParams": False}
                 for key in compare.images

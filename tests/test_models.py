@@ -78,6 +78,22 @@ def test_the_images_are_those_of_the_evaluation(loaded: Any, tmp_path: Path) -> 
         assert np.array_equal(loaded.predict(request.assign(n=130)), measured[:130])
 
 
+def test_the_variance_is_the_one_that_is_measured(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    m = small.measurement(seed=5, samples=100, sampler=SamplerConfig(kind="ancestral"))
+    m = m.model_copy(update={"evaluation": m.evaluation.model_copy(update={"variance": "fixed_small"})})
+    bench = small.bench(tmp_path, m)
+    assert bench.model.process.variance == "fixed_large"
+    [block] = blocks.sample_blocks(m, bench.checkpoint.digest, small.IMAGES)
+    small.make_all(bench, [block])
+    measured = [np.frombuffer(image, np.uint8) for image in read_block(bench.storage, block)["image"].to_pylist()]
+    models.save(replace(candidate(bench.storage), variance="fixed_small"), tmp_path / "model")
+    given = mlflow.pyfunc.load_model(str(tmp_path / "model")).predict(
+        asked(n=100, seed=5, sampler="ancestral", steps=small.T)
+    )
+    assert np.array_equal(given.reshape(100, -1), np.stack(measured)[:100])
+
+
 def test_a_row_is_a_request(loaded: Any) -> None:
     """The rows' images follow each other; the evaluation's sampler and steps are those of a row without."""
     two = loaded.predict(pd.DataFrame({"n": [2, 3], "seed": [0, 1]}))

@@ -3,6 +3,7 @@
 import base64
 import json
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,6 +63,15 @@ def test_what_was_not_measured_has_no_chart() -> None:
     assert [chart["type"] for chart in by_setting.state["compareRunCharts"]] == ["BAR"]
     assert [chart["type"] for chart in view.state["compareRunCharts"]] == ["PARALLEL", "SCATTER", "DIFFERENCE"]
     assert len(view.state["compareRunSections"]) == 3 + len(views.GENERATED)
+
+
+def test_the_panel_of_images_grows_with_the_trials() -> None:
+    def height(trials: int) -> int:
+        [view, *_] = views.views(replace(COMPARE, trials=trials), "parent", 0, "")
+        [section] = [section for section in view.state["compareRunSections"] if section["name"] == "Samples"]
+        return int(section["cardHeight"])
+
+    assert height(2) < height(8) < height(10) == height(50)  # MLflow shows no more than ten
 
 
 def test_a_view_fits_into_a_tag() -> None:
