@@ -179,7 +179,7 @@ def texts(page: Page, *wanted: str) -> None:
 def main(storage: Path, sweep: str, folder: Path) -> None:
     recorded = Recorded.of(storage, sweep)
     images_shown = min(len(recorded.trials), 10)  # MLflow shows the pictures of ten runs at most
-    with served(storage) as base, browser(1200) as chromium:
+    with served(storage) as base, browser(1500) as chromium:
 
         def shoot(name: str, where: str, height: int, ready: Callable[[Page], object]) -> None:
             with chromium.page(base, where, height) as page:
@@ -191,7 +191,7 @@ def main(storage: Path, sweep: str, folder: Path) -> None:
             images(page, images_shown)
             plots(page, 3, kind="scatter")
 
-        shoot("mlflow", recorded.view("all trials"), 2300, compared)
+        shoot("mlflow", recorded.view("all trials"), 2720, compared)
         shoot("mlflow-setting", recorded.view(recorded.by_setting()), 900, lambda page: plots(page, 2, kind="bar"))
         shoot("mlflow-model", recorded.model_page(), 700, lambda page: texts(page, "candidate"))
 

@@ -80,8 +80,14 @@ def test_a_view_groups_by_a_setting(recorded: Recorded, base: str, chromium: Bro
 
 
 def test_the_note_of_the_experiment_leads_to_the_views(recorded: Recorded, base: str, chromium: Browser) -> None:
-    assert all(f"({recorded.view(title)})" in recorded.tags["mlflow.note.content"]
-               for title in ("all trials", "the Pareto front", "by loss.weighting"))  # fmt: skip
+    with chromium.page(base, recorded.view("all trials")) as page:
+        for title in ("all trials", "the Pareto front", "by loss.weighting"):
+            page.locator(f"a[href='{recorded.view(title)}']").first.wait_for(state="attached")
+        page.locator("[data-component-id='mlflow.experiment.metadata_editor.expand_button']").click()
+        with page.expect_popup() as opened:  # MLflow opens a note's links beside
+            page.get_by_role("link", name="by loss.weighting").click()
+        browsing.texts(opened.value, "Group: simple", "Group: vlb")
+        opened.value.close()
 
 
 def test_the_older_page_of_comparison_has_all_trials(recorded: Recorded, base: str, chromium: Browser) -> None:
