@@ -59,7 +59,8 @@ def wait_for(url: str, server: subprocess.Popen[Any], timeout_s: float = 60) -> 
         with suppress(OSError), urlopen(url, timeout=5) as answer:
             if answer.status == 200:
                 return
-        assert server.poll() is None and time.monotonic() < deadline, f"{server.args} does not answer at {url}"
+        if server.poll() is not None or time.monotonic() > deadline:
+            raise TimeoutError(f"{server.args} does not answer at {url}")
         time.sleep(0.1)
 
 
