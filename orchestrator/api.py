@@ -7,10 +7,10 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import archive, results
 from orchestrator.experiment import load
 from orchestrator.preflight import Cost, chain, costs
-from orchestrator.report import path as report_path
+from orchestrator.reports import archive, results
+from orchestrator.reports.page import path as report_path
 from orchestrator.sweep import trials_of
 from workers.config import Mistake, SamplerConfig, Trial, trained_by
 from workers.storage import Storage

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.comparing import paired, protocol_differences
-from orchestrator.results import is_distance
+from orchestrator.reports.results import is_distance
 from workers.config import Mistake
 
 EPILOG = """example:

@@ -14,13 +14,15 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrator import archive, cost, execution, plan, results
-from orchestrator.cluster import Cluster, cluster_of_the_head
+from orchestrator import execution, plan
+from orchestrator.clusters import cost
+from orchestrator.clusters.cluster import Cluster, cluster_of_the_head
 from orchestrator.experiment import Experiment, Variant
-from orchestrator.record import Record
-from orchestrator.results import Row
+from orchestrator.reports import archive, results
+from orchestrator.reports.results import Row
 from orchestrator.settings import write_yaml
 from orchestrator.terminal import Display, Line, listening
+from orchestrator.tracking.record import Record
 from workers import checkpoint as checkpoints
 from workers import tasks
 from workers.blocks import Images, blocks, summary_path

@@ -60,10 +60,11 @@ def run(options: argparse.Namespace) -> int:
     """Raises Mistake."""
     from rich.console import Console  # these take a second: --help and the user's slips do without
 
-    from orchestrator import results, subjects
+    from orchestrator import subjects
     from orchestrator.measuring import measure
-    from orchestrator.record import record_measurement
+    from orchestrator.reports import results
     from orchestrator.terminal import Display, listening
+    from orchestrator.tracking.record import record_measurement
     from workers.storage import Storage
 
     storage = Storage(options.storage)

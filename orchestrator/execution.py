@@ -23,10 +23,10 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import SearchAlgorithm
 
-from orchestrator.cluster import Cluster
+from orchestrator.clusters.cluster import Cluster
+from orchestrator.clusters.submission import TOKEN, check_attachable, code, inside_a_job
 from orchestrator.experiment import SearchConfig
 from orchestrator.plan import Node, Size, admit, at_once, can_hold, in_one_node, never, nodes_text, spare
-from orchestrator.submission import TOKEN, check_attachable, code, inside_a_job
 from workers import tasks
 from workers.blocks import Block
 from workers.config import DataConfig, Mistake, TrainingConfig

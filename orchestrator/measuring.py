@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator import execution, plan
-from orchestrator.cluster import cluster_of_the_head
+from orchestrator.clusters.cluster import cluster_of_the_head
 from orchestrator.subjects import Subject
 from orchestrator.terminal import Display, Line
 from workers import tasks

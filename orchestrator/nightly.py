@@ -28,10 +28,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from orchestrator import hooks
 from orchestrator.experiment import ExperimentError
-from orchestrator.schedule import crontab, given_date, last_night, next_run, say
-from orchestrator.suite import Suite, load
+from orchestrator.nights import hooks
+from orchestrator.nights.schedule import crontab, given_date, last_night, next_run, say
+from orchestrator.nights.suite import Suite, load
 from workers.config import Mistake
 
 JOBS = "http://127.0.0.1:8265"  # Ray's dashboard on the head, which takes jobs
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return serve(options, suite)
         now = datetime.now(UTC)
         day = given_date(options.date, now, suite.schedule) if options.date else last_night(now, suite.schedule)
-        from orchestrator.night_shift import run  # torch, ray and MLflow load here: a slip is told without
+        from orchestrator.nights.shift import run  # torch, ray and MLflow load here: a slip is told without
 
         return run(suite, day, options.storage, options.address)
     except Mistake as mistake:
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(options: argparse.Namespace, suite: Suite) -> int:
     """Runs every night until ctrl-C; first the newest that has begun, if nobody did."""
-    from orchestrator.night_shift import run
+    from orchestrator.nights.shift import run
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     while True:
@@ -126,7 +126,7 @@ def submit(options: argparse.Namespace, suite: Suite) -> int:
 
     Raises Mistake where the cluster does not answer.
     """
-    from orchestrator.submission import submit_once
+    from orchestrator.clusters.submission import submit_once
     from workers.storage import Storage
 
     day = last_night(datetime.now(UTC), suite.schedule)

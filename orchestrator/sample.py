@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     """Raises Mistake."""
     from orchestrator import subjects  # torch loads here: --help does without
-    from orchestrator.record import record_pictures
+    from orchestrator.tracking.record import record_pictures
     from workers.storage import Storage
 
     storage = Storage(options.storage)

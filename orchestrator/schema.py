@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.experiment import TRIAL_SETTINGS, Axis, Experiment
-from orchestrator.suite import Suite
+from orchestrator.nights.suite import Suite
 
 EPILOG = """examples:
   python -m orchestrator.schema

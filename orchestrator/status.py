@@ -16,9 +16,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator import archive, results
-from orchestrator.archive import Driver, Event, Kept
-from orchestrator.results import Row
+from orchestrator.reports import archive, results
+from orchestrator.reports.archive import Driver, Event, Kept
+from orchestrator.reports.results import Row
 from orchestrator.terminal import COLOURS, clock
 from workers.config import Mistake
 from workers.storage import Storage

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.cluster import Cluster, read_cluster
-from orchestrator.cost import cost_text, read_prices
+from orchestrator.clusters.cluster import Cluster, read_cluster
+from orchestrator.clusters.cost import cost_text, read_prices
 from orchestrator.experiment import Experiment, Variant, by_digest, expand, load
 from orchestrator.preflight import dry_run_text, preflight
 from workers.config import DataConfig, Mistake
@@ -78,7 +78,7 @@ def _cost_text(
     storage = Storage(options.storage)
     prices = options.prices or (options.cluster.with_name("prices.yaml") if options.cluster else None)
     if options.calibrate:
-        from orchestrator.calibration import calibrate  # torch loads here, as for a run
+        from orchestrator.clusters.calibration import calibrate  # torch loads here, as for a run
 
         calibrate(trials, sources, storage)
     known = read_prices(prices) if prices and (options.prices or prices.exists()) else None
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise Mistake("--cluster goes without --submit: the job finds the head's own copy of the file")
         experiment = load(options.file, overrides)
         if options.submit and not options.dry_run:
-            from orchestrator.submission import job, submit
+            from orchestrator.clusters.submission import job, submit
 
             expand(experiment)  # what the data must be asked for is checked where they are
             flags = [f"--{name}" for name in ("fresh", "quiet", "verbose") if getattr(options, name)]
@@ -114,8 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print()
             print(_cost_text(options, experiment, trials, sources, cluster))
             return 0
+        from orchestrator.clusters.submission import check_attachable
         from orchestrator.controller import run  # torch, ray and MLflow load here: a dry run does without
-        from orchestrator.submission import check_attachable
 
         if options.address:
             check_attachable(options.address)

@@ -7,7 +7,7 @@ import pytest
 from ray import tune
 
 from orchestrator import execution
-from orchestrator.cluster import Cluster, NodeType
+from orchestrator.clusters.cluster import Cluster, NodeType
 from orchestrator.execution import HOSTS, _Admission
 from orchestrator.experiment import SearchConfig
 from orchestrator.plan import Node, Size

@@ -12,7 +12,7 @@ pytest.importorskip("playwright", reason="the extra `dev` brings playwright")
 import browsing
 from browsing import Browser, Recorded
 
-from orchestrator.views import BEATEN, FRONT
+from orchestrator.tracking.views import BEATEN, FRONT
 
 pytestmark = pytest.mark.skipif(
     not browsing.CHROMIUM, reason="there is no chromium; on Debian: apt-get install chromium"

@@ -22,11 +22,12 @@ from workers.canaries import (
     measure_digits,
     measure_gaussian,
 )
-from workers.data import GAUSSIAN_SD, prepare
+from workers.data import prepare
 from workers.diffusion import samplers
 from workers.diffusion.gaussian import GaussianDenoiser, exact_bound, sample_variances
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import VARIANCES, Process, fixed_large
+from workers.formats import GAUSSIAN_SD
 from workers.likelihood import estimate
 from workers.noise import generator
 from workers.pixels import to_model

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import cluster as clusters
-from orchestrator.cluster import Cluster, cluster_of_the_head, read_cluster
+from orchestrator.clusters import cluster as clusters
+from orchestrator.clusters.cluster import Cluster, cluster_of_the_head, read_cluster
 from orchestrator.plan import Node
 from workers.config import Mistake
 

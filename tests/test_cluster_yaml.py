@@ -23,7 +23,7 @@ from mlflow import MlflowClient
 from ray.autoscaler import tags
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from orchestrator.cluster import read_cluster
+from orchestrator.clusters.cluster import read_cluster
 from workers.storage import Storage
 
 ROOT = Path(__file__).parent.parent

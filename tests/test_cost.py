@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT, TINY, sweep, trials_of
 from test_cluster_file import CLUSTER
 
-from orchestrator.cluster import read_cluster
-from orchestrator.cost import (
+from orchestrator.clusters.cluster import read_cluster
+from orchestrator.clusters.cost import (
     Plan,
     Prices,
     Unknown,

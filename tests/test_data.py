@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 from workers.config import DataConfig
-from workers.data import GAUSSIAN_SD, DataError, Dataset, describe, fingerprint, prepare
+from workers.data import Dataset, describe, fingerprint, prepare
+from workers.formats import GAUSSIAN_SD, DataError
 
 RANDOM = np.random.default_rng(0)
 COLOUR = RANDOM.integers(0, 256, (30, 4, 4, 3), dtype=np.uint8)  # random: no two images are equal

@@ -11,7 +11,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from workers.config import DataConfig, DiffusionConfig, SamplerConfig, ScheduleConfig
-from workers.data import GAUSSIAN_SD, Dataset, prepare
+from workers.data import Dataset, prepare
 from workers.diffusion.bound import decoder_term, diffusion_terms, gaussian_kl
 from workers.diffusion.gaussian import (
     CHAINS,
@@ -24,6 +24,7 @@ from workers.diffusion.gaussian import (
 from workers.diffusion.predictions import Denoiser, from_eps
 from workers.diffusion.process import VARIANCES, Process
 from workers.diffusion.samplers import STEPS, sample
+from workers.formats import GAUSSIAN_SD
 from workers.ledger import OWN_FACTOR, Ledger, bits_by_t, bound, chain_bound
 from workers.likelihood import all_times, estimate, pair_errors, squared_norms
 from workers.noise import generator

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.hooks import call, missing
-from orchestrator.suite import Hooks, Mail
+from orchestrator.nights.hooks import call, missing
+from orchestrator.nights.suite import Hooks, Mail
 
 MESSAGE = {"text": "Nightly small, 2026-03-01: alarm", "status": 3}
 

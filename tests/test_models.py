@@ -19,9 +19,9 @@ import torch
 from diffusers import DDPMPipeline
 from mlflow import MlflowClient
 
-from orchestrator import models
-from orchestrator.models import Candidate
-from orchestrator.tracking import Tracker
+from orchestrator.tracking import models
+from orchestrator.tracking.models import Candidate
+from orchestrator.tracking.tracker import Tracker
 from workers import blocks
 from workers.config import FIDConfig, Mistake, SamplerConfig
 from workers.evaluation import read_block

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.night import (
+from orchestrator.nights.decisions import (
     CanaryResult,
     Comparison,
     Entry,
@@ -23,9 +23,9 @@ from orchestrator.night import (
     regressions,
     select,
 )
-from orchestrator.night_report import headline, to_html, to_markdown
-from orchestrator.registry import Version
-from orchestrator.suite import Rule, Suite
+from orchestrator.nights.report import headline, to_html, to_markdown
+from orchestrator.nights.suite import Rule, Suite
+from orchestrator.tracking.registry import Version
 
 NLL = Rule(metric="eval/nll_bpd", standard_errors=3)
 DISTANCE = Rule(metric="eval/fd_classifier", standard_errors=3)

@@ -11,8 +11,9 @@ import pytest
 from conftest import ROOT, environment, sweep
 from PIL import Image
 
-from orchestrator import nightly, subjects, suite
+from orchestrator import nightly, subjects
 from orchestrator.experiment import assignment
+from orchestrator.nights import suite
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^ *```sh\n(.*?)^ *```", README, re.DOTALL | re.MULTILINE)

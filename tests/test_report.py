@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from orchestrator import archive, report, results, status
-from orchestrator.archive import Driver, Events
+from orchestrator import report as verb
+from orchestrator import status
 from orchestrator.experiment import Experiment, expand, parse
-from orchestrator.importance import importance
-from orchestrator.plots import pareto
+from orchestrator.reports import archive, results
+from orchestrator.reports import page as report
+from orchestrator.reports.archive import Driver, Events
+from orchestrator.reports.importance import importance
+from orchestrator.reports.plots import pareto
 from workers.blocks import Images, protocol_key
 from workers.config import DataConfig, Measurement
 from workers.data import Source
@@ -176,11 +179,11 @@ def test_markdown_is_for_a_pull_request(tmp_path: Path) -> None:
 
 def test_a_sweep_that_is_not_there_is_a_mistake_that_names_those_that_are(tmp_path: Path, capsys: Any) -> None:
     stored(tmp_path, {})
-    for verb in (report, status):
-        assert verb.main(["smal", "--storage", str(tmp_path)]) == 2
+    for command in (verb, status):
+        assert command.main(["smal", "--storage", str(tmp_path)]) == 2
         said = capsys.readouterr().err
         assert "did you mean 'small'" in said and "Sweeps there: small" in said
-        assert verb.main(["../small", "--storage", str(tmp_path)]) == 2
+        assert command.main(["../small", "--storage", str(tmp_path)]) == 2
     assert status.main(["--storage", str(tmp_path / "nothing")]) == 2
     assert not (tmp_path / "nothing").exists()
 
@@ -289,9 +292,9 @@ def test_whether_a_command_is_at_work(last: str, locked: bool | None, age_s: flo
 
 def test_events_are_kept_over_commands_and_never_half(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
-    for command in range(2):
+    for started in range(2):
         events = Events(storage, "small")
-        events.add("started", pid=command)
+        events.add("started", pid=started)
         for _ in range(3):
             events.add("began", "a", step=1)
         events.flush()

@@ -1,9 +1,9 @@
 """Rows, table and plots of a sweep, from plain data."""
 
-from orchestrator import results
 from orchestrator.experiment import Variant
 from orchestrator.plan import Found
-from orchestrator.results import Row
+from orchestrator.reports import results
+from orchestrator.reports.results import Row
 from workers.config import DataConfig, TrainingConfig, Trial
 
 TRIAL = Trial(data=DataConfig(source="digits"), training=TrainingConfig(steps=10))

@@ -20,7 +20,8 @@ from orchestrator import subjects, ui
 from workers import checkpoint as checkpoints
 from workers import storage as storages
 from workers.config import DataConfig, Mistake
-from workers.data import DataError, absolute, describe, fingerprint, prepare
+from workers.data import absolute, describe, fingerprint, prepare
+from workers.formats import DataError
 from workers.journal import Journal
 from workers.storage import Storage, StorageError
 

@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = """
-    workers.config workers.speed workers.storage workers.noise workers.mirror workers.data workers.pixels
-    workers.journal
+    workers.config workers.speed workers.storage workers.noise workers.mirror workers.formats workers.data
+    workers.pixels workers.journal
     workers.unet_config workers.unet
     workers.diffusion.schedules workers.diffusion.process workers.diffusion.predictions
     workers.diffusion.bound workers.diffusion.objectives workers.diffusion.timesteps workers.diffusion.flow
@@ -17,31 +17,37 @@ ORDER = """
     workers.diffusers_config workers.checkpoint workers.blocks workers.evaluation workers.summary
     workers.pictures
     workers.canaries workers.training workers.calibration workers.tasks
-    orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan
-    orchestrator.cluster orchestrator.cost orchestrator.calibration orchestrator.profiles
-    orchestrator.schedule orchestrator.suite orchestrator.hooks
-    orchestrator.subjects orchestrator.terminal orchestrator.submission orchestrator.execution
-    orchestrator.measuring
-    orchestrator.comparing orchestrator.results orchestrator.archive orchestrator.importance orchestrator.plots
-    orchestrator.status orchestrator.report
-    orchestrator.views orchestrator.model_code orchestrator.models orchestrator.tracking orchestrator.registry
-    orchestrator.night orchestrator.night_report orchestrator.record orchestrator.controller
-    orchestrator.sweep orchestrator.evaluate orchestrator.compare orchestrator.sample orchestrator.canary
-    orchestrator.night_shift orchestrator.nightly orchestrator.ui orchestrator.schema orchestrator.api
+    orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan orchestrator.profiles
+    orchestrator.subjects orchestrator.terminal orchestrator.comparing
+    orchestrator.clusters.cluster orchestrator.clusters.cost orchestrator.clusters.calibration
+    orchestrator.clusters.submission
+    orchestrator.execution orchestrator.measuring
+    orchestrator.reports.results orchestrator.reports.archive orchestrator.reports.importance
+    orchestrator.reports.plots orchestrator.reports.page
+    orchestrator.tracking.provenance orchestrator.tracking.server orchestrator.tracking.line
+    orchestrator.tracking.views orchestrator.tracking.model_code orchestrator.tracking.models
+    orchestrator.tracking.tracker orchestrator.tracking.registry orchestrator.tracking.record
+    orchestrator.canary
+    orchestrator.nights.schedule orchestrator.nights.suite orchestrator.nights.hooks
+    orchestrator.nights.decisions orchestrator.nights.report orchestrator.nights.shift
+    orchestrator.controller
+    orchestrator.sweep orchestrator.status orchestrator.report orchestrator.evaluate orchestrator.compare
+    orchestrator.sample orchestrator.nightly
+    orchestrator.ui orchestrator.schema orchestrator.api
 """.split()
 ROOMS = {
-    "ray": {"workers.tasks", "orchestrator.execution", "orchestrator.submission"},
-    "mlflow": {"orchestrator.tracking", "orchestrator.models", "orchestrator.model_code"},
+    "ray": {"workers.tasks", "orchestrator.execution", "orchestrator.clusters.submission"},
+    "mlflow": {f"orchestrator.tracking.{name}" for name in ("tracker", "server", "models", "model_code")},
     "rich": {
-        "orchestrator.results",
+        "orchestrator.reports.results",
         "orchestrator.terminal",
         "orchestrator.controller",
         "orchestrator.evaluate",
         "orchestrator.canary",
         "orchestrator.status",
-        "orchestrator.night_shift",
+        "orchestrator.nights.shift",
     },
-    "sklearn": {"workers.data", "workers.features"},
+    "sklearn": {"workers.formats", "workers.features"},
 }
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import submission
+from orchestrator.clusters import submission
+from orchestrator.clusters.submission import Job, check_attachable, choose, code, job
 from orchestrator.experiment import load
-from orchestrator.submission import Job, check_attachable, choose, code, job
 from orchestrator.sweep import main
 from workers.config import Mistake
 

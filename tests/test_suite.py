@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from orchestrator.experiment import ExperimentError
-from orchestrator.suite import Suite, load, mistakes, registered
+from orchestrator.nights.suite import Suite, load, mistakes, registered
 
 SUITE: dict[str, Any] = {
     "name": "small",

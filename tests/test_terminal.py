@@ -83,7 +83,7 @@ def test_libraries_are_heard_where_it_matters(verbose: bool, expected: list[str]
     text = io.StringIO()
     before = list(logging.getLogger().handlers)
     with listening(Console(file=text, width=200), verbose=verbose):
-        logging.getLogger("orchestrator.tracking").warning("ours")
+        logging.getLogger("orchestrator.tracking.tracker").warning("ours")
         logging.getLogger("somelibrary.runtime").warning("a library's")
         logging.getLogger("lib.loop").error("broken")
         warnings.warn("deprecated", UserWarning, stacklevel=1)

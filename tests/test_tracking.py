@@ -23,8 +23,10 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from orchestrator import ui
-from orchestrator.tracking import Dataset, Tracker, make_database, param_text, provenance, resolve_uri
-from orchestrator.views import Comparison
+from orchestrator.tracking.provenance import provenance
+from orchestrator.tracking.server import make_database, resolve_uri
+from orchestrator.tracking.tracker import Dataset, Tracker, param_text
+from orchestrator.tracking.views import Comparison
 from workers.data import default_cache
 from workers.storage import Storage
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator import views
-from orchestrator.views import Comparison, View
+from orchestrator.tracking import views
+from orchestrator.tracking.views import Comparison, View
 
 COMPARE = Comparison(
     params=("diffusion.T", "loss.weighting"),

@@ -28,12 +28,13 @@ from workers.config import (
     TrainingConfig,
     Trial,
 )
-from workers.data import GAUSSIAN_SD, prepare
+from workers.data import prepare
 from workers.diffusion.gaussian import GaussianDenoiser, denoiser_config
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Process
 from workers.diffusion.samplers import sample
 from workers.features import train_classifier
+from workers.formats import GAUSSIAN_SD
 from workers.frechet import Moments, frechet_distance
 from workers.likelihood import estimate
 from workers.noise import generator

@@ -10,7 +10,7 @@ import pytest
 from conftest import Started, runs, state_of, statuses, sweep, title, trials_of, undisturbed
 from mlflow import MlflowClient
 
-from orchestrator import archive
+from orchestrator.reports import archive
 from workers.storage import Storage
 
 pytestmark = pytest.mark.faults

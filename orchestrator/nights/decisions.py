@@ -19,9 +19,9 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from orchestrator.comparing import paired, protocol_differences
-from orchestrator.registry import Version
+from orchestrator.nights.suite import CANDIDATE, CHAMPION, EVERY, NEWEST, Rule, Suite, registered
 from orchestrator.settings import meant
-from orchestrator.suite import CANDIDATE, CHAMPION, EVERY, NEWEST, Rule, Suite, registered
+from orchestrator.tracking.registry import Version
 from workers import canaries
 from workers.config import Record
 

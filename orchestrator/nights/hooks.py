@@ -10,7 +10,7 @@ from email.message import EmailMessage
 from typing import Any
 from urllib.parse import urlsplit
 
-from orchestrator.suite import Hooks
+from orchestrator.nights.suite import Hooks
 
 TIMEOUT_S = 60.0
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.tracking import client, reason
+from orchestrator.tracking.server import client, reason
 from workers.config import Mistake
 from workers.storage import Storage
 

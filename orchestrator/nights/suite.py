@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from orchestrator.experiment import ExperimentError, Name, TrackingConfig, assignment, evaluation_mistakes
+from orchestrator.nights.schedule import Schedule
 from orchestrator.preflight import DIMENSIONS
-from orchestrator.schedule import Schedule
 from orchestrator.settings import invalid, meant, meant_path, paths, put, read_file
 from workers.blocks import distance_name
 from workers.config import EvaluationConfig, Record

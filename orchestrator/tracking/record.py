@@ -7,23 +7,23 @@ command that finds everything done and shipped does not ask MLflow at all.
 import io
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import date
 from functools import cached_property
 from typing import Any
 
-from orchestrator import report, results
 from orchestrator.experiment import Experiment, Variant, resolved, to_yaml
 from orchestrator.measuring import Measured
-from orchestrator.models import Candidate
-from orchestrator.night import Night
-from orchestrator.results import Row
+from orchestrator.reports import page as report
+from orchestrator.reports import results
+from orchestrator.reports.results import Row
 from orchestrator.settings import leaves, write_yaml
 from orchestrator.subjects import Subject
-from orchestrator.tracking import Dataset, Status, Tracker, provenance, resolve_uri
-from orchestrator.views import Comparison, pareto_tags
+from orchestrator.tracking.models import Candidate
+from orchestrator.tracking.provenance import provenance
+from orchestrator.tracking.server import resolve_uri
+from orchestrator.tracking.tracker import Dataset, Status, Tracker
+from orchestrator.tracking.views import Comparison, pareto_tags
 from workers import checkpoint as checkpoints
 from workers.blocks import Images, distance_name, protocol_key
 from workers.config import DataConfig, FIDConfig, Measurement, digest, trained_by
@@ -159,9 +159,9 @@ class Record:
             if content is not None:
                 self.storage.write(f"{self.folder}/{name}", content)
                 self.tracker.log_artifact(None, content, name)
-        page = report.page(report.gather(self.storage, self.experiment.name)).encode()
-        self.storage.write(report.path(self.experiment.name), page)
-        self.tracker.log_artifact(None, page, "report.html")
+        content = report.page(report.gather(self.storage, self.experiment.name)).encode()
+        self.storage.write(report.path(self.experiment.name), content)
+        self.tracker.log_artifact(None, content, "report.html")
         done = all(row.state in ENDED for row in rows)
         self.tracker.close_sweep("FINISHED" if done else "FAILED", _sweep_note(self.experiment, rows))
         shipment = self.tracker.flush(FLUSH_S)
@@ -266,42 +266,6 @@ def record_pictures(storage: Storage, uri: str | None, subject: Subject, paths: 
         tracker.close_sweep("FINISHED")
     shipment = tracker.flush(FLUSH_S)
     return "" if shipment.complete else str(shipment)
-
-
-def record_night(
-    storage: Storage, uri: str | None, label: str, night: Night, files: Mapping[str, bytes], begins_ms: int
-) -> tuple[str, str]:
-    """A night in the MLflow experiment `label`: a run with its numbers, and its points on the run of all nights.
-
-    The step is the day's number since 1970-01-01, so that a metric's chart on the run of all nights is its trend.
-    Gives where a browser shows that, and what MLflow did not take, in words. Raises Mistake where it cannot be reached.
-    """
-    tracker = Tracker(storage, label, uri, folder=f"nightly/{night.suite}")
-    tracker.check()
-    about = f"Nights of `{night.suite}`, due at {night.schedule}: a run a night. Trends are on the run `{label}`."
-    tags = provenance()
-    tracker.open_sweep({}, tags, about)
-    address, day = str(night.day), night.day.toordinal() - date(1970, 1, 1).toordinal()
-    checkpoints = {f"checkpoint.{_metric_name(e.name)}": e.checkpoint for e in night.entries}
-    tracker.open_trial(address, address, {"date": address, "schedule": night.schedule}, {**tags, **checkpoints})
-    metrics = {
-        f"{_metric_name(entry.name)}/{name.removeprefix('eval/')}": value
-        for entry in night.entries
-        for name, value in entry.metrics.items()
-    }
-    for run in (address, None):
-        tracker.log_metrics(run, {**metrics, "status": night.status}, day, begins_ms)
-    for name, content in files.items():
-        tracker.log_artifact(address, content, name)
-    tracker.close_trial(address, "FAILED" if night.status else "FINISHED", files["report.md"].decode())
-    tracker.close_sweep("FINISHED")
-    shipment = tracker.flush(FLUSH_S)
-    return tracker.chart_link(), "" if shipment.complete else str(shipment)
-
-
-def _metric_name(model: str) -> str:
-    """A model's name in the characters that MLflow takes, tiny@champion as tiny.champion."""
-    return re.sub(r"[^\w.-]", ".", model).strip(".")
 
 
 def _sweep_of(storage: Storage, trial: str | None) -> tuple[str, str | None]:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.night import Comparison, Entry, Night
-from orchestrator.results import is_distance
+from orchestrator.nights.decisions import Comparison, Entry, Night
+from orchestrator.reports.results import is_distance
 
 STATUS = {
     0: "fine",

@@ -14,19 +14,23 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrator import canary, execution, hooks, registry, subjects
-from orchestrator import night as decide
+from orchestrator import canary, execution, subjects
 from orchestrator.experiment import ExperimentError
 from orchestrator.measuring import Measured, measure
-from orchestrator.night import CanaryResult, Entry, Finding, Night, Promotion, State, Wanted
-from orchestrator.night_report import headline, to_html, to_markdown
-from orchestrator.record import record_measurement, record_night
-from orchestrator.registry import Version
-from orchestrator.schedule import instant, missed, say, written
+from orchestrator.nights import decisions as decide
+from orchestrator.nights import hooks
+from orchestrator.nights.decisions import CanaryResult, Entry, Finding, Night, Promotion, State, Wanted
+from orchestrator.nights.report import headline, to_html, to_markdown
+from orchestrator.nights.schedule import instant, missed, say, written
+from orchestrator.nights.suite import CANDIDATE, CHAMPION, Suite
 from orchestrator.subjects import Subject
-from orchestrator.suite import CANDIDATE, CHAMPION, Suite
 from orchestrator.terminal import Display
-from orchestrator.tracking import origin, provenance
+from orchestrator.tracking import registry
+from orchestrator.tracking.provenance import provenance
+from orchestrator.tracking.record import FLUSH_S, record_measurement
+from orchestrator.tracking.registry import Version
+from orchestrator.tracking.server import origin
+from orchestrator.tracking.tracker import Tracker
 from workers.blocks import Images, protocol_key, summary_path
 from workers.canaries import Verdict
 from workers.config import DataConfig, Mistake
@@ -322,3 +326,39 @@ def _recorded(suite: Suite, storage: Storage, night: Night, history: Sequence[Ni
     if left:
         say(suite.schedule, left)
     return night.status
+
+
+def record_night(
+    storage: Storage, uri: str | None, label: str, night: Night, files: Mapping[str, bytes], begins_ms: int
+) -> tuple[str, str]:
+    """A night in the MLflow experiment `label`: a run with its numbers, and its points on the run of all nights.
+
+    The step is the day's number since 1970-01-01, so that a metric's chart on the run of all nights is its trend.
+    Gives where a browser shows that, and what MLflow did not take, in words. Raises Mistake where it cannot be reached.
+    """
+    tracker = Tracker(storage, label, uri, folder=f"nightly/{night.suite}")
+    tracker.check()
+    about = f"Nights of `{night.suite}`, due at {night.schedule}: a run a night. Trends are on the run `{label}`."
+    tags = provenance()
+    tracker.open_sweep({}, tags, about)
+    address, day = str(night.day), night.day.toordinal() - date(1970, 1, 1).toordinal()
+    checkpoints = {f"checkpoint.{_metric_name(e.name)}": e.checkpoint for e in night.entries}
+    tracker.open_trial(address, address, {"date": address, "schedule": night.schedule}, {**tags, **checkpoints})
+    metrics = {
+        f"{_metric_name(entry.name)}/{name.removeprefix('eval/')}": value
+        for entry in night.entries
+        for name, value in entry.metrics.items()
+    }
+    for run in (address, None):
+        tracker.log_metrics(run, {**metrics, "status": night.status}, day, begins_ms)
+    for name, content in files.items():
+        tracker.log_artifact(address, content, name)
+    tracker.close_trial(address, "FAILED" if night.status else "FINISHED", files["report.md"].decode())
+    tracker.close_sweep("FINISHED")
+    shipment = tracker.flush(FLUSH_S)
+    return tracker.chart_link(), "" if shipment.complete else str(shipment)
+
+
+def _metric_name(model: str) -> str:
+    """A model's name in the characters that MLflow takes, tiny@champion as tiny.champion."""
+    return re.sub(r"[^\w.-]", ".", model).strip(".")

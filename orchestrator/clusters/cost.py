@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from orchestrator.cluster import Cluster, NodeType
+from orchestrator.clusters.cluster import Cluster, NodeType
 from orchestrator.experiment import SearchConfig, Variant
 from orchestrator.plan import Node, Size, Work, makespan, never, nodes_in_use
 from orchestrator.preflight import Cost, cost, validations

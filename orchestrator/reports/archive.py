@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from orchestrator.experiment import Experiment, Variant, resolved
 from orchestrator.plan import Found
-from orchestrator.results import Row
+from orchestrator.reports.results import Row
 from orchestrator.settings import meant
 from workers.blocks import Images, protocol_key
 from workers.config import DataConfig, Measurement, Mistake, Trial, trained_by

@@ -1,4 +1,4 @@
-"""MLflow, here alone: one experiment a sweep, one parent run a sweep, one child run a trial.
+"""What MLflow is told: one experiment a sweep, one parent run a sweep, one child run a trial.
 
 The journal in the storage is the truth and MLflow a copy of it that can be made again at any time. `Tracker` takes
 every call at once and makes it later, in order, on one thread of its own, so that a slow or dead server never holds
@@ -8,35 +8,25 @@ command ships what is missing. Which run belongs to which trial, and how much of
 `sweeps/<name>/mlflow.json`; the run's own tag `orchestrator.address` says it again.
 """
 
-import getpass
 import hashlib
 import json
 import logging
 import math
-import os
-import platform
 import re
 import shutil
-import socket
-import sqlite3
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
-from orchestrator import models, views
-from orchestrator.models import Candidate
-from orchestrator.views import PARENT, Comparison
+from orchestrator.tracking import models, views
+from orchestrator.tracking.line import Line
+from orchestrator.tracking.models import Candidate
+from orchestrator.tracking.server import database_of, make_database, origin, resolve_uri, settle
+from orchestrator.tracking.views import PARENT, Comparison
 from workers.config import Mistake, trained_by
 from workers.config import digest as digest_of
 from workers.data import default_cache
@@ -52,8 +42,6 @@ PARAM_LIMIT, TAG_LIMIT = 6000, 8000  # characters, beyond which MLflow cuts with
 VIEWS = "views"  # among the addresses that wait to be shipped
 SWEEP = "sweep"  # the address of the parent run; a trial's address is its digest
 ADDRESS, STORAGE = "orchestrator.address", "orchestrator.storage"
-# Failures that say nothing about the call itself: it is made again. Any other answer is a refusal of this call.
-PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED", "ABORTED"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,243 +82,13 @@ class Shipment:
         )
 
 
-def resolve_uri(storage: Storage, uri: str | None) -> tuple[str, str | None]:
-    """The tracking URI, and where its artifacts go (None: the server decides). Raises Mistake, which teaches."""
-    if uri is None and not storage.is_local:
-        raise Mistake(
-            f"tracking.uri is null, and the storage {storage.root} is remote: MLflow's database cannot lie in it. "
-            "Give the address of an MLflow server: tracking.uri=http://HOST:5000"
-        )
-    uri = uri or f"sqlite:///{storage.root}/mlflow.db"
-    if uri.startswith("sqlite:////"):
-        return uri, (_database(uri).parent / "mlartifacts").as_uri()
-    parts = urlsplit(uri)
-    if parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc:
-        return uri.rstrip("/"), None
-    if parts.scheme in ("http", "https") and parts.hostname:
-        raise Mistake(
-            "tracking.uri holds a user's name or password, which would end up in logs and files: leave them out and "
-            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment instead."
-        )
-    raise Mistake(
-        f"tracking.uri={uri!r} cannot be used: MLflow 3 keeps runs in a database or behind a server. Choose one of\n"
-        "  null                           the database mlflow.db in the storage (python -m orchestrator.ui shows it)\n"
-        "  http://HOST:5000, https://...  an MLflow server\n"
-        "  sqlite:////ABSOLUTE/mlflow.db  another database: three slashes, then an absolute path"
-    )
-
-
-def origin(storage: Storage) -> str:
-    """What names a storage in MLflow, where others may record as well."""
-    return _without_secrets(f"{socket.gethostname()}:{storage.root}" if storage.is_local else storage.root)
-
-
-def client(storage: Storage, uri: str | None) -> Any:
-    """MLflow's own client, for questions that are asked once. Raises Mistake where the URI cannot be used."""
-    from mlflow import MlflowClient
-
-    _settle()
-    return MlflowClient(tracking_uri=resolve_uri(storage, uri)[0])
-
-
-def _settle() -> None:
-    """MLflow's settings that a user may replace."""
-    for variable, value in (
-        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),  # repeating is this module's business, and interruptible
-        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
-        ("MLFLOW_DISABLE_TELEMETRY", "true"),
-        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
-        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
-        ("DO_NOT_TRACK", "true"),
-    ):
-        os.environ.setdefault(variable, value)
-
-
-def _database(uri: str) -> Path:
-    return Path(uri.removeprefix("sqlite:///"))
-
-
-def make_database(path: Path, cache: Path) -> None:
-    """An empty MLflow database at `path`, unless one is there.
-
-    MLflow takes 8 s of CPU to run all its migrations, so that is done once for each of its versions, in the cache.
-    """
-    if path.exists():
-        return
-    template = cache / "mlflow" / f"{metadata.version('mlflow')}.db"
-    if not template.exists():
-        from mlflow import MlflowClient
-
-        with tempfile.TemporaryDirectory() as temporary:
-            fresh = Path(temporary, "mlflow.db")
-            MlflowClient(f"sqlite:///{fresh}").search_experiments(max_results=1)
-            # The default experiment holds this folder's name: MLflow makes another where it finds none.
-            with closing(sqlite3.connect(fresh)) as database, database:
-                database.execute("DELETE FROM experiments")
-            _copy_database(fresh, template)
-    _copy_database(template, path)
-
-
-def _copy_database(source: Path, target: Path) -> None:
-    """Whole or not at all, and never over one that another process has put there meanwhile."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with closing(sqlite3.connect(source)) as read, closing(sqlite3.connect(temporary)) as write:
-        read.backup(write)
-    with suppress(FileExistsError):
-        os.link(temporary, target)
-    temporary.unlink()
-
-
 def param_text(value: Value) -> str:
     """Numbers as the UI's charts parse them (50, 0.0001), lists and mappings as JSON, null as `null`."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def provenance() -> dict[str, str]:
-    """Tags that say what ran where: code, versions, the driver's hardware, user and command."""
-    here = Path(__file__)
-    tags = {
-        "mlflow.source.name": _without_secrets(" ".join(sys.orig_argv[1:])),
-        "mlflow.source.type": "LOCAL",
-        "host": socket.gethostname(),
-        "hardware.platform": platform.platform(),
-        "hardware.cpu": _cpu_model(),
-        "hardware.cores": str(os.cpu_count()),
-        "version.python": platform.python_version(),
-    }
-    if hasattr(os, "sysconf"):
-        tags["hardware.memory_gb"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f}"
-    for package in ("torch", "ray", "mlflow", "diffusion-orchestrator"):
-        try:
-            tags[f"version.{package}"] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            tags[f"version.{package}"] = "not installed"
-    try:
-        tags["mlflow.user"] = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        tags["mlflow.user"] = str(os.getuid())
-    if gpus := _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"):
-        tags["hardware.gpus"] = ", ".join(gpus.splitlines())
-    git = ("git", "-C", str(here.parent))
-    # An installed copy may lie inside somebody else's repository: only one that tracks this file counts.
-    if _output(*git, "ls-files", "--error-unmatch", here.name):
-        tags["mlflow.source.git.commit"] = _output(*git, "rev-parse", "HEAD")
-        tags["git.dirty"] = str(bool(_output(*git, "status", "--porcelain", "--untracked-files=no"))).lower()
-    return tags
-
-
-def _without_secrets(text: str) -> str:
-    return re.sub(r"://[^/@\s]+@", "://***@", text)
-
-
-def _output(*command: str) -> str:
-    """What a command prints, stripped; empty where it is missing or fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
 def _now_ms() -> int:
     return int(time.time() * 1000)
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether the same call may succeed later: nobody answered, or somebody who was not well."""
-    from mlflow.exceptions import MlflowException
-    from requests import HTTPError
-
-    if isinstance(error, MlflowException):  # most network errors, too, arrive as INTERNAL_ERROR
-        return error.error_code in PASSING
-    if isinstance(error, HTTPError) and error.response is not None:
-        return bool(error.response.status_code >= 500 or error.response.status_code == 429)
-    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)  # requests' errors are OSErrors
-
-
-def reason(error: Exception) -> str:
-    """One line: what the system said, where requests wraps it in four layers."""
-    found = re.search(r"\[Errno -?\d+\] [^\"')]+", str(error))
-    return found[0] if found else f"{type(error).__name__}: {error}"
-
-
-class _Line:
-    """Calls waiting in line for one thread, which makes each until it succeeds or is refused."""
-
-    def __init__(self, answers: Callable[[], object]) -> None:
-        self.failing = ""  # why the call at the head does not get through just now
-        self.refused: list[str] = []
-        self.done = 0
-        self._answers = answers
-        self._calls: deque[tuple[str, Callable[[], object]]] = deque()
-        self._changed = threading.Condition()
-        self._hurry = threading.Event()
-        threading.Thread(target=self._work, name="mlflow", daemon=True).start()
-
-    def put(self, what: str, call: Callable[[], object]) -> None:
-        with self._changed:
-            self._calls.append((what, call))
-            self._changed.notify_all()
-
-    def refuse(self, what: str) -> None:
-        if what and what not in self.refused:
-            self.refused.append(what)
-            log.warning("MLflow is without %s", what)
-
-    def __len__(self) -> int:
-        return len(self._calls)
-
-    def wait(self, ready: Callable[[], bool], timeout_s: float) -> bool:
-        """Waits until `ready()`; a pause between two attempts is cut short."""
-        self._hurry.set()
-        with self._changed:
-            return self._changed.wait_for(ready, timeout_s)
-
-    def _work(self) -> None:
-        attempts = 0
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: bool(self._calls))
-                what, call = self._calls[0]
-            failing, refused = "", ""
-            try:
-                call()
-            except Exception as error:  # whatever it is: kept, said, and the next call gets its turn
-                text = reason(error)
-                # Nothing works without the first call, the connection: it is never given up.
-                if not self.done or (_may_pass(error) and not (attempts >= 5 and self._is_up())):
-                    failing = text
-                    log.info("MLflow: %s: attempt %d failed, will be repeated: %s", what, attempts + 1, text)
-                else:
-                    refused = f"{what}: {text}"
-                    log.debug("refused", exc_info=True)
-            with self._changed:
-                if failing and not self.failing:
-                    log.warning("MLflow does not answer; training goes on and the journal keeps it: %s", failing)
-                self.failing = failing
-                self.refuse(refused)
-                if not failing:
-                    self._calls.popleft()
-                    self.done += 1
-                self._changed.notify_all()
-            attempts = attempts + 1 if failing else 0
-            if failing:
-                self._hurry.wait(min(10.0, 0.25 * 2**attempts))
-                self._hurry.clear()
-
-    def _is_up(self) -> bool:
-        try:
-            self._answers()
-        except Exception:  # a probe: whatever it raises, the server is not up; the reason is logged
-            log.debug("MLflow is down", exc_info=True)
-            return False
-        return True
 
 
 @dataclass
@@ -358,7 +116,7 @@ class Tracker:
 
         The state is kept in `folder` of the storage, by default sweeps/<name>.
         """
-        _settle()
+        settle()
         self.uri, self._artifacts = resolve_uri(storage, uri)
         self.storage, self.name = storage, name
         self._state_path = f"{folder or f'sweeps/{name}'}/mlflow.json"
@@ -373,7 +131,7 @@ class Tracker:
         self._description = ""
         self._shown: dict[str, str] = {}  # tags of the experiment, as they were written last
         self._waiting: set[str] = set()  # addresses whose `ship` stands in line already
-        self._line = _Line(self._ask)
+        self._line = Line(self._ask)
         self._put("the connection", self._connect)
 
     # What the sweep calls.
@@ -381,7 +139,7 @@ class Tracker:
     def check(self, timeout_s: float = 60) -> None:
         """Raises Mistake where the server does not answer: to be called before anything costly starts."""
         if self.uri.startswith("sqlite:"):
-            folder = _database(self.uri).parent
+            folder = database_of(self.uri).parent
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
@@ -546,7 +304,7 @@ class Tracker:
             logging.getLogger(noisy).setLevel(level)
         self._ask()
         if self.uri.startswith("sqlite:"):
-            make_database(_database(self.uri), default_cache())
+            make_database(database_of(self.uri), default_cache())
         self._client = MlflowClient(tracking_uri=self.uri)
         experiment = self._client.get_experiment_by_name(self.name)
         if experiment is None:

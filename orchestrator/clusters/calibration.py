@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-from orchestrator.cost import learn
+from orchestrator.clusters.cost import learn
 from orchestrator.experiment import Variant
 from workers.calibration import measure_speed
 from workers.config import DataConfig

@@ -1,0 +1,1 @@
+"""Nightly evaluations: the file, when, what a night decides, and a night in progress."""
