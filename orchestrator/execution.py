@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import ray
 from ray import tune
+from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import SearchAlgorithm
@@ -164,7 +165,7 @@ def train(
         events.say(f"placement  {size}: more than a node holds, so such a trial trains over several nodes (PACK)")
     for name, host in hosts.items():
         tune.register_trainable(name, host)
-    with tempfile.TemporaryDirectory(prefix="orchestrator-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="orchestrator-") as scratch, _out_of_memory_is_a_death():
         admission = _Admission(jobs, sizes, search, events, cluster, scratch)
         tune.Tuner(
             hosts["one_worker"],
@@ -182,6 +183,28 @@ def train(
                 verbose=0,
             ),
         ).fit()
+
+
+@contextmanager
+def _out_of_memory_is_a_death() -> Iterator[None]:
+    """Has Tune treat a trial whose process Ray killed on a full machine as one whose process died.
+
+    Ray's memory monitor gives such calls an error that Tune 2.60 does not count among the deaths of an actor, and ends
+    the whole sweep by.
+    """
+    before = RayActorManager._actor_task_failed
+
+    def failed(manager: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, ray.exceptions.OutOfMemoryError):
+            why = f"its machine was full, and Ray ended its process: {str(exception).splitlines()[0]}"
+            exception = ray.exceptions.RayActorError(error_msg=why)
+        before(manager, tracked_actor_task, exception)
+
+    RayActorManager._actor_task_failed = failed
+    try:
+        yield
+    finally:
+        RayActorManager._actor_task_failed = before
 
 
 class _Admission(SearchAlgorithm):
