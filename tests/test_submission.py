@@ -169,5 +169,5 @@ def test_of_two_that_submit_the_same_at_once_one_is_refused(tiny: Path, monkeypa
         raise RuntimeError("Request failed with status code 500: No available agent to submit job")
 
     monkeypatch.setattr(Client, "submit_job", full)
-    with pytest.raises(Mistake, match="does not take the job nightly-2026-03-01: .*No available agent"):
+    with pytest.raises(Mistake, match=r"does not take the job nightly-2026-03-01: .*No available agent"):
         send(words=["python"])
