@@ -28,7 +28,7 @@ from orchestrator.preflight import findings
 from workers.config import DataConfig
 from workers.data import Source
 
-TRIES = 100  # suggestions for each trial that is wanted, most of them refused or known: then the space is used up
+TRIES = 50  # suggestions for each trial that is wanted, most of them refused or known: then the space is used up
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,7 @@ def suggestions(
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     ways = {path: _distribution(axis) for path, axis in space.items()}
-    sampler = optuna.samplers.TPESampler(
-        seed=seed, n_startup_trials=1, multivariate=True, constant_liar=True, warn_independent_sampling=False
-    )
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=1, multivariate=True, constant_liar=True)
     study = optuna.create_study(sampler=sampler, directions=["minimize"] * objectives)
     measured = [told.values for told in history if told.values]
     penalty = [max(values, default=0.0) + 1 for values in zip(*measured, strict=True)] or [0.0] * objectives

@@ -42,6 +42,8 @@ class Kept:
     name: str
     metric: str
     mode: str
+    also: tuple[str, ...]  # further objectives
+    drawn: bool  # whether settings were drawn, and are no full grid
     trials: Mapping[str, Variant]
     protocols: Mapping[str, str]
     experiment: Mapping[str, Any]  # the file, with every setting
@@ -121,7 +123,10 @@ def open_sweep(storage: Storage, name: str) -> Kept:
         trial = TypeAdapter(Trial).validate_json(json.dumps(kept["trial"]))
         trials[address] = Variant(params=kept["params"], trial=trial)
     protocols = {address: kept["protocol"] for address, kept in content["trials"].items()}
-    return Kept(content["name"], content["metric"], content["mode"], trials, protocols, content["experiment"])
+    search = content["experiment"]["search"]
+    also, drawn = tuple(search.get("also", ())), search["algorithm"] != "grid"
+    of = content["name"], content["metric"], content["mode"]
+    return Kept(*of, also, drawn, trials, protocols, content["experiment"])
 
 
 def rows(storage: Storage, kept: Kept, happened: Sequence[Event] = ()) -> list[Row]:
