@@ -139,5 +139,5 @@ def rounds_text(search: SearchConfig) -> str:
     rounds = math.ceil(samples / search.first)
     return (
         f"Round 1 of {rounds}: {search.first} of {samples} trials, and their costs. The others are asked of Optuna, "
-        f"round by round, by {' and '.join(search.objectives)} of those before them."
+        f"round by round, by {', '.join(search.objectives)} of those before them."
     )
