@@ -230,6 +230,7 @@ class Sweep:
         if first:
             session.enter_context(self.display)
             session.enter_context(execution.session(address))
+            execution.check_seen(self.storage)
             slots = execution.slots()
             self.events.add("cluster", cpus=slots["cpus"], gpus=slots["gpus"])
         nodes = execution.nodes_ever(cluster)
