@@ -54,7 +54,7 @@ def test_a_search_that_is_killed_in_its_second_round_resumes_to_the_same_trials(
     # The second round is what the measured numbers of the first, whatever their order, ask for.
     kept = archive.open_sweep(storage, "tiny")
     rows = {str(row.variant): row for row in reversed(archive.rows(storage, kept))}
-    assert [kept.trials[a].params for a in kept.trials] == [v.params for v in before]
+    assert sorted(str(v) for v in kept.trials.values()) == sorted(map(str, before))
 
     def hear(variant: Variant) -> Told | None:
         row = rows[str(variant)]
