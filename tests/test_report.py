@@ -230,7 +230,7 @@ def test_the_front_is_of_the_objectives_of_the_search(tmp_path: Path) -> None:
         assert [row.digest for row in report.front(found)] == addresses[:members]
         texts[len(also)] = report.page(found)
         assert texts[len(also)].count("<svg") == len(report.PLOTS) + len(also) - 1
-        assert ("Front of NLL bits/dim and" in report.markdown(found)) == (members > 1)
+        assert ("Front of NLL bits/dim, " in report.markdown(found)) == (members > 1)
     assert (
         "The front of NLL bits/dim, validation bits/dim" in texts[1] and "no other beats in both (1 of 4)" in texts[1]
     )

@@ -188,7 +188,7 @@ def markdown(report: Report) -> str:
         names = "; ".join(
             f"{row.name} ({', '.join(f'{row.metrics[name]:.4g}' for name in report.objectives)})" for row in best
         )
-        lines += ["", f"Front of {' and '.join(map(_metric, report.objectives))}: {names}."]
+        lines += ["", f"Front of {', '.join(map(_metric, report.objectives))}: {names}."]
     if use.capacity:
         lines += ["", f"Cost: {hours(use.busy)} {use.slot}-hours in {clock(use.wall_s)}; {use.utilisation:.0%} of "
                   f"{use.slots:g} {use.slot}s held."]  # fmt: skip
