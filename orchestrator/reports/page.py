@@ -183,7 +183,7 @@ def markdown(report: Report) -> str:
         lines += [f"- `{s.name}` {s.share:.0%} ({s.chance:.0%}): " + _levels(s) for s in found]
     if grown := trees(report):
         lines += ["", f"{_forest(grown)} What it loses of that when one is shuffled:", ""]
-        lines += [f"- `{name}` {weight:.0%}" for name, weight in grown.weights.items()]
+        lines += [f"- `{name}` {round(100 * weight)}%" for name, weight in grown.weights.items()]
     if len(best := front(report)) > 1:
         names = "; ".join(
             f"{row.name} ({', '.join(f'{row.metrics[name]:.4g}' for name in report.objectives)})" for row in best
