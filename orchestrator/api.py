@@ -46,7 +46,8 @@ class Outcome:
 
 
 def preview(file: str | Path, *overrides: str) -> "pd.DataFrame":
-    """The trials that an experiment file means, a row each: what is searched, where the chain ends, what it costs.
+    """The trials that an experiment file means (of an adaptive search those of its first round), a row each: what is
+    searched, where the chain ends, what it costs.
 
     Costs count evaluations of the network, an image at a time. Starts nothing. Raises Mistake with all mistakes.
     """

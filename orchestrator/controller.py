@@ -9,7 +9,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from rich.console import Console
@@ -17,9 +18,10 @@ from rich.console import Console
 from orchestrator import execution, plan
 from orchestrator.clusters import cost
 from orchestrator.clusters.cluster import Cluster, cluster_of_the_head
-from orchestrator.experiment import Experiment, Variant
+from orchestrator.experiment import Experiment, Variant, expand
 from orchestrator.reports import archive, results
 from orchestrator.reports.results import Row
+from orchestrator.search import Told, next_round, rows_of, tell
 from orchestrator.settings import write_yaml
 from orchestrator.terminal import Display, Line, listening
 from orchestrator.tracking.record import Record
@@ -27,11 +29,17 @@ from workers import checkpoint as checkpoints
 from workers import tasks
 from workers.blocks import Images, blocks, summary_path
 from workers.config import DataConfig, Measurement, trained_by
-from workers.data import Source, prepare
+from workers.data import Source, describe, prepare
 from workers.features import check_spaces
 from workers.speed import CORE, Spent
 from workers.storage import Storage
 from workers.training import stop_path
+
+# Why a scheduler has stopped a trial, after its last `valid/nll_bpd`.
+PRUNED = {
+    "asha": "was not among the best of its rung",
+    "median": "was, as all before it, above the median of what the others had on average until this step",
+}
 
 
 def run(
@@ -55,6 +63,7 @@ def run(
         sweep = Sweep(experiment, trials, sources, storage, console, quiet, verbose)
         if fresh:
             sweep.forget()
+            sweep = Sweep(experiment, trials, sources, storage, console, quiet, verbose)
         try:
             sweep.make(address, cluster)
         except KeyboardInterrupt:
@@ -68,7 +77,10 @@ def run(
 
 
 class Sweep:
-    """The trials of an experiment on their way; it is what `execution.train` tells its events to."""
+    """The trials of an experiment on their way; it is what `execution.train` tells its events to.
+
+    Those of an adaptive search grow by a round as often as all that are there have ended.
+    """
 
     def __init__(
         self,
@@ -80,32 +92,45 @@ class Sweep:
         quiet: bool,
         verbose: bool = False,
     ) -> None:
-        self.experiment, self.trials, self.sources = experiment, trials, sources
+        self.experiment, self.sources = experiment, dict(sources)
         self.storage, self.console = storage, console
+        self.trials: dict[str, Variant] = {}
         self.folder = f"sweeps/{experiment.name}"
         self.sharing: dict[str, list[str]] = {}  # the rows that measure each trial
-        for row in trials:
-            self.sharing.setdefault(trained_by(row), []).append(row)
         self.scheduler = plan.scheduler_key(experiment.search.scheduler.model_dump(mode="json"))
         self.errors: dict[str, str] = {}
-        self.found = {address: self._look(address) for address in trials}
-        self.lines = {
-            address: Line(row.name, v.trial.training.steps, v.trial.training.batch_size)
-            for (address, v), row in zip(trials.items(), self.rows(), strict=True)
-        }
-        for _, *others in self.sharing.values():
-            for row in others:
-                self.lines[row].shares = True
+        self.found: dict[str, plan.Found] = {}
+        self.lines: dict[str, Line] = {}
         self.display = Display(self.lines, console, quiet, verbose)
         self.events = archive.Events(storage, experiment.name)
-        self.started = False
+        self.started, self.planned = False, ""
         self.evaluations = execution.Evaluations()
         self.jobs: dict[str, tasks.Job] = {}
         self.groups: dict[str, str] = {}  # the placement group of each data-parallel trial
         self.looked_at = 0.0
-        self.record = Record(experiment, trials, sources, storage)
+        self.record = Record(experiment, self.trials, self.sources, storage)
         self.told = False  # where the comparison is
         self.began, self.start_s = time.monotonic(), 0.0  # the latter until the first trial tells of itself
+        before = archive.asked_before(storage, experiment) if experiment.search.algorithm == "optuna" else []
+        self.asked = before or list(expand(experiment))  # the variants, in order; some may be one and the same trial
+        self._add(rows_of(experiment, before, self._source)[0] if before else trials)
+
+    def _add(self, trials: Mapping[str, Variant]) -> list[str]:
+        """Takes in the trials that are not there yet. Gives their addresses."""
+        new = [address for address in trials if address not in self.trials]
+        for address in new:
+            variant = self.trials[address] = trials[address]
+            self.found[address] = self._look(address)
+            sharing = self.sharing.setdefault(trained_by(address), [])
+            sharing.append(address)
+            name, training = Row(address, variant, self.found[address]).name, variant.trial.training
+            self.lines[address] = Line(name, training.steps, training.batch_size, shares=len(sharing) > 1)
+        return new
+
+    def _source(self, config: DataConfig) -> Source:
+        if config not in self.sources:
+            self.sources[config] = describe(config)
+        return self.sources[config]
 
     # What is there.
 
@@ -114,7 +139,7 @@ class Sweep:
         trial, folder = self.trials[address].trial, tasks.folder_of(address)
         status = self.storage.read_json(f"{folder}/status.json")
         newest = checkpoints.newest(self.storage, f"{folder}/checkpoints")
-        images = Images.of(self.sources[trial.data])
+        images = Images.of(self._source(trial.data))
         m = Measurement.of(trial)
         path = summary_path(m, checkpoints.averaged(newest, m.evaluation.ema).digest, images) if newest else None
         summary = self.storage.read_sealed(path) if path else None
@@ -135,15 +160,52 @@ class Sweep:
             if found.checkpoint:
                 self.storage.delete(f"evaluations/{found.checkpoint}")
         self.storage.delete(f"{self.folder}/events.jsonl")
-        self.events = archive.Events(self.storage, self.experiment.name)
-        self.found = {address: plan.Found() for address in self.trials}
+        archive.forget_asked(self.storage, self.experiment)
 
     # Making what is missing.
 
     def make(self, address: str | None, cluster: Cluster | None = None) -> None:
-        decisions = {a: plan.decide(found, self.scheduler) for a, found in self.found.items()}
+        """Makes what is missing, and of an adaptive search one round after the other, in one session of Ray."""
+        with ExitStack() as session:
+            self._make(self.trials, address, cluster, session)
+            while new := self._next_round():
+                self._make(new, address, cluster, session)
+        if self.started:
+            planned = f", {self.planned} planned" if self.planned else ""
+            self.display.say(f"time       {cost.duration(time.monotonic() - self.began)}{planned}")
+
+    def _next_round(self) -> list[str]:
+        """The addresses of the trials that an adaptive search asks for next; empty where it is at its end."""
+        search = self.experiment.search
+        if search.algorithm != "optuna" or len(self.asked) >= (search.samples or 0):
+            return []
+        rows = {_point(row.variant): row for row in self.rows()}
+        if all(row.state == "failed" for v in self.asked[-search.first :] if (row := rows.get(_point(v)))):
+            self.say("search     ends here: every trial of the last round failed")
+            return []
+
+        def hear(variant: Variant) -> Told | None:
+            row = rows.get(_point(variant))
+            return tell(search, row.variant, row.state, row.metrics) if row else None
+
+        new = next_round(self.experiment, self.asked, hear, self._source)
+        known = sum(hear(v) is not None for v in self.asked)
+        self.say(
+            f"search     asks for {len(new)} trials after {len(self.asked)} of {search.samples}, by what "
+            f"{known} of them say"
+            if new
+            else f"search     ends after {len(self.asked)} of {search.samples} trials: the space has nothing new"
+        )
+        self.asked += new
+        archive.keep_asked(self.storage, self.experiment, self.asked)
+        return self._add(rows_of(self.experiment, self.asked, self._source)[0])
+
+    def _make(self, addresses: Iterable[str], address: str | None, cluster: Cluster | None, session: ExitStack) -> None:
+        """Makes what is missing of the trials at `addresses`; brings up Ray in `session` the first time it has to."""
+        decisions = {a: plan.decide(self.found[a], self.scheduler) for a in addresses}
         states = {row.digest: row.state for row in self.rows()}
-        for a, line in self.lines.items():
+        for a in decisions:
+            line = self.lines[a]
             line.step = int((self.found[a].status or {}).get("step", 0))
             line.state = "waiting" if decisions[a].action != "nothing" else states[a]
             text = f"{a[:8]}  {decisions[a].action:<10}  {decisions[a].why}  {line.name}"
@@ -152,41 +214,44 @@ class Sweep:
         archive.keep(self.storage, self.experiment, self.trials, self.sources)
         if not missing:
             return
-        self.started = True
-        self.events.add("started", host=socket.gethostname(), pid=os.getpid(), trials=len(self.trials))
+        first, self.started = not self.started, True
+        if first:
+            self.events.add("started", host=socket.gethostname(), pid=os.getpid(), trials=len(self.trials))
         for a, decision in decisions.items():
             self.events.add("decided", a, action=decision.action, why=decision.why)
-        check_spaces(v.trial.evaluation.fid for v in self.trials.values())
+        check_spaces(self.trials[a].trial.evaluation.fid for a in decisions)
         cluster = cluster or (cluster_of_the_head() if address else None)
         time_plan = self._time_plan(missing, cluster) if cluster or not address else None
-        self.record.open()
-        for config in self.sources:
+        self.planned = cost.duration(time_plan.wall_s) if time_plan and first else ""  # of all rounds nobody knows
+        if first:
+            self.record.open()
+        for config in dict.fromkeys(self.trials[a].trial.data for a in decisions):
             prepare(config)
-        with self.display, execution.session(address):
+        if first:
+            session.enter_context(self.display)
+            session.enter_context(execution.session(address))
             execution.check_seen(self.storage)
             slots = execution.slots()
             self.events.add("cluster", cpus=slots["cpus"], gpus=slots["gpus"])
-            nodes = execution.nodes_ever(cluster)
-            for a in (a for a in self.trials if a in missing):
-                trial = self.trials[a].trial
-                gpus = execution.gpus_a_worker(trial.training, nodes)
-                job = self.jobs[a] = tasks.make_job(self.storage, trained_by(a), trial, gpus)
-                if a == self.sharing[trained_by(a)][0]:
-                    content = write_yaml(json.loads(job["trial"])).encode()
-                    self.storage.write(f"{tasks.folder_of(a)}/trial.yaml", content)
-            for a in missing:
-                if decisions[a].action == "evaluate":
-                    self._evaluate(a)
-            train = [a for a in self.trials if a in missing and decisions[a].action == "train"]
-            to_train = list({trained_by(a): self.jobs[a] for a in reversed(train)}.values())[::-1]
-            for job in to_train:
-                self.storage.delete(stop_path(tasks.folder_of(job["digest"])))
-            if to_train:
-                execution.train(to_train, self.experiment.search, self, cluster)
-            while self.evaluations:
-                self.tick(wait_s=0.5)
-        planned = f", {cost.duration(time_plan.wall_s)} planned" if time_plan else ""
-        self.display.say(f"time       {cost.duration(time.monotonic() - self.began)}{planned}")
+        nodes = execution.nodes_ever(cluster)
+        for a in (a for a in decisions if a in missing):
+            trial = self.trials[a].trial
+            gpus = execution.gpus_a_worker(trial.training, nodes)
+            job = self.jobs[a] = tasks.make_job(self.storage, trained_by(a), trial, gpus)
+            if a == self.sharing[trained_by(a)][0]:
+                content = write_yaml(json.loads(job["trial"])).encode()
+                self.storage.write(f"{tasks.folder_of(a)}/trial.yaml", content)
+        for a in missing:
+            if decisions[a].action == "evaluate":
+                self._evaluate(a)
+        train = [a for a in decisions if decisions[a].action == "train"]
+        to_train = list({trained_by(a): self.jobs[a] for a in reversed(train)}.values())[::-1]
+        for job in to_train:
+            self.storage.delete(stop_path(tasks.folder_of(job["digest"])))
+        if to_train:
+            execution.train(to_train, self.experiment.search, self, cluster)
+        while self.evaluations:
+            self.tick(wait_s=0.5)
 
     def _time_plan(self, missing: set[str], cluster: Cluster | None) -> cost.Plan | None:
         """How long it takes if nothing of the `missing` trials is there; None where speeds are not known."""
@@ -250,9 +315,11 @@ class Sweep:
         if result["state"] in ("running", "pruned"):  # the scheduler stopped it, or had it stop
             path = f"{tasks.folder_of(address)}/status.json"
             status = self.storage.read_json(path) or {}
-            detail = f"pruned at step {line.step}: valid/nll_bpd {line.nll_bpd:.3f} was not among the best of its rung"
+            why = PRUNED[self.experiment.search.scheduler.kind]
+            detail = f"pruned at step {line.step}: valid/nll_bpd {line.nll_bpd:.3f} {why}"
             self.storage.write_json(path, {**status, "state": "pruned", "scheduler": self.scheduler, "detail": detail})
         self.found[address] = self._look(address)
+        self.errors.pop(address, None)  # of a row that shares the trial, and could not be made before
         status = self.found[address].status or {}
         self.events.add(
             "trained", address, state=self.found[address].state, step=line.step, why=status.get("detail", "")
@@ -380,6 +447,10 @@ class Sweep:
         if self.record.left:
             self.console.print(self.record.left, soft_wrap=True, highlight=False, markup=False)
         return 1 if self.errors else 0
+
+
+def _point(variant: Variant) -> str:
+    return json.dumps(variant.params, sort_keys=True)
 
 
 def _seconds(spents: Mapping[str, Spent]) -> dict[str, float]:

@@ -6,6 +6,7 @@ the caller's thread: Tune's loop calls `Events.tick` some ten times a second.
 """
 
 import logging
+import math
 import os
 import signal
 import tempfile
@@ -22,7 +23,7 @@ import ray
 from ray import tune
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import SearchAlgorithm
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -368,33 +369,54 @@ class _Admission(SearchAlgorithm):
 
 def _scheduler(search: SearchConfig, steps: int) -> TrialScheduler:
     scheduler = search.scheduler
-    if scheduler.kind == "none":
-        return FIFOScheduler()
-    return _Asha(
-        time_attr="step",  # not Tune's iteration: that starts again when an actor does
-        metric=scheduler.metric,
-        mode="min",
-        max_t=steps,
-        grace_period=min(scheduler.grace, steps),
-        reduction_factor=scheduler.reduction,
-    )
+    seen: dict[str, Any] = {  # not Tune's iteration: that starts again when an actor does
+        "time_attr": "step",
+        "metric": scheduler.metric,
+        "mode": "min",
+        "grace_period": min(scheduler.grace, steps),
+    }
+    match scheduler.kind:
+        case "none":
+            return FIFOScheduler()
+        case "asha":
+            return _Asha(max_t=steps, reduction_factor=scheduler.reduction, **seen)
+        case "median":  # which would pause a trial as long as there are too few others, and ours cannot be paused
+            return _Median(min_samples_required=scheduler.others, min_time_slice=math.inf, **seen)
 
 
-class _Asha(AsyncHyperBandScheduler):
+class _Asking(TrialScheduler):
     """Asks a data-parallel trial to stop, where Tune would kill it.
 
     Killed, it would leave its workers' cores taken: Ray Train's cleaner asks the dashboard whether the trial is still
     there, and a local Ray has none. Asked, it ends by itself at its next journal point.
     """
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._asked: set[str] = set()
+
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        decision = str(super().on_trial_result(tune_controller, trial, result))
         job = trial.config["job"]
+        if job["digest"] in self._asked:
+            return str(TrialScheduler.CONTINUE)
+        decision = str(super().on_trial_result(tune_controller, trial, result))
         if decision != TrialScheduler.STOP or tasks.trial_of(job).training.workers == 1:
             return decision
         if result["state"] == "running":  # else it is at its last step, or ends by itself
+            self._asked.add(job["digest"])
             tasks.ask_to_stop(job)
         return str(TrialScheduler.CONTINUE)
+
+
+class _Asha(_Asking, AsyncHyperBandScheduler):
+    pass
+
+
+class _Median(_Asking, MedianStoppingRule):
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """The last result of a trial that failed has no step, at which Tune's rule would fall over."""
+        if "step" in result:
+            super().on_trial_complete(tune_controller, trial, result)
 
 
 def _digest(trial: Any) -> str:

@@ -16,7 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from orchestrator.settings import (
     invalid,
@@ -51,6 +59,7 @@ from workers.config import (
 )
 
 MOST_VARIANTS = 10_000
+BATCH = 8  # trials a round of an adaptive search, where the file does not say
 
 
 class ExperimentError(Mistake):
@@ -89,7 +98,7 @@ def _not_a_loss(metric: object) -> object:
     return metric
 
 
-# The metrics to rank on, and the part of `evaluation` that measures each.
+# The metrics to rank on, and the part of `evaluation` that measures each; and what else may be an objective.
 MEASURED_BY = {
     "eval/nll_bpd": "nll",
     "eval/fid": "fid",
@@ -97,8 +106,20 @@ MEASURED_BY = {
     "eval/ode_nll_bpd": "ode_nll",
     "valid/nll_bpd": None,
 }
+OBJECTIVES = {**MEASURED_BY, "eval/network_evaluations": "fid"}
 Metric = Annotated[
     Literal["eval/nll_bpd", "eval/fid", "eval/fd_classifier", "eval/ode_nll_bpd", "valid/nll_bpd"],
+    BeforeValidator(_not_a_loss),
+]
+Objective = Annotated[
+    Literal[
+        "eval/nll_bpd",
+        "eval/fid",
+        "eval/fd_classifier",
+        "eval/ode_nll_bpd",
+        "valid/nll_bpd",
+        "eval/network_evaluations",
+    ],
     BeforeValidator(_not_a_loss),
 ]
 EarlyMetric = Annotated[Literal["valid/nll_bpd"], BeforeValidator(_not_a_loss)]
@@ -169,12 +190,26 @@ class Axis(Record):
 
 
 class SchedulerConfig(Record):
-    """Stops trials early. `grace` steps are safe; after each rung the best 1 in `reduction` go on."""
+    """Stops trials early, after `grace` steps that are safe. SCHEDULERS says which kind reads what.
 
-    kind: Literal["none", "asha"] = "none"
+    `asha`: after each rung the best 1 in `reduction` go on. `median`: whoever's best is above the median of the others'
+    means until the same step ends, once `others` of them have come so far.
+    """
+
+    kind: Literal["none", "asha", "median"] = "none"
     grace: int = Field(default=1000, ge=1, description="training steps before a trial may be stopped")
-    reduction: int = Field(default=4, ge=2)
+    reduction: int = Field(default=4, ge=2, description="of asha: one in so many goes on from a rung to the next")
+    others: int = Field(default=3, ge=1, description="of median: trials that the median is taken of, at least")
     metric: EarlyMetric = "valid/nll_bpd"
+
+    @model_serializer(mode="wrap")
+    def _read(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What came later is left out where the kind does not read it, so that what was pruned before stays so."""
+        return {n: v for n, v in content(self).items() if n in ("kind", "metric", *SCHEDULERS[self.kind])}
+
+
+# The kinds of schedulers, each with the settings that it reads, or that are told apart for nothing.
+SCHEDULERS = {"none": ("grace", "reduction"), "asha": ("grace", "reduction"), "median": ("grace", "others")}
 
 
 class SearchConfig(Record):
@@ -184,9 +219,20 @@ class SearchConfig(Record):
     without: tuple[dict[str, Any], ...] = Field(
         default=(), strict=False, description="values by path of the space: variants that have them all are left out"
     )
-    algorithm: Literal["grid", "random"] = "grid"
-    samples: int | None = Field(default=None, ge=1, description="draws of a random search, each crossed with any grid")
+    algorithm: Literal["grid", "random", "sobol", "optuna"] = Field(
+        default="grid", description="random and sobol (quasi-random) draw; optuna asks for rounds by what was measured"
+    )
+    samples: int | None = Field(
+        default=None, ge=1, description="draws in all, each crossed with any grid; an optuna search has no grid"
+    )
+    batch: int | None = Field(default=None, ge=1, description=f"draws a round of an optuna search; null: {BATCH}")
     metric: Metric = "eval/nll_bpd"
+    also: tuple[Objective, ...] = Field(
+        default=(),
+        strict=False,
+        description="further objectives, lower being better: of an optuna search, and of the "
+        "Pareto front that is shown",
+    )
     mode: Literal["min", "max"] = "min"
     scheduler: SchedulerConfig = SchedulerConfig()
     max_concurrent: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
@@ -198,6 +244,17 @@ class SearchConfig(Record):
         if samples == 0:
             raise ValueError("0 is an empty search: no trial would run; take at least 1")
         return samples
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The metric that ranks the trials, and after it the others."""
+        return self.metric, *self.also
+
+    @property
+    def first(self) -> int:
+        """How many draws are known before anything is measured: all, or the first round of an optuna search."""
+        samples = self.samples or 1
+        return min(self.batch or BATCH, samples) if self.algorithm == "optuna" else samples
 
 
 class TrackingConfig(Record):
@@ -326,7 +383,7 @@ def mistakes(content: Mapping[str, Any]) -> list[str]:
     search = valid(SearchConfig, content.get("search", {}))
     for path, axis in _axes(content).items():
         found += _axis_mistakes(path, axis)
-    found += _trial_mistakes(trial) if trial else []
+    found += trial_mistakes(trial) if trial else []
     found += _search_mistakes(search) if search else []
     found += _metric_mistakes(search, trial) if search and trial else []
     if found:
@@ -334,7 +391,7 @@ def mistakes(content: Mapping[str, Any]) -> list[str]:
     variants = expand(Experiment.model_validate(content))
     if not variants:
         return ["search.without: leaves out every variant of the search; no trial would run"]
-    return told(((text, variant) for variant in variants for text in _trial_mistakes(variant.trial)), len(variants))
+    return told(((text, variant) for variant in variants for text in trial_mistakes(variant.trial)), len(variants))
 
 
 def told(found: Iterable[tuple[str, Variant]], total: int) -> list[str]:
@@ -364,7 +421,7 @@ def _axis_mistakes(path: str, axis: Axis) -> list[str]:
     return found
 
 
-def _trial_mistakes(trial: Trial) -> list[str]:
+def trial_mistakes(trial: Trial) -> list[str]:
     """Settings, each valid by itself, that do not go together."""
     T, training = trial.diffusion.T, trial.training
     found = [*_schedule_mistakes(trial.diffusion), *_objective_mistakes(trial)]
@@ -490,14 +547,20 @@ def _search_mistakes(search: SearchConfig) -> list[str]:
     found = []
     drawn = [path for path, axis in search.space.items() if axis.kind != "grid"]
     if search.algorithm == "grid":
-        found += [f"search.space.{p}: {search.space[p].kind} is drawn; set search.algorithm: random" for p in drawn]
+        found += [
+            f"search.space.{p}: {search.space[p].kind} is drawn; set search.algorithm: random, sobol or optuna"
+            for p in drawn
+        ]
         if search.samples is not None:
             found.append(f"search.samples: {search.samples} is without effect on algorithm: grid; leave it out")
     elif not drawn:
         kinds = ", ".join(DRAWS)
-        found.append(f"search.algorithm: random has nothing to draw; give a path of search.space one of {kinds}")
+        found.append(
+            f"search.algorithm: {search.algorithm} has nothing to draw; give a path of search.space one of {kinds}"
+        )
     elif search.samples is None:
-        found.append("search.samples: missing; algorithm: random needs a number of draws")
+        found.append(f"search.samples: missing; algorithm: {search.algorithm} needs a number of draws")
+    found += [*_round_mistakes(search), *_scheduler_mistakes(search.scheduler)]
     size = math.prod([search.samples or 1, *(len(a.values) for a in search.space.values() if a.kind == "grid")])
     if size > MOST_VARIANTS:
         found.append(f"search.space: {size:,} variants are more than {MOST_VARIANTS:,}; take fewer values or samples")
@@ -516,17 +579,49 @@ def _search_mistakes(search: SearchConfig) -> list[str]:
     return found
 
 
+def _round_mistakes(search: SearchConfig) -> Iterator[str]:
+    """What concerns a search in rounds, and its objectives."""
+    if search.algorithm == "optuna":
+        for path, axis in search.space.items():
+            if axis.kind == "grid":
+                yield (
+                    f"search.space.{path}: grid would cross each draw of algorithm: optuna with all of its values; "
+                    f"write {{choice: {show(list(axis.values))}}}, from which one is drawn"
+                )
+        if search.batch and search.samples and search.batch > search.samples:
+            yield (
+                f"search.batch: {search.batch} a round are more than search.samples = {search.samples} in all; take "
+                "at most as many, and fewer for the search to learn anything"
+            )
+    elif search.batch is not None:
+        yield f"search.batch: {search.batch} is without effect on algorithm: {search.algorithm}; leave it out"
+    for name in dict.fromkeys(search.also):
+        if search.objectives.count(name) > 1:
+            yield f"search.also: {name} is an objective already; name each once"
+
+
+def _scheduler_mistakes(scheduler: SchedulerConfig) -> Iterator[str]:
+    reads = SCHEDULERS[scheduler.kind]
+    for name in ("reduction", "others"):
+        if name not in reads and getattr(scheduler, name) != SchedulerConfig.model_fields[name].default:
+            kinds = " or ".join(kind for kind, names in SCHEDULERS.items() if name in names and kind != "none")
+            yield (
+                f"search.scheduler.{name}: {getattr(scheduler, name)} is without effect on kind: {scheduler.kind}; "
+                f"leave it out, or take kind: {kinds}"
+            )
+
+
 def _metric_mistakes(search: SearchConfig, trial: Trial) -> list[str]:
-    """A search must rank on something that is measured; a single trial is not ranked."""
-    if not search.space or search.metric == "valid/nll_bpd":
-        return []
-    part, fid = MEASURED_BY[search.metric], trial.evaluation.fid
-    if part and getattr(trial.evaluation, part) is None:
-        return [f"search.metric: {search.metric} is not measured, as evaluation.{part} is null; take another metric"]
-    measured = f"eval/{distance_name(fid)}" if fid else ""
-    if part == "fid" and search.metric != measured:
-        return [f"search.metric: {search.metric} is not measured; these settings of evaluation.fid make {measured}"]
-    return []
+    """A search must rank on something that is measured, and so its objectives; a single trial is not ranked."""
+    found, fid = [], trial.evaluation.fid
+    measured = ("eval/network_evaluations", f"eval/{distance_name(fid)}" if fid else "")
+    for where, name in [("search.metric", search.metric), *(("search.also", name) for name in search.also)]:
+        part = OBJECTIVES[name] if search.space else None
+        if part and getattr(trial.evaluation, part) is None:
+            found.append(f"{where}: {name} is not measured, as evaluation.{part} is null; take another metric")
+        elif part == "fid" and name not in measured:
+            found.append(f"{where}: {name} is not measured; these settings of evaluation.fid make {measured[1]}")
+    return found
 
 
 SETTINGS = paths(Experiment)
@@ -574,27 +669,62 @@ def uniform(*words: int | str) -> float:
     return (int.from_bytes(content[:8]) >> 11) / 2**53
 
 
-def expand(experiment: Experiment) -> tuple[Variant, ...]:
-    """Every trial that the experiment means, in the order of the file, the last path changing fastest.
+def _random(paths: Sequence[str], n: int, seed: int) -> Iterator[dict[str, float]]:
+    """A draw depends on the seed, its own number and its path alone: other paths of the space do not move it."""
+    return ({path: uniform(seed, sample, path) for path in paths} for sample in range(n))
 
-    A draw depends on the experiment's seed, its own number and its path alone, so more samples keep the earlier ones.
-    A random search crosses each draw with the grids, which so see the same draws.
+
+def _sobol(paths: Sequence[str], n: int, seed: int) -> Iterator[dict[str, float]]:
+    """The points of a Sobol sequence scrambled by the seed (Owen 1998), a dimension a path: of any 2^k that follow
+    each other from a multiple of 2^k on, each path has one in every 2^k-th of [0, 1)."""
+    if not paths:
+        return iter(())
+    from scipy.stats.qmc import Sobol  # most of a second, and only this needs it
+
+    points = Sobol(len(paths), rng=seed).random_base2(max(0, n - 1).bit_length())[:n]
+    return (dict(zip(paths, map(float, point), strict=True)) for point in points)
+
+
+# The numbers in [0, 1) that each algorithm draws for the paths that are drawn: a dict a draw, the first ones the same
+# whatever their number. An optuna search asks for what comes after its first round: see orchestrator.search.
+NUMBERS: dict[str, Callable[[Sequence[str], int, int], Iterator[dict[str, float]]]] = {
+    "grid": _random,
+    "random": _random,
+    "sobol": _sobol,
+    "optuna": _sobol,
+}
+
+
+def expand(experiment: Experiment) -> tuple[Variant, ...]:
+    """Every trial that the experiment means, in the order of the file, the last path changing fastest; of an optuna
+    search those of its first round.
+
+    More samples keep the earlier draws. A search crosses each draw with the grids, which so see the same draws.
     """
+    return variants_of(experiment, _points(experiment.search, experiment.seed))
+
+
+def variants_of(experiment: Experiment, points: Iterable[Mapping[str, Any]]) -> tuple[Variant, ...]:
+    """The trials at points of the search space, each its values by path."""
     base = experiment.trial.model_dump()
     return tuple(
-        Variant(params=params, trial=Trial.model_validate(merge(base, _update(params))))
-        for params in _points(experiment.search, experiment.seed)
+        Variant(params=dict(params), trial=Trial.model_validate(merge(base, _update(params)))) for params in points
     )
 
 
 def _points(search: SearchConfig, seed: int) -> Iterator[dict[str, Any]]:
     space = search.space
-    for sample in range(search.samples or 1):
-        drawn = {p: DRAWS[a.kind](a.values, uniform(seed, sample, p)) for p, a in space.items() if a.kind != "grid"}
+    paths = [path for path, axis in space.items() if axis.kind != "grid"]
+    for numbers in NUMBERS[search.algorithm](paths, search.first, seed):
+        drawn = {path: DRAWS[space[path].kind](space[path].values, u) for path, u in numbers.items()}
         points = itertools.product(*(a.values if p not in drawn else (drawn[p],) for p, a in space.items()))
         for point in (dict(zip(space, values, strict=True)) for values in points):
-            if not any(left_out.items() <= point.items() for left_out in search.without):
+            if not left_out(search, point):
                 yield point
+
+
+def left_out(search: SearchConfig, point: Mapping[str, Any]) -> bool:
+    return any(values.items() <= point.items() for values in search.without)
 
 
 def _update(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -605,13 +735,14 @@ def _update(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def by_digest(
-    variants: Sequence[Variant], data_digests: Mapping[DataConfig, str]
+    variants: Sequence[Variant], data_digests: Mapping[DataConfig, str], always: bool = False
 ) -> tuple[dict[str, Variant], list[str]]:
     """The rows of a sweep in order, each variant by the address of its trial, and warnings.
 
     Variants that differ only in how they are measured share a trial, which is trained once: the address of each is the
-    trial's with a suffix for its measurement (`workers.config.trained_by` takes it off). Variants that are measured
-    alike as well are one row: the first stands for all, and a warning names how many and why.
+    trial's with a suffix for its measurement (`workers.config.trained_by` takes it off), and so `always` that of each
+    row, where variants that are still to come may share its trial. Variants that are measured alike as well are one
+    row: the first stands for all, and a warning names how many and why.
     """
     trained: dict[str, dict[str, list[Variant]]] = {}
     for variant in variants:
@@ -621,7 +752,7 @@ def by_digest(
     found, repeats = dict[str, Variant](), list[set[str]]()
     for address, measurements in trained.items():
         for measured, (first, *others) in measurements.items():
-            found[f"{address}-{measured}" if len(measurements) > 1 else address] = first
+            found[f"{address}-{measured}" if always or len(measurements) > 1 else address] = first
             for variant in others:
                 ours, theirs = (leaves("", v.params).items() for v in (variant, first))
                 same = [name for name, value in ours if (name, value) in theirs]

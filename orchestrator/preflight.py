@@ -86,12 +86,7 @@ def schedule_name(diffusion: DiffusionConfig) -> str:
 
 def preflight(experiment: Experiment, variants: Sequence[Variant], sources: Mapping[DataConfig, Source]) -> list[str]:
     """Warnings about the variants. Raises ExperimentError with all that would make a trial meaningless or fail."""
-    found = [
-        (finding, variant)
-        for variant in variants
-        for check in CHECKS
-        for finding in check(experiment, variant.trial, sources[variant.trial.data])
-    ]
+    found = [(f, v) for v in variants for f in findings(experiment, v.trial, sources[v.trial.data])]
     problems, warnings = (
         told(((f.text, variant) for f, variant in found if f.refused is refused), len(variants))
         for refused in (True, False)
@@ -99,6 +94,11 @@ def preflight(experiment: Experiment, variants: Sequence[Variant], sources: Mapp
     if problems:
         raise ExperimentError(problems, experiment.name)
     return warnings
+
+
+def findings(experiment: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
+    """All that there is to say of a trial before it starts."""
+    return (finding for check in CHECKS for finding in check(experiment, trial, source))
 
 
 def _noise(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Finding]:
@@ -216,7 +216,7 @@ def _search(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Finding
     search, training = experiment.search, trial.training
     if search.mode == "max":
         yield Finding(f"search.mode: max ranks the worst {search.metric} first; lower is better", refused=False)
-    if search.scheduler.kind == "asha" and search.scheduler.grace >= training.steps:
+    if search.scheduler.kind != "none" and search.scheduler.grace >= training.steps:
         yield Finding(
             f"search.scheduler.grace: {search.scheduler.grace} steps are all of training.steps = {training.steps}, "
             "so no trial will be stopped early",

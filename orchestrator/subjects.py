@@ -3,20 +3,21 @@
 A folder of diffusers says nothing of data, so `data.source` is given with it; everything of ours knows its own.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from orchestrator.experiment import (
     ExperimentError,
+    Variant,
     assignment,
-    by_digest,
     evaluation_mistakes,
-    expand,
     flow_mistakes,
-    parse,
 )
 from orchestrator.preflight import evaluation_findings
 from orchestrator.profiles import PROFILES
@@ -48,7 +49,7 @@ def find(target: str, storage: Storage, overrides: Sequence[str], profile: str |
     a checkpoint of ours or of diffusers.
     """
     update, name, known = Update(overrides, profile), _inside(target, storage), storage.list("trials")
-    if name and storage.exists(f"sweeps/{name}/experiment.yaml"):
+    if name and storage.exists(f"sweeps/{name}/sweep.json"):
         return _of_sweep(name, storage, update)
     if matches := [digest for digest in known if digest.startswith(name) and len(name) >= 4]:
         if len(matches) > 1:
@@ -128,10 +129,9 @@ def _assignments(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _of_sweep(name: str, storage: Storage, update: Update) -> list[Subject]:
     """All trained trials of a sweep."""
-    content, _ = read_yaml(storage.read(f"sweeps/{name}/experiment.yaml").decode())
-    variants = expand(parse(content))
-    sources = {config: describe(config) for config in dict.fromkeys(v.trial.data for v in variants)}
-    trials, _ = by_digest(variants, {config: source.digest for config, source in sources.items()})
+    kept = (storage.read_json(f"sweeps/{name}/sweep.json") or {})["trials"]
+    validate = TypeAdapter(Trial).validate_json
+    trials = {a: Variant(params=of["params"], trial=validate(json.dumps(of["trial"]))) for a, of in kept.items()}
     folders = {a: f"trials/{trained_by(a)}" for a in trials}
     ended = [a for a, f in folders.items() if (storage.read_json(f"{f}/status.json") or {}).get("state") == "finished"]
     found = [(a, checkpoints.newest(storage, f"{folders[a]}/checkpoints")) for a in ended]

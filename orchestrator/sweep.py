@@ -12,8 +12,9 @@ from pathlib import Path
 
 from orchestrator.clusters.cluster import Cluster, read_cluster
 from orchestrator.clusters.cost import cost_text, read_prices
-from orchestrator.experiment import Experiment, Variant, by_digest, expand, load
+from orchestrator.experiment import Experiment, Variant, expand, load
 from orchestrator.preflight import dry_run_text, preflight
+from orchestrator.search import rounds_text, rows_of
 from workers.config import DataConfig, Mistake
 from workers.data import Source, describe
 from workers.storage import Storage
@@ -59,11 +60,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def trials_of(experiment: Experiment) -> tuple[dict[str, Variant], dict[DataConfig, Source], list[str]]:
-    """Trials by address, the data they use, and warnings. Raises Mistake."""
+    """Trials by address (of an adaptive search, its first round), the data they use, and warnings. Raises Mistake."""
     variants = expand(experiment)
     sources = {config: describe(config) for config in dict.fromkeys(v.trial.data for v in variants)}
     warnings = preflight(experiment, variants, sources)
-    trials, repeats = by_digest(variants, {config: source.digest for config, source in sources.items()})
+    trials, repeats = rows_of(experiment, variants, sources.__getitem__)
     return trials, sources, warnings + repeats
 
 
@@ -113,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(dry_run_text(trials, sources))
             print()
             print(_cost_text(options, experiment, trials, sources, cluster))
+            if more := rounds_text(experiment.search):
+                print(more)
             return 0
         from orchestrator.clusters.submission import check_attachable
         from orchestrator.controller import run  # torch, ray and MLflow load here: a dry run does without

@@ -301,7 +301,7 @@ EXPECTED = {
     "evaluation.nll.images": "'most' is not 'all' or a whole number of at least 1",
     "evaluation.nll.timesteps": "0 is not 'all' or a whole number of at least 2",
     "search.metric": "across weightings, targets or T; valid: eval/nll_bpd, eval/fid, eval/fd_classifier",
-    "search.scheduler.kind": "'ahsa' is not one of none, asha; did you mean 'asha'?",
+    "search.scheduler.kind": "'ahsa' is not one of none, asha, median; did you mean 'asha'?",
     "search.scheduler.metric": "not comparable across weightings, targets or T",
     "search.samples": "0 is an empty search",
     "search.space.diffusion.T.grid[1]": "0 is not a whole number of at least 1",

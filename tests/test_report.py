@@ -221,6 +221,37 @@ def test_the_front_has_the_points_that_none_beats() -> None:
     assert pareto([(1, 5), (2, 4), (3, 4), (2, 6), (4, 1), (1, 5)]) == [(1, 5), (2, 4), (4, 1)]
 
 
+def test_the_front_is_of_the_objectives_of_the_search(tmp_path: Path) -> None:
+    """Trial 0 is the best by both bounds, and the distance falls from trial to trial."""
+    texts = {}
+    for also, members in ((["valid/nll_bpd"], 1), (["eval/fd_classifier", "valid/nll_bpd"], 4)):
+        storage, addresses = stored(tmp_path / str(len(also)), FOUR, also=also)
+        found = report.gather(storage, "small")
+        assert [row.digest for row in report.front(found)] == addresses[:members]
+        texts[len(also)] = report.page(found)
+        assert texts[len(also)].count("<svg") == len(report.PLOTS) + len(also) - 1
+        assert ("Front of NLL bits/dim, " in report.markdown(found)) == (members > 1)
+    assert (
+        "The front of NLL bits/dim, validation bits/dim" in texts[1] and "no other beats in both (1 of 4)" in texts[1]
+    )
+    assert "The front of NLL bits/dim, fd_classifier, validation bits/dim" in texts[2]
+    assert "no other beats in all (4 of 4)" in texts[2]
+
+
+def test_where_settings_were_drawn_a_forest_says_what_matters(tmp_path: Path) -> None:
+    space = {"training.lr": {"uniform": [0.001, 0.002]}, "model.dropout": {"uniform": [0.0, 0.5]}}
+    drawn = {"space": space, "algorithm": "random", "samples": 24}
+    lrs = [v.trial.training.lr for v in expand(experiment(**drawn))]
+    storage, _ = stored(tmp_path, {i: [2.0 + 500 * lr, 2.1 + 500 * lr] for i, lr in enumerate(lrs)}, **drawn)
+    found = report.gather(storage, "small")
+    grown = report.trees(found)
+    assert grown and grown.explained > 0.8 and list(grown.weights) == ["lr", "dropout"]
+    assert f"A random forest explains {grown.explained:.0%}" in " ".join(Page(report.page(found)).text)
+    assert "What it loses of that when one is shuffled" in report.markdown(found)
+    few = stored(tmp_path / "few", FOUR, **drawn)[0]
+    assert report.trees(report.gather(few, "small")) is None
+
+
 # ---- What happened ---------------------------------------------------------------------------------------------
 
 

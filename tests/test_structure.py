@@ -17,8 +17,8 @@ ORDER = """
     workers.diffusers_config workers.checkpoint workers.blocks workers.evaluation workers.summary
     workers.pictures
     workers.canaries workers.training workers.calibration workers.tasks
-    orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.plan orchestrator.profiles
-    orchestrator.subjects orchestrator.terminal orchestrator.comparing
+    orchestrator.settings orchestrator.experiment orchestrator.preflight orchestrator.search orchestrator.plan
+    orchestrator.profiles orchestrator.subjects orchestrator.terminal orchestrator.comparing
     orchestrator.clusters.cluster orchestrator.clusters.cost orchestrator.clusters.calibration
     orchestrator.clusters.submission
     orchestrator.execution orchestrator.measuring
@@ -47,7 +47,8 @@ ROOMS = {
         "orchestrator.status",
         "orchestrator.nights.shift",
     },
-    "sklearn": {"workers.formats", "workers.features"},
+    "sklearn": {"workers.formats", "workers.features", "orchestrator.reports.importance"},
+    "optuna": {"orchestrator.search"},
 }
 
 

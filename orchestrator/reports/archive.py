@@ -1,6 +1,7 @@
 """What a storage keeps of a sweep, written as it goes and read by anyone: without torch, Ray, MLflow or the data.
 
     sweeps/<name>/sweep.json      what the sweep is: its trials by address, what they search, how they are measured
+    sweeps/<name>/asked.json      of an adaptive search: the points that were asked for, in order
     sweeps/<name>/events.jsonl    what happened: every decision with its reason, restarts, faults, times
 
 Together with the trials' own files they say how a sweep stands, while it runs and after it, from any machine that
@@ -16,12 +17,12 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from orchestrator.experiment import Experiment, Variant, resolved
+from orchestrator.experiment import Experiment, Variant, resolved, variants_of
 from orchestrator.plan import Found
 from orchestrator.reports.results import Row
 from orchestrator.settings import meant
 from workers.blocks import Images, protocol_key
-from workers.config import DataConfig, Measurement, Mistake, Trial, trained_by
+from workers.config import NOT_ADDRESSED, DataConfig, Measurement, Mistake, Trial, digest, trained_by
 from workers.data import Source
 from workers.storage import Storage
 
@@ -41,6 +42,8 @@ class Kept:
     name: str
     metric: str
     mode: str
+    also: tuple[str, ...]  # further objectives
+    drawn: bool  # whether settings were drawn, and are no full grid
     trials: Mapping[str, Variant]
     protocols: Mapping[str, str]
     experiment: Mapping[str, Any]  # the file, with every setting
@@ -73,6 +76,34 @@ def keep(
         storage.write_json(path, content)
 
 
+def keep_asked(storage: Storage, experiment: Experiment, asked: Sequence[Variant]) -> None:
+    """Writes down what an adaptive search has asked for: it stands, even if another version of Optuna would now ask
+    for something else, or if a trial that failed is made after all."""
+    content = {"search": _searched(experiment), "asked": [v.params for v in asked]}
+    storage.write_json(f"sweeps/{experiment.name}/asked.json", content)
+
+
+def asked_before(storage: Storage, experiment: Experiment) -> list[Variant]:
+    """What the same search asked for before, up to its `samples`; nothing where it was another one."""
+    content = storage.read_json(f"sweeps/{experiment.name}/asked.json")
+    if content is None or content["search"] != _searched(experiment):
+        return []
+    return list(variants_of(experiment, content["asked"][: experiment.search.samples]))
+
+
+def forget_asked(storage: Storage, experiment: Experiment) -> None:
+    storage.delete(f"sweeps/{experiment.name}/asked.json")
+
+
+def _searched(experiment: Experiment) -> str:
+    """A digest of all that suggestions depend on."""
+    trial, search = (part.model_dump(mode="json") for part in (experiment.trial, experiment.search))
+    trial["training"] = {name: value for name, value in trial["training"].items() if name not in NOT_ADDRESSED}
+    for name in ("samples", "max_concurrent", "max_failures"):
+        del search[name]
+    return digest([trial, {**search, "batch": experiment.search.first}])
+
+
 def names(storage: Storage) -> list[str]:
     """The sweeps of a storage."""
     return [name for name in storage.list("sweeps") if storage.exists(f"sweeps/{name}/sweep.json")]
@@ -92,7 +123,10 @@ def open_sweep(storage: Storage, name: str) -> Kept:
         trial = TypeAdapter(Trial).validate_json(json.dumps(kept["trial"]))
         trials[address] = Variant(params=kept["params"], trial=trial)
     protocols = {address: kept["protocol"] for address, kept in content["trials"].items()}
-    return Kept(content["name"], content["metric"], content["mode"], trials, protocols, content["experiment"])
+    search = content["experiment"]["search"]
+    also, drawn = tuple(search.get("also", ())), search["algorithm"] != "grid"
+    of = content["name"], content["metric"], content["mode"]
+    return Kept(*of, also, drawn, trials, protocols, content["experiment"])
 
 
 def rows(storage: Storage, kept: Kept, happened: Sequence[Event] = ()) -> list[Row]:

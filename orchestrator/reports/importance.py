@@ -1,7 +1,8 @@
-"""How much of a metric's spread over the trials each searched setting explains: one-way analysis of variance, no more.
+"""How much of a metric's spread over the trials each searched setting explains.
 
-On a full grid the shares of all settings and what is left (their interplay) add up to 1. Where settings are drawn
-they are confounded by chance, and with few trials a share is large by chance alone: `Share.chance` says how large.
+By one-way analysis of variance (`importance`): on a full grid the shares of all settings and what is left (their
+interplay) add up to 1. Where settings are drawn they are confounded by chance, and with few trials a share is large by
+chance alone: `Share.chance` says how large. There a random forest says more (`forest`): it sees all settings at once.
 """
 
 import math
@@ -12,6 +13,8 @@ from typing import Any
 
 BINS = 4  # of a setting whose numbers have fewer than so many trials each; as equal in size as can be
 LEAST = 4  # trials with the metric, below which nothing is said
+LEAST_DRAWN = 20  # the same for a forest
+FOLDS, TREES, SHUFFLES = 5, 100, 10
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,54 @@ def importance(params: Sequence[Mapping[str, Any]], values: Sequence[float]) -> 
             levels = tuple(Level(label, sum(g) / len(g), len(g)) for label, g in groups.items())
             found.append(Share(name, between / total, (len(groups) - 1) / (n - 1), levels))
     return sorted(found, key=lambda share: -share.share)
+
+
+@dataclass(frozen=True)
+class Forest:
+    """What a random forest that has not seen a trial makes of it, from its settings.
+
+    `explained` is the part of the variance that it predicts, 1 - sum of squared errors over the total one: below 0 it
+    is worse than the mean. `weights` say by how much that part falls when the values of one setting are shuffled.
+    """
+
+    explained: float
+    weights: Mapping[str, float]
+
+
+def forest(params: Sequence[Mapping[str, Any]], values: Sequence[float]) -> Forest | None:
+    """Permutation importance (Breiman 2001) on trials that the trees were not grown on: five folds, each predicted by
+    a forest of the other four, so that what is learned by heart counts nothing. The same for the same trials.
+
+    None where there are fewer than LEAST_DRAWN of them, or all values are equal.
+    """
+    if len(values) < LEAST_DRAWN or len(set(values)) == 1:
+        return None
+    import numpy as np
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.inspection import permutation_importance
+    from sklearn.model_selection import KFold
+
+    names = list(dict.fromkeys(name for p in params for name in p))
+    x, y = np.array([_numbers([p.get(name) for p in params]) for name in names]).T, np.array(values)
+    error, rise = 0.0, np.zeros(len(names))
+    for seen, unseen in KFold(FOLDS, shuffle=True, random_state=0).split(x):
+        trees = RandomForestRegressor(TREES, random_state=0).fit(x[seen], y[seen])
+        error += float(((trees.predict(x[unseen]) - y[unseen]) ** 2).sum())
+        shuffled = permutation_importance(
+            trees, x[unseen], y[unseen], scoring="neg_mean_squared_error", n_repeats=SHUFFLES, random_state=0
+        )
+        rise += shuffled.importances_mean * len(unseen)
+    total = float(((y - y.mean()) ** 2).sum())
+    weights = sorted(zip(names, (rise / total).tolist(), strict=True), key=lambda one: -one[1])
+    return Forest(1 - error / total, dict(weights))
+
+
+def _numbers(values: Sequence[Any]) -> list[float]:
+    """Numbers as they are, else the place of each value among all that occur."""
+    if all(isinstance(v, int | float) for v in values):
+        return [float(v) for v in values]
+    places = sorted(set(map(_text, values)))
+    return [float(places.index(_text(v))) for v in values]
 
 
 def _levels(values: Sequence[Any]) -> list[str]:

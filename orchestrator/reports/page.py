@@ -14,7 +14,7 @@ from typing import Any
 
 from orchestrator.reports import archive, results
 from orchestrator.reports.archive import Driver, Event, Kept, Use
-from orchestrator.reports.importance import Share, importance
+from orchestrator.reports.importance import Forest, Share, forest, importance
 from orchestrator.reports.results import Row
 from orchestrator.settings import write_yaml
 from orchestrator.terminal import clock
@@ -61,6 +61,21 @@ class Report:
         return max(dict.fromkeys(names), key=names.count, default="")
 
     @cached_property
+    def objectives(self) -> tuple[str, ...]:
+        """What the front is a trade-off of: the search's own objectives where it has several, else bits/dim and the
+        distance."""
+        return (self.kept.metric, *self.kept.also) if self.kept.also else ("eval/nll_bpd", self.distance)
+
+    @cached_property
+    def traded(self) -> list[tuple[Row, tuple[float, ...]]]:
+        """The trials that have all objectives."""
+        return [
+            (row, tuple(row.metrics[name] for name in self.objectives))
+            for row in self.rows
+            if all(name in row.metrics for name in self.objectives)
+        ]
+
+    @cached_property
     def use(self) -> Use:
         return archive.use(self.happened)
 
@@ -94,13 +109,18 @@ def shares(report: Report) -> list[Share]:
     return importance([results.short_values(row.variant) for row in report.measured], values)
 
 
+def trees(report: Report) -> Forest | None:
+    """The same by a random forest, where settings were drawn and the trials are enough."""
+    values = [row.metrics[report.kept.metric] for row in report.measured]
+    return forest([results.short_values(row.variant) for row in report.measured], values) if report.kept.drawn else None
+
+
 def front(report: Report) -> list[Row]:
-    """The trials that no other is at least as good as in both bits/dim and distance, and better in one."""
+    """The trials that no other is at least as good as in all objectives, and better in one."""
     from orchestrator.reports.plots import pareto
 
-    both = [row for row in report.rows if report.distance in row.metrics and "eval/nll_bpd" in row.metrics]
-    best = pareto([(row.metrics["eval/nll_bpd"], row.metrics[report.distance]) for row in both])
-    return [row for row in both if (row.metrics["eval/nll_bpd"], row.metrics[report.distance]) in best]
+    best = pareto([point for _, point in report.traded])
+    return [row for row, point in report.traded if point in best]
 
 
 def protocols(rows: Iterable[Row]) -> list[tuple[str, Mapping[str, Any], list[Row]]]:
@@ -161,11 +181,14 @@ def markdown(report: Report) -> str:
         lines += ["", f"Variance of {_metric(report.kept.metric)} over {len(report.measured)} trials explained by each "
                   "setting alone (in brackets, by chance):", ""]  # fmt: skip
         lines += [f"- `{s.name}` {s.share:.0%} ({s.chance:.0%}): " + _levels(s) for s in found]
+    if grown := trees(report):
+        lines += ["", f"{_forest(grown)} What it loses of that when one is shuffled:", ""]
+        lines += [f"- `{name}` {round(100 * weight)}%" for name, weight in grown.weights.items()]
     if len(best := front(report)) > 1:
         names = "; ".join(
-            f"{row.name} ({row.metrics['eval/nll_bpd']:.3f}, {row.metrics[report.distance]:.3f})" for row in best
+            f"{row.name} ({', '.join(f'{row.metrics[name]:.4g}' for name in report.objectives)})" for row in best
         )
-        lines += ["", f"Front of NLL and {_metric(report.distance)}: {names}."]
+        lines += ["", f"Front of {', '.join(map(_metric, report.objectives))}: {names}."]
     if use.capacity:
         lines += ["", f"Cost: {hours(use.busy)} {use.slot}-hours in {clock(use.wall_s)}; {use.utilisation:.0%} of "
                   f"{use.slots:g} {use.slot}s held."]  # fmt: skip
@@ -179,6 +202,13 @@ def markdown(report: Report) -> str:
         told = ", ".join(f"{name} {results.plain(value)}" for name, value in how.items())
         lines.append(f"- **{kind}** of {len(rows)} trials: {told}")
     return "\n".join([*lines, "", "</details>", ""])
+
+
+def _forest(grown: Forest) -> str:
+    return (
+        f"A random forest explains {grown.explained:.0%} of the variance of trials that it has not seen by their "
+        "settings together."
+    )
 
 
 def _levels(share: Share) -> str:
@@ -226,6 +256,8 @@ def page(report: Report) -> str:
         searched=list(dict.fromkeys(n for row in report.rows for n in results.short_params(row.variant))),
         shares=shares(report),
         front=front(report),
+        trees=trees(report),
+        forest=_forest,
         plots={name: draw(report) for name, draw in PLOTS.items()},
         parts=_parts(report),
         grids=[
@@ -437,20 +469,30 @@ def _validation(report: Report) -> str:
 
 
 def _scatter(report: Report) -> str:
+    """Each further objective against the first. Of two the front is a line; of more, what is beaten is hollow."""
     from orchestrator.reports.plots import Series, pareto, scatter
 
-    both = [row for row in report.rows if report.distance in row.metrics and "eval/nll_bpd" in row.metrics]
-    if not both:
+    if not report.traded:
         return ""
-    points = []
-    for row in both:
-        m = row.metrics
-        one = Series(row.name, [m["eval/nll_bpd"]], [m[report.distance]], report.rank[row.digest])
-        points.append((one, m["eval/nll_bpd_se"], m.get(f"{report.distance}_se", 0.0)))
-    distances = [row.metrics[report.distance] for row in both]
-    log_y = min(distances) > 0 and max(distances) / min(distances) > 5
-    best = pareto([(row.metrics["eval/nll_bpd"], row.metrics[report.distance]) for row in both])
-    return scatter("pareto", points, best, "NLL (bits/dim)", report.distance.removeprefix("eval/"), log_y)
+    best, (first, *others) = pareto([point for _, point in report.traded]), report.objectives
+    hollow = [row.name for row, point in report.traded if len(others) > 1 and point not in best]
+    drawn = []
+    for other in others:
+        points = []
+        for row, _ in report.traded:
+            m = row.metrics
+            one = Series(row.name, [m[first]], [m[other]], report.rank[row.digest])
+            points.append((one, m.get(f"{first}_se", 0.0), m.get(f"{other}_se", 0.0)))
+        values = [row.metrics[other] for row, _ in report.traded]
+        log_y = min(values) > 0 and max(values) / min(values) > 5
+        name = "pareto" if len(others) == 1 else f"pareto-{other.removeprefix('eval/')}"
+        line = best if len(others) == 1 else []
+        drawn.append(scatter(name, points, line, _axis(first), _axis(other), log_y, hollow))
+    return "\n".join(drawn)
+
+
+def _axis(name: str) -> str:
+    return "NLL (bits/dim)" if name == "eval/nll_bpd" else _metric(name)
 
 
 PLOTS: dict[str, Callable[[Report], str]] = {

@@ -6,8 +6,9 @@ series is drawn in `var(--c0)`, `var(--c1)`, ..., and in `var(--rest)` beyond th
 
 import html
 import io
+import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,12 +81,14 @@ def curves(
 def scatter(
     name: str,
     points: Sequence[tuple[Series, float, float]],
-    front: Sequence[tuple[float, float]],
+    front: Sequence[tuple[float, ...]],
     x_label: str,
     y_label: str,
     log_y: bool,
+    hollow: Collection[str] = (),
 ) -> str:
-    """Points with their standard errors in x and y, and the front of those that none is better than in both."""
+    """Points with their standard errors in x and y, those of the `hollow` labels not filled, and the front of those
+    that none is better than in both."""
 
     def draw(axes: Any) -> None:
         if len(front) > 1:
@@ -93,7 +96,8 @@ def scatter(
             axes.step(x, y, where="post", color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         for s, x_error, y_error in reversed(points):
             bars = axes.errorbar(s.x, s.y, xerr=x_error or None, yerr=y_error or None, fmt="o", markersize=7,
-                                 color=_placeholder(s.rank), elinewidth=1.2, capsize=0)  # fmt: skip
+                                 color=_placeholder(s.rank), elinewidth=1.2, capsize=0,
+                                 fillstyle="none" if s.label in hollow else "full")  # fmt: skip
             bars[0].set_gid(_gid(s.label))
         _axes(axes, x_label, y_label, False, log_y)
 
@@ -166,10 +170,7 @@ def _of_the_page(svg: str, name: str) -> str:
     return re.sub(r"\n\s*", "\n", svg)
 
 
-def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other is at least as good as in both and better in one, lower being better; by the first."""
-    front: list[tuple[float, float]] = []
-    for point in sorted(set(points)):
-        if not front or point[1] < front[-1][1]:
-            front.append(point)
-    return front
+def pareto(points: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    """The points that no other is at least as good as in all and better in one, lower being better; by the first."""
+    distinct = sorted(set(points))
+    return [p for p in distinct if not any(q != p and all(map(operator.le, q, p)) for q in distinct)]

@@ -60,24 +60,28 @@ class Record:
     def open(self) -> None:
         """The sweep's own run. Raises Mistake where MLflow cannot be reached."""
         self.tracker.check()
-        experiment = self.experiment
+        experiment, search = self.experiment, self.experiment.search
+        trials = search.samples if search.algorithm == "optuna" else len(self.trials)  # of which some are still unknown
         self.tracker.open_sweep(
-            {"trials": len(self.trials), **_flat(experiment.search.model_dump(mode="json"), "search")},
+            {"trials": trials, **_flat(experiment.search.model_dump(mode="json"), "search")},
             self.tags,
-            f"Sweep `{experiment.name}`: {len(self.trials)} trials.",
+            f"Sweep `{experiment.name}`: {trials} trials.",
             self.compare,
         )
         self.tracker.log_artifact(None, to_yaml(experiment).encode(), "experiment.yaml")
 
-    @cached_property
+    @property
     def compare(self) -> Comparison:
-        """The bound and the distances that the trials measure, the one that ranks them first."""
-        trials, best = self.trials.values(), self.experiment.search.metric
+        """The objectives of the search, where it has several; else the bound and the distances that the trials
+        measure, the one that ranks them first."""
+        trials, search, best = self.trials.values(), self.experiment.search, self.experiment.search.metric
         names = {f"eval/{distance_name(fid)}" for v in trials if (fid := v.trial.evaluation.fid)}
         names |= {"eval/nll_bpd" for v in trials if v.trial.evaluation.nll}
         return Comparison(
             params=tuple(sorted({leaf for v in trials for p, x in v.params.items() for leaf in leaves(p, x)})),
-            metrics=tuple(sorted(names, key=lambda name: (name != best, name != "eval/nll_bpd", name))) or (CURVE,),
+            metrics=search.objectives
+            if search.also
+            else tuple(sorted(names, key=lambda name: (name != best, name != "eval/nll_bpd", name))) or (CURVE,),
             curve=CURVE,
             images=("samples",),
             trials=len(self.trials),
