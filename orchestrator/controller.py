@@ -293,6 +293,9 @@ class Sweep:
                 self._failed(address, f"evaluation: {why}", _seconds(spents))
             else:
                 self._measured(address, spents)
+        for address, piece, why in self.evaluations.take_retried():
+            self.events.add("retried", address, piece=piece, why=why)
+            self.display.say(f"{address[:8]}  {piece}: {why}")
         if not self.told and self.record.tracker.is_open:
             self.told = True
             self.display.say(f"comparison  {self.record.tracker.link()}")

@@ -380,6 +380,7 @@ def _last_line(path: str | None) -> str:
 class _Evaluation:
     order: tasks.Order
     planned: list[Block]
+    blocks: Mapping[Any, str]  # the path of each task's block
     summary: Any  # the task at the end, which waits for all blocks
     left: set[Any]
     failed: str = ""
@@ -399,6 +400,7 @@ class Evaluations:
     _spaces: dict[tuple[DataConfig, str], Any] = field(default_factory=dict)
     _shared: dict[str, Any] = field(default_factory=dict)  # blocks that several evaluations may need, by path
     spent: dict[str, dict[str, Spent]] = field(default_factory=dict)  # what blocks took, by evaluation and hardware
+    retried: list[tuple[str, str, str]] = field(default_factory=list)  # (name, piece of work, why) of what was redone
 
     def submit(self, name: str, order: tasks.Order, planned: list[Block], missing: list[Block]) -> None:
         """Starts the `missing` ones of the `planned` blocks, and after them the summary."""
@@ -415,10 +417,10 @@ class Evaluations:
             made[block.path] = tasks.make_block.options(**options).remote(order, block, *after)
             if block.kind in SHARED:
                 self._shared[block.path] = made[block.path]
-        refs = list(made.values())
-        summary = tasks.make_summary.options(**options).remote(order, *refs, *others)
-        self._open[name] = _Evaluation(order, planned, summary, {*refs, summary})
-        self._owner |= dict.fromkeys(refs, name) | {summary: name}
+        paths = {ref: path for path, ref in made.items()}
+        summary = tasks.make_summary.options(**options).remote(order, *paths, *others)
+        self._open[name] = _Evaluation(order, planned, paths, summary, {*paths, summary})
+        self._owner |= dict.fromkeys(paths, name) | {summary: name}
 
     def _space(self, order: tasks.Order) -> Any:
         """The feature space of a data set is made once, before the blocks that use it."""
@@ -461,13 +463,28 @@ class Evaluations:
                 ray.cancel(other)
             return
         if ref != evaluation.summary:
-            hardware, spent = result
             spents = self.spent.setdefault(name, {})
-            spents[hardware] = added(spents.get(hardware, {}), spent)
-        elif result:  # blocks that the summary found damaged
-            for block in result:
+            spents[result.hardware] = added(spents.get(result.hardware, {}), result.spent)
+            self._redone(name, evaluation.blocks[ref], result.attempts, result.again)
+            return
+        attempts, lacking = result
+        self._redone(name, "the summary", attempts, lacking)
+        if lacking:  # blocks that the summary found damaged
+            for block in lacking:
                 self._shared.pop(block.path, None)
-            self.submit(name, evaluation.order, evaluation.planned, result)
+            self.submit(name, evaluation.order, evaluation.planned, list(lacking))
+
+    def _redone(self, name: str, piece: str, attempts: int, again: Mapping[Block, str]) -> None:
+        """Notes what a task says of faults: Ray began it more than once, or blocks were damaged."""
+        if attempts > 1:
+            why = f"its process or its machine died; Ray ran it again and the attempt {attempts} made it"
+            self.retried.append((name, piece, why))
+        self.retried += [(name, block.path, f"{why}; it is made again") for block, why in again.items()]
+
+    def take_retried(self) -> list[tuple[str, str, str]]:
+        """(name, piece of work, why) of all that was made again since the last call."""
+        retried, self.retried = self.retried, []
+        return retried
 
 
 def _needs(order: tasks.Order) -> dict[str, float]:

@@ -97,7 +97,7 @@ def _sweep(storage: Storage, kept: Kept) -> dict[str, Any]:
     locked = storage.locked(f"{kept.folder}/lock")
     driver = archive.driver(happened, locked, [r.found.status or {} for r in rows], now_ms)
     last = {event["trial"]: event for event in happened if "trial" in event}
-    restarts = archive.restarts(happened)
+    restarted, retried = (archive.times(happened, name) for name in ("restarted", "retried"))
     return {
         "name": kept.name,
         "metric": kept.metric,
@@ -112,7 +112,8 @@ def _sweep(storage: Storage, kept: Kept) -> dict[str, Any]:
                 "steps": row.variant.trial.training.steps,
                 "images_per_s": row.images_per_s,
                 "metrics": row.metrics,
-                "restarts": restarts.get(row.digest, 0),
+                "restarts": restarted[row.digest],
+                "retried_blocks": retried[row.digest],
                 "host": (row.found.status or {}).get("host"),
                 "updated_ms": (row.found.status or {}).get("updated_ms"),
                 "detail": row.error or (row.found.status or {}).get("detail") or "",
@@ -163,7 +164,7 @@ def _sweeps(found: Mapping[str, Any]) -> Table:
 
 def _trials(sweep: Mapping[str, Any]) -> Group:
     names = list(dict.fromkeys(name for trial in sweep["trials"] for name in trial["params"]))
-    heads = ["trial", *names, "state", "step", "images/s", "valid NLL", "NLL bits/dim", "restarts", "heard"]
+    heads = ["trial", *names, "state", "step", "images/s", "valid NLL", "NLL bits/dim", "retries", "heard"]
     table = _table(*heads, right=set(heads) - {"trial", "state"})
     for trial in sweep["trials"]:
         metrics, rate = trial["metrics"], trial["images_per_s"]
@@ -176,11 +177,18 @@ def _trials(sweep: Mapping[str, Any]) -> Group:
             f"{rate:,.0f}" if rate else "-",
             "-" if valid is None else f"{valid:.3f}",
             "-" if nll is None else f"{nll:.3f} ± {metrics['eval/nll_bpd_se']:.3f}",
-            str(trial["restarts"]) if trial["restarts"] else "-",
+            _retries(trial),
             _ago(sweep["now_ms"], trial["updated_ms"]),
         )
     details = [Text(f"{t['trial'][:8]}  {t['detail']}") for t in sweep["trials"] if t["detail"]]
     return Group(Text(f"{sweep['name']}: {_counts(sweep['trials'])}; {_driver(sweep)}", style="bold"), table, *details)
+
+
+def _retries(trial: Mapping[str, Any]) -> str:
+    """Of the training and of blocks of the evaluation: `1 + 2 blocks`."""
+    blocks = trial["retried_blocks"]
+    told = [str(trial["restarts"])] if trial["restarts"] else []
+    return " + ".join([*told, f"{blocks} block{'s' * (blocks > 1)}"] if blocks else told) or "-"
 
 
 def _driver(sweep: Mapping[str, Any]) -> str:

@@ -122,6 +122,7 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
     events = Events(storage, "small")
     events.add("started", host="h", pid=1, trials=4)
     events.add("restarted", addresses[0], step=5, why="<script>alert(1)</script> died; it starts again")
+    events.add("retried", addresses[1], piece="samples-1/block-00007.parquet", why="its process died")
     events.add("ended")
     events.flush()
     content = report.page(report.gather(storage, "small"))
@@ -136,6 +137,7 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
                  "Faults and retries", "How it was measured", "few samples", "2.400 ± 0.050", "≈ best"):  # fmt: skip
         assert said in text, said
     assert content.count("<svg") == len(report.PLOTS) and content.count("data:image/png") == 4
+    assert "samples-1/block-00007.parquet; its process died" in text
     assert "<script" not in content and "&lt;script&gt;alert(1)" in content
     identifiers = re.findall(r'\bid="([^"]+)"', content)
     assert len(identifiers) == len(set(identifiers)), "two drawings of a page must not share their ids"
@@ -331,6 +333,9 @@ def test_status_shows_sweeps_and_trials(tmp_path: Path, capsys: Any) -> None:
     storage, addresses = stored(tmp_path, {0: FOUR[0]})
     events = Events(storage, "small")
     events.add("started", host="h", pid=1, trials=4)
+    events.add("restarted", addresses[0], step=5, why="its process died")
+    for _ in range(2):
+        events.add("retried", addresses[0], piece="a block", why="it was damaged")
     events.flush()
     with storage.lock("sweeps/small/lock"):
         assert status.main(["--storage", str(tmp_path)]) == 0
@@ -338,7 +343,7 @@ def test_status_shows_sweeps_and_trials(tmp_path: Path, capsys: Any) -> None:
         assert "small" in said and "1 done, 3 waiting" in said and "runs on h (process 1)" in said
     assert status.main(["small", "--storage", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "10/10" in said and "0/10" in said and "the same command resumes" in said
+    assert "1 + 2 blocks" in said and "10/10" in said and "0/10" in said and "the same command resumes" in said
     assert all(address[:8] in said for address in addresses)
     assert status.main(["small", "--json", "--storage", str(tmp_path)]) == 0
     [sweep] = json.loads(capsys.readouterr().out)["sweeps"]

@@ -9,6 +9,7 @@ reaches the storage.
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -283,10 +284,6 @@ def driver(
 SILENT_MS = 10 * 60 * 1000
 
 
-def restarts(happened: Sequence[Event]) -> dict[str, int]:
-    """How often each trial started again after a fault."""
-    counts: dict[str, int] = {}
-    for event in happened:
-        if event["event"] == "restarted":
-            counts[event["trial"]] = counts.get(event["trial"], 0) + 1
-    return counts
+def times(happened: Sequence[Event], name: str) -> Counter[str]:
+    """How often it happened to each trial: `restarted` after a fault, or pieces of its evaluation `retried`."""
+    return Counter(event["trial"] for event in happened if event["event"] == name)

@@ -116,7 +116,7 @@ def protocols(rows: Iterable[Row]) -> list[tuple[str, Mapping[str, Any], list[Ro
 
 def faults(happened: Sequence[Event]) -> list[Event]:
     """What went wrong, and what was done about it."""
-    wrong = ("restarted", "failed", "interrupted")
+    wrong = ("restarted", "retried", "failed", "interrupted")
     return [
         e
         for e in happened
@@ -333,6 +333,7 @@ class Cost:
     stepping_s: float  # of one worker, in training steps alone
     evaluation_s: float  # slots x seconds
     restarts: int
+    retried: int  # pieces of its evaluation
 
 
 def _cost(report: Report, row: Row) -> Cost:
@@ -343,7 +344,8 @@ def _cost(report: Report, row: Row) -> Cost:
         report.use.of(row.digest, "training"),
         status.get("step", 0) * training.batch_size / rate if rate else 0.0,
         report.use.of(row.digest, "evaluation"),
-        archive.restarts(report.happened).get(row.digest, 0),
+        archive.times(report.happened, "restarted")[row.digest],
+        archive.times(report.happened, "retried")[row.digest],
     )
 
 
