@@ -215,6 +215,7 @@ def test_a_checkpoint_is_registered_once_and_the_best_is_the_candidate(
         "orchestrator.checkpoint": better.checkpoint.digest,
         "orchestrator.path": "trials/b/checkpoints/step-00000001",
         "orchestrator.storage": client.get_model_version("registered", "2").tags["orchestrator.storage"],
+        "orchestrator.draws": better.draws,
     }
     register(storage, first)
     assert versions(client) == {"1": "a", "2": "b"}
@@ -222,6 +223,17 @@ def test_a_checkpoint_is_registered_once_and_the_best_is_the_candidate(
     experiment = client.get_experiment_by_name("registered")
     assert len(client.search_logged_models([experiment.experiment_id])) == 2
 
+    # Another row of the same trial, which differs in its sampler alone, becomes the best: what is drawn is as it says.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    images = mlflow.pyfunc.load_model("models:/registered@candidate").predict(asked(n=2, seed=0))
-    assert images.shape == (2, small.SIDE, small.SIDE, 1)
+    before = mlflow.pyfunc.load_model("models:/registered@candidate").predict(asked(n=2, seed=0))
+    assert before.shape == (2, small.SIDE, small.SIDE, 1)
+    other = replace(first, fid=FIDConfig(sampler=SamplerConfig(kind="ddim", steps=7)))
+    register(storage, other)
+    assert versions(client) == {"1": "a", "2": "b", "3": "a"}
+    model = mlflow.pyfunc.load_model("models:/registered@candidate")
+    images = model.predict(asked(n=2, seed=0))
+    assert np.array_equal(images, model.predict(asked(n=2, seed=0, sampler="ddim", steps=7)))
+    assert not np.array_equal(images, before)
+    register(storage, first)  # and back: its version is there
+    assert len(versions(client)) == 3
+    assert client.get_registered_model("registered").aliases == {"candidate": "1"}

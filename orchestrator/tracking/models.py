@@ -1,12 +1,13 @@
 """The registered model of a sweep: MLflow's copy of its best checkpoint, ready to give images.
 
-A version belongs to a checkpoint and is made once; the alias `candidate` is moved to that of the best trial. Its tags
-say where it comes from:
+A version is a checkpoint and the way its images are drawn where nobody asks otherwise: the sampler and the variance
+that were measured. It is made once; the alias `candidate` is moved to that of the best row. Its tags say what it is:
 
     orchestrator.trial        the trial's address
     orchestrator.checkpoint   the digest of the checkpoint
     orchestrator.path         its folder, relative to the root of the storage
     orchestrator.storage      the storage, with its host where it is a local folder
+    orchestrator.draws        its sampler, quantisation and variance, as JSON
 
 What lies in it is code (`model_code`, and the package `workers` as it is today), the checkpoint as diffusers keeps it,
 and texts; `mlflow.pyfunc.load_model` opens it without a pickle.
@@ -26,7 +27,9 @@ from workers.checkpoint import Checkpoint
 from workers.config import FIDConfig, trained_by
 
 CANDIDATE = "candidate"
-TRIAL, CHECKPOINT, PATH, STORAGE = (f"orchestrator.{name}" for name in ("trial", "checkpoint", "path", "storage"))
+TRIAL, CHECKPOINT, PATH, STORAGE, DRAWS = (
+    f"orchestrator.{name}" for name in ("trial", "checkpoint", "path", "storage", "draws")
+)
 # What `model_code` and the modules of `workers` below it import.
 REQUIRED = ("mlflow", "numpy", "pandas", "pillow", "pyarrow", "pydantic", "safetensors", "torch")
 
@@ -40,6 +43,12 @@ class Candidate:
     levels: int
     fid: FIDConfig
     variance: str | None = None  # of p_theta as it is measured; None: the checkpoint's own
+
+    @property
+    def draws(self) -> str:
+        """All that its images depend on besides the checkpoint, the number and the seed, as JSON."""
+        sampler = self.fid.sampler.model_dump(mode="json")
+        return json.dumps({"sampler": sampler, "quantise": self.fid.quantise, "variance": self.variance})
 
 
 def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
@@ -79,12 +88,12 @@ def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
 
 
 def register(client: Any, experiment_id: str, name: str, run_id: str, candidate: Candidate, origin: str) -> None:
-    """Makes the candidate's checkpoint a version of the registered model `name`, once, and moves the alias to it.
+    """Makes the candidate a version of the registered model `name`, once, and moves the alias to it.
 
     It can be cut off anywhere and made again. `run_id` is the trial's run, `origin` the storage.
     """
     tags = {TRIAL: trained_by(candidate.trial), CHECKPOINT: candidate.checkpoint.digest}
-    tags |= {PATH: candidate.checkpoint.path, STORAGE: origin}
+    tags |= {PATH: candidate.checkpoint.path, STORAGE: origin, DRAWS: candidate.draws}
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description=f"The best trial of the sweep `{name}`; predict gives images.")
     version = next(
