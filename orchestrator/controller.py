@@ -365,8 +365,9 @@ class Sweep:
     def conclude(self) -> int:
         """Prints the result; gives the exit status."""
         rows = self.ranked()
-        self.console.print(results.table(rows))
-        if footnote := results.footnote(rows):
+        metric = self.experiment.search.metric
+        self.console.print(results.table(rows, metric))
+        if footnote := results.footnote(rows, metric):
             self.console.print(footnote, markup=False, highlight=False)
         for row in rows:
             if row.error:

@@ -308,4 +308,8 @@ def _sweep_note(experiment: Experiment, rows: Sequence[Row]) -> str:
     said = (
         f"Best: **{best.name}** with {best.metrics[experiment.search.metric]:.4f}." if best else "No trial is done yet."
     )
-    return f"{head} {said}\n\n{results.markdown(rows)}\n\nNLL is measured on held-out images, ± its standard error."
+    table = results.markdown(rows, experiment.search.metric)
+    note = results.footnote(rows, experiment.search.metric).replace("\n", "  \n")
+    return (
+        f"{head} {said}\n\n{table}\n\nNumbers are ± their standard errors; NLL is of held-out images.  \n{note}".strip()
+    )
