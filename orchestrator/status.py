@@ -83,12 +83,13 @@ def _watch(storage: Storage, sweep: str | None) -> int:
 
 def look(storage: Storage, sweep: str | None) -> dict[str, Any]:
     """All that there is to say, in plain types. Raises Mistake where there is no such sweep."""
-    if sweep is None and not (there := archive.names(storage)):
+    older = [] if sweep else archive.older(storage)
+    if sweep is None and not (there := archive.names(storage)) and not older:
         raise Mistake(
             f"{storage.root} has no sweep yet: run one (python -m orchestrator.sweep FILE), or give its --storage"
         )
-    names = [sweep] if sweep else there
-    return {"storage": storage.root, "sweeps": [_sweep(storage, archive.open_sweep(storage, name)) for name in names]}
+    sweeps = [_sweep(storage, archive.open_sweep(storage, name)) for name in ([sweep] if sweep else there)]
+    return {"storage": storage.root, "sweeps": sweeps, "older": older}
 
 
 def _sweep(storage: Storage, kept: Kept) -> dict[str, Any]:
@@ -145,7 +146,8 @@ def standing(row: Row, driver: Driver, last: Event | None) -> str:
 
 
 def view(found: Mapping[str, Any], one: bool) -> RenderableType:
-    return _trials(found["sweeps"][0]) if one else _sweeps(found)
+    older = [Text(archive.how_to_open(name)) for name in found["older"]]
+    return _trials(found["sweeps"][0]) if one else Group(*[_sweeps(found)][: len(found["sweeps"])], *older)
 
 
 def _sweeps(found: Mapping[str, Any]) -> Table:

@@ -190,6 +190,23 @@ def test_a_sweep_that_is_not_there_is_a_mistake_that_names_those_that_are(tmp_pa
     assert not (tmp_path / "nothing").exists()
 
 
+def test_a_sweep_of_an_older_version_is_told_with_what_to_do(tmp_path: Path, capsys: Any) -> None:
+    storage = Storage(tmp_path)
+    storage.write("sweeps/early/results.parquet", b"")
+    storage.write("sweeps/locked/lock", b"")  # of a sweep that only begins
+    for command in (verb, status):
+        assert command.main(["early", "--storage", str(tmp_path)]) == 2
+        assert "older version" in (said := capsys.readouterr().err) and "Run the sweep command again" in said
+        assert command.main(["locked", "--storage", str(tmp_path)]) == 2
+        assert "Sweeps there: early" in capsys.readouterr().err
+    assert status.main(["--storage", str(tmp_path)]) == 0
+    assert "early: made by an older version" in capsys.readouterr().out
+    stored(tmp_path, {})
+    assert status.main(["--storage", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "early: made by an older version" in said and "4 not begun" in said and "locked" not in said
+
+
 # ---- What matters ----------------------------------------------------------------------------------------------
 
 

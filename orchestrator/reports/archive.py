@@ -79,11 +79,33 @@ def names(storage: Storage) -> list[str]:
     return [name for name in storage.list("sweeps") if storage.exists(f"sweeps/{name}/sweep.json")]
 
 
+def older(storage: Storage) -> list[str]:
+    """The sweeps that a version before `sweep.json` has left."""
+    kept = ("experiment.yaml", "results.parquet")
+    known = names(storage)
+    return [
+        name
+        for name in storage.list("sweeps")
+        if name not in known and any(storage.exists(f"sweeps/{name}/{file}") for file in kept)
+    ]
+
+
+def how_to_open(name: str) -> str:
+    """What to do about a sweep that an older version has left."""
+    return (
+        f"{name}: made by an older version, which kept no sweep.json. Run the sweep command again with its file (or "
+        f"sweeps/{name}/experiment.yaml of the storage): it writes that, and trains nothing that is there. Its numbers "
+        f"are in sweeps/{name}/results.parquet."
+    )
+
+
 def open_sweep(storage: Storage, name: str) -> Kept:
     """The sweep of that name. Raises Mistake where there is none."""
     content = storage.read_json(f"sweeps/{name}/sweep.json") if "/" not in name and name not in ("", "..") else None
+    if content is None and name in (left := older(storage)):
+        raise Mistake(how_to_open(name))
     if content is None:
-        there = names(storage)
+        there = [*names(storage), *left]
         raise Mistake(
             f"{name!r} is no sweep in {storage.root}{meant(name, there) or '.'} Sweeps there: "
             f"{', '.join(there) or 'none; run one first, or give its --storage'}"
