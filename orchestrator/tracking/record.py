@@ -23,7 +23,7 @@ from orchestrator.tracking.models import Candidate
 from orchestrator.tracking.provenance import provenance
 from orchestrator.tracking.server import resolve_uri
 from orchestrator.tracking.tracker import Dataset, Status, Tracker
-from orchestrator.tracking.views import Comparison, pareto_tags
+from orchestrator.tracking.views import PART, Comparison, pareto_tags, part
 from workers import checkpoint as checkpoints
 from workers.blocks import Images, distance_name, protocol_key
 from workers.config import DataConfig, FIDConfig, Measurement, digest, trained_by
@@ -99,6 +99,7 @@ class Record:
         ]  # fmt: skip
         params = _flat(trial.model_dump(mode="json"))
         tags = {**self.tags, "trial.digest": address, "data.digest": source.digest}
+        tags[PART] = part(list(self.trials).index(address))
         self._standing[address] = pareto_tags(list(self.trials), {})[address]
         self.tracker.open_trial(address, name, params, tags | self._standing[address], images)
         self.tracker.log_artifact(address, write_yaml(trial.model_dump(mode="json")).encode(), "trial.yaml")
