@@ -18,6 +18,7 @@ import small_evaluation as small
 import torch
 from diffusers import DDPMPipeline
 from mlflow import MlflowClient
+from mlflow_server import Server
 
 from orchestrator.tracking import models
 from orchestrator.tracking.models import Candidate
@@ -174,9 +175,9 @@ def _imported_at_once(file: Path) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-def register(storage: Storage, *wanted: Candidate) -> MlflowClient:
+def register(storage: Storage, *wanted: Candidate, uri: str | None = None) -> MlflowClient:
     """As a sweep does it, through the line of calls."""
-    tracker = Tracker(storage, "registered")
+    tracker = Tracker(storage, "registered", uri)
     tracker.open_sweep({}, {})
     for one in wanted:
         tracker.open_trial(one.trial, one.trial, {}, {})
@@ -237,3 +238,24 @@ def test_a_checkpoint_is_registered_once_and_the_best_is_the_candidate(
     register(storage, first)  # and back: its version is there
     assert len(versions(client)) == 3
     assert client.get_registered_model("registered").aliases == {"candidate": "1"}
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["through the server", "beside the server"])
+def test_a_server_keeps_the_model_and_gives_it_back(
+    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    """Its files go through the server (--serve-artifacts), or straight to where the server says."""
+    server, storage = Server(tmp_path / "server", direct), Storage(tmp_path / "runs")
+    try:
+        server.start()
+        for _ in range(2):
+            client = register(storage, candidate(storage), uri=server.uri)
+        assert versions(client) == {"1": "a"}
+        scheme = "file" if direct else "mlflow-artifacts"
+        version = client.get_model_version_by_alias("registered", "candidate")
+        assert version.source.startswith((scheme, str(server.folder / "artifacts"))), version.source
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        model = mlflow.pyfunc.load_model("models:/registered@candidate")
+        assert np.array_equal(model.predict(asked(n=3, seed=0)), loaded.predict(asked(n=3, seed=0)))
+    finally:
+        server.stop()
