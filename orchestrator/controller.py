@@ -90,7 +90,7 @@ class Sweep:
         self.errors: dict[str, str] = {}
         self.found = {address: self._look(address) for address in trials}
         self.lines = {
-            address: Line(row.name, v.trial.training.steps, v.trial.training.batch_size)
+            address: Line(row.name, v.trial.training.steps, v.trial.training.batch_size, params=results.short_params(v))
             for (address, v), row in zip(trials.items(), self.rows(), strict=True)
         }
         for _, *others in self.sharing.values():
@@ -366,7 +366,7 @@ class Sweep:
         """Prints the result; gives the exit status."""
         rows = self.ranked()
         metric = self.experiment.search.metric
-        self.console.print(results.table(rows, metric))
+        self.console.print(results.table(rows, metric, self.console.width))
         if footnote := results.footnote(rows, metric):
             self.console.print(footnote, markup=False, highlight=False)
         for row in rows:

@@ -237,7 +237,7 @@ def test_a_checkpoint_is_registered_once_and_the_best_is_the_candidate(
     assert not np.array_equal(images, before)
     register(storage, first)  # and back: its version is there
     assert len(versions(client)) == 3
-    assert client.get_registered_model("registered").aliases == {"candidate": "1"}
+    assert client.get_registered_model("registered").aliases == {"candidate": 1}
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["through the server", "beside the server"])

@@ -14,6 +14,7 @@ from orchestrator.experiment import Variant
 from orchestrator.plan import Found
 from orchestrator.preflight import log_snr_curves, schedule_name
 from orchestrator.settings import show
+from orchestrator.terminal import columns
 from workers.config import Trial
 
 if TYPE_CHECKING:  # a table of results needs neither Ray nor pandas
@@ -113,36 +114,34 @@ def _behind(row: Row, differences: Mapping[str, Difference]) -> dict[str, float]
     return {"nll_above_best_bpd": d.mean, "nll_above_best_low": d.low, "nll_above_best_high": d.high} if d else {}
 
 
-def table(rows: Sequence[Row], metric: str = NLL) -> Table:
-    """What the sweep ends with, ranked on `metric`. A missing number is a dash, and the state says why."""
+def table(rows: Sequence[Row], metric: str = NLL, width: int | None = None) -> Table:
+    """What a sweep that ranks on `metric` ends with, in a window of a `width`.
+
+    A missing number is a dash, and the state says why.
+    """
     shown = measured_names(rows)
     _, differences = against_best(rows, metric)
     names = list(dict.fromkeys(name for row in rows for name in short_params(row.variant)))
     counts = {row.metrics.get(EVALUATIONS) for row in rows} - {None}  # of the network, a sample: told where they differ
-    result = Table(box=None, pad_edge=False, header_style="bold")
-    for name in [
-        "trial",
-        *names,
-        *(HEADS.get(name, name.removeprefix("eval/")) for name in shown),
-        *["evaluations"][: len(counts) > 1],
-        "images/s",
-        "state",
-    ]:
-        result.add_column(name, justify="left" if name in ("trial", "state") else "right", no_wrap=True)
+    cells = []
     for row in rows:
         params, metrics = short_params(row.variant), row.metrics
-        result.add_row(
-            row.digest[:8],
-            *(params.get(name, "-") for name in names),
-            *(
-                with_error(name, metrics) + (_mark(row, differences) if name == compared(metric) else "")
-                for name in shown
-            ),
-            *[f"{metrics[EVALUATIONS]:.0f}" if EVALUATIONS in metrics else "-"][: len(counts) > 1],
-            f"{row.images_per_s:,.0f}" if row.images_per_s else "-",
-            row.state,
+        evaluations = f"{metrics[EVALUATIONS]:.0f}" if EVALUATIONS in metrics else "-"
+        cells.append(
+            {
+                "trial": row.digest[:8],
+                **{name: params.get(name, "-") for name in names},
+                **{
+                    HEADS.get(name, name.removeprefix("eval/")): with_error(name, metrics)
+                    + (_mark(row, differences) if name == compared(metric) else "")
+                    for name in shown
+                },
+                **({"evaluations": evaluations} if len(counts) > 1 else {}),
+                "images/s": f"{row.images_per_s:,.0f}" if row.images_per_s else "-",
+                "state": row.state,
+            }
         )
-    return result
+    return columns(cells, width, spare=("images/s",))
 
 
 def measured_names(rows: Sequence[Row]) -> list[str]:

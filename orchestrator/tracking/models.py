@@ -105,7 +105,7 @@ def register(client: Any, experiment_id: str, name: str, run_id: str, candidate:
         version = client.create_model_version(name, model.artifact_location, run_id, tags, model_id=model.model_id)
         linked = json.dumps([{"name": name, "version": version.version}])
         client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": linked})  # the page's link to it
-    if client.get_registered_model(name).aliases.get(CANDIDATE) != version.version:
+    if str(client.get_registered_model(name).aliases.get(CANDIDATE)) != str(version.version):
         client.set_registered_model_alias(name, CANDIDATE, version.version)
 
 
