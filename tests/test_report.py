@@ -33,7 +33,7 @@ PIXEL = bytes.fromhex(  # a PNG of one pixel
 
 
 def experiment(**search: Any) -> Experiment:
-    space = {"diffusion.T": {"grid": [20, 50]}, "loss.weighting": {"grid": ["simple", "vlb"]}}
+    axes = {"diffusion.T": {"grid": [20, 50]}, "loss.weighting": {"grid": ["simple", "vlb"]}}
     schedule = {"scale": "per_1000", "beta_end": 0.015}
     return parse(
         {
@@ -41,7 +41,7 @@ def experiment(**search: Any) -> Experiment:
             "data": {"source": "digits"},
             "diffusion": {"schedule": schedule},
             "training": {"steps": 10, "batch_size": 8},
-            "search": {"space": space, **search},
+            "search": {"space": axes, **search},
         }
     )
 
@@ -188,6 +188,15 @@ def test_a_sweep_that_is_not_there_is_a_mistake_that_names_those_that_are(tmp_pa
         assert command.main(["../small", "--storage", str(tmp_path)]) == 2
     assert status.main(["--storage", str(tmp_path / "nothing")]) == 2
     assert not (tmp_path / "nothing").exists()
+
+
+def test_trials_and_settings_stay_in_the_order_of_the_experiment(tmp_path: Path) -> None:
+    of = experiment(space={"loss.weighting": {"grid": ["vlb", "simple"]}, "diffusion.T": {"grid": [50, 20]}})
+    trials = {f"{9 - i}{'abcdef012345678'}": v for i, v in enumerate(expand(of))}
+    archive.keep(Storage(tmp_path), of, trials, {DataConfig(source="digits"): SOURCE})
+    kept = archive.open_sweep(Storage(tmp_path), "small")
+    assert list(kept.trials.items()) == list(trials.items())
+    assert [list(v.params) for v in kept.trials.values()] == [["loss.weighting", "diffusion.T"]] * 4
 
 
 def test_a_sweep_of_an_older_version_is_told_with_what_to_do(tmp_path: Path, capsys: Any) -> None:

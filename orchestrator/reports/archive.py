@@ -54,7 +54,7 @@ class Kept:
 def keep(
     storage: Storage, experiment: Experiment, trials: Mapping[str, Variant], sources: Mapping[DataConfig, Source]
 ) -> None:
-    """Writes `sweep.json`, unless it says the same already."""
+    """Writes `sweep.json`, unless it says the same already; its trials and their settings in the file's order."""
     content = {
         "name": experiment.name,
         "metric": experiment.search.metric,
@@ -69,9 +69,9 @@ def keep(
             for address, v in trials.items()
         },
     }
-    path = f"sweeps/{experiment.name}/sweep.json"
-    if storage.read_json(path) != json.loads(json.dumps(content)):
-        storage.write_json(path, content)
+    path, text = f"sweeps/{experiment.name}/sweep.json", json.dumps(content, indent=2) + "\n"
+    if _text(storage, path) != text:
+        storage.write(path, text.encode())
 
 
 def names(storage: Storage) -> list[str]:
