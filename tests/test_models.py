@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pandas as pd
 import pytest
 import small_evaluation as small
 import torch
+from conftest import ROOT
 from diffusers import DDPMPipeline
 from mlflow import MlflowClient
 from mlflow_server import Server
@@ -234,10 +236,22 @@ def test_a_checkpoint_is_registered_once_and_the_best_is_the_candidate(
     model = mlflow.pyfunc.load_model("models:/registered@candidate")
     images = model.predict(asked(n=2, seed=0))
     assert np.array_equal(images, model.predict(asked(n=2, seed=0, sampler="ddim", steps=7)))
+    names = {"mlflow": mlflow, "pandas": pd}
+    exec(shown("registered"), names)  # the lines on the page of the model
+    assert np.array_equal(names["images"], model.predict(asked(n=16, seed=0)))
     assert not np.array_equal(images, before)
     register(storage, first)  # and back: its version is there
     assert len(versions(client)) == 3
     assert client.get_registered_model("registered").aliases == {"candidate": 1}
+
+
+def shown(name: str) -> str:
+    return (models.USE % name).removeprefix("```python\n").removesuffix("\n```")
+
+
+def test_the_readme_shows_these_lines() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert all(block.strip().endswith(shown("beta_schedule")) for block in blocks if "pyfunc" in block)
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["through the server", "beside the server"])

@@ -495,7 +495,8 @@ def test_the_ready_made_comparison_goes_along_with_the_sweep(storage: Storage) -
 def test_provenance_says_what_ran_where(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "orchestrator.sweep", "--storage", "s3://key:secret@bucket"])
     tags = provenance()
-    assert tags["mlflow.source.name"] == "-m orchestrator.sweep --storage s3://***@bucket"
+    assert tags["command"] == "-m orchestrator.sweep --storage s3://***@bucket"
+    assert tags["mlflow.source.name"] == "orchestrator.sweep"
     assert {"mlflow.user", "host", "hardware.cpu", "hardware.cores", "version.python", "version.mlflow"} <= tags.keys()
     assert all(isinstance(value, str) for value in tags.values())
 

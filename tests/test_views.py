@@ -80,7 +80,7 @@ def test_more_than_ten_trials_get_a_view_for_the_images_of_each_ten() -> None:
     found = [v for v in views.views(replace(COMPARE, trials=23), "parent", 300, "") if "samples" in v.title]
     assert [v.title for v in found] == ["samples 1-10", "samples 11-20", "samples 21-23"]
     for number, view in zip((0, 10, 22), found, strict=True):
-        assert view.state["searchFilter"].endswith(f" and tags.part = '{views.part(number)}'")
+        assert view.state["searchFilter"].endswith(f" and tags.`orchestrator.part` = '{views.part(number)}'")
         assert [(chart["type"], chart["step"]) for chart in view.state["compareRunCharts"]] == [("IMAGE", 300)]
 
 

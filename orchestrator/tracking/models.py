@@ -30,6 +30,10 @@ CANDIDATE = "candidate"
 TRIAL, CHECKPOINT, PATH, STORAGE, DRAWS = (
     f"orchestrator.{name}" for name in ("trial", "checkpoint", "path", "storage", "draws")
 )
+USE = """```python
+model = mlflow.pyfunc.load_model("models:/%s@candidate")
+images = model.predict(pandas.DataFrame({"n": [16], "seed": [0]}))  # uint8 (16, height, width, channels)
+```"""
 # What `model_code` and the modules of `workers` below it import.
 REQUIRED = ("mlflow", "numpy", "pandas", "pillow", "pyarrow", "pydantic", "safetensors", "torch")
 
@@ -43,6 +47,7 @@ class Candidate:
     levels: int
     fid: FIDConfig
     variance: str | None = None  # of p_theta as it is measured; None: the checkpoint's own
+    description: str = ""  # for a person
 
     @property
     def draws(self) -> str:
@@ -95,14 +100,15 @@ def register(client: Any, experiment_id: str, name: str, run_id: str, candidate:
     tags = {TRIAL: trained_by(candidate.trial), CHECKPOINT: candidate.checkpoint.digest}
     tags |= {PATH: candidate.checkpoint.path, STORAGE: origin, DRAWS: candidate.draws}
     if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name, description=f"The best trial of the sweep `{name}`; predict gives images.")
+        client.create_registered_model(name, description=f"The best trial of the sweep `{name}`.\n\n{USE % name}")
     version = next(
         (v for v in client.search_model_versions(f"name = '{name}'") if tags.items() <= v.tags.items()), None
     )
     if version is None:
         # By its place: MLflow would look up `models:/<id>` at the process's own tracking URI and not at the client's.
         model = _logged(client, experiment_id, name, run_id, candidate, tags)
-        version = client.create_model_version(name, model.artifact_location, run_id, tags, model_id=model.model_id)
+        place, said = model.artifact_location, candidate.description
+        version = client.create_model_version(name, place, run_id, tags, description=said, model_id=model.model_id)
         linked = json.dumps([{"name": name, "version": version.version}])
         client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": linked})  # the page's link to it
     if str(client.get_registered_model(name).aliases.get(CANDIDATE)) != str(version.version):

@@ -15,12 +15,12 @@ import json
 import math
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
 PARENT = "mlflow.parentRunId"
-PARETO, COLOUR, PART = "pareto", "mlflow.runColor", "part"  # tags of a trial's run
+PARETO, COLOUR, PART = "pareto", "mlflow.runColor", "orchestrator.part"  # tags of a trial's run
 FRONT, BEATEN = "front", "beaten"
 SETTINGS = 12  # more searched settings than these get no charts and views of their own: a tag holds 5,000 characters
 IMAGE_TRIALS, IMAGES_A_ROW = 10, 3  # MLflow shows images of the first ten runs; so many abreast on a usual screen
@@ -39,6 +39,7 @@ class Comparison:
     curve: str = ""  # a metric that is logged as the training goes on
     images: tuple[str, ...] = ()
     trials: int = 0  # how many there are: the panel of images is made high enough for them
+    front: int = 0  # how many of them are on the Pareto front
     best: str = ""  # the address of the trial that the others are held against
 
 
@@ -57,11 +58,12 @@ def views(compare: Comparison, parent_id: str, image_step: int, best_id: str) ->
     result = [View(title="all trials", state=everything)]
     if len(compare.metrics) > 1:
         chosen = f"{children(parent_id)} and tags.{PARETO} = '{FRONT}'"
-        result.append(View(title="the Pareto front", state={**everything, "searchFilter": chosen}))
+        sections = _sections(replace(compare, trials=compare.front), image_step, best_id)
+        result.append(View(title="the Pareto front", state=_page(compare, chosen, sections)))
     if compare.images and compare.trials > IMAGE_TRIALS:
         for first in range(0, min(compare.trials, PARTS * IMAGE_TRIALS), IMAGE_TRIALS):
             last = min(first + IMAGE_TRIALS, compare.trials)
-            chosen = f"{children(parent_id)} and tags.{PART} = '{part(first)}'"
+            chosen = f"{children(parent_id)} and tags.`{PART}` = '{part(first)}'"
             state = _page(compare, chosen, [_samples(compare, last - first, image_step)])
             result.append(View(title=f"samples {first + 1}-{last}", state=state))
     settings = compare.params[:SETTINGS]
@@ -163,7 +165,8 @@ def _samples(compare: Comparison, trials: int, image_step: int) -> tuple[str, in
         {"type": "IMAGE", "displayName": key, "imageKeys": [key], "step": image_step, "showRunParams": False}
         for key in compare.images
     ]
-    return "Samples" if trials <= IMAGE_TRIALS else "Samples of the ten best", 1, max(450, 160 + 290 * rows), charts
+    title = "Samples, the best trial last" if trials <= IMAGE_TRIALS else "Samples of the ten best, the best last"
+    return title, 1, max(450, 160 + 290 * rows), charts
 
 
 def _grouped(compare: Comparison, parent_id: str, param: str) -> dict[str, Any]:
