@@ -540,7 +540,7 @@ class Evaluations:
     def _redone(self, name: str, piece: str, attempts: int, again: Mapping[Block, str]) -> None:
         """Notes what a task says of faults: Ray began it more than once, or blocks were damaged."""
         if attempts > 1:
-            why = f"its process or its machine died; Ray ran it again and the attempt {attempts} made it"
+            why = f"its process or its machine died; Ray ran it again, and attempt {attempts} made it"
             self.retried.append((name, piece, why))
         self.retried += [(name, block.path, f"{why}; it is made again") for block, why in again.items()]
 
