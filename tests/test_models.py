@@ -108,7 +108,15 @@ def test_a_row_is_a_request(loaded: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "columns", [{"n": 1}, {"n": 1.5, "seed": 0}, {"n": -1, "seed": 0}, {"n": 1, "seed": 0, "sampler": "magic"}]
+    "columns",
+    [
+        {"n": 1},
+        {"n": 1.5, "seed": 0},
+        {"n": -1, "seed": 0},
+        {"n": 1, "seed": 0, "sampler": "magic"},
+        {"n": 1, "seed": 0, "steps": 0},
+        {"n": 1, "seed": 0, "steps": small.T + 1},
+    ],
 )
 def test_a_request_that_means_nothing_is_refused(loaded: Any, columns: dict[str, Any]) -> None:
     with pytest.raises((ValueError, mlflow.MlflowException)):
