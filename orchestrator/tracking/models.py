@@ -32,7 +32,7 @@ TRIAL, CHECKPOINT, PATH, STORAGE, DRAWS = (
 )
 USE = """```python
 model = mlflow.pyfunc.load_model("models:/%s@candidate")
-images = model.predict(pandas.DataFrame({"n": [16], "seed": [0]}))  # uint8 (16, height, width, channels), in the data's levels
+images = model.predict(pandas.DataFrame({"n": [16], "seed": [0]}))  # uint8 (16, H, W, C), in the data's levels
 ```"""
 # What `model_code` and the modules of `workers` below it import.
 REQUIRED = ("mlflow", "numpy", "pandas", "pillow", "pyarrow", "pydantic", "safetensors", "torch")
