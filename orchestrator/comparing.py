@@ -1,6 +1,6 @@
 """Which numbers may stand beside each other, and what the difference of two is worth. Pure functions of summaries."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,9 @@ import numpy as np
 from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
+# Metrics that are means over images: where their values by image are, and what of a summary's passports they are of.
+BY_IMAGE = {"eval/nll_bpd": ("nll_per_image", "nll"), "eval/ode_nll_bpd": ("ode_nll_per_image", "ode_nll")}
+DRAWING = ("sampler", "x_0_hat", "times")  # of the protocol of samples: what a search over samplers compares
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,14 @@ class Difference:
         return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
 
-def paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> Difference:
+def paired(first: Mapping[str, Any], second: Mapping[str, Any], metric: str = "eval/nll_bpd") -> Difference:
     """The difference of two bounds in bits/dim, image by image: what all images have in common drops out of its error.
 
     Both summaries have the same NLL protocol (`protocol_differences` is empty), and so the same images; with the same
     seed and T they share their noise as well. Raises ValueError for a single image.
     """
-    difference = np.array(first["nll_per_image"]) - np.array(second["nll_per_image"])
+    values, _ = BY_IMAGE[metric]
+    difference = np.array(first[values]) - np.array(second[values])
     n = len(difference)
     if n < 2:
         raise ValueError("a difference with an error takes two images or more")
@@ -48,24 +52,48 @@ def paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> Difference:
     return Difference(mean, mean - float(reach), mean + float(reach), n)
 
 
-def protocol_differences(first: Mapping[str, Any], second: Mapping[str, Any], kind: str) -> list[str]:
-    """How two summaries differ in the way they measured `kind` (nll or samples); empty where they may be compared."""
+def unpaired(first: Mapping[str, Any], second: Mapping[str, Any], metric: str) -> Difference:
+    """The difference of two distances by their own sampling errors, as if their samples were independent.
+
+    They share their seeds, so the true error may be smaller.
+    """
+    ours, theirs = first["metrics"], second["metrics"]
+    n = int(first["passports"]["samples"]["protocol"]["samples"])
+    reach = stdtrit(n - 1, (1 + CONFIDENCE) / 2) * np.hypot(ours[f"{metric}_se"], theirs[f"{metric}_se"])
+    mean = float(ours[metric] - theirs[metric])
+    return Difference(mean, mean - float(reach), mean + float(reach), n)
+
+
+def protocol_differences(
+    first: Mapping[str, Any], second: Mapping[str, Any], kind: str, apart_from: Collection[str] = ()
+) -> list[str]:
+    """How two summaries differ in the way they measured `kind` (nll, ode_nll or samples), `apart_from` some entries.
+
+    Empty where they may be compared.
+    """
     one, other = ((s["passports"].get(kind) or {}).get("protocol") for s in (first, second))
     if one is None or other is None:
         return [f"{kind}: not measured of {'both' if one is other else 'the first' if one is None else 'the second'}"]
-    keys = sorted(one.keys() | other.keys())
+    keys = sorted((one.keys() | other.keys()) - set(apart_from))
     return [f"{kind} {k}: {one.get(k)} against {other.get(k)}" for k in keys if one.get(k) != other.get(k)]
 
 
-def indistinguishable(summaries: Mapping[str, Mapping[str, Any]]) -> tuple[str | None, dict[str, Difference]]:
-    """The best by bits/dim, and the others' paired differences from it where the protocols agree."""
-    measured = {name: s for name, s in summaries.items() if len(s.get("nll_per_image", ())) > 1}
+def against_best(
+    summaries: Mapping[str, Mapping[str, Any]], metric: str = "eval/nll_bpd"
+) -> tuple[str | None, dict[str, Difference]]:
+    """The best by a metric with error bars, and the others' differences from it where the protocols agree."""
+    values, kind = BY_IMAGE.get(metric, ("", "samples"))
+    measured = {
+        name: s
+        for name, s in summaries.items()
+        if (len(s.get(values, ())) > 1 if values else f"{metric}_se" in s["metrics"])
+    }
     if not measured:
         return None, {}
-    best = min(measured, key=lambda name: measured[name]["metrics"]["eval/nll_bpd"])
+    best = min(measured, key=lambda name: measured[name]["metrics"][metric])
     others = {name: s for name, s in measured.items() if name != best}
     return best, {
-        name: paired(s, measured[best])
+        name: paired(s, measured[best], metric) if values else unpaired(s, measured[best], metric)
         for name, s in others.items()
-        if not protocol_differences(s, measured[best], "nll")
+        if not protocol_differences(s, measured[best], kind, () if values else DRAWING)
     }

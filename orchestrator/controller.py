@@ -124,7 +124,9 @@ class Sweep:
             sharing = self.sharing.setdefault(trained_by(address), [])
             sharing.append(address)
             name, training = Row(address, variant, self.found[address]).name, variant.trial.training
-            self.lines[address] = Line(name, training.steps, training.batch_size, shares=len(sharing) > 1)
+            self.lines[address] = Line(
+                name, training.steps, training.batch_size, shares=len(sharing) > 1, params=results.short_params(variant)
+            )
         return new
 
     def _source(self, config: DataConfig) -> Source:
@@ -224,7 +226,7 @@ class Sweep:
         time_plan = self._time_plan(missing, cluster) if cluster or not address else None
         self.planned = cost.duration(time_plan.wall_s) if time_plan and first else ""  # of all rounds nobody knows
         if first:
-            self.record.open()
+            self.record.tracker.check()
         for config in dict.fromkeys(self.trials[a].trial.data for a in decisions):
             prepare(config)
         if first:
@@ -241,11 +243,14 @@ class Sweep:
             if a == self.sharing[trained_by(a)][0]:
                 content = write_yaml(json.loads(job["trial"])).encode()
                 self.storage.write(f"{tasks.folder_of(a)}/trial.yaml", content)
+        train = [a for a in decisions if decisions[a].action == "train"]
+        to_train = list({trained_by(a): self.jobs[a] for a in reversed(train)}.values())[::-1]
+        execution.sizes_of(to_train, cluster)
+        if first:
+            self.record.open()  # not before all is known that a user may have to mend
         for a in missing:
             if decisions[a].action == "evaluate":
                 self._evaluate(a)
-        train = [a for a in decisions if decisions[a].action == "train"]
-        to_train = list({trained_by(a): self.jobs[a] for a in reversed(train)}.values())[::-1]
         for job in to_train:
             self.storage.delete(stop_path(tasks.folder_of(job["digest"])))
         if to_train:
@@ -361,6 +366,9 @@ class Sweep:
                 self._failed(address, f"evaluation: {why}", _seconds(spents))
             else:
                 self._measured(address, spents)
+        for address, piece, why in self.evaluations.take_retried():
+            self.events.add("retried", address, piece=piece, why=why)
+            self.display.say(f"{address[:8]}  {piece}: {why}")
         if not self.told and self.record.tracker.is_open:
             self.told = True
             self.display.say(f"comparison  {self.record.tracker.link()}")
@@ -430,8 +438,9 @@ class Sweep:
     def conclude(self) -> int:
         """Prints the result; gives the exit status."""
         rows = self.ranked()
-        self.console.print(results.table(rows))
-        if footnote := results.footnote(rows):
+        metric = self.experiment.search.metric
+        self.console.print(results.table(rows, metric, self.console.width))
+        if footnote := results.footnote(rows, metric):
             self.console.print(footnote, markup=False, highlight=False)
         for row in rows:
             if row.error:

@@ -184,6 +184,14 @@ HOSTS = {
 }
 
 
+def sizes_of(jobs: Sequence[tasks.Job], cluster: Cluster | None) -> dict[str, Size]:
+    """What each trial takes, by its address. Raises Mistake where the cluster can never hold one."""
+    sizes = {job["digest"]: Size.of(tasks.trial_of(job).training, job["gpus"]) for job in jobs}
+    if said := never(sizes.values(), nodes_ever(cluster)):
+        raise Mistake("\n".join(said) + ("" if cluster else "; if it can grow, name its file by --cluster"))
+    return sizes
+
+
 def train(
     jobs: Sequence[tasks.Job],
     search: SearchConfig,
@@ -195,10 +203,7 @@ def train(
 
     Raises Mistake where the cluster can never hold a trial.
     """
-    nodes = nodes_ever(cluster)
-    sizes = {job["digest"]: Size.of(tasks.trial_of(job).training, job["gpus"]) for job in jobs}
-    if said := never(sizes.values(), nodes):
-        raise Mistake("\n".join(said) + ("" if cluster else "; if it can grow, name its file by --cluster"))
+    nodes, sizes = nodes_ever(cluster), sizes_of(jobs, cluster)
     most = None if search.max_concurrent == "auto" else search.max_concurrent
     together = len(at_once(list(sizes.values()), nodes, most))
     events.say(f"placement  {len(jobs)} trials on {nodes_text(nodes)}, {together} at once to begin with")
@@ -472,6 +477,7 @@ def _last_line(path: str | None) -> str:
 class _Evaluation:
     order: tasks.Order
     planned: list[Block]
+    blocks: Mapping[Any, str]  # the path of each task's block
     summary: Any  # the task at the end, which waits for all blocks
     left: set[Any]
     failed: str = ""
@@ -491,6 +497,7 @@ class Evaluations:
     _spaces: dict[tuple[DataConfig, str], Any] = field(default_factory=dict)
     _shared: dict[str, Any] = field(default_factory=dict)  # blocks that several evaluations may need, by path
     spent: dict[str, dict[str, Spent]] = field(default_factory=dict)  # what blocks took, by evaluation and hardware
+    retried: list[tuple[str, str, str]] = field(default_factory=list)  # (name, piece of work, why) of what was redone
 
     def submit(self, name: str, order: tasks.Order, planned: list[Block], missing: list[Block]) -> None:
         """Starts the `missing` ones of the `planned` blocks, and after them the summary."""
@@ -507,10 +514,10 @@ class Evaluations:
             made[block.path] = tasks.make_block.options(**options).remote(order, block, *after)
             if block.kind in SHARED:
                 self._shared[block.path] = made[block.path]
-        refs = list(made.values())
-        summary = tasks.make_summary.options(**options).remote(order, *refs, *others)
-        self._open[name] = _Evaluation(order, planned, summary, {*refs, summary})
-        self._owner |= dict.fromkeys(refs, name) | {summary: name}
+        paths = {ref: path for path, ref in made.items()}
+        summary = tasks.make_summary.options(**options).remote(order, *paths, *others)
+        self._open[name] = _Evaluation(order, planned, paths, summary, {*paths, summary})
+        self._owner |= dict.fromkeys(paths, name) | {summary: name}
 
     def _space(self, order: tasks.Order) -> Any:
         """The feature space of a data set is made once, before the blocks that use it."""
@@ -553,13 +560,28 @@ class Evaluations:
                 ray.cancel(other)
             return
         if ref != evaluation.summary:
-            hardware, spent = result
             spents = self.spent.setdefault(name, {})
-            spents[hardware] = added(spents.get(hardware, {}), spent)
-        elif result:  # blocks that the summary found damaged
-            for block in result:
+            spents[result.hardware] = added(spents.get(result.hardware, {}), result.spent)
+            self._redone(name, evaluation.blocks[ref], result.attempts, result.again)
+            return
+        attempts, lacking = result
+        self._redone(name, "the summary", attempts, lacking)
+        if lacking:  # blocks that the summary found damaged
+            for block in lacking:
                 self._shared.pop(block.path, None)
-            self.submit(name, evaluation.order, evaluation.planned, result)
+            self.submit(name, evaluation.order, evaluation.planned, list(lacking))
+
+    def _redone(self, name: str, piece: str, attempts: int, again: Mapping[Block, str]) -> None:
+        """Notes what a task says of faults: Ray began it more than once, or blocks were damaged."""
+        if attempts > 1:
+            why = f"its process or its machine died; Ray ran it again, and attempt {attempts} made it"
+            self.retried.append((name, piece, why))
+        self.retried += [(name, block.path, f"{why}; it is made again") for block, why in again.items()]
+
+    def take_retried(self) -> list[tuple[str, str, str]]:
+        """(name, piece of work, why) of all that was made again since the last call."""
+        retried, self.retried = self.retried, []
+        return retried
 
 
 def _needs(order: tasks.Order) -> dict[str, float]:

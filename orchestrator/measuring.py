@@ -67,6 +67,8 @@ def measure(
                 for path, why in evaluations.poll(0.2):
                     failed[path] = why
                     lines[path].state = "failed" if why else "done"
+                for path, piece, why in evaluations.take_retried():
+                    display.say(f"{lines[path].name}  {piece}: {why}")
                 for path, line in lines.items():
                     line.blocks_left = evaluations.left(path)
                 display.refresh()

@@ -19,7 +19,7 @@ from rich.text import Text
 from orchestrator.reports import archive, results
 from orchestrator.reports.archive import Driver, Event, Kept
 from orchestrator.reports.results import Row
-from orchestrator.terminal import COLOURS, clock
+from orchestrator.terminal import COLOURS, clock, columns
 from workers.config import Mistake
 from workers.storage import Storage
 
@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             print(json.dumps(found, indent=2))
         else:
-            _console().print(view(found, bool(options.sweep)), soft_wrap=True)
+            console = _console()
+            console.print(view(found, bool(options.sweep), console.width), soft_wrap=True)
         return 0
     except Mistake as mistake:
         print(mistake, file=sys.stderr)
@@ -72,7 +73,7 @@ def _watch(storage: Storage, sweep: str | None) -> int:
     with Live(console=console, auto_refresh=False) as live:
         while True:
             found = look(storage, sweep)
-            live.update(view(found, bool(sweep)), refresh=True)
+            live.update(view(found, bool(sweep), console.width), refresh=True)
             if all(one["driver"]["state"] != "running" for one in found["sweeps"]):
                 return 0
             time.sleep(WATCH_S)
@@ -83,12 +84,13 @@ def _watch(storage: Storage, sweep: str | None) -> int:
 
 def look(storage: Storage, sweep: str | None) -> dict[str, Any]:
     """All that there is to say, in plain types. Raises Mistake where there is no such sweep."""
-    if sweep is None and not (there := archive.names(storage)):
+    older = [] if sweep else archive.older(storage)
+    if sweep is None and not (there := archive.names(storage)) and not older:
         raise Mistake(
             f"{storage.root} has no sweep yet: run one (python -m orchestrator.sweep FILE), or give its --storage"
         )
-    names = [sweep] if sweep else there
-    return {"storage": storage.root, "sweeps": [_sweep(storage, archive.open_sweep(storage, name)) for name in names]}
+    sweeps = [_sweep(storage, archive.open_sweep(storage, name)) for name in ([sweep] if sweep else there)]
+    return {"storage": storage.root, "sweeps": sweeps, "older": older}
 
 
 def _sweep(storage: Storage, kept: Kept) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def _sweep(storage: Storage, kept: Kept) -> dict[str, Any]:
     locked = storage.locked(f"{kept.folder}/lock")
     driver = archive.driver(happened, locked, [r.found.status or {} for r in rows], now_ms)
     last = {event["trial"]: event for event in happened if "trial" in event}
-    restarts = archive.restarts(happened)
+    restarted, retried = (archive.times(happened, name) for name in ("restarted", "retried"))
     return {
         "name": kept.name,
         "metric": kept.metric,
@@ -112,7 +114,8 @@ def _sweep(storage: Storage, kept: Kept) -> dict[str, Any]:
                 "steps": row.variant.trial.training.steps,
                 "images_per_s": row.images_per_s,
                 "metrics": row.metrics,
-                "restarts": restarts.get(row.digest, 0),
+                "restarts": restarted[row.digest],
+                "retried_blocks": retried[row.digest],
                 "host": (row.found.status or {}).get("host"),
                 "updated_ms": (row.found.status or {}).get("updated_ms"),
                 "detail": row.error or (row.found.status or {}).get("detail") or "",
@@ -143,44 +146,58 @@ def standing(row: Row, driver: Driver, last: Event | None) -> str:
 # ---- What is shown ---------------------------------------------------------------------------------------------
 
 
-def view(found: Mapping[str, Any], one: bool) -> RenderableType:
-    return _trials(found["sweeps"][0]) if one else _sweeps(found)
+def view(found: Mapping[str, Any], one: bool, width: int) -> RenderableType:
+    """All sweeps or the `one` that was asked for, in a window of that width."""
+    older = [Text(archive.how_to_open(name)) for name in found["older"]]
+    return _trials(found["sweeps"][0], width) if one else Group(_sweeps(found, width), *older)
 
 
-def _sweeps(found: Mapping[str, Any]) -> Table:
-    table = _table("sweep", "trials", "best", "", "driver", right=("trials", "best"))
+def _sweeps(found: Mapping[str, Any], width: int) -> Table:
+    rows = []
     for sweep in found["sweeps"]:
         best = next((t["metrics"][sweep["metric"]] for t in sweep["trials"] if sweep["metric"] in t["metrics"]), None)
-        table.add_row(
-            sweep["name"],
-            str(len(sweep["trials"])),
-            "-" if best is None else f"{best:.3f} {sweep['metric']}",
-            _counts(sweep["trials"]),
-            _driver(sweep),
+        rows.append(
+            {
+                "sweep": sweep["name"],
+                "trials": str(len(sweep["trials"])),
+                "best": "-" if best is None else f"{best:.3f} {sweep['metric']}",
+                "states": _counts(sweep["trials"]),
+                "driver": _driver(sweep),
+            }
         )
-    return table
+    return columns(rows, width, spare=("trials", "best"), left=("sweep", "states", "driver"))
 
 
-def _trials(sweep: Mapping[str, Any]) -> Group:
+def _trials(sweep: Mapping[str, Any], width: int) -> Group:
     names = list(dict.fromkeys(name for trial in sweep["trials"] for name in trial["params"]))
-    heads = ["trial", *names, "state", "step", "images/s", "valid NLL", "NLL bits/dim", "restarts", "heard"]
-    table = _table(*heads, right=set(heads) - {"trial", "state"})
+    measured = results.HEADS.get(sweep["metric"], sweep["metric"].removeprefix("eval/"))
+    rows: list[dict[str, RenderableType]] = []
     for trial in sweep["trials"]:
         metrics, rate = trial["metrics"], trial["images_per_s"]
-        nll, valid = metrics.get("eval/nll_bpd"), metrics.get("valid/nll_bpd")
-        table.add_row(
-            trial["trial"][:8],
-            *(trial["params"].get(name, "-") for name in names),
-            Text(trial["state"], style=COLOURS.get(trial["state"], "")),
-            f"{trial['step']:,}/{trial['steps']:,}",
-            f"{rate:,.0f}" if rate else "-",
-            "-" if valid is None else f"{valid:.3f}",
-            "-" if nll is None else f"{nll:.3f} ± {metrics['eval/nll_bpd_se']:.3f}",
-            str(trial["restarts"]) if trial["restarts"] else "-",
-            _ago(sweep["now_ms"], trial["updated_ms"]),
+        rows.append(
+            {
+                "trial": trial["trial"][:8],
+                **{name: trial["params"].get(name, "-") for name in names},
+                "state": Text(trial["state"], style=COLOURS.get(trial["state"], "")),
+                "step": f"{trial['step']:,}/{trial['steps']:,}",
+                "images/s": f"{rate:,.0f}" if rate else "-",
+                "valid NLL": f"{metrics['valid/nll_bpd']:.3f}" if "valid/nll_bpd" in metrics else "-",
+                **({measured: results.with_error(sweep["metric"], metrics)} if measured != "valid/nll_bpd" else {}),
+                "retries": _retries(trial),
+                "heard": _ago(sweep["now_ms"], trial["updated_ms"]),
+            }
         )
+    quiet = ["retries"] if all(row["retries"] == "-" for row in rows) else []
+    table = columns(rows, width, spare=(*quiet, "heard", "images/s", "valid NLL"))
     details = [Text(f"{t['trial'][:8]}  {t['detail']}") for t in sweep["trials"] if t["detail"]]
     return Group(Text(f"{sweep['name']}: {_counts(sweep['trials'])}; {_driver(sweep)}", style="bold"), table, *details)
+
+
+def _retries(trial: Mapping[str, Any]) -> str:
+    """Of the training and of blocks of the evaluation: `1 + 2 blocks`."""
+    blocks = trial["retried_blocks"]
+    told = [str(trial["restarts"])] if trial["restarts"] else []
+    return " + ".join([*told, f"{blocks} block{'s' * (blocks > 1)}"] if blocks else told) or "-"
 
 
 def _driver(sweep: Mapping[str, Any]) -> str:
@@ -206,13 +223,6 @@ def _ago(now_ms: int, then_ms: int | None) -> str:
         return "-"
     seconds = max(0, now_ms - then_ms) / 1000
     return f"{seconds:.0f} s ago" if seconds < 60 else f"{clock(seconds)} ago"
-
-
-def _table(*heads: str, right: Sequence[str] | set[str]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for head in heads:
-        table.add_column(head, justify="right" if head in right else "left", no_wrap=True)
-    return table
 
 
 if __name__ == "__main__":

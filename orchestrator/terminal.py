@@ -8,11 +8,13 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Literal
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -27,16 +29,15 @@ COLOURS = {
     "failed": "bold red", "waiting": "dim",
 }  # fmt: skip
 
-# The columns of the table, and the width of a window from which on each is shown.
-COLUMNS = {"trial": 0, "": 0, "state": 0, " ": 100, "step": 0, "valid NLL": 60, "images/s": 80, "left": 90}
-RIGHT = ("step", "valid NLL", "images/s", "left")
+SPARE = ("progress", "left", "images/s")  # columns that a narrow window does without, the first of them first
+BAR = 12  # the width of a bar of progress
 
 
 @dataclass
 class Line:
     """One trial, as it stands."""
 
-    name: str
+    name: str  # the searched values, in short
     steps: int
     batch_size: int
     state: str = "waiting"  # a name in STATES
@@ -46,6 +47,7 @@ class Line:
     blocks: int = 0  # of the evaluation
     blocks_left: int = 0
     shares: bool = False  # the trial of a line before it, whose training is told and counted there
+    params: Mapping[str, str] = field(default_factory=dict)  # the searched values by name: a column each
 
     @property
     def images_left(self) -> int:
@@ -117,31 +119,83 @@ class Display:
     def _view(self) -> Group:
         told = [counts(self.lines.values()), time_left(self.lines.values(), self._at_once()), self.cluster]
         shown, rest = fitting(self.lines, self.console.height - 4)
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        width = self.console.width
-        heads = [name for name, least in COLUMNS.items() if width >= least]
-        for name in heads:
-            # The searched values give way where the window is narrow.
-            table.add_column(name.strip(), justify="right" if name in RIGHT else "left", no_wrap=name != "")
-        for digest in shown:
-            line = self.lines[digest]
-            blocks = f" {line.blocks - line.blocks_left}/{line.blocks}" if line.state == "evaluating" else ""
-            cells: dict[str, RenderableType] = {
-                "trial": digest[:8],
-                "": Text(line.name, no_wrap=True, overflow="ellipsis"),
-                "state": Text(line.state + blocks, style=COLOURS.get(line.state, "")),
-                " ": ProgressBar(total=line.steps, completed=line.step, width=12) if line.steps else "",
-                "step": f"{line.step:,}/{line.steps:,}" if line.steps else "",
-                "valid NLL": "" if line.nll_bpd is None else f"{line.nll_bpd:.3f}",
-                "images/s": f"{line.images_per_s:,.0f}" if line.images_per_s else "",
-                "left": line.left,
-            }
-            table.add_row(*(cells[name] for name in heads))
+        lines = {digest: self.lines[digest] for digest in shown}
+        names = list(dict.fromkeys(name for line in lines.values() for name in line.params))
+        rows = [_cells(digest, line, names) for digest, line in lines.items()]
+        if names and not fits(rows, self.console.width, SPARE):
+            rows = [_cells(digest, line, []) for digest, line in lines.items()]  # the values in one column, cut short
+        table = columns(rows, self.console.width, SPARE, left=("trial", "", "state", "progress"), style="dim")
         head = Text("  ·  ".join(filter(None, told)), style="bold", no_wrap=True, overflow="ellipsis")
         parts: list[Table | Text] = [head, table]
         if rest:
             parts.append(Text(f"and {counts(self.lines[digest] for digest in rest)}", style="dim"))
         return Group(Text(""), *parts)
+
+
+def _cells(digest: str, line: Line, names: Sequence[str]) -> dict[str, RenderableType]:
+    """A row of the live table: the searched values under their `names`, or all in one column without a head."""
+    blocks = f" {line.blocks - line.blocks_left}/{line.blocks}" if line.state == "evaluating" else ""
+    return {
+        "trial": digest[:8],
+        **(
+            {name: line.params.get(name, "-") for name in names}
+            or {"": Text(line.name, no_wrap=True, overflow="ellipsis")}
+        ),
+        "state": Text(line.state + blocks, style=COLOURS.get(line.state, "")),
+        "progress": ProgressBar(total=line.steps, completed=line.step, width=BAR) if line.steps else "",
+        "step": f"{line.step:,}/{line.steps:,}" if line.steps else "",
+        "valid NLL": "" if line.nll_bpd is None else f"{line.nll_bpd:.3f}",
+        "images/s": f"{line.images_per_s:,.0f}" if line.images_per_s else "",
+        "left": line.left,
+    }
+
+
+def columns(
+    rows: Sequence[Mapping[str, RenderableType]],
+    width: int | None = None,
+    spare: Sequence[str] = (),
+    left: Collection[str] = ("trial", "state"),
+    style: str = "bold",
+) -> Table:
+    """A table of rows that have the same columns by their heads; those in `left` are set on the left.
+
+    In a window too narrow for them the columns move closer, then the `spare` ones are left out, in their order.
+    """
+    widths = _widths(rows)
+    heads, gap = (list(widths), 2) if width is None else fit(widths, width, spare)
+    table = Table(box=None, pad_edge=False, header_style=style, collapse_padding=gap == 1)
+    for head in heads:
+        justify: Literal["left", "right"] = "left" if head in left else "right"
+        table.add_column(head, justify=justify, no_wrap=bool(head))  # one without a head gives way
+    for row in rows:
+        table.add_row(*(row[head] for head in heads))
+    return table
+
+
+def fits(rows: Sequence[Mapping[str, RenderableType]], width: int, spare: Sequence[str]) -> bool:
+    """Whether the columns that are not `spare` are seen whole in a window of that width."""
+    widths = {head: needed for head, needed in _widths(rows).items() if head not in spare}
+    return sum(widths.values()) + len(widths) - 1 <= width
+
+
+def fit(widths: Mapping[str, int], width: int, spare: Sequence[str]) -> tuple[list[str], int]:
+    """The columns that a window shows, and the gap between them."""
+    shown = dict(widths)
+    for gap, without in [(2, ""), (1, ""), *((1, name) for name in spare)]:
+        if without:
+            shown.pop(without, None)
+        if sum(shown.values()) + gap * (len(shown) - 1) <= width:
+            break
+    return list(shown), gap
+
+
+def _widths(rows: Sequence[Mapping[str, RenderableType]]) -> dict[str, int]:
+    """What each column takes."""
+    return {head: max(cell_len(head), *(_width(row[head]) for row in rows)) for head in rows[0]} if rows else {}
+
+
+def _width(cell: RenderableType) -> int:
+    return BAR if isinstance(cell, ProgressBar) else cell_len(str(cell))
 
 
 def fitting(lines: Mapping[str, Line], room: int) -> tuple[list[str], list[str]]:

@@ -109,11 +109,11 @@ def served(storage: Path) -> Iterator[str]:
 
 
 @contextmanager
-def browser(width: int = 1500) -> Iterator["Browser"]:
+def browser() -> Iterator["Browser"]:
     """A fresh Chromium. Its pages are tall, as charts are drawn when they come into sight."""
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
-        context = chromium.new_context(viewport={"width": width, "height": 2600})
+        context = chromium.new_context()
         context.set_default_timeout(WAIT_MS)
         context.add_init_script(CLOSED)
         yield Browser(context)
@@ -125,9 +125,9 @@ class Browser:
         self._context = context
 
     @contextmanager
-    def page(self, base: str, where: str, height: int = 2600) -> Iterator[Page]:
+    def page(self, base: str, where: str, height: int = 2600, width: int = 1500) -> Iterator[Page]:
         page = self._context.new_page()
-        page.set_viewport_size({"width": page.viewport_size["width"], "height": height})
+        page.set_viewport_size({"width": width, "height": height})
         page.goto(f"{base}/{where}")
         yield page
         page.close()
@@ -179,10 +179,10 @@ def texts(page: Page, *wanted: str) -> None:
 def main(storage: Path, sweep: str, folder: Path) -> None:
     recorded = Recorded.of(storage, sweep)
     images_shown = min(len(recorded.trials), 10)  # MLflow shows the pictures of ten runs at most
-    with served(storage) as base, browser(1500) as chromium:
+    with served(storage) as base, browser() as chromium:
 
-        def shoot(name: str, where: str, height: int, ready: Callable[[Page], object]) -> None:
-            with chromium.page(base, where, height) as page:
+        def shoot(name: str, where: str, width: int, height: int, ready: Callable[[Page], object]) -> None:
+            with chromium.page("file://" if where.startswith("/") else base, where.lstrip("/"), height, width) as page:
                 ready(page)
                 page.wait_for_timeout(1000)  # for what moves to come to rest
                 page.screenshot(path=folder / f"{name}.png")
@@ -191,9 +191,14 @@ def main(storage: Path, sweep: str, folder: Path) -> None:
             images(page, images_shown)
             plots(page, 3, kind="scatter")
 
-        shoot("mlflow", recorded.view("all trials"), 2720, compared)
-        shoot("mlflow-setting", recorded.view(recorded.by_setting()), 900, lambda page: plots(page, 2, kind="bar"))
-        shoot("mlflow-model", recorded.model_page(), 700, lambda page: texts(page, "candidate"))
+        by_setting, report = (
+            recorded.view(recorded.by_setting()),
+            str(storage.absolute() / f"sweeps/{sweep}/report.html"),
+        )
+        shoot("mlflow", recorded.view("all trials"), 1500, 2720, compared)
+        shoot("mlflow-setting", by_setting, 1200, 900, lambda page: plots(page, 2, kind="bar"))
+        shoot("mlflow-model", recorded.model_page(), 1200, 760, lambda page: texts(page, "candidate"))
+        shoot("report", report, 1280, 2420, lambda page: texts(page, "What matters"))
 
 
 if __name__ == "__main__":

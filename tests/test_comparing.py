@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from orchestrator.comparing import indistinguishable, paired, protocol_differences
+from orchestrator.comparing import against_best, paired, protocol_differences
 
 
 def summary(per_image: list[float] | np.ndarray, **protocol: object) -> dict:
@@ -45,8 +45,8 @@ def test_a_single_image_has_no_error() -> None:
 
 
 def test_only_equal_protocols_are_held_against_the_best() -> None:
-    best, others = indistinguishable(
+    best, others = against_best(
         {"a": summary([1.0, 2.0], images=2), "b": summary([1.5, 2.5], images=2), "c": summary([9.0, 9.0], images=3)}
     )
     assert best == "a" and set(others) == {"b"}
-    assert indistinguishable({}) == (None, {})
+    assert against_best({}) == (None, {})

@@ -29,7 +29,7 @@ from small_evaluation import (
 from workers import evaluation
 from workers.blocks import Block, feature_blocks, nll_blocks, reference_blocks, sample_blocks
 from workers.config import ODENLLConfig
-from workers.evaluation import KINDS, Bench, DamagedBlock, make, read_block, remove_damaged, sealed
+from workers.evaluation import KINDS, Bench, DamagedBlock, make, read_block, sealed, unusable
 from workers.ledger import Ledger
 from workers.noise import generator
 from workers.storage import Storage
@@ -167,10 +167,11 @@ def test_a_missing_block_is_an_error(whole):
             read()
 
 
-def test_features_take_their_samples_to_be_there(tmp_path):
+def test_features_whose_samples_are_gone_make_them_and_say_so(tmp_path):
     b = bench(tmp_path, measurement())
-    with pytest.raises(FileNotFoundError):
-        make(b, feature_blocks(b.m, b.checkpoint.digest, IMAGES)[0])
+    features = feature_blocks(b.m, b.checkpoint.digest, IMAGES)[0]
+    [(samples, why)] = make(b, features).items()
+    assert samples in features.needs and "is not there" in why and b.storage.exists(features.path)
 
 
 def test_a_bench_takes_only_what_its_blocks_need(tmp_path):
@@ -221,10 +222,10 @@ def test_a_seal_is_32_bytes_and_leaves_the_file_s_ends_as_they_are(whole):
     assert len(again) == len(content) + 32 and (again[:4], again[-8:]) == (content[:4], content[-8:])
 
 
-def test_what_is_damaged_or_missing_is_listed_and_can_be_made_again(whole, caplog):
+def test_what_is_damaged_or_missing_is_listed_and_can_be_made_again(whole):
     wanted = blocks_of(whole)
     before, summary = contents(whole.storage, wanted), summary_of(whole)
-    assert remove_damaged(whole.storage, wanted, whole.space) == []
+    assert unusable(whole.storage, wanted, whole.space) == {}
     missing, *damaged = wanted[2], wanted[5], wanted[10], wanted[-1]
     for block in damaged:
         content = before[block.path]
@@ -232,8 +233,12 @@ def test_what_is_damaged_or_missing_is_listed_and_can_be_made_again(whole, caplo
     with pytest.raises(DamagedBlock):
         summary_of(whole)
     whole.storage.delete(missing.path)
-    assert remove_damaged(whole.storage, wanted, whole.space) == [missing, *damaged]
-    assert all(block.path in caplog.text for block in damaged) and missing.path not in caplog.text
+    found = unusable(whole.storage, wanted, whole.space)
+    assert list(found) == [missing, *damaged] and all(block.path in why for block, why in found.items())
+    assert [("is not there" in why, "is damaged" in why) for why in found.values()] == [
+        (True, False),
+        *[(False, True)] * 3,
+    ]
     assert not any(whole.storage.exists(block.path) for block in damaged)
     make_all(whole, wanted)
     assert contents(whole.storage, wanted) == before and summary_of(whole) == summary
@@ -246,7 +251,7 @@ def test_features_of_another_space_are_no_use_and_are_removed(whole):
     class Other:
         digest = "another"
 
-    assert featurised and remove_damaged(whole.storage, wanted, Other()) == featurised
+    assert featurised and list(unusable(whole.storage, wanted, Other())) == featurised
 
 
 def test_damaged_samples_are_made_again_where_their_features_are_asked_for(whole):
@@ -255,5 +260,6 @@ def test_damaged_samples_are_made_again_where_their_features_are_asked_for(whole
     before = contents(whole.storage, [samples, features])
     whole.storage.write(samples.path, before[samples.path][:-1] + b"\0")
     whole.storage.delete(features.path)
-    make(whole, features)
+    [(block, why)] = make(whole, features).items()
+    assert block == samples and "is damaged" in why
     assert contents(whole.storage, [samples, features]) == before

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,8 +17,10 @@ import pandas as pd
 import pytest
 import small_evaluation as small
 import torch
+from conftest import ROOT
 from diffusers import DDPMPipeline
 from mlflow import MlflowClient
+from mlflow_server import Server
 
 from orchestrator.tracking import models
 from orchestrator.tracking.models import Candidate
@@ -105,7 +108,15 @@ def test_a_row_is_a_request(loaded: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "columns", [{"n": 1}, {"n": 1.5, "seed": 0}, {"n": -1, "seed": 0}, {"n": 1, "seed": 0, "sampler": "magic"}]
+    "columns",
+    [
+        {"n": 1},
+        {"n": 1.5, "seed": 0},
+        {"n": -1, "seed": 0},
+        {"n": 1, "seed": 0, "sampler": "magic"},
+        {"n": 1, "seed": 0, "steps": 0},
+        {"n": 1, "seed": 0, "steps": small.T + 1},
+    ],
 )
 def test_a_request_that_means_nothing_is_refused(loaded: Any, columns: dict[str, Any]) -> None:
     with pytest.raises((ValueError, mlflow.MlflowException)):
@@ -174,9 +185,9 @@ def _imported_at_once(file: Path) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-def register(storage: Storage, *wanted: Candidate) -> MlflowClient:
+def register(storage: Storage, *wanted: Candidate, uri: str | None = None) -> MlflowClient:
     """As a sweep does it, through the line of calls."""
-    tracker = Tracker(storage, "registered")
+    tracker = Tracker(storage, "registered", uri)
     tracker.open_sweep({}, {})
     for one in wanted:
         tracker.open_trial(one.trial, one.trial, {}, {})
@@ -215,6 +226,7 @@ def test_a_checkpoint_is_registered_once_and_the_best_is_the_candidate(
         "orchestrator.checkpoint": better.checkpoint.digest,
         "orchestrator.path": "trials/b/checkpoints/step-00000001",
         "orchestrator.storage": client.get_model_version("registered", "2").tags["orchestrator.storage"],
+        "orchestrator.draws": better.draws,
     }
     register(storage, first)
     assert versions(client) == {"1": "a", "2": "b"}
@@ -222,6 +234,50 @@ def test_a_checkpoint_is_registered_once_and_the_best_is_the_candidate(
     experiment = client.get_experiment_by_name("registered")
     assert len(client.search_logged_models([experiment.experiment_id])) == 2
 
+    # Another row of the same trial, which differs in its sampler alone, becomes the best: what is drawn is as it says.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    images = mlflow.pyfunc.load_model("models:/registered@candidate").predict(asked(n=2, seed=0))
-    assert images.shape == (2, small.SIDE, small.SIDE, 1)
+    before = mlflow.pyfunc.load_model("models:/registered@candidate").predict(asked(n=2, seed=0))
+    assert before.shape == (2, small.SIDE, small.SIDE, 1)
+    other = replace(first, fid=FIDConfig(sampler=SamplerConfig(kind="ddim", steps=7)))
+    register(storage, other)
+    assert versions(client) == {"1": "a", "2": "b", "3": "a"}
+    model = mlflow.pyfunc.load_model("models:/registered@candidate")
+    images = model.predict(asked(n=2, seed=0))
+    assert np.array_equal(images, model.predict(asked(n=2, seed=0, sampler="ddim", steps=7)))
+    names = {"mlflow": mlflow, "pandas": pd}
+    exec(shown("registered"), names)  # the lines on the page of the model
+    assert np.array_equal(names["images"], model.predict(asked(n=16, seed=0)))
+    assert not np.array_equal(images, before)
+    register(storage, first)  # and back: its version is there
+    assert len(versions(client)) == 3
+    assert client.get_registered_model("registered").aliases == {"candidate": 1}
+
+
+def shown(name: str) -> str:
+    return (models.USE % name).removeprefix("```python\n").removesuffix("\n```")
+
+
+def test_the_readme_shows_these_lines() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert all(block.strip().endswith(shown("beta_schedule")) for block in blocks if "pyfunc" in block)
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["through the server", "beside the server"])
+def test_a_server_keeps_the_model_and_gives_it_back(
+    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    """Its files go through the server (--serve-artifacts), or straight to where the server says."""
+    server, storage = Server(tmp_path / "server", direct), Storage(tmp_path / "runs")
+    try:
+        server.start()
+        for _ in range(2):
+            client = register(storage, candidate(storage), uri=server.uri)
+        assert versions(client) == {"1": "a"}
+        scheme = "file" if direct else "mlflow-artifacts"
+        version = client.get_model_version_by_alias("registered", "candidate")
+        assert version.source.startswith((scheme, str(server.folder / "artifacts"))), version.source
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        model = mlflow.pyfunc.load_model("models:/registered@candidate")
+        assert np.array_equal(model.predict(asked(n=3, seed=0)), loaded.predict(asked(n=3, seed=0)))
+    finally:
+        server.stop()

@@ -33,7 +33,7 @@ PIXEL = bytes.fromhex(  # a PNG of one pixel
 
 
 def experiment(**search: Any) -> Experiment:
-    space = {"diffusion.T": {"grid": [20, 50]}, "loss.weighting": {"grid": ["simple", "vlb"]}}
+    axes = {"diffusion.T": {"grid": [20, 50]}, "loss.weighting": {"grid": ["simple", "vlb"]}}
     schedule = {"scale": "per_1000", "beta_end": 0.015}
     return parse(
         {
@@ -41,7 +41,7 @@ def experiment(**search: Any) -> Experiment:
             "data": {"source": "digits"},
             "diffusion": {"schedule": schedule},
             "training": {"steps": 10, "batch_size": 8},
-            "search": {"space": space, **search},
+            "search": {"space": axes, **search},
         }
     )
 
@@ -122,6 +122,7 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
     events = Events(storage, "small")
     events.add("started", host="h", pid=1, trials=4)
     events.add("restarted", addresses[0], step=5, why="<script>alert(1)</script> died; it starts again")
+    events.add("retried", addresses[1], piece="samples-1/block-00007.parquet", why="its process died")
     events.add("ended")
     events.flush()
     content = report.page(report.gather(storage, "small"))
@@ -136,6 +137,7 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
                  "Faults and retries", "How it was measured", "few samples", "2.400 ± 0.050", "≈ best"):  # fmt: skip
         assert said in text, said
     assert content.count("<svg") == len(report.PLOTS) and content.count("data:image/png") == 4
+    assert "samples-1/block-00007.parquet; its process died" in text
     assert "<script" not in content and "&lt;script&gt;alert(1)" in content
     identifiers = re.findall(r'\bid="([^"]+)"', content)
     assert len(identifiers) == len(set(identifiers)), "two drawings of a page must not share their ids"
@@ -186,6 +188,32 @@ def test_a_sweep_that_is_not_there_is_a_mistake_that_names_those_that_are(tmp_pa
         assert command.main(["../small", "--storage", str(tmp_path)]) == 2
     assert status.main(["--storage", str(tmp_path / "nothing")]) == 2
     assert not (tmp_path / "nothing").exists()
+
+
+def test_trials_and_settings_stay_in_the_order_of_the_experiment(tmp_path: Path) -> None:
+    of = experiment(space={"loss.weighting": {"grid": ["vlb", "simple"]}, "diffusion.T": {"grid": [50, 20]}})
+    trials = {f"{9 - i}{'abcdef012345678'}": v for i, v in enumerate(expand(of))}
+    archive.keep(Storage(tmp_path), of, trials, {DataConfig(source="digits"): SOURCE})
+    kept = archive.open_sweep(Storage(tmp_path), "small")
+    assert list(kept.trials.items()) == list(trials.items())
+    assert [list(v.params) for v in kept.trials.values()] == [["loss.weighting", "diffusion.T"]] * 4
+
+
+def test_a_sweep_of_an_older_version_is_told_with_what_to_do(tmp_path: Path, capsys: Any) -> None:
+    storage = Storage(tmp_path)
+    storage.write("sweeps/early/results.parquet", b"")
+    storage.write("sweeps/locked/lock", b"")  # of a sweep that only begins
+    for command in (verb, status):
+        assert command.main(["early", "--storage", str(tmp_path)]) == 2
+        assert "older version" in (said := capsys.readouterr().err) and "Run the sweep command again" in said
+        assert command.main(["locked", "--storage", str(tmp_path)]) == 2
+        assert "Sweeps there: early" in capsys.readouterr().err
+    assert status.main(["--storage", str(tmp_path)]) == 0
+    assert "early: made by an older version" in capsys.readouterr().out
+    stored(tmp_path, {})
+    assert status.main(["--storage", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "early: made by an older version" in said and "4 not begun" in said and "locked" not in said
 
 
 # ---- What matters ----------------------------------------------------------------------------------------------
@@ -362,6 +390,9 @@ def test_status_shows_sweeps_and_trials(tmp_path: Path, capsys: Any) -> None:
     storage, addresses = stored(tmp_path, {0: FOUR[0]})
     events = Events(storage, "small")
     events.add("started", host="h", pid=1, trials=4)
+    events.add("restarted", addresses[0], step=5, why="its process died")
+    for _ in range(2):
+        events.add("retried", addresses[0], piece="a block", why="it was damaged")
     events.flush()
     with storage.lock("sweeps/small/lock"):
         assert status.main(["--storage", str(tmp_path)]) == 0
@@ -369,7 +400,7 @@ def test_status_shows_sweeps_and_trials(tmp_path: Path, capsys: Any) -> None:
         assert "small" in said and "1 done, 3 waiting" in said and "runs on h (process 1)" in said
     assert status.main(["small", "--storage", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "10/10" in said and "0/10" in said and "the same command resumes" in said
+    assert "1 + 2 blocks" in said and "10/10" in said and "0/10" in said and "the same command resumes" in said
     assert all(address[:8] in said for address in addresses)
     assert status.main(["small", "--json", "--storage", str(tmp_path)]) == 0
     [sweep] = json.loads(capsys.readouterr().out)["sweeps"]

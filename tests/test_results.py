@@ -77,3 +77,29 @@ def test_marks_what_cannot_be_told_from_the_best_on_the_same_images() -> None:
     assert results.footnote([rows[0], rows[2]]) == ""
     frame = results.frame(rows).set_index("trial")
     assert frame.loc["worse", "nll_above_best_low"] > 0 > frame.loc["alike", "nll_above_best_low"]
+
+
+def sampled(digest: str, steps: int, distance: float, error: float | None = 0.1, samples: int = 1000) -> Row:
+    """A row of a sweep over samplers: the bound is that of the one trial."""
+    row = measured(digest, [1.0, 2.0, 3.0])
+    assert row.found.summary
+    errors = {} if error is None else {"eval/fd_classifier_se": error}
+    row.found.summary["metrics"] |= {"eval/fd_classifier": distance, **errors}
+    protocol = {"samples": samples, "sampler": {"kind": "ddim", "steps": steps}}
+    row.found.summary["passports"]["samples"] = {"protocol": protocol}
+    return row
+
+
+def test_marks_stand_on_the_metric_that_the_sweep_ranks_on() -> None:
+    """Distances by the errors of both: 0.15 apart with 0.1 each is no difference, 0.9 apart is one."""
+    rows = [
+        sampled("best", 50, 0.50), sampled("alike", 20, 0.65), sampled("worse", 5, 1.4),
+        sampled("fewer", 50, 0.6, samples=100), sampled("bare", 5, 2.0, error=None),
+    ]  # fmt: skip
+    table = results.table(rows, "eval/fd_classifier")
+    cells = {str(column.header): [str(cell).strip() for cell in column.cells] for column in table.columns}
+    assert cells["NLL bits/dim"] == ["2.000 ± 0.100"] * 5
+    assert cells["fd_classifier"] == ["0.500 ± 0.100", "0.650 ± 0.100 ≈", "1.400 ± 0.100", "0.600 ± 0.100", "2.000"]
+    note = results.footnote(rows, "eval/fd_classifier")
+    assert "not distinguishable from best in fd_classifier" in note and note.endswith("fewer, bare")
+    assert results.against_best(rows, "eval/ode_nll_bpd") == (None, {})

@@ -4,6 +4,7 @@ import io
 import logging
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -53,6 +54,22 @@ def test_a_narrow_window_breaks_no_line(width: int) -> None:
     assert all(
         state in row for row, state in zip(screen[1:5], ("done", "evaluating 7/12", "training", "waiting"), strict=True)
     )
+    assert all(len(row) <= width for row in screen)
+
+
+@pytest.mark.parametrize(("width", "gone"), [(120, ()), (80, ("progress",)), (60, ("progress", "left", "images/s"))])
+def test_what_was_searched_is_seen_whole_and_other_columns_give_way(width: int, gone: tuple[str, ...]) -> None:
+    lines = {
+        digest: replace(line, params=dict(word.split("=") for word in line.name.split()))
+        for digest, line in LINES.items()
+    }
+    screen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown(lines, width=width)).splitlines()
+    [heads, *_] = [row.split() for row in screen if row.startswith("trial")]
+    every = ["trial", "T", "weighting", "state", "progress", "step", "valid", "NLL", "images/s", "left"]
+    assert heads == [head for head in every if head not in gone]
+    assert [row.split()[1:3] for row in screen if row[:8] in {digest[:8] for digest in LINES}][:4] == [
+        ["50", "simple"], ["100", "simple"], ["50", "vlb"], ["100", "vlb"]
+    ]  # fmt: skip
     assert all(len(row) <= width for row in screen)
 
 

@@ -3,7 +3,6 @@
 import base64
 import json
 import math
-import os
 import signal
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from urllib.parse import parse_qs, unquote
 
 import pytest
 from mlflow import MlflowClient
+from mlflow_server import Server
 from PIL import Image
 
 from orchestrator import ui
@@ -27,7 +27,6 @@ from orchestrator.tracking.provenance import provenance
 from orchestrator.tracking.server import make_database, resolve_uri
 from orchestrator.tracking.tracker import Dataset, Tracker, param_text
 from orchestrator.tracking.views import Comparison
-from workers.data import default_cache
 from workers.storage import Storage
 
 PARAMS = {"diffusion.T": 50, "training.lr": 1e-4, "model.multipliers": [1, 2], "loss.weighting": "simple"}
@@ -348,41 +347,6 @@ def test_a_database_is_made_once_and_copied_and_never_over_another(tmp_path: Pat
     assert client.get_experiment_by_name("of b") is not None
 
 
-class Server:
-    """A real `mlflow server` on a port of its own that can be stopped and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        make_database(self.folder / "mlflow.db", default_cache())
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command, env={**os.environ, **ui.LIGHT}, stdout=log, stderr=log, start_new_session=True
-            )
-        while True:
-            assert self.process.poll() is None, (self.folder / "server.log").read_text()
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
-                return
-            except OSError:
-                self.process.poll()
-
-    def stop(self) -> None:
-        if self.process:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("server"))
@@ -531,7 +495,8 @@ def test_the_ready_made_comparison_goes_along_with_the_sweep(storage: Storage) -
 def test_provenance_says_what_ran_where(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "orchestrator.sweep", "--storage", "s3://key:secret@bucket"])
     tags = provenance()
-    assert tags["mlflow.source.name"] == "-m orchestrator.sweep --storage s3://***@bucket"
+    assert tags["command"] == "-m orchestrator.sweep --storage s3://***@bucket"
+    assert tags["mlflow.source.name"] == "orchestrator.sweep"
     assert {"mlflow.user", "host", "hardware.cpu", "hardware.cores", "version.python", "version.mlflow"} <= tags.keys()
     assert all(isinstance(value, str) for value in tags.values())
 

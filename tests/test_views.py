@@ -68,10 +68,20 @@ def test_what_was_not_measured_has_no_chart() -> None:
 def test_the_panel_of_images_grows_with_the_trials() -> None:
     def height(trials: int) -> int:
         [view, *_] = views.views(replace(COMPARE, trials=trials), "parent", 0, "")
-        [section] = [section for section in view.state["compareRunSections"] if section["name"] == "Samples"]
+        [section] = [s for s in view.state["compareRunSections"] if s["name"].startswith("Samples")]
+        assert ("ten best" in section["name"]) == (trials > 10)
         return int(section["cardHeight"])
 
     assert height(2) < height(8) < height(10) == height(50)  # MLflow shows no more than ten
+
+
+def test_more_than_ten_trials_get_a_view_for_the_images_of_each_ten() -> None:
+    assert not [v for v in views.views(replace(COMPARE, trials=10), "parent", 0, "") if "samples" in v.title]
+    found = [v for v in views.views(replace(COMPARE, trials=23), "parent", 300, "") if "samples" in v.title]
+    assert [v.title for v in found] == ["samples 1-10", "samples 11-20", "samples 21-23"]
+    for number, view in zip((0, 10, 22), found, strict=True):
+        assert view.state["searchFilter"].endswith(f" and tags.`orchestrator.part` = '{views.part(number)}'")
+        assert [(chart["type"], chart["step"]) for chart in view.state["compareRunCharts"]] == [("IMAGE", 300)]
 
 
 def test_a_view_fits_into_a_tag() -> None:

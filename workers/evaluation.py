@@ -7,7 +7,6 @@ tasks, their order and a retry change nothing. What there is to make is said by 
 
 import hashlib
 import io
-import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,7 +36,6 @@ SUM = 32  # bytes of a sha256
 
 SPACE = b"feature_space"  # the stamp of features, in a block's metadata
 HOST = b"host"  # of the machine that made the block, in its metadata, which no hash of an evaluation counts
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -160,13 +158,7 @@ def drawn_block(
 def feature_block(bench: Bench, block: Block) -> pa.Table:
     """The features of a block of samples: a row a sample."""
     [samples] = block.needs
-    try:
-        images = read_block(bench.storage, samples)["image"].to_pylist()
-    except DamagedBlock as error:
-        log.warning("%s; it is made again", error)
-        bench.storage.delete(samples.path)
-        make(bench, samples)
-        images = read_block(bench.storage, samples)["image"].to_pylist()
+    images = read_block(bench.storage, samples)["image"].to_pylist()
     pixels = np.stack([np.frombuffer(image, np.uint8) for image in images]).reshape(-1, *bench.dataset.shape)
     return _featurised(bench, pixels)
 
@@ -195,15 +187,22 @@ KINDS: dict[str, Callable[[Bench, Block], pa.Table]] = {
 
 
 @torch.no_grad()
-def make(bench: Bench, block: Block) -> None:
-    """Makes a block and writes it; does nothing where it is there. What it needs must be there."""
+def make(bench: Bench, block: Block) -> dict[Block, str]:
+    """Makes a block and writes it; does nothing where it is there.
+
+    What it needs is made before where that is not there or damaged. Gives what was, and what was wrong with it.
+    """
     if bench.storage.exists(block.path):
-        return
+        return {}
+    again = unusable(bench.storage, list(block.needs), None)
+    for needed in again:
+        make(bench, needed)
     table = KINDS[block.kind](bench, block)
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), HOST: socket.gethostname()})
     stream = io.BytesIO()
     pq.write_table(table, stream)
     bench.storage.write(block.path, sealed(stream.getvalue()))
+    return again
 
 
 def read_block(storage: Storage, block: Block) -> pa.Table:
@@ -234,21 +233,20 @@ class DamagedBlock(ValueError):
     """The bytes of a block are not those that were written."""
 
 
-def remove_damaged(storage: Storage, wanted: list[Block], space: FeatureSpace | None) -> list[Block]:
-    """The blocks that are not there, cannot be read, or hold features of another `space` than today's.
+def unusable(storage: Storage, wanted: list[Block], space: FeatureSpace | None) -> dict[Block, str]:
+    """The blocks that are not there, cannot be read, or hold features of another `space` than today's, and why.
 
     What is there of them is removed, so that it can be made again.
     """
-    missing = []
+    found = {}
     for block in wanted:
         try:
             stamp = (read_block(storage, block).schema.metadata or {}).get(SPACE)
             if stamp is not None and space and stamp.decode() != space.digest:
-                raise DamagedBlock(f"{storage.url(block.path)} has features of another {stamp.decode()}")
+                raise DamagedBlock(f"{storage.url(block.path)} has features of another space, {stamp.decode()}")
         except FileNotFoundError:
-            missing.append(block)
+            found[block] = f"{storage.url(block.path)} is not there"
         except DamagedBlock as error:
-            log.warning("%s; it is made again", error)
             storage.delete(block.path)
-            missing.append(block)
-    return missing
+            found[block] = str(error)
+    return found

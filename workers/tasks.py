@@ -24,7 +24,7 @@ from workers.blocks import Block, Images, blocks, summary_path
 from workers.checkpoint import Checkpoint, process_of
 from workers.config import DRIVER_CPUS, Measurement, Trial, trained_by
 from workers.data import absolute, prepare
-from workers.evaluation import Bench, make, remove_damaged
+from workers.evaluation import Bench, make, unusable
 from workers.speed import Meter, Spent
 from workers.storage import Storage
 from workers.summary import summarise
@@ -195,33 +195,46 @@ def make_space(order: Order) -> None:
     _ = _bench(order).space
 
 
-@ray.remote(max_retries=3)
-def make_block(order: Order, block: Block, *after: Any) -> tuple[str, Spent]:
-    """Makes one block of an evaluation. A process that dies is retried; the block is then whole.
+@dataclass(frozen=True)
+class Made:
+    """What making a block took."""
 
-    Gives the hardware, and what it took.
-    """
+    hardware: str
+    spent: Spent
+    attempts: int  # how often Ray began it: again where the process died, or the machine
+    again: dict[Block, str]  # what it needs, was damaged and is made again, and what was wrong with it
+
+
+@ray.remote(max_retries=3)
+def make_block(order: Order, block: Block, *after: Any) -> Made:
+    """Makes one block of an evaluation. A process that dies is retried; the block is then whole."""
     bench = _bench(order)
     meter = Meter(bench.device, share=BLOCK_GPUS)
     with meter.of(block.kind, 1):
-        make(bench, block)
-    return meter.hardware, meter.spent
+        again = make(bench, block)
+    return Made(meter.hardware, meter.spent, _attempts(), again)
 
 
 @ray.remote(max_retries=3)
-def make_summary(order: Order, *after: Any) -> list[Block]:
+def make_summary(order: Order, *after: Any) -> tuple[int, dict[Block, str]]:
     """Writes the summary of an evaluation whose blocks are there.
 
-    Gives the blocks that turned out to be damaged, and were removed: with them made again it can be called again.
+    Gives how often Ray began it, and the blocks that turned out to be damaged, with what was wrong, and were removed:
+    with them made again it can be called again.
     """
     bench = _bench(order)
     images, digest = Images.of(bench.dataset), order.checkpoint.digest
     space = bench.space if bench.m.evaluation.fid else None
-    if lacking := remove_damaged(bench.storage, blocks(bench.m, digest, images), space):
-        return lacking
+    if lacking := unusable(bench.storage, blocks(bench.m, digest, images), space):
+        return _attempts(), lacking
     summary = summarise(bench.storage, bench.m, bench.dataset, process_of(order.checkpoint), digest, space)
     bench.storage.write_sealed(summary_path(bench.m, digest, images), summary)
-    return []
+    return _attempts(), {}
+
+
+def _attempts() -> int:
+    """How often Ray has begun this task, which it begins again by itself where a process or a machine dies."""
+    return 1 + int(ray.get_runtime_context().worker.core_worker.get_current_task_attempt_number())
 
 
 @ray.remote(num_cpus=0, max_retries=0)

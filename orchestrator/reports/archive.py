@@ -10,6 +10,7 @@ reaches the storage.
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Kept:
 def keep(
     storage: Storage, experiment: Experiment, trials: Mapping[str, Variant], sources: Mapping[DataConfig, Source]
 ) -> None:
-    """Writes `sweep.json`, unless it says the same already."""
+    """Writes `sweep.json`, unless it says the same already; its trials and their settings in the file's order."""
     content = {
         "name": experiment.name,
         "metric": experiment.search.metric,
@@ -71,9 +72,9 @@ def keep(
             for address, v in trials.items()
         },
     }
-    path = f"sweeps/{experiment.name}/sweep.json"
-    if storage.read_json(path) != json.loads(json.dumps(content)):
-        storage.write_json(path, content)
+    path, text = f"sweeps/{experiment.name}/sweep.json", json.dumps(content, indent=2) + "\n"
+    if _text(storage, path) != text:
+        storage.write(path, text.encode())
 
 
 def keep_asked(storage: Storage, experiment: Experiment, asked: Sequence[Variant]) -> None:
@@ -109,11 +110,33 @@ def names(storage: Storage) -> list[str]:
     return [name for name in storage.list("sweeps") if storage.exists(f"sweeps/{name}/sweep.json")]
 
 
+def older(storage: Storage) -> list[str]:
+    """The sweeps that a version before `sweep.json` has left."""
+    kept = ("experiment.yaml", "results.parquet")
+    known = names(storage)
+    return [
+        name
+        for name in storage.list("sweeps")
+        if name not in known and any(storage.exists(f"sweeps/{name}/{file}") for file in kept)
+    ]
+
+
+def how_to_open(name: str) -> str:
+    """What to do about a sweep that an older version has left."""
+    return (
+        f"{name}: made by an older version, which kept no sweep.json. Run the sweep command again with its file (or "
+        f"sweeps/{name}/experiment.yaml of the storage): it writes that, and trains nothing that is there. Its numbers "
+        f"are in sweeps/{name}/results.parquet."
+    )
+
+
 def open_sweep(storage: Storage, name: str) -> Kept:
     """The sweep of that name. Raises Mistake where there is none."""
     content = storage.read_json(f"sweeps/{name}/sweep.json") if "/" not in name and name not in ("", "..") else None
+    if content is None and name in (left := older(storage)):
+        raise Mistake(how_to_open(name))
     if content is None:
-        there = names(storage)
+        there = [*names(storage), *left]
         raise Mistake(
             f"{name!r} is no sweep in {storage.root}{meant(name, there) or '.'} Sweeps there: "
             f"{', '.join(there) or 'none; run one first, or give its --storage'}"
@@ -317,10 +340,6 @@ def driver(
 SILENT_MS = 10 * 60 * 1000
 
 
-def restarts(happened: Sequence[Event]) -> dict[str, int]:
-    """How often each trial started again after a fault."""
-    counts: dict[str, int] = {}
-    for event in happened:
-        if event["event"] == "restarted":
-            counts[event["trial"]] = counts.get(event["trial"], 0) + 1
-    return counts
+def times(happened: Sequence[Event], name: str) -> Counter[str]:
+    """How often it happened to each trial: `restarted` after a fault, or pieces of its evaluation `retried`."""
+    return Counter(event["trial"] for event in happened if event["event"] == name)

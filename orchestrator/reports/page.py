@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
+from orchestrator.comparing import BY_IMAGE, Difference
 from orchestrator.reports import archive, results
 from orchestrator.reports.archive import Driver, Event, Kept, Use
 from orchestrator.reports.importance import Forest, Share, forest, importance
@@ -76,6 +77,15 @@ class Report:
         ]
 
     @cached_property
+    def compared(self) -> str:
+        """The metric in which the trials are held against the best."""
+        return results.compared(self.kept.metric)
+
+    @cached_property
+    def against_best(self) -> tuple[str | None, Mapping[str, Difference]]:
+        return results.against_best(self.rows, self.kept.metric)
+
+    @cached_property
     def use(self) -> Use:
         return archive.use(self.happened)
 
@@ -136,7 +146,7 @@ def protocols(rows: Iterable[Row]) -> list[tuple[str, Mapping[str, Any], list[Ro
 
 def faults(happened: Sequence[Event]) -> list[Event]:
     """What went wrong, and what was done about it."""
-    wrong = ("restarted", "failed", "interrupted")
+    wrong = ("restarted", "retried", "failed", "interrupted")
     return [
         e
         for e in happened
@@ -150,23 +160,21 @@ def verdict(report: Report) -> str:
     if not report.measured:
         return "No trial is measured yet."
     best, metric = report.measured[0], report.kept.metric
-    error = best.metrics.get(f"{metric}_se")
-    said = f"Best of {len(report.measured)} measured trials: {best.name}, {_metric(metric)} {best.metrics[metric]:.3f}"
-    said += f" ± {error:.3f}." if error is not None else "."
-    if metric != "eval/nll_bpd" or len(report.measured) < 2:
+    value = results.with_error(metric, best.metrics)
+    said = f"Best of {len(report.measured)} measured trials: {best.name}, {_metric(metric)} {value}."
+    first, differences = report.against_best
+    if first != best.digest or not differences:
         return said
-    _, differences = results.against_best(report.measured)
+    paired = report.compared in BY_IMAGE
     same = [d for d in differences.values() if not d.clear]
     if same:
         others = "one other trial" if len(same) == 1 else f"{len(same)} other trials"
-        return f"{said} On these images it cannot be told from {others}."
-    return f"{said} All others are clearly worse (95 % each, paired over images)." if differences else said
+        return f"{said} {'On these images' if paired else 'By their error bars'} it cannot be told from {others}."
+    return f"{said} All others are clearly worse (95 % each, {'paired over images' if paired else 'by error bars'})."
 
 
 def _metric(name: str) -> str:
-    return {"eval/nll_bpd": "NLL bits/dim", "valid/nll_bpd": "validation bits/dim"}.get(
-        name, name.removeprefix("eval/")
-    )
+    return (results.HEADS | {"valid/nll_bpd": "validation bits/dim"}).get(name, name.removeprefix("eval/"))
 
 
 # ---- As Markdown -----------------------------------------------------------------------------------------------
@@ -174,8 +182,9 @@ def _metric(name: str) -> str:
 
 def markdown(report: Report) -> str:
     """For a pull request: the verdict, the table, what matters, the cost, the faults, how it was measured."""
-    use, lines = report.use, [f"## Sweep `{report.kept.name}`", "", verdict(report), "", results.markdown(report.rows)]
-    if note := results.footnote(report.rows):
+    use, lines = report.use, [f"## Sweep `{report.kept.name}`", "", verdict(report), ""]
+    lines.append(results.markdown(report.rows, report.kept.metric))
+    if note := results.footnote(report.rows, report.kept.metric):
         lines += ["", note.replace("\n", "  \n")]
     if found := shares(report):
         lines += ["", f"Variance of {_metric(report.kept.metric)} over {len(report.measured)} trials explained by each "
@@ -252,7 +261,9 @@ def page(report: Report) -> str:
         verdict=verdict(report),
         experiment=write_yaml(report.kept.experiment),
         table=_table(report),
-        footnote=results.footnote(report.rows).splitlines(),
+        footnote=results.footnote(report.rows, report.kept.metric).splitlines(),
+        shown=results.measured_names(report.rows),
+        paired=report.compared in BY_IMAGE,
         searched=list(dict.fromkeys(n for row in report.rows for n in results.short_params(row.variant))),
         shares=shares(report),
         front=front(report),
@@ -310,38 +321,35 @@ class Entry:
 
     row: Row
     params: Mapping[str, str]
-    nll: str
+    measured: Sequence[str]  # what was, in the order of `results.measured_names`
     whisker: Whisker | None
-    behind: str  # the paired difference from the best
+    behind: str  # the difference from the best
     mark: str  # best, same, apart, or nothing
-    distance: str
 
 
 def _table(report: Report) -> list[Entry]:
-    best, differences = results.against_best(report.rows)
+    (best, differences), metric = report.against_best, report.compared
     bounds = {
-        row.digest: (nll, nll - Z * m["eval/nll_bpd_se"], nll + Z * m["eval/nll_bpd_se"])
+        row.digest: (m[metric], m[metric] - Z * m[f"{metric}_se"], m[metric] + Z * m[f"{metric}_se"])
         for row in report.rows
-        if (nll := (m := row.metrics).get("eval/nll_bpd")) is not None
+        if f"{metric}_se" in (m := row.metrics)
     }
     low = min((b[1] for b in bounds.values()), default=0.0)
     high = max((b[2] for b in bounds.values()), default=1.0)
     entries = []
     for row in report.rows:
-        m, d, b = row.metrics, differences.get(row.digest), bounds.get(row.digest)
+        d, b = differences.get(row.digest), bounds.get(row.digest)
         mark = "best" if row.digest == best and len(bounds) > 1 else "same" if d and not d.clear else ""
         if b and best and row.digest != best and d is None:
             mark = "apart"
-        error = m.get(f"{report.distance}_se")
         entries.append(
             Entry(
                 row,
                 results.short_params(row.variant),
-                f"{b[0]:.3f} ± {m['eval/nll_bpd_se']:.3f}" if b else "–",
+                [results.with_error(name, row.metrics, "–") for name in results.measured_names(report.rows)],
                 Whisker(*(100 * (x - low) / ((high - low) or 1) for x in b)) if b else None,
                 f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" if d else "",
                 mark,
-                "–" if report.distance not in m else f"{m[report.distance]:.3f}" + (f" ± {error:.3f}" if error else ""),
             )
         )
     return entries
@@ -365,6 +373,7 @@ class Cost:
     stepping_s: float  # of one worker, in training steps alone
     evaluation_s: float  # slots x seconds
     restarts: int
+    retried: int  # pieces of its evaluation
 
 
 def _cost(report: Report, row: Row) -> Cost:
@@ -375,7 +384,8 @@ def _cost(report: Report, row: Row) -> Cost:
         report.use.of(row.digest, "training"),
         status.get("step", 0) * training.batch_size / rate if rate else 0.0,
         report.use.of(row.digest, "evaluation"),
-        archive.restarts(report.happened).get(row.digest, 0),
+        archive.times(report.happened, "restarted")[row.digest],
+        archive.times(report.happened, "retried")[row.digest],
     )
 
 

@@ -8,17 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from orchestrator.comparing import Difference, indistinguishable
+from orchestrator import comparing
+from orchestrator.comparing import BY_IMAGE, Difference
 from orchestrator.experiment import Variant
 from orchestrator.plan import Found
 from orchestrator.preflight import log_snr_curves, schedule_name
 from orchestrator.settings import show
+from orchestrator.terminal import columns
 from workers.config import Trial
 
 if TYPE_CHECKING:  # a table of results needs neither Ray nor pandas
     import pandas as pd
 
     from orchestrator.measuring import Measured
+
+
+NLL, EVALUATIONS = "eval/nll_bpd", "eval/network_evaluations"
+HEADS = {NLL: "NLL bits/dim", "eval/ode_nll_bpd": "ODE NLL bits/dim"}  # of columns
+SAME = " ≈"  # after the number of a trial that cannot be told from the best
 
 
 @dataclass(frozen=True)
@@ -107,45 +114,65 @@ def _behind(row: Row, differences: Mapping[str, Difference]) -> dict[str, float]
     return {"nll_above_best_bpd": d.mean, "nll_above_best_low": d.low, "nll_above_best_high": d.high} if d else {}
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """What the sweep ends with. A missing number is a dash, and the state says why."""
-    distances = sorted({name for row in rows for name in row.metrics if is_distance(name)})
-    _, differences = against_best(rows)
+def table(rows: Sequence[Row], metric: str = NLL, width: int | None = None) -> Table:
+    """What a sweep that ranks on `metric` ends with, in a window of a `width`.
+
+    A missing number is a dash, and the state says why.
+    """
+    shown = measured_names(rows)
+    _, differences = against_best(rows, metric)
     names = list(dict.fromkeys(name for row in rows for name in short_params(row.variant)))
     counts = {row.metrics.get(EVALUATIONS) for row in rows} - {None}  # of the network, a sample: told where they differ
-    result = Table(box=None, pad_edge=False, header_style="bold")
-    for name in [
-        "trial",
-        *names,
-        "NLL bits/dim",
-        *(d.removeprefix("eval/") for d in distances),
-        *["evaluations"][: len(counts) > 1],
-        "images/s",
-        "state",
-    ]:
-        result.add_column(name, justify="left" if name in ("trial", "state") else "right", no_wrap=True)
+    cells = []
     for row in rows:
         params, metrics = short_params(row.variant), row.metrics
-        nll = metrics.get("eval/nll_bpd")
-        result.add_row(
-            row.digest[:8],
-            *(params.get(name, "-") for name in names),
-            "-" if nll is None else f"{nll:.3f} ± {metrics['eval/nll_bpd_se']:.3f}{_mark(row, differences)}",
-            *(f"{metrics[d]:.3f}" if d in metrics else "-" for d in distances),
-            *[f"{metrics[EVALUATIONS]:.0f}" if EVALUATIONS in metrics else "-"][: len(counts) > 1],
-            f"{row.images_per_s:,.0f}" if row.images_per_s else "-",
-            row.state,
+        evaluations = f"{metrics[EVALUATIONS]:.0f}" if EVALUATIONS in metrics else "-"
+        cells.append(
+            {
+                "trial": row.digest[:8],
+                **{name: params.get(name, "-") for name in names},
+                **{
+                    HEADS.get(name, name.removeprefix("eval/")): with_error(name, metrics)
+                    + (_mark(row, differences) if name == compared(metric) else "")
+                    for name in shown
+                },
+                **({"evaluations": evaluations} if len(counts) > 1 else {}),
+                "images/s": f"{row.images_per_s:,.0f}" if row.images_per_s else "-",
+                "state": row.state,
+            }
         )
-    return result
+    return columns(cells, width, spare=("images/s",))
 
 
-EVALUATIONS = "eval/network_evaluations"
-SAME = " ≈"  # after the bits/dim of a trial that cannot be told from the best
+def measured_names(rows: Sequence[Row]) -> list[str]:
+    """The metrics that a table of the trials shows: the bound, whatever was measured, then what else was."""
+    found = {name for row in rows for name in row.metrics if is_distance(name) or name in HEADS}
+    return sorted(found or {NLL}, key=lambda name: (name != NLL, name not in HEADS, name))
 
 
-def against_best(rows: Sequence[Row]) -> tuple[str | None, dict[str, Difference]]:
-    """The best trial in bits/dim, and the paired differences of the others from it."""
-    return indistinguishable({row.digest: row.found.summary for row in rows if row.found.summary})
+def with_error(name: str, metrics: Mapping[str, float], missing: str = "-", digits: int = 3) -> str:
+    """A metric ± its standard error, where it has one."""
+    if name not in metrics:
+        return missing
+    error = metrics.get(f"{name}_se")
+    return f"{metrics[name]:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def in_short(row: Row) -> str:
+    """What was measured of a trial, in a line: `NLL bits/dim 2.559 ± 0.014, fd_classifier 0.570 ± 0.041`."""
+    names = [name for name in measured_names([row]) if name in row.metrics]
+    return ", ".join(f"{HEADS.get(name, name.removeprefix('eval/'))} {with_error(name, row.metrics)}" for name in names)
+
+
+def compared(metric: str) -> str:
+    """The metric by whose error bars trials are held against the best, in a sweep that ranks on `metric`."""
+    return NLL if metric == "valid/nll_bpd" else metric
+
+
+def against_best(rows: Sequence[Row], metric: str = NLL) -> tuple[str | None, dict[str, Difference]]:
+    """The best trial by the metric that the sweep ranks on, and the differences of the others from it."""
+    summaries = {row.digest: row.found.summary for row in rows if row.found.summary}
+    return comparing.against_best(summaries, compared(metric))
 
 
 def _mark(row: Row, differences: Mapping[str, Difference]) -> str:
@@ -155,12 +182,14 @@ def _mark(row: Row, differences: Mapping[str, Difference]) -> str:
     return SAME if row.digest in differences and not differences[row.digest].clear else " " * len(SAME)
 
 
-def footnote(rows: Sequence[Row]) -> str:
+def footnote(rows: Sequence[Row], metric: str = NLL) -> str:
     """What the mark in the table means, and which trials were measured otherwise; empty where there is nothing."""
-    best, differences = against_best(rows)
+    best, differences = against_best(rows, metric)
     name, same = str(best)[:8], [d for d in differences.values() if not d.clear]
-    said = [f"≈ not distinguishable from {name} in bits/dim (95 % each, paired over {d.n} images)" for d in same[:1]]
-    measured = [r.digest for r in rows if "eval/nll_bpd" in r.metrics and r.found.summary]
+    what, paired = compared(metric).removeprefix("eval/"), compared(metric) in BY_IMAGE
+    how = "bits/dim (95 % each, paired over {n} images)" if paired else f"{what} (95 % each, by the errors of both)"
+    said = [f"≈ not distinguishable from {name} in {how.format(n=d.n)}" for d in same[:1]]
+    measured = [r.digest for r in rows if compared(metric) in r.metrics and r.found.summary]
     if apart := [digest[:8] for digest in measured if best and digest != best and digest not in differences]:
         said.append(f"measured by another protocol than {name}, and not held against it: {', '.join(apart)}")
     return "\n".join(said)
@@ -171,9 +200,9 @@ def is_distance(name: str) -> bool:
     return name.startswith(("eval/fd_", "eval/fid")) and not name.endswith(("_se", "_infinity"))
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row], metric: str = NLL) -> str:
     """The table for MLflow's notes."""
-    result = table(rows)
+    result = table(rows, metric)
     columns = [str(column.header) for column in result.columns]
     cells = zip(*(column.cells for column in result.columns), strict=True)
     lines = [columns, ["---"] * len(columns), *([str(cell).strip() for cell in line] for line in cells)]
@@ -203,7 +232,7 @@ def evaluation_text(measured: "Measured") -> str:
         return "\n".join([*lines, f"  failed          {measured.failed}", ""])
     metrics = summary["metrics"]
     lines += [
-        f"  {name.removeprefix('eval/'):<28} {_with_error(name, metrics)}"
+        f"  {name.removeprefix('eval/'):<28} {with_error(name, metrics, digits=4)}"
         for name in metrics
         if not name.endswith("_se")
     ]
@@ -215,11 +244,6 @@ def evaluation_text(measured: "Measured") -> str:
         lines.append(f"  {kind + ' protocol':<16} {protocol}")
         lines += [f"  warning         {text}" for text in passport.get("warnings", ())]
     return "\n".join([*lines, f"  hash            {summary['hash']}", ""])
-
-
-def _with_error(name: str, metrics: Mapping[str, float]) -> str:
-    error = metrics.get(f"{name}_se")
-    return f"{metrics[name]:.4f}" if error is None else f"{metrics[name]:.4f} ± {error:.4f}"
 
 
 def plain(value: Any) -> str:

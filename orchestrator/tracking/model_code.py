@@ -65,7 +65,10 @@ class Images(PythonModel):
         own = self.fid.sampler
         kind = row.get("sampler") or own.kind
         base = own if kind == own.kind else SamplerConfig(kind=kind)
-        steps = int(row["steps"]) if row.get("steps") else base.steps
+        asked, T = row.get("steps"), self.model.process.T
+        steps = base.steps if asked is None or pd.isna(asked) else int(asked)
+        if steps is not None and steps != base.steps and not 1 <= steps <= T:
+            raise ValueError(f"steps = {steps} were asked for; give 1 to T = {T}")
         sampler = SamplerConfig.model_validate({**base.model_dump(), "steps": steps})
         return self.fid.model_copy(update={"sampler": sampler})
 

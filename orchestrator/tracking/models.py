@@ -1,12 +1,13 @@
 """The registered model of a sweep: MLflow's copy of its best checkpoint, ready to give images.
 
-A version belongs to a checkpoint and is made once; the alias `candidate` is moved to that of the best trial. Its tags
-say where it comes from:
+A version is a checkpoint and the way its images are drawn where nobody asks otherwise: the sampler and the variance
+that were measured. It is made once; the alias `candidate` is moved to that of the best row. Its tags say what it is:
 
     orchestrator.trial        the trial's address
     orchestrator.checkpoint   the digest of the checkpoint
     orchestrator.path         its folder, relative to the root of the storage
     orchestrator.storage      the storage, with its host where it is a local folder
+    orchestrator.draws        its sampler, quantisation and variance, as JSON
 
 What lies in it is code (`model_code`, and the package `workers` as it is today), the checkpoint as diffusers keeps it,
 and texts; `mlflow.pyfunc.load_model` opens it without a pickle.
@@ -26,7 +27,13 @@ from workers.checkpoint import Checkpoint
 from workers.config import FIDConfig, trained_by
 
 CANDIDATE = "candidate"
-TRIAL, CHECKPOINT, PATH, STORAGE = (f"orchestrator.{name}" for name in ("trial", "checkpoint", "path", "storage"))
+TRIAL, CHECKPOINT, PATH, STORAGE, DRAWS = (
+    f"orchestrator.{name}" for name in ("trial", "checkpoint", "path", "storage", "draws")
+)
+USE = """```python
+model = mlflow.pyfunc.load_model("models:/%s@candidate")
+images = model.predict(pandas.DataFrame({"n": [16], "seed": [0]}))  # uint8 (16, H, W, C), in the data's levels
+```"""
 # What `model_code` and the modules of `workers` below it import.
 REQUIRED = ("mlflow", "numpy", "pandas", "pillow", "pyarrow", "pydantic", "safetensors", "torch")
 
@@ -40,6 +47,13 @@ class Candidate:
     levels: int
     fid: FIDConfig
     variance: str | None = None  # of p_theta as it is measured; None: the checkpoint's own
+    description: str = ""  # for a person
+
+    @property
+    def draws(self) -> str:
+        """All that its images depend on besides the checkpoint, the number and the seed, as JSON."""
+        sampler = self.fid.sampler.model_dump(mode="json")
+        return json.dumps({"sampler": sampler, "quantise": self.fid.quantise, "variance": self.variance})
 
 
 def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
@@ -79,24 +93,25 @@ def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
 
 
 def register(client: Any, experiment_id: str, name: str, run_id: str, candidate: Candidate, origin: str) -> None:
-    """Makes the candidate's checkpoint a version of the registered model `name`, once, and moves the alias to it.
+    """Makes the candidate a version of the registered model `name`, once, and moves the alias to it.
 
     It can be cut off anywhere and made again. `run_id` is the trial's run, `origin` the storage.
     """
     tags = {TRIAL: trained_by(candidate.trial), CHECKPOINT: candidate.checkpoint.digest}
-    tags |= {PATH: candidate.checkpoint.path, STORAGE: origin}
+    tags |= {PATH: candidate.checkpoint.path, STORAGE: origin, DRAWS: candidate.draws}
     if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name, description=f"The best trial of the sweep `{name}`; predict gives images.")
+        client.create_registered_model(name, description=f"The best trial of the sweep `{name}`.\n\n{USE % name}")
     version = next(
         (v for v in client.search_model_versions(f"name = '{name}'") if tags.items() <= v.tags.items()), None
     )
     if version is None:
         # By its place: MLflow would look up `models:/<id>` at the process's own tracking URI and not at the client's.
         model = _logged(client, experiment_id, name, run_id, candidate, tags)
-        version = client.create_model_version(name, model.artifact_location, run_id, tags, model_id=model.model_id)
+        place, said = model.artifact_location, candidate.description
+        version = client.create_model_version(name, place, run_id, tags, description=said, model_id=model.model_id)
         linked = json.dumps([{"name": name, "version": version.version}])
         client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": linked})  # the page's link to it
-    if client.get_registered_model(name).aliases.get(CANDIDATE) != version.version:
+    if str(client.get_registered_model(name).aliases.get(CANDIDATE)) != str(version.version):
         client.set_registered_model_alias(name, CANDIDATE, version.version)
 
 

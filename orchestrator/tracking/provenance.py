@@ -15,7 +15,8 @@ def provenance() -> dict[str, str]:
     """Tags that say what ran where: code, versions, the driver's hardware, user and command."""
     here = Path(__file__)
     tags = {
-        "mlflow.source.name": without_secrets(" ".join(sys.orig_argv[1:])),
+        "mlflow.source.name": next((word for word in sys.orig_argv[1:] if not word.startswith("-")), "python"),
+        "command": without_secrets(" ".join(sys.orig_argv[1:])),
         "mlflow.source.type": "LOCAL",
         "host": socket.gethostname(),
         "hardware.platform": platform.platform(),

@@ -23,7 +23,7 @@ from orchestrator.tracking.models import Candidate
 from orchestrator.tracking.provenance import provenance
 from orchestrator.tracking.server import resolve_uri
 from orchestrator.tracking.tracker import Dataset, Status, Tracker
-from orchestrator.tracking.views import Comparison, pareto_tags
+from orchestrator.tracking.views import FRONT, PARETO, PART, Comparison, pareto_tags, part
 from workers import checkpoint as checkpoints
 from workers.blocks import Images, distance_name, protocol_key
 from workers.config import DataConfig, FIDConfig, Measurement, digest, trained_by
@@ -103,6 +103,7 @@ class Record:
         ]  # fmt: skip
         params = _flat(trial.model_dump(mode="json"))
         tags = {**self.tags, "trial.digest": address, "data.digest": source.digest}
+        tags[PART] = part(list(self.trials).index(address))
         self._standing[address] = pareto_tags(list(self.trials), {})[address]
         self.tracker.open_trial(address, name, params, tags | self._standing[address], images)
         self.tracker.log_artifact(address, write_yaml(trial.model_dump(mode="json")).encode(), "trial.yaml")
@@ -128,12 +129,14 @@ class Record:
             for row in rows
             if all(math.isfinite(row.metrics.get(name, math.nan)) for name in names)
         }
-        for address, tags in pareto_tags(list(self.trials), points).items():
+        standing = pareto_tags(list(self.trials), points)
+        for address, tags in standing.items():
             if address in self._opened and tags != self._standing[address]:
                 self._standing[address] = tags
                 self.tracker.set_tags(address, tags)
         best = rows[0].digest if rows and self.experiment.search.metric in rows[0].metrics else ""
-        self.tracker.show(replace(self.compare, best=best))
+        front = sum(tags.get(PARETO) == FRONT for tags in standing.values())
+        self.tracker.show(replace(self.compare, best=best, front=front))
 
     def sweep_ended(self, rows: Sequence[Row]) -> None:
         """Writes the results beside the sweep and ships them, unless just these were shipped before."""
@@ -188,7 +191,10 @@ class Record:
         checkpoint = checkpoints.averaged(checkpoint, Measurement.of(trial).evaluation.ema)
         levels, fid = self.sources[trial.data].levels, trial.evaluation.fid or FIDConfig()
         variance = Measurement.of(trial).evaluation.variance
-        return Candidate(trial=best.digest, checkpoint=checkpoint, levels=levels, fid=fid, variance=variance)
+        said = f"{best.name}: {results.in_short(best)}"
+        return Candidate(
+            trial=best.digest, checkpoint=checkpoint, levels=levels, fid=fid, variance=variance, description=said
+        )
 
     @cached_property
     def link(self) -> str:
@@ -298,8 +304,10 @@ def _parquet(frame: Any) -> bytes:
 
 def _trial_note(row: Row) -> str:
     status = row.found.status or {}
-    lines = [f"**{row.name}** — {row.state}", "", row.error or str(status.get("detail") or ""), ""]
-    lines += [f"- `{name}`: {value:.4f}" for name, value in row.metrics.items()]
+    measured = results.in_short(row)
+    lines = [f"**{row.name}**: {row.state}{f', {measured}' if measured else ''}", ""]
+    lines += [row.error or str(status.get("detail") or ""), ""]
+    lines += [f"- `{n}`: {results.with_error(n, row.metrics, digits=4)}" for n in row.metrics if not n.endswith("_se")]
     lines += [f"- trained {status.get('step', 0)} steps at {row.images_per_s or 0:,.0f} images/s"]
     if row.found.summary:
         lines += ["", "What the numbers are:", "```json", json.dumps(row.found.summary["passports"], indent=2), "```"]
@@ -310,6 +318,12 @@ def _sweep_note(experiment: Experiment, rows: Sequence[Row]) -> str:
     best = rows[0] if rows and experiment.search.metric in rows[0].metrics else None
     head = f"Sweep `{experiment.name}`: {len(rows)} trials, ranked by `{experiment.search.metric}`."
     said = (
-        f"Best: **{best.name}** with {best.metrics[experiment.search.metric]:.4f}." if best else "No trial is done yet."
+        f"Best: **{best.name}**, {results.with_error(experiment.search.metric, best.metrics)}."
+        if best
+        else "No trial is done yet."
     )
-    return f"{head} {said}\n\n{results.markdown(rows)}\n\nNLL is measured on held-out images, ± its standard error."
+    table = results.markdown(rows, experiment.search.metric)
+    note = results.footnote(rows, experiment.search.metric).replace("\n", "  \n")
+    return (
+        f"{head} {said}\n\n{table}\n\nNumbers are ± their standard errors; NLL is of held-out images.  \n{note}".strip()
+    )

@@ -5,6 +5,7 @@ project is pinned; tests/browser opens the views in a real browser. Each is one 
 
     the comparison       every trial: parallel coordinates, NLL against distance, validation, samples, settings
     the Pareto front     the trials that no other beats in all that was measured
+    samples <n>-<m>      of more than ten trials: the images of ten at a time, which is all that MLflow shows at once
     by <setting>         means over the trials that share a value of one searched setting
 """
 
@@ -14,15 +15,16 @@ import json
 import math
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
 PARENT = "mlflow.parentRunId"
-PARETO, COLOUR = "pareto", "mlflow.runColor"  # tags of a trial's run
+PARETO, COLOUR, PART = "pareto", "mlflow.runColor", "orchestrator.part"  # tags of a trial's run
 FRONT, BEATEN = "front", "beaten"
 SETTINGS = 12  # more searched settings than these get no charts and views of their own: a tag holds 5,000 characters
-IMAGE_TRIALS, IMAGES_A_ROW = 10, 3  # MLflow shows images of ten runs at most; so many abreast on a usual screen
+IMAGE_TRIALS, IMAGES_A_ROW = 10, 3  # MLflow shows images of the first ten runs; so many abreast on a usual screen
+PARTS = 20  # more parts of ten trials get no views of their own
 GENERATED = ("eval", "train", "valid")  # sections that MLflow fills with a chart for every metric
 
 Chart = dict[str, Any]
@@ -37,6 +39,7 @@ class Comparison:
     curve: str = ""  # a metric that is logged as the training goes on
     images: tuple[str, ...] = ()
     trials: int = 0  # how many there are: the panel of images is made high enough for them
+    front: int = 0  # how many of them are on the Pareto front
     best: str = ""  # the address of the trial that the others are held against
 
 
@@ -55,7 +58,14 @@ def views(compare: Comparison, parent_id: str, image_step: int, best_id: str) ->
     result = [View(title="all trials", state=everything)]
     if len(compare.metrics) > 1:
         chosen = f"{children(parent_id)} and tags.{PARETO} = '{FRONT}'"
-        result.append(View(title="the Pareto front", state={**everything, "searchFilter": chosen}))
+        sections = _sections(replace(compare, trials=compare.front), image_step, best_id)
+        result.append(View(title="the Pareto front", state=_page(compare, chosen, sections)))
+    if compare.images and compare.trials > IMAGE_TRIALS:
+        for first in range(0, min(compare.trials, PARTS * IMAGE_TRIALS), IMAGE_TRIALS):
+            last = min(first + IMAGE_TRIALS, compare.trials)
+            chosen = f"{children(parent_id)} and tags.`{PART}` = '{part(first)}'"
+            state = _page(compare, chosen, [_samples(compare, last - first, image_step)])
+            result.append(View(title=f"samples {first + 1}-{last}", state=state))
     settings = compare.params[:SETTINGS]
     return result + [View(title=f"by {param}", state=_grouped(compare, parent_id, param)) for param in settings]
 
@@ -63,6 +73,11 @@ def views(compare: Comparison, parent_id: str, image_step: int, best_id: str) ->
 def children(parent_id: str) -> str:
     """The filter of a sweep's trials."""
     return f"tags.`{PARENT}` = '{parent_id}'"
+
+
+def part(number: int) -> str:
+    """The part of ten trials that a trial belongs to, by its number in the experiment, from 0 on."""
+    return str(number // IMAGE_TRIALS + 1)
 
 
 def tag(name: str, state: Mapping[str, Any], time_ms: int) -> str:
@@ -129,19 +144,10 @@ def _sections(compare: Comparison, image_step: int, best_id: str) -> list[tuple[
     trade_off = [_scatter(_metric(first), _metric(other)) for other in others]
     if compare.curve:
         trade_off.append(_line(compare.curve))
-    rows = math.ceil(min(compare.trials, IMAGE_TRIALS) / IMAGES_A_ROW)
     return [
         ("Settings and results", 1, 330, [_parallel(compare)]),
         ("Pareto front (vivid), validation", max(2, min(len(trade_off), 3)), 400, trade_off),
-        (
-            "Samples",
-            1,
-            max(450, 160 + 290 * rows),
-            [
-                {"type": "IMAGE", "displayName": key, "imageKeys": [key], "step": image_step, "showRunParams": False}
-                for key in compare.images
-            ],
-        ),
+        _samples(compare, compare.trials, image_step),
         (
             "By setting",
             max(2, min(len(settings), 3)),
@@ -150,6 +156,17 @@ def _sections(compare: Comparison, image_step: int, best_id: str) -> list[tuple[
         ),
         ("Differences from the best", 1, 400, [_difference(best_id)]),
     ]
+
+
+def _samples(compare: Comparison, trials: int, image_step: int) -> tuple[str, int, int, list[Chart]]:
+    """The section of the images: those of the first ten runs on the page, which are the best of it."""
+    rows = math.ceil(min(trials, IMAGE_TRIALS) / IMAGES_A_ROW)
+    charts = [
+        {"type": "IMAGE", "displayName": key, "imageKeys": [key], "step": image_step, "showRunParams": False}
+        for key in compare.images
+    ]
+    title = "Samples, the best trial last" if trials <= IMAGE_TRIALS else "Samples of the ten best, the best last"
+    return title, 1, max(450, 160 + 290 * rows), charts
 
 
 def _grouped(compare: Comparison, parent_id: str, param: str) -> dict[str, Any]:

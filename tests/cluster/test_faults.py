@@ -1,5 +1,6 @@
 """Kills, interrupts, divergence and pruning: nothing is lost, nothing is left over, and every end has its reason."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import Started, runs, state_of, statuses, sweep, title, trials_of, undisturbed
+from conftest import Started, run, runs, state_of, statuses, sweep, title, trials_of, undisturbed
 from mlflow import MlflowClient
 
 from orchestrator.reports import archive
@@ -39,8 +40,8 @@ def test_resumes_after_a_kill_of_the_driver_and_ends_in_the_same_bits(tiny: Path
     parent, children = runs(storage)
     assert parent.info.status == "FINISHED" and [run.info.status for run in children] == ["FINISHED"] * 2
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
-    for run in children:
-        steps = [m.step for m in client.get_metric_history(run.info.run_id, "valid/nll_bpd")]
+    for child in children:
+        steps = [m.step for m in client.get_metric_history(child.info.run_id, "valid/nll_bpd")]
         assert steps == [0, 100, 200, 300, 400]
 
 
@@ -65,6 +66,38 @@ def test_a_killed_worker_is_replaced_and_its_trial_goes_on(tiny: Path, tmp_path:
         assert '<span class="tag restarted">' in page
     finally:
         started.end()
+
+
+def test_blocks_that_are_made_again_are_told(own: tuple[Path, Path]) -> None:
+    """One whose process is killed, which Ray runs again by itself, and samples that a disk has damaged."""
+    file, storage = own
+    killed, damaged = sorted(statuses(storage))
+    checkpoints = {
+        trial: storage / "evaluations" / statuses(storage)[trial]["checkpoint"] for trial in (killed, damaged)
+    }
+    shutil.rmtree(checkpoints[killed])
+    [samples] = checkpoints[damaged].glob("samples-????????????????/block-00000.parquet")
+    samples.write_bytes(samples.read_bytes()[:-1] + b"\0")
+    shutil.rmtree(next(checkpoints[damaged].glob("samples-*-classifier*")))
+    for summary in checkpoints[damaged].glob("summary-*.json"):
+        summary.unlink()
+    started, making = Started(file, "--storage", storage), list[int]()
+    try:
+        started.wait_until(
+            lambda: bool(making.extend(p for p in started.family() if "make_block" in title(p)) or making)
+        )
+        os.kill(making[0], signal.SIGKILL)
+        assert started.process.wait(timeout=600) == 0, started.said()
+    finally:
+        started.end()
+    told = [event for event in archive.events(Storage(storage), "tiny") if event["event"] == "retried"]
+    again, remade = ([e for e in told if text in e["why"]] for text in ("Ray ran it again", "it is made again"))
+    assert again and len(told) == len(again) + len(remade)
+    assert [(e["trial"], e["piece"]) for e in remade] == [(damaged, str(samples.relative_to(storage)))]
+    assert "Ray ran it again" in started.said() and "is made again" in started.said()
+    assert (storage / "sweeps/tiny/report.html").read_text().count('<span class="tag retried">') == len(told)
+    found = json.loads(run("orchestrator.status", "tiny", "--json", "--storage", storage).stdout)
+    assert sum(trial["retried_blocks"] for trial in found["sweeps"][0]["trials"]) == len(told)
 
 
 def test_a_damaged_checkpoint_fails_its_own_trial_and_no_other(

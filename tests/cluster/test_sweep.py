@@ -26,7 +26,7 @@ def test_ends_with_a_table_a_path_and_a_link(finished: tuple[Path, Path, str]) -
     assert "NLL bits/dim" in output and "fd_classifier" in output and "images/s" in output
     assert f"{storage}/sweeps/tiny/results.parquet" in output
     assert "http://127.0.0.1:5000/#/experiments/" in output and "workflowType=machine_learning" in output
-    assert output.count(" ± ") == 2
+    assert output.count(" ± ") == 4  # NLL and distance of two trials
 
 
 def test_writes_a_frame_with_a_row_a_trial(finished: tuple[Path, Path, str]) -> None:
