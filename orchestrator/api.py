@@ -45,14 +45,14 @@ class Outcome:
         return load_results(self.name, self.storage)
 
 
-def preview(file: str | Path, *overrides: str) -> "pd.DataFrame":
+def preview(file: str | Path, *overrides: str, smoke: bool = False) -> "pd.DataFrame":
     """The trials that an experiment file means, a row each: what is searched, where the chain ends, what it costs.
 
     Costs count evaluations of the network, an image at a time. Starts nothing. Raises Mistake with all mistakes.
     """
     import pandas as pd
 
-    trials, sources, _ = trials_of(load(file, overrides))
+    trials, sources, _ = trials_of(load(file, overrides, smoke))
     names = [field.name for field in fields(Cost)]
     return pd.DataFrame(
         {
@@ -73,12 +73,14 @@ def run_sweep(
     address: str | None = None,
     fresh: bool = False,
     quiet: bool = True,
+    smoke: bool = False,
 ) -> Outcome:
-    """Makes what is missing of a sweep, as the command does; `quiet` prints its result alone.
+    """Makes what is missing of a sweep, as the command does; `quiet` prints its result alone, `smoke`
+    applies the file's own section of that name.
 
     To be called from the main thread, as ctrl-C and SIGTERM end it in good order. Raises Mistake before Ray starts.
     """
-    experiment = load(file, overrides)
+    experiment = load(file, overrides, smoke)
     trials, sources, _ = trials_of(experiment)
     from orchestrator.controller import run
 

@@ -158,6 +158,19 @@ def _remedy(diffusion: DiffusionConfig, limit: float) -> str:
     return "take " + "diffusion.schedule.scale: per_1000, or " * works + "a larger beta_end or T"
 
 
+def _weighting(_: Experiment, trial: Trial, __: Source) -> Iterator[Finding]:
+    """max(SNR_t, 1) is stated for the error of x_0; of eps it is max(1, 1 / SNR_t), which grows without bound."""
+    d, loss, least = trial.diffusion, trial.loss, chain(trial.diffusion).log_snr_T
+    if d.prediction == "eps" and loss.weighting == "truncated_snr" and least < 0:
+        most = f"{math.exp(-least):,.3g} times" if least > -700 else "infinitely many times"
+        yield Finding(
+            "loss.weighting: truncated_snr counts the error of eps by max(1, 1 / SNR_t), at t = T "
+            f"{most} what it counts near the data, so the loss is nearly that of pure noise alone; take "
+            "diffusion.prediction: v or x_0, for which it was made, or another weighting",
+            refused=False,
+        )
+
+
 def _network(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
     yield from (Finding(mistake) for mistake in unet_mistakes(trial.model, resolution=source.shape[0]))
 
@@ -224,7 +237,13 @@ def _search(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Finding
         )
 
 
-CHECKS: tuple[Callable[[Experiment, Trial, Source], Iterator[Finding]], ...] = (_noise, _network, _images, _search)
+CHECKS: tuple[Callable[[Experiment, Trial, Source], Iterator[Finding]], ...] = (
+    _noise,
+    _weighting,
+    _network,
+    _images,
+    _search,
+)
 
 
 # ---- Cost ------------------------------------------------------------------------------------------------------

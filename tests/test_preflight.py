@@ -18,8 +18,10 @@ from orchestrator.preflight import (
     schedule_name,
 )
 from orchestrator.settings import merge
-from workers.config import ADAPTIVE_EVALUATIONS, SAMPLE_GRID, DiffusionConfig, ScheduleConfig, Trial
+from workers.config import ADAPTIVE_EVALUATIONS, SAMPLE_GRID, DiffusionConfig, LossConfig, ScheduleConfig, Trial
 from workers.data import Source
+from workers.diffusion.objectives import weights
+from workers.diffusion.process import Process
 
 DIGITS = Source("d" * 16, "digits", "digits", 1497, 300, True, 17, (8, 8, 1))
 SMALL = {
@@ -164,6 +166,15 @@ def test_the_data_must_have_what_the_evaluation_asks_for() -> None:
     assert ["6 is more than the 5" in found[0], "no labels" in found[1]] == [True, True]
     (warning,) = check(unlabelled, evaluation={"fid": None, "nll": {"images": 5}})
     assert "64 is more than the 10 training images" in warning
+
+
+def test_a_weighting_that_leaves_noise_alone_is_warned_about() -> None:
+    loss = {"objective": "mse", "weighting": "truncated_snr"}
+    (warning,) = check(loss=loss)
+    assert "truncated_snr counts the error of eps by max(1, 1 / SNR_t), at t = T 2.48e+04 times" in warning
+    assert not check(loss=loss, diffusion={"prediction": "v"}) and not check(loss={"weighting": "snr"})
+    w = weights(Process.of(linear(1000)), LossConfig(**loss)).numpy()
+    assert w[-1] / w[0] == pytest.approx(2.48e4, rel=0.01) and w[-100:].sum() > 0.6 * w.sum()
 
 
 def test_searches_that_do_nothing_or_the_opposite_are_warned_about() -> None:
