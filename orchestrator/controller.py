@@ -164,6 +164,7 @@ class Sweep:
         for config in self.sources:
             prepare(config)
         with self.display, execution.session(address):
+            execution.check_seen(self.storage)
             slots = execution.slots()
             self.events.add("cluster", cpus=slots["cpus"], gpus=slots["gpus"])
             nodes = execution.nodes_ever(cluster)

@@ -10,6 +10,7 @@ import os
 import signal
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,9 +20,11 @@ from typing import Any, Protocol
 
 import ray
 from ray import tune
+from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import SearchAlgorithm
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.clusters.cluster import Cluster
 from orchestrator.clusters.submission import TOKEN, check_attachable, code, inside_a_job
@@ -31,9 +34,13 @@ from workers import tasks
 from workers.blocks import Block
 from workers.config import DataConfig, Mistake, TrainingConfig
 from workers.speed import Spent, added
+from workers.storage import Storage
+
+log = logging.getLogger(__name__)
 
 TO_DIE_S = 5.0  # until the processes of a dead trial are gone: freed before, Ray Train would take its cores again
 BLOCK_CPUS = 0.9  # not a whole one: the drivers of data-parallel trials take a little of the core that is kept free
+TO_ANSWER_S = 60.0  # for a node that is asked whether it sees the storage; one that is slower is believed
 LOOK_AGAIN_S = 1.0  # at the nodes, and at the placements that wait for room
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files beside our journal
@@ -135,6 +142,40 @@ def gpus_a_worker(training: TrainingConfig, nodes: Sequence[Node]) -> int:
     return training.gpus
 
 
+def check_seen(storage: Storage) -> None:
+    """Raises Mistake where the storage is a folder that some node of the cluster does not see.
+
+    A node that comes later is not asked: where the cluster grows, the storage is a URI or a share of its file.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here and node["Resources"].get("CPU")]
+    if not storage.is_local or not others:
+        return
+    note = f"seen-{uuid.uuid4().hex}"
+    storage.write(note, b"")
+    try:
+        asked = {
+            tasks.sees.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote(storage.root, note): node["NodeManagerAddress"]
+            for node in others
+        }  # fmt: skip
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=TO_ANSWER_S)
+        blind = []
+        for ref in answered:
+            try:
+                blind += [] if ray.get(ref) else [asked[ref]]
+            except ray.exceptions.RayError as error:  # it has left, and holds no trial
+                log.warning("%s was not asked for the storage: %s", asked[ref], _reason(error))
+    finally:
+        storage.delete(note)
+    if blind:
+        raise Mistake(
+            f"--storage {storage.root}: not seen by {', '.join(blind)} of the cluster. Give a folder that all nodes "
+            "share, such as one on NFS, or a URI such as s3://bucket/path"
+        )
+
+
 # How trials are hosted, by name: what Tune calls for one worker, and for several.
 HOSTS = {
     "one_worker": tasks.OneWorker,
@@ -164,7 +205,7 @@ def train(
         events.say(f"placement  {size}: more than a node holds, so such a trial trains over several nodes (PACK)")
     for name, host in hosts.items():
         tune.register_trainable(name, host)
-    with tempfile.TemporaryDirectory(prefix="orchestrator-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="orchestrator-") as scratch, _out_of_memory_is_a_death():
         admission = _Admission(jobs, sizes, search, events, cluster, scratch)
         tune.Tuner(
             hosts["one_worker"],
@@ -182,6 +223,28 @@ def train(
                 verbose=0,
             ),
         ).fit()
+
+
+@contextmanager
+def _out_of_memory_is_a_death() -> Iterator[None]:
+    """Has Tune treat a trial whose process Ray killed on a full machine as one whose process died.
+
+    Ray's memory monitor gives such calls an error that Tune 2.60 does not count among the deaths of an actor, and ends
+    the whole sweep by.
+    """
+    before = RayActorManager._actor_task_failed
+
+    def failed(manager: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, ray.exceptions.OutOfMemoryError):
+            why = f"its machine was full, and Ray ended its process: {str(exception).splitlines()[0]}"
+            exception = ray.exceptions.RayActorError(error_msg=why)
+        before(manager, tracked_actor_task, exception)
+
+    RayActorManager._actor_task_failed = failed
+    try:
+        yield
+    finally:
+        RayActorManager._actor_task_failed = before
 
 
 class _Admission(SearchAlgorithm):

@@ -56,6 +56,7 @@ def measure(
                  for path, (s, p, m) in to_do.items()}  # fmt: skip
         display.lines |= {f"{to_do[path][0].checkpoint.digest}-{path}": line for path, line in lines.items()}
         with display, execution.session(address, at_once):
+            execution.check_seen(storage)
             cluster = cluster_of_the_head() if address else None
             evaluations, gpus = execution.Evaluations(), int(any(n.gpus for n in execution.nodes_ever(cluster)))
             for path, (subject, planned, missing) in to_do.items():

@@ -8,7 +8,8 @@ Exit status: 0 fine, 1 something could not be measured (run again, it goes on wi
 regression, numbers that moved by themselves, or a canary off; 130 interrupted.
 
 On a cluster's head, cron asks every five minutes whether a night is due, and submits it as the Ray job nightly-<date>
-(nightly-<suite>-<date> where the suite has another name than that); a second one of that id is refused. To install:
+(nightly-<suite>-<date> where the suite has another name than that); Ray refuses a second one of that id. One that ended
+without being done is followed by nightly-<date>-2 and -3. To install:
 
     python -m orchestrator.nightly experiments/nightly.yaml --storage S --tracking-uri U --install-cron > crontab.txt
     crontab crontab.txt
@@ -35,6 +36,7 @@ from orchestrator.nights.suite import Suite, load
 from workers.config import Mistake
 
 JOBS = "http://127.0.0.1:8265"  # Ray's dashboard on the head, which takes jobs
+ATTEMPTS = 3  # jobs that a night gets, where it ends without being done
 PASSED_ON = (  # of the environment, into the crontab: cron gives none. Secrets stay out of it
     "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL",
 )  # fmt: skip
@@ -122,23 +124,25 @@ def serve(options: argparse.Namespace, suite: Suite) -> int:
 
 
 def submit(options: argparse.Namespace, suite: Suite) -> int:
-    """Hands the newest night that has begun to a cluster as a Ray job, unless it is done, or was submitted before.
+    """Hands the newest night that has begun to a cluster as a Ray job, unless it is done or at work.
 
+    One that ended without being done, as its machine was lost or something could not be measured, gets ATTEMPTS in all.
     Raises Mistake where the cluster does not answer.
     """
-    from orchestrator.clusters.submission import submit_once
+    from orchestrator.clusters.submission import submit_again
     from workers.storage import Storage
 
     day = last_night(datetime.now(UTC), suite.schedule)
-    if Storage(options.storage).exists(f"nightly/{suite.name}/{day}/result.json"):
+    result = Storage(options.storage).read_json(f"nightly/{suite.name}/{day}/result.json")
+    if result and result["state"] == "complete" and result["recorded"]:
         return 0
-    job = f"{suite.label}-{day}"
+    name = f"{suite.label}-{day}"
     words = ["python", "-m", "orchestrator.nightly", options.file.name, *_same(options)]
     words += ["--date", str(day), "--address", options.address or "auto"]
-    if submit_once(options.submit, job, options.file, words):
+    if job := submit_again(options.submit, name, options.file, words, ATTEMPTS):
         say(suite.schedule, f"submitted the job {job}; ray job logs {job} shows it")
     else:
-        say(suite.schedule, f"the job {job} was submitted before; a night is submitted once")
+        say(suite.schedule, f"nothing to submit: a job of {name} is at work, or {ATTEMPTS} have ended")
     return 0
 
 

@@ -96,12 +96,18 @@ class Size:
 
 def in_one_node(size: Size, nodes: Sequence[Node]) -> bool:
     """Whether some node, empty, holds all workers of the trial: they then train inside of one."""
-    return any(_room(size, node) >= size.workers for node in nodes)
+    return any(_room(size, _beside_driver(size, node)) >= size.workers for node in nodes)
 
 
 def can_hold(size: Size, nodes: Sequence[Node]) -> bool:
-    """Whether the empty nodes hold the trial at all, in one or over several."""
-    return sum(_room(size, node) for node in nodes) >= size.workers
+    """Whether the empty nodes hold the trial at all, in one or over several, wherever Ray puts its driver."""
+    rooms = [_room(size, node) for node in nodes]
+    lost = [
+        room - _room(size, beside)
+        for room, node in zip(rooms, nodes, strict=True)
+        if (beside := _beside_driver(size, node)).cpus >= 0
+    ]
+    return bool(lost) and sum(rooms) - max(lost) >= size.workers
 
 
 def never(sizes: Iterable[Size], nodes: Sequence[Node]) -> list[str]:
@@ -173,11 +179,15 @@ def nodes_in_use(sizes: Sequence[Size], nodes: Sequence[Node], most: int | None 
 
 def _room(size: Size, node: Node) -> int:
     """How many workers of the trial the node holds."""
-    cpus = node.cpus - (DRIVER_CPUS if size.workers > 1 else 0)
-    fit = math.floor(cpus / size.cpus + 1e-9) if size.cpus else size.workers
+    fit = math.floor(node.cpus / size.cpus + 1e-9) if size.cpus else size.workers
     if size.gpus:
         fit = min(fit, math.floor(node.gpus / size.gpus + 1e-9))
     return max(0, fit)
+
+
+def _beside_driver(size: Size, node: Node) -> Node:
+    """What the driver of the trial leaves of the node; one of a single worker is itself the driver."""
+    return Node(node.cpus - (DRIVER_CPUS if size.workers > 1 else 0), node.gpus)
 
 
 def _packed(sizes: Sequence[Size], nodes: Sequence[Node]) -> list[Node]:
@@ -192,11 +202,12 @@ def _packed(sizes: Sequence[Size], nodes: Sequence[Node]) -> list[Node]:
 def _place(size: Size, free: list[Node], together: bool) -> list[Node] | None:
     """What is left of the nodes after the trial has its place; None where it has none."""
     if together:
-        fitting = [i for i, node in enumerate(free) if _room(size, node) >= size.workers]
+        fitting = [i for i, node in enumerate(free) if _room(size, _beside_driver(size, node)) >= size.workers]
         if not fitting:
             return None
         best = min(fitting, key=lambda i: (free[i].gpus, free[i].cpus))  # the fullest that holds it
-        return [_less(node, size, size.workers) if i == best else node for i, node in enumerate(free)]
+        taken = _less(_beside_driver(size, free[best]), size, size.workers)
+        return [taken if i == best else node for i, node in enumerate(free)]
     return _spread(size, free) if can_hold(size, free) else None
 
 
@@ -207,12 +218,14 @@ def _spread(size: Size, free: list[Node]) -> list[Node]:
         here = min(workers, _room(size, free[i]))
         left[i] = _less(free[i], size, here)
         workers -= here
+    if left:
+        driver = max(range(len(left)), key=lambda i: left[i].cpus)
+        left[driver] = _beside_driver(size, left[driver])
     return left
 
 
 def _less(node: Node, size: Size, workers: int) -> Node:
-    driver = DRIVER_CPUS if size.workers > 1 and workers else 0
-    return Node(node.cpus - workers * size.cpus - driver, node.gpus - workers * size.gpus)
+    return Node(node.cpus - workers * size.cpus, node.gpus - workers * size.gpus)
 
 
 # ---- How long it takes -----------------------------------------------------------------------------------------

@@ -8,10 +8,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +274,48 @@ def test_mlflow_is_kept_running_and_its_database_in_the_bucket(account: str, hea
     assert Storage("s3://my-bucket").list("mlflow-copy") == ["mlflow.db"]
 
 
-@pytest.mark.skipif(find_spec("orchestrator.nightly") is None, reason="there is no nightly yet")
+@pytest.fixture
+def postgres(head: tuple[Path, str]) -> Iterator[str]:
+    """The URI of a database of a Postgres server on the loopback, its password in the head's ~/.pgpass."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not programs or os.getuid():
+        pytest.skip("needs Debian's postgresql, and root to run it as its user")
+    as_user = ["runuser", "-u", "postgres", "--"]
+    with tempfile.TemporaryDirectory() as folder:
+        data, secret, port = Path(folder, "data"), Path(folder, "password"), aws.free_port()
+        secret.write_text("of a test\n")
+        for path in (Path(folder), secret):
+            shutil.chown(path, "postgres")
+        options = ["-A", "scram-sha-256", "-U", "mlflow", f"--pwfile={secret}", "-D", data]
+        subprocess.run([*as_user, programs[-1] / "initdb", *options], check=True, capture_output=True, cwd=folder)
+        listen = f"-c listen_addresses=127.0.0.1 -p {port} -k {folder}"
+        control = [*as_user, programs[-1] / "pg_ctl", "-D", data, "-w"]
+        log = Path(folder, "log")
+        subprocess.run([*control, "-o", listen, "-l", log, "start"], check=True, capture_output=True, cwd=folder)
+        pgpass = head[0] / ".pgpass"
+        pgpass.write_text(f"127.0.0.1:{port}:*:mlflow:of a test\n")
+        pgpass.chmod(0o600)
+        yield f"postgresql+psycopg://mlflow@127.0.0.1:{port}/postgres"
+        subprocess.run([*control, "-m", "immediate", "stop"], check=True, capture_output=True, cwd=folder)
+
+
+@pytest.mark.faults
+def test_mlflow_keeps_its_runs_in_postgres_where_the_settings_say_so(head: tuple[Path, str], postgres: str) -> None:
+    home, address = head
+    settings = home / "diffusion-orchestrator/deploy/aws/settings.env"
+    [line] = [line for line in settings.read_text().splitlines() if line.startswith("MLFLOW_BACKEND=")]
+    settings.write_text(settings.read_text().replace(line, f"MLFLOW_BACKEND={postgres}"))
+    keep = f"bash {home}/diffusion-orchestrator/deploy/aws/mlflow.sh"
+    aws.wait_for(f"{address}/health", as_cron(home, keep), timeout_s=180)
+    MlflowClient(address).create_experiment("kept")
+    assert as_cron(home, f"{keep} save").wait(timeout=60) == 0  # nothing to do: the server keeps copies of its own
+    stop_mlflow(home)
+    aws.wait_for(f"{address}/health", as_cron(home, keep), timeout_s=180)
+    assert MlflowClient(address).get_experiment_by_name("kept")
+    assert sorted(path.name for path in (home / "mlflow").iterdir()) == ["lock", "server.log"]
+    assert Storage("s3://my-bucket").list("mlflow-copy") == []
+
+
 def test_the_head_is_set_up_once(head: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With a crontab of its own: the machine's is not touched."""
     home, address = head

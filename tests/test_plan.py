@@ -65,6 +65,7 @@ def test_a_trial_that_never_fits_is_known() -> None:
     assert can_hold(Size(16, 1, 1), [MACHINE] * 2) and not can_hold(Size(17, 1, 1), [MACHINE] * 2)
     assert in_one_node(EIGHT, [MACHINE]) and not in_one_node(Size(9, 1, 1), [MACHINE] * 2)
     assert not can_hold(Size(2, 1), [Node(2, 0)])  # its driver takes a little, too
+    assert can_hold(Size(2, 1), [Node(1, 0)] * 3) and not can_hold(Size(2, 1), [Node(1, 0)] * 2)  # or on a third
     assert not can_hold(GPU, [Node(64, 0)])
 
 

@@ -56,7 +56,7 @@ def test_what_runs_is_joined_and_what_has_ended_gets_another_attempt(
 def test_the_code_that_comes_along_is_this_one() -> None:
     modules = [Path(path) for path in code()["py_modules"]]
     assert [path.name for path in modules] == ["orchestrator", "workers"]
-    assert modules[0] / "submission.py" == Path(submission.__file__)
+    assert modules[0] / "clusters/submission.py" == Path(submission.__file__)
     assert "env_vars" not in code()
 
 
@@ -127,11 +127,32 @@ def test_where_no_driver_can_attach_is_told_before_anything_starts(
     assert expected in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
-def test_a_command_is_sent_once_under_its_id(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [
+        ({}, "n-2026-03-01"),
+        ({"n-2026-03-01": "RUNNING"}, None),
+        ({"n-2026-03-01": "FAILED"}, "n-2026-03-01-2"),
+        ({"n-2026-03-01": "SUCCEEDED", "n-2026-03-01-2": "PENDING"}, None),
+        ({"n-2026-03-01": "FAILED", "n-2026-03-01-2": "STOPPED"}, "n-2026-03-01-3"),
+        ({f"n-2026-03-01{n}": "FAILED" for n in ("", "-2", "-3")}, None),
+        ({"n-2026-02-28": "RUNNING"}, "n-2026-03-01"),
+    ],
+)
+def test_a_night_is_submitted_again_where_its_job_ended_without_it(
+    statuses: dict[str, str], expected: str | None
+) -> None:
+    assert submission.next_attempt("n-2026-03-01", statuses, 3) == expected
+
+
+def test_of_two_that_submit_the_same_at_once_one_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a client that answers as Ray 2.60's does; one that is real is in cluster/test_onprem."""
     jobs: dict[str, str] = {}
 
     class Client:
+        def list_jobs(self) -> list[object]:
+            return []  # both looked before either had submitted
+
         def submit_job(self, entrypoint: str, submission_id: str, runtime_env: dict[str, object]) -> None:
             if submission_id in jobs:
                 raise RuntimeError(f"Request failed with status code 500: Job with submission_id {submission_id} "
@@ -140,6 +161,6 @@ def test_a_command_is_sent_once_under_its_id(tiny: Path, monkeypatch: pytest.Mon
             jobs[submission_id] = entrypoint
 
     monkeypatch.setattr(submission, "connect", lambda address: Client())
-    send = partial(submission.submit_once, "http://head:8265", "nightly-2026-03-01", tiny)
-    assert send(["python", "-m", "a b"]) and not send(["python", "-m", "another"])
+    send = partial(submission.submit_again, "http://head:8265", "nightly-2026-03-01", tiny, most=3)
+    assert send(words=["python", "-m", "a b"]) == "nightly-2026-03-01" and send(words=["python"]) is None
     assert jobs == {"nightly-2026-03-01": "python -m 'a b'"}

@@ -224,6 +224,12 @@ def make_summary(order: Order, *after: Any) -> list[Block]:
     return []
 
 
+@ray.remote(num_cpus=0, max_retries=0)
+def sees(storage: str, path: str) -> bool:
+    """Whether the node that runs this has the file `path` of the storage."""
+    return Storage(storage).exists(path)
+
+
 @lru_cache(maxsize=2)
 def _bench(order: Order) -> Bench:
     """What a process that makes many blocks of one evaluation loads once."""

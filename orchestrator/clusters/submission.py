@@ -26,6 +26,8 @@ from ray._private.services import find_gcs_addresses
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
+import orchestrator
+import workers
 from orchestrator.experiment import Experiment, resolved
 from workers.config import Mistake, digest
 
@@ -41,8 +43,8 @@ TOKEN = (
 
 def code() -> dict[str, Any]:
     """The runtime environment that takes this code to the nodes. Nothing secret may be in one: it shows in logs."""
-    root = Path(__file__).parent.parent
-    return {"py_modules": [str(root / package) for package in ("orchestrator", "workers")], "excludes": ["__pycache__"]}
+    packages = (Path(package.__file__ or "").parent for package in (orchestrator, workers))
+    return {"py_modules": [str(package) for package in packages], "excludes": ["__pycache__"]}
 
 
 def inside_a_job() -> bool:
@@ -137,6 +139,16 @@ def choose(name: str, statuses: Mapping[str, str]) -> tuple[str, bool]:
     return f"{name}-{last + 1}", True
 
 
+def next_attempt(name: str, statuses: Mapping[str, str], most: int) -> str | None:
+    """The submission id of a command that has not done its work: `name`, then name-2, ...; None where one of them has
+    not ended, or `most` have."""
+    ids = [name, *(f"{name}-{n}" for n in range(2, most + 1))]
+    there = [i for i in ids if i in statuses]
+    if any(statuses[i] not in ENDED for i in there):
+        return None
+    return next((i for i in ids if i not in statuses), None)
+
+
 def submit(address: str, job: Job) -> int:
     """Sends the job, or joins it where it runs already, and follows it to its end. Gives its exit status.
 
@@ -168,12 +180,16 @@ def submit(address: str, job: Job) -> int:
     return LEFT
 
 
-def submit_once(address: str, submission_id: str, file: Path, words: Sequence[str]) -> bool:
-    """Sends a command with its file and does not follow it; False where there was a job of this id before.
+def submit_again(address: str, name: str, file: Path, words: Sequence[str], most: int) -> str | None:
+    """Sends a command with its file and does not follow it, as its next attempt (see `next_attempt`); gives its id.
 
-    Raises Mistake where `address` cannot be used.
+    None where there is no attempt to make now, or another process made it in the same moment: Ray refuses an id that
+    it knows. Raises Mistake where `address` cannot be used.
     """
     client = connect(address)
+    submission_id = next_attempt(name, {j.submission_id: j.status for j in client.list_jobs() if j.submission_id}, most)
+    if submission_id is None:
+        return None
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
         shutil.copy(file, folder)
         environment = {"working_dir": folder, **code()}
@@ -181,9 +197,9 @@ def submit_once(address: str, submission_id: str, file: Path, words: Sequence[st
             client.submit_job(entrypoint=shlex.join(words), submission_id=submission_id, runtime_env=environment)
         except RuntimeError as error:
             if f"{submission_id} already exists" in str(error):
-                return False
+                return None
             raise
-    return True
+    return submission_id
 
 
 def connect(address: str) -> JobSubmissionClient:

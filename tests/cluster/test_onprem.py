@@ -89,6 +89,12 @@ def test_a_sweep_on_three_machines_outlives_its_client_and_one_of_them(hosts: Ne
     refused = laptop.start(sweep, tmp_path / "refused.log", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="x" * 64)
     assert refused.process.wait(timeout=60) == 2
     assert "does not know this token" in (tmp_path / "refused.log").read_text()
+    unseen = [Path("~root/runs").expanduser() if word == storage else word for word in sweep]
+    blind = laptop.start(unseen, tmp_path / "unseen.log", RAY_AUTH_MODE="token")
+    assert blind.process.wait(timeout=180) == 2, (tmp_path / "unseen.log").read_text()
+    told = (tmp_path / "unseen.log").read_text()
+    assert all(worker.address in told for worker in workers) and "folder that all nodes share" in told, told
+    say("a storage that the workers do not see is refused")
     said = tmp_path / "said.log"
     client = laptop.start(sweep, said, RAY_AUTH_MODE="token")
 
