@@ -14,7 +14,6 @@ import numpy as np
 from orchestrator.experiment import Experiment, ExperimentError, Variant, told
 from orchestrator.settings import show
 from workers.config import (
-    ADAPTIVE_EVALUATIONS,
     SAMPLE_GRID,
     SAMPLE_GRID_STEPS,
     SCHEDULE_READS,
@@ -25,6 +24,7 @@ from workers.config import (
     EvaluationConfig,
     FIDConfig,
     Trial,
+    adaptive_evaluations,
     evaluations,
     trained_by,
 )
@@ -266,7 +266,7 @@ class Cost:
 def cost(trial: Trial, source: Source) -> Cost:
     """What `trial` costs from its first step to its last evaluation, where nothing of it is there yet.
 
-    Solvers with error control are counted as they usually are.
+    Solvers with error control are counted as they were measured: `workers.config.ADAPTIVE`.
     """
     T, training, nll, fid = trial.diffusion.T, trial.training, trial.evaluation.nll, trial.evaluation.fid
     images = source.held_out if nll is None or nll.images == "all" else nll.images
@@ -277,10 +277,11 @@ def cost(trial: Trial, source: Source) -> Cost:
         training_evaluations=training.steps * training.batch_size,
         validation_evaluations=validations(trial) * _validation(T, source),
         nll_evaluations=images * timesteps if nll else 0,
-        sampling_evaluations=fid.samples * (evaluations(fid.sampler, T) or ADAPTIVE_EVALUATIONS["samples"])
+        sampling_evaluations=fid.samples
+        * (evaluations(fid.sampler, T) or adaptive_evaluations("samples", fid.sampler.tolerance))
         if fid
         else 0,
-        ode_nll_evaluations=flows * ADAPTIVE_EVALUATIONS["ode_nll"],
+        ode_nll_evaluations=flows * adaptive_evaluations("ode_nll", ode.tolerance) if ode else 0,
     )
 
 

@@ -18,7 +18,7 @@ from orchestrator.preflight import (
     schedule_name,
 )
 from orchestrator.settings import merge
-from workers.config import ADAPTIVE_EVALUATIONS, SAMPLE_GRID, DiffusionConfig, LossConfig, ScheduleConfig, Trial
+from workers.config import SAMPLE_GRID, DiffusionConfig, LossConfig, ScheduleConfig, Trial
 from workers.data import Source
 from workers.diffusion.objectives import weights
 from workers.diffusion.process import Process
@@ -212,7 +212,8 @@ def test_all_means_every_held_out_image_and_every_timestep() -> None:
         ({"kind": "dpmpp", "steps": 10}, 10),
         ({"kind": "langevin", "steps": 10, "repeats": 3}, 31),
         ({"kind": "euler_maruyama"}, 200),
-        ({"kind": "ode"}, ADAPTIVE_EVALUATIONS["samples"]),
+        ({"kind": "ode"}, 51),
+        ({"kind": "ode", "tolerance": 0.01}, 22),  # 25 were measured
     ],
 )
 def test_a_sample_costs_what_its_sampler_takes(sampler: dict[str, Any], count: int) -> None:
@@ -222,7 +223,9 @@ def test_a_sample_costs_what_its_sampler_takes(sampler: dict[str, Any], count: i
     )
     found = cost(t, DIGITS)
     assert found.sampling_evaluations == 50 * count
-    assert found.ode_nll_evaluations == 20 * ADAPTIVE_EVALUATIONS["ode_nll"]
+    assert found.ode_nll_evaluations == 20 * 104
+    tight = trial(evaluation={"ode_nll": {"images": 20, "tolerance": 1e-5}})
+    assert cost(tight, DIGITS).ode_nll_evaluations == 20 * 244
 
 
 def test_what_is_off_costs_nothing_and_validation_stops_at_the_data() -> None:
