@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from orchestrator.settings import show
 from workers.config import Mistake
 
 EPILOG = """examples:
@@ -73,6 +74,8 @@ def run(options: argparse.Namespace) -> int:
     if problems:
         raise Mistake("\n".join(problems))
     times = options.at or sorted({max(1, subject.m.T * k // 8) for k in range(1, 9)}, reverse=True)
+    sampler = subject.m.evaluation.fid.sampler.model_dump(mode="json") if subject.m.evaluation.fid else "ancestral"
+    print(f"samples by evaluation.fid.sampler = {show(sampler)}", file=sys.stderr)
     folder = f"pictures/{subject.checkpoint.digest}"
     paths = {}
     for name, content in pictures(storage, subject, options.n, tuple(options.between), times).items():
