@@ -45,7 +45,7 @@ class Outcome:
         return load_results(self.name, self.storage)
 
 
-def preview(file: str | Path, *overrides: str) -> "pd.DataFrame":
+def preview(file: str | Path, *overrides: str, smoke: bool = False) -> "pd.DataFrame":
     """The trials that an experiment file means (of an adaptive search those of its first round), a row each: what is
     searched, where the chain ends, what it costs.
 
@@ -53,7 +53,7 @@ def preview(file: str | Path, *overrides: str) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    trials, sources, _ = trials_of(load(file, overrides))
+    trials, sources, _ = trials_of(load(file, overrides, smoke))
     names = [field.name for field in fields(Cost)]
     return pd.DataFrame(
         {
@@ -74,12 +74,14 @@ def run_sweep(
     address: str | None = None,
     fresh: bool = False,
     quiet: bool = True,
+    smoke: bool = False,
 ) -> Outcome:
-    """Makes what is missing of a sweep, as the command does; `quiet` prints its result alone.
+    """Makes what is missing of a sweep, as the command does; `quiet` prints its result alone, `smoke`
+    applies the file's own section of that name.
 
     To be called from the main thread, as ctrl-C and SIGTERM end it in good order. Raises Mistake before Ray starts.
     """
-    experiment = load(file, overrides)
+    experiment = load(file, overrides, smoke)
     trials, sources, _ = trials_of(experiment)
     from orchestrator.controller import run
 

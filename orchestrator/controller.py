@@ -157,10 +157,11 @@ class Sweep:
 
     def forget(self) -> None:
         """Removes what the storage holds of these trials and of the measurements of their checkpoints."""
-        for address, found in self.found.items():
+        for address in self.found:
+            newest = checkpoints.newest(self.storage, f"{tasks.folder_of(address)}/checkpoints")
+            for model in checkpoints.models(newest) if newest else []:
+                self.storage.delete(f"evaluations/{model.digest}")
             self.storage.delete(tasks.folder_of(address))
-            if found.checkpoint:
-                self.storage.delete(f"evaluations/{found.checkpoint}")
         self.storage.delete(f"{self.folder}/events.jsonl")
         archive.forget_asked(self.storage, self.experiment)
 

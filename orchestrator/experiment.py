@@ -2,8 +2,9 @@
 
     file + overrides -> load -> Experiment -> expand -> Variants -> by_digest -> trials by their address
 
-An experiment is a trial, and around it what to search and where to track it. `load` tells all mistakes at once, in
-words of its own. Everything but the reading of the file is a pure function; neither torch nor ray is imported.
+An experiment is a trial, and around it what to search and where to track it. A file may also say by which overrides it
+becomes small (`smoke`); what is loaded has them applied, or not at all. `load` tells all mistakes at once, in words of
+its own. Everything but the reading of the file is a pure function; neither torch nor ray is imported.
 """
 
 import hashlib
@@ -278,6 +279,14 @@ class Experiment(Trial):
         return Trial(**{name: getattr(self, name) for name in Trial.model_fields})
 
 
+class ExperimentFile(Experiment):
+    """An experiment as its file has it."""
+
+    smoke: dict[str, Any] = Field(
+        default_factory=dict, description="overrides by their path, which `--smoke` applies: the same sweep in seconds"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """One point of the search space: the searched values by path, and the trial that they make of the experiment."""
@@ -292,35 +301,39 @@ class Variant:
 # ---- Reading ---------------------------------------------------------------------------------------------------
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+def load(path: str | Path, overrides: Sequence[str] = (), smoke: bool = False) -> Experiment:
     """The experiment in a YAML file, with `a.b=value` overrides applied. Raises ExperimentError with all mistakes.
 
     An override replaces what is at its path, be it a whole section. `search.space.<path>.<kind>=[...]` replaces how
-    a path is searched and `search.space.<path>=null` takes it out of the search.
+    a path is searched and `search.space.<path>=null` takes it out of the search. With `smoke` those of the file's own
+    section come first, and the name gets a `-smoke`; without it they are checked all the same.
     """
     try:
         content, problems = read_file(Path(path), "an experiment needs name, data and training")
     except ValueError as mistake:
         raise ExperimentError([str(mistake)], str(path)) from None
-    given: dict[str, Any] = {}
+    if smoke and not content.get("smoke"):
+        problems.append("smoke: the file has no such section; add one, such as smoke: {training.steps: 4}")
+    changed, wrong = _smoked(content) if smoke else (_whole(content), _smoke_mistakes(content))
+    given: list[tuple[str, str, Any]] = []
     for text in overrides:
         try:
-            name, value = assignment(text)
-            content = _override(content, name, value)
-            given[name] = value
+            given.append((f"override {text!r}", *assignment(text)))
         except ValueError as mistake:
             problems.append(f"override {text!r}: {mistake}")
-    problems += mistakes(content) + _without_effect(content, given)
-    if problems:
+    changed, without = _changed(changed, given)
+    if smoke and isinstance(changed.get("name"), str):
+        changed["name"] += "-smoke"
+    if problems := [*problems, *wrong, *without, *_mistakes(changed)]:
         raise ExperimentError(problems, str(path))
-    return Experiment.model_validate(content)
+    return Experiment.model_validate(changed)
 
 
 def parse(content: Mapping[str, Any]) -> Experiment:
     """The experiment that `content` describes. Raises ExperimentError with all mistakes."""
     if problems := mistakes(content):
         raise ExperimentError(problems)
-    return Experiment.model_validate(content)
+    return Experiment.model_validate(_whole(content))
 
 
 def resolved(experiment: Experiment) -> dict[str, Any]:
@@ -345,6 +358,37 @@ def assignment(text: str) -> tuple[str, Any]:
     return path, value
 
 
+def _whole(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a file without what makes it small."""
+    return {name: value for name, value in content.items() if name != "smoke"}
+
+
+def _smoked(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The content of a file as its own `smoke` changes it, and which of those overrides are wrong."""
+    smoke = content.get("smoke", {})
+    if not isinstance(smoke, Mapping):
+        return _whole(content), [f"smoke: {show(smoke)} is not a mapping of paths, such as {{training.steps: 4}}"]
+    return _changed(_whole(content), [(f"smoke.{path}", path, value) for path, value in smoke.items()])
+
+
+def _changed(content: dict[str, Any], given: Sequence[tuple[str, str, Any]]) -> tuple[dict[str, Any], list[str]]:
+    """`content` with the overrides (how each is called, its path, its value), and which of them are wrong."""
+    content, taken, problems = dict(content), list[tuple[str, str, Any]](), list[str]()
+    for name, path, value in given:
+        try:
+            content = _override(content, path, value)
+            taken.append((name, path, value))
+        except ValueError as mistake:
+            problems.append(f"{name}: {mistake}")
+    return content, problems + [
+        f"{name}: without effect, as search.space sets {key} in every trial; "
+        f"override search.space.{key}.grid=[...], or end its search with search.space.{key}=null"
+        for name, path, value in taken
+        for key, axis in _axes(content).items()
+        if overlap(leaves(path, value), _sets(key, axis))
+    ]
+
+
 def _override(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     """`content` with `value` at `path`, which may go through a key of search.space. Raises ValueError."""
     key = path.removeprefix("search.space.")
@@ -362,23 +406,25 @@ def _override(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     return dict(put(content, ["search", "space"], space))
 
 
-def _without_effect(content: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Overrides of settings that the search sets anyway."""
-    return [
-        f"override {path}={show(value)}: without effect, as search.space sets {key} in every trial; "
-        f"override search.space.{key}.grid=[...], or end its search with search.space.{key}=null"
-        for path, value in given.items()
-        for key, axis in _axes(content).items()
-        if overlap(leaves(path, value), _sets(key, axis))
-    ]
-
-
 # ---- Checking --------------------------------------------------------------------------------------------------
 
 
 def mistakes(content: Mapping[str, Any]) -> list[str]:
     """All mistakes in the content of an experiment file; empty if it is valid."""
-    found = [f"{path}: {text}" for path, text in invalid(Experiment, content)]
+    return _mistakes(_whole(content)) + _smoke_mistakes(content)
+
+
+def _smoke_mistakes(content: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a file's `smoke`, and with the experiment that it makes beside what is wrong anyway."""
+    if content.get("smoke", {}) == {}:
+        return []
+    small, problems = _smoked(content)
+    known = _mistakes(_whole(content))
+    return problems + [f"smoke: {text}" for text in _mistakes(small) if text not in known]
+
+
+def _mistakes(content: Mapping[str, Any]) -> list[str]:
+    found = [f"{path}: {text}" for path, text in invalid(ExperimentFile, content)]
     trial = valid(Trial, {name: value for name, value in content.items() if name in Trial.model_fields})
     search = valid(SearchConfig, content.get("search", {}))
     for path, axis in _axes(content).items():

@@ -14,7 +14,6 @@ import numpy as np
 from orchestrator.experiment import Experiment, ExperimentError, Variant, told
 from orchestrator.settings import show
 from workers.config import (
-    ADAPTIVE_EVALUATIONS,
     SAMPLE_GRID,
     SAMPLE_GRID_STEPS,
     SCHEDULE_READS,
@@ -25,6 +24,7 @@ from workers.config import (
     EvaluationConfig,
     FIDConfig,
     Trial,
+    adaptive_evaluations,
     evaluations,
     trained_by,
 )
@@ -158,6 +158,19 @@ def _remedy(diffusion: DiffusionConfig, limit: float) -> str:
     return "take " + "diffusion.schedule.scale: per_1000, or " * works + "a larger beta_end or T"
 
 
+def _weighting(_: Experiment, trial: Trial, __: Source) -> Iterator[Finding]:
+    """max(SNR_t, 1) is stated for the error of x_0; of eps it is max(1, 1 / SNR_t), which grows without bound."""
+    d, loss, least = trial.diffusion, trial.loss, chain(trial.diffusion).log_snr_T
+    if d.prediction == "eps" and loss.weighting == "truncated_snr" and least < 0:
+        most = f"{math.exp(-least):,.3g} times" if least > -700 else "infinitely many times"
+        yield Finding(
+            "loss.weighting: truncated_snr counts the error of eps by max(1, 1 / SNR_t), at t = T "
+            f"{most} what it counts near the data, so the loss is nearly that of pure noise alone; take "
+            "diffusion.prediction: v or x_0, for which it was made, or another weighting",
+            refused=False,
+        )
+
+
 def _network(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
     yield from (Finding(mistake) for mistake in unet_mistakes(trial.model, resolution=source.shape[0]))
 
@@ -224,7 +237,13 @@ def _search(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Finding
         )
 
 
-CHECKS: tuple[Callable[[Experiment, Trial, Source], Iterator[Finding]], ...] = (_noise, _network, _images, _search)
+CHECKS: tuple[Callable[[Experiment, Trial, Source], Iterator[Finding]], ...] = (
+    _noise,
+    _weighting,
+    _network,
+    _images,
+    _search,
+)
 
 
 # ---- Cost ------------------------------------------------------------------------------------------------------
@@ -247,7 +266,7 @@ class Cost:
 def cost(trial: Trial, source: Source) -> Cost:
     """What `trial` costs from its first step to its last evaluation, where nothing of it is there yet.
 
-    Solvers with error control are counted as they usually are.
+    Solvers with error control are counted as they were measured: `workers.config.ADAPTIVE`.
     """
     T, training, nll, fid = trial.diffusion.T, trial.training, trial.evaluation.nll, trial.evaluation.fid
     images = source.held_out if nll is None or nll.images == "all" else nll.images
@@ -258,10 +277,11 @@ def cost(trial: Trial, source: Source) -> Cost:
         training_evaluations=training.steps * training.batch_size,
         validation_evaluations=validations(trial) * _validation(T, source),
         nll_evaluations=images * timesteps if nll else 0,
-        sampling_evaluations=fid.samples * (evaluations(fid.sampler, T) or ADAPTIVE_EVALUATIONS["samples"])
+        sampling_evaluations=fid.samples
+        * (evaluations(fid.sampler, T) or adaptive_evaluations("samples", fid.sampler.tolerance))
         if fid
         else 0,
-        ode_nll_evaluations=flows * ADAPTIVE_EVALUATIONS["ode_nll"],
+        ode_nll_evaluations=flows * adaptive_evaluations("ode_nll", ode.tolerance) if ode else 0,
     )
 
 

@@ -2,7 +2,7 @@
 
     samples.png          a grid of samples by the sampler of the evaluation
     progressive.png      x_0_hat along all T ancestral steps, a sample a row
-    interpolation.png    two held-out images blended at several t and decoded, t a row
+    interpolation.png    two held-out images blended at several t and decoded, t a row with its number beside it
     coding.png           held-out images as x_0_hat(x_t) shows them, by the bits received
     coding_curve.png     rate against distortion of progressive coding
 
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from orchestrator.settings import show
 from workers.config import Mistake
 
 EPILOG = """examples:
@@ -73,6 +74,8 @@ def run(options: argparse.Namespace) -> int:
     if problems:
         raise Mistake("\n".join(problems))
     times = options.at or sorted({max(1, subject.m.T * k // 8) for k in range(1, 9)}, reverse=True)
+    sampler = subject.m.evaluation.fid.sampler.model_dump(mode="json") if subject.m.evaluation.fid else "ancestral"
+    print(f"samples by evaluation.fid.sampler = {show(sampler)}", file=sys.stderr)
     folder = f"pictures/{subject.checkpoint.digest}"
     paths = {}
     for name, content in pictures(storage, subject, options.n, tuple(options.between), times).items():
@@ -109,8 +112,8 @@ def pictures(storage: Any, subject: Any, n: int, between: tuple[int, int], times
     def held_out(rows: Sequence[int]) -> torch.Tensor:
         return to_model(torch.from_numpy(np.array(dataset.held_out[list(rows)])), dataset.levels).to(device)
 
-    def png(x: torch.Tensor, columns: int | None = None) -> bytes:
-        return grid_png(to_levels(x, dataset.levels), dataset.levels, columns=columns)
+    def table(x: torch.Tensor, heads: Sequence[str], sides: Sequence[str], title: str) -> bytes:
+        return labelled(to_levels(x, dataset.levels).cpu().numpy(), dataset.levels, heads, sides, title)
 
     def x_T(count: int, noise: torch.Generator) -> torch.Tensor:
         return torch.randn((count, channels, height, width), generator=noise).to(device)
@@ -138,29 +141,32 @@ def pictures(storage: Any, subject: Any, n: int, between: tuple[int, int], times
     noise = generator(m.seed, "pictures", "coding")
     shown = decoded(process, model, originals, [process.T - k for k in sent], noise)
     coded = torch.cat([shown, originals[:, None]], dim=1)
-    labels = [f"{rate[k]:.3g}" for k in sent]
+    blends = [f"image {between[0]}", *(f"{w:.3g}" for w in weights.tolist()), f"image {between[1]}"]
     return {
-        "samples": png(samples),
-        "progressive": png(strip.flatten(0, 1), strip.shape[1]),
-        "interpolation": png(torch.cat(rows), BLENDS + 2),
-        "coding": coding_figure(to_levels(coded.flatten(0, 1), dataset.levels).numpy(), dataset.levels, labels),
+        "samples": grid_png(to_levels(samples, dataset.levels), dataset.levels),
+        "progressive": grid_png(to_levels(strip.flatten(0, 1), dataset.levels), dataset.levels, columns=strip.shape[1]),
+        "interpolation": table(torch.cat(rows), blends, [f"t = {t}" for t in times], "share of the second image"),
+        "coding": table(coded.flatten(0, 1), [*(f"{rate[k]:.3g}" for k in sent), "image"], (), "bits/dim received"),
         "coding_curve": curve_figure(rate, rmse),
     }
 
 
-def coding_figure(images: Any, levels: int, labels: Sequence[str]) -> bytes:
-    """A row an image, a column a rate with its bits/dim above it, the image itself last; uint8 NHWC -> PNG."""
+def labelled(images: Any, levels: int, heads: Sequence[str], sides: Sequence[str] = (), title: str = "") -> bytes:
+    """uint8 NHWC -> PNG: a column for each of `heads`, which stand above, rows with `sides` at their left."""
     from matplotlib.figure import Figure
 
-    columns = len(labels) + 1
+    columns = len(heads)
     rows = len(images) // columns
-    figure = Figure(figsize=(columns, rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(columns * 0.9, rows * 0.9 + 0.5), layout="constrained")
     for k, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axes.imshow(images[k].squeeze() / (levels - 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axes.set_axis_off()
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
         if k < columns:
-            axes.set_title([*labels, "image"][k], fontsize=8)
-    figure.suptitle("bits/dim received", fontsize=9)
+            axes.set_title(heads[k], fontsize=8)
+        if k % columns == 0 and sides:
+            axes.set_ylabel(sides[k // columns], fontsize=8)
+    figure.suptitle(title, fontsize=9)
     return _png(figure)
 
 

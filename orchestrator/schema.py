@@ -7,11 +7,11 @@ settings (a reversed range, a chain short of noise) is said by `--dry-run` alone
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.experiment import TRIAL_SETTINGS, Axis, Experiment
+from orchestrator.experiment import SETTINGS, TRIAL_SETTINGS, Axis, ExperimentFile
 from orchestrator.nights.suite import Suite
 
 EPILOG = """examples:
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of an experiment file."""
-    content = Experiment.model_json_schema()
+    content = ExperimentFile.model_json_schema()
     kinds: dict[str, Any] = content["$defs"]
     axis = kinds["Axis"]
     # An axis has exactly one of its forms; pydantic, which gives the others null, does not say so.
@@ -60,7 +60,36 @@ def schema() -> dict[str, Any]:
         "properties": {path: {"$ref": "#/$defs/Axis"} for path in TRIAL_SETTINGS},
         "additionalProperties": False,
     }
+    del content["properties"]["smoke"]["additionalProperties"]
+    content["properties"]["smoke"] |= _overrides(content)
     return _headed(content, "An experiment of diffusion-orchestrator")
+
+
+def _overrides(content: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a mapping of dotted paths to values: each takes what the setting at its path does."""
+    searched = r"search\.space\.[\w.]+"
+    return {
+        "properties": {path: {"$ref": place} for path, place in _places(content["$defs"], content["properties"])},
+        "patternProperties": {
+            rf"^(?!.*\.({'|'.join(Axis.model_fields)})$){searched}$": {
+                "anyOf": [{"$ref": "#/$defs/Axis"}, {"type": "null"}]
+            },
+            **{rf"^{searched}\.{form}$": {"$ref": f"#/$defs/Axis/properties/{form}"} for form in Axis.model_fields},
+        },
+        "additionalProperties": False,
+    }
+
+
+def _places(
+    kinds: dict[str, Any], properties: dict[str, Any], at: str = "#/properties", above: str = ""
+) -> Iterator[tuple[str, str]]:
+    """The dotted path of each setting of an experiment, and the place in the schema that says what it takes."""
+    for name, form in properties.items():
+        if above + name in SETTINGS:
+            yield above + name, f"{at}/{name}"
+        for section in (option["$ref"] for option in (form, *form.get("anyOf", ())) if "$ref" in option):
+            inner = kinds[section.removeprefix("#/$defs/")]["properties"]
+            yield from _places(kinds, inner, f"{section}/properties", f"{above}{name}.")
 
 
 def nightly() -> dict[str, Any]:

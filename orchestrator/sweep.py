@@ -22,6 +22,7 @@ from workers.storage import Storage
 EPILOG = """examples:
   python -m orchestrator.sweep experiments/beta_schedule.yaml --dry-run
   python -m orchestrator.sweep experiments/beta_schedule.yaml
+  python -m orchestrator.sweep experiments/beta_schedule.yaml --smoke
   python -m orchestrator.sweep experiments/beta_schedule.yaml name=longer training.steps=2500
   python -m orchestrator.sweep experiments/beta_schedule.yaml 'search.space.diffusion.T.grid=[100, 1000]'
   python -m orchestrator.sweep FILE --submit --address http://127.0.0.1:8265 --storage s3://BUCKET/runs
@@ -39,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("file", type=Path, help="the experiment file (YAML)")
     result.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the file's")
+    result.add_argument(
+        "--smoke", action="store_true", help="run it small, by the overrides of the file's own section `smoke`"
+    )
     result.add_argument("--dry-run", action="store_true", help="print the trials and what they cost, and stop")
     result.add_argument(
         "--calibrate", action="store_true", help="with --dry-run: measure this machine's throughput first, in seconds"
@@ -96,12 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise Mistake("--submit needs the cluster's Jobs API: --address http://HEAD:8265")
         if options.submit and options.cluster and not options.dry_run:
             raise Mistake("--cluster goes without --submit: the job finds the head's own copy of the file")
-        experiment = load(options.file, overrides)
+        experiment = load(options.file, overrides, options.smoke)
         if options.submit and not options.dry_run:
             from orchestrator.clusters.submission import job, submit
 
             expand(experiment)  # what the data must be asked for is checked where they are
-            flags = [f"--{name}" for name in ("fresh", "quiet", "verbose") if getattr(options, name)]
+            flags = [f"--{name}" for name in ("smoke", "fresh", "quiet", "verbose") if getattr(options, name)]
             sent = job(experiment, options.file, overrides, options.storage, flags)
             return submit(options.address, sent)
         trials, sources, warnings = trials_of(experiment)

@@ -17,12 +17,13 @@ from orchestrator.experiment import (
     by_digest,
     expand,
     load,
+    mistakes,
     parse,
     resolved,
     to_yaml,
 )
 from orchestrator.settings import merge, paths, put, read_yaml
-from workers.config import Measurement, Trial, sub_batches, trained_by, trial_digest
+from workers.config import Measurement, ModelConfig, Trial, sub_batches, trained_by, trial_digest
 
 SAMPLE = """
 name: beta_schedule
@@ -215,6 +216,67 @@ def test_an_override_of_what_a_joint_search_sets_is_refused(tmp_path: Path) -> N
     load_text(tmp_path, SAMPLE, joint, "diffusion.schedule.beta_start=0.001")
     (problem,) = file_problems(tmp_path, SAMPLE, joint, "diffusion.schedule.beta_end=0.02")
     assert "without effect" in problem
+
+
+SMOKE = """smoke:
+  training.steps: 3
+  model: {channels: 8}
+  search.space.diffusion.T.grid: [7]
+  search.space.loss.weighting: null
+"""
+
+
+def test_smoke_makes_a_file_small_and_is_nothing_without_the_flag(tmp_path: Path) -> None:
+    plain, file = load_text(tmp_path, SAMPLE), tmp_path / "small.yaml"
+    file.write_text(SAMPLE + SMOKE)
+    assert load(file) == plain and "smoke" not in resolved(plain)
+    small = load(file, smoke=True)
+    assert small.name == f"{plain.name}-smoke" and small.training.steps == 3
+    assert small.model == ModelConfig(channels=8)  # a section is replaced whole, as on the command line
+    assert [v.params for v in expand(small)] == [{"diffusion.T": 7}]
+    assert load(file, ["training.steps=5", "name=other"], smoke=True).training.steps == 5
+    assert load(file, ["name=other"], smoke=True).name == "other-smoke"
+    assert parse(resolved(small)) == small
+
+
+@pytest.mark.parametrize(
+    ("smoke", "message"),
+    [
+        ("{trainin.steps: 3}", "smoke.trainin.steps: unknown path; did you mean 'training.steps'?"),
+        ("{steps: 3}", "smoke.steps: unknown path; did you mean 'training.steps'?"),
+        ("{smoke: {}}", "smoke.smoke: unknown path"),
+        ("{training.steps: 0}", "smoke: training.steps: 0 is not a whole number of at least 1"),
+        ("{diffusion.T: 7}", "smoke.diffusion.T: without effect, as search.space sets diffusion.T"),
+        ("{search.space.diffusion.t.grid: [7]}", "smoke: search.space.diffusion.t: no such setting"),
+        ("{search.space.training.lr: null}", "smoke.search.space.training.lr: training.lr is not searched"),
+        (
+            "{evaluation.fid: null, search.metric: eval/fd_classifier}",
+            "smoke: search.metric: eval/fd_classifier is not",
+        ),
+        ("[training.steps]", 'smoke: ["training.steps"] is not a mapping of paths'),
+        ("null", "smoke: null is not a mapping of paths"),
+    ],
+)
+def test_a_mistake_in_smoke_is_one_of_the_file_whether_it_is_used_or_not(
+    tmp_path: Path, smoke: str, message: str
+) -> None:
+    (problem,) = file_problems(tmp_path, f"{SAMPLE}smoke: {smoke}\n")
+    assert problem.startswith(message)
+    (problem,) = mistakes(read_yaml(f"{SAMPLE}smoke: {smoke}\n")[0])
+    assert problem.startswith(message)
+
+
+def test_mistakes_of_the_file_are_not_told_again_of_its_smoke(tmp_path: Path) -> None:
+    text = SAMPLE.replace("beta_end: 0.02", "beta_end: 2") + SMOKE
+    assert text != SAMPLE + SMOKE and len(file_problems(tmp_path, text)) == 1
+    assert load_text(tmp_path, SAMPLE + SMOKE, "search.space.loss.weighting=null")  # which smoke ends as well
+
+
+def test_a_file_without_smoke_has_nothing_to_run_small(tmp_path: Path) -> None:
+    file = tmp_path / "plain.yaml"
+    file.write_text(SAMPLE)
+    with pytest.raises(ExperimentError, match="smoke: the file has no such section; add one"):
+        load(file, smoke=True)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,12 @@ def test_a_grid_has_the_columns_it_is_given():
     assert shown.size == (3 * (3 * 5 - 1), 3 * (2 * 5 - 1))
 
 
+def test_a_grid_shows_every_image_and_ends_in_grey():
+    shown = Image.open(io.BytesIO(grid_png(torch.full((7, 4, 4, 1), 16, dtype=torch.uint8), 17, side=1)))
+    pixels = np.asarray(shown)[::3, ::3]
+    assert pixels.shape == (14, 14) and (pixels == 255).sum() == 7 * 16 and (pixels[10:, 5:] == 128).all()
+
+
 # ---- The command -----------------------------------------------------------------------------------------------
 
 

@@ -18,8 +18,10 @@ from orchestrator.preflight import (
     schedule_name,
 )
 from orchestrator.settings import merge
-from workers.config import ADAPTIVE_EVALUATIONS, SAMPLE_GRID, DiffusionConfig, ScheduleConfig, Trial
+from workers.config import SAMPLE_GRID, DiffusionConfig, LossConfig, ScheduleConfig, Trial
 from workers.data import Source
+from workers.diffusion.objectives import weights
+from workers.diffusion.process import Process
 
 DIGITS = Source("d" * 16, "digits", "digits", 1497, 300, True, 17, (8, 8, 1))
 SMALL = {
@@ -166,6 +168,15 @@ def test_the_data_must_have_what_the_evaluation_asks_for() -> None:
     assert "64 is more than the 10 training images" in warning
 
 
+def test_a_weighting_that_leaves_noise_alone_is_warned_about() -> None:
+    loss = {"objective": "mse", "weighting": "truncated_snr"}
+    (warning,) = check(loss=loss)
+    assert "truncated_snr counts the error of eps by max(1, 1 / SNR_t), at t = T 2.48e+04 times" in warning
+    assert not check(loss=loss, diffusion={"prediction": "v"}) and not check(loss={"weighting": "snr"})
+    w = weights(Process.of(linear(1000)), LossConfig(**loss)).numpy()
+    assert w[-1] / w[0] == pytest.approx(2.48e4, rel=0.01) and w[-100:].sum() > 0.6 * w.sum()
+
+
 def test_searches_that_do_nothing_or_the_opposite_are_warned_about() -> None:
     warnings = check(search={"mode": "max", "scheduler": {"kind": "asha", "grace": 1000}})
     assert ["lower is better" in warnings[0], "stopped early" in warnings[1]] == [True, True]
@@ -201,7 +212,8 @@ def test_all_means_every_held_out_image_and_every_timestep() -> None:
         ({"kind": "dpmpp", "steps": 10}, 10),
         ({"kind": "langevin", "steps": 10, "repeats": 3}, 31),
         ({"kind": "euler_maruyama"}, 200),
-        ({"kind": "ode"}, ADAPTIVE_EVALUATIONS["samples"]),
+        ({"kind": "ode"}, 52),
+        ({"kind": "ode", "tolerance": 0.01}, 22),  # 27 were measured
     ],
 )
 def test_a_sample_costs_what_its_sampler_takes(sampler: dict[str, Any], count: int) -> None:
@@ -211,7 +223,9 @@ def test_a_sample_costs_what_its_sampler_takes(sampler: dict[str, Any], count: i
     )
     found = cost(t, DIGITS)
     assert found.sampling_evaluations == 50 * count
-    assert found.ode_nll_evaluations == 20 * ADAPTIVE_EVALUATIONS["ode_nll"]
+    assert found.ode_nll_evaluations == 20 * 104
+    tight = trial(evaluation={"ode_nll": {"images": 20, "tolerance": 1e-5}})
+    assert cost(tight, DIGITS).ode_nll_evaluations == 20 * 244
 
 
 def test_what_is_off_costs_nothing_and_validation_stops_at_the_data() -> None:

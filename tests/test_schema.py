@@ -53,6 +53,12 @@ def test_every_file_names_its_schema_and_is_valid(file: Path) -> None:
         {"search": {"space": {"diffusion.t": {"grid": [10]}}}},
         {"search": {"space": {"training.lr": {"uniform": [1]}}}},
         {"search": {"metric": "train/loss_simple"}},
+        {"smoke": {"training.stepz": 1}},
+        {"smoke": {"training.steps": 0}},
+        {"smoke": {"evaluation.fid": {"samples": "few"}}},
+        {"smoke": {"search.space.diffusion.T.grid": []}},
+        {"smoke": {"search.space.diffusion.T": [1]}},
+        {"smoke": {"smoke": {}}},
     ],
     ids=str,
 )
@@ -68,6 +74,15 @@ def test_what_the_schema_refuses_the_command_refuses_too(wrong: dict[str, Any]) 
         {"search": {"space": {"training.lr": {"loguniform": [1e-4, 1e-2]}}, "algorithm": "random", "samples": 3}},
         {"evaluation": {"nll": None, "fid": {"samples": 500}}},
         {"search": {"space": {"diffusion.schedule": {"grid": [{"kind": "cosine"}]}}}},
+        {"smoke": {"training.steps": 2, "evaluation.fid": None, "evaluation.nll.images": 5, "model": {"channels": 8}}},
+        {"smoke": {"search.space.diffusion.T.grid": [10], "search.metric": "valid/nll_bpd"}},
+        {
+            "smoke": {
+                "search.space.diffusion.T": {"int_uniform": [10, 20]},
+                "search.algorithm": "random",
+                "search.samples": 2,
+            }
+        },
     ],
     ids=str,
 )

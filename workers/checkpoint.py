@@ -174,6 +174,12 @@ def averaged(checkpoint: Checkpoint, ema: float | None) -> Checkpoint:
     return replace(checkpoint, digest=digest(files), weights=_average(ema))
 
 
+def models(checkpoint: Checkpoint) -> list[Checkpoint]:
+    """The checkpoint, and what each of its averages makes of it."""
+    kept = [name.removeprefix(AVERAGES) for name, _ in checkpoint.sums if name.startswith(AVERAGES)]
+    return [checkpoint, *(averaged(checkpoint, float(name.removesuffix(SAFE))) for name in kept)]
+
+
 def load_averages(checkpoint: Checkpoint, decays: Iterable[float]) -> dict[float, dict[str, Tensor]]:
     """The further averages, to resume from. Raises CheckpointError where bytes are damaged."""
     return {decay: _weights(checkpoint, _average(decay)) for decay in decays}

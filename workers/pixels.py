@@ -35,11 +35,12 @@ QUANTISERS: dict[str, Callable[[Tensor, int], Tensor]] = {"round": to_levels, "t
 def grid_png(images: Tensor, levels: int, side: int = 400, columns: int | None = None) -> bytes:
     """A grid of uint8 NHWC images, square unless `columns` are given, a grey line between them, as PNG.
 
-    Enlarged by a whole factor of at least 3, to about `side` pixels of height.
+    A last row that the images do not fill ends in grey. Enlarged by a whole factor of at least 3, to about `side`
+    pixels of height.
     """
-    columns = columns or math.isqrt(len(images))
-    shown = images[: len(images) // columns * columns].cpu().float() * (255 / (levels - 1))
-    tiles = F.pad(shown.permute(0, 3, 1, 2), (0, 1, 0, 1), value=128)
+    columns = columns or math.isqrt(len(images) - 1) + 1
+    shown = images.cpu().float() * (255 / (levels - 1))
+    tiles = F.pad(shown.permute(0, 3, 1, 2), (0, 1, 0, 1, 0, 0, 0, -len(images) % columns), value=128)
     n, channels, height, width = tiles.shape
     rows = tiles.reshape(n // columns, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     flat = rows.reshape(n // columns * height, columns * width, channels)[:-1, :-1]

@@ -16,7 +16,13 @@ import torch
 from conftest import ROOT, runs, statuses, sweep
 from mlflow import MlflowClient
 from PIL import Image
+from rich.console import Console
 from scipy.stats import ttest_rel
+
+from orchestrator.controller import Sweep
+from orchestrator.experiment import load
+from orchestrator.sweep import trials_of
+from workers.storage import Storage
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -210,3 +216,10 @@ def test_measurements_of_one_trial_train_it_once(tiny: Path, tmp_path: Path) -> 
     assert len([path for path in blocks if "/nll-" in path]) == 2  # one of each average
     again = sweep(tiny, *words, "--storage", storage)
     assert again.returncode == 0 and "train" not in again.stdout.partition("trial")[0]
+
+    trials, sources, _ = trials_of(load(tiny, words))
+    console = Console(quiet=True)
+    Sweep(load(tiny, words), trials, sources, Storage(storage), console, quiet=True).forget()  # what --fresh does first
+    assert not list((storage / "trials").iterdir())
+    left = [path for path in (storage / "evaluations").rglob("*.parquet") if "reference" not in str(path)]
+    assert not left  # neither of the trial's own average nor of the other

@@ -1,0 +1,34 @@
+"""Every experiment file runs: small, by its own `smoke` section, on the digits, all of them on one Ray."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from orchestrator import execution
+from orchestrator.experiment import load
+from orchestrator.sweep import main
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+FILES = [f for f in sorted((ROOT / "experiments").glob("*.yaml")) if "orchestrator.nightly" not in f.read_text()]
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A storage for all of them, while a Ray of this process is up."""
+    with execution.session(None):
+        yield tmp_path_factory.mktemp("smoke")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_an_experiment_file_runs_small(file: Path, storage: Path) -> None:
+    small = load(file, smoke=True)
+    assert small.data.source == "digits" and small.name == f"{load(file).name}-smoke"
+    assert main([str(file), "--smoke", "--storage", str(storage), "-q"]) == 0
+    frame = pd.read_parquet(storage / "sweeps" / small.name / "results.parquet")
+    assert set(frame["state"]) == {"done"} and frame[small.search.metric].notna().all()
+    searched = [c for c in frame.columns if c in small.search.space]
+    assert len(frame) == 1 or any(frame[c].astype(str).nunique() > 1 for c in searched), "the search is still one"
+    assert (storage / "sweeps" / small.name / "report.html").stat().st_size > 10_000
