@@ -1,6 +1,6 @@
 """500 trials of 1, 2, 4 and 8 GPUs on 256 GPUs that are only numbers: what admission, Tune and placement make of it.
 
-    python benchmarks/simulated_cluster.py [--nodes 32] [--trials 500] [--seconds 20] [--lose-a-node] [--json]
+    python benchmarks/simulated_cluster.py [--nodes 32] [--trials 500] [--seconds 50] [--lose-a-node] [--json]
 
 The nodes are raylets of this machine with 8 logical GPUs each. A trial trains nothing: its host takes the same way as
 a real one (admission, a Tune actor, and for several workers a placement group of its own) and sleeps in its place.
@@ -24,7 +24,8 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 GPUS, CPUS = 8, 10  # of a node
-SIZES = (1, 2, 4, 8)  # workers of a GPU each, in turn
+SIZES = (8, 4, 8, 2, 8, 4, 1)  # workers of a GPU each, in turn
+MOST = 96  # trials at once: a process each, of 0.1 GB
 STEPS = 2  # results of a trial
 BLOCKS, EVERY, BLOCK_S = 4, 20, 2.0
 
@@ -203,7 +204,7 @@ def measure(nodes: int, trials: int, seconds: float, lose_a_node: bool) -> dict[
                 "data_parallel": tune.with_resources(asleep_together, {"CPU": DRIVER_CPUS}),
             }
             wall, cpu = time.time(), time.process_time()
-            execution.train(work, SearchConfig(), watch, hosts=hosts)
+            execution.train(work, SearchConfig(max_concurrent=MOST), watch, hosts=hosts)
             took_s, cpu_s = time.time() - wall, time.process_time() - cpu
             gpus = len(cluster.worker_nodes) * GPUS
             while watch.blocks:
@@ -245,7 +246,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="A sweep of no-op trials on a simulated cluster of 8-GPU nodes.")
     parser.add_argument("--nodes", type=int, default=32)
     parser.add_argument("--trials", type=int, default=500)
-    parser.add_argument("--seconds", type=float, default=20, help="that a trial holds its GPUs, on average")
+    parser.add_argument("--seconds", type=float, default=50, help="that a trial holds its GPUs, on average")
     parser.add_argument("--lose-a-node", action="store_true", help="after a quarter of the trials")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -229,22 +229,29 @@ def train(
 def _out_of_memory_is_a_death() -> Iterator[None]:
     """Has Tune treat a trial whose process Ray killed on a full machine as one whose process died.
 
-    Ray's memory monitor gives such calls an error that Tune 2.60 does not count among the deaths of an actor, and ends
-    the whole sweep by.
+    Ray's memory monitor gives the calls of such a process an error that Tune 2.60 does not count among the deaths of
+    an actor, and ends the whole sweep by.
     """
-    before = RayActorManager._actor_task_failed
+    task_failed, first_result = RayActorManager._actor_task_failed, Trial._get_default_result_or_future
 
     def failed(manager: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
         if isinstance(exception, ray.exceptions.OutOfMemoryError):
             why = f"its machine was full, and Ray ended its process: {str(exception).splitlines()[0]}"
             exception = ray.exceptions.RayActorError(error_msg=why)
-        before(manager, tracked_actor_task, exception)
+        task_failed(manager, tracked_actor_task, exception)
 
-    RayActorManager._actor_task_failed = failed
+    def result(trial: Trial) -> dict[str, Any] | None:
+        try:
+            return first_result(trial)
+        except ray.exceptions.OutOfMemoryError:  # it died before it had told anything
+            trial._default_result_or_future = None
+            return None
+
+    RayActorManager._actor_task_failed, Trial._get_default_result_or_future = failed, result
     try:
         yield
     finally:
-        RayActorManager._actor_task_failed = before
+        RayActorManager._actor_task_failed, Trial._get_default_result_or_future = task_failed, first_result
 
 
 class _Admission(SearchAlgorithm):

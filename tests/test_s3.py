@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 
 import aws
@@ -17,6 +18,7 @@ import small_evaluation
 from small_evaluation import checkpoint_in
 
 from orchestrator import subjects, ui
+from orchestrator.nights.shift import _alone
 from workers import checkpoint as checkpoints
 from workers import storage as storages
 from workers.config import DataConfig, Mistake
@@ -219,6 +221,15 @@ def test_a_lease_refuses_a_second_process_until_the_first_dies(own: Storage, bri
     assert not own.exists("sweeps/a/lock")
     with own.lock("sweeps/a/lock"):  # freed at the end of the `with`
         pass
+
+
+def test_two_nights_of_one_suite_are_not_run_beside_each_other(own: Storage, brisk: None) -> None:
+    with _alone(own, "nightly/small", date(2026, 3, 1)):
+        refused = pytest.raises(Mistake, match="2026-03-02 is skipped: that of 2026-03-01 is still running")
+        with refused, _alone(own, "nightly/small", date(2026, 3, 2)):
+            pass
+    with _alone(own, "nightly/small", date(2026, 3, 2)):
+        assert own.read_json("nightly/small/running.json")["day"] == "2026-03-02"
 
 
 def test_of_two_that_take_a_lease_in_the_same_moment_one_gets_it(own: Storage, brisk: None) -> None:

@@ -164,3 +164,10 @@ def test_of_two_that_submit_the_same_at_once_one_is_refused(tiny: Path, monkeypa
     send = partial(submission.submit_again, "http://head:8265", "nightly-2026-03-01", tiny, most=3)
     assert send(words=["python", "-m", "a b"]) == "nightly-2026-03-01" and send(words=["python"]) is None
     assert jobs == {"nightly-2026-03-01": "python -m 'a b'"}
+
+    def full(self: Client, **_: object) -> None:
+        raise RuntimeError("Request failed with status code 500: No available agent to submit job")
+
+    monkeypatch.setattr(Client, "submit_job", full)
+    with pytest.raises(Mistake, match=r"does not take the job nightly-2026-03-01: .*No available agent"):
+        send(words=["python"])

@@ -157,12 +157,7 @@ def submit(address: str, job: Job) -> int:
     client = connect(address)
     submission_id, new = choose(job.name, {j.submission_id: j.status for j in client.list_jobs() if j.submission_id})
     if new:
-        with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
-            shutil.copy(job.file, folder)
-            # No resources are asked for: so the driver runs on the head, and not on a machine that may be reclaimed.
-            client.submit_job(
-                entrypoint=job.command, submission_id=submission_id, runtime_env={"working_dir": folder, **code()}
-            )
+        _send(client, address, submission_id, job.file, job.command)
     print(f"job  {submission_id}  {'submitted' if new else 'runs already: its output from the start'}", flush=True)
     try:
         asyncio.run(_tail(client, submission_id))
@@ -190,16 +185,21 @@ def submit_again(address: str, name: str, file: Path, words: Sequence[str], most
     submission_id = next_attempt(name, {j.submission_id: j.status for j in client.list_jobs() if j.submission_id}, most)
     if submission_id is None:
         return None
+    return submission_id if _send(client, address, submission_id, file, shlex.join(words)) else None
+
+
+def _send(client: JobSubmissionClient, address: str, submission_id: str, file: Path, command: str) -> bool:
+    """Submits the command with its file; False where the cluster knows a job of this id. Raises Mistake."""
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
         shutil.copy(file, folder)
         environment = {"working_dir": folder, **code()}
-        try:
-            client.submit_job(entrypoint=shlex.join(words), submission_id=submission_id, runtime_env=environment)
+        try:  # no resources are asked for: so it runs on the head, and not on a machine that may be reclaimed
+            client.submit_job(entrypoint=command, submission_id=submission_id, runtime_env=environment)
         except RuntimeError as error:
             if f"{submission_id} already exists" in str(error):
-                return None
-            raise
-    return submission_id
+                return False
+            raise Mistake(f"--address {address}: the cluster does not take the job {submission_id}: {error}") from error
+    return True
 
 
 def connect(address: str) -> JobSubmissionClient:
