@@ -89,7 +89,7 @@ def block() -> tuple[float, float]:
 
 
 class Watch:
-    """`execution.Events` of a sweep without a storage."""
+    """`training.Events` of a sweep without a storage."""
 
     def __init__(self, cluster: Cluster, trials: int, lose_a_node: bool) -> None:
         self.cluster, self.trials, self.lose = cluster, trials, lose_a_node
@@ -106,7 +106,7 @@ class Watch:
         pass
 
     def trained(self, digest: str, result: dict[str, Any]) -> None:
-        from orchestrator.execution import BLOCK_CPUS
+        from orchestrator.execution.evaluations import BLOCK_CPUS
         from workers.tasks import BLOCK_GPUS
 
         self.ended[digest] = result
@@ -189,14 +189,15 @@ def jobs(trials: int, seconds: float) -> list[dict[str, Any]]:
 
 def measure(nodes: int, trials: int, seconds: float, lose_a_node: bool) -> dict[str, Any]:
     os.environ["SIMULATED_CLUSTER"] = str(os.getpid())
-    from orchestrator import execution
+    from orchestrator.execution.session import session
+    from orchestrator.execution.training import train
     from orchestrator.experiment import SearchConfig
     from workers.config import DRIVER_CPUS
 
     began = time.monotonic()
     cluster = start(nodes)
     try:
-        with execution.session(cluster.address):
+        with session(cluster.address):
             up_s = time.monotonic() - began
             watch, work = Watch(cluster, trials, lose_a_node), jobs(trials, seconds)
             hosts = {
@@ -204,7 +205,7 @@ def measure(nodes: int, trials: int, seconds: float, lose_a_node: bool) -> dict[
                 "data_parallel": tune.with_resources(asleep_together, {"CPU": DRIVER_CPUS}),
             }
             wall, cpu = time.time(), time.process_time()
-            execution.train(work, SearchConfig(max_concurrent=MOST), watch, hosts=hosts)
+            train(work, SearchConfig(max_concurrent=MOST), watch, hosts=hosts)
             took_s, cpu_s = time.time() - wall, time.process_time() - cpu
             gpus = len(cluster.worker_nodes) * GPUS
             while watch.blocks:

@@ -15,9 +15,10 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrator import execution, plan
+from orchestrator import plan
 from orchestrator.clusters import cost
 from orchestrator.clusters.cluster import Cluster, cluster_of_the_head
+from orchestrator.execution import evaluations, session, training
 from orchestrator.experiment import Experiment, Variant, expand
 from orchestrator.reports import archive, results
 from orchestrator.reports.results import Row
@@ -77,7 +78,7 @@ def run(
 
 
 class Sweep:
-    """The trials of an experiment on their way; it is what `execution.train` tells its events to.
+    """The trials of an experiment on their way; it is what `training.train` tells its events to.
 
     Those of an adaptive search grow by a round as often as all that are there have ended.
     """
@@ -104,7 +105,7 @@ class Sweep:
         self.display = Display(self.lines, console, quiet, verbose)
         self.events = archive.Events(storage, experiment.name)
         self.started, self.planned = False, ""
-        self.evaluations = execution.Evaluations()
+        self.evaluations = evaluations.Evaluations()
         self.jobs: dict[str, tasks.Job] = {}
         self.groups: dict[str, str] = {}  # the placement group of each data-parallel trial
         self.looked_at = 0.0
@@ -169,10 +170,10 @@ class Sweep:
 
     def make(self, address: str | None, cluster: Cluster | None = None) -> None:
         """Makes what is missing, and of an adaptive search one round after the other, in one session of Ray."""
-        with ExitStack() as session:
-            self._make(self.trials, address, cluster, session)
+        with ExitStack() as opened:
+            self._make(self.trials, address, cluster, opened)
             while new := self._next_round():
-                self._make(new, address, cluster, session)
+                self._make(new, address, cluster, opened)
         if self.started:
             planned = f", {self.planned} planned" if self.planned else ""
             self.display.say(f"time       {cost.duration(time.monotonic() - self.began)}{planned}")
@@ -203,8 +204,8 @@ class Sweep:
         archive.keep_asked(self.storage, self.experiment, self.asked)
         return self._add(rows_of(self.experiment, self.asked, self._source)[0])
 
-    def _make(self, addresses: Iterable[str], address: str | None, cluster: Cluster | None, session: ExitStack) -> None:
-        """Makes what is missing of the trials at `addresses`; brings up Ray in `session` the first time it has to."""
+    def _make(self, addresses: Iterable[str], address: str | None, cluster: Cluster | None, opened: ExitStack) -> None:
+        """Makes what is missing of the trials at `addresses`; brings up Ray in `opened` the first time it has to."""
         decisions = {a: plan.decide(self.found[a], self.scheduler) for a in addresses}
         states = {row.digest: row.state for row in self.rows()}
         for a in decisions:
@@ -231,22 +232,22 @@ class Sweep:
         for config in dict.fromkeys(self.trials[a].trial.data for a in decisions):
             prepare(config)
         if first:
-            session.enter_context(self.display)
-            session.enter_context(execution.session(address))
-            execution.check_seen(self.storage)
-            slots = execution.slots()
+            opened.enter_context(self.display)
+            opened.enter_context(session.session(address))
+            session.check_seen(self.storage)
+            slots = session.slots()
             self.events.add("cluster", cpus=slots["cpus"], gpus=slots["gpus"])
-        nodes = execution.nodes_ever(cluster)
+        nodes = session.nodes_ever(cluster)
         for a in (a for a in decisions if a in missing):
             trial = self.trials[a].trial
-            gpus = execution.gpus_a_worker(trial.training, nodes)
+            gpus = session.gpus_a_worker(trial.training, nodes)
             job = self.jobs[a] = tasks.make_job(self.storage, trained_by(a), trial, gpus)
             if a == self.sharing[trained_by(a)][0]:
                 content = write_yaml(json.loads(job["trial"])).encode()
                 self.storage.write(f"{tasks.folder_of(a)}/trial.yaml", content)
         train = [a for a in decisions if decisions[a].action == "train"]
         to_train = list({trained_by(a): self.jobs[a] for a in reversed(train)}.values())[::-1]
-        execution.sizes_of(to_train, cluster)
+        training.sizes_of(to_train, cluster)
         if first:
             self.record.open()  # not before all is known that a user may have to mend
         for a in missing:
@@ -255,7 +256,7 @@ class Sweep:
         for job in to_train:
             self.storage.delete(stop_path(tasks.folder_of(job["digest"])))
         if to_train:
-            execution.train(to_train, self.experiment.search, self, cluster)
+            training.train(to_train, self.experiment.search, self, cluster)
         while self.evaluations:
             self.tick(wait_s=0.5)
 
@@ -384,7 +385,7 @@ class Sweep:
         if time.monotonic() - self.looked_at < 2 and self.display.cluster:
             return self.display.cluster
         self.looked_at = time.monotonic()
-        return execution.use()
+        return session.use()
 
     def _evaluate(self, address: str) -> None:
         """Starts the blocks of a trained trial that are not there."""

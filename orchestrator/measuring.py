@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator import execution, plan
+from orchestrator import plan
 from orchestrator.clusters.cluster import cluster_of_the_head
+from orchestrator.execution import session
+from orchestrator.execution.evaluations import Evaluations
 from orchestrator.subjects import Subject
 from orchestrator.terminal import Display, Line
 from workers import tasks
@@ -55,10 +57,10 @@ def measure(
         lines = {path: Line(s.name, 0, 1, "evaluating", blocks=len(p), blocks_left=len(m))
                  for path, (s, p, m) in to_do.items()}  # fmt: skip
         display.lines |= {f"{to_do[path][0].checkpoint.digest}-{path}": line for path, line in lines.items()}
-        with display, execution.session(address, at_once):
-            execution.check_seen(storage)
+        with display, session.session(address, at_once):
+            session.check_seen(storage)
             cluster = cluster_of_the_head() if address else None
-            evaluations, gpus = execution.Evaluations(), int(any(n.gpus for n in execution.nodes_ever(cluster)))
+            evaluations, gpus = Evaluations(), int(any(n.gpus for n in session.nodes_ever(cluster)))
             for path, (subject, planned, missing) in to_do.items():
                 evaluations.submit(
                     path, tasks.make_order(storage, subject.m, subject.checkpoint, gpus), planned, missing

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from ray import tune
 
-from orchestrator import execution
 from orchestrator.clusters.cluster import Cluster, NodeType
-from orchestrator.execution import HOSTS, _Admission
+from orchestrator.execution import session, training
+from orchestrator.execution.training import HOSTS, _Admission
 from orchestrator.experiment import SearchConfig
 from orchestrator.plan import Node, Size
 from workers.config import DataConfig, TrainingConfig, Trial
@@ -18,7 +18,7 @@ TWO_MACHINES = Cluster((MACHINE,), most=1)  # the head is one as well
 
 
 class Listener:
-    """`execution.Events`, as far as admission speaks to it."""
+    """`training.Events`, as far as admission speaks to it."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -50,8 +50,9 @@ def admission(*workers: int, listener: Listener | None = None, **search: Any) ->
 def nodes(monkeypatch: pytest.MonkeyPatch) -> list[Node]:
     """What there is now: two machines, of which a test may take one."""
     there = TWO_MACHINES.nodes()
-    monkeypatch.setattr(execution, "nodes_now", lambda: there)
-    monkeypatch.setattr(execution, "LOOK_AGAIN_S", 1e9)  # there is no Ray to ask for placement groups
+    for module in (session, training):
+        monkeypatch.setattr(module, "nodes_now", lambda: there)
+    monkeypatch.setattr(training, "LOOK_AGAIN_S", 1e9)  # there is no Ray to ask for placement groups
     return there
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.execution import _scheduler
+from orchestrator.execution.training import _scheduler
 from orchestrator.experiment import (
     Axis,
     Experiment,

@@ -21,7 +21,8 @@ ORDER = """
     orchestrator.profiles orchestrator.subjects orchestrator.terminal orchestrator.comparing
     orchestrator.clusters.cluster orchestrator.clusters.cost orchestrator.clusters.calibration
     orchestrator.clusters.submission
-    orchestrator.execution orchestrator.measuring
+    orchestrator.execution.session orchestrator.execution.training orchestrator.execution.evaluations
+    orchestrator.measuring
     orchestrator.reports.results orchestrator.reports.archive orchestrator.reports.importance
     orchestrator.reports.plots orchestrator.reports.page
     orchestrator.tracking.provenance orchestrator.tracking.server orchestrator.tracking.line
@@ -36,7 +37,13 @@ ORDER = """
     orchestrator.ui orchestrator.schema orchestrator.api
 """.split()
 ROOMS = {
-    "ray": {"workers.tasks", "orchestrator.execution", "orchestrator.clusters.submission"},
+    "ray": {
+        "workers.tasks",
+        "orchestrator.clusters.submission",
+        "orchestrator.execution.session",
+        "orchestrator.execution.training",
+        "orchestrator.execution.evaluations",
+    },
     "mlflow": {f"orchestrator.tracking.{name}" for name in ("tracker", "server", "models", "model_code")},
     "rich": {
         "orchestrator.reports.results",

@@ -260,7 +260,7 @@ def planned(
         return Unknown(f"no throughput is known of these models on {on}")
     if machines:
         nodes, cores = [m.node for m in machines], sum(m.node.cpus for m in machines)
-    else:  # as `execution.session` starts Ray
+    else:  # as `execution.session.session` starts Ray
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         nodes = [Node(cores + 1, 0 if hardware.endswith(CORE) else 1)]
     return estimate(configs, sources, speeds, hardware, nodes, cores, _most(search))
@@ -289,7 +289,7 @@ def _gpus(trial: Trial, there: bool) -> int:
 
 
 def machines(hardware: str, cluster: Cluster | None) -> tuple[list[Node], float]:
-    """The nodes to plan on, and their cores. Here, as `execution.session` starts Ray."""
+    """The nodes to plan on, and their cores. Here, as `execution.session.session` starts Ray."""
     if cluster:
         return cluster.nodes(), sum(node.cpus for node in cluster.nodes())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -14,7 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrator import canary, execution, subjects
+from orchestrator import canary, subjects
+from orchestrator.execution.session import session
 from orchestrator.experiment import ExperimentError
 from orchestrator.measuring import Measured, measure
 from orchestrator.nights import decisions as decide
@@ -237,7 +238,7 @@ def _measured(
     display = Display({}, Console(stderr=True), quiet=True)
     by_path = {model.path: model.subject for model in models if model.subject}
     measured: dict[str, Measured] = {}
-    with execution.session(address) if due else nullcontext():
+    with session(address) if due else nullcontext():
         verdicts = canary.verdicts(storage, display, address, through_ray=bool(due))
         say(suite.schedule, f"canaries: {sum(v.passed for v in verdicts)} of {len(verdicts)} as expected")
         if due and all(verdict.passed for verdict in verdicts):

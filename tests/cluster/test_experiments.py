@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from orchestrator import execution
+from orchestrator.execution.session import session
 from orchestrator.experiment import load
 from orchestrator.sweep import main
 
@@ -18,7 +18,7 @@ FILES = [f for f in sorted((ROOT / "experiments").glob("*.yaml")) if "orchestrat
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A storage for all of them, while a Ray of this process is up."""
-    with execution.session(None):
+    with session(None):
         yield tmp_path_factory.mktemp("smoke")
 
 

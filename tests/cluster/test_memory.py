@@ -9,7 +9,8 @@ import pytest
 import ray
 from ray import tune
 
-from orchestrator import execution
+from orchestrator.execution.session import session
+from orchestrator.execution.training import HOSTS, train
 from orchestrator.experiment import SearchConfig
 from workers.config import DataConfig, TrainingConfig, Trial
 
@@ -37,7 +38,7 @@ class Hungry(tune.Trainable):
 
 
 class Told:
-    """`execution.Events`, kept."""
+    """`training.Events`, kept."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, str]] = []
@@ -84,8 +85,8 @@ def test_a_trial_that_fills_its_machine_starts_again(
     (tmp_path / where).touch()
     told = Told()
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import tests
-    with execution.session(None, cpus=2):
-        execution.train([job], SearchConfig(), told, hosts={**execution.HOSTS, "one_worker": Hungry})
+    with session(None, cpus=2):
+        train([job], SearchConfig(), told, hosts={**HOSTS, "one_worker": Hungry})
     names = [name for name, _ in told.events]
     assert names == ["begins", "restarted", "begins", "trained"][-len(names) :] and "restarted" in names, told.events
     [why] = [why for name, why in told.events if name == "restarted"]

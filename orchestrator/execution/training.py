@@ -1,21 +1,14 @@
-"""Ray's side of a sweep: trials to Ray Tune, evaluation blocks to Ray tasks.
+"""Trials to Ray Tune: `train` runs them until all have ended, and tells what happens to `Events`.
 
-`session` brings Ray up and down; `train` runs trials until all have ended and tells what happens to `Events`;
-`Evaluations` runs the blocks of trials that are trained, on whatever the training leaves free. Everything happens in
-the caller's thread: Tune's loop calls `Events.tick` some ten times a second.
+Everything happens in the caller's thread: Tune's loop calls `Events.tick` some ten times a second.
 """
 
-import logging
 import math
-import os
-import signal
 import tempfile
 import time
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,36 +18,16 @@ from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import SearchAlgorithm
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.clusters.cluster import Cluster
-from orchestrator.clusters.submission import TOKEN, check_attachable, code, inside_a_job
+from orchestrator.execution.session import nodes_ever, nodes_now
 from orchestrator.experiment import SearchConfig
-from orchestrator.plan import Node, Size, admit, at_once, can_hold, in_one_node, never, nodes_text, spare
+from orchestrator.plan import Size, admit, at_once, can_hold, in_one_node, never, nodes_text, spare
 from workers import tasks
-from workers.blocks import Block
-from workers.config import DataConfig, Mistake, TrainingConfig
-from workers.speed import Spent, added
-from workers.storage import Storage
-
-log = logging.getLogger(__name__)
+from workers.config import Mistake
 
 TO_DIE_S = 5.0  # until the processes of a dead trial are gone: freed before, Ray Train would take its cores again
-BLOCK_CPUS = 0.9  # not a whole one: the drivers of data-parallel trials take a little of the core that is kept free
-TO_ANSWER_S = 60.0  # for a node that is asked whether it sees the storage; one that is slower is believed
 LOOK_AGAIN_S = 1.0  # at the nodes, and at the placements that wait for room
-QUIET = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files beside our journal
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ctrl-C reaches us
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # how many may be started is `_Admission`'s to say
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-# Ray Train looks at reports once in 2 s by default; on a laptop a validation may come more often.
-WORKERS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}
 
 
 class Events(Protocol):
@@ -68,113 +41,6 @@ class Events(Protocol):
     def tick(self) -> None: ...
     def say(self, text: str) -> None: ...
     def evaluating(self) -> bool: ...
-
-
-@contextmanager
-def session(address: str | None, cpus: int | None = None) -> Iterator[None]:
-    """A Ray cluster: the one at `address`, or one of this machine that ends with the block.
-
-    `cpus` bounds the latter's logical cores, and so how many tasks run at once. Within another session it is that one.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    if address is not None:
-        check_attachable(address)
-    os.environ.update({name: value for name, value in (QUIET | WORKERS).items() if name not in os.environ})
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it prints a page of, `_Relay` tells in a line
-    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    if address is not None:  # a local Ray inherits them, and starts its processes faster without an environment to make
-        options["runtime_env"] = {"env_vars": WORKERS} | ({} if inside_a_job() else code())
-    else:
-        # A logical core more than the machine has, so that evaluation blocks run while the others train.
-        options |= {"num_cpus": cpus or cores() + 1, "include_dashboard": False, "object_store_memory": 256 * 2**20}
-    try:
-        ray.init(address or "local", **options)
-    except ConnectionError as error:
-        raise Mistake(
-            f"--address {address}: no Ray cluster answers there ({error}); where it wants a token, {TOKEN}"
-        ) from error
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a reclaimed machine is ctrl-C to us
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        ray.shutdown()
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def slots() -> dict[str, float]:
-    """What the cluster has to give, as Ray counts it."""
-    resources = ray.cluster_resources()
-    return {"cpus": resources.get("CPU", 0.0), "gpus": resources.get("GPU", 0.0)}
-
-
-def use() -> str:
-    """How much of the cluster is taken just now, in words."""
-    total, free = ray.cluster_resources(), ray.available_resources()
-    kinds = [(kind, total.get(kind, 0.0)) for kind in ("CPU", "GPU")]
-    return ", ".join(f"{all_ - free.get(kind, 0.0):g} of {all_:g} {kind}s busy" for kind, all_ in kinds if all_)
-
-
-def nodes_now() -> list[Node]:
-    """The nodes of the cluster."""
-    alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
-    return [Node(resources.get("CPU", 0), resources.get("GPU", 0)) for resources in alive]
-
-
-def nodes_ever(cluster: Cluster | None) -> list[Node]:
-    """The nodes that the cluster can have: by its file where that is known, else those that it has."""
-    return cluster.nodes() if cluster else nodes_now()
-
-
-def gpus_a_worker(training: TrainingConfig, nodes: Sequence[Node]) -> int:
-    """`training.gpus` on these nodes. Raises Mistake where it asks for a GPU and there is none."""
-    available = any(node.gpus for node in nodes)
-    if training.gpus == "auto":
-        return int(available)
-    if training.gpus and not available:
-        raise Mistake("training.gpus: 1, but no node of the cluster has a GPU; set it to 0 or auto")
-    return training.gpus
-
-
-def check_seen(storage: Storage) -> None:
-    """Raises Mistake where the storage is a folder that some node of the cluster does not see.
-
-    A node that comes later is not asked: where the cluster grows, the storage is a URI or a share of its file.
-    """
-    here = ray.get_runtime_context().get_node_id()
-    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here and node["Resources"].get("CPU")]
-    if not storage.is_local or not others:
-        return
-    note = f"seen-{uuid.uuid4().hex}"
-    storage.write(note, b"")
-    try:
-        asked = {
-            tasks.sees.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(storage.root, note): node["NodeManagerAddress"]
-            for node in others
-        }  # fmt: skip
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=TO_ANSWER_S)
-        blind = []
-        for ref in answered:
-            try:
-                blind += [] if ray.get(ref) else [asked[ref]]
-            except ray.exceptions.RayError as error:  # it has left, and holds no trial
-                log.warning("%s was not asked for the storage: %s", asked[ref], _reason(error))
-    finally:
-        storage.delete(note)
-    if blind:
-        raise Mistake(
-            f"--storage {storage.root}: not seen by {', '.join(blind)} of the cluster. Give a folder that all nodes "
-            "share, such as one on NFS, or a URI such as s3://bucket/path"
-        )
 
 
 # How trials are hosted, by name: what Tune calls for one worker, and for several.
@@ -471,127 +337,3 @@ class _Relay(tune.Callback):
 def _last_line(path: str | None) -> str:
     lines = Path(path).read_text().split("\n") if path and Path(path).exists() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-@dataclass
-class _Evaluation:
-    order: tasks.Order
-    planned: list[Block]
-    blocks: Mapping[Any, str]  # the path of each task's block
-    summary: Any  # the task at the end, which waits for all blocks
-    left: set[Any]
-    failed: str = ""
-
-
-# Kinds of blocks that measurements of one checkpoint, or on one data set, have in common: while one makes them, the
-# others wait for them.
-SHARED = ("nll", "ode_nll", "reference")
-
-
-@dataclass
-class Evaluations:
-    """Evaluations in flight, each under a name. `submit` starts one, `poll` takes what has ended."""
-
-    _open: dict[str, _Evaluation] = field(default_factory=dict)
-    _owner: dict[Any, str] = field(default_factory=dict)  # the evaluation of each task in flight
-    _spaces: dict[tuple[DataConfig, str], Any] = field(default_factory=dict)
-    _shared: dict[str, Any] = field(default_factory=dict)  # blocks that several evaluations may need, by path
-    spent: dict[str, dict[str, Spent]] = field(default_factory=dict)  # what blocks took, by evaluation and hardware
-    retried: list[tuple[str, str, str]] = field(default_factory=list)  # (name, piece of work, why) of what was redone
-
-    def submit(self, name: str, order: tasks.Order, planned: list[Block], missing: list[Block]) -> None:
-        """Starts the `missing` ones of the `planned` blocks, and after them the summary."""
-        options = _needs(order)
-        space = self._space(order)
-        made: dict[str, Any] = {}
-        others = []  # what another evaluation on the same data is making
-        for block in missing:
-            if block.path in self._shared:
-                others.append(self._shared[block.path])
-                continue
-            after = [ref for b in block.needs if (ref := made.get(b.path, self._shared.get(b.path))) is not None]
-            after += [space] if space is not None and block.kind in ("features", "reference") else []
-            made[block.path] = tasks.make_block.options(**options).remote(order, block, *after)
-            if block.kind in SHARED:
-                self._shared[block.path] = made[block.path]
-        paths = {ref: path for path, ref in made.items()}
-        summary = tasks.make_summary.options(**options).remote(order, *paths, *others)
-        self._open[name] = _Evaluation(order, planned, paths, summary, {*paths, summary})
-        self._owner |= dict.fromkeys(paths, name) | {summary: name}
-
-    def _space(self, order: tasks.Order) -> Any:
-        """The feature space of a data set is made once, before the blocks that use it."""
-        if not order.m.evaluation.fid:
-            return None
-        key = (order.m.data, order.m.evaluation.fid.features)
-        if key not in self._spaces:
-            self._spaces[key] = tasks.make_space.options(**_needs(order)).remote(order)
-        return self._spaces[key]
-
-    def __len__(self) -> int:
-        return len(self._open)
-
-    def left(self, name: str) -> int:
-        """Blocks of an evaluation still to come."""
-        return max(0, len(self._open[name].left) - 1) if name in self._open else 0
-
-    def poll(self, timeout_s: float = 0) -> list[tuple[str, str]]:
-        """(name, what failed or "") of each evaluation that has ended since, its summary written if nothing failed."""
-        if self._owner:
-            ready, _ = ray.wait(list(self._owner), num_returns=len(self._owner), timeout=timeout_s)
-            for ref in ready:
-                self._take(ref)
-        ended = {name: e for name, e in self._open.items() if not e.left}
-        for name in ended:
-            del self._open[name]
-        return [(name, e.failed) for name, e in ended.items()]
-
-    def _take(self, ref: Any) -> None:
-        name = self._owner.pop(ref)
-        evaluation = self._open[name]
-        evaluation.left.discard(ref)
-        try:
-            result = ray.get(ref)
-        except ray.exceptions.RayError as error:  # of the task, or of the machine that it ran on
-            evaluation.failed = evaluation.failed or _reason(error)
-            self._shared = {path: other for path, other in self._shared.items() if other != ref}
-            # The summary fails by itself, and others may wait for what is shared.
-            for other in evaluation.left - {evaluation.summary} - set(self._shared.values()):
-                ray.cancel(other)
-            return
-        if ref != evaluation.summary:
-            spents = self.spent.setdefault(name, {})
-            spents[result.hardware] = added(spents.get(result.hardware, {}), result.spent)
-            self._redone(name, evaluation.blocks[ref], result.attempts, result.again)
-            return
-        attempts, lacking = result
-        self._redone(name, "the summary", attempts, lacking)
-        if lacking:  # blocks that the summary found damaged
-            for block in lacking:
-                self._shared.pop(block.path, None)
-            self.submit(name, evaluation.order, evaluation.planned, list(lacking))
-
-    def _redone(self, name: str, piece: str, attempts: int, again: Mapping[Block, str]) -> None:
-        """Notes what a task says of faults: Ray began it more than once, or blocks were damaged."""
-        if attempts > 1:
-            why = f"its process or its machine died; Ray ran it again, and attempt {attempts} made it"
-            self.retried.append((name, piece, why))
-        self.retried += [(name, block.path, f"{why}; it is made again") for block, why in again.items()]
-
-    def take_retried(self) -> list[tuple[str, str, str]]:
-        """(name, piece of work, why) of all that was made again since the last call."""
-        retried, self.retried = self.retried, []
-        return retried
-
-
-def _needs(order: tasks.Order) -> dict[str, float]:
-    """What a task of an evaluation asks of the node it runs on."""
-    return {"num_cpus": BLOCK_CPUS, "num_gpus": tasks.BLOCK_GPUS if order.gpus else 0}
-
-
-def _reason(error: ray.exceptions.RayError) -> str:
-    """What a task failed of, without the trace."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, Mistake):
-        return str(cause)
-    return f"{type(cause).__name__}: {cause}" if cause else str(error).strip().splitlines()[-1]

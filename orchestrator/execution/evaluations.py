@@ -1,0 +1,131 @@
+"""Evaluation blocks to Ray tasks, on whatever the training leaves free."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from orchestrator.execution.session import reason
+from workers import tasks
+from workers.blocks import Block
+from workers.config import DataConfig
+from workers.speed import Spent, added
+
+BLOCK_CPUS = 0.9  # not a whole one: the drivers of data-parallel trials take a little of the core that is kept free
+
+
+@dataclass
+class _Evaluation:
+    order: tasks.Order
+    planned: list[Block]
+    blocks: Mapping[Any, str]  # the path of each task's block
+    summary: Any  # the task at the end, which waits for all blocks
+    left: set[Any]
+    failed: str = ""
+
+
+# Kinds of blocks that measurements of one checkpoint, or on one data set, have in common: while one makes them, the
+# others wait for them.
+SHARED = ("nll", "ode_nll", "reference")
+
+
+@dataclass
+class Evaluations:
+    """Evaluations in flight, each under a name. `submit` starts one, `poll` takes what has ended."""
+
+    _open: dict[str, _Evaluation] = field(default_factory=dict)
+    _owner: dict[Any, str] = field(default_factory=dict)  # the evaluation of each task in flight
+    _spaces: dict[tuple[DataConfig, str], Any] = field(default_factory=dict)
+    _shared: dict[str, Any] = field(default_factory=dict)  # blocks that several evaluations may need, by path
+    spent: dict[str, dict[str, Spent]] = field(default_factory=dict)  # what blocks took, by evaluation and hardware
+    retried: list[tuple[str, str, str]] = field(default_factory=list)  # (name, piece of work, why) of what was redone
+
+    def submit(self, name: str, order: tasks.Order, planned: list[Block], missing: list[Block]) -> None:
+        """Starts the `missing` ones of the `planned` blocks, and after them the summary."""
+        options = _needs(order)
+        space = self._space(order)
+        made: dict[str, Any] = {}
+        others = []  # what another evaluation on the same data is making
+        for block in missing:
+            if block.path in self._shared:
+                others.append(self._shared[block.path])
+                continue
+            after = [ref for b in block.needs if (ref := made.get(b.path, self._shared.get(b.path))) is not None]
+            after += [space] if space is not None and block.kind in ("features", "reference") else []
+            made[block.path] = tasks.make_block.options(**options).remote(order, block, *after)
+            if block.kind in SHARED:
+                self._shared[block.path] = made[block.path]
+        paths = {ref: path for path, ref in made.items()}
+        summary = tasks.make_summary.options(**options).remote(order, *paths, *others)
+        self._open[name] = _Evaluation(order, planned, paths, summary, {*paths, summary})
+        self._owner |= dict.fromkeys(paths, name) | {summary: name}
+
+    def _space(self, order: tasks.Order) -> Any:
+        """The feature space of a data set is made once, before the blocks that use it."""
+        if not order.m.evaluation.fid:
+            return None
+        key = (order.m.data, order.m.evaluation.fid.features)
+        if key not in self._spaces:
+            self._spaces[key] = tasks.make_space.options(**_needs(order)).remote(order)
+        return self._spaces[key]
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def left(self, name: str) -> int:
+        """Blocks of an evaluation still to come."""
+        return max(0, len(self._open[name].left) - 1) if name in self._open else 0
+
+    def poll(self, timeout_s: float = 0) -> list[tuple[str, str]]:
+        """(name, what failed or "") of each evaluation that has ended since, its summary written if nothing failed."""
+        if self._owner:
+            ready, _ = ray.wait(list(self._owner), num_returns=len(self._owner), timeout=timeout_s)
+            for ref in ready:
+                self._take(ref)
+        ended = {name: e for name, e in self._open.items() if not e.left}
+        for name in ended:
+            del self._open[name]
+        return [(name, e.failed) for name, e in ended.items()]
+
+    def _take(self, ref: Any) -> None:
+        name = self._owner.pop(ref)
+        evaluation = self._open[name]
+        evaluation.left.discard(ref)
+        try:
+            result = ray.get(ref)
+        except ray.exceptions.RayError as error:  # of the task, or of the machine that it ran on
+            evaluation.failed = evaluation.failed or reason(error)
+            self._shared = {path: other for path, other in self._shared.items() if other != ref}
+            # The summary fails by itself, and others may wait for what is shared.
+            for other in evaluation.left - {evaluation.summary} - set(self._shared.values()):
+                ray.cancel(other)
+            return
+        if ref != evaluation.summary:
+            spents = self.spent.setdefault(name, {})
+            spents[result.hardware] = added(spents.get(result.hardware, {}), result.spent)
+            self._redone(name, evaluation.blocks[ref], result.attempts, result.again)
+            return
+        attempts, lacking = result
+        self._redone(name, "the summary", attempts, lacking)
+        if lacking:  # blocks that the summary found damaged
+            for block in lacking:
+                self._shared.pop(block.path, None)
+            self.submit(name, evaluation.order, evaluation.planned, list(lacking))
+
+    def _redone(self, name: str, piece: str, attempts: int, again: Mapping[Block, str]) -> None:
+        """Notes what a task says of faults: Ray began it more than once, or blocks were damaged."""
+        if attempts > 1:
+            why = f"its process or its machine died; Ray ran it again, and attempt {attempts} made it"
+            self.retried.append((name, piece, why))
+        self.retried += [(name, block.path, f"{why}; it is made again") for block, why in again.items()]
+
+    def take_retried(self) -> list[tuple[str, str, str]]:
+        """(name, piece of work, why) of all that was made again since the last call."""
+        retried, self.retried = self.retried, []
+        return retried
+
+
+def _needs(order: tasks.Order) -> dict[str, float]:
+    """What a task of an evaluation asks of the node it runs on."""
+    return {"num_cpus": BLOCK_CPUS, "num_gpus": tasks.BLOCK_GPUS if order.gpus else 0}
