@@ -12,7 +12,7 @@ pytestmark = pytest.mark.clusters
 
 def test_trials_of_mixed_sizes_share_128_gpus_and_one_node_is_lost() -> None:
     """Placement groups, drivers and evaluation tasks are real; trials sleep where they would train."""
-    command = [sys.executable, "benchmarks/simulated_cluster.py", "--nodes", "16", "--trials", "60", "--seconds", "3"]
+    command = [sys.executable, "benchmarks/simulated_cluster.py", "--nodes", "16", "--trials", "60", "--seconds", "6"]
     run = subprocess.run([*command, "--lose-a-node", "--json"], capture_output=True, text=True, cwd=ROOT, timeout=500)
     assert run.returncode == 0, run.stdout + run.stderr
     result = json.loads(run.stdout.splitlines()[-1])
