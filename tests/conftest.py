@@ -11,6 +11,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,13 @@ def tiny(tmp_path: Path) -> Path:
     file = tmp_path / "tiny.yaml"
     file.write_text(TINY)
     return file
+
+
+def sent(thing: Any) -> Any:
+    """The thing as another process receives it."""
+    there, here = Pipe()
+    there.send(thing)
+    return here.recv()
 
 
 def environment(marker: str) -> dict[str, str]:

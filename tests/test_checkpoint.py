@@ -1,13 +1,13 @@
 """Checkpoints commit by their manifest, tell damage, and open in diffusers."""
 
 import json
-import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import sent
 
 from workers.checkpoint import Checkpoint, CheckpointError, describe, load, load_state, newest, open_folder, save
 from workers.config import DiffusionConfig, ModelConfig, SamplerConfig, ScheduleConfig
@@ -199,7 +199,7 @@ def test_a_bit_flipped_anywhere_in_the_weights_is_told(storage):
 def test_it_crosses_processes_and_is_a_key(storage):
     """All that loading takes is in it; equal ones are one key."""
     checkpoint = saved(storage)
-    other = pickle.loads(pickle.dumps(checkpoint))  # noqa: S301 our own bytes, as Ray sends them
+    other = sent(checkpoint)
     assert {checkpoint: 1}[other] == 1
     unet, _ = load(other)
     with torch.no_grad():

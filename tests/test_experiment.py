@@ -2,13 +2,13 @@
 
 import itertools
 import math
-import pickle
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import sent
 
 from orchestrator.experiment import (
     Experiment,
@@ -340,7 +340,7 @@ def test_all_mistakes_are_told_at_once_each_with_its_path() -> None:
     assert set(told) == set(EXPECTED)
     assert str(caught.value).splitlines()[0] == f"the experiment: {len(EXPECTED)} mistakes"
     assert len(str(caught.value).splitlines()) == len(EXPECTED) + 1
-    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301
+    assert str(sent(caught.value)) == str(caught.value)
 
 
 EXPECTED = {

@@ -50,11 +50,11 @@ def probes(K: int, x: torch.Tensor, *where: int | str) -> torch.Tensor:
 @pytest.mark.parametrize("pair", [BOGACKI_SHAMPINE, DORMAND_PRINCE], ids=["3(2)", "5(4)"])
 def test_a_step_is_exact_for_polynomials_of_its_order_and_its_error_one_below(pair):
     """dy/du = u^k: a rule of order p integrates k < p exactly; its companion of order p - 1 all but k = p - 1."""
-    times = np.array([0, *pair.times])
+    nodes = np.array([0, *pair.times])
     weights, error = np.array([*pair.rows[-1], 0]), np.array(pair.error)
     for k in range(pair.order):
-        assert weights @ times**k == pytest.approx(1 / (k + 1), abs=1e-14)
-        assert (abs(error @ times**k) < 1e-14) == (k < pair.order - 1)
+        assert weights @ nodes**k == pytest.approx(1 / (k + 1), abs=1e-14)
+        assert (abs(error @ nodes**k) < 1e-14) == (k < pair.order - 1)
     assert all(sum(row) <= 1 + 1e-15 for row in pair.rows) and pair.times[-1] == pytest.approx(1)
 
 

@@ -1,11 +1,11 @@
 """Files whole or not at all, and one holder of a lock."""
 
-import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import sent
 
 from workers.storage import Storage
 
@@ -42,9 +42,9 @@ def test_delete_takes_files_and_folders_and_forgives(storage):
     assert storage.list("") == []
 
 
-def test_it_travels_by_pickle(storage):
+def test_it_crosses_processes(storage):
     storage.write("a.bin", b"1")
-    copy = pickle.loads(pickle.dumps(storage))  # noqa: S301 its own bytes
+    copy = sent(storage)
     assert copy.read("a.bin") == b"1" and copy.root == storage.root
 
 
