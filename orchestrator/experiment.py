@@ -209,7 +209,7 @@ class SchedulerConfig(Record):
         return {n: v for n, v in content(self).items() if n in ("kind", "metric", *SCHEDULERS[self.kind])}
 
 
-# The kinds of schedulers, each with the settings that it reads, or that are told apart for nothing.
+# The kinds of schedulers, each with the settings that it reads; `none` keeps those that its key has always held.
 SCHEDULERS = {"none": ("grace", "reduction"), "asha": ("grace", "reduction"), "median": ("grace", "others")}
 
 

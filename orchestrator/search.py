@@ -4,7 +4,7 @@
 
 A round is a pure function of the experiment and of the outcomes of whole rounds before it, in the order in which they
 were asked for, whatever the order they ended in. So the trials are the same at any size of the cluster, after a kill
-and on a rerun. Optuna holds no state between rounds. Imported lazily, as it is by nothing else.
+and on a rerun. Optuna holds no state between rounds; it is imported here alone, when a second round is asked for.
 """
 
 import itertools

@@ -156,8 +156,7 @@ def submit(address: str, job: Job) -> int:
     """
     client = connect(address)
     submission_id, new = choose(job.name, {j.submission_id: j.status for j in client.list_jobs() if j.submission_id})
-    if new:
-        _send(client, address, submission_id, job.file, job.command)
+    new = new and _send(client, address, submission_id, job.file, job.command)
     print(f"job  {submission_id}  {'submitted' if new else 'runs already: its output from the start'}", flush=True)
     try:
         asyncio.run(_tail(client, submission_id))
