@@ -231,7 +231,7 @@ def show(value: Any) -> str:
 
 
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def describe(kind: Any) -> str:
@@ -248,6 +248,8 @@ def _describe(kind: Any, constraints: Sequence[Any]) -> str:
         return f"a list of {number}" + ("" if arguments[0] is Any else f", each {describe(arguments[0])}")
     if get_origin(kind) is tuple:
         return f"a range [low, high] of {describe(arguments[0]).removeprefix('a ')}s"
+    if kind is type(None):
+        return "null"  # has no bounds, whatever those of the other members are
     if section := _record(kind):
         return f"a section with the keys {_names(section)}"
     bounds = " and ".join(

@@ -271,7 +271,7 @@ def test_a_dry_run_says_what_is_to_come() -> None:
         ({"samples": None}, "search.samples: missing; algorithm: optuna needs a number of draws"),
         ({"samples": 0}, "0 is an empty search"),
         ({"samples": 4, "batch": 5}, "search.batch: 5 a round are more than search.samples = 4 in all"),
-        ({"batch": 0}, "search.batch: 0"),
+        ({"batch": 0}, "search.batch: 0 is not a whole number of at least 1 or null"),
         ({"algorithm": "random", "batch": 4}, "search.batch: 4 is without effect on algorithm: random"),
         ({"algorithm": "optunna"}, "search.algorithm: 'optunna'"),
         ({"metric": "eval/nll"}, "search.metric: 'eval/nll'"),
