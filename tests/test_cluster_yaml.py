@@ -302,6 +302,7 @@ def postgres(head: tuple[Path, str]) -> Iterator[str]:
 @pytest.mark.faults
 def test_mlflow_keeps_its_runs_in_postgres_where_the_settings_say_so(head: tuple[Path, str], postgres: str) -> None:
     home, address = head
+    Storage("s3://my-bucket").delete("mlflow-copy")  # of another test: the mock of AWS is one for this module
     settings = home / "diffusion-orchestrator/deploy/aws/settings.env"
     [line] = [line for line in settings.read_text().splitlines() if line.startswith("MLFLOW_BACKEND=")]
     settings.write_text(settings.read_text().replace(line, f"MLFLOW_BACKEND={postgres}"))
