@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray import tune
@@ -42,7 +42,7 @@ def report(job: dict[str, Any], step: int, started: float, nodes: int) -> dict[s
 
 
 class Asleep(tune.Trainable):
-    """Of one worker, as `workers.tasks.OneWorker`."""
+    """Of one worker, as `workers.hosts.OneWorker`."""
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
@@ -62,7 +62,7 @@ class Asleep(tune.Trainable):
 
 
 def asleep_together(config: dict[str, Any]) -> None:
-    """Of several workers, as `workers.tasks.data_parallel` with Ray Train's placement group."""
+    """Of several workers, as `workers.hosts.data_parallel` with Ray Train's placement group."""
     job = config["job"]
     group = placement_group([{"CPU": 1, "GPU": job["gpus"]}] * job["workers"], strategy=config["strategy"])
     try:
@@ -107,7 +107,7 @@ class Watch:
 
     def trained(self, digest: str, result: dict[str, Any]) -> None:
         from orchestrator.execution.evaluations import BLOCK_CPUS
-        from workers.tasks import BLOCK_GPUS
+        from workers.config import BLOCK_GPUS
 
         self.ended[digest] = result
         if len(self.ended) % EVERY == 0:
@@ -117,6 +117,9 @@ class Watch:
     def restarted(self, digest: str, why: str) -> None:
         self.restarts += 1
 
+    def resized(self, digest: str, result: dict[str, Any]) -> None:
+        pass
+
     def failed(self, digest: str, why: str) -> None:
         self.failures.append(f"{digest}: {why}")
 
@@ -125,6 +128,9 @@ class Watch:
 
     def evaluating(self) -> bool:
         return bool(self.blocks)
+
+    def turn(self, digest: str) -> Literal["train", "wait", "take"]:
+        return "train"
 
     def tick(self, wait_s: float = 0) -> None:
         if self.blocks:
@@ -180,6 +186,7 @@ def jobs(trials: int, seconds: float) -> list[dict[str, Any]]:
                 "digest": f"{i:016x}",
                 "trial": trial.model_dump_json(),
                 "gpus": 1,
+                "share": "",
                 "workers": workers,
                 "seconds": seconds * (0.5 + i * 37 % 100 / 100),
             }
@@ -190,8 +197,8 @@ def jobs(trials: int, seconds: float) -> list[dict[str, Any]]:
 def measure(nodes: int, trials: int, seconds: float, lose_a_node: bool) -> dict[str, Any]:
     os.environ["SIMULATED_CLUSTER"] = str(os.getpid())
     from orchestrator.execution.session import session
-    from orchestrator.execution.training import train
-    from orchestrator.experiment import SearchConfig
+    from orchestrator.execution.trials import train
+    from orchestrator.experiment.records import SearchConfig
     from workers.config import DRIVER_CPUS
 
     began = time.monotonic()

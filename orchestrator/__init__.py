@@ -7,14 +7,20 @@
     done = run_sweep(file, *changes, storage="runs")  # resumes, or does nothing where all is there
     trials = load_results("try", storage="runs")  # pandas: a row a trial, the best first
     print(done.ok, done.report, trials[["trial", "diffusion.T", "eval/nll_bpd", "eval/nll_bpd_se"]])
-    model = open_model("try", storage="runs")  # of the best trial; or a trial's address, or a checkpoint's folder
+    model = open_model("try", storage="runs")  # of the best trial; or a trial's id, or a checkpoint's folder
     images = model.sample(16, seed=0, steps=25)  # uint8 (16, 8, 8, 1)
     print(images.shape, model.process.T)  # model(x_t, t) is eps_theta
 
 `orchestrator.api` holds them; they load when they are first asked for, so that importing the package costs nothing.
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.argv[:1] == ["-m"]:  # a command is on its way: Python looks for its module
+    from orchestrator import interrupts
+
+    interrupts.arm()
 
 if TYPE_CHECKING:
     from orchestrator.api import DiffusionModel as DiffusionModel
@@ -23,8 +29,9 @@ if TYPE_CHECKING:
     from orchestrator.api import open_model as open_model
     from orchestrator.api import preview as preview
     from orchestrator.api import run_sweep as run_sweep
+    from workers.config import Mistake as Mistake
 
-__all__ = ["DiffusionModel", "Outcome", "load_results", "open_model", "preview", "run_sweep"]
+__all__ = ["DiffusionModel", "Mistake", "Outcome", "load_results", "open_model", "preview", "run_sweep"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,18 +1,30 @@
-"""The commands as functions, for Python without a notebook: preview and run a sweep, load results, open a model.
+"""The commands as functions: preview and run a sweep, load results, open a model.
 
-A user's mistake is raised as `workers.config.Mistake`, with the text that the command prints.
+A user's mistake is raised as `Mistake`, with the text that the command prints. What the command warns of goes to
+`warnings.warn`, which a program may filter, turn into errors or record.
 """
 
-from dataclasses import astuple, dataclass, fields
+import warnings
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.experiment import load
-from orchestrator.preflight import Cost, chain, costs
-from orchestrator.reports import archive, results
-from orchestrator.reports.page import path as report_path
-from orchestrator.sweep import trials_of
-from workers.config import Mistake, SamplerConfig, Trial, trained_by
+from orchestrator import cli
+from orchestrator import sweep as command
+from orchestrator.clusters.cluster import read_cluster
+from orchestrator.command import Command
+from orchestrator.experiment.effort import Cost, costs
+from orchestrator.experiment.load import load
+from orchestrator.experiment.preflight import chain, data_lines
+from orchestrator.experiment.records import Experiment, Variant
+from orchestrator.output.page import path as report_path
+from orchestrator.output.table import make_columns, make_frame
+from orchestrator.state.events import read_events
+from orchestrator.state.rows import rank_rows
+from orchestrator.state.saved import list_sweeps, open_sweep, read_rows
+from workers.config import DataConfig, Measurement, Mistake, SamplerConfig
+from workers.data.sources import Source
+from workers.layout import RowId
 from workers.storage import Storage
 
 if TYPE_CHECKING:  # torch and pandas take seconds: each function loads what it needs
@@ -20,8 +32,8 @@ if TYPE_CHECKING:  # torch and pandas take seconds: each function loads what it 
     import pandas as pd
     import torch
 
-    from workers.checkpoint import Checkpoint
     from workers.diffusion.process import Process
+    from workers.network.manifest import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -30,11 +42,11 @@ class Outcome:
 
     name: str
     storage: str
-    exit_status: int  # 0 all done, 1 some trial failed, 130 interrupted: the same call resumes
+    exit_status: int  # 0 all done, 1 some trial failed, 130 interrupted: the same call resumes (see `cli`)
 
     @property
     def ok(self) -> bool:
-        return self.exit_status == 0
+        return self.exit_status == cli.DONE
 
     @property
     def report(self) -> str:
@@ -49,21 +61,23 @@ def preview(file: str | Path, *overrides: str, smoke: bool = False) -> "pd.DataF
     """The trials that an experiment file means (of an adaptive search those of its first round), a row each: what is
     searched, where the chain ends, what it costs.
 
-    Costs count evaluations of the network, an image at a time. Starts nothing. Raises Mistake with all mistakes.
+    Costs count evaluations of the network, an image at a time. Starts nothing. Warns as the command does. Raises
+    Mistake with all mistakes.
     """
     import pandas as pd
 
-    trials, sources, _ = trials_of(load(file, overrides, smoke))
+    trials, sources = _checked(load(file, overrides, smoke))
     names = [field.name for field in fields(Cost)]
+    params = make_columns(list(trials.values()))
     return pd.DataFrame(
         {
-            "trial": address,
-            **{p: str(v) if isinstance(v, dict) else v for p, v in variant.params.items()},
+            "trial": row,
+            **{path: values[i] for path, values in params.items()},
             "alpha_bar_T": chain(variant.trial.diffusion).alpha_bar_T,
             "prior_bpd": chain(variant.trial.diffusion).prior_bpd,
-            **dict(zip(names, astuple(price), strict=True)),
+            **dict(zip(names, price.parts, strict=True)),
         }
-        for (address, variant), price in zip(trials.items(), costs(trials, sources), strict=True)
+        for i, ((row, variant), price) in enumerate(zip(trials.items(), costs(trials, sources), strict=True))
     )
 
 
@@ -71,30 +85,60 @@ def run_sweep(
     file: str | Path,
     *overrides: str,
     storage: str | Path = "runs",
-    address: str | None = None,
-    fresh: bool = False,
-    quiet: bool = True,
     smoke: bool = False,
+    fresh: bool = False,
+    ray_address: str | None = None,
+    cluster: str | Path | None = None,
+    tracking_uri: str | None = None,
+    quiet: bool = True,
+    verbose: bool = False,
 ) -> Outcome:
-    """Makes what is missing of a sweep, as the command does; `quiet` prints its result alone, `smoke`
-    applies the file's own section of that name.
+    """Makes what is missing of a sweep, as `python -m orchestrator.sweep` does with the options of these names.
 
-    To be called from the main thread, as ctrl-C and SIGTERM end it in good order. Raises Mistake before Ray starts.
+    `smoke` applies the file's own section of that name, and `fresh` forgets what is there of the trials. Without
+    `ray_address` (auto or HOST:PORT) a Ray of this machine is started; `cluster` is the file for `ray up` of the one
+    at that address. `tracking_uri` is an MLflow server. `quiet` prints the result alone, `verbose` more than usual.
+
+    In the main thread ctrl-C and SIGTERM end it in good order; of several threads one after the other runs a sweep.
+    Warns as the command does, of settings and data that may not be meant so. Raises Mistake before Ray starts, and of
+    Mistakes ClusterLost where Ray was lost and did not come back.
     """
-    experiment = load(file, overrides, smoke)
-    trials, sources, _ = trials_of(experiment)
-    from orchestrator.controller import run
-
-    status = run(experiment, trials, sources, str(storage), address, fresh, quiet)
+    if cluster and not ray_address:
+        raise Mistake(f"cluster={str(cluster)!r} goes with ray_address: this sweep would run on this machine")
+    experiment = load(file, command.with_tracking(overrides, tracking_uri), smoke)
+    trials, sources = _checked(experiment)
+    grows_to = read_cluster(Path(cluster)) if cluster else None
+    cli.tell(data_lines(sources.values()), (), quiet=quiet)
+    asked = Command(
+        storage=str(storage),
+        ray_address=ray_address,
+        cluster=grows_to,
+        fresh=fresh,
+        quiet=quiet,
+        verbose=verbose,
+    )
+    status = command.make(experiment, trials, sources, asked)
     return Outcome(experiment.name, str(storage), status)
 
 
-def load_results(sweep: str, storage: str | Path = "runs") -> "pd.DataFrame":
-    """A row a trial, the best first, as the storage has it now: also while the sweep runs. Raises Mistake."""
+def _checked(experiment: Experiment) -> tuple[dict[RowId, Variant], dict[DataConfig, Source]]:
+    """The trials by id, and their data. Warns at the line that called the function which calls this one."""
+    trials, sources, texts = command.trials_of(experiment)
+    for text in texts:
+        warnings.warn(text, stacklevel=3)
+    return trials, sources
+
+
+def load_results(sweep: str, storage: str | Path = "runs", *, collapse_seeds: bool = False) -> "pd.DataFrame":
+    """A row a trial, the best first, as the storage has it now: also while the sweep runs. Raises Mistake.
+
+    Where seeds were searched, those of one setting stand together, at the place of their mean; `collapse_seeds` makes
+    one row of them, with means, standard errors over seeds and over images, and counts: see `make_frame`.
+    """
     place = Storage(storage)
-    kept = archive.open_sweep(place, sweep)
-    rows = archive.rows(place, kept, archive.events(place, sweep))
-    return results.frame(results.ranked(rows, kept.metric, kept.mode))
+    kept = open_sweep(place, sweep)
+    rows = read_rows(place, kept, read_events(place, sweep))
+    return make_frame(rank_rows(rows, kept.metric), collapse_seeds)
 
 
 @dataclass(frozen=True)
@@ -113,13 +157,13 @@ class DiffusionModel:
         with torch.no_grad():
             return torch.as_tensor(self.network(x_t, t).eps)
 
-    def sample(self, n: int, seed: int = 0, steps: int | None = None, eta: float = 0.0) -> "np.ndarray":
+    def sample(self, n: int, *, seed: int = 0, steps: int | None = None, eta: float = 0.0) -> "np.ndarray":
         """n samples, uint8 (n, H, W, C) in 0..255: ancestral, or by DDIM where `steps` are given."""
         import torch
 
+        from workers.data.pixels import to_levels
         from workers.diffusion.samplers import sample
         from workers.noise import generator
-        from workers.pixels import to_levels
 
         if n < 1 or (steps is not None and not 1 <= steps <= self.process.T):
             raise Mistake(
@@ -133,35 +177,40 @@ class DiffusionModel:
 
 
 def open_model(target: str | Path, storage: str | Path = "runs") -> DiffusionModel:
-    """The model of a trial (its address or the start of one), of a sweep's best trial, or of a checkpoint's folder.
+    """The model of a trial (its id or the start of one), of a sweep's best trial, or of a checkpoint's folder.
 
     Raises Mistake where there is none, or where its bytes are damaged.
     """
-    from workers import checkpoint as checkpoints
+    from workers.network import checkpoint as checkpoints
 
     checkpoint = _checkpoint(str(target), Storage(storage))
     network, process = checkpoints.load(checkpoint)
     return DiffusionModel(network, process, checkpoints.describe(checkpoint).shape, checkpoint)
 
 
-def _average(trial: Trial) -> list[str]:
-    """The override that names the average that a trial measures."""
-    return [] if trial.evaluation.ema is None else [f"evaluation.ema={trial.evaluation.ema}"]
-
-
 def _checkpoint(target: str, storage: Storage) -> "Checkpoint":
-    from orchestrator import subjects
-    from workers import checkpoint as checkpoints
+    from orchestrator.measuring import subjects
+    from workers.network import checkpoint as checkpoints
+    from workers.network import manifest
 
-    if target in archive.names(storage):
-        kept = archive.open_sweep(storage, target)
-        rows = [row for row in archive.rows(storage, kept) if kept.metric in row.metrics]
+    if target in list_sweeps(storage):
+        kept = open_sweep(storage, target)
+        every = read_rows(storage, kept)
+        rows = [row for row in every if kept.metric in row.metrics]
         if not rows:
             raise Mistake(f"no trial of the sweep {target} has {kept.metric} yet")
-        best = results.ranked(rows, kept.metric, kept.mode)[0]
-        [subject] = subjects.find(trained_by(best.digest), storage, _average(best.variant.trial), None)
-        return subject.checkpoint
-    if "://" in target or Path(target).is_dir():
+        if without := [f"{row.digest[:8]}, {row.found.unread or row.state}" for row in every if row not in rows]:
+            reasons = "; ".join(without[:3]) + "; ..." * (len(without) > 3)
+            warnings.warn(
+                f"{target}: {len(without)} of {len(every)} trials have no {kept.metric} ({reasons}); "
+                "this is the best of the others",
+                stacklevel=3,
+            )
+        best = rank_rows(rows, kept.metric)[0]
+        found = subjects.checkpoint_of(storage, best.digest, best.variant.trial)
+        assert found, best.digest
+        return manifest.averaged(found, Measurement.of(best.variant.trial).evaluation.ema)
+    if "://" in target or subjects.is_there(target):
         return checkpoints.open_folder(target)
     [subject] = subjects.find(target, storage, (), None)
     return subject.checkpoint

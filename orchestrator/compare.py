@@ -1,70 +1,73 @@
-"""`python -m orchestrator.compare A B`: the difference of two measured checkpoints, where they may be compared.
-
-Exit status: 0 compared, 1 measured by different protocols, 2 the user's mistake.
-"""
+"""`python -m orchestrator.compare A B`: the difference of two measured checkpoints, where they may be compared."""
 
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.comparing import paired, protocol_differences
-from orchestrator.reports.results import is_distance
+from orchestrator import cli
+from orchestrator.experiment.profiles import PROFILES
+from orchestrator.measuring.differences import paired, protocol_differences
+from orchestrator.state.rows import is_distance
 from workers.config import Mistake
 
-EPILOG = """example:
-  python -m orchestrator.compare 53964d91 10a7fd6d
-
-Both must have been measured, by a sweep or by python -m orchestrator.evaluate. The same overrides name the same
-measurement: python -m orchestrator.compare A B evaluation.fid.samples=5000"""
+EXAMPLES = ("aca8d9a9 7fa67567", "aca8d9a9 7fa67567 evaluation.fid.samples=5000")
+MORE = """Both must have been measured, by a sweep or by python -m orchestrator.evaluate. The same overrides name
+the same measurement."""
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        "python -m orchestrator.compare",
-        description="The difference of two measured checkpoints with its confidence interval.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    result.add_argument("a", help="a trial's address, or a folder with a checkpoint")
-    result.add_argument("b", help="the one to compare it with")
-    result.add_argument("overrides", nargs="*", metavar="c.d=value", help="settings of evaluation, data, seed")
-    result.add_argument("--profile", help="measured as a paper did")
-    result.add_argument("--storage", default="runs", help="folder or URI that keeps everything (default: ./runs)")
+    endings = {cli.DONE: "they are compared", cli.SOME_FAILED: "they were measured by different protocols"}
+    result = cli.parser("compare", "A B [a.b=value ...]", EXAMPLES, more=MORE, endings=endings)
+    result.add_argument("a", metavar="A", help="a trial's id, or a folder with a checkpoint")
+    result.add_argument("b", metavar="B", help="the one to compare it with")
+    cli.add_overrides(result)
+    cli.add_profile(result, PROFILES)
+    cli.add_storage(result)
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_intermixed_args(arguments)
-    try:
-        first, second = (_summary(target, options) for target in (options.a, options.b))
-    except Mistake as mistake:
-        print(mistake, file=sys.stderr)
-        return 2
-    lines, differing = comparison(first, second)
+    return cli.execute(parser(), run, arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Raises Mistake."""
+    lines, differing = comparison(*_summaries(options))
     print("\n".join(lines))
-    return 1 if differing else 0
+    return cli.SOME_FAILED if differing else cli.DONE
 
 
-def _summary(target: str, options: argparse.Namespace) -> Mapping[str, Any]:
-    """What was measured of a target. Raises Mistake where it was not."""
-    from orchestrator import subjects
-    from workers.blocks import Images, summary_path
+def _summaries(options: argparse.Namespace) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """What was measured of both targets. Raises Mistake where one of them was not."""
+    from orchestrator.experiment.preflight import data_lines
+    from orchestrator.measuring import subjects  # torch loads here: --help does without
+    from workers.evaluation.blocks import Images, summary_path
     from workers.storage import Storage
 
     storage = Storage(options.storage)
-    found = subjects.find(target, storage, options.overrides, options.profile)
-    if len(found) > 1:
-        names = ", ".join(str(s.trial)[:8] for s in found)
-        raise Mistake(f"{target} is a sweep of {len(found)} trials; give two of them: {names}")
-    sources, _ = subjects.check(found)
-    [subject] = found
-    path = summary_path(subject.m, subject.checkpoint.digest, Images.of(sources[subject.m.data]))
-    summary = storage.read_sealed(path)
-    if summary is None:
-        words = " ".join(["python -m orchestrator.evaluate", target, *options.overrides])
-        raise Mistake(f"{target} has not been measured in this way; run {words} --storage {options.storage}")
-    return dict(summary)
+
+    def find(target: str) -> subjects.Subject:
+        found = subjects.find(target, storage, options.overrides, options.profile)
+        if len(found) > 1:
+            names = ", ".join(str(s.trial)[:8] for s in found)
+            raise Mistake(f"{target} is a sweep of {len(found)} trials; give two of them: {names}")
+        return found[0]
+
+    both = {target: find(target) for target in (options.a, options.b)}
+    sources, warnings = subjects.check(list(both.values()))
+    cli.tell(data_lines(sources.values()), warnings)
+
+    def read(target: str) -> Mapping[str, Any]:
+        subject = both[target]
+        path = summary_path(subject.m, subject.checkpoint.digest, Images.of(sources[subject.m.data]))
+        summary = storage.read_sealed(path)
+        if summary is None:
+            words = " ".join(["python -m orchestrator.evaluate", target, *options.overrides])
+            raise Mistake(f"{target} has not been measured in this way; run {words} --storage {options.storage}")
+        return dict(summary)
+
+    return read(options.a), read(options.b)
 
 
 def comparison(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -96,4 +99,4 @@ def _unpaired(name: str, first: Mapping[str, float], second: Mapping[str, float]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.call("compare", main))

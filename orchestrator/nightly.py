@@ -2,10 +2,8 @@
 
 A night has a date, that of its time of day in the suite's zone, and is done once: run again, it says so and does
 nothing. Without --date it is the newest night that has begun, whatever was missed before it. Everything about it is in
-nightly/<suite>/<date>/ of the storage: report.md, report.html, result.json (written last).
-
-Exit status: 0 fine, 1 something could not be measured (run again, it goes on with that), 2 the user's mistake, 3 a
-regression, numbers that moved by themselves, or a canary off; 130 interrupted.
+nightly/<suite>/<date>/ of the storage: report.md, report.html, result.json. They are kept
+before anybody is told: a hook that fails is a line in the report.
 
 On a cluster's head, cron asks every five minutes whether a night is due, and submits it as the Ray job nightly-<date>
 (nightly-<suite>-<date> where the suite has another name than that); Ray refuses a second one of that id. One that ended
@@ -21,7 +19,6 @@ environment that the hooks need. On a laptop --serve sleeps until the next night
 import argparse
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -29,72 +26,73 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from orchestrator.experiment import ExperimentError
+from orchestrator import cli, interrupts
+from orchestrator.experiment.records import ExperimentError
 from orchestrator.nights import hooks
-from orchestrator.nights.schedule import crontab, given_date, last_night, next_run, say
+from orchestrator.nights.calendar import crontab, given_date, last_night, next_run, say
 from orchestrator.nights.suite import Suite, load
-from workers.config import Mistake
+from workers.config import Mistake, without_secrets
+from workers.layout import nights_folder
 
 JOBS = "http://127.0.0.1:8265"  # Ray's dashboard on the head, which takes jobs
 ATTEMPTS = 3  # jobs that a night gets, where it ends without being done
 PASSED_ON = (  # of the environment, into the crontab: cron gives none. Secrets stay out of it
     "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL",
 )  # fmt: skip
-EPILOG = """examples:
-  python -m orchestrator.nightly experiments/nightly.yaml
-  python -m orchestrator.nightly experiments/nightly.yaml --date 2026-11-23
-  python -m orchestrator.nightly experiments/nightly.yaml schedule.at=04:15 --serve
-  python -m orchestrator.nightly experiments/nightly.yaml --storage s3://bucket/runs --install-cron"""
+EXAMPLES = (
+    "experiments/nightly.yaml --date 2026-11-23",
+    "experiments/nightly.yaml schedule.at=04:15 --serve",
+    "experiments/nightly.yaml --storage s3://bucket/runs --install-cron",
+)
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        "python -m orchestrator.nightly",
-        description="Measure the models of a nightly file, and tell what became worse.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    result.add_argument("file", type=Path, help="the nightly file (YAML)")
-    result.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the file's")
+    endings = {
+        cli.DONE: "all models are measured, and none is worse",
+        cli.SOME_FAILED: "something could not be measured; the same command goes on with that",
+        cli.ALARM: "a regression, numbers that moved by themselves, or a canary that is off",
+        cli.CLUSTER_LOST: "",
+        cli.INTERRUPTED: "",
+    }
+    result = cli.parser("nightly", "FILE [a.b=value ...]", EXAMPLES, endings=endings)
+    result.add_argument("file", type=Path, metavar="FILE", help="the nightly file (YAML)")
+    cli.add_overrides(result, "settings that replace the file's")
     when = result.add_mutually_exclusive_group()
     when.add_argument("--date", help="the night's date; default: the newest night that has begun")
     when.add_argument("--serve", action="store_true", help="sleep until the next night, run it, and so on")
     when.add_argument("--submit", nargs="?", const=JOBS, metavar="URL", help=f"run it as a Ray job (default: {JOBS})")
     when.add_argument("--install-cron", action="store_true", help="print the crontab that submits every night")
     result.add_argument("--promote", action="store_true", help="move `champion` to a candidate that is clearly better")
-    result.add_argument("--address", help="a Ray cluster to attach to; default: this machine alone")
-    result.add_argument("--storage", default="runs", help="folder or URI that keeps everything (default: ./runs)")
-    result.add_argument("--tracking-uri", help="an MLflow server; default: the file's, or a database in the storage")
+    cli.add_ray_address(result)
+    cli.add_storage(result)
+    cli.add_tracking_uri(result, "the file's, or a database in the storage")
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_intermixed_args(arguments)
+    return cli.execute(parser(), run, arguments, interrupted="The same night goes on where this one stopped.")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Raises Mistake."""
     overrides = [*options.overrides, *["promote=true"][: options.promote]]
     if options.tracking_uri:
         overrides.append(f"tracking.uri={options.tracking_uri}")
-    try:
-        suite = load(options.file, overrides)
-        if options.install_cron:
-            print(crontab(_installed_crontab(), suite.label, _cron_command(options, suite)), end="")
-            return 0
-        if options.submit:
-            return submit(options, suite)
-        if problems := hooks.missing(suite.hooks, os.environ):
-            raise ExperimentError(problems, str(options.file))
-        if options.serve:
-            return serve(options, suite)
-        now = datetime.now(UTC)
-        day = given_date(options.date, now, suite.schedule) if options.date else last_night(now, suite.schedule)
-        from orchestrator.nights.shift import run  # torch, ray and MLflow load here: a slip is told without
+    suite = load(options.file, overrides)
+    if options.install_cron:
+        print(crontab(_installed_crontab(), suite.label, _cron_command(options, suite)), end="")
+        return cli.DONE
+    if options.submit:
+        return submit(options, suite)
+    if problems := hooks.missing(suite.hooks, os.environ):
+        raise ExperimentError(problems, str(options.file))
+    if options.serve:
+        return serve(options, suite)
+    now = datetime.now(UTC)
+    day = given_date(options.date, now, suite.schedule) if options.date else last_night(now, suite.schedule)
+    from orchestrator.nights import shift  # torch, ray and MLflow load here: a slip is told without
 
-        return run(suite, day, options.storage, options.address)
-    except Mistake as mistake:
-        print(mistake, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same night goes on where this one stopped.", file=sys.stderr)
-        return 128 + signal.SIGINT
+    return shift.run(suite, day, options.storage, options.ray_address)
 
 
 # ---- When ------------------------------------------------------------------------------------------------------
@@ -102,12 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(options: argparse.Namespace, suite: Suite) -> int:
     """Runs every night until ctrl-C; first the newest that has begun, if nobody did."""
-    from orchestrator.nights.shift import run
+    from orchestrator.nights import shift
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupts.arm()
     while True:
         try:
-            run(suite, last_night(datetime.now(UTC), suite.schedule), options.storage, options.address)
+            shift.run(suite, last_night(datetime.now(UTC), suite.schedule), options.storage, options.ray_address)
         except Mistake as mistake:  # may be another tomorrow: an alias, a server, another process at it
             say(suite.schedule, str(mistake))
         due = next_run(datetime.now(UTC), suite.schedule)
@@ -120,7 +118,7 @@ def serve(options: argparse.Namespace, suite: Suite) -> int:
             while (left := (due - datetime.now(UTC)).total_seconds()) > 0:
                 time.sleep(min(left, 60))  # in short naps: a laptop that was closed wakes up late
         except KeyboardInterrupt:
-            return 0
+            return cli.DONE
 
 
 def submit(options: argparse.Namespace, suite: Suite) -> int:
@@ -133,17 +131,19 @@ def submit(options: argparse.Namespace, suite: Suite) -> int:
     from workers.storage import Storage
 
     day = last_night(datetime.now(UTC), suite.schedule)
-    result = Storage(options.storage).read_json(f"nightly/{suite.name}/{day}/result.json")
-    if result and result["state"] == "complete" and result["recorded"]:
-        return 0
+    result = Storage(options.storage).read_sealed(
+        f"{nights_folder(suite.name)}/{day}/result.json", "the night is run again"
+    )
+    if result and result["state"] == "complete" and result["recorded"] and result.get("told", True):
+        return cli.DONE
     name = f"{suite.label}-{day}"
     words = ["python", "-m", "orchestrator.nightly", options.file.name, *_same(options)]
-    words += ["--date", str(day), "--address", options.address or "auto"]
+    words += ["--date", str(day), "--address", options.ray_address or "auto"]
     if job := submit_again(options.submit, name, options.file, words, ATTEMPTS):
         say(suite.schedule, f"submitted the job {job}; ray job logs {job} shows it")
     else:
         say(suite.schedule, f"nothing to submit: a job of {name} is at work, or {ATTEMPTS} have ended")
-    return 0
+    return cli.DONE
 
 
 def _same(options: argparse.Namespace) -> list[str]:
@@ -157,16 +157,18 @@ def _same(options: argparse.Namespace) -> list[str]:
 
 def _cron_command(options: argparse.Namespace, suite: Suite) -> str:
     given = [f"{name}={os.environ[name]}" for name in PASSED_ON if name in os.environ]
+    if shown := [word for word in [*given, *_same(options)] if without_secrets(word) != word]:
+        raise Mistake(f"{', '.join(shown)}: holds a secret, which the crontab would show; leave it out")
     words = ["env", *given] if given else []
     words += [sys.executable, "-m", "orchestrator.nightly", str(options.file.absolute()), *_same(options)]
-    words += ["--submit"] + (["--address", options.address] if options.address else [])
+    words += ["--submit"] + (["--address", options.ray_address] if options.ray_address else [])
     return f'{shlex.join(words)} >> "$HOME"/{shlex.quote(suite.label)}.log 2>&1'
 
 
 def _installed_crontab() -> str:
     """The user's crontab; empty where there is none. Raises Mistake where it cannot be read."""
     try:
-        done = subprocess.run(["crontab", "-l"], capture_output=True, text=True, check=False)
+        done = subprocess.run(["crontab", "-l"], capture_output=True, text=True, errors="surrogateescape", check=False)
     except FileNotFoundError:
         print("There is no crontab program here: this is the entry alone.", file=sys.stderr)
         return ""
@@ -176,4 +178,4 @@ def _installed_crontab() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.call("nightly", main))

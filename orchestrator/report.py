@@ -1,8 +1,7 @@
 """`python -m orchestrator.report SWEEP`: one self-contained page that says how a sweep went, and all it rests on.
 
 The page needs no network and no server; it is written when a sweep ends, and by this command at any time, also while
-the sweep runs. Everything comes from the storage's files: no Ray, no torch. Exit status: 0, or 2 for the user's
-mistake.
+the sweep runs. Everything comes from the storage's files: no Ray, no torch.
 """
 
 import argparse
@@ -10,43 +9,39 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.reports.page import gather, markdown, page, path
-from workers.config import Mistake
+from orchestrator import cli
+from orchestrator.output.findings import gather
+from orchestrator.output.markdown import markdown
+from orchestrator.output.page import page, path
 from workers.storage import Storage
 
-EPILOG = """examples:
-  python -m orchestrator.report beta_schedule
-  python -m orchestrator.report beta_schedule --markdown > comment.md
-  python -m orchestrator.report beta_schedule --output page.html --storage s3://bucket/runs
-
-The page goes to sweeps/<name>/report.html in the storage, or to --output."""
+EXAMPLES = ("beta_schedule --output page.html --storage s3://bucket/runs", "beta_schedule --markdown > comment.md")
+MORE = "The page goes to sweeps/<name>/report.html in the storage, or to --output."
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        "python -m orchestrator.report",
-        description="Write the report of a sweep, while it runs or after: one page without network access.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    result.add_argument("sweep", help="the sweep's name")
+    result = cli.parser("report", "SWEEP", EXAMPLES, more=MORE)
+    result.add_argument("sweep", metavar="SWEEP", help="the sweep's name")
     result.add_argument("--markdown", action="store_true", help="print Markdown for a pull request instead")
+    result.add_argument(
+        "--rows", action="store_true", help="show every row, also of those that differ in the seed alone"
+    )
     result.add_argument("--output", type=Path, help="write the page there instead of the storage")
-    result.add_argument("--storage", default="runs", help="folder or URI that keeps everything (default: ./runs)")
+    cli.add_storage(result)
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    try:
-        storage = Storage(options.storage)
-        report = gather(storage, options.sweep)
-    except Mistake as mistake:
-        print(mistake, file=sys.stderr)
-        return 2
+    return cli.execute(parser(), run, arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Raises Mistake."""
+    storage = Storage(options.storage)
+    report = gather(storage, options.sweep, options.rows)
     if options.markdown:
         print(markdown(report), end="")
-        return 0
+        return cli.DONE
     content = page(report).encode()
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -54,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         storage.write(path(options.sweep), content)
     print(options.output or storage.url(path(options.sweep)))
-    return 0
+    return cli.DONE
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.call("report", main))

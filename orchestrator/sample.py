@@ -6,7 +6,7 @@
     coding.png           held-out images as x_0_hat(x_t) shows them, by the bits received
     coding_curve.png     rate against distortion of progressive coding
 
-One process, without Ray. Exit status: 0 done, 2 the user's mistake.
+One process, without Ray.
 """
 
 import argparse
@@ -15,48 +15,46 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from orchestrator.settings import show
+from orchestrator import cli
+from orchestrator.experiment.settings import show
 from workers.config import Mistake
+from workers.identity import settings_read
+from workers.layout import pictures_folder
 
-EPILOG = """examples:
-  python -m orchestrator.sample 53964d91
-  python -m orchestrator.sample 53964d91 evaluation.fid.sampler.kind=heun evaluation.fid.sampler.steps=18 --n 100
-  python -m orchestrator.sample 53964d91 --between 3 7 --at 25 50 75
-  python -m orchestrator.sample ddpm-cifar10-32 data.source=cifar10.parquet"""
+EXAMPLES = (
+    "aca8d9a9 evaluation.fid.sampler.kind=heun evaluation.fid.sampler.steps=18 --n 100",
+    "aca8d9a9 --between 3 7 --at 25 50 75",
+    "ddpm-cifar10-32 data.source=cifar10.parquet",
+)
 ROWS, FRAMES, BLENDS, RATES = 8, 11, 9, 8  # of the pictures
+MOST = 10_000  # samples of the grid, all drawn at once
 CURVE_IMAGES = 25  # held-out images of the coding curve where the evaluation has not measured it
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        "python -m orchestrator.sample",
-        description="Draw samples, interpolations and the progressive code of a checkpoint.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    result = cli.parser("sample", "TARGET [a.b=value ...]", EXAMPLES)
+    result.add_argument(
+        "target", metavar="TARGET", help="a trial's id, or a folder with a checkpoint, ours or diffusers'"
     )
-    result.add_argument("target", help="a trial's address, or a folder with a checkpoint, ours or diffusers'")
-    result.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings of evaluation, data, seed")
+    cli.add_overrides(result)
     result.add_argument("--n", type=int, default=64, help="samples of the grid (default: 64)")
     result.add_argument("--between", type=int, nargs=2, default=(0, 1), metavar=("A", "B"),
                         help="the held-out images to interpolate between, by their number (default: 0 1)")  # fmt: skip
     result.add_argument("--at", type=int, nargs="+", metavar="T", help="times to blend at (default: eighths of T)")
-    result.add_argument("--storage", default="runs", help="folder or URI that keeps everything (default: ./runs)")
-    result.add_argument("--tracking-uri", help="an MLflow server; default: that of the trial's sweep, or the storage's")
+    cli.add_storage(result)
+    cli.add_tracking_uri(result, "that of the trial's sweep, or the storage's")
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        return run(parser().parse_intermixed_args(arguments))
-    except Mistake as mistake:
-        print(mistake, file=sys.stderr)
-        return 2
+    return cli.execute(parser(), run, arguments, interrupted="The same command draws them again.")
 
 
 def run(options: argparse.Namespace) -> int:
     """Raises Mistake."""
-    from orchestrator import subjects  # torch loads here: --help does without
-    from orchestrator.tracking.record import record_pictures
+    from orchestrator.experiment.preflight import data_lines
+    from orchestrator.measuring import subjects  # torch loads here: --help does without
+    from orchestrator.tracking.runs import record_pictures
     from workers.storage import Storage
 
     storage = Storage(options.storage)
@@ -65,18 +63,21 @@ def run(options: argparse.Namespace) -> int:
         names = ", ".join(dict.fromkeys(str(s.trial)[:8] for s in found))
         raise Mistake(f"{options.target} is a sweep of several trials or measurements; give a trial: {names}")
     [subject] = found
-    sources, _ = subjects.check(found)
+    sources, warnings = subjects.check(found)
+    cli.tell(data_lines(sources.values()), warnings)
     source = sources[subject.m.data]
-    problems = [f"--n {options.n}: at least 1"] if options.n < 1 else []
+    problems = [] if 1 <= options.n <= MOST else [f"--n {options.n}: 1 to {MOST:,}, which make one picture"]
     problems += [f"--between {k}: the held-out images of {source.name} are 0..{source.held_out - 1}"
                  for k in options.between if not 0 <= k < source.held_out]  # fmt: skip
     problems += [f"--at {t}: the times are 1..{subject.m.T}" for t in options.at or () if not 1 <= t <= subject.m.T]
     if problems:
         raise Mistake("\n".join(problems))
+    storage.check_writable()
     times = options.at or sorted({max(1, subject.m.T * k // 8) for k in range(1, 9)}, reverse=True)
-    sampler = subject.m.evaluation.fid.sampler.model_dump(mode="json") if subject.m.evaluation.fid else "ancestral"
+    sampler = settings_read(subject.m.evaluation.fid.sampler) if subject.m.evaluation.fid else "ancestral"
     print(f"samples by evaluation.fid.sampler = {show(sampler)}", file=sys.stderr)
-    folder = f"pictures/{subject.checkpoint.digest}"
+    folder = pictures_folder(subject.checkpoint.digest)
+    storage.remove_leftovers(folder)
     paths = {}
     for name, content in pictures(storage, subject, options.n, tuple(options.between), times).items():
         paths[name] = f"{folder}/{name}.png"
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
         print(storage.url(paths[name]))
     if left := record_pictures(storage, options.tracking_uri, subject, paths):
         print(left)
-    return 0
+    return cli.DONE
 
 
 def pictures(storage: Any, subject: Any, n: int, between: tuple[int, int], times: Sequence[int]) -> dict[str, bytes]:
@@ -92,15 +93,15 @@ def pictures(storage: Any, subject: Any, n: int, between: tuple[int, int], times
     import numpy as np
     import torch
 
-    from workers import checkpoint as checkpoints
-    from workers.blocks import Images, summary_path
     from workers.config import SamplerConfig
-    from workers.data import prepare
+    from workers.data.dataset import prepare
+    from workers.data.pixels import grid_png, to_levels, to_model
     from workers.diffusion.samplers import draw
-    from workers.evaluation import measured_process
+    from workers.evaluation.blocks import Images, summary_path
+    from workers.evaluation.make import measured_process
+    from workers.evaluation.pictures import coding_curve, decoded, interpolated, progressive
+    from workers.network import checkpoint as checkpoints
     from workers.noise import generator
-    from workers.pictures import coding_curve, decoded, interpolated, progressive
-    from workers.pixels import grid_png, to_levels, to_model
 
     m, dataset = subject.m, prepare(subject.m.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -122,8 +123,7 @@ def pictures(storage: Any, subject: Any, n: int, between: tuple[int, int], times
     samples = draw(process, model, sampler, x_T(n, noise), noise, clip=True).x_0
     noise = generator(m.seed, "pictures", "progressive")
     strip = progressive(process, model, SamplerConfig(), x_T(ROWS, noise), noise, FRAMES)
-    ends, weights = held_out(between), torch.linspace(0, 1, BLENDS)
-    rows = []
+    ends, weights, rows = held_out(between), torch.linspace(0, 1, BLENDS), []
     for t in times:
         noise = generator(m.seed, "pictures", "interpolation", t)
         rows += [ends[:1], interpolated(process, model, ends, t, weights, noise), ends[1:]]
@@ -137,8 +137,7 @@ def pictures(storage: Any, subject: Any, n: int, between: tuple[int, int], times
     # Evenly spaced in what is seen: most of the bits are spent where the eye finds no difference any more.
     wanted = np.linspace(rmse[0], rmse[-1], RATES)
     sent = sorted({int(np.abs(rmse - error).argmin()) for error in wanted})
-    originals = held_out(range(min(ROWS, len(dataset.held_out))))
-    noise = generator(m.seed, "pictures", "coding")
+    originals, noise = held_out(range(min(ROWS, len(dataset.held_out)))), generator(m.seed, "pictures", "coding")
     shown = decoded(process, model, originals, [process.T - k for k in sent], noise)
     coded = torch.cat([shown, originals[:, None]], dim=1)
     blends = [f"image {between[0]}", *(f"{w:.3g}" for w in weights.tolist()), f"image {between[1]}"]
@@ -193,4 +192,4 @@ def _png(figure: Any) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.call("sample", main))

@@ -1,47 +1,60 @@
-"""`python -m orchestrator.schema`: the JSON schema of an experiment or nightly file, for editors and other programs.
+"""`python -m orchestrator.schema`: the settings of an experiment or nightly file, for editors and for people.
 
-It is made of the records that check the file, so what an editor underlines the command refuses too; what spans several
-settings (a reversed range, a chain short of noise) is said by `--dry-run` alone.
+The JSON schema is made of the records that check the file, so what an editor underlines the command refuses too; what
+spans several settings (a reversed range, a chain short of noise) is said by `--dry-run` alone. With `--markdown` the
+same settings, and the kinds that they can name, are tables, which docs/ shows between two markers.
 """
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.experiment import SETTINGS, TRIAL_SETTINGS, Axis, ExperimentFile
-from orchestrator.nights.suite import Suite
+from pydantic.fields import FieldInfo
 
-EPILOG = """examples:
-  python -m orchestrator.schema
-  python -m orchestrator.schema --output experiments/schema.json
-  python -m orchestrator.schema nightly
+from orchestrator import cli
+from orchestrator.experiment.check import TRIAL_SETTINGS
+from orchestrator.experiment.load import SETTINGS
+from orchestrator.experiment.records import Axis, ExperimentFile
+from orchestrator.experiment.settings import describe, fields
+from orchestrator.nights.suite import Rule, Suite
+from workers.config import Mistake, Record
+from workers.kinds import NAMED_AT
 
-An editor with a YAML language server reads it where a file says:  # yaml-language-server: $schema=schema.json"""
+EXAMPLES = ("--output experiments/schema.json", "nightly --markdown --output docs/nightly.md")
+MORE = "An editor with a YAML language server reads it where a file says:  # yaml-language-server: $schema=schema.json"
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        "python -m orchestrator.schema",
-        description="Print the JSON schema of a file that people write.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = cli.parser("schema", "[experiment|nightly]", EXAMPLES, more=MORE)
     result.add_argument("kind", nargs="?", choices=SCHEMAS, default="experiment", help="of which file")
-    result.add_argument("--output", type=Path, help="write it there instead")
+    result.add_argument("--markdown", action="store_true", help="a table of its settings, for people")
+    result.add_argument("--output", type=Path, help="write it there instead; a table replaces that of a Markdown file")
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    text = json.dumps(SCHEMAS[options.kind](), indent=2, ensure_ascii=False) + "\n"
-    if options.output:
-        options.output.write_text(text, encoding="utf-8")
-    else:
-        print(text, end="")
-    return 0
+    return cli.execute(parser(), run, arguments, interrupted="")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Raises Mistake."""
+    try:
+        if options.markdown:
+            text = tables(options.kind)
+            text = with_table(options.output.read_text(encoding="utf-8"), text) if options.output else text
+        else:
+            text = json.dumps(SCHEMAS[options.kind](), indent=2, ensure_ascii=not options.output) + "\n"  # any terminal
+        if options.output:
+            options.output.write_text(text, encoding="utf-8")
+        else:
+            print(text, end="")
+    except OSError as error:
+        raise Mistake(str(error)) from error
+    return cli.DONE
 
 
 def schema() -> dict[str, Any]:
@@ -100,6 +113,64 @@ def nightly() -> dict[str, Any]:
 SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {"experiment": schema, "nightly": nightly}
 
 
+# ---- For people ------------------------------------------------------------------------------------------------
+
+MARKERS = "<!-- settings: `make schema` writes this table -->\n", "<!-- end of the settings -->\n"
+RECORDS: dict[str, type[Record]] = {"experiment": ExperimentFile, "nightly": Suite}
+# Settings that hold many of a record: how the path of one is written.
+INSIDE: dict[str, tuple[str, type[Record]]] = {
+    "search.space": ("search.space.PATH", Axis),
+    "regression.rules": ("regression.rules[]", Rule),
+}
+
+
+def tables(kind: str) -> str:
+    """What a page says of the settings of a file, and an experiment's of the kinds that it can name."""
+    return settings_table(kind) + (f"\nThe kinds:\n\n{kinds_table()}" if kind == "experiment" else "")
+
+
+def kinds_table() -> str:
+    """A Markdown table of `workers.kinds`."""
+    lines = ["| setting | value | what it is | reads |", "|---|---|---|---|"]
+    for path, table in NAMED_AT.items():
+        for name, reads in table.reads.items():
+            lines.append(f"| `{path}` | `{name}` | {table[name].about} | {', '.join(f'`{r}`' for r in reads)} |")
+    return "\n".join(lines) + "\n"
+
+
+def settings_table(kind: str) -> str:
+    """A Markdown table of every setting of a file: its dotted path, what it takes, its default, and what it is.
+
+    A nightly file's `evaluation` is one row, as its settings are those of an experiment file.
+    """
+    lines = ["| setting | takes | default | what it is |", "|---|---|---|---|"]
+    for path, field in sorted(fields(RECORDS[kind]), key=lambda setting: setting[0] != "name"):
+        if kind == "experiment" or not path.startswith("evaluation."):
+            lines.append(_row(path, field))
+            inner, record = INSIDE.get(path, ("", Record))
+            lines += [_row(f"{inner}.{name}", form) for name, form in record.model_fields.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _row(path: str, field: FieldInfo) -> str:
+    takes = re.sub(r"a section with the keys .*?(?=$| or null)", "a section", describe(field))
+    if field.is_required():
+        default = "required"
+    else:
+        value = field.get_default(call_default_factory=True)
+        default = "" if isinstance(value, Record) else f"`{value if isinstance(value, str) else json.dumps(value)}`"
+    return f"| `{path}` | {takes} | {default} | {field.description} |"
+
+
+def with_table(page: str, table: str) -> str:
+    """The Markdown page with the table between its markers. Raises Mistake where it has none."""
+    before, begin, rest = page.partition(MARKERS[0])
+    _, end, after = rest.partition(MARKERS[1])
+    if not (begin and end):
+        raise Mistake(f"the page has no place for the table; put these two lines there:\n{''.join(MARKERS)}")
+    return f"{before}{begin}\n{table}\n{end}{after}"
+
+
 def _headed(content: dict[str, Any], title: str) -> dict[str, Any]:
     content["properties"]["name"]["pattern"] = r"^(?!\.)(?!.*\.\.)[A-Za-z0-9._-]{1,100}$"
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **content, "title": title}
@@ -112,4 +183,4 @@ def _given(form: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.call("schema", main))

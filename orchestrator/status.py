@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -16,113 +17,157 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.reports import archive, results
-from orchestrator.reports.archive import Driver, Event, Kept
-from orchestrator.reports.results import Row
-from orchestrator.terminal import COLOURS, clock, columns
+from orchestrator import cli, streams
+from orchestrator.experiment.metrics import metric_head
+from orchestrator.measuring.seeds import are_over_seeds, group_rows
+from orchestrator.measuring.slowness import SlowTrial, find_slow_trials
+from orchestrator.output.speed_table import format_share, peak_texts
+from orchestrator.output.table import OVER_SEEDS, format_mean, format_metric
+from orchestrator.output.terminal import COLOURS, clock, columns
+from orchestrator.state.events import Driver, Event, count_events, find_driver, read_events
+from orchestrator.state.rows import Row, rank_rows, shorten_params
+from orchestrator.state.saved import SavedSweep, how_to_open, list_older, list_sweeps, open_sweep, read_rows
 from workers.config import Mistake
+from workers.layout import sweep_lock
+from workers.locks import is_locked
 from workers.storage import Storage
 
-EPILOG = """examples:
-  python -m orchestrator.status
-  python -m orchestrator.status beta_schedule --watch
-  python -m orchestrator.status beta_schedule --storage s3://bucket/runs --json"""
+EXAMPLES = ("beta_schedule --watch", "beta_schedule --storage s3://bucket/runs --json")
 WATCH_S = 2.0
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        "python -m orchestrator.status",
-        description="How the sweeps of a storage stand, or the trials of one: read from files, without Ray.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    result.add_argument("sweep", nargs="?", help="the sweep whose trials to show; default: all sweeps")
+    result = cli.parser("status", "[SWEEP]", EXAMPLES)
+    result.add_argument("sweep", nargs="?", metavar="SWEEP", help="the sweep whose trials to show; default: all sweeps")
     result.add_argument("--watch", action="store_true", help="show it again and again, until nothing runs or ctrl-C")
+    result.add_argument(
+        "--rows", action="store_true", help="show every row, also of those that differ in the seed alone"
+    )
     result.add_argument("--json", action="store_true", help="print it as JSON")
-    result.add_argument("--storage", default="runs", help="folder or URI that keeps everything (default: ./runs)")
+    cli.add_storage(result)
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    try:
-        storage = Storage(options.storage)
-        if options.watch and not options.json:
-            return _watch(storage, options.sweep)
-        found = look(storage, options.sweep)
-        if options.json:
-            print(json.dumps(found, indent=2))
-        else:
-            console = _console()
-            console.print(view(found, bool(options.sweep), console.width), soft_wrap=True)
-        return 0
-    except Mistake as mistake:
-        print(mistake, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 0
+    return cli.execute(parser(), run, arguments, interrupted="")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Raises Mistake."""
+    storage = Storage(options.storage)
+    if options.watch and not options.json:
+        with suppress(KeyboardInterrupt):
+            _watch(storage, options.sweep, options.rows)
+        return cli.DONE
+    found = look(storage, options.sweep, options.rows)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        console = _console()
+        console.print(view(found, options.sweep is not None, console.width), soft_wrap=True)
+    return cli.DONE
 
 
 def _console() -> Console:
     return Console(width=None if Console().is_terminal else 200)
 
 
-def _watch(storage: Storage, sweep: str | None) -> int:
+def _watch(storage: Storage, sweep: str | None, each: bool) -> None:
     console = _console()
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            found = look(storage, sweep)
-            live.update(view(found, bool(sweep), console.width), refresh=True)
-            if all(one["driver"]["state"] != "running" for one in found["sweeps"]):
-                return 0
+            found = look(storage, sweep, each)
+            live.update(view(found, sweep is not None, console.width), refresh=True)
+            if not streams.is_read() or all(one["driver"]["state"] != "running" for one in found["sweeps"]):
+                return
             time.sleep(WATCH_S)
 
 
 # ---- What is known ---------------------------------------------------------------------------------------------
 
 
-def look(storage: Storage, sweep: str | None) -> dict[str, Any]:
-    """All that there is to say, in plain types. Raises Mistake where there is no such sweep."""
-    older = [] if sweep else archive.older(storage)
-    if sweep is None and not (there := archive.names(storage)) and not older:
+def look(storage: Storage, sweep: str | None, each: bool = False) -> dict[str, Any]:
+    """All that there is to say, in plain types. Raises Mistake where there is no such sweep.
+
+    Where seeds were searched a sweep also has `settings`, the trials that differ in the seed alone as one, unless
+    `each` trial is asked for.
+    """
+    older = [] if sweep is not None else list_older(storage)
+    if sweep is None and not (there := list_sweeps(storage)) and not older:
         raise Mistake(
             f"{storage.root} has no sweep yet: run one (python -m orchestrator.sweep FILE), or give its --storage"
         )
-    sweeps = [_sweep(storage, archive.open_sweep(storage, name)) for name in ([sweep] if sweep else there)]
-    return {"storage": storage.root, "sweeps": sweeps, "older": older}
+    sweeps, damaged = [], []
+    for name in [sweep] if sweep is not None else [name for name in there if name not in older]:
+        try:
+            sweeps.append(_sweep(storage, open_sweep(storage, name), each))
+        except Mistake as mistake:  # one that cannot be read hides no other
+            if sweep is not None:
+                raise
+            damaged.append(str(mistake))
+    return {"storage": storage.root, "sweeps": sweeps, "older": older, "damaged": damaged}
 
 
-def _sweep(storage: Storage, kept: Kept) -> dict[str, Any]:
-    happened = archive.events(storage, kept.name)
-    rows, now_ms = archive.rows(storage, kept, happened), time.time_ns() // 1_000_000
-    locked = storage.locked(f"{kept.folder}/lock")
-    driver = archive.driver(happened, locked, [r.found.status or {} for r in rows], now_ms)
+def _sweep(storage: Storage, kept: SavedSweep, each: bool) -> dict[str, Any]:
+    happened = read_events(storage, kept.name)
+    rows, now_ms = read_rows(storage, kept, happened), time.time_ns() // 1_000_000
+    locked = is_locked(storage, sweep_lock(kept.name))
+    driver = find_driver(happened, locked, [r.found.status or {} for r in rows], now_ms)
     last = {event["trial"]: event for event in happened if "trial" in event}
-    restarted, retried = (archive.times(happened, name) for name in ("restarted", "retried"))
-    return {
-        "name": kept.name,
-        "metric": kept.metric,
-        "now_ms": now_ms,
-        "driver": asdict(driver),
-        "trials": [
+    restarted, retried = (count_events(happened, name) for name in ("restarted", "retried"))
+    ranked = rank_rows(rows, kept.metric, each)
+    trials = [
+        {
+            "trial": row.digest,
+            "params": shorten_params(row.variant),
+            "state": standing(row, driver, last.get(row.digest)),
+            "step": row.found.step,
+            "steps": row.variant.trial.training.steps,
+            "images_per_s": row.images_per_s,
+            "of_peak": row.of_peak,
+            "seconds": row.seconds,
+            "metrics": row.metrics,
+            "restarts": restarted[row.digest],
+            "retried_blocks": retried[row.digest],
+            "host": (row.found.status or {}).get("host"),
+            "updated_ms": (row.found.status or {}).get("updated_ms"),
+            "detail": row.error or (row.found.status or {}).get("detail") or "",
+        }
+        for row in ranked
+    ]
+    settings = {"settings": found} if (found := _settings(ranked, trials, kept.metric, each)) else {}
+    head = {"name": kept.name, "metric": kept.metric, "now_ms": now_ms, "driver": asdict(driver)}
+    slow = [asdict(slow) for slow in find_slow_trials(rows)]
+    return {**head, "trials": trials, **settings, "peaks": peak_texts(rows), "slow": slow}
+
+
+def _settings(
+    rows: Sequence[Row], trials: Sequence[Mapping[str, Any]], metric: str, each: bool
+) -> list[dict[str, Any]]:
+    """The trials of those `rows` that differ in the seed alone as one: the sums of what is counted, the means of what
+    is measured. Empty where there are none."""
+    groups, told = group_rows(rows, each), {trial["trial"]: trial for trial in trials}
+    if not are_over_seeds(groups):
+        return []
+    found = []
+    for group in groups:
+        own = [told[row.digest] for row in group.rows]
+        heard = [trial["updated_ms"] for trial in own if trial["updated_ms"] is not None]
+        found.append(
             {
-                "trial": row.digest,
-                "params": results.short_params(row.variant),
-                "state": standing(row, driver, last.get(row.digest)),
-                "step": (row.found.status or {}).get("step", 0),
-                "steps": row.variant.trial.training.steps,
-                "images_per_s": row.images_per_s,
-                "metrics": row.metrics,
-                "restarts": restarted[row.digest],
-                "retried_blocks": retried[row.digest],
-                "host": (row.found.status or {}).get("host"),
-                "updated_ms": (row.found.status or {}).get("updated_ms"),
-                "detail": row.error or (row.found.status or {}).get("detail") or "",
+                "trials": [trial["trial"] for trial in own],
+                "params": shorten_params(group.variant),
+                "seeds": group.count_seeds(metric),
+                "state": own[0]["state"] if len({trial["state"] for trial in own}) == 1 else _counts(own),
+                **{name: sum(trial[name] for trial in own) for name in ("step", "steps", "restarts", "retried_blocks")},
+                "images_per_s": group.images_per_s,
+                "of_peak": group.of_peak,
+                "metrics": dict(group.metrics),
+                "standard_errors_over_seeds": dict(group.seed_errors),
+                "updated_ms": max(heard, default=None),
             }
-            for row in results.ranked(rows, kept.metric, kept.mode)
-        ],
-    }
+        )
+    return found
 
 
 def standing(row: Row, driver: Driver, last: Event | None) -> str:
@@ -135,7 +180,7 @@ def standing(row: Row, driver: Driver, last: Event | None) -> str:
         case "new":
             return "training" if at_work and event in ("began", "restarted") else "waiting" if at_work else "not begun"
         case "running":
-            return "training" if at_work else "cut off"
+            return ("waiting" if event == "resized" else "training") if at_work else "cut off"
         case "finished":
             return "evaluating" if at_work and event == "evaluating" else "trained"
         case "failed" if at_work and event in ("began", "restarted"):
@@ -148,14 +193,15 @@ def standing(row: Row, driver: Driver, last: Event | None) -> str:
 
 def view(found: Mapping[str, Any], one: bool, width: int) -> RenderableType:
     """All sweeps or the `one` that was asked for, in a window of that width."""
-    older = [Text(archive.how_to_open(name)) for name in found["older"]]
-    return _trials(found["sweeps"][0], width) if one else Group(_sweeps(found, width), *older)
+    others = [Text(text) for text in (*map(how_to_open, found["older"]), *found["damaged"])]
+    return _trials(found["sweeps"][0], width) if one else Group(_sweeps(found, width), *others)
 
 
 def _sweeps(found: Mapping[str, Any], width: int) -> Table:
     rows = []
     for sweep in found["sweeps"]:
-        best = next((t["metrics"][sweep["metric"]] for t in sweep["trials"] if sweep["metric"] in t["metrics"]), None)
+        lines = sweep.get("settings") or sweep["trials"]
+        best = next((line["metrics"][sweep["metric"]] for line in lines if sweep["metric"] in line["metrics"]), None)
         rows.append(
             {
                 "sweep": sweep["name"],
@@ -169,28 +215,42 @@ def _sweeps(found: Mapping[str, Any], width: int) -> Table:
 
 
 def _trials(sweep: Mapping[str, Any], width: int) -> Group:
-    names = list(dict.fromkeys(name for trial in sweep["trials"] for name in trial["params"]))
-    measured = results.HEADS.get(sweep["metric"], sweep["metric"].removeprefix("eval/"))
-    rows: list[dict[str, RenderableType]] = []
-    for trial in sweep["trials"]:
-        metrics, rate = trial["metrics"], trial["images_per_s"]
+    """A line a trial, or one for those that differ in the seed alone."""
+    settings = sweep.get("settings", ())
+    lines = settings or sweep["trials"]
+    names = list(dict.fromkeys(name for line in lines for name in line["params"]))
+    metric, rows = sweep["metric"], list[dict[str, RenderableType]]()
+    for line in lines:
+        metrics, rate = line["metrics"], line["images_per_s"]
         rows.append(
             {
-                "trial": trial["trial"][:8],
-                **{name: trial["params"].get(name, "-") for name in names},
-                "state": Text(trial["state"], style=COLOURS.get(trial["state"], "")),
-                "step": f"{trial['step']:,}/{trial['steps']:,}",
+                **({} if settings else {"trial": line["trial"][:8]}),
+                **{name: line["params"].get(name, "-") for name in names},
+                **({"seeds": line["seeds"]} if settings else {}),
+                "state": Text(line["state"], style=COLOURS.get(line["state"], "")),
+                "step": f"{line['step']:,}/{line['steps']:,}",
                 "images/s": f"{rate:,.0f}" if rate else "-",
+                **({"of peak": format_share(line["of_peak"])} if sweep["peaks"] else {}),
                 "valid NLL": f"{metrics['valid/nll_bpd']:.3f}" if "valid/nll_bpd" in metrics else "-",
-                **({measured: results.with_error(sweep["metric"], metrics)} if measured != "valid/nll_bpd" else {}),
-                "retries": _retries(trial),
-                "heard": _ago(sweep["now_ms"], trial["updated_ms"]),
+                **({metric_head(metric): _format(line, metric)} if metric != "valid/nll_bpd" else {}),
+                "retries": _retries(line),
+                "heard": _ago(sweep["now_ms"], line["updated_ms"]),
             }
         )
     quiet = ["retries"] if all(row["retries"] == "-" for row in rows) else []
-    table = columns(rows, width, spare=(*quiet, "heard", "images/s", "valid NLL"))
+    table = columns(rows, width, spare=(*quiet, "of peak", "heard", "images/s", "valid NLL"))
     details = [Text(f"{t['trial'][:8]}  {t['detail']}") for t in sweep["trials"] if t["detail"]]
-    return Group(Text(f"{sweep['name']}: {_counts(sweep['trials'])}; {_driver(sweep)}", style="bold"), table, *details)
+    notes = [Text(OVER_SEEDS, style="dim")] if settings else []
+    notes += [Text(f"peak: {text}", style="dim") for text in sweep["peaks"]]
+    notes += [Text(f"slow: {SlowTrial(**slow)}", style="yellow") for slow in sweep["slow"]]
+    head = Text(f"{sweep['name']}: {_counts(sweep['trials'])}; {_driver(sweep)}", style="bold")
+    return Group(head, table, *notes, *details)
+
+
+def _format(line: Mapping[str, Any], metric: str) -> str:
+    """A metric of a trial or of the mean of several, with its errors."""
+    errors = line.get("standard_errors_over_seeds")
+    return format_metric(metric, line["metrics"]) if errors is None else format_mean(metric, line["metrics"], errors)
 
 
 def _retries(trial: Mapping[str, Any]) -> str:
@@ -207,6 +267,7 @@ def _driver(sweep: Mapping[str, Any]) -> str:
         "running": f"runs on {where}, heard {ago}",
         "ended": f"ended {ago}",
         "interrupted": f"interrupted {ago}; the same command resumes it",
+        "refused": f"refused {ago} for a mistake, which its command told",
         "gone": f"its command is gone, heard last {ago}; the same command resumes it",
         "silent": f"{where} was heard last {ago}: too long ago to be at work",
     }
@@ -226,4 +287,4 @@ def _ago(now_ms: int, then_ms: int | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.call("status", main))

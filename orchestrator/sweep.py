@@ -1,45 +1,50 @@
 """`python -m orchestrator.sweep FILE`: make everything that an experiment file implies and that is not there yet.
 
-Exit status: 0 all done, 1 some trial failed (the others finished), 2 the user's mistake, told before Ray starts,
-130 interrupted; the same command then resumes. With --submit the sweep runs as a job of a cluster, its exit status is
-the job's, and 130 leaves the job running; the same command then joins it.
+After a lost Ray or an interrupt the same command resumes. A Ray of this machine that dies is started again, up to three
+times. With --submit the sweep runs as a job of a cluster, its exit status is the job's, and an interrupt leaves the job
+running; the same command then joins it.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from orchestrator import cli
 from orchestrator.clusters.cluster import Cluster, read_cluster
 from orchestrator.clusters.cost import cost_text, read_prices
-from orchestrator.experiment import Experiment, Variant, expand, load
-from orchestrator.preflight import dry_run_text, preflight
-from orchestrator.search import rounds_text, rows_of
+from orchestrator.command import Command
+from orchestrator.experiment.dry_run import dry_run_text
+from orchestrator.experiment.expand import expand
+from orchestrator.experiment.load import load
+from orchestrator.experiment.preflight import data_lines, preflight
+from orchestrator.experiment.records import Experiment, Variant
+from orchestrator.planning.search import rounds_text, rows_of
 from workers.config import DataConfig, Mistake
-from workers.data import Source, describe
+from workers.data.sources import Source, describe
+from workers.layout import RowId
 from workers.storage import Storage
 
-EPILOG = """examples:
-  python -m orchestrator.sweep experiments/beta_schedule.yaml --dry-run
-  python -m orchestrator.sweep experiments/beta_schedule.yaml
-  python -m orchestrator.sweep experiments/beta_schedule.yaml --smoke
-  python -m orchestrator.sweep experiments/beta_schedule.yaml name=longer training.steps=2500
-  python -m orchestrator.sweep experiments/beta_schedule.yaml 'search.space.diffusion.T.grid=[100, 1000]'
-  python -m orchestrator.sweep FILE --submit --address http://127.0.0.1:8265 --storage s3://BUCKET/runs
-
-Run it again to resume what was cut off; it does nothing where all is there, and trains only new trials
-after an edit of the file."""
+EXAMPLES = (
+    "experiments/beta_schedule.yaml --dry-run",
+    "experiments/beta_schedule.yaml name=longer training.steps=2500",
+    "experiments/beta_schedule.yaml 'search.space.diffusion.T.grid=[100, 1000]' --smoke",
+    "FILE --submit --address http://127.0.0.1:8265 --storage s3://BUCKET/runs",
+)
+MORE = """Run it again to resume what was cut off; it does nothing where all is there, and trains only new trials after
+an edit of the file."""
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        "python -m orchestrator.sweep",
-        description="Train, measure and record every trial of an experiment file.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    result.add_argument("file", type=Path, help="the experiment file (YAML)")
-    result.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the file's")
+    endings = {
+        cli.DONE: "all is done",
+        cli.SOME_FAILED: "some trial failed, and the others are done",
+        cli.CLUSTER_LOST: "Ray was lost; the same command resumes",
+        cli.INTERRUPTED: "interrupted (ctrl-C, SIGTERM, SIGHUP); the same command resumes",
+    }
+    result = cli.parser("sweep", "FILE [a.b=value ...]", EXAMPLES, more=MORE, endings=endings)
+    result.add_argument("file", type=Path, metavar="FILE", help="the experiment file (YAML)")
+    cli.add_overrides(result, "settings that replace the file's")
     result.add_argument(
         "--smoke", action="store_true", help="run it small, by the overrides of the file's own section `smoke`"
     )
@@ -50,21 +55,20 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--fresh", action="store_true", help="forget what is there of these trials and start them again"
     )
-    result.add_argument(
-        "--address", help="a Ray cluster: auto or HOST:PORT on a node of it; http://HEAD:8265 with --submit"
+    cli.add_ray_address(
+        result, "a Ray cluster: auto or HOST:PORT on a node of it; its Jobs API, http://HEAD:8265, with --submit"
     )
     result.add_argument("--submit", action="store_true", help="run as a job of the cluster, or join it where it runs")
     result.add_argument("--cluster", type=Path, help="its file for `ray up`: what the cluster can grow to, and cost")
     result.add_argument("--prices", type=Path, help="prices of its machines; default: prices.yaml beside that file")
-    result.add_argument("--storage", default="runs", help="folder or URI that keeps everything (default: ./runs)")
-    result.add_argument("--tracking-uri", help="an MLflow server; default: the file's, or a database in the storage")
-    result.add_argument("-q", "--quiet", action="store_true", help="print the result only")
-    result.add_argument("-v", "--verbose", action="store_true", help="also what is left alone, and libraries' warnings")
+    cli.add_storage(result)
+    cli.add_tracking_uri(result, "the file's, or a database in the storage")
+    cli.add_verbosity(result, "what is left alone, and libraries' warnings")
     return result
 
 
-def trials_of(experiment: Experiment) -> tuple[dict[str, Variant], dict[DataConfig, Source], list[str]]:
-    """Trials by address (of an adaptive search, its first round), the data they use, and warnings. Raises Mistake."""
+def trials_of(experiment: Experiment) -> tuple[dict[RowId, Variant], dict[DataConfig, Source], list[str]]:
+    """Rows by id (of an adaptive search, its first round), the data they use, and warnings. Raises Mistake."""
     variants = expand(experiment)
     sources = {config: describe(config) for config in dict.fromkeys(v.trial.data for v in variants)}
     warnings = preflight(experiment, variants, sources)
@@ -75,7 +79,7 @@ def trials_of(experiment: Experiment) -> tuple[dict[str, Variant], dict[DataConf
 def _cost_text(
     options: argparse.Namespace,
     experiment: Experiment,
-    trials: dict[str, Variant],
+    trials: dict[RowId, Variant],
     sources: dict[DataConfig, Source],
     cluster: Cluster | None,
 ) -> str:
@@ -83,55 +87,74 @@ def _cost_text(
     storage = Storage(options.storage)
     prices = options.prices or (options.cluster.with_name("prices.yaml") if options.cluster else None)
     if options.calibrate:
-        from orchestrator.clusters.calibration import calibrate  # torch loads here, as for a run
+        from orchestrator.clusters.throughput import calibrate  # torch loads here, as for a run
 
         calibrate(trials, sources, storage)
     known = read_prices(prices) if prices and (options.prices or prices.exists()) else None
-    return cost_text(trials, sources, storage, experiment.search, cluster, known)
+    return cost_text(trials, sources, storage, experiment.search, cluster=cluster, prices=known)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_intermixed_args(arguments)
-    overrides = list(options.overrides)
-    if options.tracking_uri:
-        overrides.append(f"tracking.uri={options.tracking_uri}")
-    try:
-        if options.submit and not options.address:
-            raise Mistake("--submit needs the cluster's Jobs API: --address http://HEAD:8265")
-        if options.submit and options.cluster and not options.dry_run:
-            raise Mistake("--cluster goes without --submit: the job finds the head's own copy of the file")
-        experiment = load(options.file, overrides, options.smoke)
-        if options.submit and not options.dry_run:
-            from orchestrator.clusters.submission import job, submit
+    return cli.execute(parser(), run, arguments)
 
-            expand(experiment)  # what the data must be asked for is checked where they are
-            flags = [f"--{name}" for name in ("smoke", "fresh", "quiet", "verbose") if getattr(options, name)]
-            sent = job(experiment, options.file, overrides, options.storage, flags)
-            return submit(options.address, sent)
-        trials, sources, warnings = trials_of(experiment)
-        cluster = read_cluster(options.cluster) if options.cluster else None
-        if cluster and not (options.dry_run or options.address):
-            raise Mistake(f"--cluster {options.cluster}: goes with --address or --dry-run; this sweep would run here")
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        if options.dry_run:
-            print(dry_run_text(trials, sources))
-            print()
-            print(_cost_text(options, experiment, trials, sources, cluster))
-            if more := rounds_text(experiment.search):
-                print(more)
-            return 0
-        from orchestrator.clusters.submission import check_attachable
-        from orchestrator.controller import run  # torch, ray and MLflow load here: a dry run does without
 
-        if options.address:
-            check_attachable(options.address)
-        where = options.storage, options.address
-        return run(experiment, trials, sources, *where, options.fresh, options.quiet, cluster, options.verbose)
-    except Mistake as mistake:
-        print(mistake, file=sys.stderr)
-        return 2
+def run(options: argparse.Namespace) -> int:
+    """Raises Mistake."""
+    overrides = with_tracking(options.overrides, options.tracking_uri)
+    if options.submit and not options.ray_address:
+        raise Mistake("--submit needs the cluster's Jobs API: --address http://HEAD:8265")
+    if options.submit and options.cluster and not options.dry_run:
+        raise Mistake("--cluster goes without --submit: the job finds the head's own copy of the file")
+    experiment = load(options.file, overrides, options.smoke)
+    if options.submit and not options.dry_run:
+        from orchestrator.clusters.submission import job, submit
+
+        expand(experiment)  # what the data must be asked for is checked where they are
+        flags = [f"--{name}" for name in ("smoke", "fresh", "quiet", "verbose") if getattr(options, name)]
+        sent = job(experiment, options.file, overrides, options.storage, flags)
+        return submit(options.ray_address, sent)
+    trials, sources, warnings = trials_of(experiment)
+    cluster = read_cluster(options.cluster) if options.cluster else None
+    if cluster and not (options.dry_run or options.ray_address):
+        raise Mistake(f"--cluster {options.cluster}: goes with --address or --dry-run; this sweep would run here")
+    cli.tell(data_lines(sources.values()), warnings, quiet=options.quiet)
+    if options.dry_run:
+        print(dry_run_text(trials, sources))
+        print()
+        print(_cost_text(options, experiment, trials, sources, cluster))
+        if more := rounds_text(experiment.search):
+            print(more)
+        return cli.DONE
+    command = Command(
+        storage=options.storage,
+        ray_address=options.ray_address,
+        cluster=cluster,
+        fresh=options.fresh,
+        quiet=options.quiet,
+        verbose=options.verbose,
+    )
+    return make(experiment, trials, sources, command)
+
+
+def with_tracking(overrides: Sequence[str], tracking_uri: str | None) -> list[str]:
+    """The overrides, the last of them the tracking server that was given beside them."""
+    return [*overrides, *([f"tracking.uri={tracking_uri}"] if tracking_uri else [])]
+
+
+def make(
+    experiment: Experiment,
+    trials: Mapping[RowId, Variant],
+    sources: Mapping[DataConfig, Source],
+    command: Command,
+) -> int:
+    """Makes what is missing of a sweep, and returns the exit status. Raises Mistake, and ClusterLost."""
+    from orchestrator import controller  # torch, ray and MLflow load here: a dry run does without
+    from orchestrator.clusters.submission import check_attachable
+
+    if command.ray_address:
+        check_attachable(command.ray_address)
+    return controller.run(experiment, trials, sources, command)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.call("sweep", main))

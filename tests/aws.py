@@ -60,7 +60,7 @@ def wait_for(url: str, server: subprocess.Popen[Any], timeout_s: float = 60) -> 
             if answer.status == 200:
                 return
         if server.poll() is not None or time.monotonic() > deadline:
-            raise TimeoutError(f"{server.args} does not answer at {url}")
+            raise TimeoutError(f"{server.args!r} does not answer at {url}")
         time.sleep(0.1)
 
 

@@ -20,14 +20,21 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from orchestrator.experiment import by_digest, expand, load
-from workers import checkpoint as checkpoints
+from orchestrator.experiment.expand import by_row, expand
+from orchestrator.experiment.load import load
 from workers.config import Trial
-from workers.data import describe, prepare
+from workers.data.dataset import prepare
+from workers.data.sources import describe
+from workers.layout import checkpoints_folder
+from workers.network import manifest
 from workers.storage import Storage
 from workers.training import train
 
 ROOT = Path(__file__).parent.parent
+
+# However the tests themselves were started (a shell has what it starts in the background ignore SIGINT), ctrl-C is
+# ctrl-C to them and to the commands that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Trains in seconds; everything of a real experiment is there.
 TINY = """
@@ -54,6 +61,16 @@ def tiny(tmp_path: Path) -> Path:
     return file
 
 
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk, which root may")
+
+
+def on_small_disk(place: Path, size: str, *command: object) -> list[str]:
+    """The command as one that sees a disk of that size at `place`, which nobody else does and ends with it."""
+    place.mkdir(parents=True, exist_ok=True)
+    mounted = 'mount -t tmpfs -o "size=$1" tmpfs "$2" && shift 2 && exec "$@"'
+    return ["unshare", "--mount", "sh", "-c", mounted, "sh", size, str(place), *map(str, command)]
+
+
 def sent(thing: Any) -> Any:
     """The thing as another process receives it."""
     there, here = Pipe()
@@ -62,7 +79,7 @@ def sent(thing: Any) -> Any:
 
 
 def environment(marker: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "ORCHESTRATOR_TEST": marker}
+    return {"PYTHONPATH": str(ROOT), **os.environ, "ORCHESTRATOR_TEST": marker}
 
 
 def sweep(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -78,12 +95,24 @@ def run(module: str, *arguments: object, timeout_s: float = 600) -> subprocess.C
 class Started:
     """The sweep command in the background. `kill` ends its driver alone, as a reclaimed machine would."""
 
-    def __init__(self, *arguments: object, module: str = "orchestrator.sweep") -> None:
+    def __init__(
+        self,
+        *arguments: object,
+        module: str = "orchestrator.sweep",
+        in_child: Callable[[], object] | None = None,
+    ) -> None:
+        """`in_child` is called in the new process before the command."""
         self.marker = uuid.uuid4().hex
         self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115 a pipe that nobody reads would fill and stop it
         command = [sys.executable, "-m", module, *map(str, arguments)]
         self.process = subprocess.Popen(
-            command, env=environment(self.marker), cwd=ROOT, stdout=self.output, stderr=subprocess.STDOUT, text=True
+            command,
+            env=environment(self.marker),
+            cwd=ROOT,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=in_child,
         )
 
     def said(self) -> str:
@@ -155,6 +184,14 @@ def own(finished: tuple[Path, Path, str], tmp_path: Path) -> tuple[Path, Path]:
     return finished[0], tmp_path / "own"
 
 
+def commit(storage: Storage, trial: str, step: int) -> str:
+    """Commits a checkpoint without files, as far as those see it who read manifests alone. Returns its digest."""
+    path = f"{checkpoints_folder(trial)}/{manifest.step_name(step)}"
+    names = (manifest.INDEX, *manifest.EVALUATED, manifest.STATE, manifest.PROGRESS)
+    manifest.write_manifest(storage, path, step, {name: f"{trial} {step} {name}" for name in names}, kept=True)
+    return manifest.committed(storage, path).digest
+
+
 def statuses(storage: Path) -> dict[str, dict[str, Any]]:
     return {p.parent.name: json.loads(p.read_text()) for p in storage.glob("trials/*/status.json")}
 
@@ -180,11 +217,19 @@ def title(pid: int) -> str:
         return ""
 
 
+def maps(pid: int) -> str:
+    """What a process has loaded."""
+    try:
+        return Path(f"/proc/{pid}/maps").read_text()
+    except (FileNotFoundError, PermissionError, ProcessLookupError):
+        return ""
+
+
 def trials_of(file: Path, *overrides: object) -> dict[str, Trial]:
     """The trials of an experiment by their address."""
     variants = expand(load(file, [str(text) for text in overrides]))
     digests = {v.trial.data: describe(v.trial.data).digest for v in variants}
-    return {address: variant.trial for address, variant in by_digest(variants, digests)[0].items()}
+    return {address: variant.trial for address, variant in by_row(variants, digests)[0].items()}
 
 
 def undisturbed(trial: Trial, folder: Path) -> str:
@@ -193,6 +238,6 @@ def undisturbed(trial: Trial, folder: Path) -> str:
     storage = Storage(folder)
     for _ in train(trial, prepare(trial.data), storage, trial.loss.weighting):
         pass
-    newest = checkpoints.newest(storage, f"{trial.loss.weighting}/checkpoints")
+    newest = manifest.newest(storage, f"{trial.loss.weighting}/checkpoints")
     assert newest and newest.step == trial.training.steps
     return newest.digest

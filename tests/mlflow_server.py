@@ -5,12 +5,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from orchestrator import ui
 from orchestrator.tracking.server import make_database
-from workers.data import default_cache
+from workers.data.cache import default_cache
 
 
 class Server:
@@ -29,6 +32,7 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        self.stop()  # where a test before this one failed
         make_database(self.folder / "mlflow.db", default_cache())
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
@@ -52,6 +56,54 @@ class Server:
 
     def stop(self) -> None:
         if self.process:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ended by itself
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
+
+
+def answer(status: str, body: str, kind: str = "text/html") -> bytes:
+    """What a server sends, whole."""
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    return (head + body).encode()
+
+
+class Between:
+    """Stands before a server: answers the first connections by `first` (b"": drops it), passes the others on."""
+
+    def __init__(self, first: Sequence[bytes], server: Server | None = None) -> None:
+        self.left, self._server = list(first), server
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def __enter__(self) -> "Between":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                near, _ = self._socket.accept()
+            except OSError:  # closed
+                return
+            if self.left or self._server is None:
+                canned = self.left.pop(0) if self._server else self.left[0]
+                near.recv(65536)
+                near.sendall(canned)
+                near.close()
+                continue
+            far = socket.create_connection(("127.0.0.1", self._server.port))
+            for source, target in ((near, far), (far, near)):
+                threading.Thread(target=self._pass_on, args=(source, target), daemon=True).start()
+
+    @staticmethod
+    def _pass_on(source: socket.socket, target: socket.socket) -> None:
+        try:
+            while content := source.recv(65536):
+                target.sendall(content)
+            target.shutdown(socket.SHUT_WR)
+        except OSError:  # the other side has closed it
+            source.close()

@@ -8,9 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from workers import blocks
-from workers import checkpoint as checkpoints
-from workers.blocks import Block, Images
 from workers.config import (
     DataConfig,
     DiffusionConfig,
@@ -22,15 +19,20 @@ from workers.config import (
     SamplerConfig,
     ScheduleConfig,
 )
-from workers.data import Dataset
+from workers.data.dataset import Dataset
 from workers.diffusion.process import Process
-from workers.evaluation import Bench, make
-from workers.features import Classifier
+from workers.evaluation import blocks
+from workers.evaluation.blocks import Block, Images
+from workers.evaluation.features import Classifier
+from workers.evaluation.make import Bench, make
+from workers.evaluation.summary import summarise
+from workers.network import checkpoint as checkpoints
+from workers.network import manifest
+from workers.network.unet import UNet
+from workers.network.unet_config import unet_config
 from workers.noise import generator
+from workers.seals import seal_bytes
 from workers.storage import Storage
-from workers.summary import summarise
-from workers.unet import UNet
-from workers.unet_config import unet_config
 
 T, TRAIN, HELD_OUT, LEVELS, SIDE, D = 23, 40, 10, 17, 4, 6
 IMAGES = Images("d1", TRAIN, HELD_OUT, LEVELS)
@@ -55,25 +57,28 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def measurement(images: Any = "all", timesteps: Any = "all", seed: int = 0, **fid: Any) -> Measurement:
     nll = NLLConfig(images=images, timesteps=timesteps, proposal=fid.pop("proposal", "log_uniform"))
-    later = {name: fid.pop(name, None) for name in ("ode_nll", "variance")}
+    later = {name: fid.pop(name) for name in ("ode_nll", "variance", "precision") if name in fid}
     fid = {"samples": 15, "sampler": SamplerConfig(kind="ddim", steps=3), **fid}
     evaluation = EvaluationConfig(nll=nll, fid=FIDConfig(**fid), **later)
     return Measurement(seed=seed, data=DataConfig(source="digits"), T=T, ema=0.99, evaluation=evaluation)
 
 
-def checkpoint_in(storage: Storage, weights: str = "a") -> checkpoints.Checkpoint:
+def checkpoint_in(storage: Storage, weights: str = "a") -> manifest.Checkpoint:
     unet = UNet(CONFIG, generator("unet"))
     torch.nn.init.normal_(unet.conv_out.weight, std=0.1, generator=generator("conv_out", weights))
     folder = f"trials/{weights}/checkpoints"
-    found = checkpoints.newest(storage, folder)
-    return found or checkpoints.save(storage, folder, 1, CONFIG, PROCESS, unet.state_dict(), {}, {})
+    found = manifest.newest(storage, folder)
+    return found or checkpoints.save(
+        storage, folder, checkpoints.Snapshot(step=1, unet_config=CONFIG, process=PROCESS, ema=unet.state_dict())
+    )
 
 
 def bench(root: Path, m: Measurement, weights: str = "a") -> Bench:
     """Of a storage where the feature space is there already, as the data set has no labels to train it."""
     storage = Storage(root)
     if not storage.exists("references/d1-classifier.npz"):
-        storage.write("references/d1-classifier.npz", SPACE.to_bytes())
+        path = "references/d1-classifier.npz"
+        storage.write(path, seal_bytes(SPACE.to_bytes(), path))
     return Bench(storage, m, DATASET, checkpoint_in(storage, weights), CPU)
 
 

@@ -7,9 +7,19 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from exact import exact_bound, sample_variances
 
-from workers import features, ledger, likelihood
-from workers.canaries import (
+from workers.data.built_in import GAUSSIAN_SD
+from workers.data.dataset import prepare
+from workers.data.pixels import to_model
+from workers.diffusion import ledger, likelihood, samplers
+from workers.diffusion.bound import decoder_term, diffusion_terms
+from workers.diffusion.gaussian import GaussianDenoiser
+from workers.diffusion.likelihood import estimate
+from workers.diffusion.predictions import Denoiser
+from workers.diffusion.process import VARIANCES, Process, fixed_large
+from workers.evaluation import features
+from workers.evaluation.canaries import (
     CANARIES,
     DENOISER,
     GAUSSIAN,
@@ -22,15 +32,7 @@ from workers.canaries import (
     measure_digits,
     measure_gaussian,
 )
-from workers.data import prepare
-from workers.diffusion import samplers
-from workers.diffusion.gaussian import GaussianDenoiser, exact_bound, sample_variances
-from workers.diffusion.predictions import Denoiser
-from workers.diffusion.process import VARIANCES, Process, fixed_large
-from workers.formats import GAUSSIAN_SD
-from workers.likelihood import estimate
 from workers.noise import generator
-from workers.pixels import to_model
 
 CANARY = {c.name: c for c in CANARIES}
 
@@ -142,16 +144,16 @@ BOUND = {"gaussian/nll_bpd", "gaussian/nll_bpd_sampled_t", "gaussian/nll_bpd_rec
 
 def wide_bins(monkeypatch):
     """The decoder's bins are those of another number of levels."""
-    right = likelihood.decoder_term
-    monkeypatch.setattr(likelihood, "decoder_term", lambda x, mean, sigma, levels: right(x, mean, sigma, levels - 10))
+    monkeypatch.setattr(
+        likelihood, "decoder_term", lambda x, mean, sigma, levels: decoder_term(x, mean, sigma, levels - 10)
+    )
 
 
 def no_spread(monkeypatch):
     """The KL forgets that the two variances differ."""
-    right = ledger.diffusion_terms
 
     def wrong(p, t, error, D):
-        return right(p, t, error, D) - right(p, t, torch.zeros_like(error), D)
+        return diffusion_terms(p, t, error, D) - diffusion_terms(p, t, torch.zeros_like(error), D)
 
     monkeypatch.setattr(ledger, "diffusion_terms", wrong)
 
@@ -169,11 +171,12 @@ def unweighted_times(monkeypatch):
 
 def variance_for_deviation(monkeypatch):
     """Ancestral sampling adds sigma_t^2 z."""
+    right = samplers.ancestral
 
     def wrong(p, config, x_t, x_0_hat, t, noise):
-        return samplers.ancestral(replace(p, variance="squared"), config, x_t, x_0_hat, t, noise)
+        return right(replace(p, variance="squared"), config, x_t, x_0_hat, t, noise)
 
-    monkeypatch.setitem(samplers.STEPS, "ancestral", wrong)
+    monkeypatch.setattr(samplers, "ancestral", wrong)
     monkeypatch.setitem(VARIANCES, "squared", lambda p: fixed_large(p) ** 2)
 
 

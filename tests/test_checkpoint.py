@@ -1,6 +1,8 @@
 """Checkpoints commit by their manifest, tell damage, and open in diffusers."""
 
+import hashlib
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,18 @@ import pytest
 import torch
 from conftest import sent
 
-from workers.checkpoint import Checkpoint, CheckpointError, describe, load, load_state, newest, open_folder, save
 from workers.config import DiffusionConfig, ModelConfig, SamplerConfig, ScheduleConfig
-from workers.diffusion.predictions import PREDICTIONS, interpret
+from workers.diffusion.predictions import interpret
 from workers.diffusion.process import LEARNED, VARIANCES, Process
 from workers.diffusion.samplers import ancestral
+from workers.evaluation.canaries import DENOISER, GAUSSIAN
+from workers.kinds import PREDICTIONS
+from workers.network.checkpoint import Snapshot, describe, load, load_state, open_folder, save
+from workers.network.manifest import Checkpoint, CheckpointError, load_journal, newest
+from workers.network.unet import UNet
+from workers.network.unet_config import unet_config
 from workers.noise import generator
 from workers.storage import Storage
-from workers.unet import UNet
-from workers.unet_config import unet_config
 
 FOLDER = "trials/a/checkpoints"
 CONFIG = unet_config(
@@ -29,6 +34,7 @@ FILES = [
     "scheduler/scheduler_config.json",
     "state/training.safetensors",
     "state/progress.json",
+    "state/journal.jsonl",
 ]
 
 
@@ -42,7 +48,7 @@ def storage(tmp_path) -> Storage:
     return Storage(tmp_path)
 
 
-def process(variance: str = "fixed_small", kind: str = "linear") -> Process:
+def process(variance: Any = "fixed_small", kind: Any = "linear") -> Process:
     return Process.of(DiffusionConfig(T=50, schedule=ScheduleConfig(kind=kind), variance=variance))
 
 
@@ -59,8 +65,9 @@ def saved(storage: Storage, step: int = 10, **changes: Any) -> Checkpoint:
         "ema": network().state_dict(),
         "state": {"weights.a": torch.arange(3.0), "step.a": torch.tensor(7.0)},
         "progress": {"train_seconds": 1.5},
+        "journal": b'{"lines": 0, "seal": "e3b0c44298fc1c14"}\n',
     }
-    return save(storage, FOLDER, step, **{**what, **changes})
+    return save(storage, FOLDER, Snapshot(step=step, **{**what, **changes}))
 
 
 def images() -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +119,7 @@ def learner(seed: int = 0) -> UNet:
 
 def of_kind(storage: Storage, prediction: str, variance: str) -> Checkpoint:
     unet = learner() if variance in LEARNED else network()
-    kind = {"process": process(variance), "prediction": prediction, "unet_config": unet.config}
+    kind: dict[str, Any] = {"process": process(variance), "prediction": prediction, "unet_config": unet.config}
     return saved(storage, ema=unet.state_dict(), **kind)
 
 
@@ -181,7 +188,7 @@ def truncate(file: Path) -> None:
 def test_damage_is_told_with_the_file_s_name(storage, name, damage):
     checkpoint = saved(storage)
     damage(Path(storage.url(checkpoint.path), name))
-    read = load_state if name.startswith("state/") else load
+    read = load_journal if name.endswith("journal.jsonl") else load_state if name.startswith("state/") else load
     with pytest.raises(CheckpointError, match=name):
         read(checkpoint)
 
@@ -312,7 +319,11 @@ def test_the_digest_is_of_what_an_evaluation_sees(storage):
     assert newest(storage, FOLDER).digest == digest
     weights = network().state_dict()
     weights["conv_in.bias"][0] += 1e-7
-    others = [{"ema": weights}, {"process": process("fixed_large")}, {"process": process(kind="cosine")}]
+    others: list[dict[str, Any]] = [
+        {"ema": weights},
+        {"process": process("fixed_large")},
+        {"process": process(kind="cosine")},
+    ]
     digests = [saved(storage, 40 + k, **change).digest for k, change in enumerate(others)]
     assert len({digest, *digests}) == 4
 
@@ -325,3 +336,54 @@ def test_no_pickle_and_no_foreign_names(storage):
     assert names == sorted([*FILES, "manifest.json", "model_index.json"])
     manifest = json.loads((root / "manifest.json").read_text())
     assert sorted(manifest["sha256"]) == sorted([*FILES, "model_index.json"])
+
+
+GAUSSIAN_WRONG: dict[str, list[Any]] = {
+    "sample_size": [None, [], 0, 10**30, "8", 8.5, [8, 8], {}],
+    "in_channels": [None, -1, 10**9, "1"],
+    "out_channels": [None, "x"],
+    "standard_deviation": [None, "", 0, -1.0, float("nan"), 1e308, [0.2], {}],
+}
+
+
+@pytest.mark.parametrize("key", GAUSSIAN_WRONG)
+def test_a_broken_config_of_the_gaussian_kind_is_a_mistake(storage, key):
+    process = Process.of(GAUSSIAN.diffusion)
+    checkpoint = save(storage, FOLDER, Snapshot(step=1, unet_config=DENOISER, process=process, ema={}))
+    path = f"{checkpoint.path}/unet/config.json"
+    for value in [..., *GAUSSIAN_WRONG[key]]:
+        content = {**DENOISER, key: value}
+        if value is ...:
+            del content[key]
+        storage.write(path, json.dumps(content).encode())
+        sums = dict(checkpoint.sums) | {"unet/config.json": hashlib.sha256(storage.read(path)).hexdigest()}
+        for use in (load, describe):
+            with pytest.raises(CheckpointError, match=rf"unet/config.json: {key}"):
+                use(replace(checkpoint, sums=tuple(sums.items())))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["averages/../../../outside.safetensors", "averages//etc/passwd", "averages/", "averages/x.safetensors",
+     "averages/0.5", "averages/nan/.safetensors", "averages/0.50.safetensors"],
+)  # fmt: skip
+def test_a_manifest_names_its_own_averages_and_no_other_files(storage, name):
+    checkpoint = saved(storage)
+    manifest = json.loads(storage.read(f"{checkpoint.path}/manifest.json"))
+    manifest = {"step": 10, "sha256": {**manifest["sha256"], name: "0" * 64}}  # of a version that had no seal
+    storage.write(f"{checkpoint.path}/manifest.json", json.dumps(manifest).encode())
+    for use in (lambda: newest(storage, FOLDER), lambda: open_folder(storage.url(checkpoint.path))):
+        with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+            use()
+
+
+def test_a_config_that_claims_much_is_refused_before_memory_is_taken_for_it(storage):
+    checkpoint = saved(storage, unet_config={**CONFIG, "block_out_channels": [65536, 65536]})
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**30, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="does not fit"):
+            load(checkpoint)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)

@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.clusters import cluster as clusters
 from orchestrator.clusters.cluster import Cluster, cluster_of_the_head, read_cluster
-from orchestrator.plan import Node
+from orchestrator.planning.place import Node
 from workers.config import Mistake
 
 CLUSTER = """
@@ -82,3 +82,31 @@ def test_the_head_knows_its_cluster_by_the_copy_that_ray_leaves(file: Path, monk
     assert cluster_of_the_head() is None
     file.unlink()
     assert cluster_of_the_head() is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "{InstanceType: 5}",
+        "{machineType: [a]}",
+        "text",
+        "[1]",
+        "{InstanceMarketOptions: spot}",
+        "{InstanceMarketOptions: 1}",
+    ],
+)
+def test_a_machine_that_is_none_is_a_mistake(tmp_path: Path, config: str) -> None:
+    (file := tmp_path / "cluster.yaml").write_text(
+        f"head_node_type: head\navailable_node_types:\n  head: {{resources: {{CPU: 4}}, node_config: {config}}}\n"
+    )
+    with pytest.raises(Mistake, match=r"available_node_types\.head\.node_config"):
+        read_cluster(file)
+
+
+@pytest.mark.parametrize("head", ["[head]", "{head: 1}", "null", "5"])
+def test_a_head_that_is_no_name_is_a_mistake(tmp_path: Path, head: str) -> None:
+    (file := tmp_path / "cluster.yaml").write_text(
+        f"head_node_type: {head}\navailable_node_types:\n  head: {{resources: {{CPU: 4}}}}\n"
+    )
+    with pytest.raises(Mistake, match=r"head_node_type: .* is none of available_node_types"):
+        read_cluster(file)

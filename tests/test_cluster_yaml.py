@@ -286,12 +286,12 @@ def postgres(head: tuple[Path, str]) -> Iterator[str]:
         secret.write_text("of a test\n")
         for path in (Path(folder), secret):
             shutil.chown(path, "postgres")
-        options = ["-A", "scram-sha-256", "-U", "mlflow", f"--pwfile={secret}", "-D", data]
-        subprocess.run([*as_user, programs[-1] / "initdb", *options], check=True, capture_output=True, cwd=folder)
+        options = ["-A", "scram-sha-256", "-U", "mlflow", f"--pwfile={secret}", "-D", str(data)]
+        subprocess.run([*as_user, str(programs[-1] / "initdb"), *options], check=True, capture_output=True, cwd=folder)
         listen = f"-c listen_addresses=127.0.0.1 -p {port} -k {folder}"
-        control = [*as_user, programs[-1] / "pg_ctl", "-D", data, "-w"]
+        control = [*as_user, str(programs[-1] / "pg_ctl"), "-D", str(data), "-w"]
         log = Path(folder, "log")
-        subprocess.run([*control, "-o", listen, "-l", log, "start"], check=True, capture_output=True, cwd=folder)
+        subprocess.run([*control, "-o", listen, "-l", str(log), "start"], check=True, capture_output=True, cwd=folder)
         pgpass = head[0] / ".pgpass"
         pgpass.write_text(f"127.0.0.1:{port}:*:mlflow:of a test\n")
         pgpass.chmod(0o600)
@@ -326,7 +326,7 @@ def test_the_head_is_set_up_once(head: tuple[Path, str], monkeypatch: pytest.Mon
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     table.write_text("0 1 * * * somebody elses\n")
-    command = ["bash", home / "diffusion-orchestrator/deploy/aws/head.sh"]
+    command = ["bash", str(home / "diffusion-orchestrator/deploy/aws/head.sh")]
     for _ in range(2):
         result = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, result.stdout + result.stderr

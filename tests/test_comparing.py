@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from orchestrator.comparing import against_best, paired, protocol_differences
+from orchestrator.measuring.differences import against_best, paired, protocol_differences
 
 
 def summary(per_image: list[float] | np.ndarray, **protocol: object) -> dict:

@@ -1,15 +1,16 @@
 """Hours and money of a sweep: pure functions of speeds, sizes and prices, and what the command says of them."""
 
-import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, TINY, sweep, trials_of
 from test_cluster_file import CLUSTER
 
-from orchestrator.clusters.cluster import read_cluster
+from orchestrator.clusters.cluster import NodeType, read_cluster
 from orchestrator.clusters.cost import (
     Plan,
     Prices,
@@ -22,12 +23,16 @@ from orchestrator.clusters.cost import (
     price_text,
     read_prices,
 )
-from orchestrator.experiment import SearchConfig, by_digest, expand, load
-from orchestrator.plan import Node, Size, Work, makespan
-from orchestrator.preflight import cost
+from orchestrator.experiment.effort import cost
+from orchestrator.experiment.expand import by_row, expand
+from orchestrator.experiment.load import load
+from orchestrator.experiment.records import SearchConfig
+from orchestrator.planning import makespan as makespan_module
+from orchestrator.planning.makespan import Work, makespan
+from orchestrator.planning.place import Node, Size, admit
 from workers import calibration
 from workers.config import DataConfig, Mistake, Trial
-from workers.data import Source, describe
+from workers.data.sources import Source, describe
 from workers.speed import CORE, added, hardware, model_key, training_kind
 from workers.storage import Storage
 
@@ -63,6 +68,14 @@ def test_trials_share_two_cores(works: list[Work], expected: float) -> None:
     assert makespan(works, LAPTOP, 2) == pytest.approx(expected)
 
 
+def test_trials_that_share_a_gpu_train_side_by_side() -> None:
+    third = Size(1, 1, 0.3333)
+    assert makespan([Work(third, 10, 0)] * 6, [Node(64, 1)], 64) == pytest.approx(20)
+    assert makespan([Work(third, 10, 0)] * 6, [Node(64, 2)], 64) == pytest.approx(10)
+    whole = [Work(Size(1, 1, 1), 10, 4)] * 2  # each is measured before the next one trains
+    assert makespan(whole, [Node(64, 1)], 64) == pytest.approx(28)
+
+
 def test_on_gpus_evaluation_fills_what_training_leaves() -> None:
     eight, one = Size(8, 1, 1), Size(1, 1, 1)
     assert makespan([Work(eight, 10, 8)] * 2, [Node(64, 8)] * 2, 128) == pytest.approx(11)  # 16 GPU-seconds on 16
@@ -81,9 +94,24 @@ def speeds(trial: Trial, said_by: str = "a calibration", **work: list[float]) ->
     return {f"speeds/{key}.json": {"A core": each}}
 
 
+def test_the_time_of_thousands_of_trials_is_planned_by_few_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each state of the machine is decided once, and a decision looks at sizes, not at all that waits."""
+    asked: list[int] = []
+
+    def counted(waiting: Sequence[Size], *rest: Any, **more: Any) -> int | None:
+        asked.append(len(waiting))
+        return admit(waiting, *rest, **more)
+
+    monkeypatch.setattr(makespan_module, "admit", counted)
+    one, two = Size(1, 1), Size(2, 1)
+    works = [Work(one, 1, 0.5), Work(two, 1, 0.5)] * 5000
+    assert makespan(works, [Node(9, 0)], 8) > 0
+    assert len(asked) < 100 and max(asked) == 2
+
+
 def test_a_plan_is_work_over_speed(trial: Trial) -> None:
     price, source = cost(trial, SOURCE[DIGITS]), SOURCE[DIGITS]
-    plan = estimate([trial], SOURCE, speeds(trial), "A core", LAPTOP, 2, None)
+    plan = estimate([trial], SOURCE, speeds(trial), "A core", LAPTOP, cores=2, most=None)
     assert isinstance(plan, Plan)
     assert plan.training_s == pytest.approx(price.training_evaluations / 1000 + 3 * 0.5)  # validated three times
     images = 100 + source.train  # of samples and of the reference
@@ -95,7 +123,9 @@ def test_a_plan_is_work_over_speed(trial: Trial) -> None:
 
 def test_references_count_once(trial: Trial) -> None:
     other = trial.model_copy(update={"seed": 1})
-    one, two = (estimate(t, SOURCE, speeds(trial), "A core", LAPTOP, 2, None) for t in ([trial], [trial, other]))
+    one, two = (
+        estimate(t, SOURCE, speeds(trial), "A core", LAPTOP, cores=2, most=None) for t in ([trial], [trial, other])
+    )
     assert isinstance(one, Plan) and isinstance(two, Plan)
     assert 2 * one.evaluation_s - two.evaluation_s == pytest.approx(SOURCE[DIGITS].train / 1000)
 
@@ -103,17 +133,19 @@ def test_references_count_once(trial: Trial) -> None:
 def test_a_number_of_workers_that_nobody_measured_is_said(trial: Trial) -> None:
     training = trial.training.model_copy(update={"workers": 2})
     known = speeds(trial)
-    plan = estimate([trial.model_copy(update={"training": training})], SOURCE, known, "A core", LAPTOP, 2, None)
-    alone = estimate([trial], SOURCE, known, "A core", LAPTOP, 2, None)
+    plan = estimate(
+        [trial.model_copy(update={"training": training})], SOURCE, known, "A core", LAPTOP, cores=2, most=None
+    )
+    alone = estimate([trial], SOURCE, known, "A core", LAPTOP, cores=2, most=None)
     assert isinstance(plan, Plan) and isinstance(alone, Plan) and plan.scaled
     assert plan.training_s > alone.training_s  # each of the two waits while the other one validates
 
 
 def test_no_speed_no_number(trial: Trial) -> None:
-    assert isinstance(estimate([trial], SOURCE, {}, "A core", LAPTOP, 2, None), Unknown)
+    assert isinstance(estimate([trial], SOURCE, {}, "A core", LAPTOP, cores=2, most=None), Unknown)
     [(path, file)] = speeds(trial).items()
     del file["A core"]["work"]["samples"]  # type: ignore[index]
-    lacking = estimate([trial], SOURCE, {path: file}, "A core", LAPTOP, 2, None)
+    lacking = estimate([trial], SOURCE, {path: file}, "A core", LAPTOP, cores=2, most=None)
     assert isinstance(lacking, Unknown) and "samples" in lacking.why
 
 
@@ -126,7 +158,7 @@ def test_what_a_sweep_learns_is_what_a_plan_reads(trial: Trial, tmp_path: Path) 
     assert spent["samples"] == (pytest.approx(500), 4.0)
     learn(storage, trial, source, "A core", spent, "trial abc")
     [path] = [f"speeds/{name}" for name in storage.list("speeds")]
-    plan = estimate([trial], SOURCE, {path: storage.read_json(path)}, "A core", LAPTOP, 2, None)
+    plan = estimate([trial], SOURCE, {path: storage.read_sealed(path) or {}}, "A core", LAPTOP, cores=2, most=None)
     assert isinstance(plan, Plan) and "trial abc" in plan.said_by
     assert plan.training_s > 640 / 640 * 2.0
 
@@ -140,8 +172,8 @@ def test_a_calibration_measures_all_that_a_plan_asks_for(
     storage = Storage(tmp_path)
     learn(storage, trial, SOURCE[DIGITS], name, spent, "a calibration")
     [file] = storage.list("speeds")
-    known = {f"speeds/{file}": storage.read_json(f"speeds/{file}")}
-    assert isinstance(estimate([trial], SOURCE, known, name, LAPTOP, 2, None), Plan)
+    known = {f"speeds/{file}": storage.read_sealed(f"speeds/{file}") or {}}
+    assert isinstance(estimate([trial], SOURCE, known, name, LAPTOP, cores=2, most=None), Plan)
 
 
 def test_spent_adds_up() -> None:
@@ -159,11 +191,11 @@ PRICES = Prices(
 )
 
 
-def machines(tmp_path: Path, tiny: Path, workers: int) -> list[object]:
+def machines(tmp_path: Path, tiny: Path, workers: int) -> list[NodeType]:
     file = tmp_path / "cluster.yaml"
     file.write_text(CLUSTER)
     variants = expand(load(tiny, [f"training.workers={workers}"]))
-    trials, _ = by_digest(variants, {DIGITS: SOURCE[DIGITS].digest})
+    trials, _ = by_row(variants, {DIGITS: SOURCE[DIGITS].digest})
     return list(machines_for(trials, SearchConfig(), read_cluster(file)))
 
 
@@ -218,8 +250,7 @@ def test_the_dry_run_says_hours_and_price_or_how_to_know_them(tiny: Path, tmp_pa
     unknown = dry_run(tiny, "--storage", runs)
     assert unknown.returncode == 0 and "--calibrate" in unknown.stdout and not runs.exists()
     [(path, file)] = speeds(trial).items()
-    runs.joinpath("speeds").mkdir(parents=True)
-    (runs / path).write_text(json.dumps({"NVIDIA A10G": file["A core"], hardware(): file["A core"]}))
+    Storage(runs).write_sealed(path, {"NVIDIA A10G": file["A core"], hardware(): file["A core"]})
     here, there = dry_run(tiny, "--storage", runs), dry_run(tiny, "--storage", runs, "--cluster", cluster)
     assert "on this machine" in here.stdout and "core-minutes" in here.stdout and "Price" not in here.stdout
     assert "on 2 GPUs of 3 machines" in there.stdout and "USD" in there.stdout and "2026-01-01" in there.stdout

@@ -1,5 +1,6 @@
 """Folders that diffusers saved give the same numbers here, and what cannot be measured is refused with the reason."""
 
+import copy
 import inspect
 import json
 import shutil
@@ -12,11 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from workers.checkpoint import CheckpointError, Description, describe, load, open_folder
-from workers.config import SamplerConfig
-from workers.diffusers_config import BETAS, OTHER_SCHEDULERS, PREDICTION_TYPES, SCHEDULERS, read_scheduler
+from orchestrator.measuring import subjects
+from workers.config import DataConfig, Mistake, SamplerConfig
+from workers.data import sources
 from workers.diffusion.samplers import ancestral
+from workers.network.checkpoint import Description, describe, export, load, open_folder
+from workers.network.diffusers_config import BETAS, OTHER_SCHEDULERS, PREDICTION_TYPES, SCHEDULERS, read_scheduler
+from workers.network.manifest import CheckpointError
 from workers.noise import generator
+from workers.storage import Storage
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -162,8 +167,14 @@ def test_a_repository_of_2022_opens(folder, unet):
     later = """dropout mid_block_type downsample_type upsample_type attn_norm_num_groups class_embed_type add_attention
         num_class_embeds num_train_timesteps resnet_time_scale_shift time_embedding_dim""".split()
     put(folder / "config.json", _diffusers_version="0.0.4", **dict.fromkeys(later, ...))
-    scheduler = {"_class_name": "DDPMScheduler", "_diffusers_version": "0.0.4", "beta_schedule": "linear"}
-    scheduler |= {"beta_start": 0.0001, "beta_end": 0.02, "clip_sample": True, "num_train_timesteps": 1000}
+    scheduler: dict[str, Any] = {"_class_name": "DDPMScheduler", "_diffusers_version": "0.0.4"}
+    scheduler |= {
+        "beta_schedule": "linear",
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "clip_sample": True,
+        "num_train_timesteps": 1000,
+    }
     scheduler |= {"timestep_values": None, "trained_betas": None, "variance_type": "fixed_large"}
     (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
     file, renamed = folder / "diffusion_pytorch_model.safetensors", {}
@@ -234,6 +245,28 @@ def pickled(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "unet/diffusion_pytorch_model.bin")
 
 
+def header(change):
+    """Other claims in the header of the weights."""
+
+    def damage(folder):
+        content = (folder / WEIGHTS).read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        text = change(content[8 : 8 + length].decode()).encode()
+        (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+    return damage
+
+
+def sparse(name, size):
+    """A file of that size which takes no room on the disk."""
+
+    def damage(folder):
+        with (folder / name).open("r+b") as file:
+            file.truncate(size)
+
+    return damage
+
+
 VAE = {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
 REFUSED = {
     "latent": (index(**VAE), r"model_index\.json: a StableDiffusionPipeline with vae.*latent.*DDPMPipeline"),
@@ -258,6 +291,16 @@ REFUSED = {
     "bool": (network(downsample_padding=True), r"downsample_padding: True: "),
     "zero": (network(norm_num_groups=0), r"norm_num_groups: 0: "),
     "none": (network(block_out_channels=[]), r"block_out_channels: \[\]: "),
+    "huge image": (network(sample_size=65536), r"sample_size.*: 65536: "),
+    "huge colour": (network(in_channels=65536, out_channels=65536), r"in_channels: 65536: "),
+    "huge width": (network(block_out_channels=[65536] * 2), r"model\.safetensors does not fit.*size mismatch"),
+    "huge claim": (header(lambda text: text.replace("[8]", "[9999999999]", 1)), r"model\.safetensors is damaged"),
+    "huge header": (written(WEIGHTS, (2**62).to_bytes(8, "little") + b"{}"), r"model\.safetensors is damaged"),
+    "wrong place": (header(lambda text: text.replace('"data_offsets":[0', '"data_offsets":[4', 1)), r"is damaged"),
+    "eight bits": (weights(lambda w: w.update({"conv_in.bias": torch.zeros(8).to(torch.float8_e4m3fn)})), r"finite"),
+    "too large": (weights(lambda w: w.update({"conv_in.bias": 1e300 * torch.ones(8).double()})), r"finite"),
+    "sparse": (sparse(WEIGHTS, 2**43), r"model\.safetensors has 8,796,093,022,208 bytes, more than"),
+    "sparse text": (sparse("unet/config.json", 2**40), r"config\.json has 1,099,511,627,776 bytes, more than the 67"),
     "huge": (network(layers_per_block=10**9), r"layers_per_block: 1000000000: "),
     "blocks": (network(down_block_types=None), r"down_block_types: None: "),
     "list": (written("unet/config.json", b"[]"), r"unet/config\.json is damaged"),
@@ -283,7 +326,7 @@ REFUSED = {
     "no config": (without("unet/config.json"), r"lacks unet/config\.json: "),
     "no scheduler": (without("scheduler/scheduler_config.json"), r"lacks scheduler/scheduler_config\.json: "),
     "empty": (written(WEIGHTS, b""), r"model\.safetensors is damaged"),
-    "text weights": (written(WEIGHTS, b"version https://git-lfs.github.com/spec/v1"), r"model\.safetensors is damaged"),
+    "text weights": (written(WEIGHTS, b"weights, they said"), r"model\.safetensors is damaged"),
     "not finite": (weights(lambda w: w["conv_in.bias"].fill_(float("nan"))), r"conv_in\.bias .*finite"),
     "integers": (weights(lambda w: w.update({"conv_in.bias": torch.zeros(8).char()})), r"conv_in\.bias .*int8"),
     "a part": (weights(lambda w: w.pop("conv_in.bias")), r'does not fit.*Missing key.*"conv_in\.bias"'),
@@ -308,7 +351,7 @@ def test_the_other_schedulers_are_those_of_diffusers():
 def test_a_place_that_is_no_folder(folder, tmp_path):
     for place, reason in (
         (tmp_path / "nowhere", "not a folder.*hf download"),
-        (folder / WEIGHTS, "Not a directory.*give a folder"),
+        (folder / WEIGHTS, "Not a directory.*give"),
         (folder / "unet", "lacks scheduler_config.json"),
         ("nothing://bucket", "cannot be opened.*s3://"),
     ):
@@ -337,3 +380,123 @@ def test_a_file_that_changes_after_opening_is_refused(folder, name):
     (folder / name).unlink()
     with pytest.raises(CheckpointError, match=f"{name} is missing"):
         load(checkpoint)
+
+
+# Weights in several files, and variants of them.
+
+
+def saved(unet: Any, folder: Path, **how: Any) -> Path:
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(num_train_timesteps=T, beta_end=0.1)).save_pretrained(
+        folder, **how
+    )
+    return folder
+
+
+def halved(unet: Any) -> Any:
+    """The network in float16; the one of the tests stays as it is."""
+    return copy.deepcopy(unet).half()
+
+
+def output(folder: Path) -> torch.Tensor:
+    x, t = torch.randn(2, 1, 8, 8, generator=generator("x")), torch.tensor([1, T])
+    network, _ = load(open_folder(folder))
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    with torch.no_grad():
+        return torch.as_tensor(network(x, t).eps)
+
+
+def test_weights_in_several_files_are_those_in_one(unet, original, tmp_path):
+    folder = saved(unet, tmp_path / "shards", max_shard_size="20KB")
+    shards = sorted((folder / "unet").glob("*-of-*.safetensors"))
+    assert len(shards) > 2 and not (folder / WEIGHTS).exists()
+    assert torch.equal(output(folder), output(original))
+    checkpoint = open_folder(folder)
+    assert {Path(name).name for name, _ in checkpoint.sums} >= {shard.name for shard in shards}
+    export(checkpoint, tmp_path / "exported")
+    assert torch.equal(output(tmp_path / "exported"), output(original))
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert open_folder(moved).digest == checkpoint.digest
+    other = load_file(shards[1])
+    save_file({name: w + 1 for name, w in other.items()}, moved / "unet" / shards[1].name)
+    assert open_folder(moved).digest != checkpoint.digest
+
+
+@pytest.mark.parametrize("how", [{"variant": "fp16"}, {"variant": "fp16", "max_shard_size": "10KB"}])
+def test_a_variant_is_opened_where_it_is_alone_and_in_float32(unet, original, tmp_path, how):
+    folder = saved(halved(unet), tmp_path / "half", **how)
+    assert not (folder / WEIGHTS).exists() and list((folder / "unet").glob("*fp16*"))
+    exact = copy.deepcopy(unet)
+    exact.load_state_dict({name: w.half().float() for name, w in unet.state_dict().items()})
+    assert torch.equal(output(folder), output(saved(exact, tmp_path / "exact")))
+    shutil.copytree(original / "unet", folder / "unet", dirs_exist_ok=True)
+    assert torch.equal(output(folder), output(original))  # the weights themselves go before a variant
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        open_folder(folder)
+    return str(caught.value)
+
+
+def test_several_files_that_are_not_what_their_index_says_are_refused(unet, tmp_path):
+    whole = saved(unet, tmp_path / "whole", max_shard_size="20KB")
+    index = "unet/diffusion_pytorch_model.safetensors.index.json"
+    weight_map = json.loads((whole / index).read_text())["weight_map"]
+    first, second, *_ = sorted(set(weight_map.values()))
+    name = next(name for name, file in weight_map.items() if file == first)
+
+    def changed(label: str) -> Path:
+        return Path(shutil.copytree(whole, tmp_path / label))
+
+    folder = changed("a file is missing")
+    (folder / "unet" / second).unlink()
+    assert f"lacks unet/{second}" in refusal(folder)
+    folder = changed("two files are swapped")
+    (folder / "unet" / first).rename(folder / "unet/x")
+    (folder / "unet" / second).rename(folder / "unet" / first)
+    (folder / "unet/x").rename(folder / "unet" / second)
+    assert f"{first} does not hold what" in refusal(folder)
+    folder = changed("a tensor is elsewhere")
+    put(folder / index, weight_map={**weight_map, name: second})
+    assert "does not hold what" in refusal(folder) and name in refusal(folder)
+    for label, wrong in {
+        "outside": {name: "../../../etc/passwd"}, "a number": {name: 1}, "a pickle": {name: "model.bin"}, "none": {},
+        "a list": [1],
+    }.items():  # fmt: skip
+        folder = changed(label)
+        put(folder / index, weight_map=wrong)
+        assert f"{index} is damaged" in refusal(folder)
+    folder = changed("cut")
+    (folder / "unet" / second).write_bytes((folder / "unet" / second).read_bytes()[:-7])
+    assert f"{second} is damaged" in refusal(folder)
+    checkpoint = open_folder(whole)
+    (whole / "unet" / second).write_bytes(b"x" + (whole / "unet" / second).read_bytes()[1:])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load(checkpoint)
+
+
+def test_several_variants_or_pointers_are_refused_with_what_to_do(unet, folder, tmp_path):
+    both = saved(halved(unet), tmp_path / "both", variant="fp16")
+    shutil.copy(folder / WEIGHTS, both / "unet/diffusion_pytorch_model.non_ema.safetensors")
+    assert "several variants" in refusal(both) and "leave one there" in refusal(both)
+    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "git lfs pull" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("target", "command"),
+    [
+        ("google/ddpm-cifar10-32", "hf download google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32,"),
+        ("hf://google/ddpm-cifar10-32", "hf download google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32,"),
+        ("hf://google/ddpm-cifar10-32/unet", "hf download google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32,"),
+        ("hf://datasets/ylecun/mnist", "hf download ylecun/mnist --repo-type dataset --local-dir mnist,"),
+        ("hf://", "hf download NAME --local-dir NAME,"),
+    ],
+)
+def test_a_repository_of_the_hub_says_how_it_becomes_a_folder(target, command, tmp_path):
+    with pytest.raises(Mistake) as caught:
+        subjects.find(target, Storage(tmp_path), ["data.source=digits"], None)
+    assert command in str(caught.value) and "\n" not in str(caught.value)
+    if "://" in target:
+        with pytest.raises(Mistake, match="hf download"):
+            sources.describe(DataConfig(source=target))

@@ -1,33 +1,36 @@
 """The mathematics of the diffusion process: closed forms, Bayes' rule, and diffusers as a second opinion."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from exact import gaussian_kl
 from scipy import integrate
 from scipy.stats import norm
 
 from workers.config import DiffusionConfig, LossConfig, SamplerConfig, ScheduleConfig
-from workers.diffusion.bound import decoder_term, diffusion_terms, gaussian_kl, log_normal_interval, prior_term
-from workers.diffusion.objectives import WEIGHTINGS, Objective, weights
+from workers.data.pixels import to_levels, to_model
+from workers.diffusion.bound import decoder_term, diffusion_terms, log_normal_interval, prior_term
+from workers.diffusion.objectives import Objective, weights
 from workers.diffusion.predictions import eps_by_x_0, from_eps
 from workers.diffusion.process import VARIANCES, Model, Prediction, Process
-from workers.diffusion.samplers import STEPS, ancestral, ddim, sample
-from workers.diffusion.schedules import SCHEDULES, alpha_bars, betas, log_snrs, prior_bpd
+from workers.diffusion.samplers import ancestral, ddim, sample
+from workers.diffusion.schedules import alpha_bars, betas, log_snrs, prior_bpd
+from workers.kinds import SAMPLERS, SCHEDULES, WEIGHTINGS
 from workers.noise import generator
-from workers.pixels import to_levels, to_model
 
 F64 = torch.float64
 ANCESTRAL, DDIM = SamplerConfig(kind="ancestral"), SamplerConfig(kind="ddim")
 
 
-def config(T: int, kind: str = "linear", scale: str = "absolute", variance: str = "fixed_small") -> DiffusionConfig:
+def config(T: int, kind: Any = "linear", scale: Any = "absolute", variance: Any = "fixed_small") -> DiffusionConfig:
     given = tuple(np.linspace(0.001, 0.2, T).tolist()) if kind == "list" else None
     return DiffusionConfig(T=T, schedule=ScheduleConfig(kind=kind, scale=scale, betas=given), variance=variance)
 
 
-def process(T: int, variance: str = "fixed_small", kind: str = "linear", scale: str = "per_1000") -> Process:
+def process(T: int, variance: Any = "fixed_small", kind: Any = "linear", scale: Any = "per_1000") -> Process:
     return Process.of(config(T, kind, scale, variance))
 
 
@@ -284,7 +287,7 @@ def test_vlb_weights_make_the_squared_error_of_eps_the_kl_of_the_means(variance)
     eps_hat = eps + normal(p.T, 1, 2, 3, seed=2)
     error = (x_0 - p.predict_x_0(x_t, t, eps_hat, clip=False)).square().flatten(1).sum(1)
     kl_of_means = (diffusion_terms(p, t, error, 6) - diffusion_terms(p, t, torch.zeros_like(error), 6))[1:]
-    w = WEIGHTINGS["vlb"](p, LossConfig(), p.snr) / p.snr
+    w = WEIGHTINGS["vlb"].load()(p, LossConfig(), p.snr) / p.snr
     weighted = w * (eps - eps_hat).square().flatten(1).sum(1)
     torch.testing.assert_close(weighted[1:], kl_of_means, rtol=1e-7, atol=0)
     torch.testing.assert_close(w, p.beta**2 / (2 * p.sigma_squared * (1 - p.beta) * (1 - p.alpha_bar)))
@@ -356,7 +359,7 @@ def test_the_noise_of_a_step_has_sigma_for_its_standard_deviation(kind):
     """Not sigma^2: the trap of the notes. From x_t = x_0_hat = 0 all that is left is sigma z."""
     p, n = process(40, "fixed_small"), 20_000
     zero, t = torch.zeros(n, 1, 1, 1, dtype=F64), torch.full((n,), 25)
-    x = STEPS[kind](p, SamplerConfig(kind=kind, eta=1.0), zero, said(p, zero, zero, t), t, generator(kind))
+    x = SAMPLERS[kind].load()(p, SamplerConfig(kind=kind, eta=1.0), zero, said(p, zero, zero, t), t, generator(kind))
     assert float(x.std()) == pytest.approx(float(p.beta_tilde[24]) ** 0.5, rel=4 / (2 * n) ** 0.5)
 
 
@@ -365,7 +368,7 @@ def test_the_last_step_shows_the_mean_without_noise():
     t, x_0, x_t, _ = every_t(p)
     for kind in ("ancestral", "ddim"):
         of = said(p, x_0[:1], x_t[:1], t[:1])
-        x = STEPS[kind](p, SamplerConfig(kind=kind, eta=1.0), x_t[:1], of, t[:1], generator("last"))
+        x = SAMPLERS[kind].load()(p, SamplerConfig(kind=kind, eta=1.0), x_t[:1], of, t[:1], generator("last"))
         torch.testing.assert_close(x, x_0[:1], msg=kind)
 
 

@@ -1,6 +1,7 @@
 """Making blocks: what they hold, that their order and makers do not matter, and that damage is noticed."""
 
 import io
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,12 +27,13 @@ from small_evaluation import (
     summary_of,
 )
 
-from workers import evaluation
-from workers.blocks import Block, feature_blocks, nll_blocks, reference_blocks, sample_blocks
 from workers.config import ODENLLConfig
-from workers.evaluation import KINDS, Bench, DamagedBlock, make, read_block, sealed, unusable
-from workers.ledger import Ledger
+from workers.diffusion.ledger import Ledger
+from workers.evaluation import make as evaluation
+from workers.evaluation.blocks import Block, feature_blocks, nll_blocks, reference_blocks, sample_blocks
+from workers.evaluation.make import KINDS, Bench, DamagedBlock, make, read_block, unusable
 from workers.noise import generator
+from workers.seals import seal_parquet
 from workers.storage import Storage
 
 few_rows_a_block = pytest.fixture(autouse=True)(small_blocks)
@@ -135,7 +137,7 @@ def test_the_reference_is_the_split_in_its_order(tmp_path, reference):
 def test_a_block_that_is_there_is_not_made_again(whole, monkeypatch):
     """Nothing is computed, and no byte of what is there is touched."""
     before = contents(whole.storage, blocks_of(whole))
-    monkeypatch.setattr("workers.evaluation.KINDS", {})
+    monkeypatch.setattr("workers.evaluation.make.KINDS", {})
     for block in blocks_of(whole):
         make(whole, block)
     assert contents(whole.storage, blocks_of(whole)) == before
@@ -218,7 +220,7 @@ def test_any_reader_of_parquet_opens_a_block(whole):
 def test_a_seal_is_32_bytes_and_leaves_the_file_s_ends_as_they_are(whole):
     content = whole.storage.read(blocks_of(whole)[0].path)
     assert content[:4] == content[-4:] == b"PAR1"
-    again = sealed(content)
+    again = seal_parquet(content, "a")
     assert len(again) == len(content) + 32 and (again[:4], again[-8:]) == (content[:4], content[-8:])
 
 
@@ -248,10 +250,9 @@ def test_features_of_another_space_are_no_use_and_are_removed(whole):
     wanted = blocks_of(whole)
     featurised = [block for block in wanted if block.kind in ("features", "reference")]
 
-    class Other:
-        digest = "another"
-
-    assert featurised and list(unusable(whole.storage, wanted, Other())) == featurised
+    other = replace(whole.space, bias=whole.space.bias + 1)
+    assert other.digest != whole.space.digest
+    assert featurised and list(unusable(whole.storage, wanted, other)) == featurised
 
 
 def test_damaged_samples_are_made_again_where_their_features_are_asked_for(whole):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from workers import features
 from workers.config import DataConfig
-from workers.data import Dataset, prepare
-from workers.features import Classifier, feature_space, train_classifier
-from workers.frechet import Moments, frechet_distance
+from workers.data.dataset import Dataset, prepare
+from workers.evaluation import features
+from workers.evaluation.features import Classifier, feature_space, train_classifier
+from workers.evaluation.frechet import Moments, frechet_distance
 from workers.storage import Storage
 
 CPU = torch.device("cpu")
@@ -51,6 +51,7 @@ def test_the_space_is_made_once_and_read_back_equal(digits, tmp_path, monkeypatc
     again = train_classifier(few)
     monkeypatch.setattr(features, "train_classifier", None)
     read = feature_space(Storage(tmp_path), few, "classifier", CPU)
+    assert isinstance(made, Classifier) and isinstance(read, Classifier)
     for other in (again, read):
         assert (other.weights == made.weights).all() and (other.bias == made.bias).all()
         assert (other.levels, other.accuracy, other.digest) == (17, made.accuracy, made.digest)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from workers.frechet import Moments, extrapolated_distance, frechet_distance, merged, sampling_error
+from workers.evaluation.frechet import Moments, extrapolated_distance, frechet_distance, merged, sampling_error
 
 
 def gaussian(mean: np.ndarray, covariance: np.ndarray) -> Moments:

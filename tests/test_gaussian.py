@@ -3,32 +3,28 @@
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from exact import CHAINS, exact_bound, exact_decoder, gaussian_kl, sample_variances
 from scipy.integrate import quad
 from scipy.stats import norm
 
+from workers import kinds
 from workers.config import DataConfig, DiffusionConfig, SamplerConfig, ScheduleConfig
-from workers.data import Dataset, prepare
-from workers.diffusion.bound import decoder_term, diffusion_terms, gaussian_kl
-from workers.diffusion.gaussian import (
-    CHAINS,
-    GaussianDenoiser,
-    denoiser_config,
-    exact_bound,
-    exact_decoder,
-    sample_variances,
-)
+from workers.data.built_in import GAUSSIAN_SD
+from workers.data.dataset import Dataset, prepare
+from workers.data.pixels import to_model
+from workers.diffusion.bound import decoder_term, diffusion_terms
+from workers.diffusion.gaussian import GaussianDenoiser, denoiser_config
+from workers.diffusion.ledger import OWN_FACTOR, Ledger, bits_by_t, bound, chain_bound
+from workers.diffusion.likelihood import all_times, estimate, pair_errors, squared_norms
 from workers.diffusion.predictions import Denoiser, from_eps
 from workers.diffusion.process import VARIANCES, Process
-from workers.diffusion.samplers import STEPS, sample
-from workers.formats import GAUSSIAN_SD
-from workers.ledger import OWN_FACTOR, Ledger, bits_by_t, bound, chain_bound
-from workers.likelihood import all_times, estimate, pair_errors, squared_norms
+from workers.diffusion.samplers import sample
 from workers.noise import generator
-from workers.pixels import to_model
 
 F64 = torch.float64
 S = GAUSSIAN_SD
@@ -45,11 +41,11 @@ def data(tmp_path_factory) -> Dataset:
     return prepare(DataConfig(source="gaussian"), tmp_path_factory.mktemp("cache"))
 
 
-def process(T: int, variance: str = "fixed_large") -> Process:
+def process(T: int, variance: Any = "fixed_large") -> Process:
     return Process.of(DiffusionConfig(T=T, schedule=ScheduleConfig(scale="per_1000"), variance=variance))
 
 
-def short(T: int, variance: str = "fixed_large") -> Process:
+def short(T: int, variance: Any = "fixed_large") -> Process:
     """A process that reaches noise in a few steps."""
     schedule = ScheduleConfig(beta_start=0.001, beta_end=0.5)
     return Process.of(DiffusionConfig(T=T, schedule=schedule, variance=variance))
@@ -146,8 +142,8 @@ def test_the_terms_are_means_of_the_kl_over_the_noise(T, variance, s):
     """Five Gauss-Hermite nodes integrate the KL (of degree 2 in eps) and its square exactly: mean and variance of each
     L_{t-1} pixel by pixel, through mu_tilde and x_0_hat; L_T from the KL itself."""
     p = process(T, variance) if T > 20 else short(T, variance)
-    nodes, weights = np.polynomial.hermite_e.hermegauss(5)
-    eps, weights = torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
+    nodes, masses = np.polynomial.hermite_e.hermegauss(5)
+    eps, weights = torch.from_numpy(nodes), torch.from_numpy(masses / masses.sum())
     image = np.array([[[10], [128]], [[255], [90]]], np.uint8)
     exact = exact_bound(p, s, image[None], 256)
     x_0 = torch.from_numpy(image.reshape(4, 1) / 127.5 - 1).expand(4, 5).reshape(20, 1, 1, 1)
@@ -238,7 +234,8 @@ def test_what_is_measured_is_the_exact_bound(data, schedule, T, variance):
     later = ledger.t > 1
     nats = np.empty(len(later))
     nats[~later] = ledger.decoder_nats[:, OWN_FACTOR]
-    nats[later] = diffusion_terms(p, *(torch.from_numpy(c[later]) for c in (ledger.t, ledger.squared_error)), 64)
+    when, squared = (torch.from_numpy(column[later]) for column in (ledger.t, ledger.squared_error))
+    nats[later] = diffusion_terms(p, when, squared, 64)
     found = nats.reshape(IMAGES, T) / (64 * math.log(2))
     error = (exact.variance[:, :-1].sum(0).sqrt() / IMAGES).numpy()
     z = (found - exact.mean[:, :-1].numpy()).mean(0) / error
@@ -306,7 +303,7 @@ SAMPLERS = [
 
 
 def test_every_sampler_has_its_chain():
-    assert set(CHAINS) == set(STEPS)
+    assert set(CHAINS) == {name for name, entry in kinds.SAMPLERS.items() if entry.form == "step"}
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
@@ -399,7 +396,7 @@ def test_the_bound_with_a_learned_variance_is_the_exact_one(data, head, monkeypa
         np.testing.assert_allclose(ours.total, theirs.total, rtol=1e-6)
     # It survives the file, and its parts join.
     kept = Ledger.of_table(ledger.table())
-    assert kept.own_nats is not None and np.array_equal(kept.own_nats, ledger.own_nats)
+    assert kept.own_nats is not None and ledger.own_nats is not None and np.array_equal(kept.own_nats, ledger.own_nats)
     assert np.array_equal(bound(p, kept.of_first(7), squared_norms(x_0[:7]), 64).total, found.total[:7])
 
 

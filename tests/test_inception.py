@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from workers import inception
 from workers.config import Mistake
-from workers.fidelity import kid
-from workers.frechet import Moments, frechet_distance
-from workers.inception import NAMES, Inception, find_weights, load_inception, network, prepare, to_bytes
+from workers.evaluation import inception
+from workers.evaluation.fidelity import kid
+from workers.evaluation.frechet import Moments, frechet_distance
+from workers.evaluation.inception import NAMES, Inception, find_weights, load_inception, network, prepare, to_bytes
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,11 @@
 """The journal: the first value of a point stands, and a journal opened again goes on."""
 
-import json
-
-from workers.journal import Journal
+from workers.journal import Journal, is_whole, read_image, read_points, restore
 from workers.storage import Storage
 
 
 def lines(storage: Storage) -> list[dict]:
-    return [json.loads(line) for line in storage.read("trials/a/journal.jsonl").decode().splitlines()]
+    return read_points(storage, "trials/a")
 
 
 def test_a_point_that_is_there_is_not_written_again(tmp_path):
@@ -59,3 +57,59 @@ def test_flushing_again_changes_nothing(tmp_path):
     before = storage.read("trials/a/journal.jsonl")
     Journal(storage, "trials/a").flush()
     assert storage.read("trials/a/journal.jsonl") == before
+
+
+def written(storage: Storage) -> bytes:
+    journal = Journal(storage, "trials/a")
+    for step in range(1, 7):
+        journal.metrics(step, {"train/lr": step / 3, "train/eps_mse": 1.0})
+        if step == 3:
+            checkpoint = journal.content()
+    journal.image(6, "samples", b"png")
+    journal.flush()
+    return checkpoint
+
+
+def test_a_cut_journal_keeps_the_lines_that_are_whole_and_its_checkpoint_s(tmp_path):
+    storage = Storage(tmp_path)
+    copy = written(storage)
+    content, points = storage.read("trials/a/journal.jsonl"), read_points(storage, "trials/a")
+    assert is_whole(storage, "trials/a")
+    storage.write("trials/a/journal.jsonl", content[:-20])  # the line that says how many there are
+    assert not is_whole(storage, "trials/a") and read_points(storage, "trials/a") == points
+    assert "7 points up to step 6 were found again, 3 of them in its checkpoint" in restore(storage, "trials/a", copy)
+    assert storage.read("trials/a/journal.jsonl") == content
+    assert storage.read("trials/a/journal.jsonl.damaged") == content[:-20]
+    half = content.index(b'"step": 2')
+    storage.write("trials/a/journal.jsonl", content[half + 20 :])  # its first two lines
+    assert [point["step"] for point in read_points(storage, "trials/a")] == [3, 4, 5, 6, 6]
+    restore(storage, "trials/a", copy)
+    assert storage.read("trials/a/journal.jsonl") == content
+
+
+def test_a_deleted_journal_is_that_of_its_checkpoint(tmp_path):
+    storage = Storage(tmp_path)
+    copy = written(storage)
+    storage.delete("trials/a/journal.jsonl")
+    assert "was deleted; 3 points up to step 3 were found again" in restore(storage, "trials/a", copy)
+    assert [point["step"] for point in read_points(storage, "trials/a")] == [1, 2, 3]
+    storage.delete("trials/a/journal.jsonl")
+    assert "0 points were found again" in restore(storage, "trials/a", None) and is_whole(storage, "trials/a")
+
+
+def test_a_journal_of_another_trial_is_not_taken_for_its_own(tmp_path):
+    storage = Storage(tmp_path)
+    written(storage)
+    storage.write("trials/b/journal.jsonl", storage.read("trials/a/journal.jsonl"))
+    assert read_points(storage, "trials/b") == [] and not is_whole(storage, "trials/b")
+
+
+def test_an_image_with_a_changed_byte_or_gone_is_left_out(tmp_path):
+    storage = Storage(tmp_path)
+    written(storage)
+    point = read_points(storage, "trials/a")[-1]
+    assert read_image(storage, point) == b"png"
+    storage.write(point["path"], b"pnG")
+    assert read_image(storage, point) is None
+    storage.delete(point["path"])
+    assert read_image(storage, point) is None

@@ -25,7 +25,7 @@ import pytest
 import yaml
 
 from orchestrator import sweep
-from orchestrator.experiment import load
+from orchestrator.experiment.load import load
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "deploy").glob("kuberay*.yaml"))
@@ -164,7 +164,7 @@ def test_the_sweep_is_a_command_of_ours() -> None:
     options = sweep.parser().parse_intermixed_args(arguments)
     workdir = re.search(r"WORKDIR (\S+)", (ROOT / "deploy/Dockerfile").read_text())
     assert workdir and load(ROOT / options.file.relative_to(workdir[1]))
-    assert options.storage.startswith("s3://") and options.address == "auto"
+    assert options.storage.startswith("s3://") and options.ray_address == "auto"
 
 
 @pytest.mark.skipif(find_spec("orchestrator.nightly") is None, reason="there is no nightly yet")

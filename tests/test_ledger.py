@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,10 +11,9 @@ import torch
 from scipy.stats import norm
 
 from workers.config import DiffusionConfig, ScheduleConfig
+from workers.data.pixels import to_model
 from workers.diffusion.bound import diffusion_terms
-from workers.diffusion.predictions import from_eps
-from workers.diffusion.process import VARIANCES, Process
-from workers.ledger import (
+from workers.diffusion.ledger import (
     DECODER_FACTORS,
     OPTIMAL,
     OWN_FACTOR,
@@ -25,15 +25,16 @@ from workers.ledger import (
     rate_distortion,
     shorter_chains,
 )
-from workers.likelihood import all_times, pair_errors, squared_norms
+from workers.diffusion.likelihood import all_times, pair_errors, squared_norms
+from workers.diffusion.predictions import from_eps
+from workers.diffusion.process import VARIANCES, Process
 from workers.noise import generator
-from workers.pixels import to_model
 
 T, N, D, LEVELS = 9, 5, 4, 5
 BETA = np.linspace(0.02, 0.5, T)
 
 
-def process(variance: str = "fixed_small") -> Process:
+def process(variance: Any = "fixed_small") -> Process:
     return Process.of(DiffusionConfig(T=T, schedule=ScheduleConfig(beta_start=0.02, beta_end=0.5), variance=variance))
 
 

@@ -1,23 +1,24 @@
 """The bound in bits/dim: data whose bound is known, an independent decomposition, a slow loop, and its estimates."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
 
-from workers import likelihood
 from workers.config import DiffusionConfig, ModelConfig, ScheduleConfig
+from workers.data.pixels import to_model
+from workers.diffusion import likelihood
 from workers.diffusion.bound import diffusion_terms, prior_term
+from workers.diffusion.ledger import Bound, Ledger, bound
+from workers.diffusion.likelihood import PROPOSALS, all_times, estimate, pair_errors, squared_norms, stratified_times
 from workers.diffusion.predictions import from_eps
 from workers.diffusion.process import VARIANCES, Process
-from workers.ledger import Bound, Ledger, bound
-from workers.likelihood import PROPOSALS, all_times, estimate, pair_errors, squared_norms, stratified_times
+from workers.network.unet import UNet
+from workers.network.unet_config import unet_config
 from workers.noise import generator
-from workers.pixels import to_model
-from workers.unet import UNet
-from workers.unet_config import unet_config
 
 F64 = torch.float64
 LEVELS = 5
@@ -28,7 +29,7 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def process(T: int, variance: str = "fixed_small", beta_end: float = 0.5) -> Process:
+def process(T: int, variance: Any = "fixed_small", beta_end: float = 0.5) -> Process:
     return Process.of(
         DiffusionConfig(T=T, schedule=ScheduleConfig(beta_start=0.02, beta_end=beta_end), variance=variance)
     )
@@ -189,9 +190,9 @@ def test_both_decompositions_of_the_bound_agree(variance):
             nats -= log_normal(x[t], mu(t + 1), p.sigma_squared[t])
             apart = mean + beta.sqrt() * torch.randn(x_0.shape, generator=noise, dtype=F64)
             printed -= log_normal(apart, mu(t + 1), p.sigma_squared[t])
-    sigma, mean = float(p.sigma_squared[0]) ** 0.5, mu(1).reshape(n, 2).numpy()
-    decoder = norm.logcdf(-0.75, mean[:, 0], sigma)
-    decoder += np.log(norm.cdf(0.75, mean[:, 1], sigma) - norm.cdf(0.25, mean[:, 1], sigma))
+    sigma, first = float(p.sigma_squared[0]) ** 0.5, mu(1).reshape(n, 2).numpy()
+    decoder = norm.logcdf(-0.75, first[:, 0], sigma)
+    decoder += np.log(norm.cdf(0.75, first[:, 1], sigma) - norm.cdf(0.25, first[:, 1], sigma))
     unit = 2 * math.log(2)
     eq_3, printed_form = ((a.numpy() - decoder) / unit for a in (nats, printed))
 
@@ -313,5 +314,5 @@ def test_the_batch_of_the_network_leaves_the_bound_as_it_is(batch, monkeypatch):
     torch.nn.init.normal_(unet.conv_out.weight, std=0.1, generator=generator("conv_out"))
     p, x_0 = process(6), digits_like(5, size=4)
     whole = full(p, lambda x, t: unet(x, t - 1), x_0, 0).total
-    monkeypatch.setattr(likelihood, "BATCH", batch)
+    monkeypatch.setattr(likelihood, "PIXELS", {"cpu": 16 * batch})
     np.testing.assert_allclose(full(p, lambda x, t: unet(x, t - 1), x_0, 0).total, whole, rtol=1e-6)

@@ -4,11 +4,13 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -17,17 +19,22 @@ import pandas as pd
 import pytest
 import small_evaluation as small
 import torch
+from click.testing import CliRunner
 from conftest import ROOT
 from diffusers import DDPMPipeline
 from mlflow import MlflowClient
+from mlflow.cli import gc
 from mlflow_server import Server
 
 from orchestrator.tracking import models
 from orchestrator.tracking.models import Candidate
+from orchestrator.tracking.server import make_database
 from orchestrator.tracking.tracker import Tracker
-from workers import blocks
+from orchestrator.tracking.views import ComparisonView
 from workers.config import FIDConfig, Mistake, SamplerConfig
-from workers.evaluation import read_block
+from workers.data.cache import default_cache
+from workers.evaluation import blocks
+from workers.evaluation.make import read_block
 from workers.storage import Storage
 
 SAMPLER = SamplerConfig(kind="ddim", steps=3)
@@ -125,9 +132,9 @@ def test_a_request_that_means_nothing_is_refused(loaded: Any, columns: dict[str,
 
 def test_what_lies_in_it(saved: Path, loaded: Any) -> None:
     files = {str(path.relative_to(saved)): path for path in saved.rglob("*") if path.is_file()}
-    assert {Path(name).suffix for name in files} <= {".py", ".json", ".yaml", ".txt", ".safetensors", ""}
+    assert {Path(name).suffix for name in files} <= {".py", ".typed", ".json", ".yaml", ".txt", ".safetensors", ""}
     assert not [name for name, path in files.items() if path.read_bytes()[:1] == b"\x80"]  # as a pickle begins
-    assert "model_code.py" in files and "code/workers/unet.py" in files
+    assert "model_code.py" in files and "code/workers/network/unet.py" in files
     signature = loaded.metadata.signature
     assert signature.inputs.input_names() == ["n", "seed", "sampler", "steps"]
     assert signature.inputs.required_input_names() == ["n", "seed"]
@@ -253,13 +260,134 @@ def test_a_checkpoint_is_registered_once_and_the_best_is_the_candidate(
     assert client.get_registered_model("registered").aliases == {"candidate": 1}
 
 
+def once(storage: Storage, name: str, uri: str | None = None) -> Tracker:
+    """A sweep of one trial with two points and a registered model, all of it shipped."""
+    storage.write(
+        "trials/a/journal.jsonl",
+        b'{"step": 1, "time_ms": 1764000000000, "metrics": {"valid/nll_bpd": 3.5}}\n'
+        b'{"step": 2, "time_ms": 1764000000001, "metrics": {"valid/nll_bpd": 3.0}}\n',
+    )
+    tracker = Tracker(storage, name, uri)
+    tracker.open_sweep({}, {}, compare=ComparisonView(params=("T",), metrics=("valid/nll_bpd",)))
+    tracker.log_artifact(None, b"a: 1", "experiment.yaml")
+    tracker.open_trial("a", "a", {"T": 5}, {})
+    tracker.log_artifact("a", b"b: 2", "trial.yaml")
+    tracker.register(candidate(storage))
+    tracker.close_trial("a", "FINISHED")
+    tracker.close_sweep("FINISHED")
+    left = tracker.flush(120)
+    assert left.complete, str(left)
+    return tracker
+
+
+class Lost:
+    """Ways in which what was shipped can go; `gc` is MLflow's own command, which empties its bin."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.uri, self.name, self.client = tracker.uri, tracker.name, MlflowClient(tracker.uri, tracker.uri)
+        self.root = Path(tracker.storage.root)
+        self.experiment = self.client.get_experiment_by_name(tracker.name)
+        runs = self.client.search_runs([self.experiment.experiment_id])
+        self.runs = {run.data.tags["orchestrator.row"]: run.info.run_id for run in runs}
+
+    def gc(self, *arguments: str) -> None:
+        result = CliRunner().invoke(
+            gc, ["--backend-store-uri", self.uri, *arguments], env={"MLFLOW_TRACKING_URI": self.uri}
+        )
+        assert result.exit_code == 0, result.output
+
+    def a_run(self) -> None:
+        self.client.delete_run(self.runs["a"])
+
+    def the_sweeps_run(self) -> None:
+        self.client.delete_run(self.runs["sweep"])
+
+    def the_end_of_a_run(self) -> None:
+        self.client.update_run(self.runs["a"], status="RUNNING")
+
+    def a_run_for_good(self) -> None:
+        self.a_run()
+        self.gc("--run-ids", self.runs["a"])
+
+    def the_experiment(self) -> None:
+        self.client.delete_experiment(self.experiment.experiment_id)
+
+    def the_experiment_for_good(self) -> None:
+        self.the_experiment()
+        self.gc("--experiment-ids", self.experiment.experiment_id)
+
+    def the_comparison(self) -> None:
+        for key in self.experiment.tags:
+            self.client.delete_experiment_tag(self.experiment.experiment_id, key)
+
+    def the_registered_model(self) -> None:
+        self.client.delete_registered_model(self.name)
+
+    def its_version(self) -> None:
+        self.client.delete_model_version(self.name, "1")
+
+    def its_alias(self) -> None:
+        self.client.delete_registered_model_alias(self.name, "candidate")
+
+    def its_files(self) -> None:
+        [model] = self.client.search_logged_models([self.experiment.experiment_id])
+        shutil.rmtree(model.artifact_location.removeprefix("file://"))
+
+    def all_files(self) -> None:
+        shutil.rmtree(self.root / "mlartifacts")
+
+    def the_database(self) -> None:
+        (self.root / "mlflow.db").unlink()
+
+    def another_database(self) -> None:
+        self.the_database()
+        make_database(self.root / "mlflow.db", default_cache())
+        MlflowClient(self.uri).create_experiment("of somebody else")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    return Storage(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.mark.parametrize("way", [way for way in vars(Lost) if not way.startswith("_") and way != "gc"])
+def test_what_goes_in_mlflow_is_noticed_and_made_again(
+    shared: Storage, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = once(shared, way)
+    model = candidate(shared)
+    seen = Tracker(shared, way)
+    assert not seen.lacks(["a"], model) and seen._catalogue.client is None  # a look at the file is enough
+    lost = Lost(tracker)
+    getattr(lost, way)()
+    caplog.clear()
+    assert Tracker(shared, way).lacks(["a"], model)
+    again = once(shared, way)
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert all("had lost" in text and f"of the sweep {way}: restored" in text for text in told) and len(told) <= 1, told
+    assert not Tracker(shared, way).lacks(["a"], model)
+    client = MlflowClient(again.uri, again.uri)
+    experiment = client.get_experiment_by_name(way)
+    assert experiment.lifecycle_stage == "active"
+    assert again.link().startswith(f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs?")
+    runs = {r.data.tags["orchestrator.row"]: r for r in client.search_runs([experiment.experiment_id])}
+    assert sorted(runs) == ["a", "sweep"] and {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert [p.value for p in client.get_metric_history(runs["a"].info.run_id, "valid/nll_bpd")] == [3.5, 3.0]
+    assert [f.path for f in client.list_artifacts(runs["a"].info.run_id)] == ["trial.yaml"]
+    version = client.get_model_version_by_alias(way, "candidate")
+    loaded = mlflow.pyfunc.load_model(version.source)
+    assert loaded.predict(asked(n=1, seed=0)).shape == (1, small.SIDE, small.SIDE, 1)
+    if "good" not in way and "database" not in way:  # out of the bin: links that were given out lead there again
+        assert {address: run.info.run_id for address, run in runs.items()} == lost.runs
+
+
 def shown(name: str) -> str:
     return (models.USE % name).removeprefix("```python\n").removesuffix("\n```")
 
 
-def test_the_readme_shows_these_lines() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert all(block.strip().endswith(shown("beta_schedule")) for block in blocks if "pyfunc" in block)
+def test_the_page_about_mlflow_shows_these_lines() -> None:
+    [block] = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/mlflow.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert block.strip().endswith(shown("beta_schedule"))
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["through the server", "beside the server"])
@@ -279,5 +407,22 @@ def test_a_server_keeps_the_model_and_gives_it_back(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
         model = mlflow.pyfunc.load_model("models:/registered@candidate")
         assert np.array_equal(model.predict(asked(n=3, seed=0)), loaded.predict(asked(n=3, seed=0)))
+        once(storage, "lost", server.uri)
+        assert not Tracker(storage, "lost", server.uri).lacks(["a"], candidate(storage))
+        shutil.rmtree(server.folder / "artifacts")
+        assert Tracker(storage, "lost", server.uri).lacks(["a"], candidate(storage))
+        once(storage, "lost", server.uri)
+        assert not Tracker(storage, "lost", server.uri).lacks(["a"], candidate(storage))
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("n", [-1, 100_001, 10**12])
+def test_a_request_for_more_images_than_can_be_sent_is_refused(n: int) -> None:
+    from orchestrator.tracking.model_code import ImageModel
+
+    model = ImageModel()
+    model.shape, model.fid = (8, 8, 1), FIDConfig()
+    model.model = SimpleNamespace(process=SimpleNamespace(T=10))  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=f"n = {n} images were asked for; give 0 to 100,000"):
+        model.predict(None, pd.DataFrame({"n": [n], "seed": [0]}))

@@ -1,18 +1,21 @@
 """What a night decides, as functions of given records: which checkpoints, what is worse, what may be promoted."""
 
+import json
 import math
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from orchestrator.nights import shift
 from orchestrator.nights.decisions import (
     CanaryResult,
-    Comparison,
-    Entry,
-    Finding,
+    ModelComparison,
+    ModelNumbers,
     Night,
+    NightFinding,
     Verdict,
     compare,
     drifted,
@@ -23,9 +26,14 @@ from orchestrator.nights.decisions import (
     regressions,
     select,
 )
-from orchestrator.nights.report import headline, to_html, to_markdown
-from orchestrator.nights.suite import Rule, Suite
+from orchestrator.nights.night_page import headline, to_html, to_markdown
+from orchestrator.nights.suite import Hooks, Rule, Suite
 from orchestrator.tracking.registry import Version
+from workers.config import Mistake
+from workers.seals import open_json
+from workers.storage import Storage
+
+DAY = date(2026, 3, 1)
 
 NLL = Rule(metric="eval/nll_bpd", standard_errors=3)
 DISTANCE = Rule(metric="eval/fd_classifier", standard_errors=3)
@@ -50,26 +58,26 @@ def version(sweep: str, number: int, *aliases: str, **tags: str) -> Version:
     return Version(sweep, number, aliases, **tags)
 
 
-def entry(name: str, checkpoint: str, worse: float = 0.0, **changes: Any) -> Entry:
+def entry(name: str, checkpoint: str, worse: float = 0.0, **changes: Any) -> ModelNumbers:
     """Measured `worse` bits/dim above the others, image by image but for a little noise of the checkpoint's own."""
     nll = HARD + worse + 0.01 * np.random.RandomState(sum(map(ord, checkpoint))).randn(len(HARD))
     sweep, _, alias = name.partition("@")
     metrics = {"eval/nll_bpd": float(nll.mean()), "eval/fd_classifier": 0.5 + worse, "eval/fd_classifier_se": 0.02}
     passports = {kind: {"protocol": {"images": 50}} for kind in ("nll", "samples")}
-    content = {
+    content: dict[str, Any] = {
         "name": name, "sweep": sweep, "alias": alias, "version": 1, "checkpoint": checkpoint, "protocol": "p",
         "hash": f"hash of {checkpoint}", "metrics": metrics, "passports": passports, "nll_per_image": tuple(nll),
     }  # fmt: skip
-    return Entry(**(content | changes))
+    return ModelNumbers(**(content | changes))
 
 
-def night(day: str, *entries: Entry, **changes: Any) -> Night:
-    content = {"suite": "small", "day": date.fromisoformat(day), "schedule": "02:30 UTC", "zone": "UTC",
+def night(day: str, *entries: ModelNumbers, **changes: Any) -> Night:
+    content: dict[str, Any] = {"suite": "small", "day": date.fromisoformat(day), "schedule": "02:30 UTC", "zone": "UTC",
                "started": f"{day} 02:30:00+00:00", "entries": entries}  # fmt: skip
     return Night(**(content | changes))
 
 
-def verdicts(comparisons: list[Comparison]) -> dict[tuple[str, str, str], Verdict]:
+def verdicts(comparisons: list[ModelComparison]) -> dict[tuple[str, str, str], Verdict]:
     return {(c.model, c.against.partition(" (")[0], c.metric): c.verdict for c in comparisons}
 
 
@@ -171,7 +179,7 @@ def test_a_metric_that_is_no_number_is_worse() -> None:
 
 
 def test_numbers_that_nobody_believed_or_that_are_not_there_are_no_base() -> None:
-    good, failed = entry("a@candidate", "x"), Entry(name="a@candidate", failed="gone")
+    good, failed = entry("a@candidate", "x"), ModelNumbers(name="a@candidate", failed="gone")
     history = [
         night("2026-03-04", entry("a@candidate", "z"), state="not believed"),
         night("2026-03-03", failed, state="incomplete"),
@@ -185,7 +193,7 @@ def test_numbers_that_nobody_believed_or_that_are_not_there_are_no_base() -> Non
 # ---- Drift -----------------------------------------------------------------------------------------------------
 
 
-def moved(factor: float, **changes: Any) -> list[Finding]:
+def moved(factor: float, **changes: Any) -> list[NightFinding]:
     """Of one checkpoint, measured again with a distance that is `factor` times what it was."""
     last = entry("a@champion", "x")
     metrics = {**last.metrics, "eval/fd_classifier": last.metrics["eval/fd_classifier"] * factor}
@@ -238,7 +246,9 @@ def test_what_cannot_be_compared_is_not_promoted() -> None:
     cases = {
         "not everything could be compared": [champion, better.model_copy(update={"passports": other})],
         "a has no champion": [better],
-        "a@champion was not measured": [Entry(name="a@champion", sweep="a", alias="champion", failed="gone"), better],
+        "a@champion was not measured": [
+            ModelNumbers(name="a@champion", sweep="a", alias="champion", failed="gone"), better,
+        ],
         "the candidate is the champion": [champion, champion.model_copy(update={"name": "a@candidate",
                                                                                 "alias": "candidate"})],
     }  # fmt: skip
@@ -251,8 +261,8 @@ def test_what_cannot_be_compared_is_not_promoted() -> None:
 
 
 def test_the_status_is_that_of_the_worst() -> None:
-    fine, failed = entry("a@champion", "x"), Entry(name="b@champion", failed="gone")
-    note, alarm = Finding(kind="note", text="n"), Finding(kind="regression", text="r", alarm=True)
+    fine, failed = entry("a@champion", "x"), ModelNumbers(name="b@champion", failed="gone")
+    note, alarm = NightFinding(kind="note", text="n"), NightFinding(kind="regression", text="r", alarm=True)
     assert night("2026-03-01", fine, findings=(note,)).status == 0
     assert night("2026-03-01", fine, failed, findings=(note,)).status == 1
     assert night("2026-03-01", fine, failed, findings=(note, alarm)).status == 3
@@ -271,7 +281,7 @@ def test_the_report_says_the_night_in_both_forms_and_needs_nothing_beside_it() -
     last = night(
         "2026-03-01", *tonight, comparisons=tuple(found), previous=date(2026, 2, 26), rules=(str(NLL),),
         missed=(date(2026, 2, 27), date(2026, 2, 28)), canaries=(off,), versions={"torch": "2.13.0"},
-        findings=(Finding(kind="regression", model="<b>@candidate", text="worse", alarm=True),),
+        findings=(NightFinding(kind="regression", model="<b>@candidate", text="worse", alarm=True),),
     )  # fmt: skip
     page, text = to_html(last, history), to_markdown(last)
     for said in (
@@ -283,3 +293,56 @@ def test_the_report_says_the_night_in_both_forms_and_needs_nothing_beside_it() -
     assert "<b>@candidate" in text and "<b>" not in page and "&lt;b&gt;@candidate" in page
     assert "<svg" in page and "<script" not in page and "src=" not in page
     assert "alarm. regression: <b>@candidate: worse" in headline(last)
+
+
+# ---- Keeping it before anybody is told -------------------------------------------------------------------------
+
+
+def opened(content: bytes) -> Night:
+    """A night's result.json."""
+    return Night.model_validate_json(json.dumps(open_json(content, f"nightly/small/{DAY}/result.json")))
+
+
+def test_a_night_is_kept_before_its_hooks_are_called_and_they_are_called_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow is away at first: what a hook saw was there, its failure is in the report, and it is not called again."""
+    place, heard, reached = tmp_path / "runs/nightly/small" / str(DAY), tmp_path / "heard", list[bool]()
+    script = f"cat {place}/result.json >> {heard}; printf 'gr\\374n\\n'; exit 1"
+    suite = SUITE.model_copy(update={"hooks": Hooks(command=("/bin/sh", "-c", script))})
+    alarmed = night(str(DAY), findings=(NightFinding(kind="canary", text="off", alarm=True),))
+    monkeypatch.setattr(shift, "_worked", lambda *_: alarmed)
+
+    def record(*_: object, **__: object) -> tuple[str, str]:
+        if not reached:
+            raise Mistake("MLflow cannot be reached")
+        return "http://here", ""
+
+    monkeypatch.setattr(shift, "record_night", record)
+    with pytest.raises(Mistake, match="cannot be reached"):
+        shift.run(suite, DAY, str(tmp_path / "runs"), None)
+    kept = opened(heard.read_bytes())
+    assert (kept.told, kept.recorded, kept.status) == (False, False, 3)
+    told = "hook: the command failed: /bin/sh ended with status 1: gr\ufffdn"
+    assert told in (place / "report.md").read_text()
+    reached.append(True)
+    for _ in range(2):
+        monkeypatch.setattr(shift, "_worked", None)  # it is done
+        assert shift.run(suite, DAY, str(tmp_path / "runs"), None) == 3
+    kept = opened((place / "result.json").read_bytes())
+    assert (kept.told, kept.recorded) == (True, True) and told in map(str, kept.findings)
+    assert opened(heard.read_bytes())  # once, so that it is one record
+
+
+def test_a_night_whose_hooks_were_cut_off_calls_them_at_the_next_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = tmp_path / "heard"
+    suite = SUITE.model_copy(update={"hooks": Hooks(command=("/bin/sh", "-c", f"echo called >> {heard}"))})
+    cut = night(str(DAY), findings=(NightFinding(kind="canary", text="off", alarm=True),), told=False, recorded=True)
+    storage = Storage(tmp_path)
+    storage.write_sealed(f"nightly/small/{DAY}/result.json", json.loads(cut.model_dump_json()))
+    monkeypatch.setattr(shift, "record_night", lambda *_, **__: ("http://here", ""))
+    for _ in range(2):
+        assert shift.run(suite, DAY, str(tmp_path), None) == 3
+    assert heard.read_text() == "called\n"

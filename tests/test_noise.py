@@ -7,7 +7,21 @@ from workers.noise import address, generator
 
 
 def test_addresses_differ_by_value_type_order_and_length():
-    words = [(), (0,), (1,), ("1",), (1, 2), (2, 1), (12,), ("12",), ("1", 2), (1, "2"), ("",), ("", ""), (0, "valid")]
+    words: list[tuple[int | str, ...]] = [
+        (),
+        (0,),
+        (1,),
+        ("1",),
+        (1, 2),
+        (2, 1),
+        (12,),
+        ("12",),
+        ("1", 2),
+        (1, "2"),
+        ("",),
+        ("", ""),
+        (0, "valid"),
+    ]
     assert len({address(*w) for w in words}) == len(words)
     assert len({address(seed, "train", step) for seed in range(20) for step in range(500)}) == 10_000
 

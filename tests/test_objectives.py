@@ -1,26 +1,30 @@
 """What is minimised: weightings in the space of each prediction, the bound with a learned variance, and the hybrid."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from exact import gaussian_kl
 from scipy import integrate
 from scipy.stats import norm
 
 from workers.config import DiffusionConfig, LossConfig, ScheduleConfig
-from workers.diffusion.bound import gaussian_kl, model_terms
-from workers.diffusion.objectives import OBJECTIVES, WEIGHTINGS, Objective, weights
-from workers.diffusion.predictions import PREDICTIONS, interpret
+from workers.data.pixels import to_model
+from workers.diffusion.bound import model_terms
+from workers.diffusion.objectives import Objective, weights
+from workers.diffusion.predictions import interpret, target_of
 from workers.diffusion.process import LEARNED, VARIANCES, Prediction, Process
+from workers.kinds import OBJECTIVES, PREDICTIONS, WEIGHTINGS
 from workers.noise import generator
-from workers.pixels import to_model
 
 F64 = torch.float64
 T, LEVELS = 30, 17
 
 
-def process(variance: str = "fixed_large", T: int = T) -> Process:
+def process(variance: Any = "fixed_large", T: int = T) -> Process:
     schedule = ScheduleConfig(beta_start=0.001, beta_end=0.2)
     return Process.of(DiffusionConfig(T=T, schedule=schedule, variance=variance))
 
@@ -34,6 +38,11 @@ def every_t(p: Process) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch
     pixels = torch.randint(0, LEVELS, (p.T, 2, 3, 1), generator=generator("pixels"), dtype=torch.uint8)
     t, x_0, eps = torch.arange(1, p.T + 1), to_model(pixels, LEVELS).double(), normal(p.T, 1, 2, 3, seed=1)
     return t, x_0, p.q_sample(x_0, t, eps), eps
+
+
+def always(output: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The network that gives this whatever it is asked."""
+    return lambda x, t: output
 
 
 # ---- Weightings ------------------------------------------------------------------------------------------------
@@ -85,9 +94,10 @@ def test_a_weighting_is_one_objective_whatever_is_predicted(weighting):
     x_0_hat = x_0 + normal(*x_0.shape, seed=2)
     eps_hat = interpret(p, "x_0", x_t, t, x_0_hat).eps
     losses = []
-    for prediction, target in PREDICTIONS.items():
+    for prediction in PREDICTIONS:
+        target = target_of(prediction)
         output = target.of(p, x_0_hat, x_t, t, eps_hat)
-        found = Objective(p, prediction, loss, LEVELS)(lambda x, s, output=output: output, x_0, t, eps)
+        found = Objective(p, prediction, loss, LEVELS)(always(output), x_0, t, eps)
         losses.append(found.weighted / found.weighted.sum())
         torch.testing.assert_close(found.eps_mse, (eps - eps_hat).square().flatten(1).mean(1), rtol=1e-6, atol=1e-9)
     for other in losses[1:]:
@@ -100,7 +110,7 @@ def test_the_exact_network_has_no_squared_error(objective, prediction):
     variance = "learned_range" if objective == "hybrid" else "fixed_small"
     p = process(variance)
     t, x_0, x_t, eps = every_t(p)
-    exact = PREDICTIONS[prediction].of(p, x_0, x_t, t, eps)
+    exact = target_of(prediction).of(p, x_0, x_t, t, eps)
     output = torch.cat([exact, -torch.ones_like(exact)], 1) if p.learned else exact  # the head at fixed_small
     loss = Objective(p, prediction, LossConfig(objective=objective), LEVELS)(lambda x, s: output, x_0, t, eps)
     torch.testing.assert_close(loss.weighted[1:], torch.zeros(T - 1, dtype=F64), rtol=0, atol=1e-7)
@@ -126,7 +136,7 @@ def test_each_term_is_that_of_an_independent_loop(variance, prediction):
     """L_{t-1} pixel by pixel from betas alone, each KL by quadrature, and the decoder by differences of Phi."""
     p = process(variance, T=6)
     t, x_0, x_t, eps = every_t(p)
-    said_of_target = PREDICTIONS[prediction].of(p, x_0, x_t, t, eps) + 0.05 * normal(*x_0.shape, seed=2)
+    said_of_target = target_of(prediction).of(p, x_0, x_t, t, eps) + 0.05 * normal(*x_0.shape, seed=2)
     head = 0.7 * normal(*x_0.shape, seed=3)
     output = torch.cat([said_of_target, head], 1) if p.learned else said_of_target
     said = interpret(p, prediction, x_t, t, output)
@@ -176,7 +186,7 @@ def test_the_best_learned_variance_of_gaussian_errors_is_their_size():
     excess = (p.posterior_x_0[t - 1] * 0.3) ** 2
     head = torch.log((p.beta_tilde[t - 1] + excess) / p.beta[t - 1]).reshape(1, 1, 1, 1).requires_grad_()
     model_terms(p, Prediction(x_0_hat, x_0_hat, head), x_0, t, LEVELS).sum().backward()
-    assert abs(float(head.grad)) < 1e-12
+    assert head.grad is not None and abs(float(head.grad)) < 1e-12
 
 
 @pytest.mark.parametrize("objective", ["kl", "hybrid"])
@@ -185,13 +195,11 @@ def test_gradients_are_finite_in_float32_whatever_the_error(objective):
     t, x_0, _, eps = every_t(p)
     for size in (1e-3, 1.0, 30.0):
         output = (size * normal(T, 2, 2, 3)).float().requires_grad_()
-        loss = Objective(p, "eps", LossConfig(objective=objective), LEVELS)(
-            lambda x, s, output=output: output, x_0.float(), t, eps.float()
-        )
+        loss = Objective(p, "eps", LossConfig(objective=objective), LEVELS)(always(output), x_0.float(), t, eps.float())
         assert torch.isfinite(loss.weighted).all()
         if size < 30:
             loss.weighted.mean().backward()
-            assert torch.isfinite(output.grad).all() and (output.grad != 0).any()
+            assert output.grad is not None and torch.isfinite(output.grad).all() and (output.grad != 0).any()
 
 
 # ---- Hybrid ----------------------------------------------------------------------------------------------------

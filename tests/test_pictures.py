@@ -9,17 +9,17 @@ import torch
 from PIL import Image
 
 from orchestrator import sample as command
-from workers import checkpoint as checkpoints
 from workers.config import DiffusionConfig, ModelConfig, SamplerConfig, ScheduleConfig
+from workers.data.pixels import grid_png
 from workers.diffusion.predictions import from_eps
 from workers.diffusion.process import Process
 from workers.diffusion.samplers import draw
+from workers.evaluation.pictures import coding_curve, decoded, interpolated, progressive
+from workers.network import checkpoint as checkpoints
+from workers.network.unet import UNet
+from workers.network.unet_config import unet_config
 from workers.noise import generator
-from workers.pictures import coding_curve, decoded, interpolated, progressive
-from workers.pixels import grid_png
 from workers.storage import Storage
-from workers.unet import UNet
-from workers.unet_config import unet_config
 
 P = Process.of(DiffusionConfig(T=40, schedule=ScheduleConfig(scale="per_1000")))
 S = 0.2
@@ -103,7 +103,9 @@ def folder(root: Path) -> str:
         ModelConfig(channels=4, multipliers=(1,), blocks=1, attention=(), dropout=0.0), image_channels=1, resolution=8
     )
     unet = UNet(config, generator("unet"))
-    checkpoint = checkpoints.save(Storage(root), "elsewhere", 3, config, P, unet.state_dict(), {}, {})
+    checkpoint = checkpoints.save(
+        Storage(root), "elsewhere", checkpoints.Snapshot(step=3, unet_config=config, process=P, ema=unet.state_dict())
+    )
     return f"{root}/{checkpoint.path}"
 
 
@@ -126,7 +128,7 @@ def test_the_command_writes_its_pictures_and_mlflow_has_them(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--n", "0"], "--n 0: at least 1"),
+        (["--n", "0"], "--n 0: 1 to 10,000"),
         (["--between", "0", "300"], "--between 300: the held-out images of digits are 0..299"),
         (["--at", "41"], "--at 41: the times are 1..40"),
         (["evaluation.fid.sampler.kind=hen"], "did you mean 'heun'?"),

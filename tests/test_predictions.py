@@ -1,13 +1,15 @@
 """Whatever a network predicts, the same x_0 and eps come out, and a learned variance beside them."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from workers.config import DiffusionConfig, ScheduleConfig
-from workers.diffusion.predictions import PREDICTIONS, Denoiser, interpret
+from workers.diffusion.predictions import Denoiser, interpret, target_of
 from workers.diffusion.process import LEARNED, Prediction, Process, at
+from workers.kinds import PREDICTIONS
 from workers.noise import generator
 
 TARGETS = {  # by formulas of their own
@@ -20,7 +22,7 @@ TARGETS = {  # by formulas of their own
 }
 
 
-def process(kind: str = "linear", variance: str = "fixed_large") -> Process:
+def process(kind: Any = "linear", variance: Any = "fixed_large") -> Process:
     return Process.of(DiffusionConfig(T=50, schedule=ScheduleConfig(kind=kind), variance=variance))
 
 
@@ -45,7 +47,7 @@ def test_the_exact_target_gives_x_0_and_the_noise_back(name, kind):
     p = process(kind)
     t, x_0, x_t, eps = every_t(p)
     target = TARGETS[name](p, x_0, x_t, t, eps)
-    torch.testing.assert_close(PREDICTIONS[name].of(p, x_0, x_t, t, eps), target, rtol=0, atol=1e-9)
+    torch.testing.assert_close(target_of(name).of(p, x_0, x_t, t, eps), target, rtol=0, atol=1e-9)
     seen = []
 
     def network(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
@@ -67,7 +69,7 @@ def test_an_error_of_the_target_is_an_error_of_x_0_times_its_scale(name):
     """|x_0 - x_0_hat|^2 = k_t |target - output|^2 = |eps - eps_hat|^2 / SNR_t, for any output."""
     p = process()
     t, x_0, x_t, eps = every_t(p)
-    target = PREDICTIONS[name]
+    target = target_of(name)
     output = normal(*x_0.shape, seed=2)
     said = interpret(p, name, x_t, t, output)
     of_x_0 = (x_0 - said.x_0).square().flatten(1).sum(1)
@@ -104,7 +106,7 @@ def test_the_second_half_of_the_channels_is_the_variance(name, variance):
     head = normal(*x_0.shape, seed=3)
     said = interpret(p, name, x_t, t, torch.cat([TARGETS[name](p, x_0, x_t, t, eps), head], dim=1))
     torch.testing.assert_close(said.eps, eps, rtol=0, atol=1e-9)
-    assert torch.equal(said.variance, head)
+    assert said.variance is not None and torch.equal(said.variance, head)
 
 
 @pytest.mark.parametrize("steps", [None, 10, 1])

@@ -1,27 +1,24 @@
 """What is refused or warned about before anything starts, what a trial costs, and the table of a dry run."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from orchestrator.experiment import ExperimentError, Variant, by_digest, expand, parse
-from orchestrator.preflight import (
-    Cost,
-    chain,
-    cost,
-    costs,
-    dry_run_text,
-    log_snr_curves,
-    preflight,
-    readable,
-    schedule_name,
-)
-from orchestrator.settings import merge
+from orchestrator.experiment.dry_run import dry_run_text, readable
+from orchestrator.experiment.effort import Cost, cost, costs
+from orchestrator.experiment.expand import by_row, expand
+from orchestrator.experiment.load import parse
+from orchestrator.experiment.preflight import chain, data_lines, preflight, source_warnings
+from orchestrator.experiment.records import ExperimentError, Variant
+from orchestrator.experiment.settings import merge
 from workers.config import SAMPLE_GRID, DiffusionConfig, LossConfig, ScheduleConfig, Trial
-from workers.data import Source
+from workers.data.sources import Source
 from workers.diffusion.objectives import weights
 from workers.diffusion.process import Process
+from workers.diffusion.schedules import betas, log_snrs
+from workers.layout import RowId
 
 DIGITS = Source("d" * 16, "digits", "digits", 1497, 300, True, 17, (8, 8, 1))
 SMALL = {
@@ -48,7 +45,7 @@ def trial(**sections: Any) -> Trial:
     return parse(merge(SMALL, sections)).trial
 
 
-def linear(T: int, scale: str = "absolute", **more: Any) -> DiffusionConfig:
+def linear(T: int, scale: Any = "absolute", **more: Any) -> DiffusionConfig:
     return DiffusionConfig(T=T, schedule=ScheduleConfig(scale=scale, **more))
 
 
@@ -130,17 +127,14 @@ def test_a_gap_of_a_schedule_without_a_scale_has_a_remedy_of_its_own() -> None:
     assert "larger betas" in problem
 
 
-def test_log_snr_curves_are_those_of_the_schedules_by_trial() -> None:
-    trials = {
-        "straight": trial(diffusion={"T": 5, "schedule": {"kind": "log_snr", "log_snr_start": 4, "log_snr_end": -4}}),
-        "jsd": trial(diffusion={"T": 4, "schedule": {"kind": "jsd"}, "prediction": "x_0"}),
-    }
-    curves = log_snr_curves(trials)
-    assert curves["straight"] == pytest.approx([4, 2, 0, -2, -4])
-    assert curves["jsd"] == pytest.approx([math.log(3), 0, math.log(1 / 3), -math.inf])
-    ends = chain(trials["straight"].diffusion)
-    assert (ends.log_snr_1, ends.log_snr_T) == pytest.approx((4, -4))
-    assert schedule_name(trials["straight"].diffusion) == "T=5 log_snr log_snr_start=4 log_snr_end=-4"
+def test_the_ends_of_a_chain_are_those_of_its_schedule() -> None:
+    straight = trial(diffusion={"T": 5, "schedule": {"kind": "log_snr", "log_snr_start": 4, "log_snr_end": -4}})
+    jsd = trial(diffusion={"T": 4, "schedule": {"kind": "jsd"}, "prediction": "x_0"})
+    assert log_snrs(betas(straight.diffusion)) == pytest.approx([4, 2, 0, -2, -4])
+    assert log_snrs(betas(jsd.diffusion)) == pytest.approx([math.log(3), 0, math.log(1 / 3), -math.inf])
+    for one, ends in ((straight, (4, -4)), (jsd, (math.log(3), -math.inf))):
+        found = chain(one.diffusion)
+        assert (found.log_snr_1, found.log_snr_T) == pytest.approx(ends)
 
 
 def test_all_variants_are_checked_and_named() -> None:
@@ -169,7 +163,7 @@ def test_the_data_must_have_what_the_evaluation_asks_for() -> None:
 
 
 def test_a_weighting_that_leaves_noise_alone_is_warned_about() -> None:
-    loss = {"objective": "mse", "weighting": "truncated_snr"}
+    loss: dict[str, Any] = {"objective": "mse", "weighting": "truncated_snr"}
     (warning,) = check(loss=loss)
     assert "truncated_snr counts the error of eps by max(1, 1 / SNR_t), at t = T 2.48e+04 times" in warning
     assert not check(loss=loss, diffusion={"prediction": "v"}) and not check(loss={"weighting": "snr"})
@@ -177,9 +171,9 @@ def test_a_weighting_that_leaves_noise_alone_is_warned_about() -> None:
     assert w[-1] / w[0] == pytest.approx(2.48e4, rel=0.01) and w[-100:].sum() > 0.6 * w.sum()
 
 
-def test_searches_that_do_nothing_or_the_opposite_are_warned_about() -> None:
-    warnings = check(search={"mode": "max", "scheduler": {"kind": "asha", "grace": 1000}})
-    assert ["lower is better" in warnings[0], "stopped early" in warnings[1]] == [True, True]
+def test_a_search_that_stops_nothing_early_is_warned_about() -> None:
+    (warning,) = check(search={"scheduler": {"kind": "asha", "grace": 1000}})
+    assert "stopped early" in warning
 
 
 # ---- Cost
@@ -254,9 +248,9 @@ def test_counts_are_readable(n: int, text: str) -> None:
     assert readable(n) == text
 
 
-def table(**sections: Any) -> tuple[dict[str, Variant], list[str]]:
+def table(**sections: Any) -> tuple[dict[RowId, Variant], list[str]]:
     variants = expand(parse(merge(SMALL, sections)))
-    trials, _ = by_digest(variants, {v.trial.data: DIGITS.digest for v in variants})
+    trials, _ = by_row(variants, {v.trial.data: DIGITS.digest for v in variants})
     return trials, dry_run_text(trials, {v.trial.data: DIGITS for v in variants}).splitlines()
 
 
@@ -286,10 +280,45 @@ def test_what_rows_share_is_counted_once() -> None:
     }
     content = {"name": "x", "data": {"source": "digits"}, "training": {"steps": 100}, "search": {"space": space}}
     variants = expand(parse({**content, "diffusion": {"T": 50, "schedule": {"scale": "per_1000"}}}))
-    trials, _ = by_digest(variants, {v.trial.data: DIGITS.digest for v in variants})
+    trials, _ = by_row(variants, {v.trial.data: DIGITS.digest for v in variants})
     found = costs(trials, {v.trial.data: DIGITS for v in variants})
     assert [c.training_evaluations > 0 for c in found] == [True, False, False, False]
     assert [c.nll_evaluations for c in found] == [20 * 50, 30 * 50, 0, 0]
     assert [c.sampling_evaluations for c in found] == [1000 * 50] * 2 + [1000 * 99] * 2
     text = dry_run_text(trials, {v.trial.data: DIGITS for v in variants})
     assert "1 trial, 4 rows" in text and "ode_nll" not in text
+
+
+# ---- The data
+
+
+def test_the_line_of_each_data_set_and_its_warnings() -> None:
+    guessed = replace(DIGITS, name="d", warnings=("left out: 2 .gif (a.gif, b.gif)",))
+    assert [line.split(":")[0] for line in data_lines([DIGITS, guessed, DIGITS])] == [
+        "data        digits",
+        "data        d",
+    ]
+    assert source_warnings([DIGITS, guessed]) == ["d: left out: 2 .gif (a.gif, b.gif)"]
+    assert check(guessed) == ["d: left out: 2 .gif (a.gif, b.gif)"]
+
+
+def test_held_out_that_nothing_reads_is_told_where_it_is_said() -> None:
+    own = replace(DIGITS, own_split=True)
+    assert check(own) == [] == check(data={"source": "digits", "held_out": 0.1})
+    (warning,) = check(own, data={"source": "digits", "held_out": 0.1})
+    assert warning == "digits: data.held_out = 0.1 is without effect: the data have a split of their own"
+
+
+def test_a_background_is_three_levels() -> None:
+    for value in ([0, 0, 256], [0, 0], "black"):
+        with pytest.raises(
+            ExperimentError, match=r"a list of 3 values, each a whole number of at least 0 and at most 255"
+        ):
+            parse(merge(SMALL, {"data": {"source": "digits", "background": value}}))
+
+
+def test_a_bound_of_one_image_has_no_error() -> None:
+    (warning,) = check(evaluation={"nll": {"images": 1}})
+    assert warning.startswith("evaluation.nll: the bound of a single image of digits has no error")
+    (warning,) = check(replace(DIGITS, held_out=1))
+    assert warning.startswith("evaluation.nll: the bound of a single image")

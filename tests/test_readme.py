@@ -1,4 +1,4 @@
-"""The README is true: its commands are there and run, its files exist."""
+"""The README and the pages of docs/ are true: their commands are there and run, their links lead somewhere."""
 
 import importlib
 import re
@@ -7,25 +7,75 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from conftest import ROOT, environment, sweep
 from PIL import Image
+from ray.scripts.scripts import cli as ray_cli
 
-from orchestrator import nightly, subjects
-from orchestrator.experiment import assignment
+from orchestrator import completion, nightly, schema, ui
+from orchestrator.experiment.load import assignment
+from orchestrator.experiment.settings import read_yaml
+from orchestrator.measuring import subjects
 from orchestrator.nights import suite
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^ *```sh\n(.*?)^ *```", README, re.DOTALL | re.MULTILINE)
-COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of a page: those of its blocks for a shell, and those of a verb or of make inside its text."""
+    text = page.read_text()
+    blocks = re.findall(r"^ *```sh\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+    found = [re.split(r" +#", line)[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    return found + re.findall(r"`((?:make|ray up|python -m orchestrator\.\w+) [^`]+)`", text)
+
+
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
 SWEEPS = [c for c in COMMANDS if "orchestrator.sweep" in c]
+VERBS = (
+    "sweep ",
+    "evaluate ",
+    "compare ",
+    "sample ",
+    "canary",
+    "nightly ",
+    "status",
+    "report ",
+    "ui",
+    "schema",
+    "completion",
+)
+RAY = [c for c in COMMANDS if c.startswith("ray ")]
+BENCHMARKS = [c for c in COMMANDS if c.startswith("python benchmarks/")]
+OF_FILES = [c for c in COMMANDS if c.startswith(("kubectl ", ".venv/bin/python -m pytest "))]
 
 
 def test_every_command_is_of_a_kind_that_a_test_runs() -> None:
-    verbs = ("sweep ", "evaluate ", "compare ", "sample ", "canary", "nightly ", "status", "report ", "ui")
-    kinds = ("make ", "ray up ", "ray down ", *(f"python -m orchestrator.{verb}" for verb in verbs))
+    kinds = ("make ", *(f"python -m orchestrator.{verb}" for verb in VERBS))
     assert COMMANDS and SWEEPS
-    assert all(command.startswith(kinds) for command in COMMANDS), COMMANDS
+    assert [c for c in COMMANDS if not c.startswith(kinds) and c not in [*RAY, *OF_FILES, *BENCHMARKS]] == []
+
+
+@pytest.mark.parametrize("command", RAY)
+def test_commands_of_ray_are_understood(command: str) -> None:
+    """By Ray's own parser; nothing is started."""
+    _, verb, *words = shlex.split(command)
+    understood = ray_cli.commands[verb]
+    understood.make_context(verb, list(words), parent=click.Context(ray_cli))
+    assert [word for word in words if word.endswith(".yaml") and (ROOT / word).exists()]
+
+
+@pytest.mark.parametrize("command", BENCHMARKS)
+def test_benchmarks_know_their_options(command: str) -> None:
+    _, file, *words = shlex.split(command)
+    said = subprocess.run([sys.executable, file, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert all(word in said.stdout for word in words if word.startswith("--"))
+
+
+@pytest.mark.parametrize("command", OF_FILES)
+def test_commands_name_files_that_are_there(command: str) -> None:
+    assert all((ROOT / word).exists() for word in shlex.split(command) if word.endswith((".yaml", ".py")))
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
@@ -83,6 +133,38 @@ def test_the_ui_says_what_to_do_where_there_is_nothing_to_show(tmp_path: Path) -
     assert result.returncode == 2 and "run one first" in result.stderr
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\(((?!http)[^)#]+)\)", README))
-def test_links_lead_to_files(path: str) -> None:
-    assert (ROOT / path).exists()
+OTHERS = {"ui": ui, "schema": schema, "completion": completion}
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(rf"orchestrator\.({'|'.join(OTHERS)})", c)])
+def test_other_commands_are_understood(command: str) -> None:
+    _, _, module, *words = shlex.split(command.partition(">")[0])
+    OTHERS[module.rpartition(".")[2]].parser().parse_args(words)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name behind #: the page's headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text())
+    for path, anchor in links:
+        target = (page.parent / path) if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+def test_the_readme_is_one_page_and_leads_to_all_others() -> None:
+    text = README.read_text()
+    assert text.count("\n") <= 120
+    assert all(f"(docs/{page.name})" in text for page in PAGES[1:])
+
+
+def test_the_readme_shows_the_experiment_file() -> None:
+    [block] = re.findall(r"^```yaml\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    file, _ = read_yaml((ROOT / "experiments" / "beta_schedule.yaml").read_text())
+    del file["smoke"]
+    assert read_yaml(block)[0] == file

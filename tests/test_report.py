@@ -10,19 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, commit
 
 from orchestrator import report as verb
 from orchestrator import status
-from orchestrator.experiment import Experiment, expand, parse
-from orchestrator.reports import archive, results
-from orchestrator.reports import page as report
-from orchestrator.reports.archive import Driver, Events
-from orchestrator.reports.importance import importance
-from orchestrator.reports.plots import pareto
-from workers.blocks import Images, protocol_key
+from orchestrator.experiment.expand import expand
+from orchestrator.experiment.load import parse
+from orchestrator.experiment.records import Experiment
+from orchestrator.output import curves, findings, page
+from orchestrator.output.importance import importance
+from orchestrator.output.markdown import markdown
+from orchestrator.state.events import Driver, EventLog, find_driver, list_failures, measure_use, read_events
+from orchestrator.state.rows import Found, Row
+from orchestrator.state.saved import keep_sweep, open_sweep
 from workers.config import DataConfig, Measurement
-from workers.data import Source
+from workers.data.sources import Source
+from workers.evaluation.blocks import Images, protocol_key
+from workers.layout import RowId
+from workers.locks import lock
+from workers.seals import seal_lines
 from workers.storage import Storage
 
 SOURCE = Source("d1", "digits", "digits", 1497, 300, True, 17, (8, 8, 1))
@@ -49,21 +55,26 @@ def experiment(**search: Any) -> Experiment:
 def stored(root: Path, nll: Mapping[int, list[float]], **search: Any) -> tuple[Storage, list[str]]:
     """A storage as a sweep of four trials leaves it; `nll` has the bits/dim of each image, by the trial's number."""
     storage, of = Storage(root), experiment(**search)
-    trials = {f"{i}{'abcdef012345678'}": v for i, v in enumerate(expand(of))}
-    archive.keep(storage, of, trials, {DataConfig(source="digits"): SOURCE})
+    trials = {RowId(f"{i}{'abcdef012345678'}"): v for i, v in enumerate(expand(of))}
+    keep_sweep(storage, of, trials, {DataConfig(source="digits"): SOURCE})
     for i, (address, v) in enumerate(trials.items()):
         if i not in nll:
             continue
         point = {"step": 10, "time_ms": 5_000, "metrics": {"valid/nll_bpd": 3.0 + i, "valid/nll_bpd_se": 0.1}}
-        image = {"step": 10, "time_ms": 5_000, "image": "samples", "path": f"trials/{address}/samples/step-10.png"}
-        storage.write(image["path"], PIXEL)
+        picture = f"trials/{address}/samples/step-10.png"
+        image = {"step": 10, "time_ms": 5_000, "image": "samples", "path": picture}
+        storage.write(picture, PIXEL)
         lines = [{**point, "step": 0}, point, image]
-        storage.write(f"trials/{address}/journal.jsonl", "".join(json.dumps(x) + "\n" for x in lines).encode())
-        state = {"state": "finished", "step": 10, "steps": 10, "images_per_s": 40.0, "checkpoint": f"c{i}",
+        journal = f"trials/{address}/journal.jsonl"
+        storage.write(journal, seal_lines(lines, journal))
+        checkpoint = commit(storage, address, v.trial.training.steps)
+        state = {"state": "finished", "step": 10, "steps": 10, "images_per_s": 40.0, "checkpoint": checkpoint,
                  "valid_nll_bpd": 3.0 + i, "updated_ms": 6_000, "host": "<b>here</b>", "detail": ""}  # fmt: skip
-        storage.write_json(f"trials/{address}/status.json", state)
+        storage.write_sealed(f"trials/{address}/status.json", state)
         key = protocol_key(Measurement.of(v.trial), Images.of(SOURCE))
-        storage.write_sealed(f"evaluations/c{i}/summary-{key}.json", summary(nll[i], v.trial.diffusion.T, 2.0 - i / 10))
+        storage.write_sealed(
+            f"evaluations/{checkpoint}/summary-{key}.json", summary(nll[i], v.trial.diffusion.T, 2.0 - i / 10)
+        )
     return storage, list(trials)
 
 
@@ -119,16 +130,16 @@ class Page(HTMLParser):
 
 def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
     storage, addresses = stored(tmp_path, FOUR)
-    events = Events(storage, "small")
+    events = EventLog(storage, "small")
     events.add("started", host="h", pid=1, trials=4)
     events.add("restarted", addresses[0], step=5, why="<script>alert(1)</script> died; it starts again")
     events.add("retried", addresses[1], piece="samples-1/block-00007.parquet", why="its process died")
     events.add("ended")
     events.flush()
-    content = report.page(report.gather(storage, "small"))
-    page = Page(content)
-    text = " ".join(" ".join(page.text).split())
-    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.loads)
+    content = page.page(findings.gather(storage, "small"))
+    read = Page(content)
+    text = " ".join(" ".join(read.text).split())
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in read.loads)
     assert not re.search(r"url\((?!#)", content) and "@import" not in content
     for address in addresses:
         assert address[:8] in text
@@ -136,7 +147,7 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
                  "Rate and distortion", "Fewer steps", "Validation while training", "Samples", "Cost",
                  "Faults and retries", "How it was measured", "few samples", "2.400 ± 0.050", "≈ best"):  # fmt: skip
         assert said in text, said
-    assert content.count("<svg") == len(report.PLOTS) and content.count("data:image/png") == 4
+    assert content.count("<svg") == len(curves.PLOTS) - 2 and content.count("data:image/png") == 4
     assert "samples-1/block-00007.parquet; its process died" in text
     assert "<script" not in content and "&lt;script&gt;alert(1)" in content
     identifiers = re.findall(r'\bid="([^"]+)"', content)
@@ -148,16 +159,16 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
 def test_a_page_can_be_made_at_any_moment_of_a_sweep(tmp_path: Path) -> None:
     for some in ({}, {0: FOUR[0]}, {0: FOUR[0], 3: FOUR[3]}):
         storage, _ = stored(tmp_path / str(len(some)), some)
-        made = report.gather(storage, "small")
-        Page(report.page(made))
-        assert f"{len(some)} / 4" in report.page(made)
-        assert ("Best of" in report.verdict(made)) == bool(some)
-        assert report.markdown(made).count("| ") > 4
+        made = findings.gather(storage, "small")
+        Page(page.page(made))
+        assert f"{len(some)} / 4" in page.page(made)
+        assert ("Best of" in findings.verdict(made)) == bool(some)
+        assert markdown(made).count("| ") > 4
 
 
 def test_the_same_storage_gives_the_same_page(tmp_path: Path) -> None:
     storage, _ = stored(tmp_path, FOUR)
-    first, second = (report.page(report.gather(storage, "small")) for _ in range(2))
+    first, second = (page.page(findings.gather(storage, "small")) for _ in range(2))
     assert [line for line in first.splitlines() if "as of" not in line] == [
         line for line in second.splitlines() if "as of" not in line
     ]
@@ -165,16 +176,16 @@ def test_the_same_storage_gives_the_same_page(tmp_path: Path) -> None:
 
 def test_marks_what_cannot_be_told_from_the_best(tmp_path: Path) -> None:
     storage, _ = stored(tmp_path, FOUR)
-    table = report._table(report.gather(storage, "small"))
+    table = page.list_entries(findings.gather(storage, "small"))
     assert [entry.mark for entry in table] == ["best", "same", "", ""]
     whiskers = [entry.whisker for entry in table if entry.whisker]
     assert min(w.low for w in whiskers) == 0 and abs(max(w.high for w in whiskers) - 100) < 1e-9
-    assert "cannot be told from one other" in report.verdict(report.gather(storage, "small"))
+    assert "cannot be told from one other" in findings.verdict(findings.gather(storage, "small"))
 
 
 def test_markdown_is_for_a_pull_request(tmp_path: Path) -> None:
     storage, _ = stored(tmp_path, FOUR)
-    text = report.markdown(report.gather(storage, "small"))
+    text = markdown(findings.gather(storage, "small"))
     assert text.startswith("## Sweep `small`") and text.count("| done |") == 4
     assert "explained by each setting" in text and "<details>" in text and "Faults and retries: none" in text
 
@@ -192,9 +203,9 @@ def test_a_sweep_that_is_not_there_is_a_mistake_that_names_those_that_are(tmp_pa
 
 def test_trials_and_settings_stay_in_the_order_of_the_experiment(tmp_path: Path) -> None:
     of = experiment(space={"loss.weighting": {"grid": ["vlb", "simple"]}, "diffusion.T": {"grid": [50, 20]}})
-    trials = {f"{9 - i}{'abcdef012345678'}": v for i, v in enumerate(expand(of))}
-    archive.keep(Storage(tmp_path), of, trials, {DataConfig(source="digits"): SOURCE})
-    kept = archive.open_sweep(Storage(tmp_path), "small")
+    trials = {RowId(f"{9 - i}{'abcdef012345678'}"): v for i, v in enumerate(expand(of))}
+    keep_sweep(Storage(tmp_path), of, trials, {DataConfig(source="digits"): SOURCE})
+    kept = open_sweep(Storage(tmp_path), "small")
     assert list(kept.trials.items()) == list(trials.items())
     assert [list(v.params) for v in kept.trials.values()] == [["loss.weighting", "diffusion.T"]] * 4
 
@@ -205,7 +216,7 @@ def test_a_sweep_of_an_older_version_is_told_with_what_to_do(tmp_path: Path, cap
     storage.write("sweeps/locked/lock", b"")  # of a sweep that only begins
     for command in (verb, status):
         assert command.main(["early", "--storage", str(tmp_path)]) == 2
-        assert "older version" in (said := capsys.readouterr().err) and "Run the sweep command again" in said
+        assert "older version" in (said := capsys.readouterr().err) and "Run the sweep command with --fresh" in said
         assert command.main(["locked", "--storage", str(tmp_path)]) == 2
         assert "Sweeps there: early" in capsys.readouterr().err
     assert status.main(["--storage", str(tmp_path)]) == 0
@@ -220,7 +231,7 @@ def test_a_sweep_of_an_older_version_is_told_with_what_to_do(tmp_path: Path, cap
 
 
 def test_shares_of_a_full_grid_without_interplay_add_up_to_one() -> None:
-    params = [{"a": a, "b": b} for a in (1, 2) for b in ("x", "y", "z")]
+    params: list[dict[str, Any]] = [{"a": a, "b": b} for a in (1, 2) for b in ("x", "y", "z")]
     values = [10 * p["a"] + "xyz".index(p["b"]) for p in params]
     a, b = importance(params, values)
     assert (a.name, b.name) == ("a", "b") and abs(a.share + b.share - 1) < 1e-12
@@ -231,7 +242,7 @@ def test_shares_of_a_full_grid_without_interplay_add_up_to_one() -> None:
 
 
 def test_an_interplay_belongs_to_no_setting() -> None:
-    params = [{"a": a, "b": b} for a in (0, 1) for b in (0, 1)]
+    params: list[dict[str, Any]] = [{"a": a, "b": b} for a in (0, 1) for b in (0, 1)]
     assert [s.share for s in importance(params, [p["a"] ^ p["b"] for p in params])] == [0, 0]
 
 
@@ -245,20 +256,16 @@ def test_says_nothing_of_too_few_trials_or_of_no_difference() -> None:
     assert importance([{"a": i} for i in range(5)], [1.0] * 5) == []
 
 
-def test_the_front_has_the_points_that_none_beats() -> None:
-    assert pareto([(1, 5), (2, 4), (3, 4), (2, 6), (4, 1), (1, 5)]) == [(1, 5), (2, 4), (4, 1)]
-
-
 def test_the_front_is_of_the_objectives_of_the_search(tmp_path: Path) -> None:
     """Trial 0 is the best by both bounds, and the distance falls from trial to trial."""
     texts = {}
     for also, members in ((["valid/nll_bpd"], 1), (["eval/fd_classifier", "valid/nll_bpd"], 4)):
         storage, addresses = stored(tmp_path / str(len(also)), FOUR, also=also)
-        found = report.gather(storage, "small")
-        assert [row.digest for row in report.front(found)] == addresses[:members]
-        texts[len(also)] = report.page(found)
-        assert texts[len(also)].count("<svg") == len(report.PLOTS) + len(also) - 1
-        assert ("Front of NLL bits/dim, " in report.markdown(found)) == (members > 1)
+        found = findings.gather(storage, "small")
+        assert [row.digest for row in found.front] == addresses[:members]
+        texts[len(also)] = page.page(found)
+        assert texts[len(also)].count("<svg") == len(curves.PLOTS) + len(also) - 3
+        assert ("Front of NLL bits/dim, " in markdown(found)) == (members > 1)
     assert "The front of NLL bits/dim, validation bits/dim" in texts[1] and "is the best in both" in texts[1]
     assert "The front of NLL bits/dim, fd_classifier, validation bits/dim" in texts[2]
     assert "no other beats in all (4 of 4)" in texts[2]
@@ -269,13 +276,13 @@ def test_where_settings_were_drawn_a_forest_says_what_matters(tmp_path: Path) ->
     drawn = {"space": space, "algorithm": "random", "samples": 24}
     lrs = [v.trial.training.lr for v in expand(experiment(**drawn))]
     storage, _ = stored(tmp_path, {i: [2.0 + 500 * lr, 2.1 + 500 * lr] for i, lr in enumerate(lrs)}, **drawn)
-    found = report.gather(storage, "small")
-    grown = report.trees(found)
+    found = findings.gather(storage, "small")
+    grown = findings.trees(found)
     assert grown and grown.explained > 0.8 and list(grown.weights) == ["lr", "dropout"]
-    assert f"A random forest explains {grown.explained:.0%}" in " ".join(Page(report.page(found)).text)
-    assert "What it loses of that when one is shuffled" in report.markdown(found)
+    assert f"A random forest explains {grown.explained:.0%}" in " ".join(Page(page.page(found)).text)
+    assert "What it loses of that when one is shuffled" in markdown(found)
     few = stored(tmp_path / "few", FOUR, **drawn)[0]
-    assert report.trees(report.gather(few, "small")) is None
+    assert findings.trees(findings.gather(few, "small")) is None
 
 
 # ---- What happened ---------------------------------------------------------------------------------------------
@@ -290,7 +297,7 @@ def happened(*events: tuple[float, str, str, dict[str, Any]]) -> list[dict[str, 
 
 def test_use_counts_what_trials_held_of_the_cluster_over_all_commands() -> None:
     one, block = {"cpus": 1, "gpus": 0}, {"core_s": 4.0, "gpu_s": 0.0}
-    use = archive.use(
+    use = measure_use(
         happened(
             (0, "started", "", {}),
             (10, "cluster", "", {"cpus": 4.0, "gpus": 0.0}),
@@ -307,12 +314,12 @@ def test_use_counts_what_trials_held_of_the_cluster_over_all_commands() -> None:
         )
     )
     assert use.wall_s == 50 + 30 and use.capacity == 4 * 80
-    assert use.of("a", "training") == 10 + 15 and use.of("a", "evaluation") == 4 and use.of("b", "training") == 40
+    assert use.by_trial == {("a", "training"): 10 + 15, ("a", "evaluation"): 4, ("b", "training"): 40}
     assert use.utilisation == 69 / 320 and use.slot == "core"
 
 
 def test_a_cluster_with_gpus_is_counted_in_them() -> None:
-    use = archive.use(
+    use = measure_use(
         happened(
             (0, "started", "", {}),
             (0, "cluster", "", {"cpus": 64.0, "gpus": 8.0}),
@@ -326,8 +333,8 @@ def test_a_cluster_with_gpus_is_counted_in_them() -> None:
 
 def test_failures_are_those_of_the_last_command() -> None:
     first = [(0, "started", "", {}), (1, "failed", "a", {"why": "memory"}), (1, "failed", "b", {"why": "disk"})]
-    assert archive.failures(happened(*first)) == {"a": "memory", "b": "disk"}
-    assert archive.failures(happened(*first, (2, "started", "", {}), (3, "failed", "b", {"why": "x"}))) == {"b": "x"}
+    assert list_failures(happened(*first)) == {"a": "memory", "b": "disk"}
+    assert list_failures(happened(*first, (2, "started", "", {}), (3, "failed", "b", {"why": "x"}))) == {"b": "x"}
 
 
 @pytest.mark.parametrize(
@@ -343,19 +350,19 @@ def test_failures_are_those_of_the_last_command() -> None:
 )
 def test_whether_a_command_is_at_work(last: str, locked: bool | None, age_s: float, expected: str) -> None:
     events = happened((0, "started", "", {"host": "h", "pid": 7}), (10, last, "", {}))
-    found = archive.driver(events, locked, [], 10_000 + int(1000 * age_s))
+    found = find_driver(events, locked, [], 10_000 + int(1000 * age_s))
     assert (found.state, found.host, found.pid, found.heard_ms) == (expected, "h", 7, 10_000)
 
 
 def test_events_are_kept_over_commands_and_never_half(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     for started in range(2):
-        events = Events(storage, "small")
+        events = EventLog(storage, "small")
         events.add("started", pid=started)
         for _ in range(3):
             events.add("began", "a", step=1)
         events.flush()
-    found = archive.events(storage, "small")
+    found = read_events(storage, "small")
     assert [e["event"] for e in found] == ["started", "began", "began", "began"] * 2
     assert [e["pid"] for e in found if "pid" in e] == [0, 1] and all(e["time_ms"] > 0 for e in found)
 
@@ -379,20 +386,20 @@ def test_events_are_kept_over_commands_and_never_half(tmp_path: Path) -> None:
 )
 def test_the_state_of_a_trial(state: str | None, at_work: str, last: str, expected: str) -> None:
     variant = expand(experiment())[0]
-    found = results.Found({"state": state} if state else None, "c", None)
-    row = results.Row("a", variant, found)
+    found = Found({"state": state, "step": 5} if state else None, "c" if state == "finished" else None, steps=10)
+    row = Row(RowId("a"), variant, found)
     assert status.standing(row, Driver(at_work), {"event": last}) == expected
 
 
 def test_status_shows_sweeps_and_trials(tmp_path: Path, capsys: Any) -> None:
     storage, addresses = stored(tmp_path, {0: FOUR[0]})
-    events = Events(storage, "small")
+    events = EventLog(storage, "small")
     events.add("started", host="h", pid=1, trials=4)
     events.add("restarted", addresses[0], step=5, why="its process died")
     for _ in range(2):
         events.add("retried", addresses[0], piece="a block", why="it was damaged")
     events.flush()
-    with storage.lock("sweeps/small/lock"):
+    with lock(storage, "sweeps/small/lock"):
         assert status.main(["--storage", str(tmp_path)]) == 0
         said = capsys.readouterr().out
         assert "small" in said and "1 done, 3 waiting" in said and "runs on h (process 1)" in said
@@ -418,3 +425,14 @@ def test_status_and_report_import_neither_torch_nor_ray_nor_mlflow(tmp_path: Pat
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0 and result.stdout.splitlines()[-1] == "[]", result.stdout + result.stderr
     assert (tmp_path / "sweeps/small/report.html").stat().st_size > 20_000
+
+
+def test_several_training_steps_are_curves_of_the_bound_and_of_the_distance(tmp_path: Path) -> None:
+    """A line for each other setting; MLflow has them as files."""
+    space = {"training.steps": {"grid": [10, 20]}, "loss.weighting": {"grid": ["simple", "vlb"]}}
+    stored(tmp_path, FOUR, space=space)
+    report = findings.gather(Storage(tmp_path), "small")
+    bound, distance = curves.draw_training_steps(report)
+    assert [bound.name, distance.name] == ["training-steps-nll_bpd", "training-steps-fd_classifier"]
+    assert page.page(report).count("Over training") == 1
+    assert {"training-steps-nll_bpd.png", "training-steps-fd_classifier.png"} <= curves.png_files(report).keys()

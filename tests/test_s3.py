@@ -1,13 +1,16 @@
 """A storage and a data source on S3: the same behaviour as on a disk, over HTTP, with requests that get lost."""
 
+import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import aws
 import numpy as np
@@ -15,17 +18,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import small_evaluation
+from pyarrow import fs
 from small_evaluation import checkpoint_in
 
-from orchestrator import subjects, ui
+from orchestrator import ui
+from orchestrator.measuring import subjects
 from orchestrator.nights.shift import _alone
-from workers import checkpoint as checkpoints
-from workers import storage as storages
+from workers import locks, remote
 from workers.config import DataConfig, Mistake
-from workers.data import absolute, describe, fingerprint, prepare
-from workers.formats import DataError
-from workers.journal import Journal
-from workers.storage import Storage, StorageError
+from workers.data import mirror
+from workers.data.dataset import prepare
+from workers.data.locate import absolute
+from workers.data.sources import describe, fingerprint
+from workers.data.splits import DataError
+from workers.disk import StorageError
+from workers.journal import Journal, read_points
+from workers.locks import Leases, lock
+from workers.network import checkpoint as checkpoints
+from workers.network import manifest
+from workers.storage import Storage
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,7 +93,7 @@ def test_what_is_written_is_read_listed_and_deleted(storage: Storage) -> None:
     storage.delete("a/b")
     storage.delete("a/b")
     storage.delete("nothing")
-    assert storage.list("a") == ["d.bin"] and storage.read_json("a/b/c.bin") is None
+    assert storage.list("a") == ["d.bin"] and not storage.exists("a/b/c.bin")
     with pytest.raises(FileNotFoundError):
         storage.read("a/b/c.bin")
 
@@ -132,8 +143,8 @@ def test_lost_answers_are_asked_for_again(own: Storage, proxy: aws.Proxy) -> Non
 
 
 def test_a_store_that_is_not_there_is_told(own: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storages, "ATTEMPTS", 2)
-    storages._s3.cache_clear()
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    remote._s3.cache_clear()
     dead = Storage(f"{own.root}?endpoint_override=127.0.0.1:{aws.free_port()}&scheme=http")
     elsewhere = Storage("s3://no-such-bucket/a")
     for call in (dead.list, dead.exists, dead.read, lambda path: dead.write(path, b""), dead.delete):
@@ -141,7 +152,7 @@ def test_a_store_that_is_not_there_is_told(own: Storage, monkeypatch: pytest.Mon
             call("a")
     with pytest.raises(Mistake, match="The specified bucket does not exist"):
         elsewhere.write("a", b"")
-    with pytest.raises(Mistake, match="cannot be reached"), dead.lock("lock"):
+    with pytest.raises(Mistake, match="cannot be reached"), lock(dead, "lock"):
         pass
 
 
@@ -192,9 +203,10 @@ def test_a_writer_that_is_killed_leaves_the_old_file(own: Storage) -> None:
 
 HOLD = """
 import sys
-from workers import storage
-storage.BEAT_S, storage.SETTLE_S = 0.2, 0.1
-with storage.Storage(sys.argv[1]).lock("sweeps/a/lock"):
+from workers import locks
+from workers.storage import Storage
+locks.BEAT_S, locks.SETTLE_S = 0.2, 0.1
+with locks.lock(Storage(sys.argv[1]), "sweeps/a/lock"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -203,24 +215,36 @@ with storage.Storage(sys.argv[1]).lock("sweeps/a/lock"):
 @pytest.fixture
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"BEAT_S": 0.2, "STALE_S": 3.0, "SETTLE_S": 0.1}.items():
-        monkeypatch.setattr(storages, name, value)
+        monkeypatch.setattr(locks, name, value)
 
 
 def test_a_lease_refuses_a_second_process_until_the_first_dies(own: Storage, brisk: None) -> None:
     command = [sys.executable, "-c", HOLD, own.root]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(Mistake, match=f"in use by process {holder.pid} on "), own.lock("sweeps/a/lock"):
+        with pytest.raises(Mistake, match=f"in use by process {holder.pid} on "), lock(own, "sweeps/a/lock"):
             pass
-        with own.lock("sweeps/b/lock"):
+        with lock(own, "sweeps/b/lock"):
             pass
         holder.kill()
     assert own.exists("sweeps/a/lock")
-    with own.lock("sweeps/a/lock"):  # abandoned: taken over
+    with lock(own, "sweeps/a/lock"):  # abandoned: taken over
         pass
     assert not own.exists("sweeps/a/lock")
-    with own.lock("sweeps/a/lock"):  # freed at the end of the `with`
+    with lock(own, "sweeps/a/lock"):  # freed at the end of the `with`
         pass
+
+
+def test_a_lease_that_a_process_before_this_one_left_to_its_owner_is_taken_at_once(
+    own: Storage, brisk: None, caplog
+) -> None:
+    left = {"holder": "another", "who": "process 1 on h (sweep x)", "owner": "sweep x", "beat": 7}
+    own.write_sealed("locks/a", left)
+    leases = Leases(own)
+    assert leases.holder("locks/a") == left["who"] and leases.holder("locks/a", "sweep x") == ""
+    with lock(own, "locks/a", "sweep x"):
+        assert leases.holder("locks/a", "sweep y").startswith(f"process {os.getpid()} on ")
+    assert leases.holder("locks/a") == "" and "seeing for" not in caplog.text
 
 
 def test_two_nights_of_one_suite_are_not_run_beside_each_other(own: Storage, brisk: None) -> None:
@@ -229,7 +253,7 @@ def test_two_nights_of_one_suite_are_not_run_beside_each_other(own: Storage, bri
         with refused, _alone(own, "nightly/small", date(2026, 3, 2)):
             pass
     with _alone(own, "nightly/small", date(2026, 3, 2)):
-        assert own.read_json("nightly/small/running.json")["day"] == "2026-03-02"
+        assert own.read_sealed("nightly/small/running.json")["day"] == "2026-03-02"
 
 
 def test_of_two_that_take_a_lease_in_the_same_moment_one_gets_it(own: Storage, brisk: None) -> None:
@@ -238,7 +262,7 @@ def test_of_two_that_take_a_lease_in_the_same_moment_one_gets_it(own: Storage, b
     def take(name: str) -> str:
         together.wait()
         try:
-            with Storage(own.root).lock("lock"):
+            with lock(Storage(own.root), "lock"):
                 got.append(name)
                 together.wait()
         except Mistake as mistake:
@@ -251,12 +275,50 @@ def test_of_two_that_take_a_lease_in_the_same_moment_one_gets_it(own: Storage, b
     assert len(got) == 1 and sum("in use by" in text for text in said) == 1
 
 
+def test_a_damaged_lease_is_taken_over_where_nobody_writes_it_again(own: Storage, brisk: None, caplog) -> None:
+    own.write("lock", b'{"holder": ')
+    with lock(own, "lock"):
+        assert own.read_sealed("lock")["who"].startswith("process ")
+    assert "lock is damaged" in caplog.text and "is held by somebody" in caplog.text
+
+
 def test_a_holder_that_lost_its_lease_is_interrupted(own: Storage, brisk: None, caplog) -> None:
-    with pytest.raises(KeyboardInterrupt), own.lock("lock"):
-        own.write_json("lock", {"holder": "another", "who": "process 1 on elsewhere", "beat": 0})
+    with pytest.raises(KeyboardInterrupt), lock(own, "lock"):
+        own.write_sealed("lock", {"holder": "another", "who": "process 1 on elsewhere", "beat": 0})
         threading.Event().wait(60)
     assert "taken over by process 1 on elsewhere" in caplog.text
-    assert own.read_json("lock")["holder"] == "another"
+    assert own.read_sealed("lock")["holder"] == "another"
+
+
+def test_a_holder_in_another_thread_is_interrupted_there(own: Storage, brisk: None) -> None:
+    came = []
+
+    def hold() -> None:
+        try:
+            with lock(own, "lock"):
+                own.write_sealed("lock", {"holder": "another", "who": "process 1 on elsewhere", "beat": 0})
+                deadline = time.monotonic() + 60
+                while time.monotonic() < deadline:
+                    time.sleep(0.05)
+        except KeyboardInterrupt:
+            came.append("interrupt")
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    thread.join()
+    assert came == ["interrupt"]
+
+
+@pytest.mark.parametrize("inherited", [signal.SIG_IGN, signal.SIG_DFL])
+def test_a_holder_that_inherited_sigint_as_ignored_is_interrupted_too(own: Storage, brisk: None, inherited) -> None:
+    before = signal.signal(signal.SIGINT, inherited)
+    try:
+        with pytest.raises(KeyboardInterrupt), lock(own, "lock"):
+            own.write_sealed("lock", {"holder": "another", "who": "process 1 on elsewhere", "beat": 0})
+            threading.Event().wait(60)
+        assert signal.getsignal(signal.SIGINT) is inherited
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ---- Checkpoints, journals -------------------------------------------------------------------------------------
@@ -264,22 +326,22 @@ def test_a_holder_that_lost_its_lease_is_interrupted(own: Storage, brisk: None, 
 
 def test_a_checkpoint_is_saved_loaded_and_found_damaged(storage: Storage) -> None:
     checkpoint = checkpoint_in(storage)
-    found = checkpoints.newest(storage, "trials/a/checkpoints")
+    found = manifest.newest(storage, "trials/a/checkpoints")
     by_url = checkpoints.open_folder(checkpoint.url)
     assert found == checkpoint and by_url.digest == checkpoint.digest
     assert checkpoints.load(by_url)[1].T == small_evaluation.T
     assert storage.list("trials/a/checkpoints") == ["step-00000001"]
-    weights = f"{checkpoint.path}/{checkpoints.WEIGHTS}"
+    weights = f"{checkpoint.path}/{manifest.WEIGHTS}"
     storage.write(weights, storage.read(weights)[:-1])
-    with pytest.raises(checkpoints.CheckpointError, match="its sha256 differs"):
+    with pytest.raises(manifest.CheckpointError, match="its sha256 differs"):
         checkpoints.load(found)
     storage.delete(weights)
-    with pytest.raises(checkpoints.CheckpointError, match="is missing"):
+    with pytest.raises(manifest.CheckpointError, match="is missing"):
         checkpoints.load(found)
 
 
 def test_a_folder_that_is_not_there_is_told(own: Storage) -> None:
-    with pytest.raises(checkpoints.CheckpointError, match="is not a folder, or an empty one"):
+    with pytest.raises(manifest.CheckpointError, match="is not a folder, or an empty one"):
         checkpoints.open_folder(own.url("nowhere"))
 
 
@@ -292,7 +354,7 @@ def test_a_journal_goes_on_where_it_was(own: Storage) -> None:
     again.metrics(1, {"x": 2.0})
     again.metrics(2, {"x": 3.0})
     again.flush()
-    assert again.get(1, "x") == 1.0 and len(own.read("trials/a/journal.jsonl").splitlines()) == 3
+    assert again.get(1, "x") == 1.0 and len(read_points(own, "trials/a")) == 3
 
 
 def test_a_checkpoint_is_found_by_its_uri(storage: Storage) -> None:
@@ -358,7 +420,7 @@ PREPARE = """
 import sys
 from pathlib import Path
 from workers.config import DataConfig
-from workers.data import prepare
+from workers.data.dataset import prepare
 print(prepare(DataConfig(source=sys.argv[1]), Path(sys.argv[2])).digest)
 """
 
@@ -372,10 +434,10 @@ def test_a_node_copies_and_decodes_once(own: Storage, tmp_path: Path) -> None:
     assert len(digests) == 1 and all(process.returncode == 0 for process in started)
     [copy] = (tmp_path / "cache/sources").rglob("*.parquet")
     [decoded] = (tmp_path / "cache/data").glob("*/images.npy")
-    before = [(p.stat().st_ino, p.stat().st_mtime_ns) for p in (copy, decoded)]
+    before = [(p.stat().st_ino, p.stat().st_mtime_ns) for p in (decoded, copy)]
     config = DataConfig(source=own.url("images.parquet"))
     assert prepare(config, tmp_path / "cache").digest in digests
-    assert [(p.stat().st_ino, p.stat().st_mtime_ns) for p in (copy, decoded)] == before
+    assert [(p.stat().st_ino, p.stat().st_mtime_ns) for p in (decoded, copy)] == before
     own.write("images.parquet", parquet_of(tmp_path, seed=1, count=41).read_bytes())
     assert prepare(config, tmp_path / "cache").digest not in digests
     own.delete("images.parquet")
@@ -383,17 +445,50 @@ def test_a_node_copies_and_decodes_once(own: Storage, tmp_path: Path) -> None:
         describe(config, tmp_path / "cache")
 
 
+def test_a_copy_that_was_touched_and_an_object_that_was_replaced_are_noticed(own: Storage, tmp_path: Path) -> None:
+    """Each of the same size and time: what somebody wrote into the copy, and what was put within the same second."""
+    contents = [parquet_of(tmp_path, seed).read_bytes() for seed in range(20)]
+    first, second = next((a, b) for a in contents for b in contents if a < b and len(a) == len(b))
+    cache, config = tmp_path / "cache", DataConfig(source=own.url("images.parquet"))
+    own.write("images.parquet", first)
+    digest = fingerprint(config, cache)
+    [copy] = (cache / "sources").rglob("*.parquet")
+    stat = copy.stat()
+    copy.write_bytes(second)
+    os.utime(copy, ns=(stat.st_mtime_ns, stat.st_mtime_ns))
+    assert fingerprint(config, cache) == digest and copy.read_bytes() == first
+    store, path = remote.open_uri(own.url("images.parquet"))
+    for _ in range(50):
+        own.write("images.parquet", first)
+        assert fingerprint(config, cache) == digest
+        before = store.get_file_info(path).mtime_ns
+        own.write("images.parquet", second)
+        if store.get_file_info(path).mtime_ns == before:
+            assert fingerprint(config, cache) != digest and copy.read_bytes() == second
+            return
+    raise AssertionError("never twice in the same second")
+
+
+def test_a_name_that_leads_out_of_the_copy_is_refused(own: Storage, tmp_path: Path) -> None:
+    info = fs.FileInfo("bucket/images/../../../x.parquet", fs.FileType.File, size=1, mtime_ns=1)
+    top = fs.FileInfo("bucket/images", fs.FileType.Directory)
+    store = SimpleNamespace(get_file_info=lambda what: top if isinstance(what, str) else [info])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StorageError, match="lead out of the folder"):
+        patch.setattr(mirror, "open_uri", lambda uri: (store, "bucket/images"))
+        mirror.mirror("s3://bucket/images", tmp_path / "copies")
+
+
 def test_a_copy_cut_off_is_made_again(own: Storage, proxy: aws.Proxy, tmp_path: Path, monkeypatch) -> None:
     path = parquet_of(tmp_path, count=400)
     own.write("images.parquet", path.read_bytes())
     url = through(proxy, own).url("images.parquet")
     with monkeypatch.context() as patch:
-        patch.setattr(storages, "ATTEMPTS", 1)
-        storages._s3.cache_clear()
+        patch.setattr(remote, "ATTEMPTS", 1)
+        remote._s3.cache_clear()
         proxy.to_drop, proxy.after = 100, 20_000
         with pytest.raises(DataError, match=r"data\.source"):
             describe(DataConfig(source=url), tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("*.parquet"))
     proxy.to_drop = 0
-    storages._s3.cache_clear()
+    remote._s3.cache_clear()
     assert describe(DataConfig(source=url), tmp_path / "cache").digest == fingerprint(DataConfig(source=str(path)))

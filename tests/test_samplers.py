@@ -2,23 +2,16 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from workers.config import SAMPLERS, DiffusionConfig, SamplerConfig, ScheduleConfig, evaluations
+from workers.config import DiffusionConfig, SamplerConfig, ScheduleConfig, evaluations
 from workers.diffusion.predictions import from_eps, interpret
 from workers.diffusion.process import Process
-from workers.diffusion.samplers import (
-    SOLVERS,
-    STEPS,
-    Ladder,
-    draw,
-    geometric,
-    langevin,
-    nearest_times,
-    power,
-)
+from workers.diffusion.samplers import Ladder, draw, geometric, langevin, nearest_times, power
+from workers.kinds import SAMPLERS, load
 from workers.noise import generator
 
 F64 = torch.float64
@@ -30,7 +23,7 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def process(T: int, kind: str = "linear") -> Process:
+def process(T: int, kind: Any = "linear") -> Process:
     return Process.of(DiffusionConfig(T=T, schedule=ScheduleConfig(kind=kind, scale="per_1000")))
 
 
@@ -52,7 +45,7 @@ def noise(n: int, *where: int | str) -> torch.Tensor:
 def exact_map(p: Process, kind: str) -> float:
     """x_0 / x_T of the flow to sigma_1, where y has the standard deviation sqrt(s^2 + sigma^2) by quantiles, and of
     x_0_hat = E[x_0 | x_1] there. It begins at the highest level that the kind takes."""
-    start = int(nearest_times(p, SOLVERS[kind].levels, 5)[-1]) if kind in SOLVERS else p.T
+    start = int(nearest_times(p, load(SAMPLERS[kind].levels), 5)[-1]) if SAMPLERS[kind].levels else p.T
     first, last = float(p.noise_level[0]) ** 2, float(p.noise_level[start - 1]) ** 2
     return math.sqrt((1 + last) * (S**2 + first) / (S**2 + last)) * S**2 / (S**2 + first)
 
@@ -69,8 +62,9 @@ def error(p: Process, sampler: SamplerConfig) -> float:
 
 
 def test_every_kind_is_there_once():
-    assert {*STEPS, *SOLVERS, "ode"} == set(SAMPLERS) and not set(STEPS) & set(SOLVERS)
-    assert all(set(names) < set(SamplerConfig.model_fields) for names in SAMPLERS.values())
+    assert {entry.form for entry in SAMPLERS.values()} == {"step", "levels", "whole"}
+    assert all(bool(entry.levels) == (entry.form == "levels") for entry in SAMPLERS.values())
+    assert all(set(names) < set(SamplerConfig.model_fields) for names in SAMPLERS.reads.values())
 
 
 @pytest.mark.parametrize("steps", [None, 7, 1, 30])

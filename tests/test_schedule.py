@@ -5,7 +5,7 @@ from datetime import UTC, date, datetime, timedelta
 import pytest
 from pydantic import ValidationError
 
-from orchestrator.nights.schedule import Schedule, crontab, given_date, instant, last_night, missed, next_run
+from orchestrator.nights.calendar import Schedule, crontab, given_date, instant, last_night, missed, next_run
 from workers.config import Mistake
 
 BERLIN = Schedule(

@@ -1,4 +1,4 @@
-"""The experiment file's JSON schema is that of the records, is shipped, and is named by every experiment file."""
+"""What editors and people read of the settings is that of the records: the JSON schemas, and the tables of docs/."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,13 @@ import jsonschema
 import pytest
 from conftest import ROOT
 
-from orchestrator.experiment import mistakes
-from orchestrator.schema import SCHEMAS, main, schema
-from orchestrator.settings import read_yaml
+from orchestrator.experiment.load import mistakes
+from orchestrator.experiment.settings import paths, read_yaml
+from orchestrator.schema import MARKERS, RECORDS, SCHEMAS, main, schema, settings_table, tables, with_table
 
 FILES = sorted((ROOT / "experiments").glob("*.yaml"))
 SHIPPED = {"experiment": "schema.json", "nightly": "nightly.schema.json"}
+PAGES = {"experiment": ROOT / "docs" / "experiment-file.md", "nightly": ROOT / "docs" / "nightly.md"}
 VALIDATOR = jsonschema.Draft202012Validator(schema())
 LEAST = {"name": "a", "data": {"source": "digits"}, "training": {"steps": 1}}
 
@@ -95,3 +96,30 @@ def test_the_command_prints_and_writes_it(tmp_path: Path, capsys: Any) -> None:
     assert main([]) == 0 and json.loads(capsys.readouterr().out) == schema()
     assert main(["--output", str(tmp_path / "schema.json")]) == 0
     assert json.loads((tmp_path / "schema.json").read_text()) == schema()
+
+
+@pytest.mark.parametrize("kind", PAGES)
+def test_the_page_shows_the_settings_as_they_are(kind: str) -> None:
+    page = PAGES[kind].read_text()
+    assert page == with_table(page, tables(kind)), "make schema"
+
+
+@pytest.mark.parametrize("kind", PAGES)
+def test_a_table_has_every_setting_and_says_what_it_is(kind: str) -> None:
+    rows = [row.split(" | ") for row in settings_table(kind).splitlines()[2:]]
+    assert all(len(row) == 4 and row[1] and row[3] not in ("None |", "|") for row in rows), rows
+    named = {row[0].strip("| `") for row in rows}
+    wanted = {path for path in paths(RECORDS[kind]) if kind == "experiment" or not path.startswith("evaluation.")}
+    assert wanted <= named and len(named) == len(rows)
+
+
+def test_a_table_goes_between_its_markers(tmp_path: Path, capsys: Any) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{MARKERS[0]}of yesterday\n{MARKERS[1]}after\n")
+    command = ["nightly", "--markdown", "--output", str(page)]
+    assert main(command) == 0 and page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
+    assert settings_table("nightly") in page.read_text() and "of yesterday" not in page.read_text()
+    written = page.read_text()
+    assert main(command) == 0 and page.read_text() == written
+    page.write_text("no markers")
+    assert main(command) == 2 and MARKERS[0] in capsys.readouterr().err and page.read_text() == "no markers"

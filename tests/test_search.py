@@ -10,24 +10,16 @@ from typing import Any
 
 import pytest
 
-from orchestrator.execution.training import _scheduler
-from orchestrator.experiment import (
-    Axis,
-    Experiment,
-    ExperimentError,
-    SchedulerConfig,
-    SearchConfig,
-    Variant,
-    expand,
-    parse,
-    resolved,
-)
-from orchestrator.plan import scheduler_key
-from orchestrator.preflight import findings
-from orchestrator.reports import archive
-from orchestrator.reports.importance import forest, importance
-from orchestrator.search import Told, next_round, rounds_text, rows_of, suggestions, tell
-from workers.data import Source
+from orchestrator.execution.early_stopping import make_scheduler
+from orchestrator.experiment.expand import expand
+from orchestrator.experiment.load import parse, resolved
+from orchestrator.experiment.preflight import findings
+from orchestrator.experiment.records import Axis, Experiment, ExperimentError, SchedulerConfig, SearchConfig, Variant
+from orchestrator.output.importance import forest, importance
+from orchestrator.planning.decide import scheduler_key
+from orchestrator.planning.search import HeardTrial, next_round, rounds_text, rows_of, suggestions, tell
+from orchestrator.state.saved import forget_asked, keep_asked, read_asked
+from workers.data.sources import Source
 from workers.storage import Storage
 
 SOURCE = Source(
@@ -87,8 +79,8 @@ def test_a_sobol_search_depends_on_the_seed_and_keeps_its_draws_as_it_grows() ->
 # ---- Suggestions -----------------------------------------------------------------------------------------------
 
 
-def measured(variants: Sequence[Variant], f: Callable[[Variant], Values | None]) -> list[Told]:
-    return [Told(v.params, f(v)) for v in variants]
+def measured(variants: Sequence[Variant], f: Callable[[Variant], Values | None]) -> list[HeardTrial]:
+    return [HeardTrial(v.params, f(v)) for v in variants]
 
 
 def test_the_same_history_gives_the_same_suggestions_and_any_difference_others() -> None:
@@ -124,14 +116,12 @@ def test_what_the_searcher_hears_of_a_trial() -> None:
     search = experiment(also=["eval/network_evaluations"]).search
     variant = expand(experiment())[0]
     metrics = {"eval/nll_bpd": 2.5, "eval/network_evaluations": 5.0, "valid/nll_bpd": 2.0}
-    assert tell(search, variant, "done", metrics) == Told(variant.params, (2.5, 5.0))
+    assert tell(search, variant, "done", metrics) == HeardTrial(variant.params, (2.5, 5.0))
     for state in ("diverged", "pruned"):
-        assert tell(search, variant, state, metrics) == Told(variant.params, None)
-    assert tell(search, variant, "done", {**metrics, "eval/nll_bpd": math.nan}) == Told(variant.params, None)
+        assert tell(search, variant, state, metrics) == HeardTrial(variant.params, None)
+    assert tell(search, variant, "done", {**metrics, "eval/nll_bpd": math.nan}) == HeardTrial(variant.params, None)
     for state in ("failed", "new", "running", "finished"):
         assert tell(search, variant, state, metrics) is None
-    most = search.model_copy(update={"mode": "max"})
-    assert tell(most, variant, "done", metrics) == Told(variant.params, (-2.5, 5.0))
 
 
 # ---- Rounds ----------------------------------------------------------------------------------------------------
@@ -140,8 +130,8 @@ def test_what_the_searcher_hears_of_a_trial() -> None:
 def searched(e: Experiment, f: Callable[[Variant], Values | None], until: int = 10**9) -> list[Variant]:
     """All rounds of a search whose trials are measured by `f`."""
 
-    def hear(v: Variant) -> Told:
-        return Told(v.params, f(v))
+    def hear(v: Variant) -> HeardTrial:
+        return HeardTrial(v.params, f(v))
 
     asked = list(expand(e))
     while len(asked) < until and (new := next_round(e, asked, hear, source)):
@@ -159,7 +149,7 @@ def test_rounds_come_until_the_samples_are_there_and_are_the_same_wherever_they_
     assert len(whole) == 20 and len({str(v) for v in whole}) == 20
     assert whole[:8] == list(expand(e)) and e.search.first == 8
     for cut in (8, 11, 16, 19):  # a file that is edited to fewer samples, and back
-        rest = next_round(e, whole[:cut], lambda v: Told(v.params, bowl(v)), source)
+        rest = next_round(e, whole[:cut], lambda v: HeardTrial(v.params, bowl(v)), source)
         assert rest == whole[cut : min(20, 8 * (cut // 8) + 8)]
     assert next_round(e, whole, lambda v: None, source) == []
     assert searched(experiment(samples=30), bowl)[:20] == whole
@@ -171,9 +161,9 @@ def test_only_whole_rounds_count_and_what_failed_says_nothing() -> None:
     whole = searched(e, bowl)
     heard: list[str] = []
 
-    def hear(v: Variant) -> Told | None:
+    def hear(v: Variant) -> HeardTrial | None:
         heard.append(str(v))
-        return None if v == best else Told(v.params, bowl(v))
+        return None if v == best else HeardTrial(v.params, bowl(v))
 
     best = min(whole[:8], key=bowl)
     assert next_round(e, whole[:12], hear, source) != whole[12:16]
@@ -246,15 +236,19 @@ def test_rows_that_share_a_trial_keep_their_addresses_in_later_rounds() -> None:
 def test_what_was_asked_for_stands_until_the_search_is_another(tmp_path: Path) -> None:
     storage, e = Storage(tmp_path), experiment(samples=16)
     asked = searched(e, bowl)
-    assert archive.asked_before(storage, e) == []
-    archive.keep_asked(storage, e, asked)
-    assert archive.asked_before(storage, e) == asked
-    assert archive.asked_before(storage, experiment(samples=12)) == asked[:12]
-    assert archive.asked_before(storage, experiment(samples=99, max_failures=1)) == asked
-    for other in (experiment(1, samples=16), experiment(samples=16, batch=4), experiment(samples=16, mode="max")):
-        assert archive.asked_before(storage, other) == []
-    archive.forget_asked(storage, e)
-    assert archive.asked_before(storage, e) == []
+    assert read_asked(storage, e) == []
+    keep_asked(storage, e, asked)
+    assert read_asked(storage, e) == asked
+    assert read_asked(storage, experiment(samples=12)) == asked[:12]
+    assert read_asked(storage, experiment(samples=99, max_failures=1)) == asked
+    for other in (
+        experiment(1, samples=16),
+        experiment(samples=16, batch=4),
+        experiment(samples=16, metric="valid/nll_bpd"),
+    ):
+        assert read_asked(storage, other) == []
+    forget_asked(storage, e)
+    assert read_asked(storage, e) == []
 
 
 def test_a_dry_run_says_what_is_to_come() -> None:
@@ -305,10 +299,9 @@ def test_the_resolved_file_is_the_same_search() -> None:
 
 
 def test_a_setting_of_the_median_leaves_what_asha_has_pruned_pruned() -> None:
-    asha = SchedulerConfig(kind="asha", grace=20, reduction=2).model_dump(mode="json")
-    assert asha == {"kind": "asha", "grace": 20, "reduction": 2, "metric": "valid/nll_bpd"}
-    keys = [SchedulerConfig(kind="median", others=n).model_dump(mode="json") for n in (2, 3)]
-    assert len({scheduler_key(key) for key in (*keys, asha)}) == 3
+    asha = [SchedulerConfig(kind="asha", grace=20, reduction=2, others=n) for n in (2, 3)]
+    median = [SchedulerConfig(kind="median", others=n) for n in (2, 3)]
+    assert len({scheduler_key(scheduler) for scheduler in (*median, *asha)}) == 3
 
 
 @dataclass(eq=False)
@@ -322,7 +315,7 @@ class Reporting:
 def decisions(values: Mapping[str, Sequence[float]], **settings: Any) -> dict[str, list[str]]:
     """What the median rule says of trials that report side by side, at steps 10, 20, ..., by the trial's name."""
     trial = experiment().trial.model_dump_json()
-    rule = _scheduler(SearchConfig(scheduler=SchedulerConfig(kind="median", grace=20, **settings)), 1000)
+    rule = make_scheduler(SearchConfig(scheduler=SchedulerConfig(kind="median", grace=20, **settings)), 1000)
     trials = {name: Reporting(name, {"job": {"digest": name, "trial": trial}}) for name in values}
     controller = SimpleNamespace(get_live_trials=lambda: [SimpleNamespace(status="PENDING")])
     said: dict[str, list[str]] = {name: [] for name in values}
@@ -337,7 +330,12 @@ def decisions(values: Mapping[str, Sequence[float]], **settings: Any) -> dict[st
 
 
 def test_the_median_rule_ends_whoever_was_never_below_the_others_mean() -> None:
-    values = {"a": [4, 3, 2, 2], "b": [4, 3.1, 2.1, 2], "c": [4, 3.2, 2.2, 2], "bad": [4, 3.9, 3.9, 3.9]}
+    values: dict[str, list[float]] = {
+        "a": [4, 3, 2, 2],
+        "b": [4, 3.1, 2.1, 2],
+        "c": [4, 3.2, 2.2, 2],
+        "bad": [4, 3.9, 3.9, 3.9],
+    }
     said = decisions(values)
     assert said["bad"] == ["CONTINUE", "STOP"] and all(said[n] == ["CONTINUE"] * 4 for n in "abc")
     # One that was good once goes on: its best counts, and no trial is ever paused.
@@ -380,4 +378,4 @@ def test_a_forest_says_nothing_of_few_trials_or_of_no_difference() -> None:
 def test_an_axis_of_one_value_is_taken() -> None:
     space = {"training.lr": Axis(uniform=(1e-3, 1e-3)), "seed": Axis(int_uniform=(3, 3)), "b": Axis(choice=(None,))}
     params = {"training.lr": 1e-3, "seed": 3, "b": None}
-    assert next(suggestions(space, 1, [Told(params, (1.0,))], 0)) == params
+    assert next(suggestions(space, 1, [HeardTrial(params, (1.0,))], 0)) == params

@@ -5,13 +5,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from orchestrator.clusters import submission
 from orchestrator.clusters.submission import Job, check_attachable, choose, code, job
-from orchestrator.experiment import load
+from orchestrator.experiment.load import load
+from orchestrator.experiment.records import ExperimentError
 from orchestrator.sweep import main
 from workers.config import Mistake
 
@@ -62,10 +64,10 @@ def test_the_code_that_comes_along_is_this_one() -> None:
 
 def test_all_that_cannot_work_from_here_is_said_at_once_and_no_password_is_repeated(tiny: Path) -> None:
     with pytest.raises(Mistake) as told:
-        sent(tiny, "tracking.uri=http://ann:secret@host:5000", storage="runs")
+        job(load(tiny), tiny, ["tracking.uri=http://ann:planted@host:5000"], "runs")
     assert "'runs' is relative" in str(told.value) and "tracking.uri" in str(told.value)
-    assert "secret" not in str(told.value)
-    with pytest.raises(Mistake, match="--storage holds"):
+    assert "planted" not in str(told.value)
+    with pytest.raises(Mistake, match=r"s3://.*@bucket/runs holds"):
         sent(tiny, storage="s3://KEY:secret@bucket/runs")
 
 
@@ -171,3 +173,76 @@ def test_of_two_that_submit_the_same_at_once_one_is_refused(tiny: Path, monkeypa
     monkeypatch.setattr(Client, "submit_job", full)
     with pytest.raises(Mistake, match=r"does not take the job nightly-2026-03-01: .*No available agent"):
         send(words=["python"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data.source=s3://KEY:planted@bucket/images"],
+        ["data.source=https://host/images.parquet?sig=1&X-Amz-Signature=planted"],
+        ["search.space.data.source.grid=[digits, 's3://KEY:planted@bucket/images']"],
+        ["tracking.uri=https://host/?access_token=planted"],
+    ],
+)
+def test_no_file_and_no_override_may_hold_a_secret(tiny: Path, words: list[str]) -> None:
+    with pytest.raises(Mistake) as told:
+        sent(tiny, *words)
+    assert "holds a secret" in str(told.value) and "planted" not in str(told.value)
+
+
+@pytest.mark.parametrize("address", ["http://[::1", "http://host:port", "http://host:99999", "http://", "[", "://", ""])
+def test_an_address_that_is_none_is_a_mistake(tiny: Path, address: str) -> None:
+    with pytest.raises(Mistake, match="--address"):
+        submission.connect(address)
+    if "[" in address:
+        for path in ("tracking.uri", "data.source"):
+            with pytest.raises(Mistake, match=f"{path}: .* is neither a path nor a URI"):
+                load(tiny, [f"{path}='http://[::1'"])
+
+
+def test_no_job_that_a_cluster_lists_shows_a_secret_nor_the_file_that_goes_with_it(tiny: Path) -> None:
+    tiny.write_text(tiny.read_text() + "\n# tracking: {uri: 'http://ann:planted@host'}\n")
+    with pytest.raises(Mistake, match=r"tiny.yaml holds") as told:
+        sent(tiny)
+    assert "planted" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://ann:planted@host/db is no server", "postgresql://***@host/db is no server"),
+        ("s3://b/a?access_key=planted&region=eu", "s3://b/a?access_key=***&region=eu"),
+        ("s3://b/a?region=eu&secret_key=planted", "s3://b/a?region=eu&secret_key=***"),
+        ("abfs://b/a?sas_token=planted here", "abfs://b/a?sas_token=*** here"),
+        ("s3://b/a?endpoint_override=k:planted@host:9000&scheme=http", "s3://b/a?endpoint_override=***@host:9000&scheme=http"),
+        ("to ann@example.org, about https://host/a", "to ann@example.org, about https://host/a"),
+    ],
+)  # fmt: skip
+def test_no_mistake_repeats_what_is_secret_in_a_uri(text: str, shown: str) -> None:
+    assert str(Mistake(text)) == shown and str(ExperimentError([text])).endswith(shown)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["orchestrator.sweep", "FILE", "--dry-run", "data.source=s3://KEY:planted@bucket/images"],
+        ["orchestrator.sweep", "FILE", "--storage", "s3://bucket/a?access_key=planted"],
+        ["orchestrator.sweep", "FILE", "--storage", "s3://bucket/a?endpoint_override=k:planted@127.0.0.1:1"],
+        ["orchestrator.sweep", "FILE", "tracking.uri=postgresql://ann:planted@host/mlflow"],
+        ["orchestrator.sweep", "FILE", "tracking.uri=http://ann:planted@host"],
+        ["orchestrator.status", "--storage", "s3://KEY:planted@bucket/a"],
+        ["orchestrator.report", "tiny", "--storage", "gs://KEY:planted@bucket/a"],
+        ["orchestrator.evaluate", "s3://KEY:planted@bucket/a"],
+        ["orchestrator.sample", "s3://KEY:planted@bucket/a"],
+        ["orchestrator.compare", "s3://KEY:planted@bucket/a", "s3://bucket/a?token=planted"],
+    ],
+)
+def test_no_command_repeats_a_secret_that_it_was_given(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    words = [str(tiny) if word == "FILE" else word for word in arguments[1:]]
+    words += [] if "--storage" in words else ["--storage", str(tmp_path / "runs")]
+    assert import_module(arguments[0]).main(words) == 2
+    said = "".join(capsys.readouterr())
+    assert said and "planted" not in said
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"planted" in path.read_bytes()]

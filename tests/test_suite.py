@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from orchestrator.experiment import ExperimentError
+from orchestrator.experiment.records import ExperimentError
 from orchestrator.nights.suite import Suite, load, mistakes, registered
 
 SUITE: dict[str, Any] = {

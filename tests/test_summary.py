@@ -31,21 +31,23 @@ from small_evaluation import (
     summary_of,
 )
 
-from workers import checkpoint as checkpoints
-from workers import summary as summaries
-from workers.blocks import feature_blocks, nll_blocks, ode_nll_blocks, sample_blocks
-from workers.config import EvaluationConfig, ODENLLConfig, SamplerConfig
+from orchestrator.measuring.differences import protocol_differences
+from workers.config import EvaluationConfig, Mistake, ODENLLConfig, SamplerConfig
+from workers.data.pixels import to_model
+from workers.diffusion.ledger import OPTIMAL, Ledger, bound, shorter_chains
+from workers.diffusion.likelihood import squared_norms
 from workers.diffusion.process import VARIANCES
-from workers.evaluation import Bench, read_block, sealed
-from workers.fidelity import inception_score, kid, kid_error, precision_recall
-from workers.frechet import Moments, extrapolated_distance, frechet_distance, sampling_error
-from workers.ledger import OPTIMAL, Ledger, bound, shorter_chains
-from workers.likelihood import squared_norms
+from workers.evaluation import summary as summaries
+from workers.evaluation.blocks import feature_blocks, nll_blocks, ode_nll_blocks, sample_blocks
+from workers.evaluation.fidelity import inception_score, kid, kid_error, precision_recall
+from workers.evaluation.frechet import Moments, extrapolated_distance, frechet_distance, sampling_error
+from workers.evaluation.make import Bench, read_block
+from workers.evaluation.summary import summarise
+from workers.network import checkpoint as checkpoints
+from workers.network.unet import UNet
 from workers.noise import generator
-from workers.pixels import to_model
+from workers.seals import seal_parquet
 from workers.storage import Storage
-from workers.summary import summarise
-from workers.unet import UNet
 
 few_rows_a_block = pytest.fixture(autouse=True)(small_blocks)
 
@@ -121,7 +123,11 @@ def test_a_learned_variance_is_measured_by_its_own_terms(root, head):
     torch.nn.init.constant_(unet.conv_out.bias[1:], head)
     storage = Storage(root)
     m = measurement().model_copy(update={"evaluation": EvaluationConfig(fid=None)})
-    saved = checkpoints.save(storage, "trials/learned/checkpoints", 1, unet.config, process, unet.state_dict(), {}, {})
+    saved = checkpoints.save(
+        storage,
+        "trials/learned/checkpoints",
+        checkpoints.Snapshot(step=1, unet_config=unet.config, process=process, ema=unet.state_dict()),
+    )
     b = Bench(storage, m, DATASET, saved, CPU)
     make_all(b, blocks_of(b))
     summary = summarise(storage, b.m, DATASET, process, saved.digest, None)
@@ -195,7 +201,14 @@ def test_only_what_was_asked_for_is_there(root):
         assert set(summary["passports"]) == ({"samples"} if part == "nll" else {"nll"})
         assert all(("nll" in name) == (part == "fid") for name in summary["metrics"])
     nothing = evaluated(root, m.model_copy(update={"evaluation": EvaluationConfig(nll=None, fid=None)}))
-    assert set(nothing) == {"metrics", "passports", "hash"} and not nothing["metrics"]
+    assert nothing == {"metrics": {}, "passports": {}}  # and no hash: a measurement of nothing is none
+
+
+def test_fewer_images_of_the_same_blocks_have_another_hash(root):
+    """The blocks are the same files; the numbers that are made of them are not."""
+    few = [evaluated(root, measurement(images=n)) for n in (10, 5, 10)]
+    assert few[0]["metrics"]["eval/nll_bpd"] != few[1]["metrics"]["eval/nll_bpd"]
+    assert few[0]["hash"] == few[2]["hash"] != few[1]["hash"]
 
 
 @pytest.mark.parametrize(
@@ -288,11 +301,45 @@ def test_two_checkpoints_have_one_protocol_and_two_subjects(root):
         ({"timesteps": 8}, {"nll"}),
         ({"timesteps": 8, "proposal": "uniform"}, {"nll"}),
         ({"also": ()}, set()),
+        ({"precision": "bf16"}, {"nll", "samples"}),
     ],
 )
 def test_a_protocol_is_another_where_the_way_of_measuring_is(root, settings, changed):
     here, there = passports(root), passports(root, **settings)
     assert {kind for kind in here if here[kind]["protocol"] != there[kind]["protocol"]} == changed
+
+
+def test_another_precision_has_blocks_of_its_own_and_nearly_the_same_numbers(root):
+    float32, bf16 = (evaluated(root, measurement(precision=precision)) for precision in ("float32", "bf16"))
+    names = ("eval/nll_bpd", "eval/fd_classifier")
+    for name in names:
+        here, there = float32["metrics"][name], bf16["metrics"][name]
+        assert abs(here - there) < 0.02 * here, name
+    assert float32["nll_per_image"] != bf16["nll_per_image"]
+    assert bf16["passports"]["nll"]["protocol"]["precision"] == "bf16"
+    assert [text for text in protocol_differences(float32, bf16, "nll") if "precision" in text]
+
+
+def test_a_network_computes_in_the_precision_that_is_asked_for(root, monkeypatch):
+    """And in no other: its heaviest products are seen, here by the dtype of a convolution's input."""
+    seen = set()
+    right = torch.nn.functional.conv2d
+
+    def conv2d(x, *rest):
+        seen.add(x.dtype if not torch.is_autocast_enabled("cpu") else torch.get_autocast_dtype("cpu"))
+        return right(x, *rest)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
+    for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+        seen.clear()
+        b = bench(root, measurement(precision=precision))
+        x_t, t = torch.zeros(2, 1, SIDE, SIDE), torch.tensor([1, T])
+        assert b.model.predict(x_t, t).eps.dtype == torch.float32 and seen == {dtype}
+
+
+def test_tf32_is_refused_where_there_is_none(root):
+    with pytest.raises(Mistake, match="tf32 is not known to cpu; take float32 or bf16"):
+        bench(root, measurement(precision="tf32")).model.predict(torch.zeros(1, 1, SIDE, SIDE), torch.tensor([1]))
 
 
 def test_the_proposal_is_part_of_the_protocol_where_timesteps_are_sampled(root):
@@ -334,7 +381,7 @@ def changed(table: pa.Table, name: str) -> pa.Table:
 def write(b: Bench, path: str, table: pa.Table, **how: Any) -> None:
     stream = io.BytesIO()
     pq.write_table(table, stream, **how)
-    b.storage.write(path, sealed(stream.getvalue()))
+    b.storage.write(path, seal_parquet(stream.getvalue(), path))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from orchestrator.terminal import Display, Line, clock, counts, fitting, listening, time_left
+from orchestrator.output.terminal import Display, Line, clock, counts, fitting, listening, time_left
 
 LINES = {
     "aaaaaaaa11": Line("T=50 weighting=simple", 300, 128, "done", 300, 2.598, 1011.0),
@@ -119,3 +119,13 @@ def test_times_and_counts() -> None:
     ran, waits = Line("a", 100, 10, "done", 100, images_per_s=50), Line("b", 100, 10)
     assert time_left([ran, waits, waits], 2) == "training ends in about 0:20"
     assert time_left([ran, waits], 2) == "training ends in about 0:20", "one trial runs in one place"
+
+
+def test_while_a_trial_is_not_heard_no_time_is_promised() -> None:
+    lines = [
+        Line("a", 100, 10, "training", 50, images_per_s=10.0),
+        Line("b", 100, 10, "training", 50, images_per_s=10.0),
+    ]
+    assert "training ends" in time_left(lines, 2) and lines[0].left == "0:50"
+    lines[0].silent_s = 75.0
+    assert time_left(lines, 2) == "" and lines[0].left == "not heard for 1:15" and lines[1].left == "0:50"

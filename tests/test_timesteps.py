@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from workers.diffusion.timesteps import DRAWS, KEPT, UNIFORM, History, Part
+from workers.diffusion.timesteps import KEPT, UNIFORM, History, Part
+from workers.kinds import TIMESTEPS
 from workers.noise import generator
 
 
@@ -11,7 +12,9 @@ def drawn(kind: str, T: int, batch: int, step: int, parts: int = 8, probability:
     """t of a global batch, by its sub-batches in order."""
     p = torch.full((T,), 1 / T, dtype=torch.float64) if probability is None else probability
     cut = [Part(batch // parts, j, parts) for j in range(parts)]
-    return torch.cat([DRAWS[kind](T, part, generator("timesteps", kind, step, part.index), p) for part in cut])
+    return torch.cat(
+        [TIMESTEPS[kind].load()(T, part, generator("timesteps", kind, step, part.index), p) for part in cut]
+    )
 
 
 def uneven(T: int) -> torch.Tensor:
@@ -19,7 +22,7 @@ def uneven(T: int) -> torch.Tensor:
     return p / p.sum()
 
 
-@pytest.mark.parametrize("kind", DRAWS)
+@pytest.mark.parametrize("kind", TIMESTEPS)
 def test_a_weighted_mean_over_the_draws_is_the_mean_over_t(kind):
     """For any loss of t: within 4 standard errors over 600 batches."""
     T, batch = 23, 16
@@ -34,7 +37,7 @@ def test_a_weighted_mean_over_the_draws_is_the_mean_over_t(kind):
     assert abs(found.mean() - loss.mean()) < 4 * found.std() / len(found) ** 0.5
 
 
-@pytest.mark.parametrize("kind", DRAWS)
+@pytest.mark.parametrize("kind", TIMESTEPS)
 def test_every_t_comes_as_often_as_it_should(kind):
     T, batch, steps = 7, 24, 800
     p = uneven(T) if kind == "importance" else torch.full((T,), 1 / T, dtype=torch.float64)
@@ -54,7 +57,7 @@ def test_strata_cover_1_to_T_evenly(T, batch):
 
 def test_antithetic_draws_are_pairs_with_the_sum_T_plus_1():
     for n in (1, 2, 5, 16):
-        t = DRAWS["antithetic"](100, Part(n, 0, 1), generator("pairs", n), torch.empty(0))
+        t = TIMESTEPS["antithetic"].load()(100, Part(n, 0, 1), generator("pairs", n), uneven(100))
         half = (n + 1) // 2
         assert len(t) == n and (t[half:] + t[: n - half] == 101).all()
 

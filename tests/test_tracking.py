@@ -3,14 +3,20 @@
 import base64
 import json
 import math
+import re
+import resource
+import shlex
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -18,31 +24,55 @@ from typing import Any
 from urllib.parse import parse_qs, unquote
 
 import pytest
+from conftest import ROOT
 from mlflow import MlflowClient
-from mlflow_server import Server
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
+from mlflow_server import Between, Server, answer
 from PIL import Image
+from sqlalchemy.engine import make_url
 
 from orchestrator import ui
+from orchestrator.tracking import registry
 from orchestrator.tracking.provenance import provenance
-from orchestrator.tracking.server import make_database, resolve_uri
-from orchestrator.tracking.tracker import Dataset, Tracker, param_text
-from orchestrator.tracking.views import Comparison
+from orchestrator.tracking.server import (
+    check_database,
+    connect,
+    database_of,
+    database_uri,
+    make_database,
+    resolve_uri,
+    say_unused,
+    unused,
+)
+from orchestrator.tracking.shipment import LoggedDataset, param_text
+from orchestrator.tracking.shipper import of_another_training
+from orchestrator.tracking.tracker import Tracker
+from orchestrator.tracking.views import ComparisonView
+from workers.config import Mistake
+from workers.data.cache import default_cache
 from workers.storage import Storage
 
-PARAMS = {"diffusion.T": 50, "training.lr": 1e-4, "model.multipliers": [1, 2], "loss.weighting": "simple"}
-DIGITS = Dataset(name="digits", digest="d" * 64, source="digits", shape=(8, 8, 1), profile={"training": 1617})
+PARAMS: dict[str, Any] = {
+    "diffusion.T": 50,
+    "training.lr": 1e-4,
+    "model.multipliers": [1, 2],
+    "loss.weighting": "simple",
+}
+DIGITS = LoggedDataset(name="digits", digest="d" * 64, source="digits", shape=(8, 8, 1), profile={"training": 1617})
 START_MS = 1_764_000_000_000
 
 
-def write_journal(storage: Storage, digest: str, steps: int, name: str = "a") -> list[dict[str, Any]]:
-    """`steps` lines of two metrics and an image at every third step; returns the lines."""
+def write_journal(
+    storage: Storage, digest: str, steps: int, name: str = "a", images_every: int = 3, best: float = 3.5
+) -> list[dict[str, Any]]:
+    """`steps` lines of metrics and an image at every third step; returns the lines. Times and speeds go by `name`."""
     lines: list[dict[str, Any]] = []
     for step in range(steps):
         at = START_MS + 10 * step + ord(name)
-        lines.append(
-            {"step": step, "time_ms": at, "metrics": {"train/loss_simple": 1 / (step + 1), "valid/nll_bpd": 3.5}}
-        )
-        if step % 3 == 0:
+        metrics = {"train/loss_simple": 1 / (step + 1), "valid/nll_bpd": best, "train/images_per_s": at % 997}
+        lines.append({"step": step, "time_ms": at, "metrics": metrics})
+        if step % images_every == 0:
             png = BytesIO()
             Image.new("RGB", (300, 200), (step, 0, 200)).save(png, format="PNG")
             path = f"trials/{digest}/samples/step-{step:08d}.png"
@@ -57,8 +87,6 @@ def points_of(lines: list[dict[str, Any]], key: str) -> list[tuple[int, int, flo
 
 
 def client_of(tracker: Tracker) -> Any:
-    from mlflow import MlflowClient
-
     return MlflowClient(tracking_uri=tracker.uri)
 
 
@@ -67,7 +95,7 @@ def runs_of(tracker: Tracker) -> dict[str, list[Any]]:
     client = client_of(tracker)
     found: dict[str, list[Any]] = {}
     for run in client.search_runs([client.get_experiment_by_name(tracker.name).experiment_id]):
-        found.setdefault(run.data.tags.get("orchestrator.address", ""), []).append(run)
+        found.setdefault(run.data.tags.get("orchestrator.row", ""), []).append(run)
     return found
 
 
@@ -90,9 +118,14 @@ def run_sweep(storage: Storage, name: str, digests: tuple[str, ...], uri: str | 
 
 
 @pytest.fixture(scope="module")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    """One database for the module, a sweep's name for a test: making the database takes seconds."""
-    return Storage(tmp_path_factory.mktemp("runs"))
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
+    """One database for the module, a sweep's name for a test: making the database takes seconds.
+
+    Its path has all that a URI would take for something else.
+    """
+    root = tmp_path_factory.mktemp("runs") / "a%20b?c=d#e ü"
+    yield Storage(root)
+    assert [path.name for path in root.parent.iterdir()] == [root.name]  # MLflow made nothing elsewhere
 
 
 @pytest.fixture(scope="module")
@@ -174,17 +207,20 @@ def test_the_data_set_is_an_input_of_the_run(done: Any) -> None:
     assert "[-1, 8, 8, 1]" in json.loads(used.dataset.schema)["mlflow_tensorspec"]["features"]
 
 
-@pytest.mark.parametrize("lost", ["nothing", "shipped", "all"])
+@pytest.mark.parametrize("lost", ["nothing", "shipped", "all", "readable"])
 def test_the_same_command_again_leaves_nothing_twice(done: Any, storage: Storage, lost: str) -> None:
     tracker, lines = done
     path = "sweeps/done/mlflow.json"
     before = {digest: [run.info.run_id for run in runs] for digest, runs in runs_of(tracker).items()}
     images = image_files(tracker, runs_of(tracker)["d0"][0])
     if lost == "shipped":
-        state = storage.read_json(path)
+        state = storage.read_sealed(path)
+        assert state
         for entry in state["mlflow.db"].values():
             entry["lines"] = 0
-        storage.write_json(path, state)
+        storage.write_sealed(path, state)
+    if lost == "readable":
+        storage.write(path, storage.read(path).replace(b"lines", b"lanes"))
     if lost == "all":
         storage.delete(path)
     again = run_sweep(storage, "done", ("d0", "d1"))
@@ -220,31 +256,205 @@ def test_a_killed_sweep_is_continued_in_its_own_runs(storage: Storage) -> None:
     assert history_of(killed, after["k0"][0], "valid/nll_bpd") == points_of(lines, "valid/nll_bpd")
 
 
-def test_deleted_runs_are_made_again_and_replayed(storage: Storage) -> None:
-    lines = write_journal(storage, "x0", 5)
-    tracker = run_sweep(storage, "deleted", ("x0",))
-    (old,) = runs_of(tracker)["x0"]
-    client_of(tracker).delete_run(old.info.run_id)
-    again = run_sweep(storage, "deleted", ("x0",))
-    (new,) = runs_of(again)["x0"]
-    assert new.info.run_id != old.info.run_id
-    assert history_of(again, new, "valid/nll_bpd") == points_of(lines, "valid/nll_bpd")
-    experiment = client_of(again).get_experiment_by_name("deleted")
-    client_of(again).delete_experiment(experiment.experiment_id)
-    assert "x0" in runs_of(run_sweep(storage, "deleted", ("x0",)))
+def restored(storage: Storage) -> list[dict[str, Any]]:
+    """The journal was lost from the sixth step on, and made again: the same values, at other times and speeds."""
+    return write_journal(storage, "j0", 5) + write_journal(storage, "j0", 12, name="q")[-9:]
 
 
-def test_a_journal_started_anew_gets_a_run_of_its_own(storage: Storage) -> None:
-    write_journal(storage, "f0", 5, name="a")
-    tracker = run_sweep(storage, "fresh", ("f0",))
+def begun_again(storage: Storage) -> list[dict[str, Any]]:
+    return write_journal(storage, "j0", 12, name="q")
+
+
+def shorter(storage: Storage) -> list[dict[str, Any]]:
+    return write_journal(storage, "j0", 4, name="q")
+
+
+def deleted(storage: Storage) -> list[dict[str, Any]]:
+    storage.delete("trials/j0/journal.jsonl")
+    return []
+
+
+@pytest.mark.parametrize("forgotten", [False, True], ids=["", "mlflow.json is lost"])
+@pytest.mark.parametrize("change", [restored, begun_again, shorter, deleted])
+def test_a_journal_of_the_same_training_goes_on_in_its_run(
+    storage: Storage, change: Callable[[Storage], list[dict[str, Any]]], forgotten: bool
+) -> None:
+    name = f"same_{change.__name__}_{forgotten}"
+    before = write_journal(storage, "j0", 9)
+    tracker = run_sweep(storage, name, ("j0",))
+    [old] = runs_of(tracker)["j0"]
+    lines = change(storage)
+    storage.write("trials/j0/journal.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    if forgotten:
+        storage.delete(f"sweeps/{name}/mlflow.json")
+    run_sweep(storage, name, ("j0",))
+    begun_again(storage)  # where it was deleted, it comes back while the run is open
+    run_sweep(storage, name, ("j0",))
+    runs = runs_of(tracker)
+    assert sorted(runs) == ["j0", "sweep"] and [run.info.run_id for run in runs["j0"]] == [old.info.run_id]
+    for key in ("train/loss_simple", "valid/nll_bpd", "train/images_per_s"):
+        points = history_of(tracker, old, key)
+        assert [step for step, _, _ in points] == list(range(12))  # each once
+        assert points[:9] == points_of(before, key)  # the first stand
+    steps = [int(file.split("+")[2]) for file in image_files(tracker, old) if file.endswith(".png")]
+    assert sorted(steps) == [0, 3, 6, 9]
+
+
+def test_each_point_is_in_mlflow_once_whenever_the_command_is_killed(storage: Storage) -> None:
+    """Killed between a call and the note of it; the journal goes on at other times, as a trial that resumes."""
+    write_journal(storage, "y0", 9)
+    killed = Tracker(storage, "once")
+    killed.open_sweep({}, {})
+    assert killed.flush(120).complete
+    noted = storage.read("sweeps/once/mlflow.json")  # the trial has no run yet in it
+    killed.open_trial("y0", "y0", PARAMS, {})
+    assert killed.flush(120).complete
+    storage.write("sweeps/once/mlflow.json", noted)
+    write_journal(storage, "y0", 12, name="q")
+    run_sweep(storage, "once", ("y0",))
+    [run] = runs_of(killed)["y0"]
+    for key in ("train/loss_simple", "train/images_per_s"):
+        assert [step for step, _, _ in history_of(killed, run, key)] == list(range(12))
+
+
+SHIPS = """
+import sys
+from orchestrator.tracking.tracker import Tracker
+from workers.journal import Journal
+from workers.storage import Storage
+
+storage = Storage(sys.argv[1])
+journal, tracker = Journal(storage, "trials/k"), Tracker(storage, "killed_often")
+tracker.open_sweep({}, {})
+tracker.open_trial("k", "k", {"T": 5}, {})
+for step in range(300):  # those that are there stand, as in a trial that resumes
+    journal.metrics(step, {"valid/nll_bpd": 3 + 1 / (step + 1), "train/images_per_s": 1.0 + step})
+    journal.flush()
+    tracker.ship("k")
+    if step % 30 == 9:
+        tracker.log_metrics("k", {"eval/nll_bpd": 3.0}, step=400)
+tracker.close_trial("k", "FINISHED")
+tracker.close_sweep("FINISHED")
+left = tracker.flush(300)
+assert left.complete, str(left)
+"""
+
+
+@pytest.mark.faults
+def test_each_point_is_there_once_after_kills_at_any_moment(tmp_path: Path) -> None:
+    """kill -9 while it ships, each time after some more points have come, and the last time not at all."""
+    database = tmp_path / "mlflow.db"
+
+    def count() -> int:
+        if not database.exists():
+            return 0
+        with closing(sqlite3.connect(database, timeout=60)) as opened:
+            return int(opened.execute("SELECT count(*) FROM metrics").fetchone()[0])
+
+    for more in (1, 30, 40, None):
+        wanted = count() + (more or 0)
+        process = subprocess.Popen([sys.executable, "-c", SHIPS, str(tmp_path)], cwd=ROOT)
+        try:
+            while more and count() < wanted:
+                assert process.poll() is None
+            if more:
+                process.kill()
+            assert process.wait() == (-signal.SIGKILL if more else 0)
+        finally:
+            process.kill()
+    with closing(sqlite3.connect(database)) as opened:
+        assert opened.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    tracker = Tracker(Storage(tmp_path), "killed_often")
+    runs = runs_of(tracker)
+    assert {a: [run.info.status for run in same] for a, same in runs.items()} == {
+        "k": ["FINISHED"],
+        "sweep": ["FINISHED"],
+    }
+    for key, steps in (("valid/nll_bpd", range(300)), ("train/images_per_s", range(300)), ("eval/nll_bpd", [400])):
+        assert [step for step, _, _ in history_of(tracker, runs["k"][0], key)] == list(steps)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "when the run is open"])
+def test_a_journal_of_another_training_gets_a_run_of_its_own(storage: Storage, late: bool) -> None:
+    name = f"fresh_{late}"
+    write_journal(storage, "f0", 5)
+    tracker = run_sweep(storage, name, ("f0",))
     (old,) = runs_of(tracker)["f0"]
-    lines = write_journal(storage, "f0", 6, name="b")
-    run_sweep(storage, "fresh", ("f0",))
+    if late:
+        storage.delete("trials/f0/journal.jsonl")
+        again = Tracker(storage, name)
+        again.open_sweep({}, {})
+        again.open_trial("f0", "f0", PARAMS, {})
+        assert again.flush(120).complete and len(runs_of(tracker)["f0"]) == 1
+        lines = write_journal(storage, "f0", 6, name="b", best=3.25)
+        again.ship("f0")
+        assert again.flush(120).complete
+    else:
+        lines = write_journal(storage, "f0", 6, name="b", best=3.25)
+        run_sweep(storage, name, ("f0",))
     runs = runs_of(tracker)
     (new,), (aside,) = runs["f0"], runs[""]
     assert aside.info.run_id == old.info.run_id and aside.data.tags["superseded"] == "true"
     assert "mlflow.parentRunId" not in aside.data.tags
     assert history_of(tracker, new, "valid/nll_bpd") == points_of(lines, "valid/nll_bpd")
+
+
+@pytest.mark.parametrize(
+    "value, same", [(3.5, True), (3.5 * (1 + 1e-15), True), (3.6, False), (math.nan, True), (None, True)]
+)
+def test_what_is_another_training(value: float | None, same: bool) -> None:
+    entries = [{"step": 1, "metrics": {"valid/nll_bpd": value, "train/images_per_s": 7}}, {"step": 1, "image": "x"}]
+    assert of_another_training(entries, {(1, "valid/nll_bpd"): 3.5, (1, "train/images_per_s"): 9}) is not same
+    assert not of_another_training(entries, {(2, "valid/nll_bpd"): 1.0})
+
+
+def test_a_run_that_has_all_is_not_opened_again(storage: Storage) -> None:
+    """As `evaluate` looks at a finished trial after the map of runs was lost: nobody would end the run again."""
+    write_journal(storage, "q0", 5)
+    tracker = run_sweep(storage, "whole", ("q0",))
+    storage.delete("sweeps/whole/mlflow.json")
+    again = Tracker(storage, "whole")
+    again.open_trial("q0", "q0", {}, {})
+    again.log_metrics("q0", {"eval.other/nll_bpd": 3.0}, 4)
+    assert again.flush(120).complete
+    assert {run.info.status for [run] in runs_of(tracker).values()} == {"FINISHED"}
+
+
+def test_a_storage_that_was_moved_finds_its_runs_by_their_addresses(tmp_path: Path) -> None:
+    before = Storage(tmp_path / "before")
+    write_journal(before, "w0", 3)
+    old = runs_of(run_sweep(before, "moved", ("w0",)))
+    Path(before.root).rename(tmp_path / "after")
+    after = Storage(tmp_path / "after")
+    after.write("sweeps/moved/mlflow.json", b"not what it was")
+    new = runs_of(run_sweep(after, "moved", ("w0",)))
+    assert {a: [r.info.run_id for r in runs] for a, runs in new.items()} == {
+        a: [r.info.run_id for r in runs] for a, runs in old.items()
+    }
+
+
+def test_a_measurement_of_a_trial_whose_sweep_was_deleted_is_recorded(storage: Storage) -> None:
+    """As `evaluate` records it: it opens the trial alone. The sweep's next command ends the runs."""
+    write_journal(storage, "u0", 3)
+    tracker = run_sweep(storage, "emptied", ("u0",))
+    for [run] in runs_of(tracker).values():
+        client_of(tracker).delete_run(run.info.run_id)
+        storage.delete("sweeps/emptied/mlflow.json")
+    with closing(sqlite3.connect(database_of(tracker.uri))) as database, database:
+        own = "run_uuid IN (SELECT run_uuid FROM runs WHERE experiment_id = ?)"  # the database is the other tests', too
+        experiment = client_of(tracker).get_experiment_by_name(tracker.name).experiment_id
+        database.execute(f"DELETE FROM tags WHERE key = 'orchestrator.row' AND {own}", (int(experiment),))
+    again = Tracker(storage, "emptied")
+    again.open_trial("u0", "u0", {}, {})
+    again.log_metrics("u0", {"eval.other/nll_bpd": 3.0}, 2)
+    left = again.flush(120)
+    assert left.complete, str(left)
+    runs = runs_of(tracker)
+    [trial], [sweep] = runs["u0"], runs["sweep"]
+    assert trial.data.tags["mlflow.parentRunId"] == sweep.info.run_id
+    assert trial.data.metrics["eval.other/nll_bpd"] == 3.0 and trial.data.metrics["valid/nll_bpd"] == 3.5
+    run_sweep(storage, "emptied", ("u0",))
+    assert {run.info.status for [run] in runs_of(tracker).values()} == {"FINISHED"}
 
 
 def test_what_mlflow_would_spoil_is_kept_in_other_ways(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
@@ -283,6 +493,53 @@ def test_what_mlflow_would_spoil_is_kept_in_other_ways(storage: Storage, caplog:
     assert "MLflow keeps T=50; it is now 200" in caplog.text
 
 
+def test_params_of_any_type_and_metrics_that_are_not_finite(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
+    """As a search over `evaluation.nll.timesteps` of [all, 10] has them: another type in each trial."""
+    values: list[Any] = [
+        "all",
+        10,
+        None,
+        True,
+        [1, "a"],
+        {"b": None},
+        1e-5,
+        math.inf,
+        math.nan,
+        "x" * 6001,
+        ["y" * 6000],
+        "é" * 6000,
+    ]
+    for _ in range(2):
+        tracker = Tracker(storage, "mixed")
+        tracker.open_sweep({}, {})
+        for number, value in enumerate(values):
+            tracker.open_trial(f"t{number}", f"t{number}", {"evaluation.nll.timesteps": value}, {})
+            odd = {"eval/a": math.inf, "eval/b": -math.inf, "eval/c": math.nan, "eval/d": 1.5}
+            tracker.log_metrics(f"t{number}", odd, step=3)
+            tracker.close_trial(f"t{number}", "FINISHED")
+        tracker.close_sweep("FINISHED")
+        left = tracker.flush(120)
+        assert left.complete, str(left)
+    runs = runs_of(tracker)
+    texts = {
+        address: run.data.params["evaluation.nll.timesteps"] for address, [run] in runs.items() if address != "sweep"
+    }
+    assert [texts[f"t{n}"] for n in range(9)] == [param_text(value) for value in values[:9]]
+    assert (
+        all("artifact long/evaluation.nll.timesteps.txt" in texts[f"t{n}"] for n in (9, 10))
+        and texts["t11"] == values[11]
+    )
+    for [run] in (same for address, same in runs.items() if address != "sweep"):
+        assert run.data.metrics == {"eval/d": 1.5} and len(history_of(tracker, run, "eval/d")) == 1
+        tags = {key: text for key, text in run.data.tags.items() if key.startswith(("nonfinite", "changed"))}
+        assert tags == {
+            "nonfinite.eval/a": "inf at step 3",
+            "nonfinite.eval/b": "-inf at step 3",
+            "nonfinite.eval/c": "nan at step 3",
+        }
+    assert "MLflow keeps" not in caplog.text
+
+
 def test_a_refused_call_is_told_and_the_others_go_on(storage: Storage) -> None:
     tracker = Tracker(storage, "refused")
     tracker.open_sweep({}, {})
@@ -296,12 +553,37 @@ def test_a_refused_call_is_told_and_the_others_go_on(storage: Storage) -> None:
     assert run.data.metrics == {"good": 2.0} and run.info.status == "FINISHED"
 
 
+def test_a_server_that_refuses_all_is_told_in_a_few_lines(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise MlflowException("Permission denied", PERMISSION_DENIED)
+
+    tracker = Tracker(storage, "forbidden")
+    monkeypatch.setattr(MlflowClient, "create_run", refuse)
+    tracker.open_sweep({}, {})
+    for number in range(20):
+        tracker.open_trial(f"p{number}", f"p{number}", PARAMS, {})
+    left = tracker.flush(120)
+    assert left.calls == 0 and len(left.refused) > 20
+    assert "opening the sweep: MlflowException: Permission denied" in str(left).splitlines()[0]
+    assert len(str(left).splitlines()) == 5
+    assert len([r for r in caplog.records if r.levelname == "WARNING" and "is without" in r.getMessage()]) == 3
+
+
+def test_what_a_user_deleted_and_the_sweep_no_longer_has_stays_deleted(storage: Storage) -> None:
+    for name in ("z0", "z1"):
+        write_journal(storage, name, 3)
+    tracker = run_sweep(storage, "edited", ("z0", "z1"))
+    for address in ("z0", "z1"):
+        [run] = runs_of(tracker)[address]
+        client_of(tracker).delete_run(run.info.run_id)
+    assert sorted(runs_of(run_sweep(storage, "edited", ("z0",)))) == ["sweep", "z0"]
+
+
 def test_a_run_whose_making_was_answered_by_an_error_is_not_made_twice(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
     write_journal(storage, "l0", 3)
     make = MlflowClient.create_run
     answers = iter(["lost", "lost"])
@@ -325,7 +607,7 @@ def test_a_missing_image_is_told_and_holds_nothing_back(storage: Storage) -> Non
     tracker.open_trial("m0", "m0", {}, {})
     tracker.close_sweep("FINISHED")
     left = tracker.flush(120)
-    assert not left.complete and "image trials/m0/samples/step-00000000.png: no such file" in str(left)
+    assert not left.complete and "image trials/m0/samples/step-00000000.png: it is gone or damaged" in str(left)
     (run,) = runs_of(tracker)["m0"]
     assert history_of(tracker, run, "valid/nll_bpd") == points_of(lines, "valid/nll_bpd")
     assert len(image_files(tracker, run)) == 2
@@ -341,10 +623,168 @@ def test_a_database_is_made_once_and_copied_and_never_over_another(tmp_path: Pat
         client = MlflowClient(f"sqlite:///{tmp_path}/{folder}/mlflow.db")
         client.create_experiment(f"of {folder}")
         assert {e.name for e in client.search_experiments()} == {"Default", f"of {folder}"}
-        assert template.parent.name not in str(client.get_experiment("0").artifact_location)
+        assert str(template.parent) not in str(client.get_experiment("0").artifact_location)
     make_database(tmp_path / "b/mlflow.db", tmp_path)
     client = MlflowClient(f"sqlite:///{tmp_path}/b/mlflow.db")
     assert client.get_experiment_by_name("of b") is not None
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_a_finished_sweep_is_read_there(tmp_path: Path) -> None:
+    """Read-only, as another computer's snapshot is: bound so in a mount namespace of the process."""
+    storage = Storage(tmp_path / "runs")
+    write_journal(storage, "r0", 3)
+    tracker = Tracker(storage, "kept")
+    tracker.open_sweep({}, {}, compare=ComparisonView(params=("T",), metrics=("valid/nll_bpd",)))
+    tracker.log_artifact(None, b"a: 1", "experiment.yaml")
+    tracker.open_trial("r0", "r0", {}, {})
+    tracker.close_sweep("FINISHED")
+    assert tracker.flush(120).complete
+    code = (
+        "import sys; from orchestrator.tracking.tracker import Tracker; from workers.storage import Storage\n"
+        "tracker = Tracker(Storage(sys.argv[1]), 'kept'); print(tracker.lacks(['r0'], None))\n"
+        "try: tracker.check()\nexcept ValueError as error: print(error)"
+    )
+    folder = shlex.quote(str(tmp_path / "runs"))
+    bound = f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder} && exec "
+    command = bound + shlex.join([sys.executable, "-c", code, str(tmp_path / "runs")])
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    done = subprocess.run(["unshare", "-m", "sh", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    first, *rest = done.stdout.splitlines()
+    assert first == "False", done.stderr
+    assert len(rest) == 1 and "mlflow.db cannot be written: [Errno 30] Read-only file system" in rest[0]
+
+
+@pytest.mark.parametrize("name", ["plain", "a b", "a%20b", "a?b", "a#b", "ü", "100%", "a%3Fb", "?uri=true", "a;b&c=d"])
+def test_a_database_lies_where_the_path_says(name: str) -> None:
+    path = Path("/somewhere", name, "mlflow.db")
+    assert make_url(database_uri(path)).database == str(path) and database_of(database_uri(path)) == path
+
+
+def _garbage(path: Path) -> None:
+    path.write_text("not a database, whatever its name says " * 100)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[4096:8192] = bytes(byte ^ 0x20 for byte in content[4096:8192])
+    path.write_bytes(content)
+
+
+def _of_somebody_else(path: Path) -> None:
+    path.unlink()
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE invoices (number INTEGER)")
+
+
+def _of_another_version(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = '0123456789ab'")
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        (_garbage, "is damaged (file is not a database)"),
+        (_cut, "is damaged ("),
+        (_flipped, "is damaged ("),
+        (_of_somebody_else, "none of MLflow's: it has tables such as invoices"),
+        (_of_another_version, "has the schema 0123456789ab, MLflow 3"),
+        (_folder, "is damaged (unable to open database file)"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_told_and_another_one_gets_everything(
+    tmp_path: Path, damage: Callable[[Path], None], told: str
+) -> None:
+    storage, path = Storage(tmp_path), tmp_path / "mlflow.db"
+    lines = write_journal(storage, "h0", 4)
+    run_sweep(storage, "damaged", ("h0",))
+    damage(path)
+    with pytest.raises(Mistake, match=re.escape(told)) as mistake:
+        Tracker(storage, "damaged").check()
+    assert str(path) in str(mistake.value) and "\n" not in str(mistake.value)
+    with pytest.raises(Mistake, match=re.escape(told)):
+        ui.server_command(tmp_path, 0)
+    with pytest.raises(Mistake, match=re.escape(told)):
+        registry.versions(storage, None)
+    path.rename(tmp_path / "mlflow.db.old")
+    tracker = run_sweep(storage, "damaged", ("h0",))
+    assert history_of(tracker, runs_of(tracker)["h0"][0], "valid/nll_bpd") == points_of(lines, "valid/nll_bpd")
+
+
+def test_a_database_that_is_damaged_meanwhile_is_told_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = Storage(tmp_path)
+    write_journal(storage, "g0", 4)
+    tracker = Tracker(storage, "meanwhile")
+    tracker.open_sweep({}, {})
+    assert tracker.flush(120).complete
+    _garbage(tmp_path / "mlflow.db")
+    caplog.clear()
+    tracker.open_trial("g0", "g0", {}, {})
+    tracker.close_sweep("FINISHED")
+    left = tracker.flush(3600)  # and does not wait for what does not come
+    assert not left.complete and left.points == 14 and not left.refused
+    assert "takes nothing (the file is damaged (file is not a database)); 3 calls wait" in str(left)
+    assert "mend that, then run the same command again" in str(left)
+    assert [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()] == [
+        f"MLflow at {tracker.uri}: the file is damaged (file is not a database); tried again, the journals keep every "
+        "point meanwhile",
+    ]
+
+
+def test_a_journal_of_sqlite_that_a_kill_left_spoils_no_new_database(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    make_database(path, default_cache())
+    (tmp_path / "kept").mkdir()
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA cache_size = 1")
+        database.execute("BEGIN")
+        database.execute("DELETE FROM alembic_version")
+        database.execute("CREATE TABLE filler AS SELECT hex(randomblob(100000)) AS text")
+        shutil.copy(f"{path}-journal", tmp_path / "kept")  # as the process is killed here
+    path.unlink()
+    shutil.copy(tmp_path / "kept/mlflow.db-journal", tmp_path)
+    make_database(path, default_cache())
+    check_database(path, default_cache())
+    assert [file.name for file in tmp_path.glob("mlflow*")] == ["mlflow.db"]
+
+
+def test_a_database_on_a_full_disk_is_told_in_one_line_and_gets_the_rest_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = Storage(tmp_path)
+    lines = write_journal(storage, "o0", 2000, images_every=500)
+    tracker = Tracker(storage, "full")
+    tracker.open_sweep({}, {})
+    assert tracker.flush(120).complete
+    caplog.clear()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "mlflow.db").stat().st_size, hard))
+    try:
+        tracker.open_trial("o0", "o0", PARAMS, {}, [DIGITS])
+        tracker.close_trial("o0", "FINISHED")
+        tracker.close_sweep("FINISHED")
+        left = tracker.flush(3600)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not left.complete and left.points > 0 and not left.refused and "takes nothing (" in str(left)
+    assert len([r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]) == 1, caplog.text
+    assert "Traceback" not in caplog.text
+    left = tracker.flush(120)  # or in the next command
+    assert left.complete, str(left)
+    assert history_of(tracker, runs_of(tracker)["o0"][0], "valid/nll_bpd") == points_of(lines, "valid/nll_bpd")
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 @pytest.fixture(scope="module")
@@ -397,9 +837,65 @@ def test_a_server_that_dies_in_the_middle_gets_everything_in_the_end(
     # Another tracking URI is another copy: all of it is replayed there, and this one is left alone.
     moved = run_sweep(storage, "served", ("s0",))
     assert history_of(moved, runs_of(moved)["s0"][0], "train/loss_simple") == points_of(lines, "train/loss_simple")
-    assert sorted(storage.read_json("sweeps/served/mlflow.json")) == [server.uri, "mlflow.db"]
+    assert sorted(storage.read_sealed("sweeps/served/mlflow.json") or {}) == [server.uri, "mlflow.db"]
     server.stop()
     assert capfd.readouterr() == ("", "")  # MLflow and alembic write nothing between the sweep's own lines
+
+
+CUT = b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"  # and ends in the middle
+
+
+def test_a_server_that_stumbles_at_first_is_asked_again(server: Server, tmp_path: Path) -> None:
+    server.start()
+    with Between([b"", answer("500 Internal Server Error", "<html>oops</html>"), CUT], server) as between:
+        storage = Storage(tmp_path)
+        lines = write_journal(storage, "e0", 4)
+        tracker = Tracker(storage, "stumbles", between.uri)
+        tracker.check()
+        assert between.left == []
+        tracker = run_sweep(storage, "stumbles", ("e0",), between.uri)
+        assert history_of(tracker, runs_of(tracker)["e0"][0], "valid/nll_bpd") == points_of(lines, "valid/nll_bpd")
+    with Between([b"", CUT], server) as between:
+        assert registry.versions(storage, between.uri) == [] and between.left == []
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    "always, told",
+    [
+        (b"", "Remote end closed connection without response"),
+        (CUT, "IncompleteRead"),
+        (answer("500 Internal Server Error", "<html>oops</html>"), "HTTP 500"),
+        (answer("502 Bad Gateway", "<html>nginx</html>"), "HTTP 502"),
+        (answer("503 Service Unavailable", "{}", "text/json"), "INTERNAL_ERROR"),
+        (answer("429 Too Many Requests", "slower"), "HTTP 429"),
+    ],
+    ids=["dropped", "cut", "500", "502", "503", "429"],
+)
+def test_what_may_pass_is_waited_for(tmp_path: Path, always: bytes, told: str) -> None:
+    with Between([always]) as between:
+        tracker = Tracker(Storage(tmp_path), "x", between.uri)
+        with pytest.raises(Mistake, match=rf"No MLflow server answers at tracking.uri={between.uri} for 1 s: .*{told}"):
+            tracker.check(timeout_s=1)
+
+
+@pytest.mark.parametrize(
+    "always, told",
+    [
+        (answer("401 Unauthorized", "You are not authenticated."), "HTTP 401.*MLFLOW_TRACKING_USERNAME"),
+        (answer("200 OK", "<html>Sign in to the hotel's network</html>"), "no MLflow server, or a page before it"),
+        (answer("404 Not Found", "<html>nothing here</html>"), "HTTP 404"),
+        (answer("404 Not Found", '{"detail": "Not Found"}', "application/json"), "HTTP 404, ..detail"),
+        (answer("403 Forbidden", "<html>proxy</html>"), "HTTP 403"),
+        (answer("403 Forbidden", "Invalid Host header"), "HTTP 403, Invalid Host header"),
+    ],
+    ids=["401", "page", "404", "another API", "403", "host"],
+)
+def test_what_no_waiting_mends_is_told_at_once(tmp_path: Path, always: bytes, told: str) -> None:
+    with Between([always]) as between:
+        tracker = Tracker(Storage(tmp_path), "x", between.uri)
+        with pytest.raises(Mistake, match=rf"(?s)tracking.uri={between.uri} cannot be used: .*{told}"):
+            tracker.check(timeout_s=3600)
 
 
 def test_an_address_where_nobody_listens_is_told_before_anything_starts(tmp_path: Path) -> None:
@@ -407,9 +903,38 @@ def test_an_address_where_nobody_listens_is_told_before_anything_starts(tmp_path
         taken.bind(("127.0.0.1", 0))
         tracker = Tracker(Storage(tmp_path), "dead", f"http://127.0.0.1:{taken.getsockname()[1]}")
         with pytest.raises(
-            ValueError, match=r"(?s)No MLflow server answers at tracking.uri=http.*refused.*mlflow server --host"
+            Mistake, match=r"(?s)No MLflow server answers at tracking.uri=http.*refused.*mlflow server --host"
         ):
-            tracker.check()
+            tracker.check(timeout_s=2)
+    tracker = Tracker(Storage(tmp_path), "dead", "http://no-such-host.invalid:5000")
+    with pytest.raises(Mistake, match="no-such-host"):
+        tracker.check(timeout_s=2)
+
+
+def test_addresses_of_the_environment_are_not_used_and_that_is_said(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.setenv(name, "http://user:secret@127.0.0.1:1")
+    say_unused.cache_clear()
+    write_journal(storage, "v0", 2)
+    tracker = run_sweep(storage, "environment", ("v0",))
+    assert "v0" in runs_of(tracker)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        said = f"{name}=http://***@127.0.0.1:1 of the environment is not used: runs and models go to {tracker.uri},"
+        assert caplog.text.count(said) == 1
+    assert connect(tracker.uri)._registry_uri == tracker.uri and "secret" not in caplog.text
+
+
+def test_an_address_of_the_environment_that_is_the_same_is_not_mentioned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    uri = database_uri(tmp_path / "runs/mlflow.db")
+    for named in (uri, "sqlite:///runs/mlflow.db"):
+        assert unused(uri, {"MLFLOW_TRACKING_URI": named}) == []
+    assert unused("http://host:5000", {"MLFLOW_REGISTRY_URI": "http://host:5000/"}) == []
+    assert len(unused(uri, {"MLFLOW_TRACKING_URI": "http://host", "MLFLOW_REGISTRY_URI": "databricks-uc"})) == 2
 
 
 @pytest.mark.parametrize(
@@ -439,7 +964,7 @@ def test_the_link_shows_the_trials_of_the_sweep_side_by_side(done: Any) -> None:
     options = {key: value for key, (value,) in parse_qs(query).items()}
     assert options["workflowType"] == "machine_learning" and options["compareRunsMode"] == "CHART"
     children = client_of(tracker).search_runs([experiment.experiment_id], unquote(options["searchFilter"]))
-    assert sorted(run.data.tags["orchestrator.address"] for run in children) == ["d0", "d1"]
+    assert sorted(run.data.tags["orchestrator.row"] for run in children) == ["d0", "d1"]
 
 
 def views_of(tracker: Tracker) -> dict[str, Any]:
@@ -454,7 +979,7 @@ def views_of(tracker: Tracker) -> dict[str, Any]:
 
 def test_the_ready_made_comparison_goes_along_with_the_sweep(storage: Storage) -> None:
     """Its link is the same from the beginning; the step of the images and the best trial are those of the moment."""
-    compare = Comparison(
+    compare = ComparisonView(
         params=("diffusion.T",), metrics=("eval/nll_bpd", "eval/fd_classifier"), images=("eval/samples",)
     )
     tracker = Tracker(storage, "compared")

@@ -1,13 +1,16 @@
 """The training loop in plain Python: what it is a function of, and that stopping it changes nothing."""
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+from torch.multiprocessing.spawn import spawn
 
-from workers import checkpoint as checkpoints
 from workers.config import (
     DataConfig,
     DiffusionConfig,
@@ -17,10 +20,15 @@ from workers.config import (
     TrainingConfig,
     Trial,
 )
-from workers.data import prepare
+from workers.data.dataset import prepare
 from workers.diffusion.timesteps import KEPT
+from workers.identity import trial_id
+from workers.journal import read_points
+from workers.network import checkpoint as checkpoints
+from workers.network import manifest
+from workers.seals import seal_lines
 from workers.storage import Storage
-from workers.training import World, batch_rows, learning_rate, read_status, share, train
+from workers.training import World, autocast, batch_rows, learning_rate, share, train
 
 TRIAL = Trial(
     data=DataConfig(source="digits"),
@@ -41,14 +49,13 @@ def trained(storage: Storage, trial: Trial = TRIAL) -> str:
     """Trains to the end; gives the digest of the final weights."""
     for _ in train(trial, prepare(trial.data), storage, "trials/a"):
         pass
-    newest = checkpoints.newest(storage, "trials/a/checkpoints")
+    newest = manifest.newest(storage, "trials/a/checkpoints")
     assert newest and newest.step == trial.training.steps
     return newest.digest
 
 
 def points(storage: Storage) -> list[dict]:
-    lines = storage.read("trials/a/journal.jsonl").decode().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "time_ms"} for line in lines]
+    return [{k: v for k, v in point.items() if k != "time_ms"} for point in read_points(storage, "trials/a")]
 
 
 def without_rates(found: list[dict]) -> list[dict]:
@@ -61,9 +68,9 @@ def test_yields_at_step_0_at_each_validation_and_at_the_end(tmp_path: Path) -> N
     progress = list(train(TRIAL, prepare(TRIAL.data), Storage(tmp_path), "trials/a"))
     assert [p.step for p in progress] == [0, 6, 12]
     assert [p.state for p in progress] == ["running", "running", "finished"]
-    status = read_status(Storage(tmp_path), "trials/a")
+    status = Storage(tmp_path).read_sealed("trials/a/status.json")
     assert status and status["state"] == "finished"
-    newest = checkpoints.newest(Storage(tmp_path), "trials/a/checkpoints")
+    newest = manifest.newest(Storage(tmp_path), "trials/a/checkpoints")
     assert newest and status["checkpoint"] == newest.digest
     images = [p["path"] for p in points(Storage(tmp_path)) if "image" in p]
     assert len(images) == 3 and all((tmp_path / path).read_bytes()[:4] == b"\x89PNG" for path in images)
@@ -80,7 +87,7 @@ def test_training_lowers_the_bound(tmp_path: Path) -> None:
 def test_a_loop_that_was_stopped_and_resumed_ends_in_the_same_bits(tmp_path: Path, stop_after: int) -> None:
     whole, parts = Storage(tmp_path / "whole"), Storage(tmp_path / "parts")
     expected = trained(whole)
-    loop = train(TRIAL, prepare(TRIAL.data), parts, "trials/a")
+    loop: Any = train(TRIAL, prepare(TRIAL.data), parts, "trials/a")
     for _ in range(stop_after):
         next(loop)
     loop.close()
@@ -88,14 +95,70 @@ def test_a_loop_that_was_stopped_and_resumed_ends_in_the_same_bits(tmp_path: Pat
     assert without_rates(points(parts)) == without_rates(points(whole))
 
 
-VARIED = [
+def to(steps: int, trial: Trial = TRIAL) -> Trial:
+    return trial.model_copy(update={"training": trial.training.model_copy(update={"steps": steps})})
+
+
+def digest_at(storage: Storage, step: int) -> str | None:
+    found = manifest.at_step(storage, "trials/a/checkpoints", step)
+    return found.digest if found else None
+
+
+def steps_of(storage: Storage, trial: Trial, also_keep: Sequence[int] = ()) -> list[tuple[int, str]]:
+    loop = train(trial, prepare(trial.data), storage, "trials/a", also_keep=also_keep)
+    return [(progress.step, progress.state) for progress in loop]
+
+
+def test_a_finished_trial_goes_on_to_more_steps_and_ends_in_the_bits_of_one_that_was_asked_for_so(
+    tmp_path: Path,
+) -> None:
+    whole, longer = Storage(tmp_path / "whole"), Storage(tmp_path / "longer")
+    expected = trained(whole, to(12))
+    assert steps_of(longer, to(5)) == [(0, "running"), (5, "finished")]
+    assert steps_of(longer, to(12), also_keep=[5]) == [(5, "running"), (6, "running"), (12, "finished")]
+    assert digest_at(longer, 12) == expected
+    assert digest_at(longer, 5) == trained(Storage(tmp_path / "short"), to(5))
+    status = longer.read_sealed("trials/a/status.json")
+    assert status and (status["state"], status["step"]) == ("finished", 12)
+
+
+def test_a_trial_is_trained_once_for_several_steps_and_keeps_their_checkpoints(tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "all")
+    reached = steps_of(storage, to(12), also_keep=[4, 7])
+    assert reached == [(step, "running") for step in (0, 4, 6, 7)] + [(12, "finished")]
+    assert storage.list("trials/a/checkpoints") == [manifest.step_name(step) for step in (4, 7, 12)]
+    for step in (4, 7, 12):
+        assert digest_at(storage, step) == trained(Storage(tmp_path / f"{step}"), to(step))
+
+
+def test_a_checkpoint_of_an_earlier_step_is_made_again_and_leaves_what_is_there(tmp_path: Path) -> None:
+    """From the nearest one before it; the trial's status, journal and later checkpoints stay."""
+    storage = Storage(tmp_path)
+    steps_of(storage, to(12), also_keep=[4])
+    before, status, then = points(storage), storage.read_sealed("trials/a/status.json"), digest_at(storage, 12)
+    assert steps_of(storage, to(7)) == [(6, "running"), (7, "finished")]
+    assert digest_at(storage, 7) and digest_at(storage, 12) == then and digest_at(storage, 4)
+    assert storage.read_sealed("trials/a/status.json") == status
+    assert [p for p in without_rates(points(storage)) if p["step"] != 7] == [
+        p for p in without_rates(before) if p["step"] != 7
+    ]
+    assert steps_of(storage, to(12), also_keep=[4, 7]) == [(12, "finished")]
+
+
+def test_the_steps_of_a_rate_that_falls_to_the_last_one_are_in_the_id() -> None:
+    decaying = TRIAL.model_copy(update={"training": TRIAL.training.model_copy(update={"decay": "cosine"})})
+    assert trial_id(to(12, decaying), "d") != trial_id(to(5, decaying), "d")
+    assert trial_id(to(12), "d") == trial_id(to(5), "d")
+
+
+VARIED: list[dict[str, Any]] = [
     {"timesteps": "importance", "T": 5, "prediction": "v", "variance": "learned_range", "objective": "kl"},
     {"timesteps": "stratified", "T": 50, "prediction": "x_0", "variance": "learned", "objective": "hybrid"},
     {"timesteps": "antithetic", "T": 50, "prediction": "mu", "variance": "fixed_small", "objective": "mse"},
 ]
 
 
-def varied(timesteps: str, T: int, prediction: str, variance: str, objective: str, workers: int = 1) -> Trial:
+def varied(timesteps: str, T: int, prediction: Any, variance: Any, objective: Any, workers: int = 1) -> Trial:
     """T = 5 has KEPT losses of each t after some steps, so that importance sampling is under way."""
     schedule = ScheduleConfig(beta_end=0.5) if T == 5 else TRIAL.diffusion.schedule
     diffusion = DiffusionConfig(T=T, schedule=schedule, prediction=prediction, variance=variance)
@@ -109,12 +172,12 @@ def test_every_choice_resumes_in_the_same_bits_and_is_measured(tmp_path: Path, s
     """The losses that importance sampling remembers are part of the checkpoint."""
     trial, whole, parts = varied(**settings), Storage(tmp_path / "whole"), Storage(tmp_path / "parts")
     expected = trained(whole, trial)
-    loop = train(trial, prepare(trial.data), parts, "trials/a")
+    loop: Any = train(trial, prepare(trial.data), parts, "trials/a")
     assert [next(loop).step, next(loop).step] == [0, 6]
     loop.close()
     assert trained(parts, trial) == expected
     assert without_rates(points(parts)) == without_rates(points(whole))
-    newest = checkpoints.newest(whole, "trials/a/checkpoints")
+    newest = manifest.newest(whole, "trials/a/checkpoints")
     assert newest
     _, state, _ = checkpoints.load_state(newest)
     assert ("history.seen" in state) == (settings["timesteps"] == "importance")
@@ -128,7 +191,7 @@ def test_every_choice_resumes_in_the_same_bits_and_is_measured(tmp_path: Path, s
 
 def _worker(rank: int, size: int, folder: str, settings: dict) -> None:
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", size)
+    store = FileStore(f"{folder}/store", size)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
     trial = varied(**settings, workers=size)
     for _ in train(trial, prepare(trial.data), Storage(f"{folder}/two"), "trials/a", World(rank, size)):
@@ -139,7 +202,7 @@ def _worker(rank: int, size: int, folder: str, settings: dict) -> None:
 def test_two_workers_share_what_importance_sampling_remembers(tmp_path: Path) -> None:
     """Losses, and so p_t and the t that are drawn, are those of one worker up to rounding."""
     trained(Storage(tmp_path / "one"), varied(**VARIED[0]))
-    torch.multiprocessing.spawn(_worker, (2, str(tmp_path), VARIED[0]), nprocs=2)
+    spawn(_worker, (2, str(tmp_path), VARIED[0]), nprocs=2)
     one, two = (without_rates(points(Storage(tmp_path / name))) for name in ("one", "two"))
     assert len(one) == len(two) > 12
     for a, b in zip(one, two, strict=True):
@@ -147,7 +210,7 @@ def test_two_workers_share_what_importance_sampling_remembers(tmp_path: Path) ->
         assert a.get("metrics", {}) == pytest.approx(b.get("metrics", {}), rel=1e-3, abs=1e-6)
     histories = []
     for name in ("one", "two"):
-        newest = checkpoints.newest(Storage(tmp_path / name), "trials/a/checkpoints")
+        newest = manifest.newest(Storage(tmp_path / name), "trials/a/checkpoints")
         assert newest
         histories.append(checkpoints.load_state(newest)[1])
     assert torch.equal(histories[0]["history.seen"], histories[1]["history.seen"])
@@ -161,17 +224,16 @@ def test_a_kill_between_checkpoint_and_validation_leaves_no_point_out_and_none_t
     # As if killed at step 9: the journal of step 6 stands, the checkpoint of step 12 was never written.
     for name in cut.list("trials/a/checkpoints"):
         cut.delete(f"trials/a/checkpoints/{name}")
-    lines = cut.read("trials/a/journal.jsonl").decode().splitlines(keepends=True)
-    cut.write("trials/a/journal.jsonl", "".join(x for x in lines if json.loads(x)["step"] <= 6).encode())
+    kept = [point for point in read_points(cut, "trials/a") if point["step"] <= 6]
+    cut.write("trials/a/journal.jsonl", seal_lines(kept, "trials/a/journal.jsonl"))
     assert trained(cut) == expected
     assert without_rates(points(cut)) == without_rates(points(whole))
 
 
 def test_another_seed_or_weighting_is_another_result(tmp_path: Path) -> None:
-    digests = [
-        trained(Storage(tmp_path / str(i)), TRIAL.model_copy(update=update))
-        for i, update in enumerate([{}, {"seed": 1}, {"loss": TRIAL.loss.model_copy(update={"weighting": "vlb"})}])
-    ]
+    weighting = TRIAL.loss.model_copy(update={"weighting": "vlb"})
+    others: list[dict[str, Any]] = [{}, {"seed": 1}, {"loss": weighting}]
+    digests = [trained(Storage(tmp_path / str(i)), TRIAL.model_copy(update=update)) for i, update in enumerate(others)]
     assert len(set(digests)) == 3
 
 
@@ -179,7 +241,7 @@ def test_a_loss_that_is_not_finite_ends_the_trial_as_a_result(tmp_path: Path) ->
     wild = TRIAL.model_copy(update={"training": TRIAL.training.model_copy(update={"lr": 1e30})})
     *_, last = train(wild, prepare(wild.data), Storage(tmp_path), "trials/a")
     assert last.state == "diverged" and "diverged by step" in last.detail
-    status = read_status(Storage(tmp_path), "trials/a")
+    status = Storage(tmp_path).read_sealed("trials/a/status.json")
     assert status and status["state"] == "diverged"
 
 
@@ -189,6 +251,33 @@ def test_every_epoch_holds_every_image_once() -> None:
     for epoch in rows.reshape(-1, n):
         assert sorted(epoch) == list(range(n))
     assert not np.array_equal(rows[:n], rows[n : 2 * n])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 90, 127, 128])
+def test_a_batch_may_hold_many_epochs(n: int) -> None:
+    """Whatever permutations are kept, the rows are those of one step by itself; a loop keeps only those in use."""
+    kept: dict[int, np.ndarray] = {}
+    steps = [batch_rows(3, step, 128, n, kept) for step in range(n)]
+    assert all(np.array_equal(rows, batch_rows(3, step, 128, n, {})) for step, rows in enumerate(steps))
+    assert (np.bincount(np.concatenate(steps), minlength=n) == 128).all(), "every image as often"
+    assert len(kept) <= 128 // n + 2
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 90])
+def test_a_data_set_smaller_than_a_batch_trains_and_resumes_in_the_same_bits(tmp_path: Path, n: int) -> None:
+    for row, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (n, 8, 8), dtype=np.uint8)):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / f"images/{row:02}.png")
+    training = TRIAL.training.model_copy(update={"batch_size": 128, "steps": 4, "validate_every": 2})
+    trial = TRIAL.model_copy(update={"data": DataConfig(source=str(tmp_path / "images")), "training": training})
+    whole, parts = Storage(tmp_path / "whole"), Storage(tmp_path / "parts")
+    expected = trained(whole, trial)
+    loop: Any = train(trial, prepare(trial.data), parts, "trials/a")
+    next(loop), next(loop)
+    loop.close()
+    assert trained(parts, trial) == expected
+    assert without_rates(points(parts)) == without_rates(points(whole))
+    assert all(np.isfinite(value) for point in points(whole) for value in point.get("metrics", {}).values())
 
 
 def test_the_shares_of_all_workers_are_the_whole_in_order() -> None:
@@ -210,13 +299,13 @@ def test_averages_of_other_lengths_are_kept_beside_the_trial_s_own(tmp_path: Pat
     averages = TRIAL.training.model_copy(update={"averages": (0.0, 0.9, 0.5)})
     trial, dataset = TRIAL.model_copy(update={"training": averages}), prepare(TRIAL.data)
     whole = trained(Storage(tmp_path / "whole"), trial)
-    loop = train(trial, dataset, Storage(tmp_path / "cut"), "trials/a")
+    loop: Any = train(trial, dataset, Storage(tmp_path / "cut"), "trials/a")
     assert [next(loop).step, next(loop).step] == [0, 6]
     loop.close()
     assert trained(Storage(tmp_path / "cut"), trial) == whole == trained(Storage(tmp_path / "plain"))
 
-    def newest(name: str) -> checkpoints.Checkpoint:
-        found = checkpoints.newest(Storage(tmp_path / name), "trials/a/checkpoints")
+    def newest(name: str) -> manifest.Checkpoint:
+        found = manifest.newest(Storage(tmp_path / name), "trials/a/checkpoints")
         assert found
         return found
 
@@ -227,10 +316,33 @@ def test_averages_of_other_lengths_are_kept_beside_the_trial_s_own(tmp_path: Pat
     assert any((kept[0.5][name] != ema[name]).any() for name in ema)
     assert newest("whole").sums != newest("plain").sums
     for decay, of_plain in ((None, True), (0.9, True), (0.5, False), (0.0, False)):
-        one, other = (checkpoints.averaged(newest(name), decay) for name in ("whole", "cut"))
+        one, other = (manifest.averaged(newest(name), decay) for name in ("whole", "cut"))
         assert one.digest == other.digest and (one.digest == newest("plain").digest) == of_plain
         model, _ = checkpoints.load(one)
         weights = ema if decay is None else kept[decay]
         assert all(torch.equal(p, weights[name]) for name, p in model.network.state_dict().items())
-    with pytest.raises(checkpoints.CheckpointError, match=r"no average of evaluation\.ema = 0\.5; it has none"):
-        checkpoints.averaged(newest("plain"), 0.5)
+    with pytest.raises(manifest.CheckpointError, match=r"no average of evaluation\.ema = 0\.5; it has none"):
+        manifest.averaged(newest("plain"), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "channels", "prediction", "is_bf16"),
+    [
+        (True, False, 32, "eps", True),
+        (False, True, 32, "eps", True),
+        (False, False, 32, "eps", False),
+        (True, True, 31, "eps", False),
+        (True, True, 32, "mu", False),
+    ],
+)
+def test_auto_takes_bf16_where_the_processor_has_it_and_it_pays(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, channels: int, prediction: str, is_bf16: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    trial = Trial(
+        data=DataConfig(source="digits"), model=ModelConfig(channels=channels), training=TrainingConfig(steps=1),
+        diffusion=DiffusionConfig(prediction=prediction),
+    )  # fmt: skip
+    with autocast(trial, torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu") == is_bf16

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from workers.config import ModelConfig
+from workers.network.unet import UNet
+from workers.network.unet_config import unet_config, unet_mistakes, weights
 from workers.noise import generator
-from workers.unet import UNet
-from workers.unet_config import unet_config, unet_mistakes
 
 # What google/ddpm-cifar10-32 says in its config.json.
 CIFAR10 = {
@@ -247,5 +247,28 @@ def test_usual_widths_are_accepted_with_the_default_groups(channels: int) -> Non
 
 
 def test_the_config_is_checked_without_torch() -> None:
-    code = "import sys, workers.unet_config; sys.exit('torch' in sys.modules)"
+    code = "import sys, workers.network.unet_config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ModelConfig(),
+        ModelConfig(channels=32, multipliers=(1, 2), blocks=1, attention=(16,)),
+        ModelConfig(channels=64, multipliers=(1, 2, 2, 4), blocks=3, attention=(16, 8, 4)),
+        ModelConfig(channels=256, multipliers=(1,), blocks=2, attention=()),
+    ],
+)
+def test_the_weights_are_counted_without_building_the_network(model: ModelConfig) -> None:
+    with torch.device("meta"):
+        unet = UNet(unet_config(model, image_channels=3, resolution=32))
+    matrices = sum(p.numel() for p in unet.parameters() if p.dim() > 1)
+    ends = 2 * 9 * 3 * model.channels  # to and from the colours of a pixel
+    assert weights(model, resolution=32) == matrices - ends
+
+
+def test_a_network_that_no_machine_holds_is_refused_before_it_is_built() -> None:
+    hostile = ModelConfig(channels=8192, multipliers=(64, 64), blocks=64, attention=())
+    [mistake] = unet_mistakes(hostile, resolution=32)
+    assert "weights, more than 2e+10" in mistake

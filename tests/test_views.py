@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from orchestrator.state.rows import pareto_front
 from orchestrator.tracking import views
-from orchestrator.tracking.views import Comparison, View
+from orchestrator.tracking.views import ComparisonView, View
 
-COMPARE = Comparison(
+COMPARE = ComparisonView(
     params=("diffusion.T", "loss.weighting"),
     metrics=("eval/nll_bpd", "eval/fd_classifier"),
     curve="valid/nll_bpd",
@@ -57,8 +58,18 @@ def test_one_view_for_the_front_and_one_for_each_setting() -> None:
     assert group["groupByKeys"] == [{"mode": "param", "groupByData": "loss.weighting"}]
 
 
+def test_where_seeds_are_searched_the_means_over_them_come_first() -> None:
+    compare = replace(COMPARE, params=("diffusion.T", "seed"), over_seeds=True)
+    found = views.views(compare, "parent", 0, "")
+    assert [v.title for v in found] == ["over seeds", "all trials", "the Pareto front", "by diffusion.T"]
+    assert compare.title == "over seeds" and COMPARE.title == "all trials"
+    state = state_of(found, "over seeds")
+    assert state["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": views.SETTING}]
+    assert {chart["type"] for chart in state["compareRunCharts"]} == {"BAR", "SCATTER", "LINE"}
+
+
 def test_what_was_not_measured_has_no_chart() -> None:
-    alone = Comparison(params=("diffusion.T",), metrics=("eval/nll_bpd",))
+    alone = ComparisonView(params=("diffusion.T",), metrics=("eval/nll_bpd",))
     view, by_setting = views.views(alone, "parent", 0, "")
     assert [chart["type"] for chart in by_setting.state["compareRunCharts"]] == ["BAR"]
     assert [chart["type"] for chart in view.state["compareRunCharts"]] == ["PARALLEL", "SCATTER", "DIFFERENCE"]
@@ -85,7 +96,7 @@ def test_more_than_ten_trials_get_a_view_for_the_images_of_each_ten() -> None:
 
 
 def test_a_view_fits_into_a_tag() -> None:
-    many = Comparison(params=tuple(f"section.setting_{i}" for i in range(100)), metrics=("a", "b", "c"))
+    many = ComparisonView(params=tuple(f"section.setting_{i}" for i in range(100)), metrics=("a", "b", "c"))
     for view in views.views(many, "f" * 32, 100_000, "f" * 32):
         text = views.tag("a name", view.state, 0)
         assert len(text) < 5000  # what a tag holds in every database
@@ -104,18 +115,21 @@ def test_a_view_fits_into_a_tag() -> None:
     ],
 )
 def test_the_pareto_front(points: dict[str, tuple[float, ...]], front: set[str]) -> None:
-    assert views.pareto_front(points) == front
+    assert pareto_front(points) == front
 
 
 def test_the_front_is_vivid_the_beaten_are_pale_and_a_trial_keeps_its_hue() -> None:
     names = [f"t{i}" for i in range(12)]
-    before = views.pareto_tags(names, {})
+    alone = [[name] for name in names]
+    before = views.pareto_tags(alone, {})
     assert all(set(tags) == {views.COLOUR} for tags in before.values())
     assert len({tags[views.COLOUR] for tags in before.values()}) == len(names)
-    after = views.pareto_tags(names, {"t0": (1, 1), "t1": (2, 2)})
+    after = views.pareto_tags(alone, {"t0": (1, 1), "t1": (2, 2)})
     assert after["t0"] == {views.COLOUR: before["t0"][views.COLOUR], "pareto": "front"}
     assert after["t1"]["pareto"] == "beaten" and after["t1"][views.COLOUR] != before["t1"][views.COLOUR]
     assert after["t2"] == before["t2"]
+    seeds = views.pareto_tags([["t0", "t1"], ["t2", "t3"]], {"t0": (1, 1), "t2": (2, 2)})
+    assert seeds["t0"] == seeds["t1"] == after["t0"] and seeds["t2"] == seeds["t3"] != seeds["t0"]
 
 
 @pytest.mark.parametrize(

@@ -7,21 +7,22 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from workers.blocks import SAMPLES
 from workers.config import SamplerConfig, Trial
-from workers.data import prepare
+from workers.data.dataset import prepare
+from workers.data.pixels import to_model
+from workers.diffusion.likelihood import pair_errors, pairs_at_once
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Process
 from workers.diffusion.samplers import sample
-from workers.features import feature_space
-from workers.likelihood import BATCH, pair_errors
+from workers.evaluation.blocks import SAMPLES
+from workers.evaluation.features import feature_space
+from workers.evaluation.make import LoadedModel
+from workers.network.unet import UNet
+from workers.network.unet_config import unet_config
 from workers.noise import generator
-from workers.pixels import to_model
 from workers.speed import Meter, Spent, training_kind
 from workers.storage import Storage
 from workers.training import steps
-from workers.unet import UNet
-from workers.unet_config import unet_config
 
 ENOUGH_S = 3.0  # of a kind of work
 SAMPLER = SamplerConfig(kind="ddim", steps=5)
@@ -46,22 +47,25 @@ def measure_speed(trial: Trial, storage_root: str) -> tuple[str, Spent]:
     learned = trial.diffusion.learned
     config = unet_config(trial.model, image_channels=dataset.shape[2], resolution=height, learned=learned)
     network = UNet(config, generator(trial.seed, "weights")).to(device).eval()
-    model = Denoiser(network, process, trial.diffusion.prediction)
+    denoiser = Denoiser(network, process, trial.diffusion.prediction)
+    model = LoadedModel(denoiser, process, device, trial.evaluation.precision).predict
 
-    rows = np.arange(BATCH) % len(dataset.held_out)
+    first = to_model(torch.from_numpy(np.array(dataset.held_out[:1])), dataset.levels).to(device)
+    batch = pairs_at_once(first)
+    rows = np.arange(batch) % len(dataset.held_out)
     x_0 = to_model(torch.from_numpy(np.array(dataset.held_out[rows])), dataset.levels).to(device)
-    t, noise = np.arange(BATCH) % trial.diffusion.T + 1, generator(0)
+    t, noise = np.arange(batch) % trial.diffusion.T + 1, generator(0)
 
     def pairs() -> object:
-        return pair_errors(process, model, x_0, rows, t, np.ones(BATCH), noise, dataset.levels)
+        return pair_errors(process, model, x_0, rows, t, np.ones(batch), noise, dataset.levels)
 
-    _repeat(meter, "nll", BATCH, pairs)
+    _repeat(meter, "nll", batch, pairs)
     if fid := trial.evaluation.fid:
         shape = (SAMPLES, dataset.shape[2], *dataset.shape[:2])
         made = SAMPLES * min(SAMPLER.steps or 1, trial.diffusion.T)
         with torch.no_grad():
             _repeat(meter, "samples", made, lambda: sample(process, model, SAMPLER, shape, noise, device=device))
-        space = feature_space(Storage(storage_root), dataset, fid.features, device)
+        space = feature_space(Storage(storage_root), dataset, fid.features, device, trial.evaluation.precision)
         images = np.array(dataset.train[:SAMPLES])
         _repeat(meter, f"features-{fid.features}", len(images), lambda: space.features(images))
     return meter.hardware, meter.spent

@@ -1,26 +1,38 @@
 """The typed records that the driver and the nodes share: one resolved trial, and nothing else.
 
-Every record is frozen and forbids unknown keys. A `Trial` is what one training and its evaluation need;
-its address is the digest of what changes its result, so names, storage, concurrency and the number of
-workers are left out of it (`trial_digest`). Importing this module imports neither torch nor ray.
+Every record is frozen and forbids unknown keys. A `Trial` is what one training and its evaluation need; its id is the
+digest of what changes its weights (`workers.identity`). Importing this module imports neither torch nor ray.
 """
 
-import hashlib
-import json
 import math
-from typing import Annotated, Any, Literal
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
-    model_serializer,
+)
+
+from workers.kinds import (
+    MEASURES,
+    OBJECTIVES,
+    PREDICTIONS,
+    SAMPLERS,
+    SCHEDULES,
+    TIMESTEPS,
+    WEIGHTINGS,
+    with_settings_of,
 )
 
 Count = Literal["all"] | Annotated[int, Field(ge=1)]
+Level = Annotated[int, Field(ge=0, le=255)]
 
 # Training noise is addressed by (seed, step, sub-batch): a global batch is cut into this many parts wherever it runs,
 # and each worker takes a whole number of them. A batch that 8 does not divide has fewer.
@@ -34,75 +46,137 @@ SAMPLE_GRID = 25
 SAMPLE_GRID_STEPS = 50  # or T, where that is less
 
 DRIVER_CPUS = 0.01  # of the process that leads the workers of a data-parallel trial: Ray Tune refuses 0
+BLOCK_GPUS = 0.25  # of a GPU, for an evaluation block where trials train on GPUs
+
+
+SECRET_OPTIONS = ("key", "password", "secret", "signature", "token")  # parts of the names of options in URIs
 
 
 class Mistake(ValueError):
-    """The user's mistake. Its message says what to do; a command prints it and exits with status 2."""
+    """The user's mistake. Its message says what to do; a command prints it and exits with its status."""
+
+    status = 2
+
+    def __str__(self) -> str:
+        return without_secrets(super().__str__())
+
+
+def without_secrets(text: str) -> str:
+    """The text with stars for names and passwords in its URIs, and for the values of options named after a secret."""
+    text = re.sub(r"((?:://|[?&]endpoint_override=)(?:https?://)?)[^/@&\s]+(?=@)", r"\1***", text)
+    return re.sub(rf"([?&][\w-]*(?:{'|'.join(SECRET_OPTIONS)})[\w-]*=)[^&\s'\"]+", r"\1***", text, flags=re.IGNORECASE)
+
+
+def _open(text: str) -> str:
+    if (shown := without_secrets(text)) != text:
+        raise ValueError(
+            f"{shown!r} holds a secret, which would end up in logs and files; leave it out, and set it in the "
+            "environment (AWS_ACCESS_KEY_ID, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, ...)"
+        )
+    try:
+        urlsplit(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is neither a path nor a URI ({error})") from error
+    return text
+
+
+Open = Annotated[str, AfterValidator(_open)]  # a path or URI that anybody may read
 
 
 class Record(BaseModel):
+    """Settings that belong together. `READS` declares which of them each choice of another one reads.
+
+    By the field that chooses and by its choices ("null" and "a number" where it is none of a few words), in the order
+    in which they govern. A field that stands in none of the lists is always read.
+    """
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    READS: ClassVar[Mapping[str, Mapping[str, tuple[str, ...]]]] = {}
+
+
+# The names of kinds are those of their tables; no type checker sees those that come from installed packages.
+if TYPE_CHECKING:
+    ScheduleName = str
+    PredictionName = str
+    ObjectiveName = str
+    WeightingName = str
+    TimestepsName = str
+    SamplerName = str
+    MeasureName = str
+else:
+    ScheduleName = Literal[tuple(SCHEDULES)]
+    PredictionName = Literal[tuple(PREDICTIONS)]
+    ObjectiveName = Literal[tuple(OBJECTIVES)]
+    WeightingName = Literal[tuple(WEIGHTINGS)]
+    TimestepsName = Literal[tuple(TIMESTEPS)]
+    SamplerName = Literal[tuple(SAMPLERS)]
+    MeasureName = Literal[tuple(MEASURES)]
+
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+MOST_STEPS = 10**9  # of anything that is only counted
 
 
 class DataConfig(Record):
     """Which images. `source` is `digits` or `gaussian`, or a path or URI: Parquet, images, CIFAR-10 binary, IDX."""
 
-    source: str
+    source: Open = Field(description="digits, gaussian, or the path or URI of images")
     resolution: int | None = Field(default=None, ge=1, description="centre-crop and resize to this many pixels")
     held_out: float = Field(default=0.1, gt=0, lt=1, description="fraction held out where the source has no test split")
+    background: tuple[Level, Level, Level] = Field(
+        default=(255, 255, 255), strict=False, description="red, green and blue under transparent pixels, 0 to 255"
+    )
     flip: bool = Field(default=False, description="mirror training images at random, left to right")
 
 
 class ModelConfig(Record):
     """eps_theta: the U-Net of Ho et al. 2020, appendix B. Defaults are the paper's for CIFAR-10 (35.7M parameters)."""
 
-    channels: int = Field(default=128, ge=1)
-    multipliers: tuple[int, ...] = Field(default=(1, 2, 2, 2), min_length=1, strict=False)
-    blocks: int = Field(default=2, ge=1, description="residual blocks a resolution")
+    channels: int = Field(default=128, ge=1, le=8192, description="channels at the highest resolution")
+    multipliers: tuple[int, ...] = Field(
+        default=(1, 2, 2, 2),
+        min_length=1,
+        max_length=16,
+        strict=False,
+        description="of the channels, one per resolution; each further resolution is half the one before",
+    )
+    blocks: int = Field(default=2, ge=1, le=64, description="residual blocks per resolution")
     attention: tuple[int, ...] = Field(default=(16,), strict=False, description="resolutions with self-attention")
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    norm_groups: int = Field(default=32, ge=1)
+    dropout: float = Field(
+        default=0.1, ge=0, lt=1, description="part of the activations dropped in each residual block"
+    )
+    norm_groups: int = Field(
+        default=32, ge=1, description="groups of the group norms; never fewer than 4 channels in one"
+    )
 
 
+@with_settings_of(SCHEDULES)
 class ScheduleConfig(Record):
-    """beta_1..beta_T. `per_1000` states the range for T = 1000 and multiplies it by 1000 / T; `absolute` does not.
+    """beta_1..beta_T. `per_1000` states the range for T = 1000 and multiplies it by 1000 / T; `absolute` does not."""
 
-    SCHEDULE_READS says which kind reads what.
-    """
+    READS: ClassVar = {"kind": SCHEDULES.reads}
 
-    kind: Literal[
-        "linear", "quadratic", "constant", "jsd", "warmup10", "warmup50", "cosine", "sigmoid", "list", "log_snr"
-    ] = "linear"
-    beta_start: float = Field(default=1e-4, gt=0, lt=1)
-    beta_end: float = Field(default=0.02, gt=0, lt=1)
-    scale: Literal["absolute", "per_1000"] = "absolute"
+    kind: ScheduleName = Field(default="linear", description="the shape of beta_1..beta_T")
+    beta_start: float = Field(default=1e-4, gt=0, lt=1, description="beta_1, of the kinds that have a range")
+    beta_end: float = Field(default=0.02, gt=0, lt=1, description="beta_T, of the kinds that have a range")
+    scale: Literal["absolute", "per_1000"] = Field(
+        default="absolute",
+        description="per_1000 states the range for T = 1000 and multiplies it by 1000 / T; absolute leaves it as it is",
+    )
     betas: tuple[float, ...] | None = Field(default=None, strict=False, description="beta_1..beta_T of kind: list")
     log_snr_start: float = Field(default=9.0, gt=-30, lt=30, description="log SNR_1 of kind: log_snr")
     log_snr_end: float = Field(default=-9.0, gt=-30, lt=30, description="log SNR_T of kind: log_snr")
 
 
-_RANGE = ("beta_start", "beta_end", "scale")
-SCHEDULE_READS: dict[str, tuple[str, ...]] = {
-    "linear": _RANGE,
-    "quadratic": _RANGE,
-    "constant": ("beta_end", "scale"),
-    "jsd": (),
-    "warmup10": _RANGE,
-    "warmup50": _RANGE,
-    "cosine": (),
-    "sigmoid": _RANGE,
-    "list": ("betas",),
-    "log_snr": ("log_snr_start", "log_snr_end"),
-}
-
-
 class DiffusionConfig(Record):
     """What is diffused and what the network learns of it: its target, and for a learned variance a second head."""
 
-    T: int = Field(default=1000, ge=1, le=100_000)
-    schedule: ScheduleConfig = ScheduleConfig()
-    prediction: Literal["eps", "x_0", "mu", "v"] = "eps"
-    variance: Literal["fixed_small", "fixed_large", "learned", "learned_range"] = "fixed_large"
+    T: int = Field(default=1000, ge=1, le=100_000, description="number of diffusion steps")
+    schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="the noise schedule beta_1..beta_T")
+    prediction: PredictionName = Field(default="eps", description="what the network is trained to predict")
+    variance: Literal["fixed_small", "fixed_large", "learned", "learned_range"] = Field(
+        default="fixed_large",
+        description="of p_theta: beta_tilde_t (fixed_small), beta_t (fixed_large), or from a second head",
+    )
 
     @property
     def learned(self) -> bool:
@@ -110,11 +184,17 @@ class DiffusionConfig(Record):
         return self.variance.startswith("learned")
 
 
+@with_settings_of(OBJECTIVES, WEIGHTINGS)
 class LossConfig(Record):
     """What is minimised: `mse` the weighted squared error of the target, `kl` the bound, `hybrid` both together."""
 
-    objective: Literal["mse", "kl", "hybrid"] = "mse"
-    weighting: Literal["simple", "vlb", "snr", "truncated_snr", "min_snr", "p2"] = "simple"
+    READS: ClassVar = {"objective": OBJECTIVES.reads, "weighting": WEIGHTINGS.reads}
+
+    objective: ObjectiveName = Field(
+        default="mse",
+        description="mse: the weighted squared error of the prediction; kl: the bound; hybrid: both together",
+    )
+    weighting: WeightingName = Field(default="simple", description="what each t counts in the squared error")
     gamma: float = Field(default=5.0, gt=0, description="the cap of min-SNR-gamma")
     p2_gamma: float = Field(default=1.0, ge=0, description="the exponent of P2")
     p2_k: float = Field(default=1.0, gt=0, description="what P2 adds to the SNR")
@@ -123,26 +203,53 @@ class LossConfig(Record):
     )
 
 
+def _at_most_one_gpu(gpus: object) -> object:
+    if isinstance(gpus, int | float) and not 0 <= gpus <= 1:
+        raise ValueError(
+            f"{str(gpus)[:20]} is not auto, 0, 1 or a part of a GPU such as 0.25; a worker uses at most one GPU; "
+            "for more take training.workers"
+        )
+    return gpus
+
+
+Gpus = Annotated[Literal["auto", 0, 1] | Annotated[float, Field(ge=0.01, lt=1)], BeforeValidator(_at_most_one_gpu)]
+
+
 class TrainingConfig(Record):
     """`batch_size` is global: it does not change with the number of workers."""
 
-    steps: int = Field(ge=1)
-    batch_size: int = Field(default=128, ge=1)
-    lr: float = Field(default=2e-4, gt=0)
-    warmup: int = Field(default=0, ge=0, description="steps over which the learning rate rises linearly from 0")
+    steps: int = Field(ge=1, le=MOST_STEPS, description="optimiser steps")
+    batch_size: int = Field(default=128, ge=1, le=65_536, description="images per step, over all workers together")
+    lr: float = Field(default=2e-4, gt=0, description="learning rate after the warm-up")
+    warmup: int = Field(
+        default=0, ge=0, le=MOST_STEPS, description="steps over which the learning rate rises linearly from 0"
+    )
     decay: Literal["none", "cosine"] = Field(default="none", description="of the learning rate after the warm-up")
-    ema: float = Field(default=0.9999, ge=0, lt=1)
+    ema: float = Field(default=0.9999, ge=0, lt=1, description="decay of the average of the weights that is measured")
     averages: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
-        default=(), strict=False, description="decays of further averages to keep; 0 is the weights themselves"
+        default=(),
+        strict=False,
+        max_length=16,
+        description="decays of further averages to keep; 0 is the weights themselves",
     )
     grad_clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
-    precision: Literal["auto", "bf16", "float32"] = "auto"
-    workers: int = Field(default=1, ge=1)
-    cpus: int = Field(default=1, ge=1, description="cores a worker")
-    gpus: Literal["auto", 0, 1] = Field(default="auto", description="GPUs a worker; auto: 1 where the cluster has any")
-    validate_every: int = Field(default=500, ge=1)
-    checkpoint_every: int = Field(default=500, ge=1)
-    timesteps: Literal["uniform", "stratified", "antithetic", "importance"] = Field(
+    precision: Literal["auto", "bf16", "float32"] = Field(
+        default="auto", description="auto: bf16 where it is faster, else float32"
+    )
+    workers: int = Field(default=1, ge=1, le=SUB_BATCHES, description="data-parallel workers; above 1 under Ray Train")
+    cpus: int = Field(default=1, ge=1, le=1024, description="cores per worker")
+    gpus: Gpus = Field(
+        default="auto",
+        description="GPUs per worker, or the part of one that a trial of one worker takes; auto: where the cluster has "
+        "any, as much of one as trials of its kind were measured to need",
+    )
+    validate_every: int = Field(
+        default=500, ge=1, le=MOST_STEPS, description="steps between measurements of valid/nll_bpd"
+    )
+    checkpoint_every: int = Field(
+        default=500, ge=1, le=MOST_STEPS, description="steps between checkpoints, and the most that a fault can cost"
+    )
+    timesteps: TimestepsName = Field(
         default="uniform", description="how t is drawn; importance: by the second moment of the loss"
     )
 
@@ -152,126 +259,112 @@ def sub_batches(batch_size: int) -> int:
     return math.gcd(batch_size, SUB_BATCHES)
 
 
+@with_settings_of(SAMPLERS)
 class SamplerConfig(Record):
-    """How samples are drawn. A kind reads some of the settings (`SAMPLERS`); any other must be at its default."""
+    """How samples are drawn."""
 
-    kind: Literal["ancestral", "ddim", "euler_maruyama", "langevin", "heun", "dpmpp", "ode"] = "ancestral"
+    READS: ClassVar = {"kind": SAMPLERS.reads}
+
+    kind: SamplerName = Field(default="ancestral", description="how samples are drawn")
     steps: int | None = Field(default=None, ge=1, description="of the T times, or noise levels; null: all T")
     eta: float = Field(default=0.0, ge=0, le=1, description="DDIM's noise: 0 deterministic, 1 that of the DDPM")
-    repeats: int = Field(default=5, ge=1, description="Langevin's updates a noise level")
+    repeats: int = Field(default=5, ge=1, le=10_000, description="Langevin's updates per noise level")
     step_size: float = Field(default=0.2, gt=0, lt=4, description="Langevin's a_i / sigma_i^2; above 4 it diverges")
-    tolerance: float = Field(default=1e-3, ge=1e-6, lt=1, description="of the ode's error a step and pixel in x_t")
-
-    @model_serializer(mode="wrap")
-    def _read(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What the kind does not read is left out, so that it moves no address.
-
-        `eta` of the ancestral sampler stays: it was there before there were other kinds.
-        """
-        names = ("steps", "eta") if self.kind == "ancestral" else SAMPLERS[self.kind]
-        return {name: value for name, value in content(self).items() if name in ("kind", *names)}
+    tolerance: float = Field(default=1e-3, ge=1e-6, lt=1, description="of the ode's error per step and pixel in x_t")
 
 
-# The kinds of samplers, each with the settings that it reads.
-SAMPLERS: dict[str, tuple[str, ...]] = {
-    "ancestral": ("steps",),
-    "ddim": ("steps", "eta"),
-    "euler_maruyama": ("steps",),
-    "langevin": ("steps", "repeats", "step_size"),
-    "heun": ("steps",),
-    "dpmpp": ("steps",),
-    "ode": ("tolerance",),
-}
-# Evaluations that an image took of the two solvers with error control, at a tolerance, and how they rise as it falls.
-# Measured on four models of the digits (T = 100 and 200, fixed and learned variance), 25 images each: samples 50 to 53
-# at 1e-3, 26 to 27 at 1e-2, 133 to 178 at 1e-4; ode_nll 89 to 129 at 1e-4, 35 to 42 at 1e-3, 175 to 271 at 1e-5.
-ADAPTIVE = {"samples": (52, 1e-3), "ode_nll": (104, 1e-4)}
-ADAPTIVE_POWER = 0.37
-
-
-def adaptive_evaluations(solver: str, tolerance: float) -> int:
-    """What a plan of costs counts for an image of a solver with error control."""
-    count, at = ADAPTIVE[solver]
-    return round(count * (at / tolerance) ** ADAPTIVE_POWER)
+def planned_evaluations(sampler: SamplerConfig, T: int) -> int:
+    """Evaluations of the network that a sample costs: so many, or about so many where error control decides it."""
+    return SAMPLERS[sampler.kind].evaluations(sampler, min(sampler.steps or T, T))
 
 
 def evaluations(sampler: SamplerConfig, T: int) -> int | None:
-    """Evaluations of the network that a sample costs; None where the sampler's error control decides it."""
-    steps = min(sampler.steps or T, T)
-    match sampler.kind:
-        case "heun":  # two a step, but for the last
-            return 2 * steps - 1
-        case "langevin":  # and one to remove what noise is left
-            return steps * sampler.repeats + 1
-        case "ode":
-            return None
-    return steps
+    """The same; None where it is not known beforehand."""
+    return planned_evaluations(sampler, T) if SAMPLERS[sampler.kind].exact else None
 
 
 class NLLConfig(Record):
     """The bound in bits/dim: every t, or t = 1 and a stratified sample of 2..T, drawn from `proposal` and weighted."""
 
-    images: Count = "all"
-    timesteps: Literal["all"] | Annotated[int, Field(ge=2)] = "all"
-    proposal: Literal["uniform", "log_uniform"] = "log_uniform"
+    READS: ClassVar = {"timesteps": {"all": (), "a number": ("proposal",)}}
+
+    images: Count = Field(default="all", description="held-out images, from the first on")
+    timesteps: Literal["all"] | Annotated[int, Field(ge=2)] = Field(
+        default="all", description="every t of 1..T, or as many sampled t per image"
+    )
+    proposal: Literal["uniform", "log_uniform"] = Field(
+        default="log_uniform", description="distribution that sampled t are drawn from, in strata, and weighted by"
+    )
 
 
 class FIDConfig(Record):
     """What is measured of samples: the Fréchet distance, and `also` others, between their features and real images'."""
 
-    samples: int = Field(default=1000, ge=2)
-    sampler: SamplerConfig = SamplerConfig()
-    quantise: Literal["round", "truncate"] = "round"
-    features: Literal["classifier", "inception"] = "classifier"
-    reference: Literal["train", "held_out"] = "train"
-    reference_images: Count = "all"
-    also: tuple[Literal["kid", "precision_recall", "inception_score"], ...] = Field(
-        default=("kid", "precision_recall"), strict=False
+    samples: int = Field(default=1000, ge=2, le=10_000_000, description="samples to draw")
+    sampler: SamplerConfig = Field(default=SamplerConfig(), description="how the samples are drawn")
+    quantise: Literal["round", "truncate"] = Field(
+        default="round", description="how samples become whole levels before they are measured"
+    )
+    features: Literal["classifier", "inception"] = Field(
+        default="classifier", description="space in which distances are taken; inception needs the extra of that name"
+    )
+    reference: Literal["train", "held_out"] = Field(
+        default="train", description="split whose images the samples are compared with"
+    )
+    reference_images: Count = Field(default="all", description="images of that split that are used")
+    also: tuple[MeasureName, ...] = Field(
+        default=("kid", "precision_recall"), strict=False, description="further measures of the same samples"
     )
 
 
 class ODENLLConfig(Record):
     """bits/dim by the change of variables along the probability-flow ODE, of images dequantised uniformly."""
 
-    images: Count = "all"
-    probes: int = Field(default=1, ge=1, le=64, description="of Hutchinson's trace an image")
-    tolerance: float = Field(default=1e-4, ge=1e-6, lt=1, description="of the solver's error a step")
+    images: Count = Field(default="all", description="held-out images, from the first on")
+    probes: int = Field(default=1, ge=1, le=64, description="of Hutchinson's trace per image")
+    tolerance: float = Field(default=1e-4, ge=1e-6, lt=1, description="of the solver's error per step")
 
 
 class EvaluationConfig(Record):
-    nll: NLLConfig | None = NLLConfig()
-    fid: FIDConfig | None = FIDConfig()
-    ode_nll: ODENLLConfig | None = None
+    nll: NLLConfig | None = Field(default=NLLConfig(), description="the bound in bits/dim; null: not measured")
+    fid: FIDConfig | None = Field(default=FIDConfig(), description="distances of samples; null: not measured")
+    ode_nll: ODENLLConfig | None = Field(
+        default=None, description="likelihood by the probability-flow ODE; null: not measured"
+    )
     variance: Literal["fixed_small", "fixed_large"] | None = Field(
         default=None, description="of p_theta as it is measured; null: that of the checkpoint"
+    )
+    precision: Literal["float32", "tf32", "bf16"] = Field(
+        default="float32", description="in which the networks compute; tf32 on NVIDIA's GPUs alone"
     )
     ema: float | None = Field(
         default=None, ge=0, lt=1, description="one of training.averages to measure; null: that of training.ema"
     )
 
-    @model_serializer(mode="wrap")
-    def _asked(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What came later than addresses were made counts only where it is set."""
-        later = ("ode_nll", "variance", "ema")
-        return {name: value for name, value in content(self).items() if name not in later or value is not None}
+    @property
+    def measures(self) -> bool:
+        """Whether it asks for anything at all."""
+        return any((self.nll, self.fid, self.ode_nll))
 
 
 class Trial(Record):
     """One resolved configuration: all that training it and evaluating it take."""
 
-    seed: int = Field(default=0, ge=0)
-    data: DataConfig
-    model: ModelConfig = ModelConfig()
-    diffusion: DiffusionConfig = DiffusionConfig()
-    loss: LossConfig = LossConfig()
-    training: TrainingConfig
-    evaluation: EvaluationConfig = EvaluationConfig()
+    seed: Seed = Field(default=0, description="of all noise: the first weights, training and evaluation")
+    data: DataConfig = Field(description="which images")
+    model: ModelConfig = Field(default=ModelConfig(), description="the U-Net of Ho et al. 2020, appendix B")
+    diffusion: DiffusionConfig = Field(
+        default=DiffusionConfig(), description="the process, and what the network predicts of it"
+    )
+    loss: LossConfig = Field(default=LossConfig(), description="what is minimised")
+    training: TrainingConfig = Field(description="how it is trained, and on what")
+    evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="what is measured of a checkpoint")
 
 
 class Measurement(Record):
     """What is measured of a checkpoint, whatever made it. `ema` is the length of its average, where it is known."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     data: DataConfig
     T: int = Field(ge=1)
     ema: float | None = None
@@ -280,7 +373,7 @@ class Measurement(Record):
     @field_validator("evaluation")
     @classmethod
     def _in_one_spelling(cls, evaluation: EvaluationConfig, info: ValidationInfo) -> EvaluationConfig:
-        """As many timesteps or steps as there are is all of them: one protocol has one address."""
+        """As many timesteps or steps as there are is all of them: one protocol has one id."""
         T, nll, fid = info.data.get("T", math.inf), evaluation.nll, evaluation.fid
         if nll and nll.timesteps != "all" and nll.timesteps >= T:
             nll = nll.model_copy(update={"timesteps": "all"})
@@ -295,47 +388,3 @@ class Measurement(Record):
         if evaluation.variance == trial.diffusion.variance:
             evaluation = evaluation.model_copy(update={"variance": None})
         return Measurement(seed=trial.seed, data=trial.data, T=T, ema=ema, evaluation=evaluation)
-
-
-# Settings of `training` that place or observe a run and leave its weights as they are.
-NOT_ADDRESSED = ("workers", "cpus", "gpus", "validate_every", "checkpoint_every")
-
-
-def digest(content: Any) -> str:
-    """16 hex digits of the sha256 of `content` (anything JSON can hold), independent of the order of its keys."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def trained_by(row: str) -> str:
-    """The address of the trial that a row of a sweep measures: several rows may measure one, each by a suffix."""
-    return row.partition("-")[0]
-
-
-def trial_digest(trial: Trial, data_digest: str) -> str:
-    """The address of a trial: the digest of what changes its weights.
-
-    The data count by their content (`data_digest`), not by the path they lie at; a setting that the chosen kind
-    does not read (beta_start of a cosine schedule, gamma without min-SNR) does not count. A setting that came later
-    counts from the first value on that is not its default, so that older trials keep their addresses.
-    """
-    content = trial.model_dump(mode="json", exclude={"evaluation"})
-    content["data"] = {"digest": data_digest, "flip": trial.data.flip}
-    for name in NOT_ADDRESSED:
-        del content["training"][name]
-    schedule, loss = content["diffusion"]["schedule"], content["loss"]
-    content["diffusion"]["schedule"] = {name: schedule[name] for name in ("kind", *SCHEDULE_READS[schedule["kind"]])}
-    read = {
-        "objective": loss["objective"] != "mse",
-        "weighting": True,
-        "gamma": loss["weighting"] == "min_snr",
-        "p2_gamma": loss["weighting"] == "p2",
-        "p2_k": loss["weighting"] == "p2",
-        "vlb_weight": loss["objective"] == "hybrid",
-    }
-    content["loss"] = {name: value for name, value in loss.items() if read[name]}
-    if trial.training.timesteps == "uniform":
-        del content["training"]["timesteps"]
-    if not trial.training.averages:
-        del content["training"]["averages"]
-    return digest(content)

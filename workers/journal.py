@@ -1,33 +1,37 @@
 """A trial's journal: every point that was measured, kept beside the trial before anyone ships it to MLflow.
 
-`journal.jsonl` holds a line a point: {"step", "time_ms", "metrics": {...}} or {"step", "time_ms", "image", "path"}.
-It is rewritten whole at each flush, so a reader never sees half a line. A point that is there already is not written
-again: a run that resumes from a checkpoint measures the same values at the same steps, and the first stand.
+`journal.jsonl` holds a line a point: {"step", "time_ms", "metrics": {...}} or {"step", "time_ms", "image", "path",
+"sha256"}, each with a seal, and a last line that says how many there are (`workers.seals`). It is rewritten whole at
+each flush, so a reader never sees half a line. A point that is there already is not written again: a run that resumes
+from a checkpoint measures the same values at the same steps, and the first stand.
+
+Each checkpoint holds the journal as it was then (`network.checkpoint`), so that `restore` finds the points of a damaged
+or deleted one there; those after it are measured again, or told to be lost.
 """
 
-import json
+import hashlib
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from workers.storage import Storage
+from workers.seals import Lines, open_lines, seal_lines
+from workers.storage import Storage, tell_damage
+
+Point = dict[str, Any]
 
 
 class Journal:
     def __init__(self, storage: Storage, folder: str) -> None:
-        self._storage, self._path = storage, f"{folder}/journal.jsonl"
-        text = storage.read(self._path).decode() if storage.exists(self._path) else ""
-        self._lines = text.splitlines()
+        """Goes on with the journal in `folder`."""
+        self._storage, self._folder = storage, folder
+        self._points: list[Point] = []
         self._values: dict[tuple[int, str], float | str] = {}
-        for line in self._lines:
-            self._index(json.loads(line))
+        for point in read_points(storage, folder):
+            self._append(point)
 
-    def _index(self, point: dict[str, Any]) -> None:
-        entries = point["metrics"] if "metrics" in point else {point["image"]: point["path"]}
-        self._values.update({(point["step"], name): value for name, value in entries.items()})
-
-    def _append(self, point: dict[str, Any]) -> None:
-        self._lines.append(json.dumps(point))
-        self._index(point)
+    def _append(self, point: Point) -> None:
+        self._points.append(point)
+        self._values.update(values_of(point))
 
     def get(self, step: int, name: str) -> Any | None:
         return self._values.get((step, name))
@@ -39,10 +43,110 @@ class Journal:
 
     def image(self, step: int, name: str, png: bytes) -> None:
         """Writes the PNG beside the journal and notes it."""
-        path = f"{self._path.rpartition('/')[0]}/{name}/step-{step:08}.png"
+        path = f"{self._folder}/{name}/step-{step:08}.png"
         if (step, name) not in self._values:
             self._storage.write(path, png)
-            self._append({"step": step, "time_ms": time.time_ns() // 1_000_000, "image": name, "path": path})
+            at = {"step": step, "time_ms": time.time_ns() // 1_000_000}
+            self._append({**at, "image": name, "path": path, "sha256": hashlib.sha256(png).hexdigest()})
 
     def flush(self) -> None:
-        self._storage.write(self._path, "".join(line + "\n" for line in self._lines).encode())
+        self._storage.write(journal_path(self._folder), self.content())
+
+    def content(self) -> bytes:
+        """The file as `flush` writes it."""
+        return seal_lines(self._points, journal_path(self._folder))
+
+
+def journal_path(folder: str) -> str:
+    return f"{folder}/journal.jsonl"
+
+
+def values_of(point: Mapping[str, Any]) -> dict[tuple[int, str], Any]:
+    """What a point measured, by step and name: numbers, or the path of an image."""
+    entries = point["metrics"] if "metrics" in point else {point["image"]: point["path"]}
+    return {(point["step"], name): value for name, value in entries.items()}
+
+
+def read_points(storage: Storage, folder: str) -> list[Point]:
+    """The points of the journal in `folder` that are whole, in their order; damage is told."""
+    lines = _read(storage, folder)
+    if lines.damage:
+        tell_damage(
+            storage.url(journal_path(folder)),
+            f"is damaged: {lines.damage}",
+            f"{len(lines.whole)} points of it are whole",
+        )
+    return list(lines.whole)
+
+
+def validated_steps(storage: Storage, folder: str) -> set[int]:
+    """The steps whose validation the journal holds."""
+    return {point["step"] for point in read_points(storage, folder) if "valid/nll_bpd" in point.get("metrics", {})}
+
+
+def read_image(storage: Storage, point: Mapping[str, Any]) -> bytes | None:
+    """The PNG that a point notes; None where it is gone or damaged, which is told."""
+    try:
+        png = storage.read(point["path"])
+    except FileNotFoundError:
+        tell_damage(storage.url(point["path"]), "is not there", "it is left out")
+        return None
+    if hashlib.sha256(png).hexdigest() != point.get("sha256", hashlib.sha256(png).hexdigest()):
+        tell_damage(storage.url(point["path"]), "is damaged: its sha256 is not that of the journal", "it is left out")
+        return None
+    return png
+
+
+def is_whole(storage: Storage, folder: str) -> bool:
+    return storage.exists(journal_path(folder)) and not _read(storage, folder).damage
+
+
+def restore(storage: Storage, folder: str, copy: bytes | None) -> str:
+    """Makes a damaged or deleted journal whole from its checkpoint's `copy` and the lines that are whole.
+
+    Returns what was wrong and what was found, in words. A damaged one is kept beside it, as journal.jsonl.damaged.
+    """
+    path, found = journal_path(folder), _read(storage, folder)
+    is_there = storage.exists(path)
+    copied = open_lines(copy or b"", path).whole
+    points = _joined(copied, found.whole)
+    if is_there:
+        storage.write(f"{path}.damaged", storage.read(path))
+    storage.write(path, seal_lines(points, path))
+    last = f" up to step {points[-1]['step']}" if points else ""
+    return (
+        f"{storage.url(path)} {'is damaged: ' + found.damage if is_there else 'was deleted'}; {len(points)} points"
+        f"{last} were found again, {len(copied)} of them in its checkpoint"
+    )
+
+
+def _joined(first: Iterable[Point], second: Iterable[Point]) -> list[Point]:
+    """The points of both, each value once: that of the first where both have it."""
+    points: list[Point] = []
+    known: set[tuple[int, str]] = set()
+    for point in (*first, *second):
+        if "metrics" in point:
+            new = {name: value for name, value in point["metrics"].items() if (point["step"], name) not in known}
+            point = {**point, "metrics": new}
+        elif (point["step"], point["image"]) in known:
+            continue
+        if point.get("metrics", True):
+            points.append(point)
+            known |= values_of(point).keys()
+    return sorted(points, key=lambda point: int(point["step"]))
+
+
+def _read(storage: Storage, folder: str) -> Lines:
+    """What there is; a journal that is not there has no lines and no damage."""
+    try:
+        content = storage.read(journal_path(folder))
+    except FileNotFoundError:
+        return Lines([])
+    return open_lines(content, journal_path(folder), _is_unsealed)
+
+
+def _is_unsealed(line: Mapping[str, Any]) -> bool:
+    """Whether a line is a point as versions wrote it that knew no seals."""
+    if line.keys() == {"step", "time_ms", "metrics"}:
+        return isinstance(line["step"], int) and isinstance(line["metrics"], dict)
+    return line.keys() == {"step", "time_ms", "image", "path"} and isinstance(line["step"], int)

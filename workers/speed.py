@@ -5,14 +5,17 @@ for features, and in pieces for the rest. Its seconds are those of one core (CPU
 or of one GPU. Importing this module does not import torch.
 """
 
+import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from workers.config import ModelConfig, TrainingConfig, digest
+from workers.config import ModelConfig, TrainingConfig
+from workers.identity import digest
 
 Spent = dict[str, tuple[float, float]]  # by kind of work: how much of it, and its seconds
 CORE = " core"  # how names of hardware end that is no GPU
@@ -30,9 +33,21 @@ def hardware(device: Any = None) -> str:
     return (next(names, "") or platform.processor() or platform.machine()) + CORE
 
 
-def model_key(model: ModelConfig, training: TrainingConfig, shape: tuple[int, ...]) -> str:
-    """What the speed of a network depends on, beside the hardware."""
-    return digest([model.model_dump(mode="json"), training.precision, list(shape)])
+def cores() -> int:
+    """How many cores of this machine this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def model_key(
+    model: ModelConfig, training: TrainingConfig, shape: tuple[int, ...], measured_in: str = "float32"
+) -> str:
+    """What the speed of a network depends on, beside the hardware; it is `measured_in` the evaluation's precision."""
+    return _model_key(model, (training.precision, *([] if measured_in == "float32" else [measured_in])), shape)
+
+
+@lru_cache
+def _model_key(model: ModelConfig, precisions: tuple[str, ...], shape: tuple[int, ...]) -> str:
+    return digest([model.model_dump(mode="json"), *precisions, list(shape)])
 
 
 def training_kind(training: TrainingConfig) -> str:
@@ -58,6 +73,34 @@ class Meter:
     def add(self, kind: str, count: float, seconds: float) -> None:
         """`seconds` by the meter's clock; with a `share` of a GPU they are so much less of its time."""
         self.spent = added(self.spent, {kind: (count, seconds * self._share)})
+
+
+class Stopwatch:
+    """The seconds of a trial on the clock, by kind of work: every moment counts for the kind that was named last.
+
+    Begins with `waiting`: the start of the process' work, and later every wait for the driver.
+    """
+
+    def __init__(self) -> None:
+        self._kind, self._since = "waiting", time.monotonic()
+        self._before, self._own = dict[str, float](), dict[str, float]()
+
+    def turn_to(self, kind: str) -> None:
+        now = time.monotonic()
+        self._own[self._kind] = self._own.get(self._kind, 0.0) + now - self._since
+        self._kind, self._since = kind, now
+
+    def resume(self, seconds: Mapping[str, float]) -> None:
+        """Goes on from a checkpoint that was made after `seconds`. What this process did beyond it is not in them; only
+        that it has waited remains."""
+        self.turn_to(self._kind)
+        self._before, self._own = dict(seconds), {k: s for k, s in self._own.items() if k == "waiting"}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        self.turn_to(self._kind)
+        kinds = dict.fromkeys([*self._before, *self._own])
+        return {kind: self._before.get(kind, 0.0) + self._own.get(kind, 0.0) for kind in kinds}
 
 
 def added(one: Spent, other: Spent) -> Spent:

@@ -5,13 +5,13 @@ All it measures goes to the trial's journal and checkpoints in the storage, so a
 again. Data order and noise are addressed by (seed, step, sub-batch): the same at any number of workers.
 """
 
-import json
 import math
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from workers import checkpoint as checkpoints
 from workers.config import (
     SAMPLE_GRID,
     SAMPLE_GRID_STEPS,
@@ -30,20 +29,25 @@ from workers.config import (
     Trial,
     sub_batches,
 )
-from workers.data import Dataset
+from workers.data.dataset import Dataset
+from workers.data.pixels import grid_png, to_levels, to_model
+from workers.diffusion.likelihood import estimate
 from workers.diffusion.objectives import Objective
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Model
 from workers.diffusion.samplers import sample
-from workers.diffusion.timesteps import DRAWS, History, Part
+from workers.diffusion.timesteps import History, Part
 from workers.journal import Journal
-from workers.likelihood import estimate
+from workers.kinds import PREDICTIONS, TIMESTEPS
+from workers.network import checkpoint as checkpoints
+from workers.network import manifest
+from workers.network.unet import UNet
+from workers.network.unet_config import unet_config
 from workers.noise import generator
-from workers.pixels import grid_png, to_levels, to_model
-from workers.speed import Meter, training_kind
+from workers.peak import peak_of_training
+from workers.pulse import Pulse
+from workers.speed import Meter, Stopwatch, training_kind
 from workers.storage import Storage
-from workers.unet import UNet
-from workers.unet_config import unet_config
 
 State = Literal["running", "finished", "diverged", "pruned"]
 POINTS = 10  # training points in the journal between two validations
@@ -56,6 +60,10 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    pulse: Pulse = field(default_factory=Pulse)  # hears of each step
+    clock: Stopwatch = field(default_factory=Stopwatch)  # counts from the moment that the trial is taken up
+    gauge: Callable[[], None] = lambda: None  # called after each step
+    gpus: float = 1  # the part of a GPU that is this process' own
 
 
 @dataclass(frozen=True)
@@ -78,23 +86,37 @@ class Diverged(Exception):
 
 
 def train(
-    trial: Trial, dataset: Dataset, storage: Storage, folder: str, world: World | None = None
+    trial: Trial,
+    dataset: Dataset,
+    storage: Storage,
+    folder: str,
+    world: World | None = None,
+    also_keep: Collection[int] = (),
 ) -> Iterator[Progress]:
-    """Trains `trial` in `folder` of the storage, from its newest checkpoint where there is one.
+    """Trains `trial` in `folder` of the storage until the checkpoints of its last step, and of the steps to
+    `also_keep`, are there: each from the nearest checkpoint before it.
 
-    Yields at step 0, every `validate_every` steps and at the end. Raises CheckpointError where a checkpoint is
+    Yields at step 0, every `validate_every` steps and at each of those. Raises CheckpointError where a checkpoint is
     damaged, and RuntimeError of torch where memory runs out.
     """
-    loop = _Loop(trial, dataset, storage, folder, world or World())
+    world, asked = world or World(), sorted({*also_keep, trial.training.steps})
+    there = [step for step in asked if manifest.at_step(storage, checkpoints_in(folder), step)]
+    missing = [step for step in asked if step not in there] or asked[-1:]
+    loop, told = _Loop(trial, dataset, storage, folder, world, asked), -1
     try:
-        while True:
-            if loop.due(trial.training.validate_every):
-                with loop.meter.of("validations", 1):
-                    loop.validate()
-                yield loop.reached()
-            if loop.step == trial.training.steps:
-                return
-            loop.advance()
+        for target in missing:
+            if not loop.leads_to(target):
+                loop, told = _Loop(trial, dataset, storage, folder, world, asked), -1
+            loop.resume(target)
+            while True:
+                if loop.due(trial.training.validate_every) and loop.step != told:
+                    with loop.meter.of("validations", 1):
+                        loop.validate()
+                    yield loop.reached(finished=loop.step == missing[-1])
+                    told = loop.step
+                if loop.step == target:
+                    break
+                loop.advance()
     except Diverged as diverged:
         yield loop.ended("diverged", f"diverged by step {loop.step}: {diverged}")
     except Pruned:
@@ -103,7 +125,7 @@ def train(
 
 def steps(trial: Trial, dataset: Dataset, storage: Storage, device: torch.device) -> Iterator[None]:
     """Steps of a training that is neither validated nor kept, without end: what they take can be measured."""
-    loop = _Loop(trial, dataset, storage, "steps", World(device=device))
+    loop = _Loop(trial, dataset, storage, "steps", World(device=device), [])
     loop.network.train()
     while True:
         loop._train_step()
@@ -114,8 +136,12 @@ def steps(trial: Trial, dataset: Dataset, storage: Storage, device: torch.device
 class _Loop:
     """The state of one training run, and its transitions."""
 
-    def __init__(self, trial: Trial, dataset: Dataset, storage: Storage, folder: str, world: World) -> None:
+    def __init__(
+        self, trial: Trial, dataset: Dataset, storage: Storage, folder: str, world: World, asked: Sequence[int]
+    ) -> None:
+        """At step 0. The checkpoints of the steps that are `asked` for stay."""
         self.trial, self.dataset, self.storage, self.folder, self.world = trial, dataset, storage, folder, world
+        self.asked = asked
         height, _, channels = dataset.shape
         self.objective = Objective.of(trial.diffusion, trial.loss, dataset.levels)
         self.process, self.history = self.objective.process, History.empty(trial.diffusion.T)
@@ -127,37 +153,53 @@ class _Loop:
         self.averages = {decay: {n: p.clone() for n, p in self.ema.items()} for decay in trial.training.averages}
         self.optimizer = torch.optim.Adam(self.unet.parameters(), lr=trial.training.lr, fused=True)
         self.autocast = autocast(trial, world.device)
-        self.step, self.train_seconds = 0, 0.0
-        self.meter = Meter(world.device)
+        self.step, self.clock = 0, world.clock
+        self.clock.resume({})
+        self.meter = Meter(world.device, share=world.gpus)
+        self.checkpoint: manifest.Checkpoint | None = None  # the newest that this training knows
         self.journal = Journal(storage, folder)
-        self.checkpoint = checkpoints.newest(storage, f"{folder}/checkpoints")
-        if self.checkpoint:
-            self._restore(self.checkpoint)
         self.network: nn.Module = DistributedDataParallel(self.unet) if world.size > 1 else self.unet
         self.sums = torch.zeros(5, dtype=torch.float64, device=world.device)
         self.orders: dict[int, np.ndarray] = {}
 
+    def leads_to(self, step: int) -> bool:
+        """Whether this training comes to that step as soon as one from a checkpoint."""
+        nearest = manifest.newest(self.storage, checkpoints_in(self.folder), up_to=step)
+        return self.step <= step and (nearest is None or (nearest.step or 0) <= self.step)
+
+    def resume(self, step: int) -> None:
+        """Goes on from the nearest checkpoint before that step, where there is one beyond this."""
+        nearest = manifest.newest(self.storage, checkpoints_in(self.folder), up_to=step)
+        if nearest and (nearest.step or 0) > self.step:
+            self._restore(nearest)
+            self.checkpoint = nearest
+
     def due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.trial.training.steps
+        return self.step % every == 0 or self.step in self.asked
 
     def advance(self) -> None:
         """Trains up to the next validation, with a journal point now and then and checkpoints where they are due."""
         training = self.trial.training
         point_every = max(1, training.validate_every // POINTS)
         self.network.train()
-        started, first, busy = time.monotonic(), self.step, self.meter.now()
+        first, busy = self.step, self.meter.now()
+        self.clock.turn_to("training")
         while True:
             self._train_step()
             self.step += 1
+            self.world.pulse.step()
+            self.world.gauge()
             if self.due(point_every):
                 self._note_training()
             if self.due(training.checkpoint_every):
-                self.train_seconds += time.monotonic() - started
+                self.world.pulse.rest()
+                self.clock.turn_to("checkpoints")
                 self._save()
-                started = time.monotonic()
+                self.clock.turn_to("training")
             if self.due(training.validate_every):
                 break
-        self.train_seconds += time.monotonic() - started
+        self.world.pulse.rest()
+        self.clock.turn_to("waiting")
         images = (self.step - first) * training.batch_size // self.world.size
         self.meter.add(training_kind(training), images, self.meter.now() - busy)
 
@@ -175,7 +217,7 @@ class _Loop:
         with self.autocast:
             loss = self.objective(lambda x, s: self.network(x, s - 1), x_0, t, eps)
         weighted = loss.weighted
-        if training.timesteps == "importance":
+        if TIMESTEPS[training.timesteps].remembers:
             weighted = weighted / (self.process.T * probability.to(t.device)[t - 1]).to(weighted.dtype)
             self._remember(t, loss.weighted.detach())
         weighted.mean().backward()
@@ -195,7 +237,7 @@ class _Loop:
         n = len(x_0) // len(noises)
         count = sub_batches(size)
         parts = share([Part(n, index, count) for index in range(count)], self.world)
-        draw, T = DRAWS[self.trial.training.timesteps], self.process.T
+        draw, T = TIMESTEPS[self.trial.training.timesteps].load(), self.process.T
         t = torch.cat([draw(T, part, g, probability) for part, g in zip(parts, noises, strict=True)])
         eps = torch.cat([torch.randn((n, *x_0.shape[1:]), generator=g, device=device) for g in noises])
         if flip:
@@ -248,6 +290,7 @@ class _Loop:
 
         Rank 0 does it. The others learn only whether it was finite, so that all of them end together.
         """
+        self.clock.turn_to("validation")
         nll_bpd = torch.zeros(1, dtype=torch.float64, device=self.world.device)
         if self.world.rank == 0 and self.journal.get(self.step, "valid/nll_bpd") is None:
             with self.averaged() as model, self.autocast:
@@ -268,24 +311,33 @@ class _Loop:
         if not math.isfinite(nll_bpd.item()):
             raise Diverged(f"valid/nll_bpd {nll_bpd.item():g}")
 
-    def reached(self) -> Progress:
-        return self._progress("finished" if self.step == self.trial.training.steps else "running")
+    def reached(self, finished: bool) -> Progress:
+        return self._progress("finished" if finished else "running")
 
     def ended(self, state: State, why: str) -> Progress:
         return self._progress(state, why)
 
     def _progress(self, state: State, detail: str = "") -> Progress:
+        self.clock.turn_to("waiting")
         names = ("valid/nll_bpd", "valid/nll_bpd_se")
         metrics = {n: v for n in names if (v := self.journal.get(self.step, n)) is not None}
         progress = Progress(self.step, state, metrics, self.images_per_s, detail)
         if self.world.rank == 0:
             self.journal.flush()
-            write_status(self.storage, self.folder, progress, self.trial.training.steps, self.checkpoint, self.meter)
+            speed = {"spent": self.meter.spent, "seconds": self.clock.seconds, "peak": self.peak}
+            of = self.storage, self.folder, progress, self.trial.training.steps, self.checkpoint
+            write_status(*of, {"hardware": self.meter.hardware, **speed})
         return progress
+
+    @cached_property
+    def peak(self) -> dict[str, Any]:
+        """What training can be held against, asked for at the first status: before the first step of a trial."""
+        return peak_of_training(self.storage, self.config, self.autocast, self.world.device, self.world.size)
 
     @property
     def images_per_s(self) -> float:
-        return self.step * self.trial.training.batch_size / self.train_seconds if self.train_seconds else 0.0
+        train_seconds = self.clock.seconds.get("training", 0.0)
+        return self.step * self.trial.training.batch_size / train_seconds if train_seconds else 0.0
 
     def averaged(self) -> "_Averaged":
         return _Averaged(self.unet, self.ema, Denoiser(self.unet, self.process, self.trial.diffusion.prediction))
@@ -297,23 +349,25 @@ class _Loop:
         moments = self.optimizer.state_dict()["state"]
         for (name, _), values in zip(self.unet.named_parameters(), moments.values(), strict=True):
             state |= {f"{key}.{name}": value for key, value in values.items()}
-        if self.trial.training.timesteps == "importance":
+        if TIMESTEPS[self.trial.training.timesteps].remembers:
             state |= {"history.losses": self.history.losses, "history.seen": self.history.seen}
         self.journal.flush()
+        snapshot = checkpoints.Snapshot(
+            step=self.step,
+            unet_config=self.config,
+            process=self.process,
+            prediction=self.trial.diffusion.prediction,
+            ema=self.ema,
+            averages=self.averages,
+            state=state,
+            progress={"seconds": self.clock.seconds},
+            journal=self.journal.content(),
+        )
         self.checkpoint = checkpoints.save(
-            self.storage,
-            f"{self.folder}/checkpoints",
-            self.step,
-            self.config,
-            self.process,
-            self.ema,
-            state,
-            {"train_seconds": self.train_seconds},
-            self.trial.diffusion.prediction,
-            self.averages,
+            self.storage, checkpoints_in(self.folder), snapshot, kept=self.step in self.asked
         )
 
-    def _restore(self, checkpoint: checkpoints.Checkpoint) -> None:
+    def _restore(self, checkpoint: manifest.Checkpoint) -> None:
         ema, state, progress = checkpoints.load_state(checkpoint)
         self.ema = {name: ema[name].to(self.world.device) for name in self.ema}
         for decay, weights in checkpoints.load_averages(checkpoint, self.averages).items():
@@ -323,9 +377,11 @@ class _Loop:
         keys = ("step", "exp_avg", "exp_avg_sq")
         moments = {i: {key: state[f"{key}.{name}"] for key in keys} for i, name in enumerate(names)}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        if self.trial.training.timesteps == "importance":
+        if TIMESTEPS[self.trial.training.timesteps].remembers:
             self.history = History(state["history.losses"], state["history.seen"])
-        self.step, self.train_seconds = progress["step"], progress["train_seconds"]
+        self.step = progress["step"]
+        # A checkpoint of before knows the seconds of training alone.
+        self.clock.resume(progress.get("seconds") or {"training": progress["train_seconds"]})
 
 
 class _Averaged:
@@ -342,6 +398,10 @@ class _Averaged:
 
     def __exit__(self, *_: object) -> None:
         self.unet.load_state_dict(self.raw)
+
+
+def checkpoints_in(folder: str) -> str:
+    return f"{folder}/checkpoints"
 
 
 def stop_path(folder: str) -> str:
@@ -364,9 +424,11 @@ def batch_rows(seed: int, step: int, batch_size: int, n: int, orders: dict[int, 
     """
     places = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs = places // n
-    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+    first, last = int(epochs[0]), int(epochs[-1])
+    for epoch in [epoch for epoch in orders if epoch < first]:
+        del orders[epoch]
+    for epoch in range(first, last + 1):
         if epoch not in orders:
-            orders.pop(epoch - 2, None)
             orders[epoch] = torch.randperm(n, generator=generator(seed, "order", epoch)).numpy()
     return np.array([orders[int(e)][p % n] for e, p in zip(epochs, places, strict=True)])
 
@@ -381,14 +443,15 @@ def share(items: Any, world: World) -> Any:
 def autocast(trial: Trial, device: torch.device) -> AbstractContextManager[Any]:
     """bf16 where the trial asks for it, or `auto` finds it faster; parameters stay float32.
 
-    `auto` takes it on GPUs that have it, and on CPUs with AMX from a width of 32 channels on: below, it measured no
-    faster than float32. Never for the prediction mu, which differs from x_t in digits that bf16 has not.
+    `auto` takes it on GPUs that have it, and on CPUs with AMX or AVX512-BF16 from a width of 32 channels on: below, it
+    measured no faster than float32. Never for the prediction mu, which differs from x_t in digits that bf16 has not.
     """
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported()
     else:
-        fast = torch.cpu._is_amx_tile_supported() and trial.model.channels >= 32
-    fast = fast and trial.diffusion.prediction != "mu"
+        has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        fast = has_bf16 and trial.model.channels >= 32
+    fast = fast and PREDICTIONS[trial.diffusion.prediction].in_bf16
     enabled = trial.training.precision == "bf16" or (trial.training.precision == "auto" and fast)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
@@ -398,12 +461,19 @@ def write_status(
     folder: str,
     progress: Progress,
     steps: int,
-    checkpoint: checkpoints.Checkpoint | None,
-    meter: Meter,
+    checkpoint: manifest.Checkpoint | None,
+    speed: Mapping[str, Any],
 ) -> None:
-    """`status.json`: where the trial stands, for the driver that comes next and for a person."""
-    storage.write_json(
-        f"{folder}/status.json",
+    """`status.json`: where the trial stands, for the driver that comes next and for a person.
+
+    Where it stands further already, and an earlier checkpoint is made again, that remains.
+    """
+    path = f"{folder}/status.json"
+    before = storage.read_sealed(path)
+    if before and before["step"] > progress.step and before["state"] != "running":
+        return
+    storage.write_sealed(
+        path,
         {
             "state": progress.state,
             "step": progress.step,
@@ -413,13 +483,7 @@ def write_status(
             "detail": progress.detail,
             "checkpoint": checkpoint.digest if checkpoint else None,
             "host": socket.gethostname(),
-            "hardware": meter.hardware,
-            "spent": meter.spent,
+            **speed,
             "updated_ms": time.time_ns() // 1_000_000,
         },
     )
-
-
-def read_status(storage: Storage, folder: str) -> dict[str, Any] | None:
-    content = storage.read(f"{folder}/status.json") if storage.exists(f"{folder}/status.json") else None
-    return json.loads(content) if content else None

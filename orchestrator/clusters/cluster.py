@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.plan import Node
-from orchestrator.settings import NotYAML, meant, read_yaml, show
+from orchestrator.experiment.settings import meant, read_text, read_yaml, show
+from orchestrator.planning.place import Node
 from workers.config import Mistake
 
 ON_THE_HEAD = Path("~/ray_bootstrap_config.yaml")  # ray.autoscaler's copy of the file, also where Tune looks for it
+
+
+MOST = 100_000  # of nodes, and of a node's cores
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class Cluster:
 def read_cluster(path: Path) -> Cluster:
     """The cluster that a file for `ray up` describes. Raises Mistake with all that is wrong with it."""
     try:
-        content, problems = read_yaml(path.read_text())
-    except (OSError, UnicodeDecodeError, NotYAML) as error:
+        content, problems = read_yaml(read_text(path))
+    except (OSError, ValueError) as error:
         raise Mistake(f"--cluster {path}: cannot be read: {error}") from None
     if not isinstance(content, Mapping) or not isinstance(content.get("available_node_types"), Mapping):
         has = ", ".join(map(str, content)) if isinstance(content, Mapping) else show(content)[:60]
@@ -53,7 +56,7 @@ def read_cluster(path: Path) -> Cluster:
             "cluster.yaml is one"
         )
     kinds, head, most = content["available_node_types"], content.get("head_node_type"), content.get("max_workers", 2)
-    if head not in kinds:
+    if not isinstance(head, str) or head not in kinds:
         problems.append(f"head_node_type: {show(head)} is none of available_node_types{meant(str(head), kinds)}")
     if not _count(most):
         problems.append(f"max_workers: {show(most)} is not a number of nodes")
@@ -82,6 +85,13 @@ def _problems(kind: Any) -> list[str]:
         return [f"resources: {show(resources)} does not say what such a node has; write {{CPU: 8, GPU: 1}}, say"]
     if not _count(kind.get("max_workers", 0)):
         return [f"max_workers: {show(kind['max_workers'])} is not a number of nodes"]
+    config = kind.get("node_config") or {}
+    market = config.get("InstanceMarketOptions") if isinstance(config, Mapping) else None
+    if not isinstance(config, Mapping) or not isinstance(market or {}, Mapping):
+        return [f"node_config: {show(config)} is not what `ray up` takes: it and InstanceMarketOptions are mappings"]
+    for name in ("InstanceType", "machineType"):
+        if not isinstance(config.get(name, ""), str):
+            return [f"node_config.{name}: {show(config[name])} is not the name of a kind of machine"]
     return []
 
 
@@ -98,4 +108,4 @@ def _type(name: str, kind: Mapping[str, Any], most: int, head: bool) -> NodeType
 
 
 def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST

@@ -4,30 +4,34 @@ Speeds lie in the storage (`speeds/<key>.json`, a file for each network, precisi
 sweep writes them as it goes, and `--calibrate` beforehand; nothing is guessed. `estimate` and `text` are pure.
 """
 
-import os
 import socket
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
 from orchestrator.clusters.cluster import Cluster, NodeType
-from orchestrator.experiment import SearchConfig, Variant
-from orchestrator.plan import Node, Size, Work, makespan, never, nodes_in_use
-from orchestrator.preflight import Cost, cost, validations
-from orchestrator.settings import NotYAML, read_yaml
+from orchestrator.experiment.effort import Cost, cost, validations
+from orchestrator.experiment.records import SearchConfig, Variant
+from orchestrator.experiment.settings import read_text, read_yaml
+from orchestrator.planning.makespan import Work, makespan
+from orchestrator.planning.place import Node, Size, list_never_fitting, nodes_in_use
 from workers import speed
-from workers.blocks import Images, blocks, reference_images
 from workers.config import DataConfig, Measurement, Mistake, Record, Trial
-from workers.data import Source
+from workers.data.sources import Source
+from workers.evaluation.blocks import Images, blocks, reference_images
+from workers.identity import trial_id
+from workers.layout import RowId, speed_file
+from workers.sharing import as_ray_counts
 from workers.speed import CORE, Spent, added, model_key, training_kind
 from workers.storage import Storage
 
 START_S = 20.0  # until the first trial trains, where no sweep has told: Ray, its workers, MLflow's database
+RELEARNED = "it is learned again by the next sweep"
 # The GPU of an instance family, by a part of the name that its driver gives it.
 FAMILIES = {
     "g4dn": "T4", "g5": "A10G", "g6": "L4", "g6e": "L40S", "p3": "V100", "p4d": "A100", "p4de": "A100", "p5": "H100",
@@ -42,7 +46,7 @@ def learn(storage: Storage, trial: Trial, source: Source, hardware: str, spent: 
     if not spent:
         return
     path = _path(trial, source)
-    known = storage.read_json(path) or {}
+    known = storage.read_sealed(path, RELEARNED) or {}
     before = known.get(hardware, {})
     known[hardware] = {
         "host": socket.gethostname(),
@@ -50,11 +54,11 @@ def learn(storage: Storage, trial: Trial, source: Source, hardware: str, spent: 
         "date": time.strftime("%Y-%m-%d"),
         "work": {**before.get("work", {}), **{kind: list(each) for kind, each in spent.items()}},
     }
-    storage.write_json(path, known)
+    storage.write_sealed(path, known)
 
 
 def _path(trial: Trial, source: Source) -> str:
-    return f"speeds/{model_key(trial.model, trial.training, source.shape)}.json"
+    return speed_file(model_key(trial.model, trial.training, source.shape, trial.evaluation.precision))
 
 
 def evaluation_spent(made: Spent, trial: Trial, source: Source) -> Spent:
@@ -82,26 +86,29 @@ def _feature_images(trial: Trial, source: Source) -> dict[str, int]:
 # ---- Prices ----------------------------------------------------------------------------------------------------
 
 
+Price = Annotated[float, Field(ge=0, le=1e6)]
+
+
 class Prices(Record):
     """`prices.yaml`: what an hour of an instance costs. The user's to keep: the program knows no price by itself."""
 
     currency: str
     date: str = Field(description="of the prices")
     source: str
-    hourly: dict[str, float] = Field(description="by instance type, on demand")
-    spot: dict[str, float] = Field(default_factory=dict, description="the same for spot instances")
+    hourly: dict[str, Price] = Field(description="by instance type, on demand")
+    spot: dict[str, Price] = Field(default_factory=dict, description="the same for spot instances")
 
 
 def read_prices(path: Path) -> Prices:
     """Raises Mistake with all that is wrong with the file."""
     try:
-        content, problems = read_yaml(path.read_text())
+        content, problems = read_yaml(read_text(path))
         if not problems:
             return Prices.model_validate(content)
-    except (OSError, NotYAML) as error:
-        problems = [str(error)]
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+    except (OSError, ValueError) as error:
+        problems = [str(error)]
     raise Mistake("\n  ".join([f"--prices {path}:", *problems]))
 
 
@@ -133,17 +140,22 @@ def estimate(
     speeds: Mapping[str, Mapping[str, Any]],
     hardware: str,
     nodes: Sequence[Node],
+    *,
     cores: float,
     most: int | None,
 ) -> Plan | Unknown:
     """The plan for `trials` on `nodes` of which each worker has one `hardware`.
 
-    `speeds` holds the content of a speed file by its path. Reference features count once a data set, the training and
-    the bound of trials that differ in their measurement alone once as well.
+    `speeds` holds the content of a speed file by its path. Reference features count once per data set, the bound once
+    per checkpoint, and the training once per trial, as far as the longest row asks.
     """
     on_gpus = any(node.gpus for node in nodes)
     works, said_by, scaled, referenced = [], list[str](), False, set[Any]()
-    for trial in trials:
+    ids = [trial_id(trial, sources[trial.data].digest) for trial in trials]
+    longest: dict[str, int] = {}
+    for trial, trained in zip(trials, ids, strict=True):
+        longest[trained] = max(longest.get(trained, 0), trial.training.steps)
+    for trial, trained in zip(trials, ids, strict=True):
         source = sources[trial.data]
         known = speeds.get(_path(trial, source), {}).get(hardware)
         if known is None:
@@ -157,20 +169,24 @@ def estimate(
             return Unknown(f"no throughput is known of {', '.join(sorted(set(lacking)))} on {hardware}")
         referenced.add((trial.data, trial.evaluation.fid))
         scaled |= kind != training_kind(trial.training)
-        trained = trial.model_dump_json(exclude={"evaluation"})
-        if (trained, trial.evaluation.nll) in referenced:
+        checkpoint = trained, trial.training.steps
+        if (checkpoint, trial.evaluation.nll) in referenced:
             wanted.pop("nll", None)
-        images = price.training_evaluations / trial.training.workers
-        training = images * _each(work[kind]) + _validation_s(trial, price, work) if trained not in referenced else 0.0
-        referenced |= {trained, (trained, trial.evaluation.nll)}
+        images, training = price.training_evaluations / trial.training.workers, 0.0
+        if trained not in referenced and trial.training.steps == longest[trained]:
+            training = images * _each(work[kind]) + _validation_s(trial, price, work)
+            referenced.add(trained)
+        referenced.add((checkpoint, trial.evaluation.nll))
         size = Size.of(trial.training, _gpus(trial, on_gpus))
-        works.append(Work(size, training, sum(n * _each(work[name]) for name, n in wanted.items())))
+        # Of a trial that shares a GPU speeds count its part of the time.
+        wall_s = training / (size.gpus if on_gpus and 0 < size.gpus < 1 else 1)
+        works.append(Work(size, wall_s, sum(n * _each(work[name]) for name, n in wanted.items())))
         said_by.append(f"{known['said_by']} on {known['date']}")
     start = [each for file in speeds.values() if (each := file.get(hardware, {}).get("work", {}).get("start"))]
     return Plan(
         hardware,
         makespan(works, nodes, cores, most) + (_each(start[-1]) if start else START_S),
-        sum(w.training_s * w.size.workers for w in works),
+        sum(w.training_s * w.size.workers * (w.size.gpus if on_gpus and w.size.gpus else 1) for w in works),
         sum(w.evaluation_s for w in works),
         ", ".join(dict.fromkeys(said_by)),
         scaled,
@@ -214,10 +230,11 @@ def _each(counted: Sequence[float]) -> float:
 
 
 def cost_text(
-    trials: Mapping[str, Variant],
+    trials: Mapping[RowId, Variant],
     sources: Mapping[DataConfig, Source],
     storage: Storage,
     search: SearchConfig,
+    *,
     cluster: Cluster | None,
     prices: Prices | None,
 ) -> str:
@@ -243,7 +260,7 @@ def cost_text(
 
 
 def planned(
-    trials: Mapping[str, Variant],
+    trials: Mapping[RowId, Variant],
     sources: Mapping[DataConfig, Source],
     storage: Storage,
     search: SearchConfig,
@@ -252,7 +269,7 @@ def planned(
     """The plan from what the storage knows, on `machines` of a cluster or else on this one."""
     configs = [v.trial for v in trials.values()]
     paths = dict.fromkeys(_path(trial, sources[trial.data]) for trial in configs)
-    speeds = {path: content for path in paths if (content := storage.read_json(path))}
+    speeds = {path: content for path in paths if (content := storage.read_sealed(path, RELEARNED))}
     known = {name: each for file in speeds.values() for name, each in file.items()}
     hardware = chosen(known, machines)
     if hardware is None:
@@ -261,12 +278,12 @@ def planned(
     if machines:
         nodes, cores = [m.node for m in machines], sum(m.node.cpus for m in machines)
     else:  # as `execution.session.session` starts Ray
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = speed.cores()
         nodes = [Node(cores + 1, 0 if hardware.endswith(CORE) else 1)]
-    return estimate(configs, sources, speeds, hardware, nodes, cores, _most(search))
+    return estimate(configs, sources, speeds, hardware, nodes, cores=cores, most=_most(search))
 
 
-def machines_for(trials: Mapping[str, Variant], search: SearchConfig, cluster: Cluster) -> list[NodeType]:
+def machines_for(trials: Mapping[RowId, Variant], search: SearchConfig, cluster: Cluster) -> list[NodeType]:
     """The head, and the nodes that the trials would make the cluster have.
 
     Raises Mistake with all sizes of trials that it never holds.
@@ -274,7 +291,7 @@ def machines_for(trials: Mapping[str, Variant], search: SearchConfig, cluster: C
     kinds, nodes = cluster.kinds(), cluster.nodes()
     there = any(node.gpus for node in nodes)
     sizes = [Size.of(v.trial.training, _gpus(v.trial, there)) for v in trials.values()]
-    if said := never(sizes, nodes):
+    if said := list_never_fitting(sizes, nodes):
         raise Mistake("\n".join(said))
     return [kinds[0], *(kinds[i] for i in nodes_in_use(sizes, nodes, _most(search)) if i)]
 
@@ -283,17 +300,9 @@ def _most(search: SearchConfig) -> int | None:
     return None if search.max_concurrent == "auto" else search.max_concurrent
 
 
-def _gpus(trial: Trial, there: bool) -> int:
-    """GPUs a worker."""
-    return int(there) if trial.training.gpus == "auto" else trial.training.gpus
-
-
-def machines(hardware: str, cluster: Cluster | None) -> tuple[list[Node], float]:
-    """The nodes to plan on, and their cores. Here, as `execution.session.session` starts Ray."""
-    if cluster:
-        return cluster.nodes(), sum(node.cpus for node in cluster.nodes())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return [Node(cores + 1, 0 if hardware.endswith(CORE) else 1)], cores
+def _gpus(trial: Trial, there: bool) -> float:
+    """GPUs per worker; of `auto` a whole one, as how many trials share it is measured when they train."""
+    return int(there) if trial.training.gpus == "auto" else as_ray_counts(trial.training.gpus)
 
 
 def chosen(known: Mapping[str, Mapping[str, Any]], machines: Sequence[NodeType]) -> str | None:

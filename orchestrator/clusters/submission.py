@@ -10,7 +10,6 @@ import logging
 import os
 import shlex
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -22,17 +21,19 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
-from ray._private.services import find_gcs_addresses
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 import orchestrator
 import workers
-from orchestrator.experiment import Experiment, resolved
-from workers.config import Mistake, digest
+from orchestrator import cli
+from orchestrator.experiment.load import resolved
+from orchestrator.experiment.records import Experiment
+from orchestrator.ray_internals import find_clusters
+from workers.config import Mistake, without_secrets
+from workers.identity import digest
 
 ANSWER_S = 5.0  # for a connection to be made
-LEFT = 128 + signal.SIGINT  # the exit status of a client that went before its job ended
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 OVERRULES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # Ray's client takes them before the address that it is given
 TOKEN = (
@@ -52,30 +53,31 @@ def inside_a_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def check_attachable(address: str) -> None:
-    """Raises Mistake where no driver can attach to `address` from here: it must be a node of that cluster."""
-    if address.startswith(("http://", "https://")):
-        raise Mistake(f"--address {address} is that of a Jobs API: add --submit to send the sweep there as a job")
-    if "://" in address:
+def check_attachable(ray_address: str) -> None:
+    """Raises Mistake where no driver can attach to `ray_address` from here: it must be a node of that cluster."""
+    if ray_address.startswith(("http://", "https://")):
+        raise Mistake(f"--address {ray_address} is that of a Jobs API: add --submit to send the sweep there as a job")
+    if "://" in ray_address:
         raise Mistake(
-            f"--address {address}: a sweep cannot run through Ray's client. Submit it to the head's Jobs API "
+            f"--address {ray_address}: a sweep cannot run through Ray's client. Submit it to the head's Jobs API "
             "(--address http://HEAD:8265 --submit), or attach on a node of the cluster (--address auto)"
         )
-    if address == "auto" and "RAY_ADDRESS" in os.environ:  # that of the cluster whose job this is
+    if ray_address == "auto" and "RAY_ADDRESS" in os.environ:  # that of the cluster whose job this is
         return
-    found = find_gcs_addresses()
-    if found and (address == "auto" or any(_same(address, other) for other in found)):
+    found = find_clusters()
+    if found and (ray_address == "auto" or any(_same(ray_address, other) for other in found)):
         return
     here = f"it is one of {', '.join(sorted(found))}" if found else "no Ray runs here"
     raise Mistake(
-        f"--address {address}: this machine is no node of such a cluster ({here}). Attach on a node (--address auto), "
-        "or submit the sweep to the head's Jobs API from anywhere (--address http://HEAD:8265 --submit)"
+        f"--address {ray_address}: this machine is no node of such a cluster ({here}). Attach on a node "
+        "(--address auto), or submit the sweep to the head's Jobs API from anywhere "
+        "(--address http://HEAD:8265 --submit)"
     )
 
 
-def _same(address: str, node: str) -> bool:
-    """Whether HOST:PORT is the address that a node of this machine has from Ray, which knows hosts by their numbers."""
-    host, _, port = address.rpartition(":")
+def _same(ray_address: str, node: str) -> bool:
+    """Whether `ray_address` is what Ray calls a node of this machine; it knows hosts by their numbers."""
+    host, _, port = ray_address.rpartition(":")
     try:
         number = socket.gethostbyname(host)
     except OSError:
@@ -83,13 +85,13 @@ def _same(address: str, node: str) -> bool:
     return port == node.rpartition(":")[2] and (number.startswith("127.") or number == node.rpartition(":")[0])
 
 
-def _reach(host: str, port: int, address: str) -> None:
+def _reach(host: str, port: int, ray_address: str) -> None:
     try:
         socket.create_connection((host, port), timeout=ANSWER_S).close()
     except (OSError, OverflowError) as error:
         raise Mistake(
-            f"--address {address}: nothing answers there ({error}). Is the cluster up, and the port open or tunnelled "
-            "(`ray dashboard CLUSTER.yaml` tunnels 8265)?"
+            f"--address {ray_address}: nothing answers there ({error}). Is the cluster up, and the port open or "
+            "tunnelled (`ray dashboard CLUSTER.yaml` tunnels 8265)?"
         ) from error
 
 
@@ -112,19 +114,25 @@ def job(experiment: Experiment, file: Path, overrides: Sequence[str], storage: s
             f"--storage {storage!r} is relative to this machine: give a folder that every node of the cluster sees, by "
             "its absolute path, or a URI such as s3://bucket/path"
         )
-    for name, uri in (("--storage", storage), ("tracking.uri", experiment.tracking.uri or "")):
-        if "@" in urlsplit(uri).netloc:
-            mistakes.append(
-                f"{name} holds a user's name or password, which the cluster's logs would show: leave them out and set "
-                "them in the environment of the head (MLFLOW_TRACKING_USERNAME, AWS_ACCESS_KEY_ID, ...) or give its "
-                "machine a role"
-            )
+    mistakes += secrets(file, [*overrides, storage])
     if mistakes:
         raise Mistake("\n".join(mistakes))
     words = ["python", "-m", "orchestrator.sweep", file.name, *overrides, "--address", "auto", "--storage", storage]
     words += flags
-    address = digest([resolved(experiment), storage.rstrip("/")])[:8]
-    return Job(f"sweep-{experiment.name}-{address}", experiment.name, storage, file, shlex.join(words))
+    suffix = digest([resolved(experiment), storage.rstrip("/")])[:8]
+    return Job(f"sweep-{experiment.name}-{suffix}", experiment.name, storage, file, shlex.join(words))
+
+
+def secrets(file: Path, words: Sequence[str]) -> list[str]:
+    """What is wrong with words of a command, and the file that goes with it, that show a secret."""
+    texts = {word: word for word in words} | {str(file): file.read_text(encoding="utf-8")}
+    return [
+        f"{name} holds a user's name, a password or a key, which the cluster's logs would show: leave them out and set "
+        "them in the environment of the head (MLFLOW_TRACKING_USERNAME, AWS_ACCESS_KEY_ID, ...) or give its machine a "
+        "role"
+        for name, text in texts.items()
+        if without_secrets(text) != text
+    ]
 
 
 def choose(name: str, statuses: Mapping[str, str]) -> tuple[str, bool]:
@@ -149,14 +157,14 @@ def next_attempt(name: str, statuses: Mapping[str, str], most: int) -> str | Non
     return next((i for i in ids if i not in statuses), None)
 
 
-def submit(address: str, job: Job) -> int:
-    """Sends the job, or joins it where it runs already, and follows it to its end. Gives its exit status.
+def submit(ray_address: str, job: Job) -> int:
+    """Sends the job, or joins it where it runs already, and follows it to its end. Returns its exit status.
 
-    Raises Mistake where `address` cannot be used.
+    Raises Mistake where `ray_address` cannot be used.
     """
-    client = connect(address)
+    client = connect(ray_address)
     submission_id, new = choose(job.name, {j.submission_id: j.status for j in client.list_jobs() if j.submission_id})
-    new = new and _send(client, address, submission_id, job.file, job.command)
+    new = new and _send(client, ray_address, submission_id, job.file, job.command)
     print(f"job  {submission_id}  {'submitted' if new else 'runs already: its output from the start'}", flush=True)
     try:
         asyncio.run(_tail(client, submission_id))
@@ -168,26 +176,28 @@ def submit(address: str, job: Job) -> int:
     print(
         f"\n{why}; the job goes on. The same command joins it again; how it stands:\n"
         f"  python -m orchestrator.status {job.sweep} --storage {shlex.quote(job.storage)}\n"
-        f"To stop it:\n  ray job stop --address {address} {submission_id}",
+        f"To stop it:\n  ray job stop --address {ray_address} {submission_id}",
         file=sys.stderr,
     )
-    return LEFT
+    return cli.INTERRUPTED
 
 
-def submit_again(address: str, name: str, file: Path, words: Sequence[str], most: int) -> str | None:
+def submit_again(ray_address: str, name: str, file: Path, words: Sequence[str], most: int) -> str | None:
     """Sends a command with its file and does not follow it, as its next attempt (see `next_attempt`); gives its id.
 
     None where there is no attempt to make now, or another process made it in the same moment: Ray refuses an id that
-    it knows. Raises Mistake where `address` cannot be used.
+    it knows. Raises Mistake where `ray_address` cannot be used.
     """
-    client = connect(address)
+    if mistakes := secrets(file, words):
+        raise Mistake("\n".join(mistakes))
+    client = connect(ray_address)
     submission_id = next_attempt(name, {j.submission_id: j.status for j in client.list_jobs() if j.submission_id}, most)
     if submission_id is None:
         return None
-    return submission_id if _send(client, address, submission_id, file, shlex.join(words)) else None
+    return submission_id if _send(client, ray_address, submission_id, file, shlex.join(words)) else None
 
 
-def _send(client: JobSubmissionClient, address: str, submission_id: str, file: Path, command: str) -> bool:
+def _send(client: JobSubmissionClient, ray_address: str, submission_id: str, file: Path, command: str) -> bool:
     """Submits the command with its file; False where the cluster knows a job of this id. Raises Mistake."""
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
         shutil.copy(file, folder)
@@ -197,30 +207,32 @@ def _send(client: JobSubmissionClient, address: str, submission_id: str, file: P
         except RuntimeError as error:
             if f"{submission_id} already exists" in str(error):
                 return False
-            raise Mistake(f"--address {address}: the cluster does not take the job {submission_id}: {error}") from error
+            raise Mistake(
+                f"--address {ray_address}: the cluster does not take the job {submission_id}: {error}"
+            ) from error
     return True
 
 
-def connect(address: str) -> JobSubmissionClient:
-    """The Jobs API at `address`. Raises Mistake where there is none, or none that lets us in."""
-    parts = urlsplit(address)
+def connect(ray_address: str) -> JobSubmissionClient:
+    """The Jobs API at `ray_address`. Raises Mistake where there is none, or none that lets us in."""
     try:
+        parts = urlsplit(ray_address)
         port = parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError:
-        port = 0
+    except ValueError:  # brackets that do not close, a port that is none
+        parts, port = urlsplit(""), 0
     if parts.scheme not in ("http", "https") or not parts.hostname or not port:
-        raise Mistake(f"--address {address!r}: --submit takes the head's Jobs API, such as http://127.0.0.1:8265")
-    _reach(parts.hostname, port, address)
+        raise Mistake(f"--address {ray_address!r}: --submit takes the head's Jobs API, such as http://127.0.0.1:8265")
+    _reach(parts.hostname, port, ray_address)
     for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)  # they tell of packages and web sockets
     for name in OVERRULES:
         os.environ.pop(name, None)
     try:
-        return JobSubmissionClient(address)
+        return JobSubmissionClient(ray_address)
     except AuthenticationError as error:
-        raise Mistake(f"--address {address}: the cluster does not know this token; {TOKEN}") from error
+        raise Mistake(f"--address {ray_address}: the cluster does not know this token; {TOKEN}") from error
     except (OSError, RuntimeError, KeyError) as error:
-        raise Mistake(f"--address {address}: what answers there is no Jobs API of Ray ({error})") from error
+        raise Mistake(f"--address {ray_address}: what answers there is no Jobs API of Ray ({error})") from error
 
 
 async def _tail(client: JobSubmissionClient, submission_id: str) -> None:
@@ -234,11 +246,11 @@ def _ended(client: JobSubmissionClient, submission_id: str) -> int:
     while (info := client.get_job_info(submission_id)).status not in ENDED:
         time.sleep(0.5)
     if info.status == "SUCCEEDED":
-        return 0
+        return cli.DONE
     if info.status == "STOPPED":
         print(f"{submission_id} was stopped; the same command resumes.", file=sys.stderr)
-        return LEFT
+        return cli.INTERRUPTED
     if info.driver_exit_code is None:
         print(f"{submission_id} failed: {info.message}", file=sys.stderr)
-        return 1
+        return cli.SOME_FAILED
     return int(info.driver_exit_code)

@@ -1,23 +1,25 @@
 """Evaluation blocks to Ray tasks, on whatever the training leaves free."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
 from orchestrator.execution.session import reason
-from workers import tasks
-from workers.blocks import Block
-from workers.config import DataConfig
+from workers.config import BLOCK_GPUS, DataConfig
+from workers.disk import Unwritable
+from workers.evaluation.blocks import Block
 from workers.speed import Spent, added
+from workers.tasks import Order, make_block, make_space, make_summary
 
 BLOCK_CPUS = 0.9  # not a whole one: the drivers of data-parallel trials take a little of the core that is kept free
 
 
 @dataclass
 class _Evaluation:
-    order: tasks.Order
+    order: Order
     planned: list[Block]
     blocks: Mapping[Any, str]  # the path of each task's block
     summary: Any  # the task at the end, which waits for all blocks
@@ -37,14 +39,15 @@ class Evaluations:
     _open: dict[str, _Evaluation] = field(default_factory=dict)
     _owner: dict[Any, str] = field(default_factory=dict)  # the evaluation of each task in flight
     _spaces: dict[tuple[DataConfig, str], Any] = field(default_factory=dict)
+    _asking: dict[Any, str] = field(default_factory=dict)  # the evaluation that each space is made for first
     _shared: dict[str, Any] = field(default_factory=dict)  # blocks that several evaluations may need, by path
     spent: dict[str, dict[str, Spent]] = field(default_factory=dict)  # what blocks took, by evaluation and hardware
     retried: list[tuple[str, str, str]] = field(default_factory=list)  # (name, piece of work, why) of what was redone
 
-    def submit(self, name: str, order: tasks.Order, planned: list[Block], missing: list[Block]) -> None:
+    def submit(self, name: str, order: Order, planned: list[Block], missing: list[Block]) -> None:
         """Starts the `missing` ones of the `planned` blocks, and after them the summary."""
         options = _needs(order)
-        space = self._space(order)
+        space = self._space(name, order)
         made: dict[str, Any] = {}
         others = []  # what another evaluation on the same data is making
         for block in missing:
@@ -53,40 +56,57 @@ class Evaluations:
                 continue
             after = [ref for b in block.needs if (ref := made.get(b.path, self._shared.get(b.path))) is not None]
             after += [space] if space is not None and block.kind in ("features", "reference") else []
-            made[block.path] = tasks.make_block.options(**options).remote(order, block, *after)
+            made[block.path] = make_block.options(**options).remote(order, block, *after)
             if block.kind in SHARED:
                 self._shared[block.path] = made[block.path]
         paths = {ref: path for path, ref in made.items()}
-        summary = tasks.make_summary.options(**options).remote(order, *paths, *others)
+        summary = make_summary.options(**options).remote(order, *paths, *others)
         self._open[name] = _Evaluation(order, planned, paths, summary, {*paths, summary})
         self._owner |= dict.fromkeys(paths, name) | {summary: name}
 
-    def _space(self, order: tasks.Order) -> Any:
+    def _space(self, name: str, order: Order) -> Any:
         """The feature space of a data set is made once, before the blocks that use it."""
         if not order.m.evaluation.fid:
             return None
         key = (order.m.data, order.m.evaluation.fid.features)
         if key not in self._spaces:
-            self._spaces[key] = tasks.make_space.options(**_needs(order)).remote(order)
+            self._spaces[key] = make_space.options(**_needs(order)).remote(order)
+            self._asking[self._spaces[key]] = name
         return self._spaces[key]
 
     def __len__(self) -> int:
         return len(self._open)
+
+    def forget(self) -> None:
+        """Lets go of all tasks, before their Ray ends: what refers to one later may end the process."""
+        for kept in (self._open, self._owner, self._spaces, self._asking, self._shared):
+            kept.clear()
 
     def left(self, name: str) -> int:
         """Blocks of an evaluation still to come."""
         return max(0, len(self._open[name].left) - 1) if name in self._open else 0
 
     def poll(self, timeout_s: float = 0) -> list[tuple[str, str]]:
-        """(name, what failed or "") of each evaluation that has ended since, its summary written if nothing failed."""
+        """(name, what failed or "") of each evaluation that has ended since, its summary written if nothing failed.
+
+        Raises Unwritable where the storage could not be written, which would fail all others, too.
+        """
         if self._owner:
             ready, _ = ray.wait(list(self._owner), num_returns=len(self._owner), timeout=timeout_s)
             for ref in ready:
                 self._take(ref)
+            self._hear_spaces()
         ended = {name: e for name, e in self._open.items() if not e.left}
         for name in ended:
             del self._open[name]
         return [(name, e.failed) for name, e in ended.items()]
+
+    def _hear_spaces(self) -> None:
+        """Notes what was said as feature spaces were made; that one could not be is told by the blocks that need it."""
+        for ref in ray.wait(list(self._asking), num_returns=len(self._asking), timeout=0)[0] if self._asking else []:
+            name = self._asking.pop(ref)
+            with suppress(ray.exceptions.RayError):
+                self.retried += [(name, "the feature space", text) for text in ray.get(ref)]
 
     def _take(self, ref: Any) -> None:
         name = self._owner.pop(ref)
@@ -95,6 +115,8 @@ class Evaluations:
         try:
             result = ray.get(ref)
         except ray.exceptions.RayError as error:  # of the task, or of the machine that it ran on
+            if isinstance(cause := getattr(error, "cause", None), Unwritable):
+                raise cause from None
             evaluation.failed = evaluation.failed or reason(error)
             self._shared = {path: other for path, other in self._shared.items() if other != ref}
             # The summary fails by itself, and others may wait for what is shared.
@@ -126,6 +148,6 @@ class Evaluations:
         return retried
 
 
-def _needs(order: tasks.Order) -> dict[str, float]:
+def _needs(order: Order) -> dict[str, float]:
     """What a task of an evaluation asks of the node it runs on."""
-    return {"num_cpus": BLOCK_CPUS, "num_gpus": tasks.BLOCK_GPUS if order.gpus else 0}
+    return {"num_cpus": BLOCK_CPUS, "num_gpus": BLOCK_GPUS if order.gpus else 0}

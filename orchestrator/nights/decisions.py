@@ -18,12 +18,13 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from orchestrator.comparing import paired, protocol_differences
+from orchestrator import cli
+from orchestrator.experiment.settings import meant
+from orchestrator.measuring.differences import paired, protocol_differences
 from orchestrator.nights.suite import CANDIDATE, CHAMPION, EVERY, NEWEST, Rule, Suite, registered
-from orchestrator.settings import meant
 from orchestrator.tracking.registry import Version
-from workers import canaries
 from workers.config import Record
+from workers.evaluation import canaries
 
 # A metric of an unchanged checkpoint that moved by more than this part of its value did not do so by rounding.
 ROUNDING = 1e-4
@@ -38,8 +39,8 @@ class Kept(Record):
     model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="constants")
 
 
-class Entry(Kept):
-    """One model and its numbers: a summary as `workers.summary` makes it, as far as a comparison needs it."""
+class ModelNumbers(Kept):
+    """One model and its numbers: as much of a summary (`workers.evaluation.summary`) as a comparison needs."""
 
     name: str  # SWEEP@ALIAS, or the target
     sweep: str | None = None
@@ -62,7 +63,7 @@ class Entry(Kept):
         return {"metrics": self.metrics, "passports": self.passports, "nll_per_image": self.nll_per_image}
 
 
-class Comparison(Kept):
+class ModelComparison(Kept):
     """A metric of a model tonight minus what it is held against; `verdict` by the suite's rule."""
 
     model: str
@@ -77,7 +78,7 @@ class Comparison(Kept):
         return f"{self.model} against {self.against}: {self.metric} {self.why}: {self.verdict}"
 
 
-class Finding(Kept):
+class NightFinding(Kept):
     """Something that a person should know; with an `alarm` the night ends with status 3."""
 
     kind: Literal["regression", "drift", "canary", "not measured", "hook", "note"]
@@ -125,21 +126,22 @@ class Night(Kept):
     versions: dict[str, str] = Field(default_factory=dict)  # of the libraries
     rules: tuple[str, ...] = ()
     canaries: tuple[CanaryResult, ...] = ()
-    entries: tuple[Entry, ...] = ()
-    comparisons: tuple[Comparison, ...] = ()
+    entries: tuple[ModelNumbers, ...] = ()
+    comparisons: tuple[ModelComparison, ...] = ()
     promotions: tuple[Promotion, ...] = ()
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[NightFinding, ...] = ()
+    told: bool = True  # whether the hooks were called, where it takes that
     recorded: bool = False  # whether MLflow has all of it
 
     @property
     def status(self) -> int:
-        """3 an alarm, 1 something could not be measured, 0 fine."""
+        """The exit status: an alarm, something that could not be measured, or done."""
         if any(finding.alarm for finding in self.findings):
-            return 3
-        return 1 if any(entry.failed for entry in self.entries) else 0
+            return cli.ALARM
+        return cli.SOME_FAILED if any(entry.failed for entry in self.entries) else cli.DONE
 
 
-Before = Mapping[str, tuple[Night, Entry]]  # a model's last believed numbers, and of which night
+Before = Mapping[str, tuple[Night, ModelNumbers]]  # a model's last believed numbers, and of which night
 
 
 # ---- What to measure -------------------------------------------------------------------------------------------
@@ -220,7 +222,7 @@ def due(asked: Mapping[str, str], measured: Collection[str]) -> dict[str, list[s
 
 def earlier_entries(history: Iterable[Night]) -> Before:
     """The last believed numbers of each model, and of which night; `history` has the newest night first."""
-    found: dict[str, tuple[Night, Entry]] = {}
+    found: dict[str, tuple[Night, ModelNumbers]] = {}
     for night in history:
         for entry in night.entries:
             if night.state != "not believed" and not entry.failed:
@@ -228,7 +230,7 @@ def earlier_entries(history: Iterable[Night]) -> Before:
     return found
 
 
-def compare(rules: Sequence[Rule], entries: Sequence[Entry], before: Before) -> list[Comparison]:
+def compare(rules: Sequence[Rule], entries: Sequence[ModelNumbers], before: Before) -> list[ModelComparison]:
     """Each model against itself the night before, and against its sweep's champion of tonight."""
     champions = {e.sweep: e for e in entries if e.alias == CHAMPION and not e.failed}
     found = []
@@ -244,9 +246,9 @@ def compare(rules: Sequence[Rule], entries: Sequence[Entry], before: Before) -> 
     return found
 
 
-def _held_against(rule: Rule, ours: Entry, theirs: Entry, against: str) -> Comparison:
-    def result(verdict: Verdict, why: str, difference: float | None = None, se: float | None = None) -> Comparison:
-        return Comparison(
+def _held_against(rule: Rule, ours: ModelNumbers, theirs: ModelNumbers, against: str) -> ModelComparison:
+    def result(verdict: Verdict, why: str, difference: float | None = None, se: float | None = None) -> ModelComparison:
+        return ModelComparison(
             model=ours.name, against=against, metric=rule.metric,
             difference=difference, standard_error=se, verdict=verdict, why=why,
         )  # fmt: skip
@@ -286,7 +288,7 @@ def judge(rule: Rule, base: float, difference: float, se: float | None) -> Verdi
     return "worse" if difference > 0 else "better"
 
 
-def drifted(entries: Sequence[Entry], before: Before, versions: Mapping[str, str]) -> list[Finding]:
+def drifted(entries: Sequence[ModelNumbers], before: Before, versions: Mapping[str, str]) -> list[NightFinding]:
     """Checkpoints that did not change and, asked the same, give other numbers. Evaluation is exact: a library did it.
 
     `versions` are the libraries' of tonight. A hash that changed by rounding alone (another processor) is told without
@@ -310,7 +312,7 @@ def drifted(entries: Sequence[Entry], before: Before, versions: Mapping[str, str
         changed = [f"{name} {then.versions[name]} -> {v}" for name, v in versions.items()
                    if then.versions.get(name, v) != v]  # fmt: skip
         text += f"; since then: {', '.join(changed)}" if changed else "; no version changed, so perhaps the processor"
-        found.append(Finding(kind="drift", model=entry.name, text=text, alarm=bool(told)))
+        found.append(NightFinding(kind="drift", model=entry.name, text=text, alarm=bool(told)))
     return found
 
 
@@ -318,7 +320,9 @@ def _close(a: float, b: float) -> bool:
     return a == b or abs(a - b) <= ROUNDING * max(abs(a), abs(b)) or (math.isnan(a) and math.isnan(b))
 
 
-def regressions(suite: Suite, entries: Sequence[Entry], comparisons: Sequence[Comparison]) -> list[Finding]:
+def regressions(
+    suite: Suite, entries: Sequence[ModelNumbers], comparisons: Sequence[ModelComparison]
+) -> list[NightFinding]:
     """What is worse than the suite's rules allow: any model than last night, and a candidate than its champion."""
     by_name = {entry.name: entry for entry in entries}
     found = []
@@ -328,11 +332,11 @@ def regressions(suite: Suite, entries: Sequence[Entry], comparisons: Sequence[Co
         judged = last_night or by_name[c.model].alias == CANDIDATE
         if c.verdict == "worse" and held in suite.regression.against and judged:
             text = f"{c.metric} {c.why}, worse than {c.against}"
-            found.append(Finding(kind="regression", model=c.model, text=text, alarm=True))
+            found.append(NightFinding(kind="regression", model=c.model, text=text, alarm=True))
     return found
 
 
-def promotions(entries: Sequence[Entry], comparisons: Sequence[Comparison], drift: bool) -> list[Promotion]:
+def promotions(entries: Sequence[ModelNumbers], comparisons: Sequence[ModelComparison], drift: bool) -> list[Promotion]:
     """Of each sweep with a candidate and a champion: to be promoted only where the candidate is clearly better.
 
     That is: better by the rules in one metric or more, worse in none, and all of them could be compared.

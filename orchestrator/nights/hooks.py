@@ -1,69 +1,165 @@
 """Telling somebody of an alarm: a webhook, a command, a mail. What fails is told, and changes nothing else."""
 
+import http.client
 import json
 import os
+import signal
 import subprocess
+import tempfile
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from email.message import EmailMessage
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
-from orchestrator.nights.suite import Hooks
+from orchestrator.nights.suite import Hooks, Mail
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 60.0  # for a hook to end
+TAIL = 4096  # bytes of what a command prints last that are looked at
+SHOWN = 300  # characters of what a hook says
 
 
 def missing(hooks: Hooks, environment: Mapping[str, str]) -> list[str]:
     """What the hooks need and the environment does not give."""
     if hooks.webhook is None:
         return []
-    url = environment.get(hooks.webhook, "")
+    where, url = f"hooks.webhook: {hooks.webhook}", environment.get(hooks.webhook, "")
     if not url:
         return [f"hooks.webhook: the environment variable {hooks.webhook} is not set; it holds the address to call"]
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-        return [f"hooks.webhook: {hooks.webhook} does not hold an address that begins with http:// or https://"]
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        whole = False
+    if not whole:
+        return [f"{where} does not hold an address that begins with http:// or https:// and a host"]
+    if not (url.isascii() and url.isprintable()) or " " in url:
+        return [f"{where} holds an address with signs that none has; write others than ASCII's as %xx"]
+    if "@" in parts.netloc:
+        return [
+            f"{where} holds a user's name, which is not sent; take an address with a token in its path, or a command"
+        ]
     return []
 
 
 def call(hooks: Hooks, message: Mapping[str, Any], text: str) -> list[tuple[str, str]]:
-    """(hook, why it failed or "") of every hook of the suite.
+    """(hook, why it failed or "") of every hook of the suite, each at its end after TIMEOUT_S seconds.
 
     `message` is plain data, with a line of its own under `text` as chats show it; `text` is the whole report.
     """
-    called = []
+    content, called = json.dumps(message).encode(), list[tuple[str, str]]()
     if hooks.webhook:
-        called.append(("webhook", _webhook(os.environ.get(hooks.webhook, ""), message)))
+        called.append(("webhook", _webhook(os.environ.get(hooks.webhook, ""), content)))
     if hooks.command:
-        called.append(("command", _command(hooks.command, json.dumps(message))))
+        called.append(("command", _command(hooks.command, content)))
     if hooks.mail:
-        mail = EmailMessage()
-        mail["To"], mail["Subject"] = hooks.mail.to, str(message["text"]).splitlines()[0]
-        mail.set_content(text)
-        called.append(("mail", _command(hooks.mail.command, mail.as_string())))
+        called.append(("mail", _mail(hooks.mail, str(message["text"]), text)))
     return called
 
 
-def _webhook(url: str, message: Mapping[str, Any]) -> str:
+# ---- The webhook -----------------------------------------------------------------------------------------------
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Takes a redirect for a failure: followed, the message would become a GET without its content."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _webhook(url: str, content: bytes) -> str:
     """Says nothing of the address but its host: the rest may be a secret."""
-    headers = {"Content-Type": "application/json"}
+    said: list[str] = []
+    calling = threading.Thread(target=lambda: said.append(_post(url, content)), name="webhook", daemon=True)
+    calling.start()
+    calling.join(TIMEOUT_S)
+    return said[0] if said else f"{_host(url)} did not answer within {TIMEOUT_S:g} s"
+
+
+def _post(url: str, content: bytes) -> str:
+    host, headers = _host(url), {"Content-Type": "application/json"}
     try:
-        request = urllib.request.Request(url, json.dumps(message).encode(), headers, method="POST")
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S):
+        request = urllib.request.Request(url, content, headers, method="POST")
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=TIMEOUT_S):
             return ""
     except urllib.error.HTTPError as error:
-        return f"{urlsplit(url).hostname} answered {error.code} {error.reason}"
+        with error:
+            elsewhere = "; it points elsewhere, and what it points to is not called: give that address" * (
+                300 <= error.code < 400
+            )
+            return f"{host} answered {error.code} {_readable(str(error.reason))}{elsewhere}"
     except urllib.error.URLError as error:
-        return f"{urlsplit(url).hostname} cannot be reached: {error.reason}"
+        return f"{host} cannot be reached: {_readable(str(error.reason))}"
+    except (http.client.InvalidURL, ValueError):  # whose texts hold the address
+        return f"{host}: this is no address that can be called"
+    except http.client.HTTPException as error:
+        return f"{host} answered something else than HTTP ({_readable(repr(error))})"
     except OSError as error:
-        return f"{urlsplit(url).hostname} did not answer: {error}"
+        return f"{host} did not answer: {_readable(str(error))}"
 
 
-def _command(words: tuple[str, ...], given: str) -> str:
+def _host(url: str) -> str:
     try:
-        done = subprocess.run(words, input=given, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{words[0]} could not be run to its end: {error}"
-    said = (done.stderr or done.stdout).strip().splitlines()[-1:]
-    return f"{words[0]} ended with status {done.returncode}: {''.join(said)}" if done.returncode else ""
+        return urlsplit(url).hostname or "the webhook"
+    except ValueError:
+        return "the webhook"
+
+
+# ---- Commands --------------------------------------------------------------------------------------------------
+
+
+def _mail(mail: Mail, subject: str, text: str) -> str:
+    message = EmailMessage()
+    try:
+        message["To"], message["Subject"] = mail.to, " ".join(subject.split())
+        message.set_content(text)
+        content = message.as_bytes()
+    except ValueError as error:  # an address of several lines, or signs that are none
+        return f"no mail can be made of it: {_readable(str(error))}"
+    return _command(mail.command, content)
+
+
+def _command(words: tuple[str, ...], given: bytes) -> str:
+    """Runs a command in a session of its own; all that it has started there ends with its time."""
+    with tempfile.TemporaryFile() as stdin:  # not a pipe: whether the command reads all of it is its own affair
+        stdin.write(given)
+        stdin.seek(0)
+        try:
+            process = subprocess.Popen(
+                words, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        except (OSError, ValueError) as error:
+            return _readable(f"{words[0]} could not be run: {error}")
+    assert process.stdout
+    tail = bytearray()
+    reading = threading.Thread(target=_keep_tail, args=(process.stdout, tail), name="hook", daemon=True)
+    reading.start()
+    try:
+        status = process.wait(TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return f"{words[0]} did not end within {TIMEOUT_S:g} s, and was ended"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        reading.join(1)  # what the command has left running may keep the pipe open
+    if status == 0:
+        return ""
+    how = f"by the signal {-status}" if status < 0 else f"with status {status}"
+    said = [line for line in bytes(tail).decode(errors="replace").splitlines() if line.strip()]
+    return f"{words[0]} ended {how}" + "".join(f": {_readable(line)}" for line in said[-1:])
+
+
+def _keep_tail(stream: IO[bytes], tail: bytearray) -> None:
+    with stream:
+        while chunk := os.read(stream.fileno(), 2**16):
+            tail += chunk
+            del tail[:-TAIL]
+
+
+def _readable(text: str) -> str:
+    """A line of a stranger's words."""
+    line = "".join(c if c.isprintable() else " " for c in text).strip()
+    return line if len(line) <= SHOWN else f"{line[: SHOWN - 3]}..."

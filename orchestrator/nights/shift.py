@@ -3,6 +3,7 @@
 What is decided is decided in `night`; the storage, Ray, MLflow and the hooks are here.
 """
 
+import json
 import os
 import re
 import socket
@@ -14,57 +15,67 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrator import canary, subjects
+from orchestrator import canary, cli
+from orchestrator.execution.loss import again_where_lost
+from orchestrator.execution.measurements import Measured, measure
 from orchestrator.execution.session import session
-from orchestrator.experiment import ExperimentError
-from orchestrator.measuring import Measured, measure
+from orchestrator.experiment.preflight import data_lines
+from orchestrator.experiment.records import ExperimentError
+from orchestrator.measuring import subjects
+from orchestrator.measuring.subjects import Subject
 from orchestrator.nights import decisions as decide
 from orchestrator.nights import hooks
-from orchestrator.nights.decisions import CanaryResult, Entry, Finding, Night, Promotion, State, Wanted
-from orchestrator.nights.report import headline, to_html, to_markdown
-from orchestrator.nights.schedule import instant, missed, say, written
+from orchestrator.nights.calendar import instant, missed, say, written
+from orchestrator.nights.decisions import CanaryResult, ModelNumbers, Night, NightFinding, Promotion, State, Wanted
+from orchestrator.nights.night_page import headline, to_html, to_markdown
 from orchestrator.nights.suite import CANDIDATE, CHAMPION, Suite
-from orchestrator.subjects import Subject
-from orchestrator.terminal import Display
+from orchestrator.output.terminal import Display
 from orchestrator.tracking import registry
 from orchestrator.tracking.provenance import provenance
-from orchestrator.tracking.record import FLUSH_S, record_measurement
 from orchestrator.tracking.registry import Version
+from orchestrator.tracking.runs import FLUSH_S, record_measurement
 from orchestrator.tracking.server import origin
 from orchestrator.tracking.tracker import Tracker
-from workers.blocks import Images, protocol_key, summary_path
-from workers.canaries import Verdict
 from workers.config import DataConfig, Mistake
-from workers.data import Source
+from workers.data.sources import Source
+from workers.evaluation.blocks import Images, protocol_key, summary_path
+from workers.evaluation.canaries import Verdict
+from workers.layout import nights_folder
+from workers.locks import lock
 from workers.storage import Storage
 
 HISTORY = 30  # nights before, for trends and for models that were not measured last night
 
 
 @dataclass(frozen=True)
-class Model:
+class NightModel:
     """A model of the suite: what is known of it, and where the summary of its checkpoint is, or will be.
 
     Without a subject it cannot be measured, and the entry says why.
     """
 
-    entry: Entry
+    entry: ModelNumbers
     subject: Subject | None = None
     path: str = ""
 
 
-def run(suite: Suite, day: date, storage_root: str, address: str | None) -> int:
+def run(suite: Suite, day: date, storage_root: str, ray_address: str | None) -> int:
     """One night, its exit status. Raises Mistake."""
-    storage, folder = Storage(storage_root), f"nightly/{suite.name}"
+    storage, folder = Storage(storage_root), nights_folder(suite.name)
     with _alone(storage, folder, day):
+        storage.check_writable()
+        storage.remove_leftovers(folder)
         night = _kept(storage, f"{folder}/{day}")
-        if night and night.state == "complete" and night.recorded:
+        if night and night.state == "complete" and night.recorded and night.told:
             say(suite.schedule, f"the night of {day} ended at {night.ended} with status {night.status}; nothing to do")
             say(suite.schedule, f"report {storage.url(folder)}/{day}/report.html")
             return night.status
         history = _history(storage, folder, day)
         if night is None or night.state != "complete":
-            night = _worked(suite, day, storage, address, history)
+            night = _worked(suite, day, storage, ray_address, history)
+            night = night.model_copy(update={"told": night.status != cli.ALARM})
+            _keep(storage, night, history)  # before what may fail, and is then tried again by itself
+        if not night.told:
             night = _alarmed(suite, storage, night)
         return _recorded(suite, storage, night, history)
 
@@ -78,9 +89,9 @@ def _alone(storage: Storage, folder: str, day: date) -> Iterator[None]:
     note = f"{folder}/running.json"
     with ExitStack() as stack:
         try:
-            stack.enter_context(storage.lock(f"{folder}/lock"))
+            stack.enter_context(lock(storage, f"{folder}/lock"))
         except Mistake as refused:
-            other = storage.read_json(note)
+            other = storage.read_sealed(note, "it says nothing of the night that runs")
             if other is None:
                 raise
             raise Mistake(
@@ -88,7 +99,7 @@ def _alone(storage: Storage, folder: str, day: date) -> Iterator[None]:
                 f"as process {other['process']} on {other['host']}"
             ) from refused
         mine = {"day": str(day), "process": os.getpid(), "host": socket.gethostname()}
-        storage.write_json(note, {**mine, "started": datetime.now(UTC).isoformat(" ", "seconds")})
+        storage.write_sealed(note, {**mine, "started": datetime.now(UTC).isoformat(" ", "seconds")})
         try:
             yield
         finally:
@@ -96,14 +107,8 @@ def _alone(storage: Storage, folder: str, day: date) -> Iterator[None]:
 
 
 def _kept(storage: Storage, folder: str) -> Night | None:
-    path = f"{folder}/result.json"
-    if not storage.exists(path):
-        return None
-    content = storage.read(path)
-    try:
-        return Night.model_validate_json(content)
-    except ValueError as error:
-        raise Mistake(f"{storage.url(path)} is damaged ({error}); remove it to run that night again") from error
+    content = storage.read_sealed(f"{folder}/result.json", "the night is as good as not run")
+    return None if content is None else Night.model_validate_json(json.dumps(content))
 
 
 def _history(storage: Storage, folder: str, day: date) -> list[Night]:
@@ -116,14 +121,16 @@ def _history(storage: Storage, folder: str, day: date) -> list[Night]:
 # ---- Its work --------------------------------------------------------------------------------------------------
 
 
-def _worked(suite: Suite, day: date, storage: Storage, address: str | None, history: Sequence[Night]) -> Night:
+def _worked(suite: Suite, day: date, storage: Storage, ray_address: str | None, history: Sequence[Night]) -> Night:
     """Finds the suite's models, measures those that are due, and holds their numbers against what there is."""
     started = written(suite.schedule)
     wanted, models, sources, notes = _found(suite, storage)
     asked = {model.entry.name: model.path for model in models if model.path}
     due = decide.due(asked, {path for path in asked.values() if storage.read_sealed(path) is not None})
     say(suite.schedule, f"the night of {day} of {suite.name}, due at {suite.schedule}: {_due_text(asked, due)}")
-    verdicts, measured = _measured(suite, storage, address, models, due, sources)
+    for line in data_lines(sources.values()):
+        say(suite.schedule, line)
+    verdicts, measured = _measured(suite, storage, ray_address, models=models, due=due, sources=sources)
     believed = all(verdict.passed for verdict in verdicts)
     entries = [
         _with_numbers(m.entry, storage.read_sealed(m.path), measured.get(m.path)) if m.path else m.entry
@@ -137,12 +144,12 @@ def _worked(suite: Suite, day: date, storage: Storage, address: str | None, hist
     decided = decide.promotions(entries, comparisons, any(finding.alarm for finding in drift))
     promotions, refused = _promoted(suite, storage, decided, {w.name: w.version for w in wanted if w.version}, day)
     findings = [
-        *(Finding(kind="canary", text=str(v), alarm=True) for v in verdicts if not v.passed),
+        *(NightFinding(kind="canary", text=str(v), alarm=True) for v in verdicts if not v.passed),
         *decide.regressions(suite, entries, comparisons),
         *drift,
-        *(Finding(kind="not measured", model=e.name, text=e.failed) for e in entries if e.failed),
+        *(NightFinding(kind="not measured", model=e.name, text=e.failed) for e in entries if e.failed),
         *refused,
-        *(Finding(kind="note", text=text) for text in notes),
+        *(NightFinding(kind="note", text=text) for text in notes),
     ]
     whole: State = "incomplete" if any(entry.failed for entry in entries) else "complete"
     return Night(
@@ -165,12 +172,14 @@ def _worked(suite: Suite, day: date, storage: Storage, address: str | None, hist
     )
 
 
-def _found(suite: Suite, storage: Storage) -> tuple[list[Wanted], list[Model], dict[DataConfig, Source], list[str]]:
+def _found(
+    suite: Suite, storage: Storage
+) -> tuple[list[Wanted], list[NightModel], dict[DataConfig, Source], list[str]]:
     """The suite's models with their checkpoints, their data, and notes. Raises Mistake with all that is not there."""
     wanted, notes, problems = decide.select(suite.models, registry.versions(storage, suite.tracking.uri))
     overrides = [f"seed={suite.seed}", f"evaluation={suite.evaluation.model_dump_json()}"]
     sources: dict[DataConfig, Source] = {}
-    models: list[Model] = []
+    models: list[NightModel] = []
     for one in wanted:
         try:
             entries = _subjects(one, storage, overrides)
@@ -180,19 +189,19 @@ def _found(suite: Suite, storage: Storage) -> tuple[list[Wanted], list[Model], d
             elif one.version.storage != origin(storage) and not one.explicit:
                 notes.append(f"{one.name}: its checkpoint lies in another storage, {one.version.storage}")
             else:
-                models.append(Model(_entry(one, one.name).model_copy(update={"failed": str(mistake)})))
+                models.append(NightModel(_entry(one, one.name).model_copy(update={"failed": str(mistake)})))
             continue
         for entry, subject in entries:
             try:
                 its, warnings = subjects.check([subject])
             except Mistake as mistake:
-                models.append(Model(entry.model_copy(update={"failed": str(mistake)})))
+                models.append(NightModel(entry.model_copy(update={"failed": str(mistake)})))
                 continue
             sources |= its
             notes += [text for text in warnings if text not in notes]
             images, digest = Images.of(its[subject.m.data]), subject.checkpoint.digest
             entry = entry.model_copy(update={"protocol": protocol_key(subject.m, images)})
-            models.append(Model(entry, subject, summary_path(subject.m, digest, images)))
+            models.append(NightModel(entry, subject, summary_path(subject.m, digest, images)))
     if not problems and not any(model.subject for model in models):
         why = [f"{model.entry.name}: {model.entry.failed}" for model in models]
         problems = ["models: there is nothing to measure", *why, *notes]
@@ -201,7 +210,7 @@ def _found(suite: Suite, storage: Storage) -> tuple[list[Wanted], list[Model], d
     return wanted, models, sources, notes
 
 
-def _subjects(one: Wanted, storage: Storage, overrides: Sequence[str]) -> list[tuple[Entry, Subject]]:
+def _subjects(one: Wanted, storage: Storage, overrides: Sequence[str]) -> list[tuple[ModelNumbers, Subject]]:
     """The checkpoints that a name of the suite stands for: several where it is a sweep. Raises Mistake."""
     if one.version is None:
         targets = subjects.find(one.name, storage, overrides, None)
@@ -213,9 +222,9 @@ def _subjects(one: Wanted, storage: Storage, overrides: Sequence[str]) -> list[t
     return [(_entry(one, name, subject), subject) for name, subject in zip(names, targets, strict=True)]
 
 
-def _entry(one: Wanted, name: str, subject: Subject | None = None) -> Entry:
+def _entry(one: Wanted, name: str, subject: Subject | None = None) -> ModelNumbers:
     version, checkpoint = one.version, subject.checkpoint if subject else None
-    return Entry(
+    return ModelNumbers(
         name=name,
         sweep=version.sweep if version else None,
         alias=one.alias,
@@ -229,27 +238,32 @@ def _entry(one: Wanted, name: str, subject: Subject | None = None) -> Entry:
 def _measured(
     suite: Suite,
     storage: Storage,
-    address: str | None,
-    models: Sequence[Model],
+    ray_address: str | None,
+    *,
+    models: Sequence[NightModel],
     due: Mapping[str, Sequence[str]],
     sources: Mapping[DataConfig, Source],
 ) -> tuple[list[Verdict], dict[str, Measured]]:
     """The canaries' verdicts, and what is due by the path of its summary. Where nothing is due, no Ray starts."""
     display = Display({}, Console(stderr=True), quiet=True)
     by_path = {model.path: model.subject for model in models if model.subject}
-    measured: dict[str, Measured] = {}
-    with session(address) if due else nullcontext():
-        verdicts = canary.verdicts(storage, display, address, through_ray=bool(due))
-        say(suite.schedule, f"canaries: {sum(v.passed for v in verdicts)} of {len(verdicts)} as expected")
-        if due and all(verdict.passed for verdict in verdicts):
-            found = measure([by_path[path] for path in due], sources, storage, display, address, None)
-            measured = dict(zip(due, found, strict=True))
+
+    def work() -> tuple[list[Verdict], dict[str, Measured]]:
+        with session(ray_address) if due else nullcontext():
+            verdicts = canary.verdicts(storage, display, ray_address, through_ray=bool(due))
+            say(suite.schedule, f"canaries: {sum(v.passed for v in verdicts)} of {len(verdicts)} as expected")
+            if not due or not all(verdict.passed for verdict in verdicts):
+                return verdicts, {}
+            found = measure([by_path[path] for path in due], sources, storage, display=display, ray_address=ray_address)
+            return verdicts, dict(zip(due, found, strict=True))
+
+    verdicts, measured = again_where_lost(work, lambda text: say(suite.schedule, text), may=ray_address is None)
     if measured and (left := record_measurement(storage, suite.tracking.uri, list(measured.values()), sources)):
         say(suite.schedule, left)
     return verdicts, measured
 
 
-def _with_numbers(entry: Entry, summary: Mapping[str, Any] | None, measured: Measured | None) -> Entry:
+def _with_numbers(entry: ModelNumbers, summary: Mapping[str, Any] | None, measured: Measured | None) -> ModelNumbers:
     failed = measured.failed if measured else ""
     if failed or summary is None:
         return entry.model_copy(update={"failed": failed or "its summary is gone"})
@@ -268,7 +282,7 @@ def _due_text(asked: Mapping[str, str], due: Mapping[str, Sequence[str]]) -> str
 
 def _promoted(
     suite: Suite, storage: Storage, decided: Sequence[Promotion], versions: Mapping[str, Version], day: date
-) -> tuple[list[Promotion], list[Finding]]:
+) -> tuple[list[Promotion], list[NightFinding]]:
     """Moves the aliases that are to be moved, where that is asked for; and what MLflow refused."""
     done, refused = [], []
     for p in decided:
@@ -279,7 +293,7 @@ def _promoted(
             try:
                 registry.promote(storage, suite.tracking.uri, version, CHAMPION, f"{suite.label} {day}: {p.why}")
             except Mistake as mistake:
-                refused.append(Finding(kind="note", model=f"{p.sweep}@{CANDIDATE}", text=str(mistake)))
+                refused.append(NightFinding(kind="note", model=f"{p.sweep}@{CANDIDATE}", text=str(mistake)))
                 p = p.model_copy(update={"promoted": False, "why": f"{p.why}; MLflow refused it"})
         say(suite.schedule, f"{p.sweep}: version {p.version} {'' if p.promoted else 'not '}promoted: {p.why}")
         done.append(p)
@@ -289,10 +303,25 @@ def _promoted(
 # ---- Telling of it ---------------------------------------------------------------------------------------------
 
 
+def _keep(storage: Storage, night: Night, history: Sequence[Night]) -> dict[str, bytes]:
+    """Writes a night and its report, and gives the files of the latter by name."""
+    files = {"report.md": to_markdown(night).encode(), "report.html": to_html(night, history).encode()}
+    for name, content in files.items():
+        storage.write(f"{_place(night)}/{name}", content)
+    _keep_result(storage, night)
+    return files
+
+
+def _keep_result(storage: Storage, night: Night) -> None:
+    storage.write_sealed(f"{_place(night)}/result.json", json.loads(night.model_dump_json()))
+
+
+def _place(night: Night) -> str:
+    return f"{nights_folder(night.suite)}/{night.day}"
+
+
 def _alarmed(suite: Suite, storage: Storage, night: Night) -> Night:
-    """The night after the hooks were called, if it takes that, with those that failed among its findings."""
-    if night.status != 3:
-        return night
+    """The night after the hooks were called, with those that failed among its findings."""
     message = {
         "text": headline(night),
         "suite": night.suite,
@@ -300,29 +329,25 @@ def _alarmed(suite: Suite, storage: Storage, night: Night) -> Night:
         "zone": night.zone,
         "status": night.status,
         "findings": [str(finding) for finding in night.findings if finding.alarm],
-        "report": storage.url(f"nightly/{night.suite}/{night.day}/report.html"),
+        "report": storage.url(f"{_place(night)}/report.html"),
     }
     failed = []
     for hook, why in hooks.call(suite.hooks, message, to_markdown(night)):
         say(suite.schedule, f"{hook} {'failed: ' + why if why else 'called'}")
-        failed += [Finding(kind="hook", text=f"the {hook} failed: {why}")] if why else []
-    return night.model_copy(update={"findings": (*night.findings, *failed)})
+        failed += [NightFinding(kind="hook", text=f"the {hook} failed: {why}")] if why else []
+    return night.model_copy(update={"findings": (*night.findings, *failed), "told": True})
 
 
 def _recorded(suite: Suite, storage: Storage, night: Night, history: Sequence[Night]) -> int:
-    """Writes the report, tells MLflow, and writes the result at last, which says that all of it is done."""
-    place = f"nightly/{night.suite}/{night.day}"
-    files = {"report.md": to_markdown(night).encode(), "report.html": to_html(night, history).encode()}
-    for name, content in files.items():
-        storage.write(f"{place}/{name}", content)
+    """Tells MLflow of a night, notes that it has all of it, and says how the night was."""
+    files = _keep(storage, night, history)
     begins = int(instant(night.day, suite.schedule).timestamp() * 1000)
-    link, left = record_night(storage, suite.tracking.uri, suite.label, night, files, begins)
-    night = night.model_copy(update={"recorded": not left})
-    storage.write(f"{place}/result.json", night.model_dump_json(indent=2).encode())
+    link, left = record_night(storage, suite.tracking.uri, suite.label, night, files, begins_ms=begins)
+    _keep_result(storage, night.model_copy(update={"recorded": not left}))
     for finding in night.findings:
         say(suite.schedule, str(finding))
     say(suite.schedule, headline(night))
-    say(suite.schedule, f"report {storage.url(place)}/report.html")
+    say(suite.schedule, f"report {storage.url(_place(night))}/report.html")
     say(suite.schedule, f"trends {link}")
     if left:
         say(suite.schedule, left)
@@ -330,31 +355,32 @@ def _recorded(suite: Suite, storage: Storage, night: Night, history: Sequence[Ni
 
 
 def record_night(
-    storage: Storage, uri: str | None, label: str, night: Night, files: Mapping[str, bytes], begins_ms: int
+    storage: Storage, uri: str | None, label: str, night: Night, files: Mapping[str, bytes], *, begins_ms: int
 ) -> tuple[str, str]:
     """A night in the MLflow experiment `label`: a run with its numbers, and its points on the run of all nights.
 
     The step is the day's number since 1970-01-01, so that a metric's chart on the run of all nights is its trend.
-    Gives where a browser shows that, and what MLflow did not take, in words. Raises Mistake where it cannot be reached.
+    Returns where a browser shows that, and what MLflow did not take, in words. Raises Mistake where it cannot be
+    reached.
     """
-    tracker = Tracker(storage, label, uri, folder=f"nightly/{night.suite}")
+    tracker = Tracker(storage, label, uri, folder=nights_folder(night.suite))
     tracker.check()
     about = f"Nights of `{night.suite}`, due at {night.schedule}: a run a night. Trends are on the run `{label}`."
     tags = provenance()
     tracker.open_sweep({}, tags, about)
-    address, day = str(night.day), night.day.toordinal() - date(1970, 1, 1).toordinal()
+    date_id, day = str(night.day), night.day.toordinal() - date(1970, 1, 1).toordinal()
     checkpoints = {f"checkpoint.{_metric_name(e.name)}": e.checkpoint for e in night.entries}
-    tracker.open_trial(address, address, {"date": address, "schedule": night.schedule}, {**tags, **checkpoints})
+    tracker.open_trial(date_id, date_id, {"date": date_id, "schedule": night.schedule}, {**tags, **checkpoints})
     metrics = {
         f"{_metric_name(entry.name)}/{name.removeprefix('eval/')}": value
         for entry in night.entries
         for name, value in entry.metrics.items()
     }
-    for run in (address, None):
+    for run in (date_id, None):
         tracker.log_metrics(run, {**metrics, "status": night.status}, day, begins_ms)
     for name, content in files.items():
-        tracker.log_artifact(address, content, name)
-    tracker.close_trial(address, "FAILED" if night.status else "FINISHED", files["report.md"].decode())
+        tracker.log_artifact(date_id, content, name)
+    tracker.close_trial(date_id, "FAILED" if night.status else "FINISHED", files["report.md"].decode())
     tracker.close_sweep("FINISHED")
     shipment = tracker.flush(FLUSH_S)
     return tracker.chart_link(), "" if shipment.complete else str(shipment)

@@ -12,12 +12,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from orchestrator.experiment import ExperimentError, Name, TrackingConfig, assignment, evaluation_mistakes
-from orchestrator.nights.schedule import Schedule
-from orchestrator.preflight import DIMENSIONS
-from orchestrator.settings import invalid, meant, meant_path, paths, put, read_file
-from workers.blocks import distance_name
-from workers.config import EvaluationConfig, Record
+from orchestrator.experiment.check import evaluation_mistakes
+from orchestrator.experiment.load import assignment
+from orchestrator.experiment.preflight import DIMENSIONS
+from orchestrator.experiment.records import ExperimentError, Name, TrackingConfig
+from orchestrator.experiment.settings import invalid, meant, meant_path, paths, put, read_file
+from orchestrator.nights.calendar import Schedule
+from workers.config import EvaluationConfig, Record, Seed
+from workers.evaluation.blocks import comparable_metrics
 
 CHAMPION, CANDIDATE, NEWEST = "champion", "candidate", "newest"
 EVERY = "*"
@@ -45,9 +47,11 @@ Some = AfterValidator(_some)
 class Rule(Record):
     """A metric is worse where it rose by more than each bound that is given; better where it fell by as much."""
 
-    metric: str
-    standard_errors: float | None = Field(default=None, gt=0, description="of the difference")
-    relative: float | None = Field(default=None, gt=0, description="part of the value it is compared with")
+    metric: str = Field(description="a metric that is measured, lower being better")
+    standard_errors: float | None = Field(
+        default=None, gt=0, description="bound: so many standard errors of the difference"
+    )
+    relative: float | None = Field(default=None, gt=0, description="bound: that part of the value it is compared with")
 
     @model_validator(mode="after")
     def _bounded(self) -> "Rule":
@@ -65,13 +69,15 @@ class Regression(Record):
     """A model against itself the night before, and a sweep's candidate against its champion, by every rule."""
 
     against: Annotated[tuple[Literal["last_night", "champion"], ...], Some] = Field(
-        default=("last_night", "champion"), strict=False
+        default=("last_night", "champion"), strict=False, description="what each model is compared with"
     )
-    rules: Annotated[tuple[Rule, ...], Some] = Field(strict=False)
+    rules: Annotated[tuple[Rule, ...], Some] = Field(
+        strict=False, description="a metric each, and by how much it may rise; every bound that is given must be passed"
+    )
 
 
 class Mail(Record):
-    to: str
+    to: str = Field(description="who receives it")
     command: Annotated[tuple[str, ...], Some] = Field(
         default=("/usr/sbin/sendmail", "-t"), strict=False, description="takes the message as its input"
     )
@@ -80,25 +86,33 @@ class Mail(Record):
 class Hooks(Record):
     """Who hears of a regression or a canary: a URL that an environment variable holds, a command, a mail."""
 
-    webhook: Annotated[str, AfterValidator(_is_a_variable)] | None = None
+    webhook: Annotated[str, AfterValidator(_is_a_variable)] | None = Field(
+        default=None, description="name of the environment variable that holds the URL"
+    )
     command: Annotated[tuple[str, ...], Some, Field(strict=False)] | None = Field(
         default=None, description="its words; takes the message as JSON"
     )
-    mail: Mail | None = None
+    mail: Mail | None = Field(default=None, description="a mail with the report's message")
 
 
 class Suite(Record):
     """`models`: SWEEP@ALIAS or *@ALIAS of MLflow's registry, `newest` being an alias too, or what `evaluate` takes."""
 
-    name: Name
-    models: Annotated[tuple[str, ...], Some] = Field(strict=False)
-    seed: int = Field(default=0, ge=0)
-    evaluation: EvaluationConfig = EvaluationConfig()
-    schedule: Schedule
-    regression: Regression
-    hooks: Hooks = Hooks()
-    promote: bool = False
-    tracking: TrackingConfig = TrackingConfig()
+    name: Name = Field(
+        description="of the suite: its folder in the storage and, unless nightly, part of its jobs' names"
+    )
+    models: Annotated[tuple[str, ...], Some] = Field(
+        strict=False, description="SWEEP@ALIAS or *@ALIAS of MLflow's registry, or what the command evaluate takes"
+    )
+    seed: Seed = Field(default=0, description="of the evaluation's noise")
+    evaluation: EvaluationConfig = Field(
+        default=EvaluationConfig(), description="what is measured, as in an experiment file"
+    )
+    schedule: Schedule = Field(description="when a night begins")
+    regression: Regression = Field(description="what counts as worse")
+    hooks: Hooks = Field(default=Hooks(), description="who is told of a regression, a drift or a failed canary")
+    promote: bool = Field(default=False, description="whether champion moves to a candidate that is clearly better")
+    tracking: TrackingConfig = Field(default=TrackingConfig(), description="where MLflow is")
 
     @property
     def label(self) -> str:
@@ -178,8 +192,6 @@ def comparable(evaluation: EvaluationConfig) -> dict[str, bool]:
     """The metrics that a rule may name, all of them better where lower; and whether each has a standard error."""
     found = {"eval/nll_bpd": True} if evaluation.nll else {}
     if fid := evaluation.fid:
-        name = distance_name(fid)
-        found[f"eval/{name}"] = fid.samples > DIMENSIONS[fid.features]
-        if "kid" in fid.also:
-            found["eval/kid" + ("" if name == "fid" else name.removeprefix("fd"))] = True
+        distance, *others = comparable_metrics(fid)
+        found |= {distance: fid.samples > DIMENSIONS[fid.features], **dict.fromkeys(others, True)}
     return found

@@ -5,19 +5,24 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from orchestrator.tracking.server import may_pass, reason
+from orchestrator.tracking.server import kind_of, reason
 
+SAID = 3  # refused calls that are told one by one: where the first is refused, so may all be
 log = logging.getLogger(__name__)
 
 
-class Line:
-    """Calls waiting in line for one thread, which makes each until it succeeds or is refused."""
+class CallLine:
+    """Calls waiting in line for one thread, which makes each until it succeeds or is refused.
 
-    def __init__(self, answers: Callable[[], object]) -> None:
+    `where` names the place for people; `answers` asks it something cheap, and raises where it is down.
+    """
+
+    def __init__(self, where: str, answers: Callable[[], object]) -> None:
         self.failing = ""  # why the call at the head does not get through just now
+        self.standing = False  # whether that is so until somebody mends something
         self.refused: list[str] = []
-        self.done = 0
-        self._answers = answers
+        self.done = self.attempts = 0
+        self._where, self._answers = where, answers
         self._calls: deque[tuple[str, Callable[[], object]]] = deque()
         self._changed = threading.Condition()
         self._hurry = threading.Event()
@@ -31,7 +36,7 @@ class Line:
     def refuse(self, what: str) -> None:
         if what and what not in self.refused:
             self.refused.append(what)
-            log.warning("MLflow is without %s", what)
+            log.log(logging.WARNING if len(self.refused) <= SAID else logging.INFO, "MLflow is without %s", what)
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -42,19 +47,25 @@ class Line:
         with self._changed:
             return self._changed.wait_for(ready, timeout_s)
 
+    def wait_empty(self, timeout_s: float) -> None:
+        """Waits until no call is left, or until one is made that fails for a reason that stands."""
+        before = self.attempts
+        self.wait(lambda: not self._calls or (self.standing and self.attempts > before), timeout_s)
+
     def _work(self) -> None:
         attempts = 0
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._calls))
                 what, call = self._calls[0]
-            failing, refused = "", ""
+            failing, refused, kind = "", "", ""
             try:
                 call()
             except Exception as error:  # whatever it is: kept, said, and the next call gets its turn
-                text = reason(error)
+                text, kind = reason(error), kind_of(error)
                 # Nothing works without the first call, the connection: it is never given up.
-                if not self.done or (may_pass(error) and not (attempts >= 5 and self._is_up())):
+                lasts = kind == "standing" or (kind == "passing" and not (attempts >= 5 and self._is_up()))
+                if lasts or not self.done:
                     failing = text
                     log.info("MLflow: %s: attempt %d failed, will be repeated: %s", what, attempts + 1, text)
                 else:
@@ -62,9 +73,11 @@ class Line:
                     log.debug("refused", exc_info=True)
             with self._changed:
                 if failing and not self.failing:
-                    log.warning("MLflow does not answer; training goes on and the journal keeps it: %s", failing)
-                self.failing = failing
+                    meanwhile = "the journals keep every point meanwhile"
+                    log.warning("MLflow at %s: %s; tried again, %s", self._where, failing, meanwhile)
+                self.failing, self.standing = failing, bool(failing) and kind != "passing"
                 self.refuse(refused)
+                self.attempts += 1
                 if not failing:
                     self._calls.popleft()
                     self.done += 1

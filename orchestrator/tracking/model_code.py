@@ -3,10 +3,10 @@
 It lies in the model beside the package `workers` of the day it was registered (the folder code/) and the checkpoint as
 diffusers keeps it (the artifact `diffusers`). A table asks for images, a row a request:
 
-    n         how many images; they are drawn in whole blocks of workers.blocks.SAMPLES, as in an evaluation
+    n         how many images; they are drawn in whole blocks of workers.evaluation.blocks.SAMPLES, as in an evaluation
     seed      whose noise; the same seed gives the same images, and those that an evaluation with it measures
-    sampler   a name of workers.diffusion.samplers.STEPS; without the column, that of the sweep's evaluation
-    steps     network evaluations an image; without the column, the evaluation's
+    sampler   a name of workers.kinds.SAMPLERS; without the column, that of the sweep's evaluation
+    steps     network evaluations per image; without the column, the evaluation's
 
 `predict` gives the images of all rows one after the other: uint8 (N, H, W, C) in 0..levels-1, the data's own levels.
 """
@@ -21,13 +21,15 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from workers import checkpoint as checkpoints
-from workers.blocks import SAMPLES
 from workers.config import FIDConfig, Mistake, SamplerConfig
-from workers.evaluation import Model, images_of_block
+from workers.evaluation.blocks import SAMPLES
+from workers.evaluation.make import LoadedModel, images_of_block, on_device
+from workers.network import checkpoint as checkpoints
+
+MOST = 100_000  # images a row of a request: whoever asks may be anybody
 
 
-class Images(PythonModel):
+class ImageModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Raises Mistake where the checkpoint's bytes are not those that were registered."""
         settings = context.model_config
@@ -41,7 +43,7 @@ class Images(PythonModel):
         network, process = checkpoints.load(checkpoint)
         if settings["variance"]:
             process = replace(process, variance=settings["variance"])
-        self.model = Model(network.to(device), process, device)
+        self.model = LoadedModel(on_device(network, device), process, device, settings["precision"])
         self.shape = checkpoints.describe(checkpoint).shape
         self.levels, self.fid = settings["levels"], FIDConfig.model_validate(settings["fid"])
 
@@ -53,8 +55,8 @@ class Images(PythonModel):
         parts = [np.zeros((0, *self.shape), np.uint8)]
         for row in model_input.to_dict("records"):
             n, seed, fid = int(row["n"]), int(row["seed"]), self._as_asked(row)
-            if n < 0:
-                raise ValueError(f"n = {n} images were asked for; give 0 or more")
+            if not 0 <= n <= MOST:
+                raise ValueError(f"n = {n} images were asked for; give 0 to {MOST:,}")
             for block in range(math.ceil(n / SAMPLES)):
                 images = images_of_block(self.model, fid, seed, block, self.shape, self.levels)
                 parts.append(images[: n - block * SAMPLES])
@@ -73,4 +75,4 @@ class Images(PythonModel):
         return self.fid.model_copy(update={"sampler": sampler})
 
 
-set_model(Images())
+set_model(ImageModel())

@@ -3,11 +3,11 @@
 A version is a checkpoint and the way its images are drawn where nobody asks otherwise: the sampler and the variance
 that were measured. It is made once; the alias `candidate` is moved to that of the best row. Its tags say what it is:
 
-    orchestrator.trial        the trial's address
+    orchestrator.trial        the trial's id
     orchestrator.checkpoint   the digest of the checkpoint
     orchestrator.path         its folder, relative to the root of the storage
     orchestrator.storage      the storage, with its host where it is a local folder
-    orchestrator.draws        its sampler, quantisation and variance, as JSON
+    orchestrator.draws        its sampler, quantisation, variance and precision, as JSON
 
 What lies in it is code (`model_code`, and the package `workers` as it is today), the checkpoint as diffusers keeps it,
 and texts; `mlflow.pyfunc.load_model` opens it without a pickle.
@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import workers
-from workers import checkpoint as checkpoints
-from workers.checkpoint import Checkpoint
-from workers.config import FIDConfig, trained_by
+from workers.config import FIDConfig
+from workers.identity import settings_read
+from workers.layout import trial_of_row
+from workers.network import checkpoint as checkpoints
+from workers.network.manifest import Checkpoint
 
 CANDIDATE = "candidate"
 TRIAL, CHECKPOINT, PATH, STORAGE, DRAWS = (
@@ -35,25 +37,27 @@ model = mlflow.pyfunc.load_model("models:/%s@candidate")
 images = model.predict(pandas.DataFrame({"n": [16], "seed": [0]}))  # uint8 (16, H, W, C), in the data's levels
 ```"""
 # What `model_code` and the modules of `workers` below it import.
-REQUIRED = ("mlflow", "numpy", "pandas", "pillow", "pyarrow", "pydantic", "safetensors", "torch")
+REQUIRED = ("jaxtyping", "mlflow", "numpy", "pandas", "pillow", "pyarrow", "pydantic", "safetensors", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """The best trial of a sweep: its checkpoint, and how its evaluation draws images."""
 
-    trial: str  # its address, or that of a row of the sweep that measures it
+    trial: str  # its id, or that of a row of the sweep that measures it
     checkpoint: Checkpoint
     levels: int
     fid: FIDConfig
     variance: str | None = None  # of p_theta as it is measured; None: the checkpoint's own
+    precision: str = "float32"  # that the network computes in
     description: str = ""  # for a person
 
     @property
     def draws(self) -> str:
         """All that its images depend on besides the checkpoint, the number and the seed, as JSON."""
-        sampler = self.fid.sampler.model_dump(mode="json")
-        return json.dumps({"sampler": sampler, "quantise": self.fid.quantise, "variance": self.variance})
+        sampler = settings_read(self.fid.sampler)
+        own = {"variance": self.variance, "precision": self.precision}
+        return json.dumps({"sampler": sampler, "quantise": self.fid.quantise, **own})
 
 
 def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
@@ -83,6 +87,7 @@ def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
                 "levels": candidate.levels,
                 "fid": candidate.fid.model_dump(mode="json"),
                 "variance": candidate.variance,
+                "precision": candidate.precision,
             },
             signature=ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs)),
             input_example=pd.DataFrame({"n": [4], "seed": [0]}),
@@ -92,21 +97,18 @@ def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
         shutil.rmtree(cache)
 
 
-def register(client: Any, experiment_id: str, name: str, run_id: str, candidate: Candidate, origin: str) -> None:
+def register(client: Any, experiment_id: str, name: str, run_id: str, *, candidate: Candidate, origin: str) -> None:
     """Makes the candidate a version of the registered model `name`, once, and moves the alias to it.
 
     It can be cut off anywhere and made again. `run_id` is the trial's run, `origin` the storage.
     """
-    tags = {TRIAL: trained_by(candidate.trial), CHECKPOINT: candidate.checkpoint.digest}
-    tags |= {PATH: candidate.checkpoint.path, STORAGE: origin, DRAWS: candidate.draws}
+    tags = tags_of(candidate, origin)
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description=f"The best trial of the sweep `{name}`.\n\n{USE % name}")
-    version = next(
-        (v for v in client.search_model_versions(f"name = '{name}'") if tags.items() <= v.tags.items()), None
-    )
+    version = _version(client, experiment_id, name, tags)
     if version is None:
         # By its place: MLflow would look up `models:/<id>` at the process's own tracking URI and not at the client's.
-        model = _logged(client, experiment_id, name, run_id, candidate, tags)
+        model = _logged(client, experiment_id, name, run_id, candidate=candidate, tags=tags)
         place, said = model.artifact_location, candidate.description
         version = client.create_model_version(name, place, run_id, tags, description=said, model_id=model.model_id)
         linked = json.dumps([{"name": name, "version": version.version}])
@@ -115,16 +117,49 @@ def register(client: Any, experiment_id: str, name: str, run_id: str, candidate:
         client.set_registered_model_alias(name, CANDIDATE, version.version)
 
 
-def _logged(client: Any, experiment_id: str, name: str, run_id: str, candidate: Candidate, tags: dict[str, str]) -> Any:
+def is_registered(client: Any, experiment_id: str, name: str, candidate: Candidate, origin: str) -> bool:
+    """Whether the alias leads to the candidate's version, and that to its files."""
+    found = client.search_registered_models(f"name = '{name}'")
+    version = _version(client, experiment_id, name, tags_of(candidate, origin)) if found else None
+    return version is not None and str(found[0].aliases.get(CANDIDATE)) == str(version.version)
+
+
+def tags_of(candidate: Candidate, origin: str) -> dict[str, str]:
+    """The tags of the candidate's version."""
+    tags = {TRIAL: trial_of_row(candidate.trial), CHECKPOINT: candidate.checkpoint.digest}
+    return tags | {PATH: candidate.checkpoint.path, STORAGE: origin, DRAWS: candidate.draws}
+
+
+def _version(client: Any, experiment_id: str, name: str, tags: dict[str, str]) -> Any | None:
+    """The version that has these tags, and whose files are there."""
+    places = {m.artifact_location for m in _models(client, experiment_id, tags) if _is_whole(client, m)}
+    found = client.search_model_versions(f"name = '{name}'")
+    return next((v for v in found if tags.items() <= v.tags.items() and v.source in places), None)
+
+
+def _models(client: Any, experiment_id: str, tags: dict[str, str]) -> list[Any]:
+    """The models in the experiment (LoggedModels) that have these tags."""
+    found = client.search_logged_models([experiment_id], f"tags.`{CHECKPOINT}` = '{tags[CHECKPOINT]}'")
+    return [model for model in found if tags.items() <= model.tags.items()]
+
+
+def _is_whole(client: Any, model: Any) -> bool:
+    from mlflow.entities import LoggedModelStatus
+
+    return model.status == LoggedModelStatus.READY and bool(client.list_logged_model_artifacts(model.model_id))
+
+
+def _logged(
+    client: Any, experiment_id: str, name: str, run_id: str, *, candidate: Candidate, tags: dict[str, str]
+) -> Any:
     """The candidate's model in the experiment (a LoggedModel), with all its files; one that was cut off is removed."""
-    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+    from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
 
-    for found in client.search_logged_models([experiment_id], f"tags.`{CHECKPOINT}` = '{tags[CHECKPOINT]}'"):
-        if tags.items() <= found.tags.items():
-            if found.status == LoggedModelStatus.READY:
-                return found
-            client.delete_logged_model(found.model_id)
+    for found in _models(client, experiment_id, tags):
+        if _is_whole(client, found):
+            return found
+        client.delete_logged_model(found.model_id)
     logged = client.create_logged_model(experiment_id, name, run_id, tags, model_type="diffusion")
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=candidate.checkpoint.step or 0)])
     record = Model(

@@ -10,6 +10,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from workers.config import without_secrets
+
 
 def provenance() -> dict[str, str]:
     """Tags that say what ran where: code, versions, the driver's hardware, user and command."""
@@ -45,14 +47,12 @@ def provenance() -> dict[str, str]:
     return tags
 
 
-def without_secrets(text: str) -> str:
-    return re.sub(r"://[^/@\s]+@", "://***@", text)
-
-
 def _output(*command: str) -> str:
     """What a command prints, stripped; empty where it is missing or fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=10, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.tracking.server import client, reason
+from orchestrator.tracking.server import client, patiently, reason
 from workers.config import Mistake
 from workers.storage import Storage
 
@@ -37,9 +37,13 @@ def versions(storage: Storage, uri: str | None) -> list[Version]:
         return []
     mlflow = client(storage, uri)
     try:
-        aliases = {model.name: model.aliases for model in _pages(mlflow.search_registered_models)}
+        models = patiently(lambda: list(_pages(mlflow.search_registered_models)))
+        aliases = {model.name: model.aliases for model in models}
         return sorted(
-            (_version(found, aliases.get(found.name, {})) for found in _pages(mlflow.search_model_versions)),
+            (
+                _version(found, aliases.get(found.name, {}))
+                for found in patiently(lambda: list(_pages(mlflow.search_model_versions)))
+            ),
             key=lambda version: (version.sweep, version.number),
         )
     except Exception as error:  # whatever it is, there is no registry to read: told with its reason
@@ -50,8 +54,8 @@ def promote(storage: Storage, uri: str | None, version: Version, alias: str, why
     """Moves the alias to the version, and says on the version why. Raises Mistake where MLflow does not take it."""
     mlflow = client(storage, uri)
     try:
-        mlflow.set_model_version_tag(version.sweep, str(version.number), PROMOTED, why)
-        mlflow.set_registered_model_alias(version.sweep, alias, str(version.number))
+        patiently(lambda: mlflow.set_model_version_tag(version.sweep, str(version.number), PROMOTED, why))
+        patiently(lambda: mlflow.set_registered_model_alias(version.sweep, alias, str(version.number)))
     except Exception as error:  # as above
         raise Mistake(f"{version.sweep} {version.number} could not be promoted: {reason(error)}") from error
 

@@ -4,6 +4,7 @@ A shared view is a tag of the experiment that MLflow's page reads. Its format is
 project is pinned; tests/browser opens the views in a real browser. Each is one of
 
     the comparison       every trial: parallel coordinates, NLL against distance, validation, samples, settings
+    over seeds           where seeds were searched, and then the first: means over trials that differ in the seed alone
     the Pareto front     the trials that no other beats in all that was measured
     samples <n>-<m>      of more than ten trials: the images of ten at a time, which is all that MLflow shows at once
     by <setting>         means over the trials that share a value of one searched setting
@@ -19,8 +20,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
+from orchestrator.state.rows import SEED, pareto_front
+
 PARENT = "mlflow.parentRunId"
 PARETO, COLOUR, PART = "pareto", "mlflow.runColor", "orchestrator.part"  # tags of a trial's run
+SETTING = "orchestrator.setting"  # and, where seeds are searched, what it shares with those of other seeds
+ALL, OVER_SEEDS = "all trials", "over seeds"  # titles of views
 FRONT, BEATEN = "front", "beaten"
 SETTINGS = 12  # more searched settings than these get no charts and views of their own: a tag holds 5,000 characters
 IMAGE_TRIALS, IMAGES_A_ROW = 10, 3  # MLflow shows images of the first ten runs; so many abreast on a usual screen
@@ -31,7 +36,7 @@ Chart = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class ComparisonView:
     """What the views show: `params` against `metrics`, smaller being better and the first ranking the trials."""
 
     params: tuple[str, ...]
@@ -40,7 +45,13 @@ class Comparison:
     images: tuple[str, ...] = ()
     trials: int = 0  # how many there are: the panel of images is made high enough for them
     front: int = 0  # how many of them are on the Pareto front
-    best: str = ""  # the address of the trial that the others are held against
+    best: str = ""  # the id of the row that the others are held against
+    over_seeds: bool = False  # whether trials differ in the seed alone, and have the tag SETTING
+
+    @property
+    def title(self) -> str:
+        """Of the view that is shown first."""
+        return OVER_SEEDS if self.over_seeds else ALL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +60,14 @@ class View:
     state: Mapping[str, Any]
 
 
-def views(compare: Comparison, parent_id: str, image_step: int, best_id: str) -> list[View]:
-    """All views of the sweep whose own run is `parent_id`, the comparison of all trials first.
+def views(compare: ComparisonView, parent_id: str, image_step: int, best_id: str) -> list[View]:
+    """All views of the sweep whose own run is `parent_id`, the one that is shown first in front.
 
     `image_step` is the step whose images are shown, `best_id` the run that differences are taken from, if known.
     """
     everything = _page(compare, children(parent_id), _sections(compare, image_step, best_id))
-    result = [View(title="all trials", state=everything)]
+    result = [View(title=OVER_SEEDS, state=_over_seeds(compare, parent_id))] if compare.over_seeds else []
+    result.append(View(title=ALL, state=everything))
     if len(compare.metrics) > 1:
         chosen = f"{children(parent_id)} and tags.{PARETO} = '{FRONT}'"
         sections = _sections(replace(compare, trials=compare.front), image_step, best_id)
@@ -66,7 +78,7 @@ def views(compare: Comparison, parent_id: str, image_step: int, best_id: str) ->
             chosen = f"{children(parent_id)} and tags.`{PART}` = '{part(first)}'"
             state = _page(compare, chosen, [_samples(compare, last - first, image_step)])
             result.append(View(title=f"samples {first + 1}-{last}", state=state))
-    settings = compare.params[:SETTINGS]
+    settings = [param for param in compare.params[:SETTINGS] if not (compare.over_seeds and param == SEED)]
     return result + [View(title=f"by {param}", state=_grouped(compare, parent_id, param)) for param in settings]
 
 
@@ -95,35 +107,25 @@ def page(experiment_id: str, key: str = "", parent_id: str = "") -> str:
     return f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&{choice}&compareRunsMode=CHART"
 
 
-def pareto_front(points: Mapping[str, Sequence[float]]) -> set[str]:
-    """The names of the points that no other beats: is nowhere larger and somewhere smaller."""
-    return {
-        name
-        for name, values in points.items()
-        if not any(
-            all(a <= b for a, b in zip(other, values, strict=True)) and tuple(other) != tuple(values)
-            for other in points.values()
-        )
-    }
-
-
-def pareto_tags(addresses: Sequence[str], points: Mapping[str, Sequence[float]]) -> dict[str, dict[str, str]]:
+def pareto_tags(groups: Sequence[Sequence[str]], points: Mapping[str, Sequence[float]]) -> dict[str, dict[str, str]]:
     """The tags that make the front readable: a trial keeps its hue, and turns pale when another beats it.
 
-    `points` has the trials that are measured; those that are not are as vivid as the front.
+    `groups` has the ids of all rows, those that differ in the seed alone together: they share their hue, and
+    their point, which is at the first of them. `points` has what is measured; what is not is as vivid as the front.
     """
     front = pareto_front(points)
-    tags = {}
-    for number, address in enumerate(addresses):
-        beaten = address in points and address not in front
-        tags[address] = {COLOUR: _colour(number, pale=beaten)}
-        if address in points:
-            tags[address][PARETO] = BEATEN if beaten else FRONT
+    tags: dict[str, dict[str, str]] = {}
+    for number, (first, *others) in enumerate(groups):
+        beaten = first in points and first not in front
+        own = {COLOUR: colour(number, pale=beaten)}
+        if first in points:
+            own[PARETO] = BEATEN if beaten else FRONT
+        tags |= {row: dict(own) for row in (first, *others)}
     return tags
 
 
-def _colour(number: int, pale: bool) -> str:
-    """Hues of neighbouring numbers lie far apart: a golden section of the circle."""
+def colour(number: int, pale: bool = False) -> str:
+    """Of a trial by its number. Hues of neighbouring numbers lie far apart: a golden section of the circle."""
     hue = (0.6 + number * 0.381966) % 1
     lightness, saturation = (0.82, 0.45) if pale else (0.42, 0.85)
     return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, lightness, saturation))
@@ -137,7 +139,7 @@ def common_step(images: Iterable[Collection[int]]) -> int:
     return max(set.intersection(*steps) or set.union(*steps))
 
 
-def _sections(compare: Comparison, image_step: int, best_id: str) -> list[tuple[str, int, int, list[Chart]]]:
+def _sections(compare: ComparisonView, image_step: int, best_id: str) -> list[tuple[str, int, int, list[Chart]]]:
     """(title, columns, height in pixels, charts) of the comparison, from the top of the page to its end."""
     first, *others = compare.metrics
     settings = compare.params[:SETTINGS]
@@ -158,7 +160,7 @@ def _sections(compare: Comparison, image_step: int, best_id: str) -> list[tuple[
     ]
 
 
-def _samples(compare: Comparison, trials: int, image_step: int) -> tuple[str, int, int, list[Chart]]:
+def _samples(compare: ComparisonView, trials: int, image_step: int) -> tuple[str, int, int, list[Chart]]:
     """The section of the images: those of the first ten runs on the page, which are the best of it."""
     rows = math.ceil(min(trials, IMAGE_TRIALS) / IMAGES_A_ROW)
     charts = [
@@ -169,16 +171,34 @@ def _samples(compare: Comparison, trials: int, image_step: int) -> tuple[str, in
     return title, 1, max(450, 160 + 290 * rows), charts
 
 
-def _grouped(compare: Comparison, parent_id: str, param: str) -> dict[str, Any]:
+def _grouped(compare: ComparisonView, parent_id: str, param: str) -> dict[str, Any]:
+    """Means over the trials that share the value of a setting."""
+    return _means(compare, parent_id, "param", param, title=f"Means by {param}", more=[])
+
+
+def _over_seeds(compare: ComparisonView, parent_id: str) -> dict[str, Any]:
+    """Means over the trials that share a tag, which MLflow lists under it, each a click away.
+
+    MLflow groups by tags as by params, and shows means alone: the errors over seeds stand in the note of the sweep.
+    Parallel coordinates, images and differences are not to be had of groups.
+    """
+    first, *others = compare.metrics
+    trade_off = [_scatter(_metric(first), _metric(other)) for other in others]
+    return _means(compare, parent_id, "tag", SETTING, title="Means over seeds", more=trade_off)
+
+
+def _means(
+    compare: ComparisonView, parent_id: str, mode: str, by: str, *, title: str, more: Sequence[Chart]
+) -> dict[str, Any]:
     bars = [{"type": "BAR", "metricKey": metric} for metric in compare.metrics]
     curve = [_line(compare.curve)] if compare.curve else []
-    sections = [(f"Means by {param}", 2, 400, [*bars, *curve])]
-    group = {"aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": param}]}
+    sections = [(title, 2, 400, [*bars, *more, *curve])]
+    group = {"aggregateFunction": "average", "groupByKeys": [{"mode": mode, "groupByData": by}]}
     return {**_page(compare, children(parent_id), sections), "groupBy": group, "useGroupedValuesInCharts": True}
 
 
 def _page(
-    compare: Comparison, chosen: str, sections: Sequence[tuple[str, int, int, Sequence[Chart]]]
+    compare: ComparisonView, chosen: str, sections: Sequence[tuple[str, int, int, Sequence[Chart]]]
 ) -> dict[str, Any]:
     charts, heads = [], []
     for number, (name, columns, height, own) in enumerate(sections):
@@ -213,7 +233,7 @@ def _scatter(x: Mapping[str, str], y: Mapping[str, str]) -> Chart:
     return {"type": "SCATTER", "displayName": f"{y['key']} against {x['key']}", "xaxis": x, "yaxis": y}
 
 
-def _parallel(compare: Comparison) -> Chart:
+def _parallel(compare: ComparisonView) -> Chart:
     """The last metric colours the lines: it is the one that ranks the trials."""
     return {
         "type": "PARALLEL",

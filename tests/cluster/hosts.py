@@ -164,7 +164,7 @@ def network(folder: Path, names: Sequence[str]) -> Iterator[Network]:
             _ip(switch, f"link add port{number} type veth peer name eth0 netns {host.first}")
             _ip(switch, f"link set port{number} master lan up")
         for host in hosts:
-            until(lambda host=host: (folder / f"{host.name}.ready.up").exists(), f"{host.name} to be up")
+            until((folder / f"{host.name}.ready.up").exists, f"{host.name} to be up")
         yield result
     finally:
         for host in result.hosts.values():

@@ -1,5 +1,6 @@
-"""The functions of `from orchestrator import ...`, by the very lines that the package and the README show."""
+"""The functions of `from orchestrator import ...`, by the very lines that the package and docs/python.md show."""
 
+import asyncio
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY
 
 import orchestrator
 from orchestrator import load_results, open_model, preview, run_sweep
@@ -22,8 +23,8 @@ SMALL = ["training.steps=4", "training.batch_size=16", "training.warmup=2", "tra
          "model.channels=8", "search.space.diffusion.schedule.beta_end=null"]  # fmt: skip
 
 
-def test_the_readme_shows_these_lines() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+def test_the_page_about_python_shows_these_lines() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL | re.MULTILINE)
     assert [block.strip() for block in blocks if block.startswith("from orchestrator")] == [LINES.strip()]
 
 
@@ -74,3 +75,21 @@ def test_importing_the_package_loads_nothing() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout == "[]\n", result.stderr
+
+
+def test_sweeps_run_in_any_thread_and_within_a_running_loop(tmp_path: Path) -> None:
+    """As in a notebook, whose cells run within a loop, or a server: of two at once one waits for the other's Ray."""
+    (tmp_path / "small.yaml").write_text(TINY)
+
+    def run(name: str) -> orchestrator.Outcome:
+        small = ["training.steps=2", "evaluation.fid=null", "evaluation.nll.images=4"]
+        small += ["search.space.loss.weighting=null", f"name={name}"]
+        return run_sweep(tmp_path / "small.yaml", *small, f"seed={len(name)}", storage=tmp_path / "runs")
+
+    async def both() -> list[orchestrator.Outcome]:
+        other = asyncio.create_task(asyncio.to_thread(run, "thread"))
+        await asyncio.sleep(0.1)
+        return [run("loop"), await other]
+
+    assert [done.ok for done in asyncio.run(both())] == [True, True]
+    assert [len(load_results(name, tmp_path / "runs")) for name in ("loop", "thread")] == [1, 1]

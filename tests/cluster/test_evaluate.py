@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import Started, run, runs, statuses, title
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
+from workers.storage import Storage
+
+DATA = "data        digits: built in, 1,497 to train on, 300 held out"
 MORE = ("evaluation.nll.images=120", "evaluation.fid.samples=300", "seed=7")  # nothing of it is measured yet
 
 
@@ -90,7 +92,9 @@ def test_a_folder_of_diffusers_is_measured_and_recorded_in_an_experiment_of_its_
         norm_num_groups=4,
     )  # fmt: skip
     scheduler = DDPMScheduler(20, beta_start=0.005, beta_end=0.4, prediction_type="v_prediction")
-    DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "theirs", safe_serialization=True)
+    DDPMPipeline(unet, scheduler).save_pretrained(  # type: ignore[attr-defined]
+        tmp_path / "theirs", safe_serialization=True
+    )
     small = ("data.source=digits", "evaluation.nll.images=25", "evaluation.fid.samples=100")
     [found] = evaluate(tmp_path / "theirs", *small, "--storage", tmp_path / "runs")
     assert found["metrics"]["eval/nll_bpd"] > 0 and found["passports"]["nll"]["subject"]["T"] == 20
@@ -101,6 +105,7 @@ def test_a_folder_of_diffusers_is_measured_and_recorded_in_an_experiment_of_its_
 
 def test_another_protocol_gets_names_of_its_own_in_mlflow(trained: tuple[Path, str]) -> None:
     storage, trial = trained
+    (Path(storage) / "sweeps/tiny/mlflow.json").write_text("damaged: the runs are found by their tags")
     evaluate(trial, "--storage", storage, "evaluation.nll={images: 25, timesteps: 10}", "evaluation.fid=null")
     [child] = [run for run in runs(storage)[1] if run.data.tags["trial.digest"] == trial]
     [other] = {name.split("/")[0] for name in child.data.metrics if name.startswith("eval.")}
@@ -109,10 +114,13 @@ def test_another_protocol_gets_names_of_its_own_in_mlflow(trained: tuple[Path, s
     assert child.data.metrics[f"{other}/nll_bpd"] != child.data.metrics["eval/nll_bpd"]
     assert child.info.status == "FINISHED"
 
-    file = storage / "trials" / trial / "trial.yaml"  # as if its experiment had asked for this protocol
-    content = yaml.safe_load(file.read_text())
-    content["evaluation"]["nll"] |= {"images": 25, "timesteps": 10}
-    file.write_text(yaml.safe_dump({**content, "evaluation": {**content["evaluation"], "fid": None}}))
+    # As if its sweep had asked for this protocol.
+    place, path = Storage(storage), "sweeps/tiny/sweep.json"
+    content = place.read_sealed(path)
+    assert content
+    evaluation = content["trials"][trial]["trial"]["evaluation"]
+    evaluation |= {"nll": {**evaluation["nll"], "images": 25, "timesteps": 10}, "fid": None}
+    place.write_sealed(path, content, sort=False)
     [other_trial] = set(statuses(storage)) - {trial}
     refused = run("orchestrator.compare", trial, other_trial, "--storage", storage)
     assert refused.returncode == 1, refused.stdout + refused.stderr
@@ -128,7 +136,7 @@ def test_compares_what_may_be_compared_and_refuses_the_rest(trained: tuple[Path,
     same = run("orchestrator.compare", a, b, "--storage", storage)
     assert same.returncode == 0 and "95 % of 30 pairs of images" in same.stdout and "fd_classifier" in same.stdout
     itself = run("orchestrator.compare", a, a, "--storage", storage)
-    assert "not distinguishable" in itself.stdout
+    assert "not distinguishable" in itself.stdout and itself.stderr.startswith(DATA)
     unmeasured = run("orchestrator.compare", a, b, "seed=5", "--storage", storage)
     assert unmeasured.returncode == 2 and "orchestrator.evaluate" in unmeasured.stderr
 
@@ -157,3 +165,4 @@ def test_the_canaries_pass(tmp_path: Path) -> None:
     result = run("orchestrator.canary", "--storage", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("passed") == len(result.stdout.splitlines()) == 9
+    assert "data        gaussian: built in" in result.stderr and DATA in result.stderr

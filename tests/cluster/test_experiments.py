@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from orchestrator.execution.session import session
-from orchestrator.experiment import load
+from orchestrator.experiment.load import load
 from orchestrator.sweep import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import Started, run, runs, state_of, statuses, sweep, title, trials_of, undisturbed
+from conftest import Started, maps, run, runs, state_of, statuses, sweep, title, trials_of, undisturbed
 from mlflow import MlflowClient
 
-from orchestrator.reports import archive
+from orchestrator.state.events import read_events
 from workers.storage import Storage
 
 pytestmark = pytest.mark.faults
@@ -57,7 +60,7 @@ def test_a_killed_worker_is_replaced_and_its_trial_goes_on(tiny: Path, tmp_path:
         assert started.process.wait(timeout=600) == 0, started.said()
         assert "starts again from its last checkpoint" in started.said() and "Traceback" not in started.said()
         assert set(state_of(storage).values()) == {("finished", 400)}
-        happened = archive.events(Storage(storage), "tiny")
+        happened = read_events(Storage(storage), "tiny")
         [restart] = [event for event in happened if event["event"] == "restarted"]
         assert restart["why"] and restart["trial"] in state_of(storage)
         begins = [event["trial"] for event in happened if event["event"] == "began"]
@@ -90,7 +93,7 @@ def test_blocks_that_are_made_again_are_told(own: tuple[Path, Path]) -> None:
         assert started.process.wait(timeout=600) == 0, started.said()
     finally:
         started.end()
-    told = [event for event in archive.events(Storage(storage), "tiny") if event["event"] == "retried"]
+    told = [event for event in read_events(Storage(storage), "tiny") if event["event"] == "retried"]
     again, remade = ([e for e in told if text in e["why"]] for text in ("Ray ran it again", "it is made again"))
     assert again and len(told) == len(again) + len(remade)
     assert [(e["trial"], e["piece"]) for e in remade] == [(damaged, str(samples.relative_to(storage)))]
@@ -115,7 +118,7 @@ def test_a_damaged_checkpoint_fails_its_own_trial_and_no_other(
     assert f"{weights} is damaged: its sha256 differs" in result.stdout and "Traceback" not in result.stdout
     frame = pd.read_parquet(storage / "sweeps/tiny/results.parquet").set_index("trial")
     assert frame["state"].to_dict() == {victim: "failed", other: "done"}
-    assert frame.loc[other, "eval/nll_bpd"] > 0
+    assert frame["eval/nll_bpd"][other] > 0
 
 
 def test_a_trial_that_diverges_is_a_result_and_the_others_finish(tiny: Path, tmp_path: Path) -> None:
@@ -144,20 +147,136 @@ def test_asha_prunes_on_the_bound_and_says_so(tiny: Path, tmp_path: Path) -> Non
     assert result.returncode == 0, result.stdout + result.stderr
     states = [state for state, _ in state_of(tmp_path / "runs").values()]
     assert "pruned" in states and "finished" in states
-    assert "was not among the best" in result.stdout
+    assert "is not among the best of its rung" in result.stdout
     again = sweep(*arguments)
     assert "train " not in again.stdout
 
 
-def test_ctrl_c_leaves_no_process_and_says_how_to_resume(tiny: Path, tmp_path: Path) -> None:
+LONG = ("training.steps=100000", "training.checkpoint_every=50")
+
+
+def _ignore_sigint() -> None:
+    """As a shell does to what a script starts in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _hear_sighup() -> None:
+    """Also where these tests were started by nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(
+    ("signals", "in_child"),
+    [
+        pytest.param([signal.SIGINT] * 8, _ignore_sigint, id="ctrl-C eight times, SIGINT inherited as ignored"),
+        pytest.param([signal.SIGHUP, signal.SIGTERM], _hear_sighup, id="a terminal that is closed"),
+    ],
+)
+def test_an_interrupt_leaves_no_process_and_says_how_to_resume(
+    tiny: Path, tmp_path: Path, signals: list[signal.Signals], in_child: Callable[[], object] | None
+) -> None:
     storage = tmp_path / "runs"
-    started = Started(tiny, "--storage", storage, "training.steps=100000", "training.checkpoint_every=50")
+    started = Started(tiny, "--storage", storage, *LONG, in_child=in_child)
     try:
         started.wait_until(lambda: any(storage.glob("trials/*/checkpoints/step-*/manifest.json")))
-        started.process.send_signal(signal.SIGINT)
-        assert started.process.wait(timeout=300) == 130
-        assert "resumes" in started.said() and "Traceback" not in started.said()
+        for number in signals:
+            started.process.send_signal(number)
+            time.sleep(0.35)
+        assert started.process.wait(timeout=300) == 130, started.said()
+        assert "The same command resumes." in started.said()
+        assert "Traceback" not in started.said() and "warning" not in started.said() and "rror" not in started.said()
+        assert started.said().count("It is ending") == len(signals) - 1
         assert started.family() == []
         assert {run.info.status for run in runs(storage)[1]} == {"KILLED"}
+    finally:
+        started.end()
+
+
+def test_ctrl_c_before_there_is_anything_to_end(tiny: Path, tmp_path: Path) -> None:
+    """During the imports, and as soon as Ray starts its processes: one line, and nothing left."""
+    for moment in ("imports", "Ray"):
+        started = Started(tiny, "--storage", tmp_path / "runs", *LONG)
+        seen = {
+            "imports": lambda s=started: "torch" in maps(s.process.pid),
+            "Ray": lambda s=started: len(s.family()) > 1,
+        }
+        try:
+            started.wait_until(seen[moment])
+            for _ in range(3):
+                started.process.send_signal(signal.SIGINT)
+                time.sleep(0.2)
+            assert started.process.wait(timeout=300) == 130, started.said()
+            said = started.said()
+            assert "Interrupted." in said and "Traceback" not in said and "warning" not in said and "rror" not in said
+            assert started.family() == []
+        finally:
+            started.end()
+
+
+@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
+def test_a_part_of_ray_that_is_killed_is_replaced_and_the_sweep_goes_on(tiny: Path, tmp_path: Path, part: str) -> None:
+    """Ray's GCS may die while the command is in a call to it, which nothing ends: then the same command resumes."""
+    storage = tmp_path / "runs"
+    arguments = (tiny, "--storage", storage, "training.steps=400", "training.validate_every=100",
+                 "training.checkpoint_every=50", "evaluation={nll: {images: 25}, fid: null}")  # fmt: skip
+    started = Started(*arguments)
+    try:
+        started.wait_until(lambda: any(storage.glob("trials/*/checkpoints/step-*/manifest.json")))
+        [victim] = [pid for pid in started.family() if title(pid).partition("\0")[0].endswith(f"/{part}")]
+        os.kill(victim, signal.SIGKILL)
+        status = started.process.wait(timeout=600)
+        said = started.said()
+        assert f"(process {victim}) was killed by signal 9" in said and "Traceback" not in said, said
+        assert started.family() == [], [title(pid) for pid in started.family()]
+        if status == 4 and part == "gcs_server":
+            assert "The same command resumes." in said
+            status = sweep(*arguments).returncode
+        assert status == 0, said
+        assert set(state_of(storage).values()) == {("finished", 400)}
+        assert {run.info.status for run in runs(storage)[1]} == {"FINISHED"}
+    finally:
+        started.end()
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        pytest.param([], "OneWorker", id="one worker"),
+        pytest.param(["training.workers=2", "search.space={}"], "RayTrainWorker", id="data-parallel"),
+    ],
+)
+def test_a_worker_that_hangs_is_told_ended_and_replaced(
+    tiny: Path, tmp_path: Path, settings: list[str], name: str
+) -> None:
+    """The worker of a trial, and the process of a block; one of two workers of a group: each is stopped for ever."""
+    storage = tmp_path / "runs"
+    started = Started(
+        tiny, "--storage", storage, "training.steps=400", "training.validate_every=100", "training.checkpoint_every=50",
+        "search.hang_s=20", "evaluation={nll: {images: 75}, fid: null}", *settings,
+    )  # fmt: skip
+
+    def stop(name: str) -> int:
+        found: list[int] = []
+        started.wait_until(lambda: bool(found.extend(p for p in started.family() if name in title(p)) or found))
+        os.kill(found[-1], signal.SIGSTOP)
+        return found[-1]
+
+    try:
+        started.wait_until(lambda: any(storage.glob("trials/*/checkpoints/step-*/manifest.json")))
+        victims = [stop(name)]
+        if name == "OneWorker":
+            started.wait_until(lambda: "evaluating" in started.said())
+            victims.append(stop("make_block"))
+        assert started.process.wait(timeout=600) == 0, started.said()
+        said = started.said()
+        for victim in victims:
+            assert re.search(rf"\(process {victim}\) has (not been heard|been stopped) for \d+ s: it is ended", said), (
+                said
+            )
+        assert "again from its last checkpoint" in said and "Traceback" not in said, said
+        assert set(state_of(storage).values()) == {("finished", 400)}
+        hangs = [e["why"] for e in read_events(Storage(storage), "tiny") if e["event"] == "hangs"]
+        assert sum("it is ended" in why for why in hangs) >= len(victims)
+        assert started.family() == []
     finally:
         started.end()

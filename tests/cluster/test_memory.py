@@ -10,8 +10,9 @@ import ray
 from ray import tune
 
 from orchestrator.execution.session import session
-from orchestrator.execution.training import HOSTS, train
-from orchestrator.experiment import SearchConfig
+from orchestrator.execution.trials import train
+from orchestrator.experiment.records import SearchConfig
+from orchestrator.planning.decide import Turn
 from workers.config import DataConfig, TrainingConfig, Trial
 
 pytestmark = pytest.mark.faults
@@ -58,7 +59,10 @@ class Told:
     def failed(self, digest: str, why: str) -> None:
         self.events.append(("failed", why))
 
-    def tick(self) -> None:
+    def resized(self, digest: str, result: dict[str, Any]) -> None:
+        pass
+
+    def tick(self, wait_s: float = 0) -> None:
         pass
 
     def say(self, text: str) -> None:
@@ -66,6 +70,9 @@ class Told:
 
     def evaluating(self) -> bool:
         return False
+
+    def turn(self, digest: str) -> Turn:
+        return "train"
 
 
 @pytest.mark.parametrize("where", ["setup", "step"])
@@ -81,12 +88,12 @@ def test_a_trial_that_fills_its_machine_starts_again(
     monkeypatch.setenv("RAY_memory_usage_threshold", f"{threshold:.3f}")
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
     trial = Trial(data=DataConfig(source="digits"), training=TrainingConfig(steps=1))
-    job: Any = {"storage": str(tmp_path), "digest": "0" * 16, "trial": trial.model_dump_json(), "gpus": 0}
+    job: Any = {"storage": str(tmp_path), "digest": "0" * 16, "trial": trial.model_dump_json(), "gpus": 0, "share": ""}
     (tmp_path / where).touch()
     told = Told()
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import tests
     with session(None, cpus=2):
-        train([job], SearchConfig(), told, hosts={**HOSTS, "one_worker": Hungry})
+        train([job], SearchConfig(), told, hosts={"one_worker": Hungry})
     names = [name for name, _ in told.events]
     assert names == ["begins", "restarted", "begins", "trained"][-len(names) :] and "restarted" in names, told.events
     [why] = [why for name, why in told.events if name == "restarted"]

@@ -1,6 +1,7 @@
 """Nights over a real finished sweep. A night on which nothing is due starts no Ray; one of these does."""
 
 import json
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ from conftest import run, statuses
 from mlflow import MlflowClient
 
 from orchestrator.nightly import main
-from workers import canaries
-from workers import checkpoint as checkpoints
+from workers.evaluation import canaries
+from workers.locks import lock
+from workers.network import manifest
 from workers.storage import Storage
 
 # The evaluation is that of the sweep, so that its numbers are there already.
@@ -66,13 +68,13 @@ class Registry:
         self.better, self.worse = (self._register(trial) for trial in by_nll)
 
     def _nll_bpd(self, trial: str) -> float:
-        checkpoint = checkpoints.newest(Storage(self.storage), f"trials/{trial}/checkpoints")
+        checkpoint = manifest.newest(Storage(self.storage), f"trials/{trial}/checkpoints")
         assert checkpoint
         [summary] = self.storage.glob(f"evaluations/{checkpoint.digest}/summary-*.json")
         return float(json.loads(summary.read_text())["metrics"]["eval/nll_bpd"])
 
     def _register(self, trial: str) -> str:
-        checkpoint = checkpoints.newest(Storage(self.storage), f"trials/{trial}/checkpoints")
+        checkpoint = manifest.newest(Storage(self.storage), f"trials/{trial}/checkpoints")
         assert checkpoint
         tags = {
             "orchestrator.trial": trial,
@@ -158,8 +160,8 @@ def test_nights_with_a_promotion_a_regression_a_gap_and_repeats(
 
     # Another process is at it.
     storage = Storage(registry.storage)
-    with storage.lock("nightly/small/lock"):
-        storage.write_json(
+    with lock(storage, "nightly/small/lock"):
+        storage.write_sealed(
             "nightly/small/running.json", {"day": "2026-03-06", "started": "now", "process": 7, "host": "there"}
         )
         status, said = night("2026-03-06")
@@ -200,7 +202,7 @@ def test_numbers_that_move_by_themselves_and_checkpoints_that_are_gone_are_told(
     assert ("drift", "tiny@champion", True) in kinds and "0123456789abcdef" in str(webhook)
 
     trial = registry.client.get_model_version("tiny", registry.worse).tags["orchestrator.trial"]
-    (registry.storage / f"trials/{trial}/trial.yaml").unlink()
+    shutil.rmtree(registry.storage / f"trials/{trial}/checkpoints")
     assert main([*words, "2026-03-03"]) == 1  # the newest version is of that trial
     kept = result(registry, "2026-03-03")
     assert kept["state"] == "incomplete" and [bool(e["failed"]) for e in kept["entries"]] == [False, False, True]
@@ -213,6 +215,7 @@ def test_what_is_due_is_measured_once_a_checkpoint_after_the_canaries(registry: 
     first = run("orchestrator.nightly", *words, "--storage", registry.storage)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "1 due: tiny@champion = tiny@candidate" in first.stdout and "canaries: 9 of 9" in first.stdout
+    assert "data        digits: built in, 1,497 to train on" in first.stdout
     entries = result(registry, "2026-03-01")["entries"]
     assert [e["blocks_run"] for e in entries] == [1, 1] and len(entries[0]["nll_per_image"]) == 60
     assert entries[0]["hash"] == entries[1]["hash"]

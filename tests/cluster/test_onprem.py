@@ -14,7 +14,7 @@ import yaml
 from conftest import statuses
 from hosts import ROOT, Host, Network, lacking, network, until
 
-from workers.evaluation import HOST
+from workers.evaluation.make import HOST
 
 LACKING = lacking()
 pytestmark = [pytest.mark.clusters, pytest.mark.skipif(bool(LACKING), reason=LACKING)]
@@ -128,8 +128,8 @@ def test_a_sweep_on_three_machines_outlives_its_client_and_one_of_them(hosts: Ne
     trained = {host: [d for d, status in ended.items() if status["host"] == host] for host in hosts.hosts}
     assert ended[digest]["host"] != victim.name, "it began on another host than it ended on"
     made = {host: [p for p in storage.glob("evaluations/*/*/*.parquet") if made_by(p) == host] for host in hosts.hosts}
-    for host in hosts.hosts:
-        say(f"{host}: {len(trained[host])} trials ended there, {len(made[host])} blocks were made there")
+    for name in hosts.hosts:
+        say(f"{name}: {len(trained[name])} trials ended there, {len(made[name])} blocks were made there")
     assert sum(map(bool, made.values())) > 1
     assert mlflow_statuses(laptop) == ["FINISHED"] * 5
     laptop.run(["ray", "down", "--yes", config])

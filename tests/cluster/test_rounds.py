@@ -8,10 +8,11 @@ import pytest
 from conftest import Started, runs, state_of, sweep
 
 from orchestrator import report, status
-from orchestrator.experiment import Variant, load
-from orchestrator.reports import archive
-from orchestrator.search import Told, next_round, tell
-from workers.data import describe
+from orchestrator.experiment.load import load
+from orchestrator.experiment.records import Variant
+from orchestrator.planning.search import HeardTrial, next_round, tell
+from orchestrator.state.saved import open_sweep, read_asked, read_rows
+from workers.data.sources import describe
 from workers.storage import Storage
 
 pytestmark = [pytest.mark.faults, pytest.mark.filterwarnings("ignore")]
@@ -42,8 +43,8 @@ def test_a_search_that_is_killed_in_its_second_round_resumes_to_the_same_trials(
     finally:
         started.end()
     assert "asks for 3 trials after 3 of 6, by what 3 of them say" in started.said()
-    before, asked = archive.asked_before(storage, e), record.read_text()
-    assert len(before) == 6 and len(archive.open_sweep(storage, "tiny").trials) in (3, 6)
+    before, asked = read_asked(storage, e), record.read_text()
+    assert len(before) == 6 and len(open_sweep(storage, "tiny").trials) in (3, 6)
 
     resumed = sweep(tiny, "--storage", root)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
@@ -52,11 +53,11 @@ def test_a_search_that_is_killed_in_its_second_round_resumes_to_the_same_trials(
     assert len(states) == 6 and set(states) == {"finished", "diverged"}, "a third of the learning rates diverges"
 
     # The second round is what the measured numbers of the first, whatever their order, ask for.
-    kept = archive.open_sweep(storage, "tiny")
-    rows = {str(row.variant): row for row in reversed(archive.rows(storage, kept))}
+    kept = open_sweep(storage, "tiny")
+    rows = {str(row.variant): row for row in reversed(read_rows(storage, kept))}
     assert sorted(str(v) for v in kept.trials.values()) == sorted(map(str, before))
 
-    def hear(variant: Variant) -> Told | None:
+    def hear(variant: Variant) -> HeardTrial | None:
         row = rows[str(variant)]
         return tell(e.search, row.variant, row.state, row.metrics)
 

@@ -13,14 +13,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, runs, statuses, sweep
+from click.testing import CliRunner
+from conftest import ROOT, run, runs, statuses, sweep
 from mlflow import MlflowClient
+from mlflow.cli import gc
 from PIL import Image
-from rich.console import Console
 from scipy.stats import ttest_rel
 
-from orchestrator.controller import Sweep
-from orchestrator.experiment import load
+from orchestrator.experiment.load import load
+from orchestrator.standing import Standing
 from orchestrator.sweep import trials_of
 from workers.storage import Storage
 
@@ -52,20 +53,20 @@ def test_mlflow_holds_everything(finished: tuple[Path, Path, str]) -> None:
     artifacts = {a.path for a in client.list_artifacts(parent.info.run_id)}
     assert {"experiment.yaml", "results.parquet", "report.html", "nll_and_distance.png", "nll_by_t.png"} <= artifacts
     assert "| trial |" in parent.data.tags["mlflow.note.content"]
-    for run in children:
-        run_id, params, tags = run.info.run_id, run.data.params, run.data.tags
-        assert run.info.status == "FINISHED"
+    for child in children:
+        run_id, params, tags = child.info.run_id, child.data.params, child.data.tags
+        assert child.info.status == "FINISHED"
         assert float(params["diffusion.T"]) == 50 and float(params["training.lr"]) == 0.002
         assert params["loss.weighting"] in ("simple", "vlb")
         loss = client.get_metric_history(run_id, f"train/loss_{params['loss.weighting']}")
         assert [m.step for m in loss] == list(range(1, 21))
         assert [m.step for m in client.get_metric_history(run_id, "valid/nll_bpd")] == [0, 10, 20]
         assert [m.step for m in client.get_metric_history(run_id, "eval/nll_bpd")] == [20]
-        assert {"eval/nll_bpd_se", "eval/fd_classifier"} <= set(run.data.metrics)
+        assert {"eval/nll_bpd_se", "eval/fd_classifier"} <= set(child.data.metrics)
         images = [a.path for a in client.list_artifacts(run_id, "images") if a.path.endswith(".png")]
         assert sorted(int(re.findall(r"step\D(\d+)", path)[0]) for path in images) == [0, 10, 20]
         assert {"trial.yaml", "evaluation.json"} <= {a.path for a in client.list_artifacts(run_id)}
-        assert {used.dataset.name for used in run.inputs.dataset_inputs} == {"digits"}
+        assert {used.dataset.name for used in child.inputs.dataset_inputs} == {"digits"}
         assert len(tags["trial.digest"]) == 16 and len(tags["data.digest"]) == 16
         assert "eval/nll_bpd" in tags["mlflow.note.content"]
         assert any("git" in tag for tag in tags) and any("torch" in tag for tag in tags)
@@ -99,12 +100,39 @@ def test_the_same_command_again_does_nothing(finished: tuple[Path, Path, str]) -
     again = sweep(file, "--storage", storage)
     assert again.returncode == 0, again.stderr
     assert again.stdout == output[output.index("trial ") :]
+    assert again.stderr.startswith("data        digits: built in, 1,497 to train on, 300 held out")
     after = {p: p.stat().st_mtime_ns for p in storage.rglob("*") if p.is_file() and p.name != "lock"}
     assert {p for p in after if "mlflow.db" not in p.name and after[p] != before.get(p)} == set()
 
 
+def test_what_was_deleted_in_mlflow_is_made_again(finished: tuple[Path, Path, str], own: tuple[Path, Path]) -> None:
+    """The database first, which holds the moved storage's runs, then the experiment, emptied from MLflow's bin."""
+    file, storage = own
+    before = {run.info.run_name: run.data.metrics for run in runs(finished[1])[1]}
+    (storage / "mlflow.db").unlink()
+    assert sweep(file, "--storage", storage).returncode == 0
+    uri = f"sqlite:///{storage}/mlflow.db"
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    client.create_experiment("keeps its id from being taken again")
+    client.delete_experiment(experiment.experiment_id)
+    arguments = ["--backend-store-uri", uri, "--experiment-ids", experiment.experiment_id]
+    assert CliRunner().invoke(gc, arguments, env={"MLFLOW_TRACKING_URI": uri}).exit_code == 0
+    again = sweep(file, "--storage", storage)
+    assert again.returncode == 0, again.stderr
+    warnings = [line for line in again.stdout.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 and "had lost the experiment" in warnings[0] and "registered model" in warnings[0]
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None and f"/#/experiments/{experiment.experiment_id}/runs?" in again.stdout
+    parent, children = runs(storage)
+    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    assert {run.info.run_name: run.data.metrics for run in children} == before
+    assert client.get_model_version_by_alias("tiny", "candidate")
+
+
 def test_after_an_edit_only_new_trials_are_trained(own: tuple[Path, Path]) -> None:
-    """Another seed: 20 steps on 30 images do not tell the two apart, and the table says so."""
+    """Another seed: 20 steps on 30 images do not tell the two apart, and the table of single rows says so."""
     file, storage = own
     before = {digest: status["updated_ms"] for digest, status in statuses(storage).items()}
     edited = sweep(
@@ -119,7 +147,8 @@ def test_after_an_edit_only_new_trials_are_trained(own: tuple[Path, Path]) -> No
     best, other = frame.index
     a, b = (summary_of(storage, statuses(storage)[trial]["checkpoint"]) for trial in (best, other))
     assert ttest_rel(a["nll_per_image"], b["nll_per_image"]).pvalue > 0.05
-    assert edited.stdout.count(" ≈ ") == 1 and f"not distinguishable from {best[:8]}" in edited.stdout
+    each = run("orchestrator.report", "tiny", "--markdown", "--rows", "--storage", storage).stdout
+    assert each.count(" ≈ |") == 1 and f"not distinguishable from {best[:8]}" in each
     assert frame.loc[other, "nll_above_best_low"] < 0 < frame.loc[other, "nll_above_best_high"]
 
 
@@ -206,7 +235,7 @@ def test_measurements_of_one_trial_train_it_once(tiny: Path, tmp_path: Path) -> 
     assert frame["trial"].nunique() == 12 and frame["trial"].str.partition("-")[0].nunique() == 1
     # Where the sampler reads no variance its samples are shared; the bound differs by variance and weights alone.
     assert frame["eval/nll_bpd"].nunique() == 4 and frame["eval/ode_nll_bpd"].nunique() == 2
-    kinds = frame["evaluation.fid.sampler"].str.extract("'kind': '([a-z]*)'")[0]
+    kinds = frame["evaluation.fid.sampler"].str.extract('"kind": "([a-z]*)"')[0]
     assert list(frame.groupby(kinds)["eval/fd_classifier"].nunique()[["ddim", "heun", "ancestral"]]) == [2, 2, 4]
     counts = frame.groupby(kinds)["eval/network_evaluations"].first()
     assert (counts["ddim"], counts["heun"], counts["ancestral"]) == (5, 9, 5)
@@ -218,8 +247,9 @@ def test_measurements_of_one_trial_train_it_once(tiny: Path, tmp_path: Path) -> 
     assert again.returncode == 0 and "train" not in again.stdout.partition("trial")[0]
 
     trials, sources, _ = trials_of(load(tiny, words))
-    console = Console(quiet=True)
-    Sweep(load(tiny, words), trials, sources, Storage(storage), console, quiet=True).forget()  # what --fresh does first
+    standing = Standing(load(tiny, words), dict(sources), Storage(storage), print)
+    standing.add(trials)
+    standing.forget()  # what --fresh does first
     assert not list((storage / "trials").iterdir())
     left = [path for path in (storage / "evaluations").rglob("*.parquet") if "reference" not in str(path)]
     assert not left  # neither of the trial's own average nor of the other

@@ -2,35 +2,39 @@
 
 For a fixed variance every L_{t-1} depends on the network only through |x_0 - x_0_hat(x_t)|^2, since both means are
 the same linear combination of (x_0, x_t) and (x_0_hat, x_t). So the expensive part records squared errors
-(`workers.likelihood`) and the terms follow from them here; L_0 goes through the discrete decoder of eq. (13). A learned
+(`likelihood`) and the terms follow from them here; L_0 goes through the discrete decoder of eq. (13). A learned
 variance takes part in every term, which is then computed where the network is (`model_terms`).
 """
 
 import math
 
 import torch
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from workers.diffusion.process import Prediction, Process, at, fixed_small
+from workers.shapes import NCHW, Beside, PerImage, PerImage64, PerTime, Times
+
+# Of pairs of an image and a time, in any arrangement.
+PairTimes = Int64[Tensor, "*pairs"]
+PerPair = Float64[Tensor, "*pairs"]
+# Of the pixels of images. The two may be of other types.
+Pixels = Float[Tensor, "n *pixels"]
+Doubles = Float64[Tensor, "*pixels"]
 
 
-def gaussian_kl(mean_1: Tensor, variance_1: Tensor, mean_2: Tensor, variance_2: Tensor) -> Tensor:
-    """KL(N(mean_1, variance_1) || N(mean_2, variance_2)) a dimension, in nats."""
-    return 0.5 * (torch.log(variance_2 / variance_1) + (variance_1 + (mean_1 - mean_2).square()) / variance_2 - 1)
-
-
-def prior_term(process: Process, squared_norm: Tensor, dimensions: int) -> Tensor:
-    """L_T = KL(q(x_T | x_0) || N(0, I)) in nats, from |x_0|^2 (N,) float64 and D."""
+def prior_term(process: Process, squared_norm: PerImage64, dimensions: int) -> PerImage64:
+    """L_T = KL(q(x_T | x_0) || N(0, I)) in nats, from |x_0|^2 and D."""
     last = process.alpha_bar[-1]
     return 0.5 * (last * squared_norm - dimensions * (last + torch.log1p(-last)))
 
 
 def diffusion_terms(
-    process: Process, t: Tensor, squared_error: Tensor, dimensions: int, sigma_squared: Tensor | None = None
-) -> Tensor:
+    process: Process, t: PairTimes, squared_error: PerPair, dimensions: int, sigma_squared: PerTime | None = None
+) -> PerPair:
     """L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)) in nats, for t > 1.
 
-    From |x_0 - x_0_hat|^2, of t's shape. `sigma_squared` float64 (T,) stands for the process's own variance.
+    From |x_0 - x_0_hat|^2. `sigma_squared` stands for the process's own variance.
     """
     i = t - 1
     true, model = process.beta_tilde[i], (process.sigma_squared if sigma_squared is None else sigma_squared)[i]
@@ -38,23 +42,25 @@ def diffusion_terms(
     return spread + process.posterior_x_0[i].square() * squared_error / (2 * model)
 
 
-def model_terms(process: Process, said: Prediction, x_0: Tensor, t: Tensor, levels: int) -> Tensor:
-    """L_{t-1} by the variance of the process, fixed or learned, in nats (N,): eq. (5), and at t = 1 the decoder's L_0.
+def model_terms(process: Process, prediction: Prediction, x_0: NCHW, t: Times, levels: int) -> PerImage:
+    """L_{t-1} by the variance of the process, fixed or learned, in nats: eq. (5), and at t = 1 the decoder's L_0.
 
-    x_0 (N, C, H, W) of `levels` values; `said` in the same dtype, its x_0 clipped or not as the mean is to be.
+    x_0 of `levels` values; `prediction` in the same dtype, its x_0 clipped or not as the mean is to be.
     """
-    log_model = process.log_sigma_squared(said, t)
+    log_model = process.log_sigma_squared(prediction, t)
     log_true = at(fixed_small(process).log(), t, x_0)  # that of eq. (7) for t > 1; of t = 1 only finite
-    squared_error = (at(process.posterior_x_0, t, x_0) * (x_0 - said.x_0)).square()
+    squared_error = (at(process.posterior_x_0, t, x_0) * (x_0 - prediction.x_0)).square()
     kl = 0.5 * (log_model - log_true + (log_true - log_model).exp() + squared_error * (-log_model).exp() - 1)
     terms, first = kl.flatten(1).sum(1), t == 1
     if first.any():  # where mu_theta(x_1, 1) = x_0_hat
-        sigma = process.sigma(said, t)[first].double()
-        terms = terms.masked_scatter(first, decoder_term(x_0[first], said.x_0[first], sigma, levels).to(terms.dtype))
+        sigma = process.sigma(prediction, t)[first].double()
+        terms = terms.masked_scatter(
+            first, decoder_term(x_0[first], prediction.x_0[first], sigma, levels).to(terms.dtype)
+        )
     return terms
 
 
-def log_normal_interval(lower: Tensor, upper: Tensor) -> Tensor:
+def log_normal_interval(lower: Doubles, upper: Doubles) -> Doubles:
     """log(Phi(upper) - Phi(lower)) for lower < upper, accurate in both tails."""
     flip = lower > 0  # Phi(u) - Phi(l) = Phi(-l) - Phi(-u): subtract in the tail where the two are small
     lower, upper = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
@@ -62,10 +68,10 @@ def log_normal_interval(lower: Tensor, upper: Tensor) -> Tensor:
     return log_upper + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - log_upper))
 
 
-def decoder_term(x_0: Tensor, mean: Tensor, sigma: Tensor | float, levels: int) -> Tensor:
-    """L_0 = -log p_theta(x_0 | x_1) in nats (N,): the discrete decoder, eq. (13).
+def decoder_term(x_0: Pixels, mean: Pixels, sigma: Beside | float, levels: int) -> PerImage64:
+    """L_0 = -log p_theta(x_0 | x_1) in nats: the discrete decoder, eq. (13).
 
-    x_0 (N, ...): one of `levels` values evenly spaced on [-1, 1]; mean: mu_theta(x_1, 1), same shape. A level's bin
+    x_0: one of `levels` values evenly spaced on [-1, 1]; mean: mu_theta(x_1, 1). A level's bin
     reaches 1 / (levels - 1) to either side; the outermost two reach to infinity.
     """
     x_0, mean = x_0.double(), mean.double()

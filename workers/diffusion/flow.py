@@ -19,9 +19,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float64, Shaped
 from torch import Tensor
 
 from workers.diffusion.process import Model, Process, spread
+from workers.shapes import NCHW, Counts, PerImage64
+
+NCHW64 = Float64[Tensor, "n c h w"]
+Rows = Float64[Tensor, "n D"]
+Probes = Shaped[Tensor, "k n c h w"]  # of -1 and 1
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 5.0  # of the next step: the usual ones (Hairer et al. 1993, section II.4)
 FIRST, LEAST = 0.05, 1e-7  # the first step, and one that says that the solver is stuck, as parts of the whole way
@@ -60,18 +66,18 @@ DORMAND_PRINCE = Pair(
     error=(71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
 )
 
-Derivative = Callable[[Tensor, Tensor, Tensor], Tensor]  # (which images (n,), u (n,), y (n, D)) -> dy / du (n, D)
-Norm = Callable[[Tensor, Tensor], Tensor]  # (u (n,), error (n, D)) -> (n,): 1 is what the tolerance allows
+Derivative = Callable[[Counts, PerImage64, Rows], Rows]  # (which images, u, y) -> dy / du
+Norm = Callable[[PerImage64, Rows], PerImage64]  # (u, error) -> 1 where it is what the tolerance allows
 
 
 @dataclass(frozen=True)
 class Solution:
-    y: Tensor  # float64, at the end
-    evaluations: Tensor  # int64 (N,): of the derivative, for each image
+    y: Float64[Tensor, "n ..."]  # at the end
+    evaluations: Counts  # of the derivative, for each image
 
 
-def integrate(derivative: Derivative, norm: Norm, y: Tensor, start: float, end: float, pair: Pair) -> Solution:
-    """y (N, D) float64 from u = start to u = end, each row with steps of its own.
+def integrate(derivative: Derivative, norm: Norm, y: Rows, start: float, end: float, pair: Pair) -> Solution:
+    """y from u = start to u = end, each row with steps of its own.
 
     Raises FloatingPointError where the derivative is not finite, or an error stays above the tolerance in the smallest
     steps.
@@ -104,7 +110,7 @@ def integrate(derivative: Derivative, norm: Norm, y: Tensor, start: float, end: 
     return Solution(y, evaluations)
 
 
-def _weighted(weights: tuple[float, ...], stages: list[Tensor]) -> Tensor:
+def _weighted(weights: tuple[float, ...], stages: list[Rows]) -> Rows:
     total = torch.zeros_like(stages[0])
     for weight, stage in zip(weights, stages, strict=True):
         if weight:
@@ -112,8 +118,8 @@ def _weighted(weights: tuple[float, ...], stages: list[Tensor]) -> Tensor:
     return total
 
 
-def eps_at(process: Process, model: Model, y: Tensor, sigma: Tensor) -> Tensor:
-    """The model's eps of y = x_0 + sigma eps, float64 (N, C, H, W), at noise levels sigma (N,), trained or between."""
+def eps_at(process: Process, model: Model, y: NCHW64, sigma: PerImage64) -> NCHW64:
+    """The model's eps of y = x_0 + sigma eps, at noise levels sigma, trained or between."""
     x_t = (y / spread((1 + sigma**2).sqrt(), y)).float()
     return model(x_t, process.time_at(sigma)).eps.double()
 
@@ -123,19 +129,19 @@ def _ends(process: Process) -> tuple[float, float]:
     return math.log(float(process.noise_level[0])), math.log(float(process.noise_level[-1]))
 
 
-def solve(process: Process, model: Model, y: Tensor, tolerance: float) -> Solution:
-    """y at sigma_1 from y (N, C, H, W) at sigma_T, by Bogacki and Shampine's pair.
+def solve(process: Process, model: Model, y: NCHW, tolerance: float) -> Solution:
+    """y at sigma_1 from y at sigma_T, by Bogacki and Shampine's pair.
 
     `tolerance` is the root mean square of a step's error over the pixels of x_t = y / sqrt(1 + sigma^2), the scale on
     which all times have pixels of about 1.
     """
     shape, (low, high) = y.shape[1:], _ends(process)
 
-    def derivative(_: Tensor, u: Tensor, y: Tensor) -> Tensor:
+    def derivative(_: Counts, u: PerImage64, y: Rows) -> Rows:
         sigma = u.exp()
         return sigma[:, None] * eps_at(process, model, y.unflatten(1, shape), sigma).flatten(1)
 
-    def norm(u: Tensor, error: Tensor) -> Tensor:
+    def norm(u: PerImage64, error: Rows) -> PerImage64:
         return error.square().mean(1).sqrt() / (1 + (2 * u).exp()).sqrt() / tolerance
 
     solution = integrate(derivative, norm, y.double().flatten(1), high, low, BOGACKI_SHAMPINE)
@@ -144,21 +150,21 @@ def solve(process: Process, model: Model, y: Tensor, tolerance: float) -> Soluti
 
 @dataclass(frozen=True)
 class Density:
-    log_p: Tensor  # float64 (N,), in nats
-    evaluations: Tensor  # int64 (N,): of the network; each goes with a backward pass for each probe
+    log_p: PerImage64  # in nats
+    evaluations: Counts  # of the network; each goes with a backward pass for each probe
 
 
-def log_density(process: Process, model: Model, x: Tensor, probes: Tensor, tolerance: float) -> Density:
+def log_density(process: Process, model: Model, x: NCHW, probes: Probes, tolerance: float) -> Density:
     """log p(x) of the images that the flow makes of x_T ~ N(0, I), stopped at sigma_1: Song et al. 2021, eq. 39.
 
     log p_1(y) = log p_T(y_T) + integral of tr(d eps_theta / dy) dsigma along the flow from sigma_1 to sigma_T, the
-    trace by Hutchinson's estimate v^T (d eps_theta / dy) v, whose mean over v is exact (eq. 40). x float (N, C, H, W);
-    probes (K, N, C, H, W) of -1 and 1, the same all the way. `tolerance` is the root mean square of a step's error
-    over the pixels of x_t, and that in nats a dimension of log p. By Dormand and Prince's pair.
+    trace by Hutchinson's estimate v^T (d eps_theta / dy) v, whose mean over v is exact (eq. 40); the
+    probes v are the same all the way. `tolerance` is the root mean square of a step's error over the pixels of x_t, and
+    that in nats a dimension of log p. By Dormand and Prince's pair.
     """
     shape, D, (low, high) = x.shape[1:], x[0].numel(), _ends(process)
 
-    def derivative(images: Tensor, u: Tensor, state: Tensor) -> Tensor:
+    def derivative(images: Counts, u: PerImage64, state: Rows) -> Rows:
         sigma = u.exp()
         with torch.enable_grad():
             y = state[:, :D].unflatten(1, shape).detach().requires_grad_()
@@ -171,7 +177,7 @@ def log_density(process: Process, model: Model, x: Tensor, probes: Tensor, toler
         trace = torch.stack(traces).mean(0)
         return sigma[:, None] * torch.cat([eps.detach().flatten(1), trace[:, None]], 1)
 
-    def norm(u: Tensor, error: Tensor) -> Tensor:
+    def norm(u: PerImage64, error: Rows) -> PerImage64:
         pixels = error[:, :D].square().mean(1).sqrt() / (1 + (2 * u).exp()).sqrt()
         return torch.maximum(pixels, error[:, D].abs() / D) / tolerance
 

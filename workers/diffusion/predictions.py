@@ -1,28 +1,30 @@
 """What a network is trained to predict, and what follows from it: x_0 and eps, whichever it is.
 
 A target is four functions next to their formulas: what the network should say, x_0 and eps by what it says, and what
-a squared error of it is worth. `PREDICTIONS` is the list of valid names. All images are float (N, C, H, W); t is int64
-(N,) in 1..T, and what turns an output into eps or x_0 takes real times too, but for `mu`, which belongs to a step.
+a squared error of it is worth. `workers.kinds` lists them. What turns an output into eps or x_0 takes
+real times too, but for `mu`, which belongs to a step.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from workers.diffusion.process import EpsModel, Model, Prediction, Process, at, spread
+from workers.kinds import PREDICTIONS
+from workers.shapes import NCHW, Heads, PerTime, RealTimes, Times
 
 
 @dataclass(frozen=True)
 class Target:
-    of: Callable[[Process, Tensor, Tensor, Tensor, Tensor], Tensor]  # (process, x_0, x_t, t, eps) -> the exact output
-    x_0: Callable[[Process, Tensor, Tensor, Tensor], Tensor]  # (process, x_t, t, output)
-    eps: Callable[[Process, Tensor, Tensor, Tensor], Tensor]  # (process, x_t, t, output)
-    scale: Callable[[Process], Tensor]  # k_t, float64 (T,): |x_0 - x_0_hat|^2 = k_t |target - output|^2
+    of: Callable[[Process, NCHW, NCHW, Times, NCHW], NCHW]  # (process, x_0, x_t, t, eps) -> the exact output
+    x_0: Callable[[Process, NCHW, RealTimes, NCHW], NCHW]  # (process, x_t, t, output)
+    eps: Callable[[Process, NCHW, RealTimes, NCHW], NCHW]  # (process, x_t, t, output)
+    scale: Callable[[Process], PerTime]  # k_t: |x_0 - x_0_hat|^2 = k_t |target - output|^2
 
 
-def eps_by_x_0(process: Process, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
+def eps_by_x_0(process: Process, x_t: NCHW, t: RealTimes, x_0: NCHW) -> NCHW:
     """eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t): eq. (4) of Ho et al. 2020 solved for eps."""
     alpha_bar = process.alpha_bar_at(t)
     return (x_t - spread(alpha_bar.sqrt(), x_t) * x_0) / spread((1 - alpha_bar).sqrt(), x_t)
@@ -45,7 +47,7 @@ X_0 = Target(
 )
 
 
-def _x_0_by_mu(process: Process, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+def _x_0_by_mu(process: Process, x_t: NCHW, t: Times, output: NCHW) -> NCHW:
     """Eq. (7) solved for x_0."""
     return (output - at(process.posterior_x_t, t, x_t) * x_t) / at(process.posterior_x_0, t, x_t)
 
@@ -59,17 +61,17 @@ MU = Target(
 )
 
 
-def _v(process: Process, x_0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+def _v(process: Process, x_0: NCHW, x_t: NCHW, t: Times, eps: NCHW) -> NCHW:
     alpha_bar = process.alpha_bar
     return at(alpha_bar.sqrt(), t, x_0) * eps - at((1 - alpha_bar).sqrt(), t, x_0) * x_0
 
 
-def _x_0_by_v(process: Process, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+def _x_0_by_v(process: Process, x_t: NCHW, t: RealTimes, output: NCHW) -> NCHW:
     alpha_bar = process.alpha_bar_at(t)
     return spread(alpha_bar.sqrt(), x_t) * x_t - spread((1 - alpha_bar).sqrt(), x_t) * output
 
 
-def _eps_by_v(process: Process, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+def _eps_by_v(process: Process, x_t: NCHW, t: RealTimes, output: NCHW) -> NCHW:
     alpha_bar = process.alpha_bar_at(t)
     return spread(alpha_bar.sqrt(), x_t) * output + spread((1 - alpha_bar).sqrt(), x_t) * x_t
 
@@ -77,10 +79,14 @@ def _eps_by_v(process: Process, x_t: Tensor, t: Tensor, output: Tensor) -> Tenso
 # v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0: Salimans & Ho 2022, section 4 and appendix D.
 V = Target(of=_v, x_0=_x_0_by_v, eps=_eps_by_v, scale=lambda process: 1 - process.alpha_bar)
 
-PREDICTIONS: dict[str, Target] = {"eps": EPS, "x_0": X_0, "mu": MU, "v": V}
+
+def target_of(prediction: str) -> Target:
+    """The target that is called so."""
+    target: Target = PREDICTIONS[prediction].load()
+    return target
 
 
-def heads(process: Process, output: Tensor) -> tuple[Tensor, Tensor | None]:
+def heads(process: Process, output: Heads) -> tuple[NCHW, NCHW | None]:
     """What the network says of its target and, where it learns one, of the variance: the two halves of its channels."""
     if not process.learned:
         return output, None
@@ -88,10 +94,10 @@ def heads(process: Process, output: Tensor) -> tuple[Tensor, Tensor | None]:
     return target, variance
 
 
-def interpret(process: Process, prediction: str, x_t: Tensor, t: Tensor, output: Tensor) -> Prediction:
-    """The output of a network trained to predict `prediction`, (N, C, H, W) or (N, 2C, H, W), in the dtype of x_t."""
-    target, (said, variance) = PREDICTIONS[prediction], heads(process, output.to(x_t.dtype))
-    return Prediction(target.x_0(process, x_t, t, said), target.eps(process, x_t, t, said), variance)
+def interpret(process: Process, prediction: str, x_t: NCHW, t: RealTimes, output: Heads) -> Prediction:
+    """The output of a network trained to predict `prediction`, in the dtype of x_t."""
+    target, (target_output, variance) = target_of(prediction), heads(process, output.to(x_t.dtype))
+    return Prediction(target.x_0(process, x_t, t, target_output), target.eps(process, x_t, t, target_output), variance)
 
 
 def from_eps(process: Process, eps_theta: EpsModel) -> Model:
@@ -106,6 +112,6 @@ class Denoiser(nn.Module):
         super().__init__()
         self.network, self.process, self.prediction = network, process, prediction
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Prediction:
-        """x_t float (N, C, H, W); t int64 (N,) in 1..T. The network itself counts t from 0."""
+    def forward(self, x_t: NCHW, t: RealTimes) -> Prediction:
+        """The network itself counts t from 0."""
         return interpret(self.process, self.prediction, x_t, t, self.network(x_t, t - 1))

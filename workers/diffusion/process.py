@@ -1,7 +1,7 @@
 """The forward process q, its posterior, and the reverse process p_theta with a fixed or a learned variance.
 
-Symbols are those of Ho et al. 2020. `t` runs over 1..T as in the paper; coefficients are float64 tensors (T,)
-indexed by t - 1 and cast to the images' dtype where they are used. Images are float NCHW.
+Symbols are those of Ho et al. 2020. `t` runs over 1..T as in the paper; coefficients are indexed by t - 1 and cast to
+the images' dtype where they are used.
 """
 
 from collections.abc import Callable
@@ -10,47 +10,48 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float64, Int64, Shaped
 from torch import Tensor
 
 from workers.config import DiffusionConfig
 from workers.diffusion import schedules
+from workers.shapes import NCHW, Beside, Heads, PerImage64, PerTime, RealTimes, Times
 
-# eps_theta(x_t, t): noisy images (N, C, H, W) and t (N,) in 1..T -> the noise in them, same shape as x_t. Times are
-# whole numbers, int64; what integrates an ODE over them asks between them too, by float64.
-EpsModel = Callable[[Tensor, Tensor], Tensor]
+# eps_theta(x_t, t): the noise in x_t. What integrates an ODE over the times asks between the trained ones too.
+EpsModel = Callable[[NCHW, RealTimes], Heads]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of x_t, whatever its network was trained to predict: each of the shape and dtype of x_t.
+    """What a model says of x_t, whatever its network was trained to predict: each in the dtype of x_t.
 
     x_0 is not clipped. `variance` is the output of a second head, of which the process makes sigma_t^2
     (`Process.sigma`); None where the variance is fixed.
     """
 
-    x_0: Tensor
-    eps: Tensor
-    variance: Tensor | None = None
+    x_0: NCHW
+    eps: NCHW
+    variance: NCHW | None = None
 
 
 # p_theta at (x_t, t): as EpsModel, but with all that there is to know. `workers.diffusion.predictions` makes them.
-Model = Callable[[Tensor, Tensor], Prediction]
+Model = Callable[[NCHW, RealTimes], Prediction]
 
 
 @dataclass(frozen=True)
 class Process:
     """A diffusion process over the times 1..T, or over a subsequence of another's times (`strided`)."""
 
-    beta: Tensor  # float64 (T,)
+    beta: PerTime
     variance: str  # a name in VARIANCES or LEARNED
-    times: Tensor  # int64 (T,): the t that the network was trained with, at each step of this process
+    times: Int64[Tensor, "T"]  # the t that the network was trained with, at each step of this process
 
     @staticmethod
     def of(config: DiffusionConfig) -> "Process":
         return Process.of_betas(torch.from_numpy(schedules.betas(config)), config.variance)
 
     @staticmethod
-    def of_betas(beta: Tensor, variance: str) -> "Process":
+    def of_betas(beta: Float[Tensor, "T"], variance: str) -> "Process":
         return Process(beta.double(), variance, torch.arange(1, len(beta) + 1))
 
     @property
@@ -58,26 +59,26 @@ class Process:
         return len(self.beta)
 
     @cached_property
-    def alpha(self) -> Tensor:
+    def alpha(self) -> PerTime:
         return 1 - self.beta
 
     @cached_property
-    def alpha_bar(self) -> Tensor:
+    def alpha_bar(self) -> PerTime:
         return torch.cumprod(self.alpha, 0)
 
     @cached_property
-    def alpha_bar_before(self) -> Tensor:
+    def alpha_bar_before(self) -> PerTime:
         """alpha_bar_{t-1}, with alpha_bar_0 = 1."""
         return torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
 
     @cached_property
-    def beta_tilde(self) -> Tensor:
+    def beta_tilde(self) -> PerTime:
         """The posterior's variance, eq. (7); zero at t = 1."""
         return (1 - self.alpha_bar_before) / (1 - self.alpha_bar) * self.beta
 
     @property
-    def decoder_sigma_squared(self) -> Tensor:
-        """sigma_1^2 where the variance is fixed, and what a decoder is measured by where it is not: a scalar."""
+    def decoder_sigma_squared(self) -> Float64[Tensor, ""]:
+        """sigma_1^2 where the variance is fixed, and what a decoder is measured by where it is not."""
         return fixed_small(self)[0]
 
     @property
@@ -86,18 +87,18 @@ class Process:
         return self.variance in LEARNED
 
     @cached_property
-    def sigma_squared(self) -> Tensor:
+    def sigma_squared(self) -> PerTime:
         """The variance of p_theta(x_{t-1} | x_t) where it is fixed, section 3.2."""
         assert not self.learned, f"{self.variance} has no variance without the network; ask for sigma()"
         return VARIANCES[self.variance](self)
 
-    def sigma(self, prediction: Prediction, t: Tensor) -> Tensor:
+    def sigma(self, prediction: Prediction, t: Times) -> Beside:
         """The standard deviation of p_theta(x_{t-1} | x_t): (N, C, H, W) where it is learned, else (N, 1, 1, 1)."""
         if not self.learned:
             return at(self.sigma_squared.sqrt(), t, prediction.x_0)
         return (0.5 * self.log_sigma_squared(prediction, t)).exp()
 
-    def log_sigma_squared(self, prediction: Prediction, t: Tensor) -> Tensor:
+    def log_sigma_squared(self, prediction: Prediction, t: Times) -> Beside:
         """The logarithm of sigma^2, of the same shape."""
         if not self.learned:
             return at(self.sigma_squared.log(), t, prediction.x_0)
@@ -105,30 +106,30 @@ class Process:
         return LEARNED[self.variance](self, t, prediction.variance)
 
     @cached_property
-    def posterior_x_0(self) -> Tensor:
+    def posterior_x_0(self) -> PerTime:
         """The weight of x_0 in mu_tilde_t, eq. (7)."""
         return self.alpha_bar_before.sqrt() * self.beta / (1 - self.alpha_bar)
 
     @cached_property
-    def posterior_x_t(self) -> Tensor:
+    def posterior_x_t(self) -> PerTime:
         """The weight of x_t in mu_tilde_t, eq. (7)."""
         return self.alpha.sqrt() * (1 - self.alpha_bar_before) / (1 - self.alpha_bar)
 
     @cached_property
-    def snr(self) -> Tensor:
+    def snr(self) -> PerTime:
         """SNR_t = alpha_bar_t / (1 - alpha_bar_t)."""
         return self.alpha_bar / (1 - self.alpha_bar)
 
     @cached_property
-    def noise_level(self) -> Tensor:
+    def noise_level(self) -> PerTime:
         """The sigma_t of Karras et al. 2022, of x_t / sqrt(alpha_bar_t) = x_0 + sigma_t eps: sqrt(1 / alpha_bar_t - 1).
 
         It rises with t.
         """
         return ((1 - self.alpha_bar) / self.alpha_bar).sqrt()
 
-    def alpha_bar_at(self, t: Tensor) -> Tensor:
-        """alpha_bar (N,) float64 at times t (N,) in [1, T]: between whole ones, log noise_level is linear in t."""
+    def alpha_bar_at(self, t: RealTimes) -> PerImage64:
+        """alpha_bar at times t in [1, T]: between whole ones, log noise_level is linear in t."""
         if not t.is_floating_point():
             return self.alpha_bar.to(t.device)[t - 1]
         below = t.long().clamp(1, max(1, self.T - 1))
@@ -136,22 +137,22 @@ class Process:
         low, high = log_sigma[below - 1], log_sigma[below.clamp(max=self.T - 1) if self.T > 1 else below - 1]
         return torch.sigmoid(-2 * torch.lerp(low, high, t.double() - below))  # 1 / (1 + sigma^2)
 
-    def time_at(self, sigma: Tensor) -> Tensor:
-        """The time in [1, T] at which the noise level is `sigma`: float64, of its shape. `alpha_bar_at` backwards."""
+    def time_at(self, sigma: PerImage64) -> PerImage64:
+        """The time in [1, T] at which the noise level is `sigma`. `alpha_bar_at` backwards."""
         times = np.arange(1, self.T + 1, dtype=np.float64)
         return torch.from_numpy(np.interp(sigma.log().cpu(), self.noise_level.log(), times)).to(sigma.device)
 
-    def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    def q_sample(self, x_0: NCHW, t: Times, eps: NCHW) -> NCHW:
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, eq. (4)."""
         return at(self.alpha_bar.sqrt(), t, x_0) * x_0 + at((1 - self.alpha_bar).sqrt(), t, x_0) * eps
 
-    def predict_x_0(self, x_t: Tensor, t: Tensor, eps: Tensor, clip: bool) -> Tensor:
+    def predict_x_0(self, x_t: NCHW, t: RealTimes, eps: NCHW, clip: bool) -> NCHW:
         """x_0_hat = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t), eq. (15); `clip` to the pixels' [-1, 1]."""
         alpha_bar = self.alpha_bar_at(t)
         x_0 = (x_t - spread((1 - alpha_bar).sqrt(), x_t) * eps) / spread(alpha_bar.sqrt(), x_t)
         return x_0.clamp(-1, 1) if clip else x_0
 
-    def posterior_mean(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def posterior_mean(self, x_0: NCHW, x_t: NCHW, t: Times) -> NCHW:
         """mu_tilde_t(x_t, x_0), eq. (7). With x_0_hat for x_0 it is mu_theta, eq. (11)."""
         return at(self.posterior_x_0, t, x_t) * x_0 + at(self.posterior_x_t, t, x_t) * x_t
 
@@ -164,24 +165,24 @@ class Process:
             return self
         return self.kept(torch.from_numpy(np.linspace(self.T, 1, steps).round().astype(np.int64)[::-1].copy()))
 
-    def kept(self, steps: Tensor) -> "Process":
-        """The process of some of its steps, int64 rising in 1..T; betas recomputed from alpha_bar."""
+    def kept(self, steps: Int64[Tensor, "S"]) -> "Process":
+        """The process of some of its steps, rising in 1..T; betas recomputed from alpha_bar."""
         alpha_bar = self.alpha_bar[steps - 1]
         before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
         return Process(1 - alpha_bar / before, self.variance, self.times[steps - 1])
 
 
-def fixed_large(process: Process) -> Tensor:
+def fixed_large(process: Process) -> PerTime:
     """sigma_t^2 = beta_t: the best choice for x_0 ~ N(0, I)."""
     return _for_decoder(process, process.beta)
 
 
-def fixed_small(process: Process) -> Tensor:
+def fixed_small(process: Process) -> PerTime:
     """sigma_t^2 = beta_tilde_t: the best choice for a single point."""
     return _for_decoder(process, process.beta_tilde)
 
 
-def learned(process: Process, t: Tensor, head: Tensor) -> Tensor:
+def learned(process: Process, t: Times, head: NCHW) -> NCHW:
     """log sigma_t^2 = log beta_t + head, a pixel each: the learned diagonal of table 2 (Ho et al. 2020).
 
     Their network gives log sigma_t^2 itself. From beta_t it starts, with a head of 0, at the fixed large variance, and
@@ -190,7 +191,7 @@ def learned(process: Process, t: Tensor, head: Tensor) -> Tensor:
     return at(process.beta.log(), t, head) + head
 
 
-def learned_range(process: Process, t: Tensor, head: Tensor) -> Tensor:
+def learned_range(process: Process, t: Times, head: NCHW) -> NCHW:
     """log sigma_t^2 = v log beta_t + (1 - v) log beta_tilde_t, v = (head + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
 
     beta_tilde_1 = 0 is replaced by beta_tilde_2, as in their code; v is not held within [0, 1].
@@ -199,7 +200,7 @@ def learned_range(process: Process, t: Tensor, head: Tensor) -> Tensor:
     return v * at(process.beta.log(), t, head) + (1 - v) * at(fixed_small(process).log(), t, head)
 
 
-def _for_decoder(process: Process, variance: Tensor) -> Tensor:
+def _for_decoder(process: Process, variance: PerTime) -> PerTime:
     """`variance` with beta_tilde_2 at t = 1, where only the decoder uses it: as in the code of the published bits/dim.
 
     beta_tilde_1 is zero, and beta_1 costs the decoder about 0.1 bits/dim on CIFAR-10 (the paper's L_0 = 1.97 at an
@@ -208,15 +209,15 @@ def _for_decoder(process: Process, variance: Tensor) -> Tensor:
     return torch.cat([process.beta_tilde[1:2] if process.T > 1 else process.beta, variance[1:]])
 
 
-VARIANCES: dict[str, Callable[[Process], Tensor]] = {"fixed_large": fixed_large, "fixed_small": fixed_small}
-LEARNED: dict[str, Callable[[Process, Tensor, Tensor], Tensor]] = {"learned": learned, "learned_range": learned_range}
+VARIANCES: dict[str, Callable[[Process], PerTime]] = {"fixed_large": fixed_large, "fixed_small": fixed_small}
+LEARNED: dict[str, Callable[[Process, Times, NCHW], NCHW]] = {"learned": learned, "learned_range": learned_range}
 
 
-def at(coefficient: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """coefficient_t for each of the batch: float64 (T,), t (N,) in 1..T -> (N, 1, 1, ...) of `like`'s dtype."""
+def at(coefficient: Shaped[Tensor, "T"], t: Times, like: Beside) -> Beside:
+    """coefficient_t for each of the batch: (n, 1, 1, ...) of `like`'s dtype."""
     return spread(coefficient.to(t.device)[t - 1], like)
 
 
-def spread(values: Tensor, like: Tensor) -> Tensor:
-    """A number for each image, beside the images: (N,) -> (N, 1, 1, ...) of `like`'s dtype."""
+def spread(values: Shaped[Tensor, "n"], like: Beside) -> Beside:
+    """A number for each image, beside the images: (n, 1, 1, ...) of `like`'s dtype."""
     return values.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))

@@ -1,8 +1,8 @@
 """Samplers of p_theta: from noise to images. All noise comes from the one generator that is handed in.
 
-`STEPS` holds those that are one step x_t -> x_s of a chain of kept times, evenly spaced with T among them
-(`Process.strided`). `SOLVERS` holds those that go through noise levels sigma in y = x_t / sqrt(alpha_bar_t)
-= x_0 + sigma eps, where the score is -eps / sigma and the flow dy / dsigma = eps; each names the levels that it takes.
+`workers.kinds.SAMPLERS` lists them. A sampler is one step x_t -> x_s of a chain of kept times, evenly spaced with T
+among them (`Process.strided`); or it goes through noise levels sigma in y = x_t / sqrt(alpha_bar_t) = x_0 + sigma eps,
+where the score is -eps / sigma and the flow dy / dsigma = eps, and names how its levels are spaced.
 
 The network is only asked for times that it was trained with: levels are moved to the nearest of them, as Karras et
 al. 2022 do for discrete models (appendix C.3), and all arithmetic is with the level of that time. The exception is
@@ -14,43 +14,46 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from workers.config import SamplerConfig, evaluations
+from workers.config import SamplerConfig, planned_evaluations
 from workers.diffusion import flow
 from workers.diffusion.process import Model, Prediction, Process, at, spread
+from workers.kinds import SAMPLERS, load
+from workers.shapes import NCHW, Counts, Times
 
-CLIPPING = ("ancestral", "ddim", "dpmpp")  # kinds that clip x_0_hat to [-1, 1] on their way, as their authors do
+Sigmas = Float64[np.ndarray, "S"]  # noise levels, rising
+
 RHO, LEAST, MOST = 7, 0.002, 80.0  # of `heun`'s levels: Karras et al. 2022, table 1
 MOST_OF_DPMPP = float(np.exp(5.1))  # where Lu et al. 2022b clip the log-SNR of chains that end far beyond, as cosine's
 
 
 @dataclass(frozen=True)
 class Drawn:
-    x_0: Tensor  # float32 (N, C, H, W)
-    evaluations: Tensor  # int64 (N,): of the network, for each image
+    x_0: NCHW
+    evaluations: Counts  # of the network, for each image
 
 
 @torch.no_grad()
 def draw(
-    process: Process, model: Model, config: SamplerConfig, x_T: Tensor, generator: torch.Generator, clip: bool
+    process: Process, model: Model, config: SamplerConfig, x_T: NCHW, generator: torch.Generator, clip: bool
 ) -> Drawn:
-    """Images x_0 from x_T (N, C, H, W), float32. `clip` allows the kinds in CLIPPING to clip x_0_hat.
+    """Images x_0 from x_T, float32. `clip` allows the kinds that do so to clip x_0_hat.
 
     Noise is drawn where the generator is, so that one on the CPU gives the same noise for every device.
     """
-    if config.kind == "ode":
-        return ode(process, model, config, x_T)
-    clip = clip and config.kind in CLIPPING
-    if config.kind in STEPS:
-        x_0 = _chain(process.strided(config.steps), model, config, x_T, generator, clip)
+    entry = SAMPLERS[config.kind]
+    function, clip = entry.load(), clip and entry.clips
+    if entry.form == "whole":
+        drawn: Drawn = function(process, model, config, x_T, generator)
+        return drawn
+    if entry.form == "step":
+        x_0 = _chain(process.strided(config.steps), model, function, config, x_T, generator, clip)
     else:
-        solver = SOLVERS[config.kind]
-        ladder = Ladder.of(process.kept(nearest_times(process, solver.levels, config.steps)), model, clip)
-        x_0 = solver.solve(ladder, config, x_T.double() * float((1 + ladder.sigma[-1] ** 2).sqrt()), generator).float()
-    count = evaluations(config, process.T)
-    assert count is not None, config.kind
-    return Drawn(x_0, torch.full((len(x_T),), count))
+        ladder = Ladder.of(process.kept(nearest_times(process, load(entry.levels), config.steps)), model, clip)
+        x_0 = function(ladder, config, x_T.double() * float((1 + ladder.sigma[-1] ** 2).sqrt()), generator).float()
+    return Drawn(x_0, torch.full((len(x_T),), planned_evaluations(config, process.T)))
 
 
 def sample(
@@ -61,8 +64,8 @@ def sample(
     generator: torch.Generator,
     clip: bool = True,
     device: torch.device | None = None,
-) -> Tensor:
-    """Images x_0 of `shape` (N, C, H, W), float32, from x_T ~ N(0, I), on `device` or else the generator's."""
+) -> NCHW:
+    """Images x_0 of `shape` (n, c, h, w), float32, from x_T ~ N(0, I), on `device` or else the generator's."""
     x_T = torch.randn(shape, generator=generator, device=generator.device).to(device or generator.device)
     return draw(process, model, config, x_T, generator, clip).x_0
 
@@ -71,57 +74,62 @@ def sample(
 
 
 def ancestral(
-    process: Process, config: SamplerConfig, x_t: Tensor, said: Prediction, t: Tensor, generator: torch.Generator
-) -> Tensor:
+    process: Process, config: SamplerConfig, x_t: NCHW, prediction: Prediction, t: Times, generator: torch.Generator
+) -> NCHW:
     """x_{t-1} = mu_theta(x_t, t) + sigma_t z, with z = 0 at t = 1: Algorithm 2. sigma_t is a standard deviation."""
-    mean = process.posterior_mean(said.x_0, x_t, t)
+    mean = process.posterior_mean(prediction.x_0, x_t, t)
     if int(t[0]) == 1:
         return mean
-    return mean + process.sigma(said, t) * _normal_like(x_t, generator)
+    return mean + process.sigma(prediction, t) * _normal_like(x_t, generator)
 
 
 def ddim(
-    process: Process, config: SamplerConfig, x_t: Tensor, said: Prediction, t: Tensor, generator: torch.Generator
-) -> Tensor:
+    process: Process, config: SamplerConfig, x_t: NCHW, prediction: Prediction, t: Times, generator: torch.Generator
+) -> NCHW:
     """x_s = sqrt(alpha_bar_s) x_0_hat + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z (Song et al. 2020a, eq. 12, 16).
 
     s is the time before t, sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s);
     eps is taken from x_0_hat, so that a clipped x_0_hat and eps agree.
     """
     now, before = process.alpha_bar, process.alpha_bar_before
-    eps = (x_t - at(now.sqrt(), t, x_t) * said.x_0) / at((1 - now).sqrt(), t, x_t)
+    eps = (x_t - at(now.sqrt(), t, x_t) * prediction.x_0) / at((1 - now).sqrt(), t, x_t)
     sigma = config.eta * ((1 - before) / (1 - now) * (1 - now / before)).sqrt()
-    x_s = at(before.sqrt(), t, x_t) * said.x_0 + at((1 - before - sigma**2).clamp(min=0).sqrt(), t, x_t) * eps
+    x_s = at(before.sqrt(), t, x_t) * prediction.x_0 + at((1 - before - sigma**2).clamp(min=0).sqrt(), t, x_t) * eps
     return x_s if config.eta == 0 else x_s + at(sigma, t, x_t) * _normal_like(x_t, generator)
 
 
 def euler_maruyama(
-    process: Process, config: SamplerConfig, x_t: Tensor, said: Prediction, t: Tensor, generator: torch.Generator
-) -> Tensor:
+    process: Process, config: SamplerConfig, x_t: NCHW, prediction: Prediction, t: Times, generator: torch.Generator
+) -> NCHW:
     """x_s = x_t + B x_t / 2 + B score + sqrt(B) z: dx = (f - g^2 score) dt + g dw backwards (Song et al. 2021, eq. 6).
 
     f = -beta(t) x / 2 and g^2 = beta(t), the variance-preserving SDE (eq. 11); B is the integral of beta(t) over the
     step, -log(alpha_bar_t / alpha_bar_s); score = -eps / sqrt(1 - alpha_bar_t). The last step adds no noise.
     """
     B = -torch.log1p(-process.beta)
-    score = -said.eps / at((1 - process.alpha_bar).sqrt(), t, x_t)
+    score = -prediction.eps / at((1 - process.alpha_bar).sqrt(), t, x_t)
     mean = x_t + at(B, t, x_t) * (x_t / 2 + score)
     return mean if int(t[0]) == 1 else mean + at(B.sqrt(), t, x_t) * _normal_like(x_t, generator)
 
 
 # The prediction that a step is given has x_0 clipped where that is asked for; its eps is the network's own.
-Step = Callable[[Process, SamplerConfig, Tensor, Prediction, Tensor, torch.Generator], Tensor]
-STEPS: dict[str, Step] = {"ancestral": ancestral, "ddim": ddim, "euler_maruyama": euler_maruyama}
+Step = Callable[[Process, SamplerConfig, NCHW, Prediction, Times, torch.Generator], NCHW]
 
 
 def _chain(
-    process: Process, model: Model, config: SamplerConfig, x: Tensor, generator: torch.Generator, clip: bool
-) -> Tensor:
-    for step in range(process.T, 0, -1):
-        t = torch.full((len(x),), step, device=x.device)
-        said = model(x, at(process.times, t, t))
-        said = replace(said, x_0=said.x_0.clamp(-1, 1)) if clip else said
-        x = STEPS[config.kind](process, config, x, said, t, generator)
+    process: Process,
+    model: Model,
+    step: Step,
+    config: SamplerConfig,
+    x: NCHW,
+    generator: torch.Generator,
+    clip: bool,
+) -> NCHW:
+    for time in range(process.T, 0, -1):
+        t = torch.full((len(x),), time, device=x.device)
+        prediction = model(x, at(process.times, t, t))
+        prediction = replace(prediction, x_0=prediction.x_0.clamp(-1, 1)) if clip else prediction
+        x = step(process, config, x, prediction, t, generator)
     return x
 
 
@@ -130,10 +138,10 @@ def _chain(
 
 @dataclass(frozen=True)
 class Ladder:
-    """The noise levels sigma_1 < ... < sigma_S of a sampler, float64 (S,), and the network at each of them."""
+    """The noise levels sigma_1 < ... < sigma_S of a sampler, and the network at each of them."""
 
-    sigma: Tensor
-    times: Tensor  # int64 (S,): the t of each
+    sigma: Float64[Tensor, "S"]
+    times: Int64[Tensor, "S"]  # the t of each
     model: Model
     clip: bool
 
@@ -141,33 +149,33 @@ class Ladder:
     def of(process: Process, model: Model, clip: bool) -> "Ladder":
         return Ladder(process.noise_level, process.times, model, clip)
 
-    def eps(self, y: Tensor, level: int) -> Tensor:
-        """eps in y (N, C, H, W), float64, whose noise is that of `level` in 1..S."""
+    def eps(self, y: NCHW, level: int) -> NCHW:
+        """eps in y, float64, whose noise is that of `level` in 1..S."""
         x_t = (y / float((1 + self.sigma[level - 1] ** 2).sqrt())).float()
         return self.model(x_t, self.times[level - 1].to(y.device).expand(len(y))).eps.double()
 
-    def x_0_hat(self, y: Tensor, level: int) -> Tensor:
+    def x_0_hat(self, y: NCHW, level: int) -> NCHW:
         """y - sigma eps, clipped where the ladder clips."""
         x_0 = y - float(self.sigma[level - 1]) * self.eps(y, level)
         return x_0.clamp(-1, 1) if self.clip else x_0
 
 
-def geometric(low: float, high: float, steps: int) -> np.ndarray:
+def geometric(low: float, high: float, steps: int) -> Sigmas:
     """Levels whose logarithms, and so those of the signal-to-noise ratio, are evenly spaced."""
     return np.geomspace(low, min(high, MOST_OF_DPMPP), steps)
 
 
-def power(low: float, high: float, steps: int) -> np.ndarray:
+def power(low: float, high: float, steps: int) -> Sigmas:
     """Levels evenly spaced in sigma^(1 / rho), rho = 7, within 0.002..80: Karras et al. 2022, eq. (5)."""
     ends = max(low, LEAST) ** (1 / RHO), min(high, MOST) ** (1 / RHO)
     return np.asarray(np.linspace(*ends, steps) ** RHO)
 
 
-Levels = Callable[[float, float, int], np.ndarray]
+Levels = Callable[[float, float, int], Sigmas]
 
 
-def nearest_times(process: Process, levels: Levels, steps: int | None) -> Tensor:
-    """The times, int64 rising in 1..T, whose noise levels are nearest to `steps` levels between sigma_1 and sigma_T.
+def nearest_times(process: Process, levels: Levels, steps: int | None) -> Int64[Tensor, "S"]:
+    """The times, rising in 1..T, whose noise levels are nearest to `steps` levels between sigma_1 and sigma_T.
 
     No two are the same: where a chain is too coarse for that, the next time above is taken. All T steps are all times.
     """
@@ -181,7 +189,7 @@ def nearest_times(process: Process, levels: Levels, steps: int | None) -> Tensor
     return torch.from_numpy(np.minimum(distinct, T - steps + place) + 1)
 
 
-def heun(ladder: Ladder, config: SamplerConfig, y: Tensor, generator: torch.Generator) -> Tensor:
+def heun(ladder: Ladder, config: SamplerConfig, y: NCHW, generator: torch.Generator) -> NCHW:
     """The flow by Heun's rule, an Euler step to sigma = 0 at the end: Karras et al. 2022, Algorithm 1.
 
     y' = y + (sigma' - sigma) eps(y, sigma), then y + (sigma' - sigma) (eps(y, sigma) + eps(y', sigma')) / 2. Of the
@@ -195,7 +203,7 @@ def heun(ladder: Ladder, config: SamplerConfig, y: Tensor, generator: torch.Gene
     return y
 
 
-def dpmpp(ladder: Ladder, config: SamplerConfig, y: Tensor, generator: torch.Generator) -> Tensor:
+def dpmpp(ladder: Ladder, config: SamplerConfig, y: NCHW, generator: torch.Generator) -> NCHW:
     """DPM-Solver++(2M): Lu et al. 2022b, Algorithm 2, in y = x_t / sqrt(alpha_bar_t).
 
     y' = (sigma' / sigma) y + (1 - sigma' / sigma) D,  D = x_0_hat + (x_0_hat - x_0_hat before) h / (2 h before), where
@@ -210,7 +218,7 @@ def dpmpp(ladder: Ladder, config: SamplerConfig, y: Tensor, generator: torch.Gen
     return ladder.x_0_hat(y, 1)
 
 
-def langevin(ladder: Ladder, config: SamplerConfig, y: Tensor, generator: torch.Generator) -> Tensor:
+def langevin(ladder: Ladder, config: SamplerConfig, y: NCHW, generator: torch.Generator) -> NCHW:
     """Annealed Langevin dynamics: Song & Ermon 2019, Algorithm 1, with the score -eps / sigma.
 
     y <- y + a_i / 2 score + sqrt(a_i) z, `repeats` times a level, where a_i = `step_size` sigma_i^2 (theirs is
@@ -225,20 +233,7 @@ def langevin(ladder: Ladder, config: SamplerConfig, y: Tensor, generator: torch.
     return ladder.x_0_hat(y, 1)
 
 
-@dataclass(frozen=True)
-class Solver:
-    levels: Levels
-    solve: Callable[[Ladder, SamplerConfig, Tensor, torch.Generator], Tensor]
-
-
-SOLVERS = {
-    "heun": Solver(power, heun),
-    "dpmpp": Solver(geometric, dpmpp),
-    "langevin": Solver(geometric, langevin),
-}
-
-
-def ode(process: Process, model: Model, config: SamplerConfig, x_T: Tensor) -> Drawn:
+def ode(process: Process, model: Model, config: SamplerConfig, x_T: NCHW, generator: torch.Generator) -> Drawn:
     """The flow by a solver with error control (`flow.solve`) down to sigma_1, then x_0_hat."""
     solution = flow.solve(process, model, x_T.double() * float(process.alpha_bar[-1] ** -0.5), config.tolerance)
     sigma = process.noise_level[:1].to(x_T.device).expand(len(x_T))
@@ -246,5 +241,5 @@ def ode(process: Process, model: Model, config: SamplerConfig, x_T: Tensor) -> D
     return Drawn(x_0.float(), solution.evaluations.cpu() + 1)
 
 
-def _normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
+def _normal_like(x: NCHW, generator: torch.Generator) -> NCHW:
     return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)

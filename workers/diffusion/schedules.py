@@ -1,15 +1,17 @@
 """The noise schedules beta_1..beta_T, in float64 and NumPy, so that a dry run can check them without torch.
 
-Each schedule is a function of its config next to its formula; `SCHEDULES` is the list of valid names.
+Each schedule is a function of its settings next to its formula; `workers.kinds` lists them.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import numpy as np
+from jaxtyping import Float64
 
 from workers.config import DiffusionConfig, ScheduleConfig
+from workers.kinds import SCHEDULES
 
-Betas = np.ndarray  # float64 (T,), index t-1
+Betas = Float64[np.ndarray, "T"]  # index t-1
 
 
 def _range(schedule: ScheduleConfig, T: int) -> tuple[float, float]:
@@ -75,6 +77,18 @@ def given(schedule: ScheduleConfig, T: int) -> Betas:
     return np.array(schedule.betas, dtype=np.float64)
 
 
+def given_mistakes(schedule: ScheduleConfig, T: int) -> Iterator[str]:
+    """What is wrong with the betas of the file."""
+    betas = schedule.betas or ()
+    if len(betas) != T:
+        yield (
+            f"diffusion.schedule.betas: kind: list needs one value for each of diffusion.T = {T} timesteps; "
+            f"given: {len(betas)}"
+        )
+    if outside := [beta for beta in betas if not 0 < beta < 1]:
+        yield f"diffusion.schedule.betas: {outside[:5]} must lie between 0 and 1, both excluded"
+
+
 def log_snr(schedule: ScheduleConfig, T: int) -> Betas:
     """log SNR_t linear in t between the two ends: alpha_bar_t = 1 / (1 + 1/SNR_t) (Kingma et al. 2021, section 3.2)."""
     snr = np.exp(np.linspace(schedule.log_snr_start, schedule.log_snr_end, T, dtype=np.float64))
@@ -82,32 +96,28 @@ def log_snr(schedule: ScheduleConfig, T: int) -> Betas:
     return 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
 
 
-SCHEDULES: dict[str, Callable[[ScheduleConfig, int], Betas]] = {
-    "linear": linear,
-    "quadratic": quadratic,
-    "constant": constant,
-    "jsd": jsd,
-    "warmup10": warmup10,
-    "warmup50": warmup50,
-    "cosine": cosine,
-    "sigmoid": sigmoid,
-    "list": given,
-    "log_snr": log_snr,
-}
+def log_snr_mistakes(schedule: ScheduleConfig, T: int) -> Iterator[str]:
+    """Ends in the wrong order."""
+    if schedule.log_snr_start <= schedule.log_snr_end:
+        yield (
+            f"diffusion.schedule.log_snr_start: {schedule.log_snr_start:g} is not above log_snr_end = "
+            f"{schedule.log_snr_end:g}, but t = 1 has more signal than T; swap them"
+        )
 
 
 def betas(diffusion: DiffusionConfig) -> Betas:
-    """beta_1..beta_T, float64 (T,). Not checked here: a scaled range may leave (0, 1); the preflight refuses it."""
-    return SCHEDULES[diffusion.schedule.kind](diffusion.schedule, diffusion.T)
+    """beta_1..beta_T. Not checked here: a scaled range may leave (0, 1); the preflight refuses it."""
+    made: Betas = SCHEDULES[diffusion.schedule.kind].load()(diffusion.schedule, diffusion.T)
+    return made
 
 
-def alpha_bars(betas: Betas) -> np.ndarray:
-    """alpha_bar_t = prod_{s<=t} (1 - beta_s), float64 (T,)."""
+def alpha_bars(betas: Betas) -> Float64[np.ndarray, "T"]:
+    """alpha_bar_t = prod_{s<=t} (1 - beta_s)."""
     return np.cumprod(1 - betas)
 
 
-def log_snrs(betas: Betas) -> np.ndarray:
-    """log SNR_t = log(alpha_bar_t / (1 - alpha_bar_t)), float64 (T,); -inf where alpha_bar_t = 0."""
+def log_snrs(betas: Betas) -> Float64[np.ndarray, "T"]:
+    """log SNR_t = log(alpha_bar_t / (1 - alpha_bar_t)); -inf where alpha_bar_t = 0."""
     alpha_bar = alpha_bars(betas)
     with np.errstate(divide="ignore"):
         return np.log(alpha_bar) - np.log1p(-alpha_bar)

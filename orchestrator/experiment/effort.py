@@ -1,0 +1,95 @@
+"""What trials cost, in evaluations of the network: pure functions of a trial and of the description of its data."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from operator import add
+from typing import Any
+
+from orchestrator.experiment.records import Variant
+from workers.config import (
+    SAMPLE_GRID,
+    SAMPLE_GRID_STEPS,
+    VALIDATION_IMAGES,
+    VALIDATION_TIMESTEPS,
+    DataConfig,
+    Trial,
+    planned_evaluations,
+)
+from workers.data.sources import Source
+from workers.kinds import adaptive_evaluations
+from workers.layout import RowId, TrialId, trial_of_row
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Evaluations of the network, an image at a time; costs add up. One of training is a forward and a backward."""
+
+    training_evaluations: int = 0
+    validation_evaluations: int = 0
+    nll_evaluations: int = 0
+    sampling_evaluations: int = 0
+    ode_nll_evaluations: int = 0  # each with a backward pass for every probe
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        return tuple(vars(self).values())
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*map(add, self.parts, other.parts))
+
+
+def cost(trial: Trial, source: Source) -> Cost:
+    """What `trial` costs from its first step to its last evaluation, where nothing of it is there yet.
+
+    Solvers with error control are counted as they were measured: `workers.kinds.ADAPTIVE`.
+    """
+    T, training, nll, fid = trial.diffusion.T, trial.training, trial.evaluation.nll, trial.evaluation.fid
+    images = source.held_out if nll is None or nll.images == "all" else nll.images
+    timesteps = T if nll is None or nll.timesteps == "all" else nll.timesteps
+    ode = trial.evaluation.ode_nll
+    flows = (source.held_out if ode.images == "all" else ode.images) if ode else 0
+    return Cost(
+        training_evaluations=training.steps * training.batch_size,
+        validation_evaluations=validations(trial) * _validation(T, source),
+        nll_evaluations=images * timesteps if nll else 0,
+        sampling_evaluations=fid.samples * planned_evaluations(fid.sampler, T) if fid else 0,
+        ode_nll_evaluations=flows * adaptive_evaluations("ode_nll", ode.tolerance) if ode else 0,
+    )
+
+
+def costs(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig, Source]) -> list[Cost]:
+    """Of the rows of a sweep, in their order: what several have in common counts once.
+
+    A trial is trained as far as the longest of its rows asks, and each row counts the steps from the one before it. The
+    bound of a checkpoint counts at the first of the rows that measure it.
+    """
+    found, trained, done = dict[RowId, Cost](), dict[TrialId, Cost](), set[Any]()
+    for row, variant in sorted(trials.items(), key=lambda one: one[1].trial.training.steps):
+        trial, price, of = variant.trial, cost(variant.trial, sources[variant.trial.data]), trial_of_row(row)
+        before, trained[of] = trained.get(of, Cost()), price
+        price = replace(
+            price,
+            training_evaluations=price.training_evaluations - before.training_evaluations,
+            validation_evaluations=price.validation_evaluations - before.validation_evaluations,
+        )
+        checkpoint = of, trial.training.steps
+        for key, name in (
+            ((checkpoint, trial.evaluation.nll), "nll_evaluations"),
+            ((checkpoint, trial.evaluation.ode_nll), "ode_nll_evaluations"),
+        ):
+            price = replace(price, **{name: 0}) if key in done else price
+            done.add(key)
+        found[row] = price
+    return [found[row] for row in trials]
+
+
+def validations(trial: Trial) -> int:
+    """How often the trial is validated: at step 0, every `validate_every` steps and at the end."""
+    return math.ceil(trial.training.steps / trial.training.validate_every) + 1
+
+
+def _validation(T: int, source: Source) -> int:
+    """The evaluations of one: t = 1 and the strata of 2..T for each image, and the grid of samples."""
+    timesteps = 1 + min(VALIDATION_TIMESTEPS, T - 1)
+    return min(VALIDATION_IMAGES, source.held_out) * timesteps + SAMPLE_GRID * min(SAMPLE_GRID_STEPS, T)

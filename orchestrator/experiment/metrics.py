@@ -1,0 +1,41 @@
+"""The metrics that trials can be ranked on or traded off in. Of all of them, lower is better."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from workers.kinds import MEASURES
+
+NLL, EVALUATIONS = "eval/nll_bpd", "eval/network_evaluations"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    head: str  # of its column, and its name in a sentence
+    part: str | None  # of `evaluation` that measures it; None, the validation while training
+    by_image: str = ""  # of a mean over images: where a summary has its values by image
+    is_rank: bool = True  # whether trials can be ranked on it, and not only traded off
+
+
+def _measures() -> Iterator[tuple[str, Metric]]:
+    """Those of samples, in each feature space."""
+    for measure in MEASURES.values():
+        for key in measure.lower:
+            for name in (key,) if measure.needs else (key, f"{key}_classifier"):
+                yield f"eval/{name}", Metric(head=name, part="fid")
+
+
+METRICS = {
+    NLL: Metric(head="NLL bits/dim", part="nll", by_image="nll_per_image"),
+    "eval/fid": Metric(head="fid", part="fid"),
+    "eval/fd_classifier": Metric(head="fd_classifier", part="fid"),
+    "eval/ode_nll_bpd": Metric(head="ODE NLL bits/dim", part="ode_nll", by_image="ode_nll_per_image"),
+    "valid/nll_bpd": Metric(head="validation bits/dim", part=None),
+    EVALUATIONS: Metric(head="network_evaluations", part="fid", is_rank=False),
+    **dict(_measures()),
+}
+RANKS = tuple(name for name, metric in METRICS.items() if metric.is_rank)
+
+
+def metric_head(name: str) -> str:
+    """What a metric is called in tables and sentences; one that is not in METRICS goes by the end of its name."""
+    return METRICS[name].head if name in METRICS else name.removeprefix("eval/")

@@ -1,0 +1,262 @@
+"""What can be known before anything starts: trials that would mean nothing or fail, and what to warn of.
+
+Pure functions of the experiment and of the descriptions of its data; neither torch nor ray is imported.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from orchestrator.experiment.check import tell_once
+from orchestrator.experiment.records import MOST_VARIANTS, Experiment, ExperimentError, Variant
+from workers.config import (
+    DataConfig,
+    DiffusionConfig,
+    FIDConfig,
+    Measurement,
+    Trial,
+)
+from workers.data.sources import Source, held_out_text, source_text
+from workers.diffusion.schedules import alpha_bars, betas, log_snrs, prior_bpd
+from workers.evaluation.blocks import MOST_BLOCKS, Images, number_of_blocks
+from workers.kinds import MEASURES, PREDICTIONS, SCHEDULES
+from workers.network.unet_config import unet_mistakes
+
+PHOTOGRAPHS = 0.25  # E[x_0^2] of photographs on the [-1, 1] scale, about
+WARN_AT = 0.1  # of the prior gap that is refused
+DIMENSIONS = {
+    "classifier": 64,
+    "inception": 2048,
+}  # of the feature spaces; workers.evaluation.features needs torch to say so
+FLOAT32_TINY = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The ends of a forward process."""
+
+    beta_max: float
+    alpha_bar_1: float
+    alpha_bar_T: float
+    prior_bpd: float  # L_T at E[x_0^2] = 1: an upper bound for all data in [-1, 1]
+    photographs_bpd: float  # L_T at E[x_0^2] = 0.25
+    log_snr_1: float
+    log_snr_T: float  # -inf where alpha_bar_T = 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    text: str
+    refused: bool = True
+
+
+@lru_cache(maxsize=2 * MOST_VARIANTS)
+def chain(diffusion: DiffusionConfig) -> Chain:
+    """The ends of the chain; the gaps are NaN where a beta is not below 1."""
+    with np.errstate(all="ignore"):
+        beta = betas(diffusion)
+        alpha_bar = alpha_bars(beta)
+        gaps = [float(prior_bpd(beta, moment)) for moment in (1.0, PHOTOGRAPHS)]
+        log_snr = log_snrs(beta)
+    ends = [float(x) for x in (beta.max(), alpha_bar[0], alpha_bar[-1], *gaps, log_snr[0], log_snr[-1])]
+    return Chain(*ends)
+
+
+def preflight(experiment: Experiment, variants: Sequence[Variant], sources: Mapping[DataConfig, Source]) -> list[str]:
+    """Warnings about the data and the variants. Raises ExperimentError with all that would make a trial meaningless or
+    fail.
+    """
+    found = [(f, v) for v in variants for f in findings(experiment, v.trial, sources[v.trial.data])]
+    problems, warnings = (
+        tell_once(((f.text, variant) for f, variant in found if f.refused is refused), len(variants))
+        for refused in (True, False)
+    )
+    if problems:
+        raise ExperimentError(problems, experiment.name)
+    return source_warnings(sources.values()) + _held_out_unread(experiment, variants, sources) + warnings
+
+
+def data_lines(sources: Iterable[Source]) -> list[str]:
+    """What every command that reads data prints of them, a line a data set: to stderr, as stdout is for results."""
+    return [f"data        {source_text(source)}" for source in dict.fromkeys(sources)]
+
+
+def source_warnings(sources: Iterable[Source]) -> list[str]:
+    """What had to be guessed of the data, what of them is left out, and settings for them that have no effect."""
+    return list(dict.fromkeys(f"{source.name}: {text}" for source in sources for text in source.warnings))
+
+
+def _held_out_unread(
+    experiment: Experiment, variants: Sequence[Variant], sources: Mapping[DataConfig, Source]
+) -> list[str]:
+    """Warnings where the file says data.held_out, and be it the default, to data with a split of their own."""
+    default = DataConfig.model_fields["held_out"].default
+    said = "held_out" in experiment.data.model_fields_set or "data.held_out" in experiment.search.space
+    configs = dict.fromkeys(v.trial.data for v in variants if said and v.trial.data.held_out == default)
+    return [f"{sources[c].name}: {held_out_text(c)}" for c in configs if sources[c].own_split]
+
+
+def findings(experiment: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
+    """All that there is to say of a trial before it starts."""
+    return (finding for check in CHECKS for finding in check(experiment, trial, source))
+
+
+def _noise(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Finding]:
+    """The chain must consist of steps in (0, 1) and end in noise."""
+    schedule, T, ends, limit = trial.diffusion.schedule, trial.diffusion.T, chain(trial.diffusion), _limit(experiment)
+    entry = SCHEDULES[schedule.kind]
+    if ends.beta_max >= 1 and "scale" in entry.reads:
+        first = max(2, math.floor(1000 * schedule.beta_end + 1e-9) + 1)
+        yield Finding(
+            f"diffusion.schedule.scale: per_1000 makes the largest beta {ends.beta_max:.3g} at diffusion.T = {T}, "
+            f"outside (0, 1); it works from T = {first} on, or with a smaller beta_end than {schedule.beta_end:g}"
+        )
+    elif ends.alpha_bar_1 == 1:
+        yield Finding(f"diffusion.schedule: beta_1 is too small for float64, as 1 - beta_1 = 1 at diffusion.T = {T}")
+    elif entry.ends_at_zero and not PREDICTIONS[trial.diffusion.prediction].without_signal:
+        yield Finding(
+            f"diffusion.schedule.kind: {schedule.kind} ends at alpha_bar_T = 0, where diffusion.prediction: "
+            f"{trial.diffusion.prediction} does not determine x_0 (it divides by alpha_bar_T); take prediction: x_0 or "
+            "v, or another schedule"
+        )
+    elif entry.ends_at_zero:
+        return
+    elif ends.alpha_bar_T == 0:
+        yield Finding(
+            f"diffusion.schedule: alpha_bar_T = 0 in float64 at diffusion.T = {T}: nothing of x_0 is left, and the "
+            "first steps of sampling divide by it; take a smaller beta_end or T"
+        )
+    elif ends.alpha_bar_T < FLOAT32_TINY:
+        yield Finding(
+            f"diffusion.schedule: alpha_bar_T = {ends.alpha_bar_T:.2g} at diffusion.T = {T} is zero in float32, so "
+            "many steps are spent on noise alone; a smaller beta_end or T would do",
+            refused=False,
+        )
+    elif ends.prior_bpd > limit * WARN_AT:
+        refused = ends.prior_bpd > limit
+        yield Finding(
+            f"diffusion: the chain stops short of noise at T = {T}: its prior gap L_T is up to {ends.prior_bpd:.3g} "
+            f"bits/dim (at E[x_0^2] = 1, the most that pixels in [-1, 1] have; {ends.photographs_bpd:.3g} at "
+            f"{PHOTOGRAPHS}, as in photographs), {'above' if refused else 'not far below'} "
+            f"preflight.max_prior_bpd = {limit:g}; {_remedy(trial.diffusion, limit)}"
+            + (", or raise preflight.max_prior_bpd if the gap is what you study" if refused else ""),
+            refused,
+        )
+
+
+def _limit(experiment: Experiment) -> float:
+    return experiment.preflight.max_prior_bpd
+
+
+def _remedy(diffusion: DiffusionConfig, limit: float) -> str:
+    """What closes the prior gap: the rescaled schedule where that works, else a longer or a stronger one."""
+    entry = SCHEDULES[diffusion.schedule.kind]
+    if "scale" not in entry.reads:
+        return entry.more_noise
+    schedule = diffusion.schedule.model_copy(update={"scale": "per_1000"})
+    scaled = chain(diffusion.model_copy(update={"schedule": schedule}))
+    works = diffusion.schedule.scale == "absolute" and scaled.beta_max < 1 and scaled.prior_bpd <= limit * WARN_AT
+    return "take " + "diffusion.schedule.scale: per_1000, or " * works + "a larger beta_end or T"
+
+
+def _weighting(_: Experiment, trial: Trial, __: Source) -> Iterator[Finding]:
+    """max(SNR_t, 1) is stated for the error of x_0; of eps it is max(1, 1 / SNR_t), which grows without bound."""
+    d, loss, least = trial.diffusion, trial.loss, chain(trial.diffusion).log_snr_T
+    if d.prediction == "eps" and loss.weighting == "truncated_snr" and least < 0:
+        most = f"{math.exp(-least):,.3g} times" if least > -700 else "infinitely many times"
+        yield Finding(
+            "loss.weighting: truncated_snr counts the error of eps by max(1, 1 / SNR_t), at t = T "
+            f"{most} what it counts near the data, so the loss is nearly that of pure noise alone; take "
+            "diffusion.prediction: v or x_0, for which it was made, or another weighting",
+            refused=False,
+        )
+
+
+def _network(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
+    yield from (Finding(mistake) for mistake in unet_mistakes(trial.model, resolution=source.shape[0]))
+
+
+def _images(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
+    """There must be as many images, and such labels, as training and evaluation ask for."""
+    yield from evaluation_findings(Measurement.of(trial), source)
+    if trial.training.batch_size > source.train:
+        yield Finding(
+            f"training.batch_size: {trial.training.batch_size:,} is more than the {source.train:,} training images of "
+            f"{source.name}, so a batch holds some of them twice",
+            refused=False,
+        )
+
+
+def evaluation_findings(m: Measurement, source: Source) -> Iterator[Finding]:
+    """Whether the data have what an evaluation asks for, and whether it is of a size that can be planned."""
+    evaluation, fid = m.evaluation, m.evaluation.fid
+    if (count := number_of_blocks(m, Images.of(source))) > MOST_BLOCKS:
+        yield Finding(
+            f"evaluation: {count:,} blocks, a file and a task each, are more than {MOST_BLOCKS:,}; take fewer "
+            "evaluation.fid.samples, evaluation.nll.images or evaluation.nll.timesteps"
+        )
+    for name in ("nll", "ode_nll"):
+        part = getattr(evaluation, name)
+        if part and part.images != "all" and part.images > source.held_out:
+            yield Finding(
+                f"evaluation.{name}.images: {part.images:,} is more than the {source.held_out:,} that {source.name} "
+                "holds out; take fewer, or all"
+            )
+        elif part and 1 in (part.images, source.held_out):
+            yield Finding(
+                f"evaluation.{name}: the bound of a single image of {source.name} has no error, and ± 0 does not mean "
+                "that there is none; measure more",
+                refused=False,
+            )
+    if fid and fid.features == "classifier" and not source.labelled:
+        yield Finding(
+            f"evaluation.fid.features: a classifier cannot be trained on {source.name}, which has no labels; "
+            "set evaluation.fid: null or features: inception, or use labelled data"
+        )
+    if fid and fid.reference_images != "all" and fid.reference_images > getattr(source, fid.reference):
+        yield Finding(
+            f"evaluation.fid.reference_images: {fid.reference_images:,} is more than the "
+            f"{getattr(source, fid.reference):,} of {source.name}'s {fid.reference} split; take fewer, or all"
+        )
+    for name in fid.also if fid else ():
+        assert fid
+        measure = MEASURES[name]
+        n = min(fid.samples, _references(fid, source)) if measure.of_real else fid.samples
+        if n < measure.least:
+            what = "samples and images" if measure.of_real else "samples"
+            yield Finding(
+                f"evaluation.fid.also: {name} takes {measure.least} {what} or more, and there are {n}; leave it out"
+            )
+    if fid and (d := DIMENSIONS[fid.features]) >= fid.samples:
+        yield Finding(
+            f"evaluation.fid.samples: {fid.samples:,} are not more than the {d:,} dimensions of {fid.features}: their "
+            "covariance is singular, and the distance says more of their number than of the model; take more",
+            refused=False,
+        )
+
+
+def _references(fid: FIDConfig, source: Source) -> int:
+    split = int(getattr(source, fid.reference))
+    return split if fid.reference_images == "all" else min(fid.reference_images, split)
+
+
+def _search(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Finding]:
+    search, training = experiment.search, trial.training
+    if search.scheduler.kind != "none" and search.scheduler.grace >= training.steps:
+        yield Finding(
+            f"search.scheduler.grace: {search.scheduler.grace} steps are all of training.steps = {training.steps}, "
+            "so no trial will be stopped early",
+            refused=False,
+        )
+
+
+CHECKS: tuple[Callable[[Experiment, Trial, Source], Iterator[Finding]], ...] = (
+    _noise,
+    _weighting,
+    _network,
+    _images,
+    _search,
+)

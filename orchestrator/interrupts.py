@@ -1,0 +1,147 @@
+"""What ctrl-C, SIGTERM and SIGHUP do: the first ends a command in good order, each further one is answered by a line.
+
+A command (`python -m orchestrator.X`) takes them from its first import on, however it inherited SIGINT: a shell has
+what a script starts in the background ignore it. A SIGHUP that is ignored (nohup) stays so.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+INTERRUPTED = 128 + signal.SIGINT  # the exit status
+PATIENCE_S = 10.0  # so long after the first, another one ends the process at once
+AGAIN_S = 0.2  # an interrupt within an import comes again so much later: few libraries bear one there
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class _State:  # no dataclass: a command imports this before it is safe from interrupts, so little is imported here
+    came_at: float | None = None  # when the first one came, on the monotonic clock
+    ending = False  # it was heard, and the command is on its way out
+    put_off = 0  # blocks of `deferred` under way
+    work = 0  # blocks of `working` under way
+
+    def __init__(self) -> None:
+        self.at_once: list[Callable[[], object]] = []  # what even an end at once has to do
+
+
+_state = _State()
+
+
+def arm() -> None:
+    """Takes the signals for the rest of this process, and has an interrupt that nobody catches told in a line."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in SIGNALS:
+        if not (number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN):
+            signal.signal(number, _handle)
+    sys.excepthook = _tell
+
+
+@contextmanager
+def working(at_once: Callable[[], object] | None = None) -> Iterator[None]:
+    """Work that an interrupt ends by KeyboardInterrupt; `at_once` is called where the process ends in the middle of it.
+
+    Outside of a command the signals are taken for the length of the block, in the main thread alone.
+    """
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not _handle:
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        excepthook = sys.excepthook
+        arm()
+        sys.excepthook = excepthook
+        _state.came_at, _state.ending = None, False
+    _state.work += 1
+    if at_once:
+        _state.at_once.append(at_once)
+    try:
+        yield
+    finally:
+        _state.work -= 1
+        if at_once:
+            _state.at_once.remove(at_once)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """What must not be cut off in the middle: an interrupt is raised at the end of the block."""
+    _state.put_off += 1
+    try:
+        yield
+    finally:
+        _state.put_off -= 1
+    check()
+
+
+def check() -> None:
+    """Raises KeyboardInterrupt where an interrupt has come that was put off, or that a library has swallowed."""
+    main = threading.current_thread() is threading.main_thread()
+    if main and _state.came_at is not None and not (_state.ending or _state.put_off):
+        raise KeyboardInterrupt
+
+
+def ending() -> None:
+    """The interrupt was heard: from here on further ones are answered by a line."""
+    _state.ending = True
+
+
+def end_at_once(line: str, status: int) -> None:
+    """Ends the process from whatever thread, after what has to be done even then."""
+    import logging
+
+    write(line)
+    for call in reversed(_state.at_once):
+        try:
+            call()
+        except Exception:  # the process ends here, and the others have their turn
+            logging.getLogger(__name__).exception("at the end")
+    os._exit(status)
+
+
+def write(line: str) -> None:
+    """A line on stderr, from a signal's handler too: print may be in the middle of another one."""
+    try:
+        os.write(2, f"{line}\n".encode())
+    except OSError:  # the terminal is gone, and with it whoever could read it
+        return
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    if _state.came_at is None and _importing(frame):
+        if not _state.work:  # there is nothing yet that would have to be put in order
+            write("\nInterrupted.")
+            os._exit(INTERRUPTED)
+        main = threading.main_thread().ident or 0
+        threading.Timer(AGAIN_S, signal.pthread_kill, (main, number)).start()
+        return
+    now = time.monotonic()
+    if _state.came_at is None:
+        _state.came_at = now
+        if not _state.put_off:
+            raise KeyboardInterrupt
+    elif now - _state.came_at < PATIENCE_S:
+        write("It is ending: Ray's processes stop, and MLflow's runs are closed.")
+    else:
+        end_at_once("It ends at once. The same command resumes.", INTERRUPTED)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        write("\nInterrupted.")
+    else:
+        sys.__excepthook__(kind, error, trace)

@@ -1,0 +1,1 @@
+"""What a measurement is of, and what differences between measurements are worth."""

@@ -1,0 +1,213 @@
+"""The figures of a sweep: from its report to `Plot`s, which the page has as SVG and MLflow as PNG."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from orchestrator.experiment.metrics import EVALUATIONS, NLL, metric_head
+from orchestrator.experiment.records import Variant
+from orchestrator.measuring.seeds import Group
+from orchestrator.output.figures import Plot, Series, curves, scatter, to_png
+from orchestrator.output.findings import Report
+from orchestrator.state.rows import Row, shorten_params
+from workers.diffusion.schedules import betas, log_snrs
+
+Z = 1.96  # standard errors of an interval that holds the true mean in 95 % of cases
+
+
+def draw_bits(report: Report) -> list[Plot]:
+    """Where the bits go: L_1, ..., L_{T-1} of each trial, against t / T; nothing where t was sampled."""
+    series = []
+    for row in report.rows:
+        if by_t := (row.found.summary or {}).get("nll_by_t"):
+            T = len(by_t) - 1
+            t = [i / T for i in range(1, T + 1)]
+            series.append(_series(report, row, t, [max(b, 1e-9) * T for b in by_t[:-1]]))
+    return [curves("bits-by-t", series, "t / T", "T × Lₜ₋₁ (bits/dim)", log_y=True)] if series else []
+
+
+def draw_schedules(report: Report) -> list[Plot]:
+    """log SNR = log(alpha_bar / (1 - alpha_bar)) of every different schedule of the sweep."""
+    series: dict[str, Series] = {}
+    for row in report.rows:
+        diffusion = row.variant.trial.diffusion
+        content = diffusion.model_dump(mode="json")
+        key = json.dumps([content["T"], content["schedule"]], sort_keys=True)
+        if key not in series:
+            snr = log_snrs(betas(diffusion))
+            t = (np.arange(len(snr)) + 1) / len(snr)
+            t, snr = t[np.isfinite(snr)], snr[np.isfinite(snr)]  # jsd ends at -inf
+            names = shorten_params(_scheduling(row.variant))
+            label = " ".join(f"{n}={v}" for n, v in names.items()) or f"{diffusion.schedule.kind} T={diffusion.T}"
+            series[key] = Series(label, t.tolist(), snr.tolist(), len(series))
+    return [curves("schedules", list(series.values()), "t / T", "log SNR", legend=len(series) <= 10)]
+
+
+def _scheduling(variant: Variant) -> Variant:
+    """What the search says of the noise alone."""
+    params = variant.params.items()
+    return replace(variant, params={n: v for n, v in params if re.match(r"diffusion\.(T$|schedule)", n)})
+
+
+def draw_rates(report: Report) -> list[Plot]:
+    """Progressive coding: the error of the best guess against the bits sent."""
+    series = [
+        _series(report, row, curve["rate_bpd"], curve["rmse_255"])
+        for row in report.rows
+        if (curve := (row.found.summary or {}).get("rate_distortion"))
+    ]
+    return [curves("rate-distortion", series, "rate (bits/dim)", "distortion (RMSE, 0–255)")] if series else []
+
+
+def draw_chains(report: Report) -> list[Plot]:
+    """The bound of shorter chains with the optimal variance."""
+    series = []
+    for row in report.rows:
+        if chains := (row.found.summary or {}).get("ledger", {}).get("optimal"):
+            x, y, e = zip(*((c["steps"], c["bpd"], c["bpd_se"]) for c in chains), strict=True)
+            low, high = [[b + s * Z * d for b, d in zip(y, e, strict=True)] for s in (-1, 1)]
+            series.append(_series(report, row, x, y, low=low, high=high))
+    label = "bits/dim, optimal variance"
+    return [curves("by-steps", series, "steps of the chain", label, log_x=True, markers=True)] if series else []
+
+
+def draw_validation(report: Report) -> list[Plot]:
+    """The quick estimate of the bound while training, which is what schedulers see."""
+    series: list[Series] = []
+    for row in report.rows:
+        points = [
+            (p["step"], m["valid/nll_bpd"], m.get("valid/nll_bpd_se", 0.0))
+            for p in report.journals[row.digest]
+            if "valid/nll_bpd" in (m := p.get("metrics", {}))
+        ]
+        if points:
+            x, y, e = zip(*sorted(points), strict=True)
+            low, high = ([b + s * d for b, d in zip(y, e, strict=True)] for s in (-1, 1))
+            series.append(_series(report, row, x, y, low=low, high=high))
+    label = "valid/nll_bpd (± its standard error)"
+    return [curves("validation", series, "step", label, log_y=True, markers=True)] if series else []
+
+
+def draw_front(report: Report) -> list[Plot]:
+    """Each further objective against the first. Of two the front is a line; of more, what is beaten is hollow."""
+    if not report.traded:
+        return []
+    front, (first, *others) = report.front, report.objectives
+    hollow = [group.name for group in report.traded if len(others) > 1 and group not in front]
+    drawn = []
+    for other in others:
+        points = [
+            (
+                Series(group.name, [group.metrics[first]], [group.metrics[other]], report.rank[group.digest]),
+                _error(group, first),
+                _error(group, other),
+            )
+            for group in report.traded
+        ]
+        values = [group.metrics[other] for group in report.traded]
+        log_y = min(values) > 0 and max(values) / min(values) > 5
+        name = "pareto" if len(others) == 1 else f"pareto-{other.removeprefix('eval/')}"
+        steps = sorted({(group.metrics[first], group.metrics[other]) for group in front})
+        line = steps if len(others) == 1 else []
+        drawn.append(scatter(name, points, line, _axis(first), _axis(other), log_y=log_y, hollow=hollow))
+    return drawn
+
+
+def draw_evaluations(report: Report) -> list[Plot]:
+    """The distance against network evaluations, a line for each other setting; nothing where all took as many."""
+    sampler = r"evaluation\.fid\.sampler(\.steps|\.tolerance)?$"
+    series = _lines(report, report.distance, lambda group: group.metrics.get(EVALUATIONS), sampler)
+    labels = "evaluations of the network a sample", f"{metric_head(report.distance)} (± its standard error)"
+    drawn = curves("evaluations", series, *labels, log_x=True, log_y=True, markers=True, legend=len(series) > 1)
+    return [drawn] if series else []
+
+
+def draw_training_steps(report: Report) -> list[Plot]:
+    """bits/dim and the distance over training, a line for each other setting, where several `training.steps` were
+    measured."""
+    drawn = []
+    for metric in filter(None, (NLL, report.distance)):
+        steps = r"training(\.steps)?$"
+        series = _lines(report, metric, lambda group: float(group.variant.trial.training.steps), steps)
+        labels = "training steps", f"{_axis(metric)} (± its standard error)"
+        name = f"training-steps-{metric.removeprefix('eval/')}"
+        if series:
+            drawn.append(curves(name, series, *labels, log_x=True, markers=True, legend=len(series) > 1))
+    return drawn
+
+
+def _lines(report: Report, metric: str, x_of: Callable[[Group], float | None], along: str) -> list[Series]:
+    """A metric against `x_of`, a line for all that differ in settings `along` it alone (a pattern of their paths).
+
+    Nothing where all have the same x.
+    """
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for group in report.groups:
+        if metric in group.metrics and (place := x_of(group)) is not None:
+            others = {path: value for path, value in group.variant.params.items() if not re.match(along, path)}
+            names = shorten_params(replace(group.variant, params=others)).items()
+            point = place, group.metrics[metric], _error(group, metric)
+            lines.setdefault(" ".join(f"{name}={value}" for name, value in names), []).append(point)
+    if len({point[0] for points in lines.values() for point in points}) < 2:
+        return []
+    series: list[Series] = []
+    for label, points in lines.items():
+        x, y, e = zip(*sorted(points), strict=True)
+        low, high = ([b + s * d for b, d in zip(y, e, strict=True)] for s in (-1, 1))
+        series.append(Series(label or metric_head(metric), x, y, len(series), low, high))
+    return series
+
+
+def _series(
+    report: Report,
+    row: Row,
+    x: Sequence[float],
+    y: Sequence[float],
+    *,
+    low: Sequence[float] = (),
+    high: Sequence[float] = (),
+) -> Series:
+    """The curve of a row, in the colour of its group and by its own name."""
+    rank = report.rank[row.digest]
+    return Series(row.name, x, y, rank, low, high, report.groups[rank].name)
+
+
+def _error(group: Group, metric: str) -> float:
+    """The standard error that a point's bar shows: over seeds where there are several, else over images or samples."""
+    own = group.metrics.get(f"{metric}_se", 0.0)
+    return group.seed_errors.get(metric, own) if group.over_seeds else own
+
+
+def _axis(name: str) -> str:
+    return "NLL (bits/dim)" if name == NLL else metric_head(name)
+
+
+PLOTS: dict[str, Callable[[Report], list[Plot]]] = {
+    "pareto": draw_front,
+    "bits_by_t": draw_bits,
+    "schedules": draw_schedules,
+    "rate_distortion": draw_rates,
+    "by_steps": draw_chains,
+    "validation": draw_validation,
+    "evaluations": draw_evaluations,
+    "training_steps": draw_training_steps,
+}
+# Those that lie beside a sweep's results as files, and in MLflow.
+FILES = {
+    "pareto": "nll_and_distance",
+    "bits_by_t": "nll_by_t",
+    "evaluations": "distance_by_evaluations",
+    "schedules": "schedules",
+}
+
+
+def png_files(report: Report) -> dict[str, bytes]:
+    """The files by their names. The front of a search with objectives of its own is `pareto` in the name of each."""
+    own = {name: file for name, file in FILES.items() if name != "pareto" or not report.kept.also}
+    drawn = {file: plot for name, file in own.items() for plot in PLOTS[name](report)}
+    drawn |= {plot.name: plot for plot in draw_front(report)} if report.kept.also else {}
+    drawn |= {plot.name: plot for plot in draw_training_steps(report)}
+    return {f"{name.replace('/', '_')}.png": to_png(plot) for name, plot in drawn.items()}

@@ -1,0 +1,177 @@
+"""What is private of Ray and used by the driver: the place to look at when Ray is upgraded.
+
+The nodes' is `workers.ray_private`. Nothing else of `orchestrator` touches a name of Ray that begins with `_`.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._common.utils import get_default_ray_temp_dir
+from ray._private import ray_constants
+from ray._private import state as ray_state
+from ray._private import worker as ray_worker
+from ray._private.services import find_gcs_addresses
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.core.generated.gcs_pb2 import AvailableResources, TotalResources
+from ray.tune.execution import class_cache
+from ray.tune.experiment import Trial
+
+log = logging.getLogger(__name__)
+
+TO_ANSWER_S = 5.0  # for Ray's GCS, before it is asked again
+# What has a Ray of one machine, and Gloo in its workers, listen on the loopback interface alone.
+LOOPBACK = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+class _Accessor:
+    """What Ray asks its GCS by, but for the questions that come again and again: those for resources.
+
+    Ray's own aborts the process where the GCS dies, or another one comes to its address, while it is asked. These
+    raise, and are asked again.
+    """
+
+    def __init__(self, accessor: Any, wait: Callable[[str], None]) -> None:
+        self._accessor, self._wait = accessor, wait
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._accessor, name)
+
+    def get_all_total_resources(self) -> list[bytes]:
+        nodes = self._ask()
+        return [TotalResources(node_id=n.node_id, resources_total=n.resources_total).SerializeToString() for n in nodes]
+
+    def get_all_available_resources(self) -> list[bytes]:
+        nodes = self._ask()
+        return [
+            AvailableResources(node_id=n.node_id, resources_available=n.resources_available).SerializeToString()
+            for n in nodes
+        ]
+
+    def _ask(self) -> Any:
+        while True:
+            try:
+                usage = ray_worker.global_worker.gcs_client.get_all_resource_usage(timeout=TO_ANSWER_S)
+                return usage.resource_usage_data.batch
+            except ray.exceptions.RayError as error:
+                self._wait(str(error).strip().partition("\n")[0])
+
+
+@contextmanager
+def asking_after(wait: Callable[[str], None]) -> Iterator[None]:
+    """Questions about the cluster, ours and Tune's, are asked after `wait`, which may raise.
+
+    It is given why the last one was not answered, or nothing.
+    """
+    state = ray_state.state
+    connect = state._connect_and_get_accessor
+
+    def ask() -> Any:
+        wait("")
+        return _Accessor(connect(), wait)
+
+    state._connect_and_get_accessor = ask
+    try:
+        yield
+    finally:
+        del state._connect_and_get_accessor
+
+
+def log_line(data: dict[str, Any], ignore_prefix: bool) -> None:
+    """What Ray has to say of its processes, pages of it: a line for the verbose. What matters is told by us."""
+    for text in data["lines"]:
+        log.info("Ray: %s", str(text).strip().partition("\n")[0])
+
+
+def find_processes(names: Mapping[str, str]) -> dict[str, Any]:
+    """The processes of a Ray of this machine by their names here; none where it was there before."""
+    node = ray_worker._global_node
+    started = node.all_processes if node else {}
+    return {text: started[kind][0].process for kind, text in names.items() if kind in started}
+
+
+def keep_keys_out_of_logs() -> None:
+    """Takes what is no setting of Ray from the variables that Tune copies into the environments of its actors.
+
+    The keys of AWS are among them, and Ray logs these environments in clear, for all to read. Nodes have keys of their
+    own; the processes of a local Ray inherit ours.
+    """
+    copied = class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in copied if not name.startswith("AWS_")}
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """A local Ray that starts within the block listens on 127.0.0.1: its processes' services and their metrics too.
+
+    Ray does so on systems where it offers no clusters, and takes this for one of them.
+    """
+    many_machines, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        with with_environment(LOOPBACK):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = many_machines
+
+
+@contextmanager
+def with_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """The environment has these variables within the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def out_of_memory_is_a_death() -> Iterator[None]:
+    """Has Tune treat a trial whose process Ray killed on a full machine as one whose process died.
+
+    Ray's memory monitor gives the calls of such a process an error that Tune 2.60 does not count among the deaths of
+    an actor, and ends the whole sweep by.
+    """
+    task_failed, first_result = RayActorManager._actor_task_failed, Trial._get_default_result_or_future
+
+    def failed(manager: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, ray.exceptions.OutOfMemoryError):
+            why = f"its machine was full, and Ray ended its process: {str(exception).splitlines()[0]}"
+            exception = ray.exceptions.RayActorError(error_msg=why)
+        task_failed(manager, tracked_actor_task, exception)
+
+    def result(trial: Trial) -> dict[str, Any] | None:
+        try:
+            return first_result(trial)
+        except ray.exceptions.OutOfMemoryError:  # it died before it had told anything
+            trial._default_result_or_future = None
+            return None
+
+    RayActorManager._actor_task_failed, Trial._get_default_result_or_future = failed, result
+    try:
+        yield
+    finally:
+        RayActorManager._actor_task_failed, Trial._get_default_result_or_future = task_failed, first_result
+
+
+def hear_ray() -> None:
+    """What Ray prints of its processes goes to our log."""
+    ray_worker.print_to_stdstream = log_line
+
+
+def find_clusters() -> set[str]:
+    """The addresses of the clusters that this machine is a node of."""
+    return set(find_gcs_addresses())
+
+
+def default_folder() -> Path:
+    """Where Ray keeps its files by itself."""
+    return Path(get_default_ray_temp_dir()).absolute()

@@ -1,1 +1,0 @@
-"""What a storage knows of its sweeps, as rows, tables, curves and pages."""

@@ -1,0 +1,176 @@
+"""How the rows of a sweep stand: what the storage holds of each, and which of them share a trial.
+
+A row is a trial at a step, measured in one way. Rows that differ in no more than the step and the measurement share a
+trial, which is trained once, as far as the furthest of them asks. Neither Ray nor MLflow is imported here.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+from orchestrator.experiment.records import Experiment, Variant
+from orchestrator.planning.decide import Decision, decide, scheduler_key
+from orchestrator.state.events import EVENTS
+from orchestrator.state.rows import Found, Row, rank_rows
+from orchestrator.state.saved import find, forget_asked, list_sharing
+from workers.config import DataConfig, Measurement, Trial
+from workers.data.sources import Source, describe
+from workers.evaluation.blocks import Images, protocol_key
+from workers.journal import is_whole, restore, validated_steps
+from workers.layout import (
+    RowId,
+    TrialId,
+    checkpoints_folder,
+    evaluation_folder,
+    status_file,
+    sweep_file,
+    sweep_folder,
+    trial_folder,
+    trial_lock,
+    trial_of_row,
+)
+from workers.locks import Leases
+from workers.network import manifest
+from workers.network.manifest import Checkpoint, CheckpointError
+from workers.storage import Storage
+
+
+@dataclass
+class Standing:
+    """The rows of a sweep in order, and what was found of them when they were looked at last."""
+
+    experiment: Experiment
+    sources: dict[DataConfig, Source]
+    storage: Storage
+    say: Callable[[str], None]
+    variants: dict[RowId, Variant] = field(default_factory=dict)
+    found: dict[RowId, Found] = field(default_factory=dict)
+    errors: dict[RowId, str] = field(default_factory=dict)  # why this command could not make a row
+    sharing: dict[TrialId, list[RowId]] = field(default_factory=dict)
+    evaluation_s: dict[str, dict[str, float]] = field(default_factory=dict)  # what blocks used, as events tell
+
+    def __post_init__(self) -> None:
+        self.scheduler = scheduler_key(self.experiment.search.scheduler)
+        self.leases = Leases(self.storage)
+        self.owner = f"sweep {self.experiment.name}"
+
+    def add(self, variants: Mapping[RowId, Variant]) -> list[RowId]:
+        """Takes in the rows that are not there yet. Returns their ids."""
+        new = [row for row in variants if row not in self.variants]
+        for row in new:
+            self.variants[row] = variants[row]
+            self.sharing.setdefault(trial_of_row(row), []).append(row)
+        for row in new:
+            self.look(row)
+        return new
+
+    def source(self, config: DataConfig) -> Source:
+        if config not in self.sources:
+            self.sources[config] = describe(config)
+        return self.sources[config]
+
+    def trial(self, row: RowId) -> Trial:
+        return self.variants[row].trial
+
+    def row(self, row: RowId) -> Row:
+        of = self.variants[row], self.found[row], self.errors.get(row, "")
+        return Row(row, *of, self.evaluation_s.get(row, {}))
+
+    def rows(self) -> list[Row]:
+        return [self.row(row) for row in self.variants]
+
+    def ranked(self) -> list[Row]:
+        return rank_rows(self.rows(), self.experiment.search.metric)
+
+    def decide(self, row: RowId) -> Decision:
+        return decide(self.found[row], self.scheduler)
+
+    # What the storage holds.
+
+    def look(self, row: RowId) -> Found:
+        """Looks at a row anew."""
+        self.found[row] = self._look(row)
+        return self.found[row]
+
+    def look_at_all(self) -> None:
+        for row in self.variants:
+            self.look(row)
+
+    def _look(self, row: RowId) -> Found:
+        of, trial = trial_of_row(row), self.trial(row)
+        status = self.storage.read_sealed(status_file(of), "its trial goes on from its last checkpoint")
+        protocol = protocol_key(Measurement.of(trial), Images.of(self.source(trial.data)))
+        found = find(self.storage, row, trial, protocol, status)
+        if found.unread:
+            return found
+        newest = None
+        if not is_whole(self.storage, trial_folder(of)) or status is None:
+            try:
+                newest = manifest.newest(self.storage, checkpoints_folder(of))
+            except CheckpointError as error:
+                return Found(status, unread=str(error), steps=found.steps)
+            if (status or newest) and not is_whole(self.storage, trial_folder(of)):
+                self._restore_journal(of, newest)
+        unfinished = bool(found.checkpoint) and found.steps not in validated_steps(self.storage, trial_folder(of))
+        return replace(found, unfinished=unfinished, begun=newest is not None)
+
+    def _restore_journal(self, trial: TrialId, newest: Checkpoint | None) -> None:
+        copy = None
+        try:
+            copy = manifest.load_journal(newest) if newest else None
+        except CheckpointError as error:  # then what is whole of the journal is all there is
+            self.say(f"{trial[:8]}  {error}")
+        self.say(f"{trial[:8]}  {restore(self.storage, trial_folder(trial), copy)}")
+
+    def checkpoint(self, row: RowId) -> Checkpoint:
+        """The checkpoint at the row's step, which is there."""
+        steps = self.trial(row).training.steps
+        found = manifest.at_step(self.storage, checkpoints_folder(trial_of_row(row)), steps)
+        assert found, row
+        return found
+
+    def keep_checkpoints(self, rows: Iterable[RowId]) -> None:
+        """The checkpoints that the rows name stay, however far their trials are trained."""
+        for row in rows:
+            if self.found[row].checkpoint and not self.found[row].is_kept:
+                manifest.keep(self.storage, self.checkpoint(row))
+
+    # Forgetting.
+
+    def forget(self) -> None:
+        """Removes what the storage holds of these trials and of the measurements of their checkpoints."""
+        shared = list_sharing(self.storage, self.experiment.name)
+        for trial in self.sharing:
+            if kept := self._kept(trial, shared):
+                self.say(f"fresh      keeps {trial[:8]}: {kept}")
+                continue
+            for name in self.storage.list(checkpoints_folder(trial)):
+                with suppress(CheckpointError):  # a damaged one goes as well; what it was measured at stays
+                    path = f"{checkpoints_folder(trial)}/{name}"
+                    for model in manifest.models(manifest.committed(self.storage, path)):
+                        self.storage.delete(evaluation_folder(model.digest))
+            self.storage.delete(trial_folder(trial))
+        self.storage.delete(sweep_file(self.experiment.name, EVENTS))
+        forget_asked(self.storage, self.experiment)
+        self.look_at_all()
+
+    def _kept(self, trial: TrialId, shared: Mapping[str, Sequence[str]]) -> str:
+        """Why --fresh does not remove a trial; empty where it does."""
+        if holder := self.leases.holder(trial_lock(trial), self.owner):
+            return f"it is being trained by {holder}"
+        if sweeps := shared.get(trial):
+            names = ", ".join(self.storage.url(sweep_folder(name)) for name in sweeps)
+            return f"other sweeps share it; remove {names} first to train it again"
+        return ""
+
+    def holder(self, trial: TrialId) -> str:
+        """The other sweep that trains the trial just now; empty where none does."""
+        return self.leases.holder(trial_lock(trial), self.owner)
+
+    def further_steps(self, trial: TrialId) -> list[int]:
+        """The steps whose checkpoints the sweep's rows name, of one trial."""
+        return sorted({self.trial(row).training.steps for row in self.sharing[trial]})
+
+    def furthest(self, trial: TrialId) -> RowId:
+        """The row whose step is the last of the trial."""
+        return max(self.sharing[trial], key=lambda row: self.trial(row).training.steps)

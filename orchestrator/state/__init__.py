@@ -1,0 +1,1 @@
+"""What a storage holds of sweeps, their rows and what happened: written and read here alone."""

@@ -1,0 +1,273 @@
+"""What a storage keeps of a sweep, written as it goes and read by anyone: without torch, Ray, MLflow or the data.
+
+    sweeps/<name>/sweep.json      what the sweep is: its trials by id, what they search, how they are measured
+    sweeps/<name>/asked.json      of an adaptive search: the points that were asked for, in order
+    sweeps/<name>/events.jsonl    what happened: see `state.events`
+    trials/<trial>/trial.yaml     the settings of a trial
+
+Together with the trials' own files they say how a sweep stands, while it runs and after it, from any machine that
+reaches the storage.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from orchestrator.experiment.expand import variants_of
+from orchestrator.experiment.load import resolved
+from orchestrator.experiment.records import Experiment, Variant
+from orchestrator.experiment.settings import meant, read_yaml, write_yaml
+from orchestrator.state.events import Event, evaluation_seconds, list_failures
+from orchestrator.state.rows import Found, Row
+from workers.config import DataConfig, Measurement, Mistake, Trial
+from workers.data.locate import absolute
+from workers.data.sources import Source
+from workers.evaluation.blocks import Images, protocol_key
+from workers.identity import PLACING, digest, settings_read
+from workers.journal import read_points
+from workers.layout import (
+    SWEEPS,
+    RowId,
+    checkpoints_folder,
+    status_file,
+    summary_file,
+    sweep_file,
+    sweep_folder,
+    trial_file,
+    trial_folder,
+    trial_of_row,
+)
+from workers.network import manifest
+from workers.seals import open_text, seal_text
+from workers.storage import Storage
+
+SWEEP, IDS = "sweep.json", 2  # the file, and the kind of the ids that it names: 1 counted training.steps
+RERUN = "run the same sweep command again, which makes it again"
+READERS = 16  # files read at once: a remote storage answers each in its own time
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SavedSweep:
+    """A sweep as `sweep.json` keeps it. `protocols` name how each row is measured (`protocol_key`)."""
+
+    name: str
+    metric: str
+    also: tuple[str, ...]  # further objectives
+    drawn: bool  # whether settings were drawn, and are no full grid
+    trials: Mapping[RowId, Variant]
+    protocols: Mapping[str, str]
+    experiment: Mapping[str, Any]  # the file, with every setting
+
+    @property
+    def folder(self) -> str:
+        return sweep_folder(self.name)
+
+
+def keep_sweep(
+    storage: Storage, experiment: Experiment, trials: Mapping[RowId, Variant], sources: Mapping[DataConfig, Source]
+) -> None:
+    """Writes `sweep.json`, unless it says the same already; its trials and their settings in the file's order."""
+    content = {
+        "ids": IDS,
+        "name": experiment.name,
+        "metric": experiment.search.metric,
+        "experiment": resolved(experiment),
+        "trials": {
+            row: {
+                "params": v.params,
+                "trial": v.trial.model_dump(mode="json"),
+                "protocol": protocol_key(Measurement.of(v.trial), Images.of(sources[v.trial.data])),
+            }
+            for row, v in trials.items()
+        },
+    }
+    path = sweep_file(experiment.name, SWEEP)
+    if json.dumps(storage.read_sealed(path)) != json.dumps(content):
+        storage.write_sealed(path, content, sort=False)
+
+
+def keep_asked(storage: Storage, experiment: Experiment, asked: Sequence[Variant]) -> None:
+    """Writes down what an adaptive search has asked for: it stands, even if another version of Optuna would now ask
+    for something else, or if a trial that failed is made after all."""
+    content = {"search": _searched(experiment), "asked": [v.params for v in asked]}
+    storage.write_sealed(sweep_file(experiment.name, "asked.json"), content, sort=False)
+
+
+def read_asked(storage: Storage, experiment: Experiment) -> list[Variant]:
+    """What the same search asked for before, up to its `samples`; nothing where it was another one."""
+    content = storage.read_sealed(
+        sweep_file(experiment.name, "asked.json"), "the search asks again, by what was measured"
+    )
+    if content is None or content["search"] != _searched(experiment):
+        return []
+    return list(variants_of(experiment, content["asked"][: experiment.search.samples]))
+
+
+def forget_asked(storage: Storage, experiment: Experiment) -> None:
+    storage.delete(sweep_file(experiment.name, "asked.json"))
+
+
+def _searched(experiment: Experiment) -> str:
+    """A digest of all that suggestions depend on."""
+    trial, search = (settings_read(part, only_set=True) for part in (experiment.trial, experiment.search))
+    trial["training"] = {name: value for name, value in trial["training"].items() if name not in PLACING}
+    search = {n: v for n, v in search.items() if n not in ("samples", "max_concurrent", "max_failures", "hang_s")}
+    return digest([trial, {**search, "batch": experiment.search.first}])
+
+
+def list_sweeps(storage: Storage) -> list[str]:
+    """The sweeps of a storage, those of older kinds among them."""
+    return [name for name in storage.list(SWEEPS) if storage.exists(sweep_file(name, SWEEP))]
+
+
+def list_sharing(storage: Storage, name: str) -> dict[str, list[str]]:
+    """The other sweeps than `name` that name each trial, by its id."""
+    found: dict[str, list[str]] = {}
+    for other in (n for n in list_sweeps(storage) if n != name):
+        content = storage.read_sealed(sweep_file(other, SWEEP), RERUN) or {"trials": {}}
+        for trial in dict.fromkeys(map(trial_of_row, content["trials"])):
+            found.setdefault(trial, []).append(other)
+    return found
+
+
+def list_older(storage: Storage) -> list[str]:
+    """The sweeps whose trials have ids of an older kind, or that a version before `sweep.json` has left."""
+    return [name for name in storage.list(SWEEPS) if is_older(storage, name)]
+
+
+def is_older(storage: Storage, name: str) -> bool:
+    if storage.exists(sweep_file(name, SWEEP)):
+        content = storage.read_sealed(sweep_file(name, SWEEP), RERUN)
+        return content is not None and content.get("ids") != IDS
+    return any(storage.exists(sweep_file(name, file)) for file in ("experiment.yaml", "results.parquet"))
+
+
+def how_to_open(name: str) -> str:
+    """What to do about a sweep that an older version has left."""
+    return (
+        f"{name}: made by an older version. Its trials have ids of an older kind, and are not read. Nothing of them is "
+        f"deleted; their numbers are in sweeps/{name}/results.parquet. Run the sweep command with --fresh to "
+        "make it anew beside them, or with another --storage."
+    )
+
+
+def set_aside_older(storage: Storage, name: str) -> None:
+    """Copies the files of a sweep that an older version made into its folder `older`, before it is made anew."""
+    for file in storage.list(sweep_folder(name)):
+        if file != "lock" and "." in file:
+            storage.write(sweep_file(name, f"older/{file}"), storage.read(sweep_file(name, file)))
+    for file in (SWEEP, "published.json", "mlflow.json", "asked.json"):
+        storage.delete(sweep_file(name, file))
+
+
+def open_sweep(storage: Storage, name: str) -> SavedSweep:
+    """The sweep of that name. Raises Mistake where there is none."""
+    path = sweep_file(name, SWEEP)
+    content = storage.read_sealed(path, RERUN) if name in storage.list(SWEEPS) else None
+    if (content is None or content.get("ids") != IDS) and name in (older := list_older(storage)):
+        raise Mistake(how_to_open(name))
+    if content is None and name in list_sweeps(storage):
+        raise Mistake(f"{storage.url(path)} is damaged; {RERUN}")
+    if content is None:
+        there = dict.fromkeys([*list_sweeps(storage), *older])
+        raise Mistake(
+            f"{name!r} is no sweep in {storage.root}{meant(name, there) or '.'} Sweeps there: "
+            f"{', '.join(there) or 'none; run one first, or give its --storage'}"
+        )
+    trials = {}
+    for row, kept in content["trials"].items():
+        trial = TypeAdapter(Trial).validate_json(json.dumps(kept["trial"]))
+        trials[row] = Variant(params=kept["params"], trial=trial)
+    protocols = {row: kept["protocol"] for row, kept in content["trials"].items()}
+    search = content["experiment"]["search"]
+    also, drawn = tuple(search.get("also", ())), search["algorithm"] != "grid"
+    of = content["name"], content["metric"]
+    return SavedSweep(*of, also, drawn, trials, protocols, content["experiment"])
+
+
+def keep_trial(storage: Storage, trial_id: str, trial: Trial) -> None:
+    """Writes trial.yaml, the settings of a trial, unless it is there and whole. Its evaluation is that of the sweep
+    which began it; how others measure the trial is theirs to say."""
+    path = trial_file(trial_id, "trial.yaml")
+    if storage.read_checked(path, open_text, "it is written again") is None:
+        trial = trial.model_copy(update={"data": absolute(trial.data)})
+        storage.write(path, seal_text(write_yaml(trial.model_dump(mode="json")), path))
+
+
+def open_trial(storage: Storage, trial_id: str) -> Trial:
+    """The settings of a trial as a sweep has them: of the first, by name, that measures something. Where others
+    measure it in other ways, that is told. Raises Mistake where neither a sweep nor its trial.yaml knows them."""
+    asked: dict[str, Trial] = {}
+    for name in list_sweeps(storage):
+        with suppress(Mistake):  # another sweep that is damaged, which is told
+            trials = open_sweep(storage, name).trials
+            if row := next((row for row in trials if trial_of_row(row) == trial_id), None):
+                asked[name] = trials[row].trial
+    measuring = {name: trial for name, trial in asked.items() if trial.evaluation.measures} or asked
+    ways = {trial.evaluation for trial in measuring.values()}
+    if len(ways) > 1:
+        first, *others = measuring
+        log.warning("%s is measured as the sweep %s asks; otherwise ask %s", trial_id[:8], first, ", ".join(others))
+    if measuring:
+        return next(iter(measuring.values()))
+    path = trial_file(trial_id, "trial.yaml")
+    content = storage.read_checked(path, open_text, RERUN)
+    if content is None:
+        raise Mistake(f"{storage.url(path)} is {'damaged' if storage.exists(path) else 'not there'}; {RERUN}")
+    return Trial.model_validate(read_yaml(content)[0])
+
+
+def read_rows(storage: Storage, kept: SavedSweep, happened: Sequence[Event] = ()) -> list[Row]:
+    """The trials as they stand, in the order of the experiment; `happened` says why the last command failed some."""
+    errors, used = list_failures(happened), evaluation_seconds(happened)
+    found = _at_once(lambda row: _found(storage, kept, RowId(row)), kept.trials)
+    return [
+        Row(row, variant, f, errors.get(row, ""), used.get(row, {}))
+        for (row, variant), f in zip(kept.trials.items(), found, strict=True)
+    ]
+
+
+def find(storage: Storage, row: RowId, trial: Trial, protocol: str, status: Mapping[str, Any] | None) -> Found:
+    """What the storage holds of a row whose trial has this `status`, and which is measured by that protocol."""
+    of, steps = trial_of_row(row), trial.training.steps
+    try:
+        checkpoint = manifest.at_step(storage, checkpoints_folder(of), steps)
+        measured = manifest.averaged(checkpoint, Measurement.of(trial).evaluation.ema) if checkpoint else None
+    except manifest.CheckpointError as error:
+        return Found(status, unread=str(error), steps=steps)
+    summary = storage.read_sealed(summary_file(measured.digest, protocol), RERUN) if measured else None
+    valid = (status or {}).get("valid_nll_bpd")
+    if status and status["step"] > steps:  # the trial has gone on
+        points = read_points(storage, trial_folder(of))
+        values = [(p["step"], m["valid/nll_bpd"]) for p in points if "valid/nll_bpd" in (m := p.get("metrics", {}))]
+        valid = max((one for one in values if one[0] <= steps), default=(0, None))[1]
+    found = Found(status, checkpoint.digest if checkpoint else None, summary, steps=steps, valid_nll_bpd=valid)
+    return replace(found, is_kept=bool(checkpoint and checkpoint.kept))
+
+
+def _found(storage: Storage, kept: SavedSweep, row: RowId) -> Found:
+    status = storage.read_sealed(status_file(trial_of_row(row)), RERUN)
+    if status is None:
+        return Found(steps=kept.trials[row].trial.training.steps)
+    return find(storage, row, kept.trials[row].trial, kept.protocols[row], status)
+
+
+def read_journals(storage: Storage, variants: Mapping[RowId, Variant]) -> dict[RowId, list[dict[str, Any]]]:
+    """The points of each row: those of its trial's journal, as `workers.journal` writes them, up to the row's step."""
+    points = _at_once(lambda row: read_points(storage, trial_folder(trial_of_row(row))), variants)
+    return {
+        row: [point for point in found if point["step"] <= variants[row].trial.training.steps]
+        for row, found in zip(variants, points, strict=True)
+    }
+
+
+def _at_once(call: Callable[[str], Any], items: Iterable[str]) -> list[Any]:
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(call, items))

@@ -1,0 +1,388 @@
+"""What a sweep and its trials look like in MLflow: which params, tags, data sets, notes and artifacts, and when.
+
+`tracking` knows how to tell MLflow; this module knows what. What was published is noted with the sweep, so that a
+command that finds everything done and shipped only asks MLflow whether it is still there.
+"""
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from orchestrator.execution.measurements import Measured
+from orchestrator.experiment.load import resolved, to_yaml
+from orchestrator.experiment.records import Experiment, Variant
+from orchestrator.experiment.settings import leaves, write_yaml
+from orchestrator.measuring.seeds import are_over_seeds, group_rows
+from orchestrator.measuring.subjects import Subject, checkpoint_of
+from orchestrator.output import page as report
+from orchestrator.output.findings import gather
+from orchestrator.output.table import (
+    describe_row,
+    format_means,
+    format_metric,
+    make_footnote,
+    make_frame,
+    make_markdown,
+)
+from orchestrator.state.rows import SEED, Row, join_repetitions, name_variant, without_seed
+from orchestrator.state.saved import list_sharing, open_sweep
+from orchestrator.tracking.models import Candidate
+from orchestrator.tracking.provenance import provenance
+from orchestrator.tracking.shipment import LoggedDataset, Status
+from orchestrator.tracking.tracker import Tracker
+from orchestrator.tracking.views import COLOUR, FRONT, PARETO, PART, SETTING, ComparisonView, colour, pareto_tags, part
+from workers.config import DataConfig, FIDConfig, Measurement, Mistake
+from workers.data.sources import Source
+from workers.evaluation.blocks import Images, distance_name, protocol_key
+from workers.identity import digest
+from workers.layout import SWEEPS, RowId, sweep_file, sweep_folder, trial_of_row
+from workers.network import manifest
+from workers.storage import Storage, tell_damage
+
+FLUSH_S = 60.0  # how long the end of a sweep waits for MLflow
+ASK_S = 10.0  # and how long a command that finds all published waits to hear whether it still is
+ELSEWHERE = "evaluations"  # the experiment of checkpoints that come from elsewhere
+CURVE = "valid/nll_bpd"
+ENDED = ("done", "pruned", "diverged")  # as a trial of a sweep should
+STATUS: dict[str, Status] = {"done": "FINISHED", "pruned": "KILLED", "running": "KILLED"}  # else FAILED
+
+
+@dataclass
+class SweepRuns:
+    experiment: Experiment
+    trials: Mapping[RowId, Variant]
+    sources: Mapping[DataConfig, Source]
+    storage: Storage
+    left: str = ""  # what MLflow did not take, in words
+    _is_open: bool = False
+    _opened: set[str] = field(default_factory=set)
+    _ended: set[str] = field(default_factory=set)
+    _joined: tuple[int, list[list[RowId]]] | None = None  # of how many trials, and those that differ in the seed alone
+    _standing: dict[str, dict[str, str]] = field(default_factory=dict)  # tags of the opened trials, as told last
+
+    @property
+    def folder(self) -> str:
+        return sweep_folder(self.experiment.name)
+
+    @cached_property
+    def tracker(self) -> Tracker:
+        return Tracker(self.storage, self.experiment.name, self.experiment.tracking.uri)
+
+    def open(self) -> None:
+        """The sweep's own run. Raises Mistake where MLflow cannot be reached."""
+        self.tracker.check()
+        self._is_open = True
+        experiment, search = self.experiment, self.experiment.search
+        trials = search.samples if search.algorithm == "optuna" else len(self.trials)  # of which some are still unknown
+        self.tracker.open_sweep(
+            {"trials": trials, **_flat(experiment.search.model_dump(mode="json"), "search")},
+            self.tags,
+            f"Sweep `{experiment.name}`: {trials} trials.",
+            self.compare,
+        )
+        self.tracker.log_artifact(None, to_yaml(experiment).encode(), "experiment.yaml")
+
+    @property
+    def compare(self) -> ComparisonView:
+        """The objectives of the search, where it has several; else the bound and the distances that the trials
+        measure, the one that ranks them first."""
+        trials, search, best = self.trials.values(), self.experiment.search, self.experiment.search.metric
+        names = {f"eval/{distance_name(fid)}" for v in trials if (fid := v.trial.evaluation.fid)}
+        names |= {"eval/nll_bpd" for v in trials if v.trial.evaluation.nll}
+        return ComparisonView(
+            params=tuple(sorted({leaf for v in trials for p, x in v.params.items() for leaf in leaves(p, x)})),
+            metrics=search.objectives
+            if search.also
+            else tuple(sorted(names, key=lambda name: (name != best, name != "eval/nll_bpd", name))) or (CURVE,),
+            curve=CURVE,
+            images=("samples",),
+            trials=len(self.trials),
+            over_seeds=len(self._repetitions) < len(self.trials),
+        )
+
+    @property
+    def _repetitions(self) -> list[list[RowId]]:
+        """The ids of all rows, those that differ in the seed alone together."""
+        if self._joined is None or self._joined[0] != len(self.trials):  # an adaptive search adds to them
+            self._joined = len(self.trials), join_repetitions(self.trials.items())
+        return self._joined[1]
+
+    def trial_went_on(self, row_id: RowId, name: str) -> None:
+        """Opens the trial's run the first time; then ships what its journal has got since."""
+        if row_id in self._opened:
+            self.tracker.ship(row_id)
+            return
+        self._opened.add(row_id)
+        trial = self.trials[row_id].trial
+        self.tracker.last_steps[row_id] = trial.training.steps
+        source = self.sources[trial.data]
+        profile = {"train": source.train, "held_out": source.held_out, "levels": source.levels}
+        images = [
+            LoggedDataset(name=source.name, digest=source.digest, source=trial.data.source, shape=source.shape,
+                    profile=profile, context=context)
+            for context in ("training", "evaluation")
+        ]  # fmt: skip
+        params = _flat(trial.model_dump(mode="json"))
+        tags = {**self.tags, "trial.digest": row_id, "data.digest": source.digest}
+        tags[PART] = part(list(self.trials).index(row_id))
+        if SEED in (variant := self.trials[row_id]).params:
+            tags[SETTING] = name_variant(without_seed(variant))
+        hue = next(i for i, group in enumerate(self._repetitions) if row_id in group)
+        self._standing[row_id] = {COLOUR: colour(hue)}
+        self.tracker.open_trial(row_id, name, params, tags | self._standing[row_id], images)
+        self.tracker.log_artifact(row_id, write_yaml(trial.model_dump(mode="json")).encode(), "trial.yaml")
+
+    def trial_ended(self, row: Row) -> None:
+        """The evaluation's metrics, its passports and a note; then the trial's run ends."""
+        self.trial_went_on(row.digest, row.name)
+        self._ended.add(row.digest)
+        status = row.found.status or {}
+        measured = {name: value for name, value in row.metrics.items() if name.startswith("eval/")}
+        if row.found.status:
+            self.tracker.log_metrics(row.digest, row.speeds, row.found.step, status.get("updated_ms"))
+        if row.found.summary:
+            self.tracker.log_metrics(row.digest, measured, row.found.step, status["updated_ms"])
+            content = json.dumps(row.found.summary, indent=2).encode()
+            self.tracker.log_artifact(row.digest, content, "evaluation.json")
+            self.tracker.set_tags(row.digest, {"evaluation.hash": row.found.summary.get("hash", "")})
+        self.tracker.close_trial(row.digest, STATUS.get(row.state, "FAILED"), _trial_note(row))
+
+    def stands(self, rows: Sequence[Row]) -> None:
+        """Shows how the trials stand, best first: the Pareto front in their colours, the differences from the best."""
+        names, first = self.compare.metrics, {row_id: group[0] for group in self._repetitions for row_id in group}
+        points: dict[str, list[float]] = {
+            first[group.digest]: [group.metrics[name] for name in names]
+            for group in group_rows(rows)
+            if all(math.isfinite(group.metrics.get(name, math.nan)) for name in names)
+        }
+        standing = pareto_tags(self._repetitions, points)
+        for row_id, tags in standing.items():
+            if row_id in self._opened and tags != self._standing[row_id]:
+                self._standing[row_id] = tags
+                self.tracker.set_tags(row_id, tags)
+        best = rows[0].digest if rows and self.experiment.search.metric in rows[0].metrics else ""
+        front = sum(tags.get(PARETO) == FRONT for tags in standing.values())
+        self.tracker.show(replace(self.compare, best=best, front=front))
+
+    def sweep_ended(self, rows: Sequence[Row]) -> None:
+        """Writes the results beside the sweep and ships them, unless just these were shipped before."""
+        key = digest([resolved(self.experiment), [[r.digest, r.state, r.metrics, r.found.checkpoint] for r in rows]])
+        published = self.storage.read_sealed(self._published) or {}
+        is_whole = published.get("key") == key and self._are_whole(published["files"])
+        if is_whole and published["uri"] == self.tracker.uri and not self._is_lost(rows):
+            return
+        from orchestrator.output.curves import png_files  # matplotlib takes half a second
+
+        frame, found = make_frame(rows), gather(self.storage, self.experiment.name)
+        written = {
+            "experiment.yaml": to_yaml(self.experiment).encode(),
+            "results.parquet": _parquet(frame),
+            "results.csv": frame.to_csv(index=False).encode(),
+            **png_files(found),
+        }
+        for name, content in written.items():
+            self.storage.write(f"{self.folder}/{name}", content)
+        if not self._is_open:
+            self.open()
+        for row in rows:  # what a command before this one may have been cut off from telling
+            if row.found.status and row.digest not in self._ended:
+                self.trial_ended(row)
+        self.stands(rows)
+        if (candidate := self._candidate(rows)) is not None:
+            self.tracker.register(candidate)
+        written["report.html"] = report.page(found).encode()
+        self.storage.write(report.path(self.experiment.name), written["report.html"])
+        for name, content in written.items():
+            self.tracker.log_artifact(None, content, name)
+        done = all(row.state in ENDED for row in rows)
+        self.tracker.close_sweep("FINISHED" if done else "FAILED", _sweep_note(self.experiment, rows))
+        shipment = self.tracker.flush(FLUSH_S)
+        self.left = "" if shipment.complete else str(shipment)
+        link = self.tracker.link()
+        if shipment.complete:
+            sums = {name: hashlib.sha256(content).hexdigest() for name, content in written.items()}
+            told = {"key": key, "uri": self.tracker.uri, "link": link, "files": sums}
+            self.storage.write_sealed(self._published, told)
+        self.link = link
+
+    def _candidate(self, rows: Sequence[Row]) -> Candidate | None:
+        """The best of the rows, which come best first; None while some trial has still to be made."""
+        best = next((row for row in rows if row.state == "done" and self.experiment.search.metric in row.metrics), None)
+        if best is None or not all(row.state in (*ENDED, "failed") for row in rows):
+            return None
+        trial = self.trials[best.digest].trial
+        checkpoint = checkpoint_of(self.storage, best.digest, trial)
+        assert checkpoint, best.digest
+        checkpoint = manifest.averaged(checkpoint, Measurement.of(trial).evaluation.ema)
+        levels, fid = self.sources[trial.data].levels, trial.evaluation.fid or FIDConfig()
+        asked = Measurement.of(trial).evaluation
+        said = f"{best.name}: {describe_row(best)}"
+        return Candidate(
+            trial=best.digest,
+            checkpoint=checkpoint,
+            levels=levels,
+            fid=fid,
+            variance=asked.variance,
+            precision=asked.precision,
+            description=said,
+        )
+
+    @cached_property
+    def link(self) -> str:
+        """Where a browser shows the trials side by side."""
+        published = self.storage.read_sealed(self._published)
+        return str(published["link"]) if published else self.tracker.link()
+
+    @property
+    def _published(self) -> str:
+        return f"{self.folder}/published.json"
+
+    def _are_whole(self, sums: Mapping[str, str]) -> bool:
+        """Whether the files beside the sweep are those that were written; what is not is told."""
+        wrong = {}
+        for name, sha256 in sums.items():
+            path = f"{self.folder}/{name}"
+            if not self.storage.exists(path):
+                wrong[path] = "is gone"
+            elif hashlib.sha256(self.storage.read(path)).hexdigest() != sha256:
+                wrong[path] = "has changed"
+        for path, how in wrong.items():
+            tell_damage(self.storage.url(path), how, "it is written again")
+        return not wrong
+
+    def _is_lost(self, rows: Sequence[Row]) -> bool:
+        """Whether something that was published is no longer in MLflow; where that cannot be asked, it is told."""
+        try:
+            if not self.tracker.lacks([row.digest for row in rows if row.found.status], self._candidate(rows), ASK_S):
+                return False
+            self.storage.delete(self._published)  # until all of it is there again
+            return True
+        except Mistake as mistake:
+            self.left = str(mistake)
+            return False
+
+    @cached_property
+    def tags(self) -> dict[str, str]:
+        return provenance()
+
+
+def record_measurement(
+    storage: Storage, uri: str | None, measured: Sequence[Measured], sources: Mapping[DataConfig, Source]
+) -> str:
+    """Measurements made outside of a sweep: on the run of their trial, or else in the experiment `evaluations`.
+
+    What is measured by another protocol than the trial's own gets names of its own, `eval.<key>/...`, so that no two
+    protocols share an axis. Returns what MLflow did not take, in words. Raises Mistake where it cannot be reached.
+    """
+    trackers: dict[str, Tracker] = {}
+    for m in measured:
+        subject, source, summary = m.subject, sources[m.subject.m.data], m.summary
+        if summary is None:
+            continue
+        sweep, own_uri = _sweep_of(storage, subject.trial)
+        if uri is not None and uri != own_uri:  # the run of the trial is not there
+            sweep, own_uri = ELSEWHERE, uri
+        if sweep not in trackers:
+            tracker = trackers[sweep] = Tracker(storage, sweep, own_uri)
+            tracker.check()
+            if sweep == ELSEWHERE:
+                tracker.open_sweep({}, provenance(), "Checkpoints that no sweep of this storage has trained.")
+        tracker = trackers[sweep]
+        key = protocol_key(subject.m, Images.of(source))
+        tags = {f"protocol.{key}": json.dumps(summary["passports"]), f"hash.{key}": summary["hash"]}
+        if subject.trial and sweep != ELSEWHERE:
+            row_id, prefix = subject.trial, "eval" if subject.m == subject.own else f"eval.{key}"
+            tracker.open_trial(row_id, subject.name, {}, tags)
+        else:  # a run for each protocol
+            row_id, prefix = f"{subject.checkpoint.digest}-{key}", "eval"
+            tracker.open_trial(row_id, subject.name, _flat(subject.m.model_dump(mode="json")), tags)
+        metrics = {f"{prefix}/{name.removeprefix('eval/')}": value for name, value in summary["metrics"].items()}
+        tracker.log_metrics(row_id, metrics, subject.checkpoint.step or 0)
+        tracker.log_artifact(row_id, json.dumps(summary, indent=2).encode(), f"evaluation-{key}.json")
+        if sweep == ELSEWHERE:
+            tracker.close_trial(row_id, "FINISHED")
+    for sweep, tracker in trackers.items():
+        if sweep == ELSEWHERE:
+            tracker.close_sweep("FINISHED")
+    left = [tracker.flush(FLUSH_S) for tracker in trackers.values()]
+    return "\n".join(str(shipment) for shipment in left if not shipment.complete)
+
+
+def record_pictures(storage: Storage, uri: str | None, subject: Subject, paths: Mapping[str, str]) -> str:
+    """Pictures of a checkpoint, PNG files of the storage by name, on its trial's run or in `evaluations`.
+
+    Returns what MLflow did not take, in words. Raises Mistake where it cannot be reached.
+    """
+    sweep, own_uri = _sweep_of(storage, subject.trial)
+    if uri is not None and uri != own_uri:
+        sweep, own_uri = ELSEWHERE, uri
+    tracker = Tracker(storage, sweep, own_uri)
+    tracker.check()
+    row_id = subject.trial if subject.trial and sweep != ELSEWHERE else f"{subject.checkpoint.digest}-pictures"
+    if sweep == ELSEWHERE:
+        tracker.open_sweep({}, provenance(), "Checkpoints that no sweep of this storage has trained.")
+    tracker.open_trial(row_id, subject.name, {}, {})
+    for name, path in paths.items():
+        tracker.log_image(row_id, f"pictures/{name}", path, subject.checkpoint.step or 0)
+    tracker.close_trial(row_id, "FINISHED")
+    if sweep == ELSEWHERE:
+        tracker.close_sweep("FINISHED")
+    shipment = tracker.flush(FLUSH_S)
+    return "" if shipment.complete else str(shipment)
+
+
+def _sweep_of(storage: Storage, trial: str | None) -> tuple[str, str | None]:
+    """The sweep in whose MLflow experiment the trial has a run, and the tracking URI of that."""
+    for name in storage.list(SWEEPS) if trial else []:
+        for key, runs in (storage.read_sealed(sweep_file(name, "mlflow.json")) or {}).items():
+            if trial in runs or any(trial_of_row(run) == trial for run in runs):
+                return name, None if key == "mlflow.db" else str(key)
+    for name in list_sharing(storage, "").get(trial or "", ()):  # its map of runs is lost; their tags are not
+        return name, open_sweep(storage, name).experiment["tracking"]["uri"]
+    return ELSEWHERE, None
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted path; lists and empty mappings stay whole."""
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        path = f"{prefix}.{name}" if prefix else name
+        flat |= _flat(value, path) if isinstance(value, Mapping) and value else {path: value}
+    return flat
+
+
+def _parquet(frame: Any) -> bytes:
+    stream = io.BytesIO()
+    frame.to_parquet(stream, index=False)
+    return stream.getvalue()
+
+
+def _trial_note(row: Row) -> str:
+    status = row.found.status or {}
+    measured = describe_row(row)
+    lines = [f"**{row.name}**: {row.state}{f', {measured}' if measured else ''}", ""]
+    lines += [row.error or str(status.get("detail") or ""), ""]
+    lines += [f"- `{n}`: {format_metric(n, row.metrics, digits=4)}" for n in row.metrics if not n.endswith("_se")]
+    lines += [f"- trained {row.found.step} steps at {row.images_per_s or 0:,.0f} images/s"]
+    if row.found.summary:
+        lines += ["", "What the numbers are:", "```json", json.dumps(row.found.summary["passports"], indent=2), "```"]
+    return "\n".join(lines)
+
+
+def _sweep_note(experiment: Experiment, rows: Sequence[Row]) -> str:
+    metric, groups = experiment.search.metric, group_rows(rows)
+    best = groups[0] if groups and metric in groups[0].metrics else None
+    head = f"Sweep `{experiment.name}`: {len(rows)} trials, ranked by `{metric}`."
+    said = f"Best: **{best.name}**, {format_means(metric, best)}." if best else "No trial is done yet."
+    table = make_markdown(rows, metric)
+    note = make_footnote(rows, metric).replace("\n", "  \n")
+    if are_over_seeds(groups):
+        note += "  \nEach seed has a run of its own below."
+    return (
+        f"{head} {said}\n\n{table}\n\nNumbers are ± their standard errors; NLL is of held-out images.  \n{note}".strip()
+    )

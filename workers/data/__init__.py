@@ -1,0 +1,1 @@
+"""Images: what lies at a source, how it is decoded, split and kept."""

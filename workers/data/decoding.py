@@ -1,0 +1,176 @@
+"""One image: what its header tells, and its pixels. Foreign bytes are opened here and nowhere else.
+
+Only FORMATS are ever opened, told by the content, whatever the name says: Pillow knows others, some of which start
+programs (PostScript: Ghostscript). A header's size is held against MOST_PIXELS before memory is asked for.
+
+`look` reads headers, and pixels only where a palette leaves it open whether they are grey. `decode` gives the image
+upright by its EXIF orientation (as Hugging Face's datasets does), transparent pixels composited on a colour, in 8 bits
+a channel, and cropped and resized where that is asked for.
+"""
+
+import io
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from workers.data.splits import DataError, shown
+
+VERSION = 2  # of what encoded images become; 1: transparent pixels showed what is hidden under them
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # as Pillow calls them
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp")
+MOST_PIXELS = 2**26  # of one image, before it is resized: 8192 x 8192, which takes 256 MB or more while it is decoded
+BIG = 2**23  # pixels of an image from which on they are decoded one at a time
+ORIENTATION = 0x0112  # the tag of EXIF; from 5 on width and height are swapped
+DAMAGE = (OSError, EOFError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError,
+          NotImplementedError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError)  # fmt: skip
+
+# Pillow warns of images that are refused here in our own words.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+Pixels = NDArray[np.uint8]
+Colour = tuple[int, int, int]  # red, green, blue in 0..255
+_alone = threading.Lock()
+
+
+class Item(NamedTuple):
+    """One image as its source holds it."""
+
+    name: str  # for messages: the file, or the file and row
+    image: bytes | Path | Pixels  # encoded, or pixels: uint8 HWC
+    label: int | None = None
+
+
+class Look(NamedTuple):
+    """What is known of an image before it is decoded."""
+
+    width: int  # upright
+    height: int
+    colour: bool  # False where all that can be seen of it is grey
+    transparent: bool  # has transparent pixels, or might
+    animated: bool  # has more pictures than the first
+
+
+@contextmanager
+def whole(name: str) -> Iterator[None]:
+    """What PIL, pyarrow and gzip raise on damaged content becomes a message that names the file or row."""
+    try:
+        yield
+    except DataError:
+        raise
+    except DAMAGE as error:
+        reason = " ".join(str(error).split(" <_io.")[0].split())  # PIL shows the address of the stream
+        raise DataError(
+            f"{shown(name)} is damaged or cut off ({reason or type(error).__name__}); copy it again or remove it"
+        ) from error
+
+
+def look(item: Item) -> Look:
+    """Raises DataError where the image cannot be decoded as far as its header tells."""
+    with _opened(item) as image, whole(item.name):
+        turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5
+        width, height = image.size[::-1] if turned else image.size
+        animated = image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1
+        return Look(width, height, _colour(image), image.has_transparency_data, animated)
+
+
+def decode(item: Item, channels: int, resolution: int | None, background: Colour) -> Pixels:
+    """uint8 HWC. With `resolution`: centre-cropped to a square, then resized by LANCZOS (as EDM's dataset_tool.py)."""
+    if isinstance(item.image, np.ndarray) and resolution is None:
+        return item.image
+    image, mode = _load(item, background), "L" if channels == 1 else "RGB"
+    image = image if image.mode == mode else image.convert(mode)
+    if resolution is not None:
+        check_resolution(item.name, image.width, image.height, resolution)
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+def check_resolution(name: str, width: int, height: int, resolution: int) -> None:
+    """Raises DataError where an image would have to be enlarged."""
+    if min(width, height) < resolution:
+        raise DataError(
+            f"{shown(name)} is {width}x{height}, smaller than data.resolution = {resolution}; enlarging adds no "
+            f"detail: set data.resolution to {min(width, height)} or less, or leave such images out"
+        )
+
+
+def check_size(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise DataError(
+            f"{name} is {found[1]}x{found[0]}, the first image {expected[1]}x{expected[0]}; "
+            "set data.resolution to crop and resize all to one size"
+        )
+
+
+@contextmanager
+def _opened(item: Item) -> Iterator[Image.Image]:
+    """The image by its header, of a format that is supported and a size that can be decoded. Raises DataError."""
+    assert not isinstance(item.image, np.ndarray)
+    name = shown(item.name)
+    with whole(item.name):
+        stream = io.BytesIO(item.image) if isinstance(item.image, bytes) else item.image.open("rb")
+    with stream:
+        try:
+            with whole(item.name):
+                head = stream.read(8)
+                if not head:
+                    raise EOFError("it is empty")
+                stream.seek(0)
+                image: Image.Image = Image.open(stream, formats=FORMATS)
+        except DataError as error:
+            match error.__cause__:
+                case UnidentifiedImageError():
+                    raise DataError(
+                        f"{name} is damaged or cut off, or no PNG, JPEG, BMP or WebP: it begins with {head!r}; convert "
+                        "it, copy it again or remove it"
+                    ) from error
+                case Image.DecompressionBombError():
+                    raise DataError(f"{name} is of more than {MOST_PIXELS:,} pixels; resize or remove it") from error
+            raise
+        if image.width * image.height > MOST_PIXELS:
+            raise DataError(
+                f"{name} is {image.width:,}x{image.height:,}, {image.width * image.height / 1e6:,.0f} million pixels, "
+                f"of which at most {MOST_PIXELS / 1e6:.0f} million are decoded; resize or remove it"
+            )
+        if image.mode.startswith(("I", "F")) or (image.format == "PNG" and ";16" in str(getattr(image, "tile", ""))):
+            raise DataError(f"{name} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+        yield image
+
+
+def _load(item: Item, background: Colour) -> Image.Image:
+    """The image of 8 bits a channel, upright, all of it opaque."""
+    if isinstance(item.image, np.ndarray):
+        return Image.fromarray(item.image[:, :, 0] if item.image.shape[2] == 1 else item.image)
+    with _opened(item) as image, _alone if image.width * image.height > BIG else nullcontext(), whole(item.name):
+        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+        if not image.has_transparency_data:
+            return image
+        mode = "RGB" if image.mode not in ("1", "L", "LA", "La") or len(set(background)) > 1 else "L"
+        base = Image.new("RGBA", image.size, (*background, 255))
+        base.alpha_composite(image.convert("RGBA"))
+        return base.convert(mode)
+
+
+def _colour(image: Image.Image) -> bool:
+    """Whether an image has colours by its mode; one with a palette, by what can be seen of it."""
+    if image.mode not in ("P", "PA"):
+        return image.mode not in ("1", "L", "LA", "La")
+    palette = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
+    if (palette == palette[:, :1]).all():
+        return False
+    pixels = np.asarray(image.convert("RGBA"))
+    seen = pixels[pixels[..., 3] > 0]
+    return bool((seen[:, :3] != seen[:, :1]).any())

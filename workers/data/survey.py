@@ -1,0 +1,100 @@
+"""What the headers and labels of a source say, and the sha256 of its files: both remembered in the cache."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from workers.config import DataConfig
+from workers.data import decoding
+from workers.data.decoding import look
+from workers.data.locate import absolute
+from workers.data.splits import DataError, shown
+from workers.data.tree import Files, Split
+from workers.identity import digest
+from workers.memos import remember, remembered, sha256_of, state_of
+
+SURVEYED = 1  # the version of what a survey holds
+SETTLED_NS = 2_000_000_000  # a file that changed less than this ago may change again within a tick of its clock
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What all images of a source have in common, from their headers, and what their labels are."""
+
+    colour: bool
+    images: int
+    transparent: int  # images with transparent pixels, or with room for them
+    animated: int
+    first: tuple[str, int, int]  # name, width, height
+    other: tuple[str, int, int] | None  # the first of another size
+    smallest: tuple[str, int, int]
+    classes: int
+    unlabelled: bool  # all labels of a split are negative, which says that there are none
+
+
+def hashes_of(config: DataConfig, files: Files, cache: Path) -> list[tuple[str, str]]:
+    """Names and sha256 of the files, remembered by path and state: asking again is a stat a file."""
+    memo = cache / "hashes" / f"{digest(absolute(config).source)}.json"
+    known = remembered(memo) or {}
+    entries: dict[str, list[Any]] = {}
+    for _, path in files.paths:
+        state, key = state_of(path), str(path.absolute())
+        entries[key] = known.get(key, [])
+        if entries[key][:-1] != state:
+            entries[key] = [*state, sha256_of(path)]
+    settled = {key: entry for key, entry in entries.items() if time.time_ns() - entry[2] > SETTLED_NS}
+    if settled != known:
+        remember(memo, settled)
+    return [(name, entries[str(path.absolute())][-1]) for name, path in files.paths]
+
+
+def survey_of(kind: str, files: Files, hashes: str | list[tuple[str, str]], cache: Path) -> Survey:
+    """What headers and labels say, remembered by the content of the files. Raises DataError where one is damaged."""
+    if files.sha256 and files.like is not None:
+        height, width, _ = files.like.shape
+        size = "an image", width, height
+        return Survey(False, files.train.count, 0, 0, size, None, size, files.classes or 0, unlabelled=False)
+    memo = cache / "surveys" / f"{digest([SURVEYED, decoding.VERSION, kind, hashes])}.json"
+    if found := remembered(memo):
+        sizes = {name: found[name] and tuple(found[name]) for name in ("first", "other", "smallest")}
+        return Survey(**(found | sizes))
+    splits = [split for split in (files.train, files.held_out) if isinstance(split, Split)]
+    survey = _surveyed(files, splits)
+    remember(memo, asdict(survey))
+    return survey
+
+
+def _surveyed(files: Files, splits: list[Split]) -> Survey:
+    colour, transparent, animated, labels, unlabelled = False, 0, 0, set[int](), False
+    first = other = smallest = None
+    if files.like is not None:
+        height, width, channels = files.like.shape
+        colour, first = channels == 3, ("an image", width, height)
+    for split in splits:
+        count, negative, told = 0, 0, ""
+        for item in split.read():
+            count += 1
+            if item.label is not None:
+                if item.label < 0:
+                    negative, told = negative + 1, told or f"{shown(item.name)} has the label {item.label}"
+                labels.add(item.label)
+            if files.like is not None:
+                continue
+            seen = look(item)
+            size = item.name, seen.width, seen.height
+            first = first or size
+            other = other or (size if size[1:] != first[1:] else None)
+            smallest = size if smallest is None or min(size[1:]) < min(smallest[1:]) else smallest
+            colour, transparent = colour or seen.colour, transparent + seen.transparent
+            animated += seen.animated
+        if count != split.count:
+            raise DataError(f"it holds {count:,} images where its headers tell {split.count:,}; copy it again")
+        if 0 < negative < count:
+            raise DataError(f"{told}; labels are whole numbers from 0 on, or -1 in all of a split that has none")
+        if max(labels, default=0) >= 2**31:
+            raise DataError(f"there is a label {max(labels)}; labels are whole numbers from 0 on, below 2^31")
+        unlabelled = unlabelled or negative > 0
+    assert first
+    images = sum(split.count for split in splits)
+    return Survey(colour, images, transparent, animated, first, other, smallest or first, len(labels), unlabelled)

@@ -1,0 +1,1 @@
+"""What is measured of a checkpoint: blocks, their making, and what they add up to."""

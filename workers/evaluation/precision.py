@@ -1,0 +1,36 @@
+"""In which precision the networks of an evaluation compute: a setting, in the passport and in the ids of what it makes.
+
+float32  without TF32, so that a GPU's squared errors are the CPU's within 1e-6 of their value
+tf32     products of matrices and convolutions round their factors to 10 bits (NVIDIA, from compute capability 8.0 on)
+bf16     autocast: the same in bfloat16, of 7 bits; what it does not list, and all outside of the network, is float32
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from workers.config import Mistake
+
+
+def known_precisions(device: torch.device) -> list[str]:
+    """Those that the device computes in."""
+    tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return ["float32", *(["tf32"] if tf32 else []), "bf16"]
+
+
+@contextmanager
+def computing(precision: str, device: torch.device) -> Iterator[None]:
+    """Networks on the device compute in the precision within the block. Raises Mistake where it has no such one."""
+    if precision not in known_precisions(device):
+        raise Mistake(f"evaluation.precision: {precision} is not known to {device.type}; take float32 or bf16")
+    tf32, before = precision == "tf32", torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        with (
+            torch.backends.cudnn.flags(deterministic=True, allow_tf32=tf32),
+            torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+        ):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,0 +1,261 @@
+"""What the blocks of an evaluation add up to: metrics, their passports, and a hash of all that went into them.
+
+    {"metrics": {"eval/nll_bpd": ...}, "passports": {"nll": ..., "samples": ...}, "hash": ...,
+     "nll_per_image": [...], "nll_by_t": [...], "ledger": {...}, "rate_distortion": {...}, "curve": {...}}
+
+The hash is of the values of all blocks and of how they were measured; a measurement of nothing has none.
+A passport has two parts: `protocol`, how it was measured, and `subject`, what was. Two numbers may stand beside each
+other where their protocols are equal.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float
+
+from workers.config import FIDConfig, Measurement, evaluations
+from workers.data.dataset import Dataset
+from workers.data.pixels import to_model
+from workers.diffusion.ledger import OPTIMAL, Ledger, bits_by_t, bound, chain_bound, rate_distortion, shorter_chains
+from workers.diffusion.likelihood import squared_norms
+from workers.diffusion.process import VARIANCES, Process
+from workers.evaluation import blocks, fidelity
+from workers.evaluation.blocks import (
+    Block,
+    Images,
+    distance_name,
+    measure_suffix,
+    reference_blocks,
+    reference_images,
+    strata,
+)
+from workers.evaluation.features import FeatureSpace
+from workers.evaluation.frechet import (
+    extrapolated_distance,
+    frechet_distance,
+    least_to_extrapolate,
+    merged,
+    sampling_error,
+)
+from workers.evaluation.inception import Inception
+from workers.evaluation.make import measured_process, read_block
+from workers.identity import settings_read
+from workers.kinds import MEASURES, SAMPLERS
+from workers.shapes import Features
+from workers.storage import Storage
+
+Blocks = list[Float[np.ndarray, "_ d"]]  # of features
+
+BETWEEN = "real t, log sigma_t linear between trained t"  # of what solves the ODE with levels of its own
+NEIGHBOURS = 10_000  # samples and images that precision and recall take at most: their cost grows with the square
+
+
+def summarise(
+    storage: Storage, m: Measurement, dataset: Dataset, process: Process, checkpoint: str, space: FeatureSpace | None
+) -> dict[str, Any]:
+    """The metrics of a checkpoint from its blocks, all of which must be there. Raises DamagedBlock.
+
+    `metrics` maps MLflow's names to numbers. Of the rest, what was not asked for is left out.
+    """
+    sha256 = hashlib.sha256()
+
+    def read(block: Block) -> pa.Table:
+        table = read_block(storage, block)
+        _digest_into(sha256, table)
+        return table
+
+    process, ema = measured_process(m, process), m.ema if m.evaluation.ema is None else m.evaluation.ema
+    subject = {"checkpoint": checkpoint, "ema": ema, "T": process.T, "variance": process.variance, "seed": m.seed}
+    summary: dict[str, Any] = {"metrics": {}, "passports": {}}
+    images = Images.of(dataset)
+    if m.evaluation.nll:
+        tables = [read(block) for block in blocks.nll_blocks(m, checkpoint, images)]
+        _add(summary, _likelihood(m, dataset, process, Ledger.join([Ledger.of_table(t) for t in tables])))
+        summary["passports"]["nll"]["subject"] = subject
+    if m.evaluation.ode_nll:
+        n = blocks.ode_nll_images(m, images)
+        tables = [read(block) for block in blocks.ode_nll_blocks(m, checkpoint, images)]
+        _add(summary, _ode_likelihood(m, dataset, pa.concat_tables(tables).slice(0, n)))
+        mean = _mean_evaluations(tables, n)
+        summary["passports"]["ode_nll"]["subject"] = {**subject, "network_evaluations": mean}
+    if fid := m.evaluation.fid:
+        assert space
+        samples = [_features(read(b)) for b in blocks.feature_blocks(m, checkpoint, images)]
+        real = [_features(read(b)) for b in reference_blocks(m, images)]
+        last = fid.samples - (len(samples) - 1) * blocks.SAMPLES
+        last_real = reference_images(fid, images) - (len(real) - 1) * blocks.REAL
+        samples[-1], real[-1] = samples[-1][:last], real[-1][:last_real]
+        _add(summary, _fidelity(m, fid, dataset, space, samples, real))
+        count: float | None = evaluations(fid.sampler, process.T)
+        if count is None:
+            count = _mean_evaluations([read(b) for b in blocks.sample_blocks(m, checkpoint, images)], fid.samples)
+        summary["passports"]["samples"]["subject"] = {**subject, "network_evaluations": count}
+        summary["metrics"]["eval/network_evaluations"] = count
+    if not m.evaluation.measures:
+        return summary
+    # The same blocks give other numbers where fewer images of the last are asked for.
+    protocols = {kind: passport["protocol"] for kind, passport in summary["passports"].items()}
+    sha256.update(json.dumps(protocols, sort_keys=True).encode())
+    return {**summary, "hash": sha256.hexdigest()[:16]}
+
+
+def _digest_into(sha256: Any, table: pa.Table) -> None:
+    """The values of a table, and not how Parquet happened to encode them."""
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        values = column.flatten() if pa.types.is_list(column.type) else column
+        sha256.update(name.encode())
+        if pa.types.is_binary(values.type):
+            sha256.update(b"".join(values.to_pylist()))
+        else:
+            sha256.update(values.to_numpy(zero_copy_only=False).tobytes())
+
+
+def _add(summary: dict[str, Any], part: dict[str, Any]) -> None:
+    for name, value in part.items():
+        summary[name] = {**summary[name], **value} if name in ("metrics", "passports") else value
+
+
+def _likelihood(m: Measurement, dataset: Dataset, process: Process, whole: Ledger) -> dict[str, Any]:
+    n = blocks.nll_images(m, Images.of(dataset))
+    x_0 = to_model(torch.from_numpy(np.array(dataset.held_out[:n])), dataset.levels)
+    ledger, norms, dimensions = whole.of_first(n), squared_norms(x_0), x_0[0].numel()
+    result = bound(process, ledger, norms, dimensions)
+    metrics = {
+        "eval/nll_bpd": result.mean,
+        "eval/nll_bpd_se": result.standard_error,
+        "eval/nll_prior_bpd": float(result.prior.mean()),
+        "eval/nll_diffusion_bpd": float(result.diffusion.mean()),
+        "eval/nll_decoder_bpd": float(result.decoder.mean()),
+    }
+    sampled, nll = strata(m), m.evaluation.nll
+    assert nll
+    protocol = {
+        "version": blocks.VERSION, "data": dataset.digest, "split": "held_out", "images": n, "levels": dataset.levels,
+        "dropped": 0,
+        "timesteps": "all" if sampled is None else f"{sampled + 1}, {nll.proposal}",
+        "precision": m.evaluation.precision, "x_0_hat": "clipped to [-1, 1]",
+        "decoder": "discrete; a fixed sigma_1^2 is beta_tilde_2",
+    }  # fmt: skip
+    found = {"metrics": metrics, "passports": {"nll": {"protocol": protocol}}, "nll_per_image": result.total.tolist()}
+    if sampled is not None:
+        return found
+    chains = {
+        variance: [
+            {"steps": steps, "bpd": b.mean, "bpd_se": b.standard_error}
+            for steps in shorter_chains(process.T)
+            for b in [chain_bound(process, ledger, norms, dimensions, variance, steps)]
+        ]
+        for variance in (*VARIANCES, OPTIMAL)
+    }
+    if process.learned:
+        whole_chain = {"steps": process.T, "bpd": result.mean, "bpd_se": result.standard_error}
+        chains = {process.variance: [whole_chain], **chains}
+    rate, distortion = rate_distortion(process, ledger, norms, dimensions)
+    best = chains[OPTIMAL][0]
+    metrics |= {"eval/nll_optimal_variance_bpd": best["bpd"], "eval/nll_optimal_variance_bpd_se": best["bpd_se"]}
+    return found | {
+        "nll_by_t": bits_by_t(process, ledger, norms, dimensions).tolist(),
+        "ledger": chains,
+        "rate_distortion": {"rate_bpd": rate.tolist(), "rmse_255": distortion.tolist()},
+    }
+
+
+def _ode_likelihood(m: Measurement, dataset: Dataset, table: pa.Table) -> dict[str, Any]:
+    ode, n = m.evaluation.ode_nll, len(table)
+    assert ode
+    bits = table["nats"].to_numpy() / (np.prod(dataset.shape) * np.log(2))
+    metrics = {
+        "eval/ode_nll_bpd": float(bits.mean()),
+        "eval/ode_nll_bpd_se": float(bits.std(ddof=1) / n**0.5) if n > 1 else 0.0,
+    }
+    protocol = {
+        "version": blocks.VERSION, "data": dataset.digest, "split": "held_out", "images": n, "levels": dataset.levels,
+        "dropped": 0, "dequantised": "uniformly over a level's bin", "trace": f"Hutchinson's, {ode.probes} of +-1",
+        "solver": f"Dormand-Prince from sigma_1 to sigma_T, tolerance {ode.tolerance:g}", "times": BETWEEN,
+        "x_0_hat": "not clipped",
+    }  # fmt: skip
+    return {"metrics": metrics, "passports": {"ode_nll": {"protocol": protocol}}, "ode_nll_per_image": bits.tolist()}
+
+
+def _mean_evaluations(tables: list[pa.Table], n: int) -> float:
+    """Evaluations of the network an image, over the first n rows."""
+    return float(np.concatenate([table["evaluations"].to_numpy() for table in tables])[:n].mean())
+
+
+def _fidelity(
+    m: Measurement, fid: FIDConfig, dataset: Dataset, space: FeatureSpace, samples: Blocks, real: Blocks
+) -> dict[str, Any]:
+    ours, theirs, name = merged(samples), merged(real), distance_name(fid)
+    features, sampler = np.concatenate(samples), SAMPLERS[fid.sampler.kind]
+    metrics = {f"eval/{name}": frechet_distance(ours, theirs)}
+    assert (ours.n, theirs.n) == (fid.samples, reference_images(fid, Images.of(dataset))), (ours.n, theirs.n)
+    protocol = {
+        "version": blocks.VERSION, "features": fid.features, "features_digest": space.digest,
+        "dimensions": len(ours.mean),
+        "reference": f"{dataset.digest} {fid.reference}", "reference_images": theirs.n, "samples": ours.n,
+        "sampler": settings_read(fid.sampler), "precision": m.evaluation.precision,
+        "x_0_hat": "clipped to [-1, 1]" if sampler.clips else "not clipped",
+        "quantised": f"{fid.quantise} to {dataset.levels} levels", "dropped": 0,
+    }  # fmt: skip
+    if sampler.form != "step":
+        protocol["times"] = BETWEEN if sampler.form == "whole" else "levels moved to the nearest trained t"
+    warnings = [
+        f"{count} {what} are not more than the {len(ours.mean)} dimensions of {fid.features}: their covariance is "
+        "singular, and most of the distance may be their small number"
+        for what, count, moments in (("samples", ours.n, ours), ("reference images", theirs.n, theirs))
+        if moments.singular
+    ]
+    found: dict[str, Any] = {
+        "metrics": metrics,
+        "passports": {"samples": {"protocol": protocol, "also": {}, "warnings": warnings}},
+    }
+    if not ours.singular:
+        metrics[f"eval/{name}_se"] = sampling_error(features, theirs)
+    if ours.n >= least_to_extrapolate(len(ours.mean)):
+        curve = extrapolated_distance(features, theirs)
+        metrics |= {f"eval/{name}_infinity": curve.distance, f"eval/{name}_infinity_se": curve.standard_error}
+        found["curve"] = asdict(curve)
+    if fid.features == "inception":
+        protocol["resize"] = "to 299, bilinear, as TensorFlow 1 does"
+    for other in fid.also:
+        suffix = measure_suffix(fid, other)
+        values, how = MEASURES[other].load()(space, features, real)
+        for key, (value, error) in values.items():
+            metrics |= {f"eval/{key}{suffix}": value} | ({f"eval/{key}{suffix}_se": error} if error else {})
+        found["passports"]["samples"]["also"][other] = how
+    return found
+
+
+# Metrics with their standard errors, where there are any; and how they were measured, for the passport.
+Found = tuple[dict[str, tuple[float, float | None]], str]
+
+
+def kid(space: FeatureSpace, samples: Features, real: Blocks) -> Found:
+    data = np.concatenate(real)
+    found = fidelity.kid(samples, data)
+    values = {"kid": (found.mean, fidelity.kid_error(samples, data))}
+    return values, f"{found.subsets} subsets of {found.subset_size}, error by {fidelity.PARTS} disjoint parts"
+
+
+def precision_recall(space: FeatureSpace, samples: Features, real: Blocks) -> Found:
+    data = np.concatenate(real)[:NEIGHBOURS]
+    found = fidelity.precision_recall(samples[:NEIGHBOURS], data)
+    how = f"k = 3, first {min(len(samples), NEIGHBOURS)} samples and {len(data)} images"
+    return {"precision": (found.precision, None), "recall": (found.recall, None)}, how
+
+
+def inception_score(space: FeatureSpace, samples: Features, real: Blocks) -> Found:
+    assert isinstance(space, Inception)
+    score = fidelity.inception_score(space.logits(samples))
+    return {"inception_score": (score.mean, None)}, f"10 splits, standard deviation over them {score.std:.4f}"
+
+
+def _features(table: pa.Table) -> Features:
+    column = table["features"].combine_chunks()
+    return np.asarray(column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1))

@@ -1,0 +1,164 @@
+"""The hosts of the training loop: what Ray calls to train a trial.
+
+`OneWorker`, a Tune actor that is reused from trial to trial, and for several workers `workers.data_parallel`. Both find
+their trial in a job, a plain dict as Tune wants it, and their files in the storage.
+"""
+
+from collections.abc import Generator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from workers.config import DRIVER_CPUS
+from workers.data.dataset import prepare
+from workers.disk import Unwritable
+from workers.jobs import Job, device_of, trial_of
+from workers.layout import trial_folder, trial_lock
+from workers.locks import Held, lock
+from workers.pulse import Pulse
+from workers.sharing import Gauge, NeedsLess, correct_share, free_memory, in_words, twice
+from workers.signs import tell_of
+from workers.speed import hardware
+from workers.storage import Storage
+from workers.training import World, stop_path
+from workers.training import train as training_loop
+
+PENALTY_BPD = 100.0  # what schedulers and searchers are told of a trial that diverged or failed
+# States of a trial that was not trained: its storage cannot be written, as that of all others; another sweep trains it;
+# it goes on with another part of a GPU, as it was measured to need less, or ran out of memory beside others.
+UNWRITABLE, HELD, MEASURED, CROWDED = "unwritable", "held", "measured", "crowded"
+
+
+def alone(job: Job) -> AbstractContextManager[None]:
+    """Holds the trial of the job against other sweeps. Raises Held where one trains it."""
+    return lock(Storage(job["storage"]), trial_lock(job["digest"]), job["owner"])
+
+
+def results(job: Job, world: World) -> Generator[dict[str, Any], None, None]:
+    """The training loop's progress as Tune results, each with a finite value of the metric that schedulers see."""
+    torch.set_num_threads(trial_of(job).training.cpus)
+    trial, storage, folder = trial_of(job), Storage(job["storage"]), trial_folder(job["digest"])
+    if world.rank == 0:
+        storage.remove_leftovers(folder)
+    loop = training_loop(trial, prepare(trial.data), storage, folder, world, job["also_keep"])
+    for progress in loop:
+        yield {
+            "valid/nll_bpd": PENALTY_BPD,
+            **progress.metrics,
+            "step": progress.step,
+            "state": progress.state,
+            "images_per_s": progress.images_per_s,
+            "detail": progress.detail,
+        }
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    """A fault of the program as a last Tune result: unlike the death of a process, it would only happen again."""
+    state, detail = "failed", f"{type(error).__name__}: {error}"
+    if isinstance(error, Unwritable):
+        state, detail = UNWRITABLE, str(error)
+    elif isinstance(error, Held):
+        state, detail = HELD, error.who
+    return {"valid/nll_bpd": PENALTY_BPD, "state": state, "detail": detail}
+
+
+def resized(job: Job, error: BaseException) -> dict[str, Any] | None:
+    """The last Tune result of a trial that goes on with another part of a GPU; None where the error is of another kind.
+
+    With a whole GPU out of memory is a fault, as there is no more to be had.
+    """
+    if isinstance(error, NeedsLess):
+        state, gpus, detail = MEASURED, error.share, f"needs {in_words(error.share)}, as its first steps show"
+    elif isinstance(error, torch.OutOfMemoryError) and 0 < job["gpus"] < 1:
+        state, gpus = CROWDED, twice(job["gpus"])
+        detail = f"ran out of GPU memory beside others; goes on with {in_words(gpus)}"
+        if job["share"]:
+            correct_share(Storage(job["storage"]), job["share"], hardware(device_of(job["gpus"])), gpus)
+    else:
+        return None
+    return {"valid/nll_bpd": PENALTY_BPD, "state": state, "gpus": gpus, "detail": detail}
+
+
+class OneWorker(tune.Trainable):
+    """Host of a one-worker trial: `step()` is the loop's next. An actor serves one trial after another."""
+
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        training = trial_of(config["job"]).training
+        return tune.PlacementGroupFactory([{"CPU": training.cpus, "GPU": config["job"]["gpus"]}])
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.job = config["job"]
+        self.results = self._alone(self.job, tell_of("its worker", self.job["digest"]))
+
+    @staticmethod
+    def _alone(job: Job, pulse: Pulse) -> Generator[dict[str, Any], None, None]:
+        world = World(device=device_of(job["gpus"]), pulse=pulse, gpus=job["gpus"])
+        if job["measures"]:
+            storage = Storage(job["storage"])
+            gauge = Gauge(storage, job["share"], world.device, job["digest"][:8], job["makes_room"])
+            world = replace(world, gauge=gauge)
+        with alone(job):
+            yield from results(job, world)
+
+    def step(self) -> dict[str, Any]:
+        try:
+            result = next(self.results)
+        except Exception as error:  # noqa: BLE001 the host's edge: told to the driver, with its reason
+            result = resized(self.job, error) or failure(error)
+        if done := result["state"] != "running":
+            self.results.close()  # another sweep may have the trial now
+            free_memory()
+            tell_of("")
+        return {**result, "done": done}
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.results.close()
+        self.setup(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        tell_of("")
+        self.results.close()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: the loop keeps its own checkpoints, in the storage."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing: the loop resumes from the storage."""
+
+
+class DriverResources(tune.PlacementGroupFactory):
+    """What the driver of a data-parallel trial asks for: next to nothing, as Ray Train asks for its workers.
+
+    No two are equal, so that Tune never hands the driver's actor to another trial: a second TorchTrainer in the same
+    process sometimes does not return after an early stop.
+    """
+
+    def __init__(self) -> None:
+        super().__init__([{"CPU": DRIVER_CPUS}])
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def ask_to_stop(job: Job) -> None:
+    """The training loop of the job ends as pruned at its next journal point."""
+    Storage(job["storage"]).write(stop_path(trial_folder(job["digest"])), b"")
+
+
+def free_workers(result: dict[str, Any]) -> None:
+    """Gives back the cores of a data-parallel trial whose actor died, from its last result.
+
+    Ray Train's cleaner should do it, but asks the dashboard who is still there, and a local Ray has none.
+    """
+    if group := result.get("placement_group"):
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))

@@ -1,0 +1,129 @@
+"""Which settings are read, and the ids that are made of them.
+
+A record declares, for each field that chooses, which of its other fields each choice reads (`Record.READS`). That one
+declaration decides everywhere: a setting that nothing reads is refused (`orchestrator.experiment.check`), counts in no
+id, and is not shown. One serializer (`settings_read`) makes ids. A setting counts in an id from the first value on that
+is not its default, so a setting that comes later moves no id; where a default or what the code computes changes,
+`TRAINING_VERSION` or `evaluation.blocks.VERSION` is raised.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+from workers.config import Record, Trial
+from workers.layout import TrialId
+
+TRAINING_VERSION = (
+    1  # of what training computes from given settings; tests/test_recorded_losses.py says when to raise it
+)
+
+# Settings of `training` that place or observe a run and leave its weights as they are. How far it is trained is in no
+# id either (`steps`): a trial is the whole sequence of its weights, unless the learning rate depends on the last step.
+PLACING = ("workers", "cpus", "gpus", "validate_every", "checkpoint_every")
+
+
+class Unread(NamedTuple):
+    """A setting of a record that its present choices do not read."""
+
+    name: str
+    chooser: str  # the field whose choice does not read it
+    choice: str
+    reads: tuple[str, ...]  # what that choice reads
+    readers: tuple[str, ...]  # the choices that would read it
+
+
+def choice_of(record: Record, field: str) -> str:
+    """What is chosen, as `Record.READS` names it."""
+    value = getattr(record, field)
+    return value if isinstance(value, str) else "null" if value is None else "a number"
+
+
+def unread(record: Record) -> list[Unread]:
+    """The fields of the record itself that nothing reads, whatever their values."""
+    found: dict[str, Unread] = {}
+    for field, choices in record.READS.items():
+        choice = choice_of(record, field)
+        reads = () if field in found else choices[choice]
+        for name in dict.fromkeys(name for names in choices.values() for name in names):
+            if name not in reads:
+                readers = tuple(other for other, names in choices.items() if name in names)
+                found[name] = Unread(name, field, choice, tuple(reads), readers)
+    return list(found.values())
+
+
+def own_unread_values(record: Record, where: str = "") -> Iterator[tuple[str, Any, Unread]]:
+    """(dotted path, value, why) of every setting of the record itself that is set and not read."""
+    for one in unread(record):
+        if (value := getattr(record, one.name)) != type(record).model_fields[one.name].get_default():
+            yield f"{where}{one.name}", value, one
+
+
+def unread_values(record: Record, where: str = "") -> Iterator[tuple[str, Any, Unread]]:
+    """The same of the record and of those inside it."""
+    yield from own_unread_values(record, where)
+    for name, value in record:
+        if isinstance(value, Record):
+            yield from unread_values(value, f"{where}{name}.")
+
+
+def settings_read(record: Record, only_set: bool = False) -> dict[str, Any]:
+    """The settings that are read, by name, in plain types; `only_set` leaves out those at their defaults."""
+    left_out, content = {one.name for one in unread(record)}, {}
+    defaults = _defaults(type(record)) if only_set else {}
+    for name in type(record).model_fields:
+        if name not in left_out:
+            value = getattr(record, name)
+            plain = _section(value, only_set) if isinstance(value, Record) else _plain(value)
+            if name not in defaults or plain != defaults[name]:
+                content[name] = plain
+    return content
+
+
+@lru_cache(maxsize=1024)
+def _section(record: Record, only_set: bool) -> dict[str, Any]:
+    """`settings_read`, once for all of the thousands of trials that share a section; not to be changed."""
+    return settings_read(record, only_set)
+
+
+@lru_cache
+def _defaults(kind: type[Record]) -> dict[str, Any]:
+    """What each setting of a record is by default, as `settings_read` has it."""
+    optional = {name: field for name, field in kind.model_fields.items() if not field.is_required()}
+    values = {name: field.get_default(call_default_factory=True) for name, field in optional.items()}
+    return {n: settings_read(v, only_set=True) if isinstance(v, Record) else _plain(v) for n, v in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it."""
+    match value:
+        case BaseModel():
+            return value.model_dump(mode="json")
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case dict():
+            return {name: _plain(item) for name, item in value.items()}
+    return value
+
+
+def digest(content: Any) -> str:
+    """16 hex digits of the sha256 of `content` (anything JSON can hold), independent of the order of its keys."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def trial_id(trial: Trial, data_digest: str) -> TrialId:
+    """The id of a trial: the digest of what changes its weights.
+
+    The data count by their content (`data_digest`), not by the path that they lie at.
+    """
+    content = settings_read(trial, only_set=True)
+    content.pop("evaluation", None)
+    content["data"] = {"digest": data_digest, "flip": trial.data.flip}
+    of_length = () if trial.training.decay != "none" else ("steps",)
+    content["training"] = {n: v for n, v in content["training"].items() if n not in (*PLACING, *of_length)}
+    return TrialId(digest([TRAINING_VERSION, content]))

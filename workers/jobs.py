@@ -1,0 +1,41 @@
+"""A trial as it crosses processes: where its files are, and who trains it."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from workers.config import Trial
+from workers.data.locate import absolute
+from workers.storage import Storage
+
+# {"storage": root, "digest": the id of the trial, "trial": Trial as JSON, "gpus": GPUs per worker, "owner": for whom it
+# is trained, "also_keep": the steps whose checkpoints stay, "share": where the storage notes what part of a GPU trials
+# of its kind need, or "" where the experiment says it, "measures": whether this one is measured for that, "makes_room":
+# whether others wait for it}
+Job = dict[str, Any]
+
+
+def make_job(
+    storage: Storage,
+    digest: str,
+    trial: Trial,
+    gpus: float,
+    owner: str,
+    *,
+    also_keep: Collection[int] = (),
+    share: str = "",
+) -> Job:
+    trial = trial.model_copy(update={"data": absolute(trial.data)})
+    job = {"storage": storage.root, "digest": digest, "trial": trial.model_dump_json(), "gpus": gpus}
+    of_share = {"share": share, "measures": False, "makes_room": False}
+    return {**job, **of_share, "owner": owner, "also_keep": sorted(also_keep)}
+
+
+def trial_of(job: Job) -> Trial:
+    return TypeAdapter(Trial).validate_json(job["trial"])
+
+
+def device_of(gpus: float) -> torch.device:
+    return torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")

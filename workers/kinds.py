@@ -1,0 +1,329 @@
+"""The kinds that an experiment file can name: one entry each, which names the function and says all else of it.
+
+A new schedule, prediction, objective, weighting, way of drawing t, sampler or metric of samples is one function and one
+entry here. Settings, checks, the JSON schema, the tables of docs/, plans of costs and dispatch follow from the entry. A
+function is named by "module:name" and imported where it is first used, so that a dry run imports no torch.
+
+An installed package brings kinds of its own by an entry point of the group POINTS: a module that puts entries into
+these tables as it is imported. docs/architecture.md shows one whole.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, create_model
+
+POINTS = "diffusion_orchestrator.kinds"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A kind: its function, what it is in a phrase, and the settings of its section that it reads.
+
+    `settings` declares those that the section lacks without it, by name, each as (type, pydantic's Field).
+    """
+
+    function: str  # "module:name"
+    about: str
+    reads: tuple[str, ...] = ()
+    settings: Mapping[str, tuple[Any, Any]] | None = None
+
+    def load(self) -> Any:
+        return load(self.function)
+
+
+def load(function: str) -> Any:
+    """What "module:name" names."""
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+E = TypeVar("E", bound=Entry)
+M = TypeVar("M", bound=BaseModel)
+
+
+class Kinds(dict[str, E], Generic[E]):
+    """Entries by name. Raises ValueError where a name is taken."""
+
+    def __setitem__(self, name: str, entry: E) -> None:
+        if name in self:
+            raise ValueError(f"two kinds are called {name!r}: {self[name].function} and {entry.function}")
+        super().__setitem__(name, entry)
+
+    @property
+    def reads(self) -> dict[str, tuple[str, ...]]:
+        """The settings that each reads, as `Record.READS` has them."""
+        return {name: (*entry.reads, *(entry.settings or ())) for name, entry in self.items()}
+
+    def named(self, wanted: Callable[[E], bool]) -> str:
+        """The names of the entries that are wanted, as the end of an advice."""
+        return " or ".join(sorted(name for name, entry in self.items() if wanted(entry)))
+
+
+def with_settings_of(*tables: Kinds[Any]) -> Callable[[type[M]], type[M]]:
+    """Adds to a record the settings that entries of these tables declare. Raises ValueError where two say one name."""
+
+    def add(record: type[M]) -> type[M]:
+        found: dict[str, Any] = {}
+        for name, entry in (item for table in tables for item in table.items()):
+            for setting, form in (entry.settings or {}).items():
+                if setting in record.model_fields or setting in found:
+                    raise ValueError(
+                        f"{entry.function}: {record.__name__} has a setting {setting!r} already; rename it"
+                    )
+                found[setting] = form
+            if unknown := set(entry.reads) - set(record.model_fields):
+                raise ValueError(f"{entry.function} ({name}) reads {sorted(unknown)}, which {record.__name__} lacks")
+        if not found:
+            return record
+        more: dict[str, Any] = {"__doc__": record.__doc__, "__module__": record.__module__, **found}
+        return create_model(record.__name__, __base__=record, **more)
+
+    return add
+
+
+# ---- Noise schedules: (ScheduleConfig, T) -> beta_1..beta_T -----------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleEntry(Entry):
+    check: str = ""  # "module:name" of (ScheduleConfig, T) -> what is wrong with its settings
+    ends_at_zero: bool = False  # alpha_bar_T = 0 by design
+    more_noise: str = "take a larger T"  # what closes its prior gap, where it has no range to scale
+
+
+def _schedule(name: str, about: str, *reads: str, **more: Any) -> ScheduleEntry:
+    return ScheduleEntry(function=f"workers.diffusion.schedules:{name}", about=about, reads=reads, **more)
+
+
+_RANGE = ("beta_start", "beta_end", "scale")
+SCHEDULES = Kinds(
+    {
+        "linear": _schedule("linear", "beta_t linear in t (Ho et al. 2020)", *_RANGE),
+        "quadratic": _schedule("quadratic", "sqrt(beta_t) linear in t (Song et al. 2020a)", *_RANGE),
+        "constant": _schedule("constant", "beta_t = beta_end", "beta_end", "scale"),
+        "jsd": _schedule("jsd", "beta_t = 1 / (T - t + 1) (Sohl-Dickstein et al. 2015)", ends_at_zero=True),
+        "warmup10": _schedule("warmup10", "a linear rise over a tenth of the times, then beta_end", *_RANGE),
+        "warmup50": _schedule("warmup50", "a linear rise over half of the times, then beta_end", *_RANGE),
+        "cosine": _schedule("cosine", "alpha_bar_t a squared cosine (Nichol & Dhariwal 2021)"),
+        "sigmoid": _schedule("sigmoid", "beta_t a sigmoid in t (Xu et al. 2022)", *_RANGE),
+        "list": _schedule(
+            "given", "the betas of the file", "betas",
+            check="workers.diffusion.schedules:given_mistakes", more_noise="take larger betas",
+        ),
+        "log_snr": _schedule(
+            "log_snr", "log SNR_t linear in t (Kingma et al. 2021)", "log_snr_start", "log_snr_end",
+            check="workers.diffusion.schedules:log_snr_mistakes", more_noise="take a smaller log_snr_end",
+        ),
+    }
+)  # fmt: skip
+
+
+# ---- Predictions: a `workers.diffusion.predictions.Target` each ------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionEntry(Entry):
+    without_signal: bool = True  # whether it determines x_0 where alpha_bar_t = 0
+    between_times: bool = True  # whether it means something at real t
+    in_bf16: bool = True  # whether bf16 has digits enough for it
+    diffusers: str = ""  # diffusers' name of it; its own where empty
+
+
+def _prediction(name: str, about: str, **more: Any) -> PredictionEntry:
+    return PredictionEntry(function=f"workers.diffusion.predictions:{name}", about=about, **more)
+
+
+PREDICTIONS = Kinds(
+    {
+        "eps": _prediction("EPS", "the noise (Ho et al. 2020, eq. 14)", without_signal=False, diffusers="epsilon"),
+        "x_0": _prediction("X_0", "the image", diffusers="sample"),
+        "mu": _prediction("MU", "the mean of the posterior (eq. 7)", between_times=False, in_bf16=False),
+        "v": _prediction("V", "the velocity (Salimans & Ho 2022)", diffusers="v_prediction"),
+    }
+)
+
+
+# ---- What is minimised: (Objective, Batch) -> losses by image; and (Process, LossConfig, own) -> weights by t --------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveEntry(Entry):
+    teaches_variance: bool  # whether it trains a learned variance
+    needs_learned: bool = False  # whether it is for a learned variance alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightingEntry(Entry):
+    needs_fixed: bool = False  # whether it is stated with a fixed sigma_t^2
+
+
+def _objective(name: str, about: str, *reads: str, **more: Any) -> ObjectiveEntry:
+    return ObjectiveEntry(function=f"workers.diffusion.objectives:{name}", about=about, reads=reads, **more)
+
+
+def _weighting(name: str, about: str, *reads: str, **more: Any) -> WeightingEntry:
+    return WeightingEntry(function=f"workers.diffusion.objectives:{name}", about=about, reads=reads, **more)
+
+
+OBJECTIVES = Kinds(
+    {
+        "mse": _objective("mse", "the weighted squared error of the prediction", "weighting", teaches_variance=False),
+        "kl": _objective("kl", "the bound in bits/dim (eq. 5)", teaches_variance=True),
+        "hybrid": _objective(
+            "hybrid", "mse, and the bound for the variance (Nichol & Dhariwal 2021)", "weighting", "vlb_weight",
+            teaches_variance=True, needs_learned=True,
+        ),
+    }
+)  # fmt: skip
+WEIGHTINGS = Kinds(
+    {
+        "simple": _weighting("simple", "the prediction's own error, L_simple (eq. 14)"),
+        "vlb": _weighting("vlb", "the bound's own (eq. 8)", needs_fixed=True),
+        "snr": _weighting("snr", "SNR_t for the error of x_0 (Salimans & Ho 2022)"),
+        "truncated_snr": _weighting("truncated_snr", "max(SNR_t, 1) (Salimans & Ho 2022)"),
+        "min_snr": _weighting("min_snr", "min(SNR_t, gamma) (Hang et al. 2023)", "gamma"),
+        "p2": _weighting("p2", "SNR_t / (k + SNR_t)^gamma (Choi et al. 2022)", "p2_gamma", "p2_k"),
+    }
+)
+
+
+# ---- How t is drawn: (T, Part, generator, probability) -> t -----------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawEntry(Entry):
+    remembers: bool = False  # whether p_t comes of the losses so far (`timesteps.History`), and weighs them
+
+
+def _draw(name: str, about: str, **more: Any) -> DrawEntry:
+    return DrawEntry(function=f"workers.diffusion.timesteps:{name}", about=about, **more)
+
+
+TIMESTEPS = Kinds(
+    {
+        "uniform": _draw("uniform", "each by itself (Ho et al. 2020)"),
+        "stratified": _draw("stratified", "one from each of as many parts of 1..T as there are images"),
+        "antithetic": _draw("antithetic", "pairs t and T + 1 - t"),
+        "importance": _draw("importance", "by the second moment of the loss (Nichol & Dhariwal 2021)", remembers=True),
+    }
+)
+
+
+# ---- Samplers ---------------------------------------------------------------------------------------------------
+
+# Evaluations that an image took of the two solvers with error control, at a tolerance, and how they rise as it falls.
+# Measured on four models of the digits (T = 100 and 200, fixed and learned variance), 25 images each: samples 50 to 53
+# at 1e-3, 26 to 27 at 1e-2, 133 to 178 at 1e-4; ode_nll 89 to 129 at 1e-4, 35 to 42 at 1e-3, 175 to 271 at 1e-5.
+ADAPTIVE = {"samples": (52, 1e-3), "ode_nll": (104, 1e-4)}
+ADAPTIVE_POWER = 0.37
+
+
+def adaptive_evaluations(solver: str, tolerance: float) -> int:
+    """What a plan of costs counts for an image of a solver with error control."""
+    count, at = ADAPTIVE[solver]
+    return round(count * (at / tolerance) ** ADAPTIVE_POWER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerEntry(Entry):
+    """The function's form is one of three, which `workers.diffusion.samplers` describes.
+
+    step    one step of a chain of kept times: (process, config, x_t, prediction, t, generator) -> x_s
+    levels  through noise levels, which `levels` spaces: (ladder, config, y, generator) -> x_0
+    whole   by itself, with times of its own: (process, model, config, x_T, generator) -> Drawn
+    """
+
+    form: str
+    levels: str = ""  # "module:name" of (low, high, steps) -> levels
+    evaluations: Callable[[Any, int], int] = lambda config, steps: steps  # of the network for an image
+    exact: bool = True  # whether that many, or about so many
+    clips: bool = False  # whether x_0_hat is clipped to [-1, 1] on the way
+    reads_variance: bool = False  # of p_theta
+    without_signal: bool = False  # whether it can begin where alpha_bar_T = 0
+
+
+def _sampler(form: str, name: str, about: str, *reads: str, levels: str = "", **more: Any) -> SamplerEntry:
+    home = "workers.diffusion.samplers:"
+    levels = levels and home + levels
+    return SamplerEntry(form=form, function=home + name, about=about, reads=reads, levels=levels, **more)
+
+
+SAMPLERS = Kinds(
+    {
+        "ancestral": _sampler(
+            "step", "ancestral", "a draw of p_theta a step (Ho et al. 2020, Algorithm 2)", "steps",
+            clips=True, reads_variance=True, without_signal=True,
+        ),
+        "ddim": _sampler(
+            "step", "ddim", "DDIM (Song et al. 2020a)", "steps", "eta", clips=True, without_signal=True,
+        ),
+        "euler_maruyama": _sampler("step", "euler_maruyama", "the reverse SDE (Song et al. 2021)", "steps"),
+        "langevin": _sampler(
+            "levels", "langevin", "annealed Langevin dynamics (Song & Ermon 2019)", "steps", "repeats", "step_size",
+            levels="geometric", evaluations=lambda config, steps: steps * config.repeats + 1,  # and one to denoise
+        ),
+        "heun": _sampler(
+            "levels", "heun", "the flow by Heun's rule (Karras et al. 2022)", "steps",
+            levels="power", evaluations=lambda config, steps: 2 * steps - 1,  # two a step, but for the last
+        ),
+        "dpmpp": _sampler(
+            "levels", "dpmpp", "DPM-Solver++(2M) (Lu et al. 2022b)", "steps", levels="geometric", clips=True,
+        ),
+        "ode": _sampler(
+            "whole", "ode", "the flow by a solver with error control", "tolerance",
+            evaluations=lambda config, steps: adaptive_evaluations("samples", config.tolerance), exact=False,
+        ),
+    }
+)  # fmt: skip
+
+
+# ---- Metrics of samples beside the Fréchet distance ------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureEntry(Entry):
+    """The function takes (feature space, features of the samples, blocks of real features).
+
+    It returns ({name: (value, standard error or None)}, how it was measured). Names take the suffix of the feature
+    space, as the Fréchet distance does, unless the measure `needs` one.
+    """
+
+    lower: tuple[str, ...] = ()  # of the names that it returns, those of which lower is better, to rank trials on
+    needs: str = ""  # the one feature space that it is for; any where empty
+    least: int = 2  # samples, and where `of_real` real images
+    of_real: bool = True  # whether it compares with real images
+
+
+def _measure(name: str, about: str, **more: Any) -> MeasureEntry:
+    return MeasureEntry(function=f"workers.evaluation.summary:{name}", about=about, **more)
+
+
+MEASURES = Kinds(
+    {
+        "kid": _measure("kid", "the kernel distance (Binkowski et al. 2018)", lower=("kid",)),
+        "precision_recall": _measure(
+            "precision_recall", "precision and recall (Kynkäänniemi et al. 2019)", least=4,
+        ),
+        "inception_score": _measure(
+            "inception_score", "the Inception score (Salimans et al. 2016)", needs="inception", least=10, of_real=False,
+        ),
+    }
+)  # fmt: skip
+
+# Where experiment files name them, for the tables of docs/.
+NAMED_AT: dict[str, Kinds[Any]] = {
+    "diffusion.schedule.kind": SCHEDULES,
+    "diffusion.prediction": PREDICTIONS,
+    "loss.objective": OBJECTIVES,
+    "loss.weighting": WEIGHTINGS,
+    "training.timesteps": TIMESTEPS,
+    "evaluation.fid.sampler.kind": SAMPLERS,
+    "evaluation.fid.also": MEASURES,
+}
+
+for _point in entry_points(group=POINTS):
+    _point.load()

@@ -1,0 +1,96 @@
+"""Where everything lies under a storage root, and the ids that it lies under. No other module makes such a path.
+
+    trials/<trial>/            trial.yaml, status.json, journal.jsonl, samples/, checkpoints/step-00002000/
+    evaluations/<checkpoint>/  <what>-<how>/block-00007.parquet, summary-<how>.json
+    references/                feature spaces, and moments of features of data
+    sweeps/<name>/             sweep.json, asked.json, events.jsonl, results.parquet, report.html, ...
+    nightly/<suite>/<day>/     result.json, report.html; locks/, speeds/, shares/, pictures/, canaries/
+
+An id is a digest of what it stands for (`workers.identity.digest`). Types keep the kinds of ids apart.
+"""
+
+from typing import NewType
+
+TrialId = NewType("TrialId", str)  # of a trial: the digest of all that changes its weights
+RowId = NewType("RowId", str)  # of a row of a sweep: the trial's id, and a suffix where several rows measure that trial
+CheckpointId = NewType("CheckpointId", str)  # of weights, by their content
+
+TRIALS, SWEEPS, EVALUATIONS, SPEEDS, REFERENCES = "trials", "sweeps", "evaluations", "speeds", "references"
+CANARY_FOLDER, SHARES = "canaries", "shares"
+
+
+def trial_of_row(row: str) -> TrialId:
+    """The trial that a row of a sweep measures."""
+    return TrialId(row.partition("-")[0])
+
+
+def row_id(trial: TrialId, suffix: str) -> RowId:
+    return RowId(f"{trial}-{suffix}" if suffix else trial)
+
+
+def trial_folder(trial: str) -> str:
+    return f"{TRIALS}/{trial}"
+
+
+def trial_file(trial: str, name: str) -> str:
+    return f"{trial_folder(trial)}/{name}"
+
+
+def status_file(trial: str) -> str:
+    return trial_file(trial, "status.json")
+
+
+def checkpoints_folder(trial: str) -> str:
+    return trial_file(trial, "checkpoints")
+
+
+def trial_lock(trial: str) -> str:
+    """What the process holds that trains a trial: sweeps may share it, and one trains it at a time."""
+    return f"locks/{trial}"
+
+
+def sweep_folder(sweep: str) -> str:
+    return f"{SWEEPS}/{sweep}"
+
+
+def sweep_file(sweep: str, name: str) -> str:
+    return f"{sweep_folder(sweep)}/{name}"
+
+
+def sweep_lock(sweep: str) -> str:
+    return sweep_file(sweep, "lock")
+
+
+def evaluation_folder(checkpoint: str) -> str:
+    """Of all measurements of a checkpoint."""
+    return f"{EVALUATIONS}/{checkpoint}"
+
+
+def summary_file(checkpoint: str, protocol: str) -> str:
+    return f"{evaluation_folder(checkpoint)}/summary-{protocol}.json"
+
+
+def speed_file(model: str) -> str:
+    return f"{SPEEDS}/{model}.json"
+
+
+def peak_file(of: str) -> str:
+    """Of a kind of hardware, in a precision and with a number of threads."""
+    return f"{SPEEDS}/peak-{of}.json"
+
+
+def share_file(model: str, batch_size: int) -> str:
+    """What part of a GPU trials of that network and batch need."""
+    return f"{SHARES}/{model}-{batch_size}.json"
+
+
+def reference_file(name: str) -> str:
+    return f"{REFERENCES}/{name}"
+
+
+def pictures_folder(checkpoint: str) -> str:
+    return f"pictures/{checkpoint}"
+
+
+def nights_folder(suite: str) -> str:
+    return f"nightly/{suite}"

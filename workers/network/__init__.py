@@ -1,0 +1,1 @@
+"""The U-Net, its checkpoints, and the layout of diffusers that both have."""

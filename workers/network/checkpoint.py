@@ -1,0 +1,345 @@
+"""Checkpoints: folders that commit by a manifest of sha256 sums, in the layout of diffusers' `DDPMPipeline`.
+
+    step-00002000/  model_index.json
+                    unet/config.json, unet/diffusion_pytorch_model.safetensors     the EMA weights: those to evaluate
+                    scheduler/scheduler_config.json                                T, betas, prediction, variance
+                    averages/0.99.safetensors                                      EMA weights of other lengths
+                    state/training.safetensors, state/progress.json                raw weights and Adam's moments
+                    state/journal.jsonl                                            the journal up to this step
+                    manifest.json                                                  written last
+
+`DDPMPipeline.from_pretrained` opens such a folder. The other way round, `open_folder` opens what diffusers saves of an
+unconditional model on pixels: the same layout without state and manifest, or its files side by side; the weights in
+one file, in several with an index, or as a variant such as fp16 where that is all there is. Safetensors only: no pickle
+is ever loaded.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from workers.config import Mistake
+from workers.diffusion.gaussian import GaussianDenoiser
+from workers.diffusion.predictions import Denoiser
+from workers.diffusion.process import Process
+from workers.network.diffusers_config import (
+    VERSION,
+    Scheduler,
+    read_gaussian,
+    read_index,
+    read_network,
+    read_scheduler,
+    scheduler_config,
+)
+from workers.network.manifest import (
+    EVALUATED,
+    INDEX,
+    JOURNAL,
+    MANIFEST,
+    PROGRESS,
+    SAFE,
+    SCHEDULER,
+    STATE,
+    UNET,
+    WEIGHTS,
+    Checkpoint,
+    CheckpointError,
+    average_name,
+    committed,
+    is_kept,
+    make_checkpoint,
+    read_bytes,
+    read_file,
+    read_object,
+    sha256_of,
+    step_name,
+    url_of,
+    write_manifest,
+)
+from workers.network.unet import UNet
+from workers.storage import Storage
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# The weights of a network as diffusers names them, a variant's among them, or the index of several files with them.
+NAMED = re.compile(r"(diffusion_pytorch_)?model(\.\w+)?\.safetensors(\.index(\.\w+)?\.json)?")
+PICKLES = (".bin", ".ckpt", ".pth", ".pt")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the config files say of a checkpoint."""
+
+    shape: tuple[int, int, int]  # height, width, channels of an image, as `Dataset.shape`
+    T: int
+    prediction: str  # a name in workers.diffusion.predictions.PREDICTIONS
+    variance: str  # a name in workers.diffusion.process.VARIANCES or LEARNED
+    clip: bool  # whether the model's own scheduler clips x_0_hat to [-1, 1]
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What a checkpoint is written from: all that an evaluation and the training's next step need."""
+
+    step: int
+    unet_config: dict[str, Any]
+    process: Process
+    prediction: str = "eps"
+    ema: Mapping[str, Tensor]
+    averages: Mapping[float, Mapping[str, Tensor]] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    progress: Mapping[str, Any] = field(default_factory=dict)
+    journal: bytes = b""  # the trial's, as it is at that step
+
+
+def save(storage: Storage, folder: str, snapshot: Snapshot, kept: bool = False) -> Checkpoint:
+    """Writes `folder/step-<step>` whole; then removes those before it that are not `kept`: it makes them superfluous.
+
+    A checkpoint is kept whose step is asked for by a row of a sweep.
+    """
+    path = f"{folder}/{step_name(snapshot.step)}"
+    files = {
+        INDEX: _index(),
+        UNET: _json(snapshot.unet_config),
+        WEIGHTS: _tensors(snapshot.ema),
+        SCHEDULER: _json(scheduler_config(snapshot.process, snapshot.prediction)),
+        STATE: _tensors(snapshot.state),
+        PROGRESS: _json({**snapshot.progress, "step": snapshot.step}),
+        JOURNAL: snapshot.journal,
+        **{average_name(decay): _tensors(weights) for decay, weights in snapshot.averages.items()},
+    }
+    for name, content in files.items():
+        storage.write(f"{path}/{name}", content)
+    sums = {name: sha256_of(content) for name, content in files.items()}
+    write_manifest(storage, path, snapshot.step, sums, kept)
+    for other in storage.list(folder):
+        if other < step_name(snapshot.step) and not is_kept(storage, f"{folder}/{other}"):
+            storage.delete(f"{folder}/{other}")
+    return make_checkpoint(storage.root, path, snapshot.step, sums, kept=kept)
+
+
+def open_folder(folder: str | Path) -> Checkpoint:
+    """The checkpoint in one folder, given by its path or URI: one of ours, or what diffusers saved.
+
+    Of diffusers' it takes an unconditional model on pixels: a pipeline's folder, whose two parts may lie in unet/ and
+    scheduler/ or beside model_index.json, or a UNet2DModel's with a scheduler_config.json beside it. Such a folder is
+    loaded once on the way. Raises CheckpointError with what is wrong with the folder and what to do.
+    """
+    try:
+        storage = Storage(folder)
+        parts = {part: storage.list(part) for part in ("", "unet", "scheduler") if not part or storage.exists(part)}
+    except Mistake as error:
+        raise CheckpointError(str(error)) from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be opened ({error}); give a folder, or a URI such as s3://bucket/path"
+        ) from error
+    if MANIFEST in parts[""]:
+        return committed(storage, "")
+    if not parts[""]:
+        raise CheckpointError(
+            f"{folder} is not a folder, or an empty one; give the folder that holds model_index.json or config.json. "
+            "A repository of the Hugging Face hub is downloaded first: hf download NAME --local-dir FOLDER"
+        )
+    if INDEX in parts[""]:
+        _meant(storage.url(INDEX), read_index, read_object(read_bytes(storage, INDEX), storage.url(INDEX)))
+    weights = _beside("unet", _named(storage.root, parts.get("unet", parts[""])), parts)
+    names = [_beside("unet", "config.json", parts), weights]
+    names.append(_beside("scheduler", PurePosixPath(SCHEDULER).name, parts))
+    there = {f"{part}/{name}".lstrip("/") for part, inside in parts.items() for name in inside}
+    if weights in there and weights.endswith(".json"):
+        shards = _shards(read_bytes(storage, weights), storage.url(weights))
+        names += [_beside("unet", shard, parts) for shard in sorted(set(shards.values()))]
+    if missing := [name for name in names if name not in there]:
+        raise CheckpointError(f"{storage.root} lacks {' and '.join(missing)}: {_advice(there)}")
+    sums = {name: sha256_of(read_bytes(storage, name)) for name in names}
+    checkpoint = make_checkpoint(storage.root, "", None, sums, weights)
+    load(checkpoint)
+    return checkpoint
+
+
+def load_averages(checkpoint: Checkpoint, decays: Iterable[float]) -> dict[float, dict[str, Tensor]]:
+    """The further averages, to resume from. Raises CheckpointError where bytes are damaged."""
+    return {decay: _weights(checkpoint, average_name(decay)) for decay in decays}
+
+
+def describe(checkpoint: Checkpoint) -> Description:
+    """What the checkpoint holds, from its config files alone. Raises CheckpointError as `load` does."""
+    unet, scheduler, shape = _configured(checkpoint)
+    process = scheduler.process
+    parameters = sum(p.numel() for p in unet.parameters())
+    return Description(shape, process.T, scheduler.prediction, process.variance, scheduler.clip, parameters)
+
+
+def load(checkpoint: Checkpoint) -> tuple[Denoiser, Process]:
+    """The model as a module in eval mode, and its process.
+
+    The module is called as a `Model` is, with t in 1..T, and gives a `Prediction` whatever its network predicts; its
+    weights are float32. Raises CheckpointError where bytes are damaged or of another kind of model.
+    """
+    unet, scheduler, _ = _configured(checkpoint)
+    if isinstance(unet, GaussianDenoiser):
+        return Denoiser(unet, scheduler.process, "eps").eval(), scheduler.process
+    where, weights = url_of(checkpoint, checkpoint.weights), _weights(checkpoint, checkpoint.weights)
+    for name, w in weights.items():
+        if w.dtype not in FLOATS or not torch.isfinite(w.float()).all():
+            raise CheckpointError(f"{where}: {name} ({w.dtype}) holds other things than finite numbers: save it again")
+    try:  # first without memory for what the config claims
+        unet.load_state_dict({name: w.to("meta") for name, w in weights.items()})
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{where} does not fit the config.json beside it, or one of the two is damaged: {error}"
+        ) from error
+    unet.to_empty(device="cpu").load_state_dict(weights)
+    return Denoiser(unet, scheduler.process, scheduler.prediction).eval(), scheduler.process
+
+
+def export(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes what diffusers reads of a checkpoint to a local folder, without the state of the training.
+
+    `DDPMPipeline.from_pretrained` and `open_folder` open it. Raises CheckpointError where bytes are damaged.
+    """
+    for name in (INDEX, *EVALUATED):
+        if name == INDEX:
+            content = _index()
+        elif name == WEIGHTS and checkpoint.weights.endswith(".json"):
+            content = _tensors(_weights(checkpoint, checkpoint.weights))
+        else:
+            content = read_file(checkpoint, checkpoint.weights if name == WEIGHTS else name)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def process_of(checkpoint: Checkpoint) -> Process:
+    """The process alone, from the config files. Raises CheckpointError as `load` does."""
+    return _configured(checkpoint)[1].process
+
+
+def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """(EMA weights, training state, progress), to resume from. Raises CheckpointError where bytes are damaged."""
+    progress = read_object(read_file(checkpoint, PROGRESS), url_of(checkpoint, PROGRESS))
+    return _weights(checkpoint, WEIGHTS), _weights(checkpoint, STATE), progress
+
+
+def _index() -> bytes:
+    return _json(
+        {
+            "_class_name": "DDPMPipeline",
+            "_diffusers_version": VERSION,
+            "scheduler": ["diffusers", "DDPMScheduler"],
+            "unet": ["diffusers", "UNet2DModel"],
+        }
+    )
+
+
+def _configured(checkpoint: Checkpoint) -> tuple[nn.Module, Scheduler, tuple[int, int, int]]:
+    """(network, scheduler, image shape) of the config files. A U-Net is on the meta device: without memory."""
+    config, where = read_object(read_file(checkpoint, UNET), url_of(checkpoint, UNET)), url_of(checkpoint, UNET)
+    if config.get("_class_name") == "GaussianDenoiser":  # the canary's
+        shape, beside = _meant(where, read_gaussian, config), url_of(checkpoint, SCHEDULER)
+        scheduler = _meant(beside, read_scheduler, read_object(read_file(checkpoint, SCHEDULER), beside))
+        return GaussianDenoiser(config, scheduler.process), scheduler, shape
+    shape = _meant(where, read_network, config)
+    try:
+        with torch.device("meta"):
+            unet = UNet(config)
+    except (ValueError, RuntimeError, ArithmeticError) as error:
+        raise CheckpointError(f"{where} does not describe a network that can be built here: {error}") from error
+    where = url_of(checkpoint, SCHEDULER)
+    scheduler = _meant(where, read_scheduler, read_object(read_file(checkpoint, SCHEDULER), where))
+    if (config["out_channels"] == 2 * config["in_channels"]) != scheduler.process.learned:
+        raise CheckpointError(
+            f"{where}: the variance is {scheduler.process.variance}, but the network beside it has out_channels "
+            f"{config['out_channels']} for in_channels {config['in_channels']}: a learned variance takes twice as "
+            "many, a fixed one as many"
+        )
+    return unet, scheduler, shape
+
+
+def _meant(where: str, read: Callable[[dict[str, Any]], R], content: dict[str, Any]) -> R:
+    try:
+        return read(content)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _beside(part: str, name: str, parts: dict[str, list[str]]) -> str:
+    """Where diffusers looks for a file of `part`: in the folder of that name, or in the root if there is none."""
+    return f"{part}/{name}" if part in parts else name
+
+
+def _named(root: str, inside: list[str]) -> str:
+    """Which of the files in a network's folder holds its weights, or is the index of those that do; the usual name
+    where there is none. The weights themselves go before variants of them."""
+    usual = PurePosixPath(WEIGHTS).name
+    whole = [name for name in (usual, f"{usual}.index.json") if name in inside]
+    variants = [name for name in inside if NAMED.fullmatch(name)]
+    if not whole and len(variants) > 1:
+        raise CheckpointError(f"{root} holds several variants of its weights, {', '.join(variants)}: leave one there")
+    return [*whole, *variants, usual][0]
+
+
+def _shards(index: bytes, where: str) -> dict[str, str]:
+    """The file of each tensor, by an index of several files with weights. Raises CheckpointError."""
+    found = read_object(index, where).get("weight_map")
+    files = list(found.values()) if isinstance(found, dict) else []
+    if not files or not all(isinstance(f, str) and f.endswith(SAFE) and PurePosixPath(f).name == f for f in files):
+        raise CheckpointError(f"{where} is damaged: weight_map does not name a file beside it for each of the weights")
+    return dict(found or {})
+
+
+def _advice(there: set[str]) -> str:
+    if pickles := sorted(name for name in there if name.endswith(PICKLES)):
+        return (
+            f"{', '.join(pickles)} may be weights as a pickle, which can run code and is not opened here; where you "
+            "trust it, open it with diffusers and write pipeline.save_pretrained(folder, safe_serialization=True)"
+        )
+    return (
+        f"it holds {sorted(there)[:10]}; give a folder of pipeline.save_pretrained(folder, safe_serialization=True), "
+        "or one of step-... with a manifest.json"
+    )
+
+
+def _weights(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    content, where = read_file(checkpoint, name), url_of(checkpoint, name)
+    if name.endswith(".json"):
+        return _joined(checkpoint, _shards(content, where), where)
+    if content.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{where} is a pointer of Git LFS in the place of the weights: run git lfs pull there")
+    try:
+        return dict(safetensors.torch.load(content))
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{where} is damaged: it is not safetensors ({error}); restore or save it again"
+        ) from error
+
+
+def _joined(checkpoint: Checkpoint, files: Mapping[str, str], where: str) -> dict[str, Tensor]:
+    """Weights from several files, each of which holds what the index at `where` says."""
+    weights: dict[str, Tensor] = {}
+    for file in sorted(set(files.values())):
+        found = _weights(checkpoint, file)
+        if wrong := sorted(found.keys() ^ {name for name, of in files.items() if of == file}):
+            raise CheckpointError(
+                f"{url_of(checkpoint, file)} does not hold what {where} says: they differ in {', '.join(wrong[:3])}"
+                f"{', ...' * (len(wrong) > 3)}. Download or save the folder again"
+            )
+        weights |= found
+    return weights
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})

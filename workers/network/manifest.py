@@ -1,0 +1,254 @@
+"""What a checkpoint consists of, by its manifest of sha256 sums: without torch.
+
+A checkpoint is a folder that commits by its manifest, which is written last; `checkpoint` writes and loads it.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+from typing import Any
+
+from workers import seals
+from workers.config import Mistake
+from workers.identity import digest
+from workers.storage import Storage
+
+UNET, WEIGHTS = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
+SCHEDULER, INDEX, MANIFEST = "scheduler/scheduler_config.json", "model_index.json", "manifest.json"
+STATE, PROGRESS, JOURNAL = "state/training.safetensors", "state/progress.json", "state/journal.jsonl"
+AVERAGES, SAFE = "averages/", ".safetensors"
+EVALUATED = (UNET, WEIGHTS, SCHEDULER)  # what an evaluation reads
+MOST_JSON = 2**26  # bytes
+
+
+class CheckpointError(Mistake):
+    """A checkpoint is incomplete, its bytes are not those that were written, or it is of another kind of model."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: all that another process needs to load it, and to notice that it changed.
+
+    `digest` addresses what an evaluation sees: weights, network and process. The same files have the same digest
+    wherever they lie.
+    """
+
+    root: str  # of the storage
+    path: str  # relative to the root; empty where the root is the checkpoint's folder
+    step: int | None  # None where a folder that we did not write does not say
+    digest: str
+    sums: tuple[tuple[str, str], ...]  # (file below path, sha256 in hex), of every file that is read
+    weights: str = WEIGHTS  # the file that is loaded, or the index of several
+    kept: bool = field(default=False, compare=False)  # whether a row of a sweep asks for it
+
+    @property
+    def url(self) -> str:
+        """Where a person finds it."""
+        return Storage(self.root).url(self.path)
+
+
+def step_name(step: int) -> str:
+    """The name of a checkpoint's folder; names sort as steps do."""
+    return f"step-{step:08}"
+
+
+def newest(storage: Storage, folder: str, up_to: int | None = None) -> Checkpoint | None:
+    """The complete checkpoint of the highest step in `folder`, or of the highest `up_to` a step.
+
+    One without a manifest does not count.
+
+    Raises CheckpointError where its manifest is damaged.
+    """
+    for name in reversed(storage.list(folder)):
+        if up_to is not None and name > step_name(up_to):
+            continue
+        if found := _committed_or_gone(storage, f"{folder}/{name}"):
+            return found
+    return None
+
+
+def at_step(storage: Storage, folder: str, step: int) -> Checkpoint | None:
+    """The complete checkpoint of that step; None where there is none. Raises CheckpointError as `newest` does."""
+    return _committed_or_gone(storage, f"{folder}/{step_name(step)}")
+
+
+def _committed_or_gone(storage: Storage, path: str) -> Checkpoint | None:
+    if not storage.exists(f"{path}/{MANIFEST}"):
+        return None
+    try:
+        return committed(storage, path)
+    except CheckpointError:
+        if storage.exists(f"{path}/{MANIFEST}"):
+            raise
+        return None  # the training went on to another one, and removed this
+
+
+def write_manifest(storage: Storage, path: str, step: int, sums: Mapping[str, str], kept: bool) -> None:
+    """Commits the checkpoint. The manifest's seal is of no place: a folder may be moved."""
+    content = seals.seal_json({"step": step, "sha256": dict(sums), "kept": kept}, MANIFEST)
+    storage.write(f"{path}/{MANIFEST}", (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+
+def is_kept(storage: Storage, path: str) -> bool:
+    """Whether a row of a sweep asks for the checkpoint, or nobody can say; a folder without a manifest is none."""
+    if not storage.exists(f"{path}/{MANIFEST}"):
+        return False
+    try:
+        return bool(_read_manifest(storage, path).get("kept"))
+    except CheckpointError:  # whoever needs it is told
+        return True
+
+
+def keep(storage: Storage, checkpoint: Checkpoint) -> None:
+    """From here on the checkpoint stays, however far its trial is trained."""
+    if not checkpoint.kept:
+        assert checkpoint.step is not None
+        write_manifest(storage, checkpoint.path, checkpoint.step, dict(checkpoint.sums), kept=True)
+
+
+def averaged(checkpoint: Checkpoint, ema: float | None) -> Checkpoint:
+    """The same checkpoint with another of its averages to be loaded: another model, with a digest of its own.
+
+    None is the average that the checkpoint was written for. Raises CheckpointError where it holds no such average.
+    """
+    if ema is None:
+        return checkpoint
+    sums = dict(checkpoint.sums)
+    if average_name(ema) not in sums:
+        held = ", ".join(name.removeprefix(AVERAGES).removesuffix(SAFE) for name in sums if name.startswith(AVERAGES))
+        raise CheckpointError(f"{checkpoint.url} holds no average of evaluation.ema = {ema}; it has {held or 'none'}")
+    files = {name: sums[find_name(sums, name)] for name in EVALUATED} | {WEIGHTS: sums[average_name(ema)]}
+    return replace(checkpoint, digest=digest(files), weights=average_name(ema))
+
+
+def models(checkpoint: Checkpoint) -> list[Checkpoint]:
+    """The checkpoint, and what each of its averages makes of it."""
+    kept = [name.removeprefix(AVERAGES) for name, _ in checkpoint.sums if name.startswith(AVERAGES)]
+    return [checkpoint, *(averaged(checkpoint, float(name.removesuffix(SAFE))) for name in kept)]
+
+
+def average_name(decay: float) -> str:
+    return f"{AVERAGES}{decay}{SAFE}"
+
+
+def check_average_name(name: str) -> str:
+    """The name of an average's file, which a manifest gives. Raises ValueError where it is that of anything else."""
+    if name != average_name(float(name.removeprefix(AVERAGES).removesuffix(SAFE))):
+        raise ValueError(f"{name!r} is no average")
+    return name
+
+
+def load_journal(checkpoint: Checkpoint) -> bytes | None:
+    """The trial's journal as it was at this step; None where the checkpoint is of a version that kept none.
+
+    Raises CheckpointError where it is damaged.
+    """
+    return read_file(checkpoint, JOURNAL) if JOURNAL in dict(checkpoint.sums) else None
+
+
+def committed(storage: Storage, path: str) -> Checkpoint:
+    """The checkpoint of ours at `path`, from its manifest. Raises CheckpointError."""
+    manifest = _read_manifest(storage, path)
+    try:
+        given = manifest["sha256"]
+        sums = {name: str(given[name]) for name in (INDEX, *EVALUATED, STATE, PROGRESS)}
+        more = {check_average_name(name): str(sha) for name, sha in given.items() if name.startswith(AVERAGES)}
+        more |= {JOURNAL: str(given[JOURNAL])} if JOURNAL in given else {}
+        return make_checkpoint(
+            storage.root, path, int(manifest["step"]), sums | more, kept=manifest.get("kept") is True
+        )
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise _damaged(storage, path, error) from error
+
+
+def _read_manifest(storage: Storage, path: str) -> dict[str, Any]:
+    where = join(path, MANIFEST)
+    content = read_bytes(storage, where)
+    try:
+        return read_object(content, storage.url(where)) if _is_unsealed(content) else seals.open_json(content, MANIFEST)
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise _damaged(storage, path, error) from error
+
+
+def _damaged(storage: Storage, path: str, error: Exception) -> CheckpointError:
+    where = storage.url(join(path, MANIFEST))
+    return CheckpointError(f"{where} is damaged ({error}): restore or delete the folder")
+
+
+def _is_unsealed(manifest: bytes) -> bool:
+    """Whether it is one of a version that did not seal it."""
+    try:
+        return set(json.loads(manifest)) == {"step", "sha256"}
+    except (ValueError, RecursionError, TypeError):
+        return False
+
+
+def make_checkpoint(
+    root: str, path: str, step: int | None, sums: dict[str, str], weights: str = WEIGHTS, *, kept: bool = False
+) -> Checkpoint:
+    files = {name: sums[find_name(sums, weights if name == WEIGHTS else name)] for name in EVALUATED}
+    if weights.endswith(".json"):
+        files |= {PurePosixPath(name).name: sha for name, sha in sums.items() if name.endswith(SAFE)}
+    return Checkpoint(root, path, step, digest(files), tuple(sorted(sums.items())), weights, kept)
+
+
+def read_file(checkpoint: Checkpoint, name: str) -> bytes:
+    """A file's content, checked against its sum before anything is made of it."""
+    sums = dict(checkpoint.sums)
+    content = read_bytes(Storage(checkpoint.root), join(checkpoint.path, find_name(sums, name)))
+    if sha256_of(content) != sums[find_name(sums, name)]:
+        raise CheckpointError(
+            f"{url_of(checkpoint, name)} is damaged: its sha256 differs from "
+            + (
+                "that of the moment it was opened; run the command again when nothing writes to it"
+                if checkpoint.step is None
+                else "the manifest's; restore the file, or delete the folder and train again"
+            )
+        )
+    return content
+
+
+def find_name(names: Iterable[str], name: str) -> str:
+    """Which of `names` is our `name`; of diffusers' layouts, some have the same files without folders."""
+    [found] = [n for n in names if PurePosixPath(n).name == PurePosixPath(name).name]
+    return found
+
+
+def url_of(checkpoint: Checkpoint, name: str) -> str:
+    return f"{checkpoint.url}/{find_name(dict(checkpoint.sums), name)}"
+
+
+def join(path: str, name: str) -> str:
+    return f"{path}/{name}" if path else name
+
+
+def read_bytes(storage: Storage, path: str) -> bytes:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    most = MOST_JSON if path.endswith(".json") else memory // 2
+    try:
+        if (size := storage.size(path)) > most:
+            raise CheckpointError(
+                f"{storage.url(path)} has {size:,} bytes, more than the {most:,} that can be read here"
+            )
+        return storage.read(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{storage.url(path)} is missing: restore it, or delete the folder") from error
+    except OSError as error:
+        raise CheckpointError(f"{storage.url(path)} cannot be read: {error}") from error
+
+
+def read_object(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is damaged: it is not JSON ({error}); restore or delete the folder") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{where} is damaged: it holds no JSON object; restore or delete the folder")
+    return found
+
+
+def sha256_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

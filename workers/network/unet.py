@@ -1,0 +1,336 @@
+"""eps_theta(x_t, t): the U-Net of Ho et al. 2020, appendix B, under diffusers' parameter names.
+
+The modules are named and shaped as in diffusers' UNet2DModel, so that one set of weights opens in both; what they
+compute is the same, how they compute it is not: see `Dropout`, `GroupNorm`, `Attention` and `UNet.forward`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from workers.network.unet_config import DEFAULTS
+from workers.shapes import NCHW, Heads
+
+Timed = Float[Tensor, "n time"]  # what the network makes of t
+Wider = Float[Tensor, "n out h w"]
+Resized = Float[Tensor, "n c height width"]
+Steps = Shaped[Tensor, "n"]  # t - 1, in whole numbers or between them
+
+# Fields of the config that are built here in more than one way. Every other field must have diffusers' default.
+BUILT = {
+    "sample_size",
+    "in_channels",
+    "out_channels",
+    "freq_shift",
+    "flip_sin_to_cos",
+    "down_block_types",
+    "up_block_types",
+    "block_out_channels",
+    "layers_per_block",
+    "downsample_padding",
+    "dropout",
+    "attention_head_dim",
+    "norm_num_groups",
+    "norm_eps",
+}
+DOWN = {"DownBlock2D": False, "AttnDownBlock2D": True}  # name -> whether it has attention
+UP = {"UpBlock2D": False, "AttnUpBlock2D": True}
+
+
+def checked(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with diffusers' default for each field left out; ValueError naming every field not supported here."""
+    full = {**DEFAULTS, **{name: value for name, value in config.items() if not name.startswith("_")}}
+    mistakes = [
+        f"{name}: {value!r} is not supported" + (f"; only {DEFAULTS[name]!r} is" if name in DEFAULTS else "")
+        for name, value in full.items()
+        if name not in BUILT and (name not in DEFAULTS or value != DEFAULTS[name])
+    ]
+    for field, known in (("down_block_types", DOWN), ("up_block_types", UP)):
+        mistakes += [
+            f"{field}: {kind!r} is not supported; choose from {list(known)}"
+            for kind in full[field]
+            if kind not in known
+        ]
+        if len(full[field]) != len(full["block_out_channels"]):
+            mistakes.append(f"{field}: {full[field]!r} must have a block for each of block_out_channels")
+    if full["downsample_padding"] not in (0, 1):
+        mistakes.append(f"downsample_padding: {full['downsample_padding']!r} is not supported; choose from [0, 1]")
+    for width in full["block_out_channels"]:
+        if width % full["norm_num_groups"]:
+            mistakes.append(f"norm_num_groups: {full['norm_num_groups']} must divide the block_out_channels {width}")
+        if width % (full["attention_head_dim"] or width):
+            mistakes.append(
+                f"attention_head_dim: {full['attention_head_dim']} must divide the block_out_channels {width}"
+            )
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    return full
+
+
+class Dropout(nn.Module):
+    """Dropout whose masks have addresses: drawn from generators handed over, never from the global one.
+
+    With k generators the batch is k equal sub-batches in order, and the mask of the j-th comes from the j-th
+    generator: however sub-batches are spread over workers, each meets the same mask. p is kept to 1/65536.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.generators: Sequence[torch.Generator] | None = None
+
+    def forward(self, x: NCHW) -> NCHW:
+        if not self.training or self.p == 0:
+            return x
+        assert self.generators, "dropout in training needs UNet.set_noise(generators)"
+        N, C, H, W = x.shape
+        assert N % len(self.generators) == 0, f"a batch of {N} is not {len(self.generators)} equal sub-batches"
+        # 16 random bits an element, four from each draw: on a CPU bernoulli_ takes three times as long, which is a
+        # tenth of a training step. The order is NHWC, that of the memory.
+        n, dropped = x.numel() // len(self.generators), round(self.p * 65536)
+        words = torch.empty(len(self.generators), -(-n // 4), dtype=torch.int64, device=x.device)
+        for row, generator in zip(words, self.generators, strict=True):
+            row.random_(-(2**63), None, generator=generator)
+        bits = words.view(torch.int16)[:, :n].reshape(N, H, W, C).permute(0, 3, 1, 2)
+        kept = bits.ge_(dropped - 32768).to(x.dtype)
+        return (x * kept) * (65536 / (65536 - dropped))  # the factor apart: bfloat16 would round it in `kept`
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm in the dtype of its weights, float32, under autocast too, as CUDA's autocast has it.
+
+    The CPU's kernel for bfloat16 in channels_last takes a quarter of a training step; the casts cost less.
+    """
+
+    def forward(self, x: NCHW) -> NCHW:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(dropout(silu(norm(conv(silu(norm(x))) + time)))), with a 1x1 convolution of x where widths differ."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: dict[str, Any]) -> None:
+        super().__init__()
+        groups, eps = config["norm_num_groups"], config["norm_eps"]
+        self.norm1 = GroupNorm(groups, in_channels, eps=eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(4 * config["block_out_channels"][0], out_channels)
+        self.norm2 = GroupNorm(groups, out_channels, eps=eps)
+        self.dropout = Dropout(config["dropout"])
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: NCHW, time: Timed) -> Wider:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(time)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        y: Tensor = self.conv_shortcut(x) + h
+        return y
+
+
+class Attention(nn.Module):
+    """x + self-attention over the H x W positions of norm(x)."""
+
+    def __init__(self, channels: int, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.heads = channels // (config["attention_head_dim"] or channels)
+        self.group_norm = GroupNorm(config["norm_num_groups"], channels, eps=config["norm_eps"])
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Weights published in 2022, google/ddpm-cifar10-32's among them, have other names for the four layers."""
+        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+            for part in ("weight", "bias"):
+                if f"{prefix}{old}.{part}" in state_dict:
+                    state_dict[f"{prefix}{new}.{part}"] = state_dict.pop(f"{prefix}{old}.{part}")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def forward(self, x: NCHW) -> NCHW:
+        N, C, H, W = x.shape
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (N, HW, C)
+        q, k, v = (
+            to(tokens).view(N, H * W, self.heads, -1).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v)
+        )  # (N, heads, HW, C / heads)
+        # Two plain products: with few tokens the backward pass of scaled_dot_product_attention on a CPU is so slow in
+        # bfloat16 that it takes a third of a small model's training step.
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (N, heads, HW, HW)
+        mixed = (scores.softmax(dim=3) @ v).transpose(1, 2).reshape(N, H * W, C)
+        y: Tensor = x + self.to_out[0](mixed).transpose(1, 2).view(N, C, H, W)
+        return y
+
+
+class Downsample(nn.Module):
+    """H x W -> H/2 x W/2 by a convolution of stride 2; the paper's pads at the right and the bottom (TensorFlow)."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: NCHW) -> Resized:
+        y: Tensor = self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
+        return y
+
+
+class Upsample(nn.Module):
+    """H x W -> 2H x 2W by repeating pixels, and a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: NCHW) -> Resized:
+        y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return y
+
+
+class TimeEmbedding(nn.Module):
+    """The Transformer's sinusoids of t, and two linear layers."""
+
+    def __init__(self, channels: int, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.waves, self.shift, self.cos_first = channels // 2, config["freq_shift"], config["flip_sin_to_cos"]
+        self.linear_1 = nn.Linear(channels, 4 * channels)
+        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
+
+    def forward(self, t: Steps) -> Timed:
+        index = torch.arange(self.waves, dtype=torch.float32, device=t.device)
+        angle = t[:, None].float() * torch.exp(-math.log(10000) / (self.waves - self.shift) * index)
+        waves = (angle.cos(), angle.sin()) if self.cos_first else (angle.sin(), angle.cos())
+        y: Tensor = self.linear_2(F.silu(self.linear_1(torch.cat(waves, dim=1))))
+        return y
+
+
+class Down(nn.Module):
+    """The blocks of one resolution on the way down. Pushes what they and the downsampling give onto `skips`."""
+
+    def __init__(self, widths: Sequence[tuple[int, int]], attends: bool, last: bool, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(i, o, config) for i, o in widths)
+        self.attentions = nn.ModuleList(Attention(o, config) if attends else nn.Identity() for _, o in widths)
+        resize = [] if last else [Downsample(widths[-1][1], config["downsample_padding"])]
+        self.downsamplers = nn.ModuleList(resize)
+
+    def forward(self, h: NCHW, time: Timed, skips: list[Tensor]) -> Float[Tensor, "n out height width"]:
+        for block, attention in zip(self.resnets, self.attentions, strict=True):
+            h = attention(block(h, time))
+            skips.append(h)
+        for downsample in self.downsamplers:
+            h = downsample(h)
+            skips.append(h)
+        return h
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the lowest resolution."""
+
+    def __init__(self, width: int, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(width, width, config) for _ in range(2))
+        self.attentions = nn.ModuleList([Attention(width, config)])
+
+    def forward(self, h: NCHW, time: Timed) -> NCHW:
+        y: Tensor = self.resnets[1](self.attentions[0](self.resnets[0](h, time)), time)
+        return y
+
+
+class Up(nn.Module):
+    """The blocks of one resolution on the way up. Each takes its part of the way down off `skips`."""
+
+    def __init__(self, widths: Sequence[tuple[int, int]], attends: bool, last: bool, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(i, o, config) for i, o in widths)
+        self.attentions = nn.ModuleList(Attention(o, config) if attends else nn.Identity() for _, o in widths)
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(widths[-1][1])])
+
+    def forward(self, h: NCHW, time: Timed, skips: list[Tensor]) -> Float[Tensor, "n out height width"]:
+        for block, attention in zip(self.resnets, self.attentions, strict=True):
+            h = attention(block(torch.cat([h, skips.pop()], dim=1), time))
+        for upsample in self.upsamplers:
+            h = upsample(h)
+        return h
+
+
+class UNet(nn.Module):
+    """eps_theta, built from the config.json of a diffusers UNet2DModel (see `unet_config`).
+
+    The state dict has diffusers' names and shapes, and equal weights give equal outputs. Initial weights come from
+    `generator` (None: torch's global one) and are the paper's: the last convolution of each residual block, the
+    projection out of each attention, and the last convolution of all are zero, so that every block begins as the
+    identity and eps_theta as 0. Raises ValueError for a config that asks for what is not built here.
+    """
+
+    def __init__(self, config: dict[str, Any], generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        c = checked(config)
+        widths, blocks, final = c["block_out_channels"], c["layers_per_block"], len(c["block_out_channels"]) - 1
+        self.config = dict(config)
+        self.conv_in = nn.Conv2d(c["in_channels"], widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(widths[0], c)
+
+        # `skips` holds the widths of what forward() pushes on the way down and pops on the way up.
+        width, skips = widths[0], [widths[0]]
+        self.down_blocks = nn.ModuleList()
+        for level, kind in enumerate(c["down_block_types"]):
+            out, last = widths[level], level == final
+            shapes = [(width if j == 0 else out, out) for j in range(blocks)]
+            self.down_blocks.append(Down(shapes, DOWN[kind], last, c))
+            skips += [out] * (blocks if last else blocks + 1)
+            width = out
+
+        self.mid_block = Middle(width, c)
+
+        self.up_blocks = nn.ModuleList()
+        for level, kind in zip(reversed(range(final + 1)), c["up_block_types"], strict=True):
+            out = widths[level]
+            shapes = [((width if j == 0 else out) + skips.pop(), out) for j in range(blocks + 1)]
+            self.up_blocks.append(Up(shapes, UP[kind], level == 0, c))
+            width = out
+        assert not skips
+
+        self.conv_norm_out = GroupNorm(c["norm_num_groups"], widths[0], eps=c["norm_eps"])
+        self.conv_out = nn.Conv2d(widths[0], c["out_channels"], 3, padding=1)
+        self._initialise(generator)
+
+    @torch.no_grad()
+    def _initialise(self, generator: torch.Generator | None) -> None:
+        """The paper's initial weights: uniform with variance 1 / mean(fan in, fan out), biases 0, last layers 0."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+                if name.endswith(("conv2", "to_out.0", "conv_out")):
+                    nn.init.zeros_(module.weight)
+                else:
+                    nn.init.xavier_uniform_(module.weight, generator=generator)
+
+    def set_noise(self, generators: Sequence[torch.Generator] | None) -> None:
+        """Hand over the generators of the dropout masks, one a sub-batch, for the training steps that follow."""
+        for module in self.modules():
+            if isinstance(module, Dropout):
+                module.generators = generators
+
+    def forward(self, x: NCHW, t: Steps) -> Heads:
+        """t is counted from 0: the paper's t - 1.
+
+        The sinusoids are smooth in t, so that times between those of the training are asked for as any other.
+        """
+        time = F.silu(self.time_embedding(t))  # every block begins with the same SiLU of it
+        # In channels_last a convolution on a CPU with AMX takes half the time in bfloat16, four fifths in float32.
+        h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        skips = [h]
+        for level in self.down_blocks:
+            h = level(h, time, skips)
+        h = self.mid_block(h, time)
+        for level in self.up_blocks:
+            h = level(h, time, skips)
+        y: Tensor = self.conv_out(F.silu(self.conv_norm_out(h)))
+        return y.contiguous()

@@ -1,0 +1,149 @@
+"""The shape of eps_theta as data: from our `ModelConfig` to the config.json of diffusers' UNet2DModel.
+
+Pure Python, so that an experiment file can be checked, and its mistakes told, without importing torch.
+"""
+
+from typing import Any
+
+from workers.config import ModelConfig
+
+# The fields of UNet2DModel's config.json with the values it takes for a field that is left out.
+DEFAULTS: dict[str, Any] = {
+    "sample_size": None,
+    "in_channels": 3,
+    "out_channels": 3,
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [224, 448, 672, 896],
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "downsample_padding": 1,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "dropout": 0.0,
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "attn_norm_num_groups": None,
+    "norm_eps": 1e-5,
+    "resnet_time_scale_shift": "default",
+    "add_attention": True,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "num_train_timesteps": None,
+}
+MOST_WEIGHTS = 20e9  # 80 GB in float32, and four times that in training
+
+
+def norm_groups(model: ModelConfig) -> int:
+    """Groups of the group norms: `model.norm_groups`, but at least 4 channels a group, as in the paper (128 in 32).
+
+    A group of one channel would subtract the time embedding, which is constant over the image, right after it is
+    added: the network would not know t.
+    """
+    return max(1, min(model.norm_groups, model.channels // 4))
+
+
+def unet_mistakes(model: ModelConfig, *, resolution: int) -> list[str]:
+    """What keeps `model` from being built for resolution x resolution images, and what to do; empty if nothing does."""
+    mistakes = []
+    groups, levels = norm_groups(model), len(model.multipliers)
+    if model.channels < 4 or model.channels % 2:
+        mistakes.append(
+            f"model.channels: {model.channels} must be even and at least 4, "
+            "as the time embedding is half sines and half cosines"
+        )
+    elif model.channels % groups:
+        below = model.channels // groups * groups
+        mistakes.append(
+            f"model.channels: {model.channels} cannot be split into {groups} equal groups for the group norms; "
+            f"take {below} or {below + groups} channels, or another model.norm_groups"
+        )
+    if any(multiplier < 1 for multiplier in model.multipliers):
+        mistakes.append(f"model.multipliers: {list(model.multipliers)} must all be at least 1")
+    halvings = levels - 1
+    if resolution % 2**halvings:
+        most = (resolution & -resolution).bit_length()
+        below = resolution - resolution % 2**halvings
+        sizes = [size for size in (below, below + 2**halvings) if size > 0]
+        mistakes.append(
+            f"model.multipliers: {levels} levels halve the image {halvings} times, but {resolution} pixels can be "
+            f"halved only {most - 1} times; take at most {most} multipliers, "
+            f"or data.resolution: {' or '.join(map(str, sizes))}"
+        )
+    else:
+        present = [resolution >> level for level in range(levels)]
+        absent = [size for size in model.attention if size not in present]
+        if absent:
+            mistakes.append(
+                f"model.attention: {absent} is at none of the network's resolutions; "
+                f"choose from {present}, or [] for attention in the middle only"
+            )
+    if not mistakes and (n := weights(model, resolution=resolution)) > MOST_WEIGHTS:
+        mistakes.append(
+            f"model: channels {model.channels}, multipliers {list(model.multipliers)} and blocks {model.blocks} make "
+            f"about {n:.2g} weights, more than {MOST_WEIGHTS:.2g}; take fewer"
+        )
+    return mistakes
+
+
+def weights(model: ModelConfig, *, resolution: int) -> int:
+    """How many weights the matrices and kernels of the network have: all but some in a thousand."""
+    c, levels = model.channels, len(model.multipliers)
+    widths = [c * multiplier for multiplier in model.multipliers]
+    attends = [resolution >> level in model.attention for level in range(levels)]
+
+    def block(before: int, width: int) -> int:
+        return 9 * width * (before + width) + 4 * c * width + before * width * (before != width)
+
+    total, before, skips = 4 * c * c + 16 * c * c, c, [c]
+    for level, width in enumerate(widths):
+        last = level == levels - 1
+        total += sum(block(before if k == 0 else width, width) for k in range(model.blocks))
+        total += 4 * width**2 * model.blocks * attends[level] + 9 * width**2 * (not last)
+        skips += [width] * (model.blocks + (not last))
+        before = width
+    total += 2 * block(before, before) + 4 * before**2
+    for level in reversed(range(levels)):
+        width = widths[level]
+        total += sum(block((before if k == 0 else width) + skips.pop(), width) for k in range(model.blocks + 1))
+        total += 4 * width**2 * (model.blocks + 1) * attends[level] + 9 * width**2 * (level > 0)
+        before = width
+    return total
+
+
+def unet_config(model: ModelConfig, *, image_channels: int, resolution: int, learned: bool = False) -> dict[str, Any]:
+    """The config.json of the UNet2DModel that `model` means for resolution x resolution images.
+
+    With a `learned` variance the last convolution has twice the channels: the second head is its second half.
+
+    `ModelConfig()` with 3 channels at 32 x 32 gives google/ddpm-cifar10-32 (Ho et al. 2020, appendix B). Raises
+    ValueError with all that `unet_mistakes` finds.
+    """
+    if mistakes := unet_mistakes(model, resolution=resolution):
+        raise ValueError("\n".join(mistakes))
+    attends = [resolution >> level in model.attention for level in range(len(model.multipliers))]
+    return {
+        "_class_name": "UNet2DModel",
+        **DEFAULTS,
+        "sample_size": resolution,
+        "in_channels": image_channels,
+        "out_channels": image_channels * (1 + learned),
+        "freq_shift": 1,
+        "flip_sin_to_cos": False,
+        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "block_out_channels": [model.channels * multiplier for multiplier in model.multipliers],
+        "layers_per_block": model.blocks,
+        "downsample_padding": 0,
+        "dropout": model.dropout,
+        "attention_head_dim": None,  # one head of the full width
+        "norm_num_groups": norm_groups(model),
+        "norm_eps": 1e-6,
+    }

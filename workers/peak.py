@@ -1,0 +1,98 @@
+"""The share of its device's peak that training reaches: what is counted and measured for it.
+
+A training step's operations are 3 times those of a forward pass: the backward makes the gradients of the weights and
+of the activations, each as much work. The peak is what the device's own matrix product does in the precision of the
+training. It is measured once for each kind of hardware, precision and number of threads, before a first training step,
+and kept in the storage beside the speeds.
+"""
+
+import json
+import math
+import socket
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from workers.identity import digest
+from workers.layout import peak_file
+from workers.network.unet import UNet
+from workers.noise import generator
+from workers.speed import hardware
+from workers.storage import Storage
+
+MEASURED_S = 0.3  # a product that is cut off by a neighbour is slower, so the fastest of many counts
+SIDE = {"cpu": 512, "cuda": 8192}  # of the square matrices: 2 x 512^3 operations take a core some milliseconds
+TF32 = "tf32"  # what PyTorch's convolutions use for float32 on a GPU, unless told not to
+
+
+def peak_of_training(
+    storage: Storage, config: dict[str, Any], autocast: AbstractContextManager[Any], device: torch.device, workers: int
+) -> dict[str, Any]:
+    """What the share of the peak is computed from (`orchestrator.state.rows.Row.of_peak`), in plain types.
+
+    `config` is the network's, `autocast` the context that training runs in, `workers` the number of its devices.
+    """
+    with autocast:
+        dtype = (torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)).dtype
+    allowed = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    precision = TF32 if dtype == torch.float32 and allowed else str(dtype).removeprefix("torch.")
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    path = peak_file(digest([hardware(device), precision, threads]))
+    known = storage.read_sealed(path, "it is measured again")
+    if known is None:
+        found = {
+            "hardware": hardware(device),
+            "precision": precision,
+            "threads": threads,
+            "flops_per_s": matrix_product_flops_per_s(device, dtype, precision == TF32),
+            "host": socket.gethostname(),
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        known = storage.read_sealed(path)  # of two that measured at once, the first counts for both
+        if known is None:
+            storage.write_sealed(path, known := found)
+    of_device = {name: known[name] for name in ("hardware", "precision", "threads", "flops_per_s")}
+    return {**of_device, "workers": workers, "flops_per_image": training_flops(json.dumps(config))}
+
+
+@lru_cache
+def training_flops(config: str) -> int:
+    """The operations of a training step per image, an addition and a multiplication being two.
+
+    `config` is the network's config.json. The network is built without memory, so that nothing is computed and no
+    random number is drawn.
+    """
+    c = json.loads(config)
+    with torch.device("meta"), torch.no_grad():
+        network = UNet(c).eval()
+        with FlopCounterMode(display=False) as counted:
+            network(torch.zeros(1, c["in_channels"], c["sample_size"], c["sample_size"]), torch.zeros(1))
+    return 3 * int(counted.get_total_flops())
+
+
+def matrix_product_flops_per_s(device: torch.device, dtype: torch.dtype, tf32: bool) -> float:
+    """The fastest of the products of two square matrices that `MEASURED_S` has time for, after one to warm up."""
+    side = SIDE[device.type] * (math.isqrt(torch.get_num_threads()) if device.type == "cpu" else 1)
+    a = torch.rand(side, side, generator=generator(0)).to(device, dtype)
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
+    try:
+        _seconds(lambda: a @ a, device)
+        ends, fastest = time.monotonic() + MEASURED_S, math.inf
+        while fastest == math.inf or time.monotonic() < ends:
+            fastest = min(fastest, _seconds(lambda: a @ a, device))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    return 2 * side**3 / fastest
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
