@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.tracking import models
 from orchestrator.tracking.glance import sees_all
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 SWEEP = "sweep"  # what stands for a row at the parent run
 OWN = "mlflow.db"  # the key, among places, of the database in the storage
 ROW, STORAGE = "orchestrator.row", "orchestrator.storage"
+PAUSE = 20  # so many times as long as what takes the longer the more runs there are, is the pause after it
 VIEW = "mlflow.sharedViewState."  # begins the name of a view's tag
 
 
@@ -78,7 +79,7 @@ class Catalogue:
         self._lost: list[str] = []  # what MLflow had and has no more, until it is said
         self.is_changed = False  # whether the map of runs differs from the one in the storage
         self._is_listed = False
-        self._saved_at = 0.0
+        self._saved_at = self._save_pause_s = 0.0  # when the map was written, and how long not again
 
     def is_open(self, row_id: str) -> bool:
         """Whether the run of that row is there and was opened by this command. From any thread."""
@@ -124,10 +125,15 @@ class Catalogue:
             self.client.restore_experiment(self.experiment_id)
             self._lost.append("the experiment (it was in its bin)")
 
-    def save(self, now: bool = False) -> None:
-        """Writes the map of runs where it has changed, at most once a second unless `now`: what it lacks is sent again,
-        to no harm."""
-        if self.is_changed and (now or time.monotonic() - self._saved_at > 1):
+    def save(self, when: Literal["now", "often", "now and then"]) -> None:
+        """Writes the map of runs where it has changed. What it lacks is sent again, to no harm.
+
+        That takes the longer the more runs there are: `often` leaves a pause of many times as long, and `now and then`
+        one of a second at least.
+        """
+        began = time.monotonic()
+        pause_s = {"now": 0.0, "often": self._save_pause_s, "now and then": max(1.0, self._save_pause_s)}[when]
+        if self.is_changed and began >= self._saved_at + pause_s:
             state = self.storage.read_sealed(self._state_path) or {}
             state[self._state_key] = {
                 row_id: {"run_id": r.run_id, "lines": r.lines, "last": r.last, "artifacts": r.artifacts}
@@ -135,6 +141,7 @@ class Catalogue:
             }
             self.storage.write_sealed(self._state_path, state)
             self.is_changed, self._saved_at = False, time.monotonic()
+            self._save_pause_s = PAUSE * (self._saved_at - began)
 
     def _kept(self) -> dict[str, Run]:
         """What the storage knows of the runs here."""
@@ -187,7 +194,7 @@ class Catalogue:
         made = self.client.create_run(self.experiment_id, start_time=start_ms, tags=tags, run_name=name)
         run = self.runs[row_id] = Run(made.info.run_id, tags=tags)
         self._is_listed = self.is_changed = True
-        self.save(now=True)
+        self.save("often")
         return run
 
     def say_restored(self) -> None:

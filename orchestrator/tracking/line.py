@@ -52,6 +52,20 @@ class CallLine:
         before = self.attempts
         self.wait(lambda: not self._calls or (self.standing and self.attempts > before), timeout_s)
 
+    def wait_while_it_goes(self, silent_s: float) -> None:
+        """Waits as `wait_empty` does, however long it takes, as long as a call gets through every `silent_s`."""
+        done = -1
+        while self._calls and done != self.done and not (done >= 0 and self.standing):
+            if done >= 0:
+                log.warning(
+                    "MLflow at %s takes what is left: %d calls. Interrupting loses nothing; the same command ships "
+                    "the rest",
+                    self._where,
+                    len(self._calls),
+                )
+            done = self.done
+            self.wait_empty(silent_s)
+
     def _work(self) -> None:
         attempts = 0
         while True:

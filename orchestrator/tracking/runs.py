@@ -62,7 +62,8 @@ class SweepRuns:
     _is_open: bool = False
     _opened: set[str] = field(default_factory=set)
     _ended: set[str] = field(default_factory=set)
-    _joined: tuple[int, list[list[RowId]]] | None = None  # of how many trials, and those that differ in the seed alone
+    _joined: list[list[RowId]] = field(default_factory=list)  # rows that differ in the seed alone together
+    _numbers: dict[RowId, tuple[int, int]] = field(default_factory=dict)  # of each row, and of its place in `_joined`
     _standing: dict[str, dict[str, str]] = field(default_factory=dict)  # tags of the opened trials, as told last
 
     @property
@@ -108,9 +109,16 @@ class SweepRuns:
     @property
     def _repetitions(self) -> list[list[RowId]]:
         """The ids of all rows, those that differ in the seed alone together."""
-        if self._joined is None or self._joined[0] != len(self.trials):  # an adaptive search adds to them
-            self._joined = len(self.trials), join_repetitions(self.trials.items())
-        return self._joined[1]
+        if len(self._numbers) != len(self.trials):  # an adaptive search adds to them
+            self._joined = join_repetitions(self.trials.items())
+            hues = {row_id: hue for hue, group in enumerate(self._joined) for row_id in group}
+            self._numbers = {row_id: (number, hues[row_id]) for number, row_id in enumerate(self.trials)}
+        return self._joined
+
+    def _number_and_hue(self, row_id: RowId) -> tuple[int, int]:
+        """The number of a row in the experiment, and that of the rows that it is a repetition of."""
+        assert self._repetitions
+        return self._numbers[row_id]
 
     def trial_went_on(self, row_id: RowId, name: str) -> None:
         """Opens the trial's run the first time; then ships what its journal has got since."""
@@ -129,10 +137,10 @@ class SweepRuns:
         ]  # fmt: skip
         params = _flat(trial.model_dump(mode="json"))
         tags = {**self.tags, "trial.digest": row_id, "data.digest": source.digest}
-        tags[PART] = part(list(self.trials).index(row_id))
+        number, hue = self._number_and_hue(row_id)
+        tags[PART] = part(number)
         if SEED in (variant := self.trials[row_id]).params:
             tags[SETTING] = name_variant(without_seed(variant))
-        hue = next(i for i, group in enumerate(self._repetitions) if row_id in group)
         self._standing[row_id] = {COLOUR: colour(hue)}
         self.tracker.open_trial(row_id, name, params, tags | self._standing[row_id], images)
         self.tracker.log_artifact(row_id, write_yaml(trial.model_dump(mode="json")).encode(), "trial.yaml")
@@ -201,7 +209,7 @@ class SweepRuns:
             self.tracker.log_artifact(None, content, name)
         done = all(row.state in ENDED for row in rows)
         self.tracker.close_sweep("FINISHED" if done else "FAILED", _sweep_note(self.experiment, rows))
-        shipment = self.tracker.flush(FLUSH_S)
+        shipment = self.tracker.flush(FLUSH_S, while_it_goes=True)
         self.left = "" if shipment.complete else str(shipment)
         link = self.tracker.link()
         if shipment.complete:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.tracking import models, views
-from orchestrator.tracking.catalogue import ROW, STORAGE, SWEEP, VIEW, Catalogue, Run
+from orchestrator.tracking.catalogue import PAUSE, ROW, STORAGE, SWEEP, VIEW, Catalogue, Run
 from orchestrator.tracking.line import CallLine
 from orchestrator.tracking.models import Candidate
 from orchestrator.tracking.shipment import Opening, Status
@@ -51,6 +51,7 @@ class Shipper:
         self.description = ""
         self.openings: dict[str, Opening] = {}  # by row
         self.last_steps: dict[str, int] = {}  # of each row, where its trial may go on beyond it
+        self.is_stale, self._show_at = False, 0.0  # whether what is shown is; it is shown anew, not before then
         self._shown: dict[str, str] = {}  # tags of the experiment, as they were written last
 
     def open(self, opening: Opening) -> None:
@@ -147,15 +148,16 @@ class Shipper:
                 self._writer.log_points(run, points)
                 points = []
                 run.lines, run.last, self._catalogue.is_changed = number, _line_digest(entry), True
-                self.save()
+                self._catalogue.save("now and then")
         if run.images != images:
             run.images = images
-            if self.compare:  # the step that all trials have images of may be another now
+            self.is_stale = bool(self.compare)  # the step that all trials have images of may be another now
+            if self.is_stale and time.monotonic() >= self._show_at:
                 self.show()
 
     def show(self) -> None:
         """Writes the experiment's note and the views, those that have changed since."""
-        here = self._catalogue
+        here, began = self._catalogue, time.monotonic()
         note = [self.description] if self.description else []
         if self.compare:
             trials = {row_id: run for row_id, run in here.runs.items() if row_id != SWEEP}
@@ -176,6 +178,7 @@ class Shipper:
         if note and self._shown.get("note") != text:
             here.client.set_experiment_tag(here.experiment_id, "mlflow.note.content", text)
             self._shown["note"] = text
+        self.is_stale, self._show_at = False, time.monotonic() + PAUSE * (time.monotonic() - began)
 
     def register(self, candidate: Candidate) -> None:
         """Makes the candidate the one of the registered model of the sweep's name."""
@@ -190,10 +193,6 @@ class Shipper:
                 run.opened = True
                 self._writer.close(run, "KILLED")
         self._writer.close(self._catalogue.opened(SWEEP), status, note)
-
-    def save(self) -> None:
-        """Writes how much is shipped: at once where no other call waits."""
-        self._catalogue.save(now=len(self._line) <= 1)
 
     def unsent(self) -> int:
         """How many points and images of the journals are not shipped. From any thread."""

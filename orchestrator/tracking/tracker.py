@@ -182,10 +182,19 @@ class Tracker:
         """Ends the parent run, and as KILLED every run of a trial that is still open, of this command or one before."""
         self._put("closing the sweep", lambda: self._shipper.close_sweep(status, note))
 
-    def flush(self, timeout_s: float) -> Shipment:
-        """Waits for the line to empty and says what is left. Calls go on being made as long as the process lives."""
+    def flush(self, timeout_s: float, while_it_goes: bool = False) -> Shipment:
+        """Waits for the line to empty and says what is left. Calls go on being made as long as the process lives.
+
+        It waits no longer than `timeout_s`, or `while_it_goes` no longer than that for any call to get through.
+        """
         line = self._line
-        line.wait_empty(timeout_s)
+        wait = line.wait_while_it_goes if while_it_goes else line.wait_empty
+        wait(timeout_s)
+        if not len(line) and self._shipper.is_stale:
+            self._put_once(VIEWS, "the comparison", self._shipper.show)
+            wait(timeout_s)
+        if not len(line):
+            self._catalogue.save("now")
         left = Shipment(
             uri=self.uri,
             calls=len(line),
@@ -234,7 +243,7 @@ class Tracker:
 
         def call_and_save() -> None:
             call()
-            self._shipper.save()
+            self._catalogue.save("now and then" if len(self._line) > 1 else "often")
 
         self._line.put(what, call_and_save)
 
