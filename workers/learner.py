@@ -115,7 +115,7 @@ class Learner:
     def averaged(self) -> "_Averaged":
         return _Averaged(self.unet, self.ema, Denoiser(self.unet, self.process, self.trial.diffusion.prediction))
 
-    def state(self) -> dict[str, Tensor]:
+    def collect_state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside the averages, so that the training goes on as if it had not stopped."""
         state = {f"weights.{name}": p for name, p in self.unet.state_dict().items()}
         moments = self.optimizer.state_dict()["state"]

@@ -250,7 +250,7 @@ class _Loop:
             prediction=self.trial.diffusion.prediction,
             ema=self.learner.ema,
             averages=self.learner.averages,
-            state=self.learner.state(),
+            state=self.learner.collect_state(),
             progress={"seconds": self.clock.seconds},
             journal=self.journal.content(),
         )
