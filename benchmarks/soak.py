@@ -19,61 +19,32 @@ import argparse
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 import uuid
-from bisect import bisect
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
-from statistics import median
 from typing import Any
+
+from comparison import NAME, compare, progress, statuses, went_on_after
+from killer import KINDS, MARK, SERVES, STOPPED_S, Killer, family, parent_of
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-MARK = "SOAK"  # the variable by whose value the processes of one soak are known
-SERVES = "SOAK_SERVES"  # a variable of those that outlive the commands: MLflow's server, and the cluster
-NAME = "soak"
 TWO_WORKERS = 10  # one trial in so many trains with two workers
-WAYS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
-STOPPED_S = (1.0, 60.0)  # for how long, no longer than a quarter of the soak
 TO_END_S = 240.0  # without a word from a command that is left alone: it hangs
 LEFT_S = 60.0  # until the processes of a command that has ended must be gone
 CPUS = 3  # of Ray's cluster: a core more than the smallest machine has, as a sweep's own Ray
 CACHES = ("torchinductor_",)  # that libraries keep among the temporary files
 MOST_AGAIN = 8  # commands at the end that are left alone
-
-# What a process is, by its command line; the first that fits. What fits none is not touched.
-KINDS = (
-    ("driver", r"orchestrator\.sweep"),
-    ("MLflow", r"mlflow|uvicorn"),
-    ("GCS", r"gcs_server"),
-    ("raylet", r"/raylet/raylet|^raylet"),
-    ("agent", r"^ray::(Dashboard|RuntimeEnv)Agent|/ray/.*(agent|monitor|dashboard)\.py"),
-    ("trial of one worker", r"^ray::OneWorker"),
-    ("trial of two workers", r"^ray::ImplicitFunc"),
-    ("worker of two", r"^ray::RayTrainWorker"),
-    (
-        "actor of Ray Train",
-        r"^ray::(TrainController|_QueueActor|PlacementGroupCleaner|SynchronizationActor|\w+Manager)",
-    ),
-    ("evaluation", r"^ray::make_"),
-    ("idle worker", r"^ray::IDLE|default_worker\.py"),
-)
-
-SHORT = {"trial of one worker", "evaluation"}
-OFTEN = 3  # times as often as others are these hit
 
 EXPERIMENT = """
 name: {name}
@@ -100,130 +71,6 @@ def experiment(trials: int, steps: int) -> str:
         name=NAME, steps=steps, validate_every=steps, checkpoint_every=max(1, steps // 10),
         trials=json.dumps(each),
     )  # fmt: skip
-
-
-# ---- Processes -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Process:
-    """One that carries the mark. A number may be given again, so it is known by the time of its start as well."""
-
-    pid: int
-    started: int
-    kind: str
-    title: str
-    serves: bool  # MLflow's server or the cluster, or started by one of them
-
-    def is_there(self) -> bool:
-        return started_at(self.pid) == self.started
-
-    def send(self, number: int) -> bool:
-        """Whether it was still there."""
-        with suppress(ProcessLookupError):
-            if self.is_there():
-                os.kill(self.pid, number)
-                return True
-        return False
-
-
-def started_at(pid: int) -> int | None:
-    """When the process was started, in ticks of the kernel; None where it is gone, or only waits to be collected."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
-
-
-def parent_of(pid: int) -> int | None:
-    """The process that started it; None where it is gone."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-
-
-def family(mark: str) -> Iterator[Process]:
-    """The processes that carry the mark: those which this soak has started, and all that came of them."""
-    wanted = f"{MARK}={mark}".encode()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        try:
-            environment = (entry / "environ").read_bytes().split(b"\0")
-            if wanted not in environment:
-                continue
-            title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # it has ended meanwhile, or is not ours
-        if (started := started_at(int(entry.name))) is not None:
-            yield Process(int(entry.name), started, kind_of(title), title, f"{SERVES}=1".encode() in environment)
-
-
-def kind_of(title: str) -> str:
-    return next((kind for kind, pattern in KINDS if re.search(pattern, title)), "")
-
-
-# ---- The killer ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Killer:
-    """Ends or stops a process of the soak's every few seconds.
-
-    Kinds come in turn, shuffled, so that rare ones are hit as often as frequent ones, and those whose work is short
-    more often; for one that is not there it waits a little. So a driver that begins, and is alone at first, is not hit
-    more often than others, and a trial that takes long to start comes to its end.
-    """
-
-    mark: str
-    random: random.Random
-    every_s: float
-    longest_stop_s: float
-    kinds: list[str]
-    say: Callable[[str], None]
-    done: list[tuple[float, str, str]] = field(default_factory=list)  # time of day, kind, what was done to it
-    stopped: list[tuple[float, Process]] = field(default_factory=list)  # until when
-    due_at: float = 0.0
-    deck: list[str] = field(default_factory=list)
-
-    def tick(self) -> None:
-        now = time.monotonic()
-        self.wake(now)
-        if now < self.due_at:
-            return
-        if not self.deck:
-            self.deck = [kind for kind in self.kinds for _ in range(OFTEN if kind in SHORT else 1)]
-            self.random.shuffle(self.deck)
-        still = {process.pid for _, process in self.stopped}
-        there = [p for p in family(self.mark) if p.kind == self.deck[-1] and p.pid not in still]
-        if not there:
-            if now > self.due_at + 2 * self.every_s:
-                self.deck.pop()
-            return
-        self.due_at = now + self.random.uniform(0.4, 1.6) * self.every_s
-        self.deck.pop()
-        self.hit(self.random.choice(sorted(there, key=lambda process: process.pid)), now)
-
-    def hit(self, victim: Process, now: float) -> None:
-        way = self.random.choice(WAYS)
-        if not victim.send(way):
-            return
-        self.done.append((time.time(), victim.kind, way.name))
-        text = f"{way.name}  {victim.kind}  {victim.pid}"
-        if way == signal.SIGSTOP:
-            lasts = self.random.uniform(STOPPED_S[0], self.longest_stop_s)
-            self.stopped.append((now + lasts, victim))
-            text += f"  for {lasts:.0f} s"
-        self.say(f"{text}  {victim.title[-60:]}")
-
-    def wake(self, now: float = float("inf")) -> None:
-        """Lets those go on whose time is over; by default all."""
-        for until, process in self.stopped:
-            if until <= now and process.send(signal.SIGCONT):
-                self.say(f"SIGCONT  {process.kind}  {process.pid}")
-        self.stopped = [(until, process) for until, process in self.stopped if until > now]
 
 
 # ---- The sweep under it ----------------------------------------------------------------------------------------
@@ -484,131 +331,6 @@ class Soak:
 
 
 # ---- What was made, as plain values that can be compared --------------------------------------------------------
-
-
-def compare(folder: Path) -> tuple[dict[str, int], list[str]]:
-    """How much of each kind is equal in both sweeps, and a line for each kind that isn't."""
-    ours, theirs = folder / "disturbed", folder / "undisturbed"
-    databases = folder / "mlflow/mlflow.db", theirs / "mlflow.db"
-    kinds = {
-        "statuses": (statuses(ours), statuses(theirs)),
-        "rows of the results": (results(ours), results(theirs)),
-        "blocks, summaries and references": (evaluated(ours), evaluated(theirs)),
-        "checkpoints": (checkpoints(ours), checkpoints(theirs)),
-        "points of journals": (journals(ours), journals(theirs)),
-        "points in MLflow": tuple(map(points, databases)),
-        "runs of MLflow": tuple(map(runs, databases)),
-    }
-    equal, problems = dict[str, int](), list[str]()
-    for kind, (one, other) in kinds.items():
-        different = [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
-        equal[kind] = len(other) - len(set(different) & set(other))
-        if different or not other:
-            key = (different or [""])[0]
-            problems.append(
-                f"{kind}: {len(different)} of {len(other)} differ, the first {key}: {brief(one.get(key))}, "
-                f"undisturbed {brief(other.get(key))}"
-            )
-    return equal, problems
-
-
-def statuses(storage: Path) -> dict[str, Any]:
-    found = {path.parent.name: json.loads(path.read_text()) for path in storage.glob("trials/*/status.json")}
-    return {name: [status[key] for key in ("state", "step", "steps", "checkpoint")] for name, status in found.items()}
-
-
-def results(storage: Path) -> dict[str, Any]:
-    """All of the table but the speeds."""
-    import pandas as pd
-
-    path = storage / f"sweeps/{NAME}/results.parquet"
-    if not path.exists():
-        return {}
-    table = pd.read_parquet(path)
-    table = table.drop(columns=[name for name in map(str, table) if name == "images_per_s" or name.startswith("perf/")])
-    return {row["trial"]: json.dumps(row, sort_keys=True, default=str) for row in table.to_dict("records")}
-
-
-def evaluated(storage: Path) -> dict[str, str]:
-    """The sums of all files of evaluations: blocks, summaries with their hashes, and feature spaces."""
-    paths = (path for folder in ("evaluations", "references") for path in (storage / folder).rglob("*"))
-    return {str(path.relative_to(storage)): sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
-
-
-def checkpoints(storage: Path) -> dict[str, Any]:
-    """Which are kept, and the sums of their weights and of the optimizer's moments."""
-    found = dict[str, Any]()
-    for folder in storage.glob("trials/*/checkpoints/*"):
-        manifest = folder / "manifest.json"
-        sums = json.loads(manifest.read_text())["sha256"] if manifest.exists() else {}
-        found[str(folder.relative_to(storage))] = {n: sums[n] for n in sorted(sums) if n.endswith(".safetensors")}
-    return found
-
-
-def journals(storage: Path) -> dict[str, Any]:
-    """The values of each point, of which there must be one."""
-    found: dict[str, Any] = {}
-    for path in storage.glob("trials/*/journal.jsonl"):
-        for line in path.read_text().splitlines():
-            point = json.loads(line)
-            images = {point["image"]: point["path"]} if "image" in point else {}
-            for name, value in point.get("metrics", images).items():
-                timed = name == "train/images_per_s"
-                found.setdefault(f"{path.parent.name} {point['step']} {name}", []).append("" if timed else value)
-    return found
-
-
-def points(database: Path) -> dict[str, Any]:
-    """The values of each metric's points, by trial and step: of each there must be one."""
-    query = (
-        "SELECT tags.value, metrics.key, metrics.step, metrics.value FROM metrics JOIN tags "
-        "ON tags.run_uuid = metrics.run_uuid AND tags.key = 'orchestrator.row'"
-    )
-    found: dict[str, Any] = {}
-    with closing(sqlite3.connect(database)) as opened:
-        for address, name, step, value in opened.execute(query):
-            if name.startswith("perf/"):  # what clocks say, of the commands that came through
-                continue
-            timed = name == "train/images_per_s"
-            found.setdefault(f"{address} {step} {name}", []).append("" if timed else value)
-    return found
-
-
-def runs(database: Path) -> dict[str, Any]:
-    """How the runs of each trial ended, of which there must be one."""
-    query = (
-        "SELECT tags.value, runs.status FROM runs JOIN tags "
-        "ON tags.run_uuid = runs.run_uuid AND tags.key = 'orchestrator.row' WHERE lifecycle_stage = 'active'"
-    )
-    found: dict[str, Any] = {}
-    with closing(sqlite3.connect(database)) as opened:
-        for address, status in opened.execute(query):
-            found.setdefault(address, []).append(status)
-    return found
-
-
-def progress(storage: Path) -> list[float]:
-    """The times of day at which something was made: points of journals, blocks and summaries."""
-    lines = (line for path in storage.glob("trials/*/journal.jsonl") for line in path.read_text().splitlines())
-    points = (point["time_ms"] / 1000 for point in map(json.loads, lines) if "time_ms" in point)
-    made = (path.stat().st_mtime for path in (storage / "evaluations").rglob("*") if path.is_file())
-    return sorted([*points, *made])
-
-
-def went_on_after(done: Iterable[tuple[float, str, str]], made: list[float]) -> dict[str, list[float]]:
-    """Seconds from a fault until anything new was made, the median and the most of each kind.
-
-    Other faults may come in between, so it is longer than what the kind takes by itself.
-    """
-    by_kind: dict[str, list[float]] = {}
-    for at, kind, _ in done:
-        if (after := bisect(made, at)) < len(made):
-            by_kind.setdefault(kind, []).append(made[after] - at)
-    return {kind: [round(median(s), 1), round(max(s), 1)] for kind, s in sorted(by_kind.items())}
-
-
-def brief(value: object) -> str:
-    return textwrap.shorten(repr(value), 200)
 
 
 def main() -> int:

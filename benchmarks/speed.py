@@ -40,12 +40,11 @@ from workers.diffusion.samplers import sample
 from workers.evaluation import inception
 from workers.evaluation.make import LoadedModel, on_device
 from workers.evaluation.precision import known_precisions
+from workers.learner import steps
 from workers.network.unet_config import unet_config
 from workers.noise import generator
 from workers.peak import matrix_product_flops_per_s, training_flops
 from workers.speed import hardware
-from workers.storage import Storage
-from workers.training import steps
 
 # The paper's network, and two that train on a few cores: their settings, and images per step on a CPU.
 MODELS = {
@@ -147,7 +146,7 @@ def training(setting: Setting, name: str, batch: int) -> Iterator[Line]:
         data=DataConfig(source="digits"), model=model,
         training=TrainingConfig(steps=10**6, batch_size=batch, precision="auto", cpus=torch.get_num_threads()),
     )  # fmt: skip
-    loop = steps(trial, dataset(), Storage(setting.scratch / "storage"), device)
+    loop = steps(trial, dataset(), device)
     contenders = [Contender("ours", lambda: next(loop), batch, ours=True)]
     for kind, options in (
         ("diffusers float32", {}),

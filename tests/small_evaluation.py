@@ -55,6 +55,12 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(blocks, name, value)
 
 
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """One storage for all tests that only add to it: a block is made by the first that asks for it."""
+    return tmp_path_factory.mktemp("runs")
+
+
 def measurement(images: Any = "all", timesteps: Any = "all", seed: int = 0, **fid: Any) -> Measurement:
     nll = NLLConfig(images=images, timesteps=timesteps, proposal=fid.pop("proposal", "log_uniform"))
     later = {name: fid.pop(name) for name in ("ode_nll", "variance", "precision") if name in fid}

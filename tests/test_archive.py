@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import SOURCE
+from stored_sweep import SOURCE
 
 from orchestrator import status
 from orchestrator.experiment.expand import expand

@@ -1,7 +1,6 @@
-"""The mathematics of the diffusion process: closed forms, Bayes' rule, and diffusers as a second opinion."""
+"""The mathematics of the diffusion process: closed forms and Bayes' rule."""
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -9,52 +8,18 @@ import torch
 from exact import gaussian_kl
 from scipy import integrate
 from scipy.stats import norm
+from small_process import F64, config, every_t, normal, process
 
 from workers.config import DiffusionConfig, LossConfig, SamplerConfig, ScheduleConfig
 from workers.data.pixels import to_levels, to_model
 from workers.diffusion.bound import decoder_term, diffusion_terms, log_normal_interval, prior_term
 from workers.diffusion.objectives import Objective, weights
-from workers.diffusion.predictions import eps_by_x_0, from_eps
-from workers.diffusion.process import VARIANCES, Model, Prediction, Process
-from workers.diffusion.samplers import ancestral, ddim, sample
+from workers.diffusion.predictions import from_eps
+from workers.diffusion.process import VARIANCES, Process
+from workers.diffusion.samplers import sample
 from workers.diffusion.schedules import alpha_bars, betas, log_snrs, prior_bpd
-from workers.kinds import SAMPLERS, SCHEDULES, WEIGHTINGS
+from workers.kinds import SCHEDULES, WEIGHTINGS
 from workers.noise import generator
-
-F64 = torch.float64
-ANCESTRAL, DDIM = SamplerConfig(kind="ancestral"), SamplerConfig(kind="ddim")
-
-
-def config(T: int, kind: Any = "linear", scale: Any = "absolute", variance: Any = "fixed_small") -> DiffusionConfig:
-    given = tuple(np.linspace(0.001, 0.2, T).tolist()) if kind == "list" else None
-    return DiffusionConfig(T=T, schedule=ScheduleConfig(kind=kind, scale=scale, betas=given), variance=variance)
-
-
-def process(T: int, variance: Any = "fixed_small", kind: Any = "linear", scale: Any = "per_1000") -> Process:
-    return Process.of(config(T, kind, scale, variance))
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=generator("test_diffusion", seed), dtype=F64)
-
-
-def every_t(p: Process) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(t, x_0, x_t, eps): one pair for each t, float64 (T, 1, 2, 3), with x_t drawn from q."""
-    t = torch.arange(1, p.T + 1)
-    x_0, eps = normal(p.T, 1, 2, 3).clamp(-1, 1), normal(p.T, 1, 2, 3, seed=1)
-    return t, x_0, p.q_sample(x_0, t, eps), eps
-
-
-def denoiser_of_gaussian(p: Process, s: float) -> Model:
-    """E[eps | x_t] for x_0 ~ N(0, s^2 I)."""
-    slope = (1 - p.alpha_bar).sqrt() / (p.alpha_bar * s**2 + 1 - p.alpha_bar)
-    return from_eps(p, lambda x, t: slope[t - 1].reshape(-1, 1, 1, 1) * x)
-
-
-def said(p: Process, x_0_hat: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> Prediction:
-    """What a network says that takes x_0 for `x_0_hat`."""
-    return Prediction(x_0_hat, eps_by_x_0(p, x_t, t, x_0_hat))
-
 
 # ---- Schedules -------------------------------------------------------------------------------------------------
 
@@ -304,129 +269,6 @@ def test_loss_is_the_weighted_squared_error_of_eps_at_x_t():
     torch.testing.assert_close(loss.weighted, w * mse)
 
 
-# ---- Samplers on data with closed forms ------------------------------------------------------------------------
-
-
-def test_standard_normal_data_stay_standard_normal_under_fixed_large():
-    """x_{t-1} = sqrt(alpha_t) x_t + sqrt(beta_t) z exactly; the last step shows its mean, of variance alpha_1."""
-    p = process(30, "fixed_large")
-    t, _, x_t, _ = every_t(p)
-    eps_hat = (1 - p.alpha_bar).sqrt().reshape(-1, 1, 1, 1) * x_t
-    mean = p.posterior_mean(p.predict_x_0(x_t, t, eps_hat, clip=False), x_t, t)
-    torch.testing.assert_close(mean, p.alpha.sqrt().reshape(-1, 1, 1, 1) * x_t)
-
-    n = 200_000
-    x = (
-        sample(p, denoiser_of_gaussian(p, 1.0), ANCESTRAL, (n, 1, 1, 1), generator("normal"), clip=False)
-        .flatten()
-        .numpy()
-    )
-    assert abs(x.mean()) < 4 / n**0.5
-    assert x.var() == pytest.approx(float(p.alpha[0]), rel=4 * (2 / n) ** 0.5)
-    assert (x**4).mean() == pytest.approx(3 * float(p.alpha[0]) ** 2, rel=0.03)
-
-
-@pytest.mark.parametrize("kind", SCHEDULES)
-def test_one_point_data_keep_the_law_of_q_under_fixed_small(kind):
-    """Through p_theta with x_0_hat = x_0 the law of x_{t-1} is N(sqrt(alpha_bar_{t-1}) x_0, 1 - alpha_bar_{t-1})."""
-    small, large = process(40, "fixed_small", kind), process(40, "fixed_large", kind)
-    t, ones = torch.arange(1, 41), torch.ones(40, 1, 1, 1, dtype=F64)
-    mean = small.posterior_mean(ones, small.alpha_bar.sqrt().reshape(-1, 1, 1, 1), t)
-    before = torch.cat([torch.ones(1, dtype=F64), small.alpha_bar[:-1]])
-    torch.testing.assert_close(mean.flatten(), before.sqrt())
-    spread = small.posterior_x_t**2 * (1 - small.alpha_bar)
-    torch.testing.assert_close((spread + small.sigma_squared)[1:], 1 - before[1:])
-    assert (spread + large.sigma_squared)[1] > (1 - before[1]) * 1.1
-
-
-@pytest.mark.parametrize("variance", VARIANCES)
-@pytest.mark.parametrize("steps", [None, 7, 1])
-@pytest.mark.parametrize("sampler", [{"kind": "ancestral"}, {"kind": "ddim"}, {"kind": "ddim", "eta": 1.0}])
-def test_one_point_data_land_on_the_point(variance, steps, sampler):
-    p = process(30, variance)
-    point = 0.375
-
-    def eps_theta(x, t):
-        alpha_bar = p.alpha_bar[t - 1].reshape(-1, 1, 1, 1)
-        return (x - alpha_bar.sqrt() * point) / (1 - alpha_bar).sqrt()
-
-    x = sample(p, from_eps(p, eps_theta), SamplerConfig(steps=steps, **sampler), (5, 1, 2, 2), generator("point"))
-    torch.testing.assert_close(x, torch.full_like(x, point), rtol=0, atol=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["ancestral", "ddim"])
-def test_the_noise_of_a_step_has_sigma_for_its_standard_deviation(kind):
-    """Not sigma^2: the trap of the notes. From x_t = x_0_hat = 0 all that is left is sigma z."""
-    p, n = process(40, "fixed_small"), 20_000
-    zero, t = torch.zeros(n, 1, 1, 1, dtype=F64), torch.full((n,), 25)
-    x = SAMPLERS[kind].load()(p, SamplerConfig(kind=kind, eta=1.0), zero, said(p, zero, zero, t), t, generator(kind))
-    assert float(x.std()) == pytest.approx(float(p.beta_tilde[24]) ** 0.5, rel=4 / (2 * n) ** 0.5)
-
-
-def test_the_last_step_shows_the_mean_without_noise():
-    p = process(40, "fixed_large")
-    t, x_0, x_t, _ = every_t(p)
-    for kind in ("ancestral", "ddim"):
-        of = said(p, x_0[:1], x_t[:1], t[:1])
-        x = SAMPLERS[kind].load()(p, SamplerConfig(kind=kind, eta=1.0), x_t[:1], of, t[:1], generator("last"))
-        torch.testing.assert_close(x, x_0[:1], msg=kind)
-
-
-@pytest.mark.parametrize("kind", SCHEDULES)
-def test_ddim_with_eta_1_is_ancestral_with_fixed_small(kind):
-    """The same function of x_t, x_0_hat and z: one step at every t, and a whole strided chain."""
-    p = process(40, "fixed_small", kind)
-    t, x_0, x_t, _ = every_t(p)
-    eta_1 = SamplerConfig(kind="ddim", eta=1.0)
-    for k in range(p.T):
-        one = slice(k, k + 1)
-        of = said(p, x_0[one], x_t[one], t[one])
-        a = ancestral(p, ANCESTRAL, x_t[one], of, t[one], generator("z", k))
-        torch.testing.assert_close(ddim(p, eta_1, x_t[one], of, t[one], generator("z", k)), a)
-    chains = [
-        sample(p, from_eps(p, lambda x, t: x.sin()), SamplerConfig(steps=9, **c), (3, 1, 2, 2), generator("chain"))
-        for c in ({"kind": "ancestral"}, {"kind": "ddim", "eta": 1.0})
-    ]
-    torch.testing.assert_close(*chains, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("steps", [None, 10])
-def test_ddim_with_eta_0_scales_gaussian_data_by_its_closed_form(steps):
-    """For N(0, s^2) and E[eps | x_t], with v = alpha_bar s^2 + 1 - alpha_bar, a step t -> u is multiplication by
-    (sqrt(alpha_bar_u alpha_bar_t) s^2 + sqrt((1 - alpha_bar_u)(1 - alpha_bar_t))) / v_t."""
-    p, s = process(100), 0.5
-    v = p.alpha_bar * s**2 + 1 - p.alpha_bar
-
-    times = p.strided(steps).times
-    alpha_bar = torch.cat([torch.ones(1, dtype=F64), p.alpha_bar[times - 1]])
-    now, before = alpha_bar[1:], alpha_bar[:-1]
-    factor = (((before * now).sqrt() * s**2 + ((1 - before) * (1 - now)).sqrt()) / v[times - 1]).prod()
-    x_T = torch.randn((50, 1, 1, 1), generator=generator("ddim"))
-    config = SamplerConfig(kind="ddim", steps=steps)
-    x = sample(p, denoiser_of_gaussian(p, s), config, (50, 1, 1, 1), generator("ddim"), clip=False)
-    torch.testing.assert_close(x, float(factor) * x_T, rtol=1e-4, atol=1e-5)
-
-
-def test_ddim_with_eta_0_nears_the_flow_that_keeps_quantiles():
-    """As steps shrink, the map of N(0, 1) to N(0, s^2) tends to multiplication by s (probability-flow ODE)."""
-    s, errors = 0.5, []
-    for T in (100, 1000):
-        p = process(T)
-        x = sample(p, denoiser_of_gaussian(p, s), DDIM, (50, 1, 1, 1), generator("flow"), clip=False)
-        x_T = torch.randn((50, 1, 1, 1), generator=generator("flow"))
-        errors.append(float((x - s * x_T).norm() / x.norm()))
-    assert errors[1] < 0.005 and errors[1] < errors[0] / 5
-
-
-def test_sampling_is_a_function_of_its_generator():
-    p = process(30)
-    draws = [
-        sample(p, from_eps(p, lambda x, t: x.sin()), ANCESTRAL, (2, 1, 3, 3), generator("again", k)) for k in (0, 0, 1)
-    ]
-    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-    assert draws[0].dtype == torch.float32
-
-
 # ---- Strided processes -----------------------------------------------------------------------------------------
 
 
@@ -459,63 +301,6 @@ def test_the_network_sees_the_times_it_was_trained_with(steps):
     sample(p, from_eps(p, eps_theta), SamplerConfig(steps=steps), (3, 1, 1, 1), generator("seen"))
     kept = p.strided(steps).times.flip(0)
     assert torch.equal(torch.stack(seen), kept[:, None].expand(-1, 3))
-
-
-# ---- diffusers -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def schedulers():
-    return pytest.importorskip("diffusers.schedulers")
-
-
-def images(seed: int) -> torch.Tensor:
-    return normal(4, 1, 5, 5, seed=seed).float()
-
-
-def test_q_sample_is_add_noise(schedulers):
-    p = process(100)
-    t, x_0, eps = torch.tensor([1, 2, 50, 100]), images(0).clamp(-1, 1), images(1)
-    scheduler = schedulers.DDPMScheduler(100, trained_betas=p.beta.tolist())
-    torch.testing.assert_close(p.q_sample(x_0, t, eps), scheduler.add_noise(x_0, eps, t - 1), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("variance", VARIANCES)
-@pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("steps", [None, 9])
-def test_ancestral_steps_are_those_of_diffusers(schedulers, variance, clip, steps):
-    p = process(100, variance)
-    scheduler = schedulers.DDPMScheduler(100, trained_betas=p.beta.tolist(), variance_type=variance, clip_sample=clip)
-    q = p.strided(steps)
-    scheduler.set_timesteps(timesteps=(q.times - 1).flip(0).tolist())
-    x_t, eps = images(0), images(1)
-    for step in (q.T, q.T // 2, 2, 1):
-        t, time = torch.full((4,), step), int(q.times[step - 1]) - 1
-        of = Prediction(q.predict_x_0(x_t, t, eps, clip), eps)
-        ours = ancestral(q, ANCESTRAL, x_t, of, t, generator("z"))
-        theirs = scheduler.step(eps, time, x_t, generator=generator("z")).prev_sample
-        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("steps", [100, 10])
-def test_ddim_steps_are_those_of_diffusers(schedulers, eta, clip, steps):
-    p = process(100)
-    scheduler = schedulers.DDIMScheduler(
-        100, trained_betas=p.beta.tolist(), clip_sample=clip, timestep_spacing="trailing"
-    )
-    scheduler.set_timesteps(steps)
-    kept = (scheduler.timesteps + 1).flip(0)  # theirs end at T too, but are spaced from 0
-    alpha_bar = p.alpha_bar[kept - 1]
-    q = Process(1 - alpha_bar / torch.cat([torch.ones(1, dtype=F64), alpha_bar[:-1]]), p.variance, kept)
-    x_t, eps = images(0), images(1)
-    for step in (q.T, q.T // 2, 2, 1):
-        t, time = torch.full((4,), step), int(q.times[step - 1]) - 1
-        of = Prediction(q.predict_x_0(x_t, t, eps, clip), eps)
-        ours = ddim(q, SamplerConfig(kind="ddim", eta=eta), x_t, of, t, generator("z"))
-        theirs = scheduler.step(eps, time, x_t, eta=eta, use_clipped_model_output=True, generator=generator("z"))
-        torch.testing.assert_close(ours, theirs.prev_sample, rtol=2e-4, atol=2e-4)
 
 
 # ---- Pixels ----------------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import fuzzing
 import pytest
-from fuzzing import Outcome, Prepared, fuzz, prepare_all, wrong
+from fuzzing import fuzz, wrong
+from outcome import Outcome, Prepared
+from preparation import prepare_all
 
 SEED, TRY_S = 0, 50.0
 

@@ -1,59 +1,32 @@
-"""Gaussian pixels: the exact denoiser, bound and samples against quadrature, laws, and what the code measures."""
+"""Gaussian pixels: the exact denoiser and bound against quadrature, laws, and what the code measures."""
 
 import json
 import math
 from dataclasses import replace
-from typing import Any
 
+import gaussian_pixels
 import numpy as np
 import pytest
 import torch
-from exact import CHAINS, exact_bound, exact_decoder, gaussian_kl, sample_variances
+from exact import exact_bound, exact_decoder, gaussian_kl
+from gaussian_pixels import S, network, process, short, with_head
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from workers import kinds
-from workers.config import DataConfig, DiffusionConfig, SamplerConfig, ScheduleConfig
-from workers.data.built_in import GAUSSIAN_SD
-from workers.data.dataset import Dataset, prepare
 from workers.data.pixels import to_model
 from workers.diffusion.bound import decoder_term, diffusion_terms
 from workers.diffusion.gaussian import GaussianDenoiser, denoiser_config
 from workers.diffusion.ledger import OWN_FACTOR, Ledger, bits_by_t, bound, chain_bound
 from workers.diffusion.likelihood import all_times, estimate, pair_errors, squared_norms
-from workers.diffusion.predictions import Denoiser, from_eps
+from workers.diffusion.predictions import from_eps
 from workers.diffusion.process import VARIANCES, Process
-from workers.diffusion.samplers import sample
 from workers.noise import generator
 
 F64 = torch.float64
-S = GAUSSIAN_SD
 IMAGES = 200  # of the held-out split, where the network is measured
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Dataset:
-    return prepare(DataConfig(source="gaussian"), tmp_path_factory.mktemp("cache"))
-
-
-def process(T: int, variance: Any = "fixed_large") -> Process:
-    return Process.of(DiffusionConfig(T=T, schedule=ScheduleConfig(scale="per_1000"), variance=variance))
-
-
-def short(T: int, variance: Any = "fixed_large") -> Process:
-    """A process that reaches noise in a few steps."""
-    schedule = ScheduleConfig(beta_start=0.001, beta_end=0.5)
-    return Process.of(DiffusionConfig(T=T, schedule=schedule, variance=variance))
-
-
-def network(p: Process, s: float = S, scale: float = 1.0):
-    denoiser = GaussianDenoiser(denoiser_config(s, 8, 1), p)
-    return lambda x, t: scale * denoiser(x, t - 1)
+one_thread = gaussian_pixels.one_thread
+data = gaussian_pixels.data
 
 
 def measured(p: Process, eps_theta, images: np.ndarray, clip: bool = True):
@@ -288,83 +261,7 @@ def test_clipping_x_0_hat_is_negligible(data, T, variance):
     assert abs(change) < 1e-4 * error
 
 
-# ---- Samples ---------------------------------------------------------------------------------------------------
-
-SAMPLERS = [
-    SamplerConfig(),
-    SamplerConfig(steps=10),
-    SamplerConfig(kind="ddim"),
-    SamplerConfig(kind="ddim", steps=10),
-    SamplerConfig(kind="ddim", steps=7, eta=0.5),
-    SamplerConfig(kind="ddim", steps=25, eta=1.0),
-    SamplerConfig(kind="euler_maruyama"),
-    SamplerConfig(kind="euler_maruyama", steps=25),
-]
-
-
-def test_every_sampler_has_its_chain():
-    assert set(CHAINS) == {name for name, entry in kinds.SAMPLERS.items() if entry.form == "step"}
-
-
-@pytest.mark.parametrize("variance", VARIANCES)
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda c: f"{c.kind}-{c.steps}-{c.eta}")
-def test_samples_have_the_exact_variance(sampler, variance):
-    """At every step of the chain, as the network sees x_t, and at its end: mean squares of 32,000 normal pixels are
-    within 4 of their standard errors, sqrt(2 / 32,000) of the variance."""
-    p, seen = process(50, variance), []
-    eps_theta = network(p)
-
-    def watched(x, t):
-        seen.append(float(x.double().square().mean()))
-        return eps_theta(x, t)
-
-    x_0 = sample(p, from_eps(p, watched), sampler, (500, 1, 8, 8), generator("samples"))
-    expected = sample_variances(p, S, sampler).numpy()
-    found = np.array([*seen, float(x_0.double().square().mean())])
-    assert len(found) == (sampler.steps or p.T) + 1
-    np.testing.assert_allclose(found, expected, rtol=4 * (2 / x_0.numel()) ** 0.5)
-    assert abs(float(x_0.mean())) < 4 * (expected[-1] / x_0.numel()) ** 0.5
-
-
-@pytest.mark.parametrize("steps", [None, 40, 7, 1])
-def test_ancestral_with_the_posterior_s_variance_is_ddim_with_eta_1(steps):
-    """Song et al. 2020a, section 4.1: an identity of the two recursions."""
-    p = process(200, "fixed_small")
-    ancestral = sample_variances(p, S, SamplerConfig(steps=steps))
-    ddim = sample_variances(p, S, SamplerConfig(kind="ddim", steps=steps, eta=1.0))
-    torch.testing.assert_close(ancestral, ddim, rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("steps", [None, 40, 7])
-def test_standard_normal_data_stay_standard_normal(steps):
-    """For s = 1 and sigma_t^2 = beta_t each step is q's own reverse: variance 1 until the last, which adds no noise
-    and leaves E[x_0 | x_1] = sqrt(alpha_bar_1) x_1."""
-    p = process(200)
-    variances = sample_variances(p, 1.0, SamplerConfig(steps=steps))
-    torch.testing.assert_close(variances[:-1], torch.ones_like(variances[:-1]), rtol=1e-12, atol=0)
-    assert float(variances[-1]) == pytest.approx(float(p.strided(steps).alpha_bar[0]), rel=1e-12)
-
-
-@pytest.mark.parametrize("sampler", [SamplerConfig(kind="ddim"), SamplerConfig(kind="ddim", eta=1.0), SamplerConfig()])
-def test_long_chains_reach_the_data(sampler):
-    """The samples' variance tends to s^2, and the gap falls as 1 / T: four times as many steps, about a quarter."""
-    gaps = [S**2 - float(sample_variances(process(T), S, sampler)[-1]) for T in (1000, 4000)]
-    assert 0 < abs(gaps[1]) < 0.02 * S**2
-    assert abs(gaps[0] / gaps[1]) == pytest.approx(4, rel=0.25)
-
-
 # ---- A learned variance ----------------------------------------------------------------------------------------
-
-
-def with_head(p: Process, head: float) -> Denoiser:
-    """The best denoiser, with a second head that says the same of every pixel."""
-    best = GaussianDenoiser(denoiser_config(S, 8, 1), p)
-
-    class Heads(torch.nn.Module):
-        def forward(self, x, t):
-            return torch.cat([best(x, t), torch.full_like(x, head)], dim=1)
-
-    return Denoiser(Heads(), p, "eps")
 
 
 @pytest.mark.parametrize("head", [-0.4, 0.3])
@@ -398,18 +295,3 @@ def test_the_bound_with_a_learned_variance_is_the_exact_one(data, head, monkeypa
     kept = Ledger.of_table(ledger.table())
     assert kept.own_nats is not None and ledger.own_nats is not None and np.array_equal(kept.own_nats, ledger.own_nats)
     assert np.array_equal(bound(p, kept.of_first(7), squared_norms(x_0[:7]), 64).total, found.total[:7])
-
-
-@pytest.mark.parametrize("steps", [None, 10])
-def test_samples_with_a_learned_variance_have_the_exact_one(steps, monkeypatch):
-    """Along a sub-chain the head's range is that of its own betas."""
-    p = replace(process(50), variance="learned_range")
-
-    def between(q: Process) -> torch.Tensor:
-        return (q.beta * torch.cat([q.beta_tilde[1:2], q.beta_tilde[1:]])).sqrt()
-
-    monkeypatch.setitem(VARIANCES, "between", between)
-    sampler = SamplerConfig(steps=steps)
-    x_0 = sample(p, with_head(p, 0.0), sampler, (500, 1, 8, 8), generator("learned"))
-    expected = float(sample_variances(replace(p, variance="between"), S, sampler)[-1])
-    assert float(x_0.double().square().mean()) == pytest.approx(expected, rel=4 * (2 / x_0.numel()) ** 0.5)

@@ -30,7 +30,8 @@ from workers.sharing import (
     twice,
 )
 from workers.storage import Storage
-from workers.training import World, train
+from workers.training import train
+from workers.world import World
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from rich.console import Console
 from scipy.stats import ttest_ind
-from test_report import Page, stored
+from stored_sweep import Page, stored
 
 from orchestrator import report as verb
 from orchestrator import status

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from test_report import FOUR, Page, stored
+from stored_sweep import FOUR, Page, stored
 
 from orchestrator import status
 from orchestrator.experiment.records import Variant

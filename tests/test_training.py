@@ -24,11 +24,13 @@ from workers.data.dataset import prepare
 from workers.diffusion.timesteps import KEPT
 from workers.identity import trial_id
 from workers.journal import read_points
+from workers.learner import autocast, batch_rows, learning_rate
 from workers.network import checkpoint as checkpoints
 from workers.network import manifest
 from workers.seals import seal_lines
 from workers.storage import Storage
-from workers.training import World, autocast, batch_rows, learning_rate, share, train
+from workers.training import train
+from workers.world import World, share
 
 TRIAL = Trial(
     data=DataConfig(source="digits"),

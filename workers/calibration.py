@@ -1,6 +1,5 @@
 """A trial's speed on this hardware, from seconds of its real work: training steps, likelihood, samples, features."""
 
-import tempfile
 import time
 from collections.abc import Callable
 
@@ -17,12 +16,12 @@ from workers.diffusion.samplers import sample
 from workers.evaluation.blocks import SAMPLES
 from workers.evaluation.features import feature_space
 from workers.evaluation.make import LoadedModel
+from workers.learner import steps
 from workers.network.unet import UNet
 from workers.network.unet_config import unet_config
 from workers.noise import generator
 from workers.speed import Meter, Spent, training_kind
 from workers.storage import Storage
-from workers.training import steps
 
 ENOUGH_S = 3.0  # of a kind of work
 SAMPLER = SamplerConfig(kind="ddim", steps=5)
@@ -38,10 +37,9 @@ def measure_speed(trial: Trial, storage_root: str) -> tuple[str, Spent]:
     device = torch.device("cuda" if torch.cuda.is_available() and trial.training.gpus != 0 else "cpu")
     meter, dataset = Meter(device), prepare(trial.data)
     batch = trial.training.batch_size // trial.training.workers
-    with tempfile.TemporaryDirectory(prefix="orchestrator-") as scratch:
-        alone = trial.training.model_copy(update={"workers": 1, "batch_size": batch})
-        training = steps(trial.model_copy(update={"training": alone}), dataset, Storage(scratch), device)
-        _repeat(meter, training_kind(trial.training), batch, lambda: next(training))
+    alone = trial.training.model_copy(update={"workers": 1, "batch_size": batch})
+    training = steps(trial.model_copy(update={"training": alone}), dataset, device)
+    _repeat(meter, training_kind(trial.training), batch, lambda: next(training))
     torch.set_num_threads(1)  # as evaluation has it
     process, height = Process.of(trial.diffusion), dataset.shape[0]
     learned = trial.diffusion.learned

@@ -18,7 +18,7 @@ from workers.jobs import Job, trial_of
 from workers.locks import Held
 from workers.ray_train import MeetInAFolder, end_with
 from workers.signs import AT_WORK, tell_of
-from workers.training import World
+from workers.world import World
 
 
 class _Reports(TuneReportCallback):

@@ -25,8 +25,9 @@ from workers.sharing import Gauge, NeedsLess, correct_share, free_memory, in_wor
 from workers.signs import tell_of
 from workers.speed import hardware
 from workers.storage import Storage
-from workers.training import World, stop_path
+from workers.training import stop_path
 from workers.training import train as training_loop
+from workers.world import World
 
 PENALTY_BPD = 100.0  # what schedulers and searchers are told of a trial that diverged or failed
 # States of a trial that was not trained: its storage cannot be written, as that of all others; another sweep trains it;

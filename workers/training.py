@@ -2,22 +2,19 @@
 
 `train` yields a `Progress` at every validation and knows neither Ray nor MLflow; whoever iterates it is its host.
 All it measures goes to the trial's journal and checkpoints in the storage, so a stopped loop resumes by being called
-again. Data order and noise are addressed by (seed, step, sub-batch): the same at any number of workers.
+again. What a step does to the network is in `workers.learner`.
 """
 
 import math
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from workers.config import (
     SAMPLE_GRID,
@@ -25,45 +22,24 @@ from workers.config import (
     VALIDATION_IMAGES,
     VALIDATION_TIMESTEPS,
     SamplerConfig,
-    TrainingConfig,
     Trial,
-    sub_batches,
 )
 from workers.data.dataset import Dataset
 from workers.data.pixels import grid_png, to_levels, to_model
 from workers.diffusion.likelihood import estimate
-from workers.diffusion.objectives import Objective
-from workers.diffusion.predictions import Denoiser
-from workers.diffusion.process import Model
 from workers.diffusion.samplers import sample
-from workers.diffusion.timesteps import History, Part
 from workers.journal import Journal
-from workers.kinds import PREDICTIONS, TIMESTEPS
+from workers.learner import Learner, learning_rate
 from workers.network import checkpoint as checkpoints
 from workers.network import manifest
-from workers.network.unet import UNet
-from workers.network.unet_config import unet_config
 from workers.noise import generator
 from workers.peak import peak_of_training
-from workers.pulse import Pulse
-from workers.speed import Meter, Stopwatch, training_kind
+from workers.speed import Meter, training_kind
 from workers.storage import Storage
+from workers.world import World
 
 State = Literal["running", "finished", "diverged", "pruned"]
 POINTS = 10  # training points in the journal between two validations
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among the data-parallel workers of a trial; torch.distributed is set up where size > 1."""
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    pulse: Pulse = field(default_factory=Pulse)  # hears of each step
-    clock: Stopwatch = field(default_factory=Stopwatch)  # counts from the moment that the trial is taken up
-    gauge: Callable[[], None] = lambda: None  # called after each step
-    gpus: float = 1  # the part of a GPU that is this process' own
 
 
 @dataclass(frozen=True)
@@ -123,16 +99,6 @@ def train(
         yield loop.ended("pruned", f"pruned by step {loop.step}")
 
 
-def steps(trial: Trial, dataset: Dataset, storage: Storage, device: torch.device) -> Iterator[None]:
-    """Steps of a training that is neither validated nor kept, without end: what they take can be measured."""
-    loop = _Loop(trial, dataset, storage, "steps", World(device=device), [])
-    loop.network.train()
-    while True:
-        loop._train_step()
-        loop.step += 1
-        yield
-
-
 class _Loop:
     """The state of one training run, and its transitions."""
 
@@ -142,25 +108,16 @@ class _Loop:
         """At step 0. The checkpoints of the steps that are `asked` for stay."""
         self.trial, self.dataset, self.storage, self.folder, self.world = trial, dataset, storage, folder, world
         self.asked = asked
-        height, _, channels = dataset.shape
-        self.objective = Objective.of(trial.diffusion, trial.loss, dataset.levels)
-        self.process, self.history = self.objective.process, History.empty(trial.diffusion.T)
-        learned = trial.diffusion.learned
-        self.config = unet_config(trial.model, image_channels=channels, resolution=height, learned=learned)
-        self.unet = UNet(self.config, generator(trial.seed, "weights")).to(world.device)
-        self.raw = list(self.unet.state_dict().values())  # views of the parameters, not copies
-        self.ema = {name: p.clone() for name, p in self.unet.state_dict().items()}
-        self.averages = {decay: {n: p.clone() for n, p in self.ema.items()} for decay in trial.training.averages}
-        self.optimizer = torch.optim.Adam(self.unet.parameters(), lr=trial.training.lr, fused=True)
-        self.autocast = autocast(trial, world.device)
-        self.step, self.clock = 0, world.clock
+        self.learner = Learner(trial, dataset, world)
+        self.clock = world.clock
         self.clock.resume({})
         self.meter = Meter(world.device, share=world.gpus)
         self.checkpoint: manifest.Checkpoint | None = None  # the newest that this training knows
         self.journal = Journal(storage, folder)
-        self.network: nn.Module = DistributedDataParallel(self.unet) if world.size > 1 else self.unet
-        self.sums = torch.zeros(5, dtype=torch.float64, device=world.device)
-        self.orders: dict[int, np.ndarray] = {}
+
+    @property
+    def step(self) -> int:
+        return self.learner.step
 
     def leads_to(self, step: int) -> bool:
         """Whether this training comes to that step as soon as one from a checkpoint."""
@@ -181,12 +138,11 @@ class _Loop:
         """Trains up to the next validation, with a journal point now and then and checkpoints where they are due."""
         training = self.trial.training
         point_every = max(1, training.validate_every // POINTS)
-        self.network.train()
+        self.learner.network.train()
         first, busy = self.step, self.meter.now()
         self.clock.turn_to("training")
         while True:
-            self._train_step()
-            self.step += 1
+            self.learner.train_step()
             self.world.pulse.step()
             self.world.gauge()
             if self.due(point_every):
@@ -203,68 +159,10 @@ class _Loop:
         images = (self.step - first) * training.batch_size // self.world.size
         self.meter.add(training_kind(training), images, self.meter.now() - busy)
 
-    def _train_step(self) -> None:
-        training, world = self.trial.training, self.world
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(training, self.step)
-        noises = [
-            generator(self.trial.seed, "train", self.step, j, device=world.device)
-            for j in share(range(sub_batches(training.batch_size)), world)
-        ]
-        probability = self.history.probability()
-        x_0, t, eps = self._batch(noises, probability)
-        self.unet.set_noise(noises)
-        with self.autocast:
-            loss = self.objective(lambda x, s: self.network(x, s - 1), x_0, t, eps)
-        weighted = loss.weighted
-        if TIMESTEPS[training.timesteps].remembers:
-            weighted = weighted / (self.process.T * probability.to(t.device)[t - 1]).to(weighted.dtype)
-            self._remember(t, loss.weighted.detach())
-        weighted.mean().backward()
-        norm = nn.utils.clip_grad_norm_(self.unet.parameters(), training.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._average()
-        self.sums[:4] += torch.stack([weighted.detach().mean(), loss.eps_mse.mean(), norm, torch.ones_like(norm)])
-
-    def _batch(self, noises: Sequence[torch.Generator], probability: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """This worker's part of the global batch: x_0 and eps float32 (n, C, H, W), t int64 (n,) in 1..T."""
-        size, flip = self.trial.training.batch_size, self.trial.data.flip
-        rows = share(batch_rows(self.trial.seed, self.step, size, len(self.dataset.train), self.orders), self.world)
-        device = self.world.device
-        images = torch.from_numpy(self.dataset.train[rows]).to(device)
-        x_0 = to_model(images, self.dataset.levels)
-        n = len(x_0) // len(noises)
-        count = sub_batches(size)
-        parts = share([Part(n, index, count) for index in range(count)], self.world)
-        draw, T = TIMESTEPS[self.trial.training.timesteps].load(), self.process.T
-        t = torch.cat([draw(T, part, g, probability) for part, g in zip(parts, noises, strict=True)])
-        eps = torch.cat([torch.randn((n, *x_0.shape[1:]), generator=g, device=device) for g in noises])
-        if flip:
-            coins = torch.cat([torch.rand(n, generator=g, device=device) for g in noises]) < 0.5
-            x_0 = torch.where(coins[:, None, None, None], x_0.flip(3), x_0)
-        return x_0, t, eps
-
-    def _remember(self, t: Tensor, loss: Tensor) -> None:
-        """Adds the losses of the whole batch, in its order, to the history of every worker."""
-        rows = torch.stack([t.double(), loss.double()], dim=1)
-        if self.world.size > 1:
-            every = [torch.empty_like(rows) for _ in range(self.world.size)]
-            torch.distributed.all_gather(every, rows)
-            rows = torch.cat(every)
-        t, loss = rows.cpu().unbind(1)
-        self.history.add(t.long(), loss)
-
-    def _average(self) -> None:
-        """EMA of the weights, with min(ema, (1 + n) / (10 + n)) so that the start is forgotten early."""
-        for ema, weights in ((self.trial.training.ema, self.ema), *self.averages.items()):
-            decay = min(ema, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(list(weights.values()), self.raw, 1 - decay)
-
     def _note_training(self) -> None:
         """A point of means since the last one, over all workers. Raises Diverged or Pruned on all of them at once."""
-        sums = self.sums.clone()
-        self.sums.zero_()
+        sums = self.learner.sums.clone()
+        self.learner.sums.zero_()
         sums[4] = self.world.rank == 0 and self.storage.exists(stop_path(self.folder))
         if self.world.size > 1:
             torch.distributed.all_reduce(sums)
@@ -293,14 +191,15 @@ class _Loop:
         self.clock.turn_to("validation")
         nll_bpd = torch.zeros(1, dtype=torch.float64, device=self.world.device)
         if self.world.rank == 0 and self.journal.get(self.step, "valid/nll_bpd") is None:
-            with self.averaged() as model, self.autocast:
+            with self.learner.averaged() as model, self.learner.autocast:
                 seed, levels, device = self.trial.seed, self.dataset.levels, self.world.device
+                process = self.learner.process
                 held_out = torch.from_numpy(np.array(self.dataset.held_out[:VALIDATION_IMAGES])).to(device)
                 x_0 = to_model(held_out, levels)
-                bound = estimate(self.process, model, x_0, VALIDATION_TIMESTEPS, levels, seed, "valid")
-                sampler = SamplerConfig(kind="ddim", steps=min(SAMPLE_GRID_STEPS, self.process.T))
+                bound = estimate(process, model, x_0, VALIDATION_TIMESTEPS, levels, seed, "valid")
+                sampler = SamplerConfig(kind="ddim", steps=min(SAMPLE_GRID_STEPS, process.T))
                 noise = generator(seed, "grid", device=device)
-                images = sample(self.process, model, sampler, (SAMPLE_GRID, *x_0.shape[1:]), noise)
+                images = sample(process, model, sampler, (SAMPLE_GRID, *x_0.shape[1:]), noise)
             nll_bpd[0] = bound.mean
             if math.isfinite(bound.mean):
                 values = {"valid/nll_bpd": bound.mean, "valid/nll_bpd_se": bound.standard_error}
@@ -332,34 +231,26 @@ class _Loop:
     @cached_property
     def peak(self) -> dict[str, Any]:
         """What training can be held against, asked for at the first status: before the first step of a trial."""
-        return peak_of_training(self.storage, self.config, self.autocast, self.world.device, self.world.size)
+        of = self.learner.config, self.learner.autocast
+        return peak_of_training(self.storage, *of, self.world.device, self.world.size)
 
     @property
     def images_per_s(self) -> float:
         train_seconds = self.clock.seconds.get("training", 0.0)
         return self.step * self.trial.training.batch_size / train_seconds if train_seconds else 0.0
 
-    def averaged(self) -> "_Averaged":
-        return _Averaged(self.unet, self.ema, Denoiser(self.unet, self.process, self.trial.diffusion.prediction))
-
     def _save(self) -> None:
         if self.world.rank != 0:
             return
-        state = {f"weights.{name}": p for name, p in self.unet.state_dict().items()}
-        moments = self.optimizer.state_dict()["state"]
-        for (name, _), values in zip(self.unet.named_parameters(), moments.values(), strict=True):
-            state |= {f"{key}.{name}": value for key, value in values.items()}
-        if TIMESTEPS[self.trial.training.timesteps].remembers:
-            state |= {"history.losses": self.history.losses, "history.seen": self.history.seen}
         self.journal.flush()
         snapshot = checkpoints.Snapshot(
             step=self.step,
-            unet_config=self.config,
-            process=self.process,
+            unet_config=self.learner.config,
+            process=self.learner.process,
             prediction=self.trial.diffusion.prediction,
-            ema=self.ema,
-            averages=self.averages,
-            state=state,
+            ema=self.learner.ema,
+            averages=self.learner.averages,
+            state=self.learner.collect_state(),
             progress={"seconds": self.clock.seconds},
             journal=self.journal.content(),
         )
@@ -369,35 +260,10 @@ class _Loop:
 
     def _restore(self, checkpoint: manifest.Checkpoint) -> None:
         ema, state, progress = checkpoints.load_state(checkpoint)
-        self.ema = {name: ema[name].to(self.world.device) for name in self.ema}
-        for decay, weights in checkpoints.load_averages(checkpoint, self.averages).items():
-            self.averages[decay] = {name: weights[name].to(self.world.device) for name in self.ema}
-        self.unet.load_state_dict({name: state[f"weights.{name}"] for name in self.ema})
-        names = [name for name, _ in self.unet.named_parameters()]
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        moments = {i: {key: state[f"{key}.{name}"] for key in keys} for i, name in enumerate(names)}
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        if TIMESTEPS[self.trial.training.timesteps].remembers:
-            self.history = History(state["history.losses"], state["history.seen"])
-        self.step = progress["step"]
+        averages = checkpoints.load_averages(checkpoint, self.learner.averages)
+        self.learner.restore(progress["step"], ema, averages, state)
         # A checkpoint of before knows the seconds of training alone.
         self.clock.resume(progress.get("seconds") or {"training": progress["train_seconds"]})
-
-
-class _Averaged:
-    """Puts the EMA weights into the network for the length of a `with`, and gives the `model` that it is part of."""
-
-    def __init__(self, unet: UNet, ema: dict[str, Tensor], model: Denoiser) -> None:
-        self.unet, self.ema, self.model = unet, ema, model
-
-    def __enter__(self) -> Model:
-        self.raw = {name: p.clone() for name, p in self.unet.state_dict().items()}
-        self.unet.load_state_dict(self.ema)
-        self.unet.eval()
-        return self.model
-
-    def __exit__(self, *_: object) -> None:
-        self.unet.load_state_dict(self.raw)
 
 
 def checkpoints_in(folder: str) -> str:
@@ -407,53 +273,6 @@ def checkpoints_in(folder: str) -> str:
 def stop_path(folder: str) -> str:
     """The file that asks the trial in `folder` to stop at its next journal point."""
     return f"{folder}/stop"
-
-
-def learning_rate(training: TrainingConfig, step: int) -> float:
-    """The learning rate of 0-based `step`: linear warm-up, then constant or half a cosine down to 0."""
-    warm = min(1.0, (step + 1) / training.warmup) if training.warmup else 1.0
-    if training.decay == "none":
-        return training.lr * warm
-    return training.lr * warm * 0.5 * (1 + math.cos(math.pi * step / training.steps))
-
-
-def batch_rows(seed: int, step: int, batch_size: int, n: int, orders: dict[int, np.ndarray]) -> np.ndarray:
-    """The training rows of a global batch: one permutation of all n images after another, nothing dropped.
-
-    `orders` keeps the permutations in use, by epoch.
-    """
-    places = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = places // n
-    first, last = int(epochs[0]), int(epochs[-1])
-    for epoch in [epoch for epoch in orders if epoch < first]:
-        del orders[epoch]
-    for epoch in range(first, last + 1):
-        if epoch not in orders:
-            orders[epoch] = torch.randperm(n, generator=generator(seed, "order", epoch)).numpy()
-    return np.array([orders[int(e)][p % n] for e, p in zip(epochs, places, strict=True)])
-
-
-def share(items: Any, world: World) -> Any:
-    """This worker's contiguous share of a sequence; the sizes divide evenly, as the preflight has checked."""
-    assert len(items) % world.size == 0, (len(items), world.size)
-    n = len(items) // world.size
-    return items[world.rank * n : (world.rank + 1) * n]
-
-
-def autocast(trial: Trial, device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 where the trial asks for it, or `auto` finds it faster; parameters stay float32.
-
-    `auto` takes it on GPUs that have it, and on CPUs with AMX or AVX512-BF16 from a width of 32 channels on: below, it
-    measured no faster than float32. Never for the prediction mu, which differs from x_t in digits that bf16 has not.
-    """
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
-    else:
-        has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        fast = has_bf16 and trial.model.channels >= 32
-    fast = fast and PREDICTIONS[trial.diffusion.prediction].in_bf16
-    enabled = trial.training.precision == "bf16" or (trial.training.precision == "auto" and fast)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def write_status(

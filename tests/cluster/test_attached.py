@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
+import killer
 import soak
 
 pytestmark = pytest.mark.faults
@@ -33,7 +34,7 @@ def test_questions_about_a_cluster_that_is_gone_end_in_a_line_and_not_in_an_abor
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mark = uuid.uuid4().hex
-    for name, value in {soak.MARK: mark, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}.items():
+    for name, value in {killer.MARK: mark, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}.items():
         monkeypatch.setenv(name, value)
     head = soak.Head(tmp_path / "head.log")
     head.tend()
@@ -47,12 +48,12 @@ def test_questions_about_a_cluster_that_is_gone_end_in_a_line_and_not_in_an_abor
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         assert driver.stdout and driver.stdout.readline() == "attached\n"
-        [gcs] = [process for process in soak.family(mark) if process.kind == "GCS"]
+        [gcs] = [process for process in killer.family(mark) if process.kind == "GCS"]
         assert gcs.send(9)
         head.process.wait()
         head.tend()
         said = driver.stdout.read()
         assert driver.wait() == 4 and "has not answered" in said and len(said.splitlines()) == 1, said
     finally:
-        for process in soak.family(mark):
+        for process in killer.family(mark):
             process.send(9)

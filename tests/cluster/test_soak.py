@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
-import soak
+import comparison
 
 pytestmark = pytest.mark.clusters
 TRIALS = 8  # one of them of two workers
@@ -34,6 +34,6 @@ def test_nothing_is_lost_by_two_minutes_of_kills(tmp_path: Path) -> None:
     journal.write_text("".join([first, first, *others]))
     summary, *_ = ours.glob("evaluations/*/summary-*.json")
     summary.unlink()
-    equal, problems = soak.compare(tmp_path)
+    equal, problems = comparison.compare(tmp_path)
     lost = {kind: verdict["equal"][kind] - n for kind, n in equal.items() if n != verdict["equal"][kind]}
     assert lost.keys() == {"blocks, summaries and references", "points of journals"} and len(problems) == 2

@@ -1,0 +1,211 @@
+"""What is trained: the network with its averages, its optimizer and the history of its losses, and a step of it.
+
+Data order and noise are addressed by (seed, step, sub-batch): the same at any number of workers.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from workers.config import (
+    TrainingConfig,
+    Trial,
+    sub_batches,
+)
+from workers.data.dataset import Dataset
+from workers.data.pixels import to_model
+from workers.diffusion.objectives import Objective
+from workers.diffusion.predictions import Denoiser
+from workers.diffusion.process import Model
+from workers.diffusion.timesteps import History, Part
+from workers.kinds import PREDICTIONS, TIMESTEPS
+from workers.network.unet import UNet
+from workers.network.unet_config import unet_config
+from workers.noise import generator
+from workers.world import World, share
+
+
+class Learner:
+    """All that a training step reads and changes, on this worker."""
+
+    def __init__(self, trial: Trial, dataset: Dataset, world: World) -> None:
+        """At step 0."""
+        self.trial, self.dataset, self.world = trial, dataset, world
+        height, _, channels = dataset.shape
+        self.objective = Objective.of(trial.diffusion, trial.loss, dataset.levels)
+        self.process, self.history = self.objective.process, History.empty(trial.diffusion.T)
+        learned = trial.diffusion.learned
+        self.config = unet_config(trial.model, image_channels=channels, resolution=height, learned=learned)
+        self.unet = UNet(self.config, generator(trial.seed, "weights")).to(world.device)
+        self.raw = list(self.unet.state_dict().values())  # views of the parameters, not copies
+        self.ema = {name: p.clone() for name, p in self.unet.state_dict().items()}
+        self.averages = {decay: {n: p.clone() for n, p in self.ema.items()} for decay in trial.training.averages}
+        self.optimizer = torch.optim.Adam(self.unet.parameters(), lr=trial.training.lr, fused=True)
+        self.autocast = autocast(trial, world.device)
+        self.step = 0
+        self.network: nn.Module = DistributedDataParallel(self.unet) if world.size > 1 else self.unet
+        self.sums = torch.zeros(5, dtype=torch.float64, device=world.device)
+        self.orders: dict[int, np.ndarray] = {}
+
+    def train_step(self) -> None:
+        training, world = self.trial.training, self.world
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(training, self.step)
+        noises = [
+            generator(self.trial.seed, "train", self.step, j, device=world.device)
+            for j in share(range(sub_batches(training.batch_size)), world)
+        ]
+        probability = self.history.probability()
+        x_0, t, eps = self._batch(noises, probability)
+        self.unet.set_noise(noises)
+        with self.autocast:
+            loss = self.objective(lambda x, s: self.network(x, s - 1), x_0, t, eps)
+        weighted = loss.weighted
+        if TIMESTEPS[training.timesteps].remembers:
+            weighted = weighted / (self.process.T * probability.to(t.device)[t - 1]).to(weighted.dtype)
+            self._remember(t, loss.weighted.detach())
+        weighted.mean().backward()
+        norm = nn.utils.clip_grad_norm_(self.unet.parameters(), training.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._average()
+        self.sums[:4] += torch.stack([weighted.detach().mean(), loss.eps_mse.mean(), norm, torch.ones_like(norm)])
+        self.step += 1
+
+    def _batch(self, noises: Sequence[torch.Generator], probability: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """This worker's part of the global batch: x_0 and eps float32 (n, C, H, W), t int64 (n,) in 1..T."""
+        size, flip = self.trial.training.batch_size, self.trial.data.flip
+        rows = share(batch_rows(self.trial.seed, self.step, size, len(self.dataset.train), self.orders), self.world)
+        device = self.world.device
+        images = torch.from_numpy(self.dataset.train[rows]).to(device)
+        x_0 = to_model(images, self.dataset.levels)
+        n = len(x_0) // len(noises)
+        count = sub_batches(size)
+        parts = share([Part(n, index, count) for index in range(count)], self.world)
+        draw, T = TIMESTEPS[self.trial.training.timesteps].load(), self.process.T
+        t = torch.cat([draw(T, part, g, probability) for part, g in zip(parts, noises, strict=True)])
+        eps = torch.cat([torch.randn((n, *x_0.shape[1:]), generator=g, device=device) for g in noises])
+        if flip:
+            coins = torch.cat([torch.rand(n, generator=g, device=device) for g in noises]) < 0.5
+            x_0 = torch.where(coins[:, None, None, None], x_0.flip(3), x_0)
+        return x_0, t, eps
+
+    def _remember(self, t: Tensor, loss: Tensor) -> None:
+        """Adds the losses of the whole batch, in its order, to the history of every worker."""
+        rows = torch.stack([t.double(), loss.double()], dim=1)
+        if self.world.size > 1:
+            every = [torch.empty_like(rows) for _ in range(self.world.size)]
+            torch.distributed.all_gather(every, rows)
+            rows = torch.cat(every)
+        t, loss = rows.cpu().unbind(1)
+        self.history.add(t.long(), loss)
+
+    def _average(self) -> None:
+        """EMA of the weights, with min(ema, (1 + n) / (10 + n)) so that the start is forgotten early."""
+        for ema, weights in ((self.trial.training.ema, self.ema), *self.averages.items()):
+            decay = min(ema, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(list(weights.values()), self.raw, 1 - decay)
+
+    def averaged(self) -> "_Averaged":
+        return _Averaged(self.unet, self.ema, Denoiser(self.unet, self.process, self.trial.diffusion.prediction))
+
+    def collect_state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside the averages, so that the training goes on as if it had not stopped."""
+        state = {f"weights.{name}": p for name, p in self.unet.state_dict().items()}
+        moments = self.optimizer.state_dict()["state"]
+        for (name, _), values in zip(self.unet.named_parameters(), moments.values(), strict=True):
+            state |= {f"{key}.{name}": value for key, value in values.items()}
+        if TIMESTEPS[self.trial.training.timesteps].remembers:
+            state |= {"history.losses": self.history.losses, "history.seen": self.history.seen}
+        return state
+
+    def restore(
+        self,
+        step: int,
+        ema: Mapping[str, Tensor],
+        averages: Mapping[float, Mapping[str, Tensor]],
+        state: Mapping[str, Tensor],
+    ) -> None:
+        """Goes on from a checkpoint of that step."""
+        self.ema = {name: ema[name].to(self.world.device) for name in self.ema}
+        for decay, weights in averages.items():
+            self.averages[decay] = {name: weights[name].to(self.world.device) for name in self.ema}
+        self.unet.load_state_dict({name: state[f"weights.{name}"] for name in self.ema})
+        names = [name for name, _ in self.unet.named_parameters()]
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        moments = {i: {key: state[f"{key}.{name}"] for key in keys} for i, name in enumerate(names)}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        if TIMESTEPS[self.trial.training.timesteps].remembers:
+            self.history = History(state["history.losses"], state["history.seen"])
+        self.step = step
+
+
+class _Averaged:
+    """Puts the EMA weights into the network for the length of a `with`, and gives the `model` that it is part of."""
+
+    def __init__(self, unet: UNet, ema: dict[str, Tensor], model: Denoiser) -> None:
+        self.unet, self.ema, self.model = unet, ema, model
+
+    def __enter__(self) -> Model:
+        self.raw = {name: p.clone() for name, p in self.unet.state_dict().items()}
+        self.unet.load_state_dict(self.ema)
+        self.unet.eval()
+        return self.model
+
+    def __exit__(self, *_: object) -> None:
+        self.unet.load_state_dict(self.raw)
+
+
+def steps(trial: Trial, dataset: Dataset, device: torch.device) -> Iterator[None]:
+    """Steps of a training that is neither validated nor kept, without end: what they take can be measured."""
+    learner = Learner(trial, dataset, World(device=device))
+    learner.network.train()
+    while True:
+        learner.train_step()
+        yield
+
+
+def learning_rate(training: TrainingConfig, step: int) -> float:
+    """The learning rate of 0-based `step`: linear warm-up, then constant or half a cosine down to 0."""
+    warm = min(1.0, (step + 1) / training.warmup) if training.warmup else 1.0
+    if training.decay == "none":
+        return training.lr * warm
+    return training.lr * warm * 0.5 * (1 + math.cos(math.pi * step / training.steps))
+
+
+def batch_rows(seed: int, step: int, batch_size: int, n: int, orders: dict[int, np.ndarray]) -> np.ndarray:
+    """The training rows of a global batch: one permutation of all n images after another, nothing dropped.
+
+    `orders` keeps the permutations in use, by epoch.
+    """
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = places // n
+    first, last = int(epochs[0]), int(epochs[-1])
+    for epoch in [epoch for epoch in orders if epoch < first]:
+        del orders[epoch]
+    for epoch in range(first, last + 1):
+        if epoch not in orders:
+            orders[epoch] = torch.randperm(n, generator=generator(seed, "order", epoch)).numpy()
+    return np.array([orders[int(e)][p % n] for e, p in zip(epochs, places, strict=True)])
+
+
+def autocast(trial: Trial, device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 where the trial asks for it, or `auto` finds it faster; parameters stay float32.
+
+    `auto` takes it on GPUs that have it, and on CPUs with AMX or AVX512-BF16 from a width of 32 channels on: below, it
+    measured no faster than float32. Never for the prediction mu, which differs from x_t in digits that bf16 has not.
+    """
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        fast = has_bf16 and trial.model.channels >= 32
+    fast = fast and PREDICTIONS[trial.diffusion.prediction].in_bf16
+    enabled = trial.training.precision == "bf16" or (trial.training.precision == "auto" and fast)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
