@@ -27,14 +27,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from orchestrator.experiment.load import load
 from orchestrator.experiment.records import Experiment, Variant
 from orchestrator.state.saved import keep_sweep
-from orchestrator.sweep import trials_of
+from orchestrator.sweep import list_trials
 from workers.config import DataConfig, Measurement
 from workers.data.dataset import prepare
-from workers.data.pixels import grid_png
+from workers.data.pixels import draw_grid
 from workers.data.sources import Source
-from workers.evaluation.blocks import Images, protocol_key
+from workers.evaluation.blocks import Images, make_protocol_key
 from workers.journal import Journal
-from workers.layout import RowId, checkpoints_folder, status_file, summary_file, trial_folder
+from workers.layout import RowId, name_checkpoints_folder, name_status_file, name_summary_file, name_trial_folder
 from workers.network import manifest
 from workers.storage import Storage
 from workers.training import train
@@ -68,33 +68,33 @@ def fill(
 
     keep_sweep(storage, experiment, rows, sources)
     [(config, source)] = sources.items()
-    picture = grid_png(torch.zeros(16, 8, 8, 1, dtype=torch.uint8), 17)
+    picture = draw_grid(torch.zeros(16, 8, 8, 1, dtype=torch.uint8), 17)
     for number, (row, variant) in enumerate(rows.items()):
         if number == 0:  # the best
-            for _ in train(variant.trial, prepare(config), storage, trial_folder(row), also_keep=[STEPS]):
+            for _ in train(variant.trial, prepare(config), storage, name_trial_folder(row), also_keep=[STEPS]):
                 pass
         else:
             leave_as_trained(storage, row, number, picture)
-        checkpoint = manifest.at_step(storage, checkpoints_folder(row), STEPS)
+        checkpoint = manifest.find_at_step(storage, name_checkpoints_folder(row), STEPS)
         assert checkpoint
-        key = protocol_key(Measurement.of(variant.trial), Images.of(source))
-        storage.write_sealed(summary_file(checkpoint.digest, key), summary(number, experiment.trial.diffusion.T))
+        key = make_protocol_key(Measurement.of(variant.trial), Images.of(source))
+        storage.write_sealed(name_summary_file(checkpoint.digest, key), summary(number, experiment.trial.diffusion.T))
 
 
 def leave_as_trained(storage: Storage, row: RowId, number: int, picture: bytes) -> None:
     """Writes the files of a trial without training it."""
-    journal, nll_bpd = Journal(storage, trial_folder(row)), 3.0 + number * 1e-4
+    journal, nll_bpd = Journal(storage, name_trial_folder(row)), 3.0 + number * 1e-4
     for step in (0, STEPS):
-        journal.metrics(step, {"valid/nll_bpd": nll_bpd, "valid/nll_bpd_se": 0.1, "train/images_per_s": 40.0})
-        journal.image(step, "samples", picture)
+        journal.add_metrics(step, {"valid/nll_bpd": nll_bpd, "valid/nll_bpd_se": 0.1, "train/images_per_s": 40.0})
+        journal.add_image(step, "samples", picture)
     journal.flush()
-    path = f"{checkpoints_folder(row)}/{manifest.step_name(STEPS)}"
+    path = f"{name_checkpoints_folder(row)}/{manifest.name_step(STEPS)}"
     names = (manifest.INDEX, *manifest.EVALUATED, manifest.STATE, manifest.PROGRESS)
     manifest.write_manifest(storage, path, STEPS, {name: f"{row} {name}" for name in names}, kept=True)
     status = {"state": "finished", "step": STEPS, "steps": STEPS, "images_per_s": 40.0, "detail": "", "host": "a",
-              "checkpoint": manifest.committed(storage, path).digest, "valid_nll_bpd": nll_bpd,
+              "checkpoint": manifest.open_committed(storage, path).digest, "valid_nll_bpd": nll_bpd,
               "updated_ms": time.time_ns() // 1_000_000}  # fmt: skip
-    storage.write_sealed(status_file(row), status)
+    storage.write_sealed(name_status_file(row), status)
 
 
 def summary(number: int, T: int) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def main() -> None:
             file, storage = Path(folder, "scale.yaml"), Path(folder, "runs")
             write_experiment(trials, file)
             experiment = load(file, [])
-            rows, sources, _ = trials_of(experiment)
+            rows, sources, _ = list_trials(experiment)
             assert len(rows) == trials, len(rows)
             fill(Storage(str(storage)), experiment, rows, sources)
             found[trials] = {}

@@ -28,15 +28,15 @@ def checkpoint_folder(rng: random.Random, here: Path, prepared: Prepared) -> tup
     def ran() -> Outcome:
         from workers.config import Mistake
 
-        said = io.StringIO()
-        with listened(said):
+        output = io.StringIO()
+        with listened(output):
             try:
                 numbers: dict[str, Any] | None = drawn(folder)
             except Mistake as mistake:
-                return Outcome(2, str(mistake) + said.getvalue())
+                return Outcome(2, str(mistake) + output.getvalue())
         if kind == "diffusers" or numbers["digest"] != prepared.numbers[kind]["digest"]:
             numbers = None  # what has another address may be another model
-        return Outcome(0, said.getvalue() + "drawn", numbers, [path.name])
+        return Outcome(0, output.getvalue() + "drawn", numbers, [path.name])
 
     return f"checkpoint {kind}: {path.relative_to(folder)}: {how}", ran
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.experiment.expand import by_row
+from orchestrator.experiment.expand import group_by_row
 from orchestrator.experiment.load import load, parse
 from orchestrator.experiment.records import Experiment, ExperimentError, Variant
 from orchestrator.experiment.settings import merge
@@ -60,4 +60,4 @@ def file_problems(tmp_path: Path, text: str, *overrides: str) -> list[str]:
 
 
 def digests(variants: tuple[Variant, ...], data: str = "d") -> tuple[dict[RowId, Variant], list[str]]:
-    return by_row(variants, {v.trial.data: data for v in variants})
+    return group_by_row(variants, {v.trial.data: data for v in variants})

@@ -74,9 +74,9 @@ def one(seed: int, number: int, prepared: Prepared, kind: str = "", aloud: bool 
 def wrong(outcome: Outcome, numbers: dict[str, Any], what: str) -> str:
     if outcome.status not in (0, 1, 2):
         return f"status {outcome.status}"
-    if "Traceback (most recent call last)" in outcome.said:
-        return f"a traceback is told: {outcome.said[-300:]}"
-    if outcome.status and not outcome.said.strip():
+    if "Traceback (most recent call last)" in outcome.output:
+        return f"a traceback is told: {outcome.output[-300:]}"
+    if outcome.status and not outcome.output.strip():
         return f"status {outcome.status} without a word"
     expected = numbers.get(what.split(" after ")[0]) if " after " in what else numbers.get(_subject(what))
     if isinstance(outcome.numbers, dict) and isinstance(expected, dict):
@@ -85,7 +85,7 @@ def wrong(outcome: Outcome, numbers: dict[str, Any], what: str) -> str:
         )  # a trial that isn't there, or isn't done, says so
     else:
         same = outcome.numbers is None or outcome.numbers == expected
-    if not same and not any(name in outcome.said for name in outcome.names):
+    if not same and not any(name in outcome.output for name in outcome.names):
         return f"other numbers without a word: {str(outcome.numbers)[:300]} for {str(expected)[:300]}"
     return ""
 
@@ -169,8 +169,8 @@ def rerun(prepared: Prepared, seed: int, number: int) -> tuple[str, str]:
         command = [sys.executable, "-m", "orchestrator.sweep", str(file), "--storage", str(storage)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
-        said = done.stdout + done.stderr
-        outcome = Outcome(done.returncode, said, loaded(storage).numbers, [what.partition(":")[0].rpartition("/")[2]])
+        output = done.stdout + done.stderr
+        outcome = Outcome(done.returncode, output, loaded(storage).numbers, [what.partition(":")[0].rpartition("/")[2]])
     return what, wrong(outcome, {"loaded": prepared.numbers["loaded"]}, f"loaded after {what}")
 
 

@@ -8,7 +8,7 @@ import torch
 from workers.config import DataConfig, DiffusionConfig, ScheduleConfig
 from workers.data.built_in import GAUSSIAN_SD
 from workers.data.dataset import Dataset, prepare
-from workers.diffusion.gaussian import GaussianDenoiser, denoiser_config
+from workers.diffusion.gaussian import GaussianDenoiser, make_denoiser_config
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Process
 
@@ -36,13 +36,13 @@ def short(T: int, variance: Any = "fixed_large") -> Process:
 
 
 def network(p: Process, s: float = S, scale: float = 1.0):
-    denoiser = GaussianDenoiser(denoiser_config(s, 8, 1), p)
+    denoiser = GaussianDenoiser(make_denoiser_config(s, 8, 1), p)
     return lambda x, t: scale * denoiser(x, t - 1)
 
 
 def with_head(p: Process, head: float) -> Denoiser:
     """The best denoiser, with a second head that says the same of every pixel."""
-    best = GaussianDenoiser(denoiser_config(S, 8, 1), p)
+    best = GaussianDenoiser(make_denoiser_config(S, 8, 1), p)
 
     class Heads(torch.nn.Module):
         def forward(self, x, t):

@@ -32,7 +32,7 @@ smoke: {training.steps: 4}
 @dataclass
 class Outcome:
     status: int
-    said: str = ""
+    output: str = ""
     numbers: Any = None  # what must not change without a word; None where nothing is compared
     names: list[str] = field(
         default_factory=list

@@ -57,16 +57,16 @@ def loaded(storage: Path) -> Outcome:
     from orchestrator import load_results
     from workers.config import Mistake
 
-    said = io.StringIO()
-    with listened(said):
+    output = io.StringIO()
+    with listened(output):
         try:
             frame = load_results("tiny", storage=storage)
         except Mistake as mistake:
-            return Outcome(2, str(mistake) + said.getvalue())
+            return Outcome(2, str(mistake) + output.getvalue())
     metrics = [name for name in frame.columns if name.startswith(("eval/", "valid/"))]
     done = [row for row in frame.to_dict("records") if row["state"] == "done"]
     rows = {row["trial"]: {name: row[name] for name in metrics if row[name] == row[name]} for row in done}  # no NaN
-    return Outcome(0, said.getvalue() + "loaded", rows)
+    return Outcome(0, output.getvalue() + "loaded", rows)
 
 
 @reader
@@ -74,15 +74,15 @@ def model(storage: Path) -> Outcome:
     from orchestrator import open_model
     from workers.config import Mistake
 
-    said = io.StringIO()
-    with listened(said), warnings.catch_warnings(record=True) as warned:
+    output = io.StringIO()
+    with listened(output), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UserWarning)
         try:
             images = open_model("tiny", storage=storage).sample(1, seed=0, steps=2)
         except Mistake as mistake:
-            return Outcome(2, str(mistake) + said.getvalue())
-    said.writelines(str(warning.message) for warning in warned if "best of the others" in str(warning.message))
-    return Outcome(0, said.getvalue() + "drawn", hashlib.sha256(images.tobytes()).hexdigest())
+            return Outcome(2, str(mistake) + output.getvalue())
+    output.writelines(str(warning.message) for warning in warned if "best of the others" in str(warning.message))
+    return Outcome(0, output.getvalue() + "drawn", hashlib.sha256(images.tobytes()).hexdigest())
 
 
 @reader

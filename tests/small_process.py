@@ -8,7 +8,7 @@ import torch
 from workers.config import DiffusionConfig, SamplerConfig, ScheduleConfig
 from workers.diffusion.predictions import eps_by_x_0, from_eps
 from workers.diffusion.process import Model, Prediction, Process
-from workers.noise import generator
+from workers.noise import make_generator
 
 F64 = torch.float64
 ANCESTRAL, DDIM = SamplerConfig(kind="ancestral"), SamplerConfig(kind="ddim")
@@ -24,7 +24,7 @@ def process(T: int, variance: Any = "fixed_small", kind: Any = "linear", scale: 
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=generator("test_diffusion", seed), dtype=F64)
+    return torch.randn(shape, generator=make_generator("test_diffusion", seed), dtype=F64)
 
 
 def every_t(p: Process) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -40,6 +40,6 @@ def denoiser_of_gaussian(p: Process, s: float) -> Model:
     return from_eps(p, lambda x, t: slope[t - 1].reshape(-1, 1, 1, 1) * x)
 
 
-def said(p: Process, x_0_hat: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> Prediction:
+def make_prediction(p: Process, x_0_hat: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> Prediction:
     """What a network says that takes x_0 for `x_0_hat`."""
     return Prediction(x_0_hat, eps_by_x_0(p, x_t, t, x_0_hat))

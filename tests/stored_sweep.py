@@ -13,7 +13,7 @@ from orchestrator.experiment.records import Experiment
 from orchestrator.state.saved import keep_sweep
 from workers.config import DataConfig, Measurement
 from workers.data.sources import Source
-from workers.evaluation.blocks import Images, protocol_key
+from workers.evaluation.blocks import Images, make_protocol_key
 from workers.layout import RowId
 from workers.seals import seal_lines
 from workers.storage import Storage
@@ -58,7 +58,7 @@ def stored(root: Path, nll: Mapping[int, list[float]], **search: Any) -> tuple[S
         state = {"state": "finished", "step": 10, "steps": 10, "images_per_s": 40.0, "checkpoint": checkpoint,
                  "valid_nll_bpd": 3.0 + i, "updated_ms": 6_000, "host": "<b>here</b>", "detail": ""}  # fmt: skip
         storage.write_sealed(f"trials/{address}/status.json", state)
-        key = protocol_key(Measurement.of(v.trial), Images.of(SOURCE))
+        key = make_protocol_key(Measurement.of(v.trial), Images.of(SOURCE))
         storage.write_sealed(
             f"evaluations/{checkpoint}/summary-{key}.json", summary(nll[i], v.trial.diffusion.T, 2.0 - i / 10)
         )

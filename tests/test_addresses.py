@@ -9,7 +9,7 @@ from orchestrator.experiment.expand import expand
 from orchestrator.experiment.load import parse
 from orchestrator.experiment.settings import merge, put
 from workers.config import Trial
-from workers.identity import trial_id
+from workers.identity import compute_trial_id
 
 
 def test_the_address_counts_only_what_changes_the_weights() -> None:
@@ -50,12 +50,12 @@ RECORDED: dict[str, dict[str, Any]] = {
 def test_ids_stay_what_they_are(recorded: str) -> None:
     """Settings that came later, or that nothing reads, leave the ids of trials that do not set them."""
     settings = {"data": {"source": "digits"}, "training": {"steps": 1}}
-    assert trial_id(Trial.model_validate({**settings, **RECORDED[recorded]}), "d" * 16) == recorded
+    assert compute_trial_id(Trial.model_validate({**settings, **RECORDED[recorded]}), "d" * 16) == recorded
 
 
 def address_of(**sections: Any) -> str:
     settings = {"data": {"source": "digits"}, "training": {"steps": 1}}
-    return trial_id(Trial.model_validate(merge(settings, sections)), "d" * 16)
+    return compute_trial_id(Trial.model_validate(merge(settings, sections)), "d" * 16)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from small_process import ANCESTRAL, DDIM, F64, denoiser_of_gaussian, every_t, process, said
+from small_process import ANCESTRAL, DDIM, F64, denoiser_of_gaussian, every_t, process, output
 
 from workers.config import SamplerConfig
 from workers.diffusion.predictions import from_eps
 from workers.diffusion.process import VARIANCES
 from workers.diffusion.samplers import ancestral, ddim, sample
 from workers.kinds import SAMPLERS, SCHEDULES
-from workers.noise import generator
+from workers.noise import make_generator
 
 
 def test_standard_normal_data_stay_standard_normal_under_fixed_large():
@@ -22,7 +22,7 @@ def test_standard_normal_data_stay_standard_normal_under_fixed_large():
 
     n = 200_000
     x = (
-        sample(p, denoiser_of_gaussian(p, 1.0), ANCESTRAL, (n, 1, 1, 1), generator("normal"), clip=False)
+        sample(p, denoiser_of_gaussian(p, 1.0), ANCESTRAL, (n, 1, 1, 1), make_generator("normal"), clip=False)
         .flatten()
         .numpy()
     )
@@ -55,7 +55,7 @@ def test_one_point_data_land_on_the_point(variance, steps, sampler):
         alpha_bar = p.alpha_bar[t - 1].reshape(-1, 1, 1, 1)
         return (x - alpha_bar.sqrt() * point) / (1 - alpha_bar).sqrt()
 
-    x = sample(p, from_eps(p, eps_theta), SamplerConfig(steps=steps, **sampler), (5, 1, 2, 2), generator("point"))
+    x = sample(p, from_eps(p, eps_theta), SamplerConfig(steps=steps, **sampler), (5, 1, 2, 2), make_generator("point"))
     torch.testing.assert_close(x, torch.full_like(x, point), rtol=0, atol=1e-3)
 
 
@@ -64,7 +64,9 @@ def test_the_noise_of_a_step_has_sigma_for_its_standard_deviation(kind):
     """Not sigma^2: the trap of the notes. From x_t = x_0_hat = 0 all that is left is sigma z."""
     p, n = process(40, "fixed_small"), 20_000
     zero, t = torch.zeros(n, 1, 1, 1, dtype=F64), torch.full((n,), 25)
-    x = SAMPLERS[kind].load()(p, SamplerConfig(kind=kind, eta=1.0), zero, said(p, zero, zero, t), t, generator(kind))
+    x = SAMPLERS[kind].load()(
+        p, SamplerConfig(kind=kind, eta=1.0), zero, output(p, zero, zero, t), t, generator=make_generator(kind)
+    )
     assert float(x.std()) == pytest.approx(float(p.beta_tilde[24]) ** 0.5, rel=4 / (2 * n) ** 0.5)
 
 
@@ -72,8 +74,10 @@ def test_the_last_step_shows_the_mean_without_noise():
     p = process(40, "fixed_large")
     t, x_0, x_t, _ = every_t(p)
     for kind in ("ancestral", "ddim"):
-        of = said(p, x_0[:1], x_t[:1], t[:1])
-        x = SAMPLERS[kind].load()(p, SamplerConfig(kind=kind, eta=1.0), x_t[:1], of, t[:1], generator("last"))
+        of = output(p, x_0[:1], x_t[:1], t[:1])
+        x = SAMPLERS[kind].load()(
+            p, SamplerConfig(kind=kind, eta=1.0), x_t[:1], of, t[:1], generator=make_generator("last")
+        )
         torch.testing.assert_close(x, x_0[:1], msg=kind)
 
 
@@ -85,11 +89,11 @@ def test_ddim_with_eta_1_is_ancestral_with_fixed_small(kind):
     eta_1 = SamplerConfig(kind="ddim", eta=1.0)
     for k in range(p.T):
         one = slice(k, k + 1)
-        of = said(p, x_0[one], x_t[one], t[one])
-        a = ancestral(p, ANCESTRAL, x_t[one], of, t[one], generator("z", k))
-        torch.testing.assert_close(ddim(p, eta_1, x_t[one], of, t[one], generator("z", k)), a)
+        of = output(p, x_0[one], x_t[one], t[one])
+        a = ancestral(p, ANCESTRAL, x_t[one], of, t[one], generator=make_generator("z", k))
+        torch.testing.assert_close(ddim(p, eta_1, x_t[one], of, t[one], generator=make_generator("z", k)), a)
     chains = [
-        sample(p, from_eps(p, lambda x, t: x.sin()), SamplerConfig(steps=9, **c), (3, 1, 2, 2), generator("chain"))
+        sample(p, from_eps(p, lambda x, t: x.sin()), SamplerConfig(steps=9, **c), (3, 1, 2, 2), make_generator("chain"))
         for c in ({"kind": "ancestral"}, {"kind": "ddim", "eta": 1.0})
     ]
     torch.testing.assert_close(*chains, rtol=0, atol=1e-5)
@@ -106,9 +110,9 @@ def test_ddim_with_eta_0_scales_gaussian_data_by_its_closed_form(steps):
     alpha_bar = torch.cat([torch.ones(1, dtype=F64), p.alpha_bar[times - 1]])
     now, before = alpha_bar[1:], alpha_bar[:-1]
     factor = (((before * now).sqrt() * s**2 + ((1 - before) * (1 - now)).sqrt()) / v[times - 1]).prod()
-    x_T = torch.randn((50, 1, 1, 1), generator=generator("ddim"))
+    x_T = torch.randn((50, 1, 1, 1), generator=make_generator("ddim"))
     config = SamplerConfig(kind="ddim", steps=steps)
-    x = sample(p, denoiser_of_gaussian(p, s), config, (50, 1, 1, 1), generator("ddim"), clip=False)
+    x = sample(p, denoiser_of_gaussian(p, s), config, (50, 1, 1, 1), make_generator("ddim"), clip=False)
     torch.testing.assert_close(x, float(factor) * x_T, rtol=1e-4, atol=1e-5)
 
 
@@ -117,8 +121,8 @@ def test_ddim_with_eta_0_nears_the_flow_that_keeps_quantiles():
     s, errors = 0.5, []
     for T in (100, 1000):
         p = process(T)
-        x = sample(p, denoiser_of_gaussian(p, s), DDIM, (50, 1, 1, 1), generator("flow"), clip=False)
-        x_T = torch.randn((50, 1, 1, 1), generator=generator("flow"))
+        x = sample(p, denoiser_of_gaussian(p, s), DDIM, (50, 1, 1, 1), make_generator("flow"), clip=False)
+        x_T = torch.randn((50, 1, 1, 1), generator=make_generator("flow"))
         errors.append(float((x - s * x_T).norm() / x.norm()))
     assert errors[1] < 0.005 and errors[1] < errors[0] / 5
 
@@ -126,7 +130,8 @@ def test_ddim_with_eta_0_nears_the_flow_that_keeps_quantiles():
 def test_sampling_is_a_function_of_its_generator():
     p = process(30)
     draws = [
-        sample(p, from_eps(p, lambda x, t: x.sin()), ANCESTRAL, (2, 1, 3, 3), generator("again", k)) for k in (0, 0, 1)
+        sample(p, from_eps(p, lambda x, t: x.sin()), ANCESTRAL, (2, 1, 3, 3), make_generator("again", k))
+        for k in (0, 0, 1)
     ]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     assert draws[0].dtype == torch.float32

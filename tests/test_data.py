@@ -27,7 +27,7 @@ from PIL import Image
 from workers.config import DataConfig
 from workers.data.built_in import GAUSSIAN_SD
 from workers.data.dataset import prepare
-from workers.data.sources import describe, fingerprint, source_text
+from workers.data.sources import compute_fingerprint, describe, describe_source
 from workers.data.splits import DataError
 
 cache = image_files.cache
@@ -64,8 +64,8 @@ def test_gaussian_pixels_are_normal_independent_and_of_the_stated_deviation():
 
 def test_built_in_sources_have_the_addresses_they_always_had():
     """A change of these would orphan every stored evaluation."""
-    assert fingerprint(DataConfig(source="digits")) == "924f3600e25a8720"
-    assert fingerprint(DataConfig(source="gaussian")) == "1d32f19783661f04"
+    assert compute_fingerprint(DataConfig(source="digits")) == "924f3600e25a8720"
+    assert compute_fingerprint(DataConfig(source="gaussian")) == "1d32f19783661f04"
 
 
 def test_other_bytes_than_the_address_says_are_refused(monkeypatch, tmp_path):
@@ -172,7 +172,7 @@ def test_hidden_and_other_files_are_no_images_and_are_told(tmp_path):
         (folder / name).write_bytes(b"none")
     source = describe(DataConfig(source=str(folder)))
     assert source.train == 27
-    assert source_text(source).endswith("; left out: 2 .gif, 1 .md, 1 .tif, 1 .xyz")
+    assert describe_source(source).endswith("; left out: 2 .gif, 1 .md, 1 .tif, 1 .xyz")
     assert source.warnings == (
         "left out: 2 .gif (a.gif, b.gif); convert them to PNG",
         "left out: 1 .tif (c.tif); convert it to PNG",
@@ -182,7 +182,7 @@ def test_hidden_and_other_files_are_no_images_and_are_told(tmp_path):
 
 def test_the_line_says_what_was_found(tmp_path):
     def line(source: Path | str, **settings) -> str:
-        return source_text(describe(DataConfig(source=str(source), **settings)))
+        return describe_source(describe(DataConfig(source=str(source), **settings)))
 
     assert line("digits") == (
         "digits: built in, 1,497 to train on, 300 held out (of the same images, by a fixed shuffle), 10 classes, "

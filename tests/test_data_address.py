@@ -15,7 +15,7 @@ from workers import memos
 from workers.config import DataConfig
 from workers.data import survey
 from workers.data.dataset import prepare
-from workers.data.sources import describe, fingerprint
+from workers.data.sources import compute_fingerprint, describe
 
 cache = image_files.cache
 
@@ -23,28 +23,28 @@ cache = image_files.cache
 @pytest.mark.parametrize("kind", WRITERS)
 def test_the_address_follows_the_content_not_the_path(tmp_path, monkeypatch, kind):
     here, there = WRITERS[kind](tmp_path / "here"), tmp_path / "other" / "there"
-    address = fingerprint(DataConfig(source=str(here)))
+    address = compute_fingerprint(DataConfig(source=str(here)))
     assert len(address) == 16 and int(address, 16) >= 0
     assert describe(DataConfig(source=str(here))).digest == prepare(DataConfig(source=str(here))).digest == address
     assert describe(DataConfig(source=str(here))).format == kind
     there.parent.mkdir()
     here.rename(there)
-    assert fingerprint(DataConfig(source=str(there))) == address
+    assert compute_fingerprint(DataConfig(source=str(there))) == address
     monkeypatch.chdir(there.parent)
-    assert fingerprint(DataConfig(source="there")) == address, "relative to the current directory"
+    assert compute_fingerprint(DataConfig(source="there")) == address, "relative to the current directory"
     monkeypatch.setenv("HOME", str(there.parent))
-    assert fingerprint(DataConfig(source="~/there")) == address
+    assert compute_fingerprint(DataConfig(source="~/there")) == address
 
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_one_changed_byte_changes_the_address(tmp_path, kind):
     folder = WRITERS[kind](tmp_path / "d")
-    addresses = {fingerprint(DataConfig(source=str(folder)))}
+    addresses = {compute_fingerprint(DataConfig(source=str(folder)))}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1  # size and, within a clock tick, time stay as they were
         path.write_bytes(content)
-        addresses.add(fingerprint(DataConfig(source=str(folder))))
+        addresses.add(compute_fingerprint(DataConfig(source=str(folder))))
     assert len(addresses) == 1 + sum(p.is_file() for p in folder.rglob("*"))
 
 
@@ -52,7 +52,7 @@ def test_the_address_follows_what_changes_the_decoded_result(tmp_path):
     whole, split = write_images(tmp_path / "whole", COLOUR), write_cifar(tmp_path / "split")
 
     def address(source, **settings):
-        return fingerprint(DataConfig(source=str(source), **settings))
+        return compute_fingerprint(DataConfig(source=str(source), **settings))
 
     assert len({address(whole), address(whole, resolution=2), address(whole, held_out=0.5)}) == 3
     assert address(whole) == address(whole, held_out=0.101), "3 of 30 either way"
@@ -65,17 +65,17 @@ def test_the_address_follows_what_changes_the_decoded_result(tmp_path):
 def test_hashes_are_remembered_until_a_file_changes(tmp_path, cache, monkeypatch):
     path = write_parquet(tmp_path / "d.parquet", COLOUR)
     config = DataConfig(source=str(path))
-    address = fingerprint(config)
+    address = compute_fingerprint(config)
     assert not list(cache.glob("hashes/*")), "a file this young may change again unseen"
     monkeypatch.setattr(survey, "SETTLED_NS", 0)
-    assert fingerprint(config) == address
+    assert compute_fingerprint(config) == address
     (memo,) = cache.glob("hashes/*.json")
     entries = json.loads(memo.read_text())["content"]
     entries[str(path)][-1] = "remembered"
     memos.remember(memo, entries)
-    assert fingerprint(config) != address, "the memo is used: the file was not read again"
+    assert compute_fingerprint(config) != address, "the memo is used: the file was not read again"
     os.utime(path, ns=(10**18 + 1, 10**18 + 1))
-    assert fingerprint(config) == address, "another time of change: read again"
+    assert compute_fingerprint(config) == address, "another time of change: read again"
 
 
 @pytest.mark.parametrize("how", ["replaced", "written over", "linked elsewhere", "in a folder linked elsewhere"])
@@ -104,8 +104,8 @@ def test_a_file_of_the_same_size_and_time_is_noticed(tmp_path, monkeypatch, kind
     else:
         here = tmp_path / "real"
     config = DataConfig(source=str(here))
-    first = fingerprint(config)
-    assert fingerprint(config) == first
+    first = compute_fingerprint(config)
+    assert compute_fingerprint(config) == first
     if how == "replaced":
         file.replace(there)
     elif how == "written over":
@@ -118,16 +118,16 @@ def test_a_file_of_the_same_size_and_time_is_noticed(tmp_path, monkeypatch, kind
         here.unlink()
         here.symlink_to(other)
     assert (here / file.relative_to(other)).stat().st_mtime_ns == 10**18
-    assert fingerprint(config) != first
+    assert compute_fingerprint(config) != first
 
 
 def test_the_addresses_of_cifar10_and_idx_are_what_they_always_were(tmp_path):
     """Recorded: a change of these would orphan every stored trial and evaluation."""
     images = np.arange(30 * 3072, dtype=np.uint32).astype(np.uint8).reshape(30, 32, 32, 3)
-    assert fingerprint(DataConfig(source=str(write_cifar(tmp_path / "c", images)))) == "3dbb916c205ce09a"
+    assert compute_fingerprint(DataConfig(source=str(write_cifar(tmp_path / "c", images)))) == "3dbb916c205ce09a"
     idx = write_idx(tmp_path / "i", images[:, :4, :4, :1], zipped=False)
-    assert fingerprint(DataConfig(source=str(idx))) == "0193c01da3efc38c"
-    assert fingerprint(DataConfig(source=str(idx), resolution=2)) == "9afe0c5fd06a00f1"
+    assert compute_fingerprint(DataConfig(source=str(idx))) == "0193c01da3efc38c"
+    assert compute_fingerprint(DataConfig(source=str(idx), resolution=2)) == "9afe0c5fd06a00f1"
 
 
 def test_the_dry_run_imports_neither_torch_nor_ray_nor_sklearn():

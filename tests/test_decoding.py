@@ -12,7 +12,7 @@ from PIL import Image
 
 from workers.config import DataConfig
 from workers.data.dataset import prepare
-from workers.data.sources import describe, fingerprint, source_text
+from workers.data.sources import compute_fingerprint, describe, describe_source
 
 cache = image_files.cache
 
@@ -78,7 +78,7 @@ def test_transparent_pixels_are_composited_on_a_stated_colour(tmp_path):
     for name, images in sets.items():
         source = str(write_images(tmp_path / name, images))
         white, black = (prepare(DataConfig(source=source, background=(v,) * 3)) for v in (255, 0))
-        assert white.digest == fingerprint(DataConfig(source=source)) != black.digest
+        assert white.digest == compute_fingerprint(DataConfig(source=source)) != black.digest
         assert (white.train[:, :2] == 255).all() and (black.train[:, :2] == 0).all()
         opaque = {i[3].tobytes() for i in (COLOUR if name == "RGBA" else GREY)}
         assert {i[3].tobytes() for i in (*white.train, *white.held_out)} == opaque
@@ -87,11 +87,11 @@ def test_transparent_pixels_are_composited_on_a_stated_colour(tmp_path):
         assert np.abs(found - np.sort(seen.ravel())).max() <= 1
     assert describe(DataConfig(source=source)).shape == (4, 4, 1)
     assert describe(DataConfig(source=source, background=(255, 0, 0))).shape == (4, 4, 3), "grey on red is in colour"
-    assert "all with an alpha channel, on [255, 255, 255]" in source_text(describe(DataConfig(source=source)))
+    assert "all with an alpha channel, on [255, 255, 255]" in describe_source(describe(DataConfig(source=source)))
 
     without = str(write_images(tmp_path / "opaque", COLOUR))
     other = describe(DataConfig(source=without, background=(0, 0, 0)))
-    assert other.digest == fingerprint(DataConfig(source=without)), "what nothing reads is in no address"
+    assert other.digest == compute_fingerprint(DataConfig(source=without)), "what nothing reads is in no address"
     assert "data.background = [0, 0, 0] is without effect" in other.warnings[0]
 
 

@@ -7,7 +7,7 @@ from small_process import ANCESTRAL, F64, normal, process
 from workers.config import SamplerConfig
 from workers.diffusion.process import VARIANCES, Prediction, Process
 from workers.diffusion.samplers import ancestral, ddim
-from workers.noise import generator
+from workers.noise import make_generator
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def test_ancestral_steps_are_those_of_diffusers(schedulers, variance, clip, step
     for step in (q.T, q.T // 2, 2, 1):
         t, time = torch.full((4,), step), int(q.times[step - 1]) - 1
         of = Prediction(q.predict_x_0(x_t, t, eps, clip), eps)
-        ours = ancestral(q, ANCESTRAL, x_t, of, t, generator("z"))
-        theirs = scheduler.step(eps, time, x_t, generator=generator("z")).prev_sample
+        ours = ancestral(q, ANCESTRAL, x_t, of, t, generator=make_generator("z"))
+        theirs = scheduler.step(eps, time, x_t, generator=make_generator("z")).prev_sample
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
 
 
@@ -59,6 +59,6 @@ def test_ddim_steps_are_those_of_diffusers(schedulers, eta, clip, steps):
     for step in (q.T, q.T // 2, 2, 1):
         t, time = torch.full((4,), step), int(q.times[step - 1]) - 1
         of = Prediction(q.predict_x_0(x_t, t, eps, clip), eps)
-        ours = ddim(q, SamplerConfig(kind="ddim", eta=eta), x_t, of, t, generator("z"))
-        theirs = scheduler.step(eps, time, x_t, eta=eta, use_clipped_model_output=True, generator=generator("z"))
+        ours = ddim(q, SamplerConfig(kind="ddim", eta=eta), x_t, of, t, generator=make_generator("z"))
+        theirs = scheduler.step(eps, time, x_t, eta=eta, use_clipped_model_output=True, generator=make_generator("z"))
         torch.testing.assert_close(ours, theirs.prev_sample, rtol=2e-4, atol=2e-4)

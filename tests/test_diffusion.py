@@ -19,7 +19,7 @@ from workers.diffusion.process import VARIANCES, Process
 from workers.diffusion.samplers import sample
 from workers.diffusion.schedules import alpha_bars, betas, log_snrs, prior_bpd
 from workers.kinds import SCHEDULES, WEIGHTINGS
-from workers.noise import generator
+from workers.noise import make_generator
 
 # ---- Schedules -------------------------------------------------------------------------------------------------
 
@@ -298,7 +298,7 @@ def test_the_network_sees_the_times_it_was_trained_with(steps):
         seen.append(t)
         return x
 
-    sample(p, from_eps(p, eps_theta), SamplerConfig(steps=steps), (3, 1, 1, 1), generator("seen"))
+    sample(p, from_eps(p, eps_theta), SamplerConfig(steps=steps), (3, 1, 1, 1), make_generator("seen"))
     kept = p.strided(steps).times.flip(0)
     assert torch.equal(torch.stack(seen), kept[:, None].expand(-1, 3))
 

@@ -9,12 +9,12 @@ import pytest
 from experiment_files import SAMPLE, content, digests, experiment, load_text, problems, search
 
 from orchestrator.experiment.expand import expand
-from orchestrator.experiment.load import parse, resolved
+from orchestrator.experiment.load import parse, resolve
 from orchestrator.experiment.records import ExperimentError, Variant
 from orchestrator.experiment.settings import merge, put
 from workers.config import Measurement, Trial
-from workers.identity import trial_id
-from workers.layout import trial_of_row
+from workers.identity import compute_trial_id
+from workers.layout import get_trial_of_row
 
 # ---- Expanding
 
@@ -140,11 +140,11 @@ def test_measurements_of_one_trial_are_rows_that_share_its_address() -> None:
     }
     found, warnings = digests(expand(experiment(search=search(space))))
     assert len(found) == 8 and not warnings
-    assert len({trial_of_row(row) for row in found}) == 2
+    assert len({get_trial_of_row(row) for row in found}) == 2
     for row, variant in found.items():
-        assert trial_of_row(row) == trial_id(variant.trial, "d") and row != trial_of_row(row)
+        assert get_trial_of_row(row) == compute_trial_id(variant.trial, "d") and row != get_trial_of_row(row)
     alone, _ = digests(expand(experiment(search=search({"diffusion.T": {"grid": [50, 60]}}))))
-    assert set(alone) == {trial_of_row(row) for row in found}
+    assert set(alone) == {get_trial_of_row(row) for row in found}
 
 
 def test_a_row_keeps_its_address_when_others_come_beside_it() -> None:
@@ -176,8 +176,8 @@ def test_an_average_that_is_not_kept_is_refused() -> None:
 
 
 def test_averages_count_where_there_are_any() -> None:
-    plain, kept = (trial_id(experiment(training={"averages": a}).trial, "d") for a in ([], [0.5]))
-    assert plain == trial_id(experiment().trial, "d") != kept
+    plain, kept = (compute_trial_id(experiment(training={"averages": a}).trial, "d") for a in ([], [0.5]))
+    assert plain == compute_trial_id(experiment().trial, "d") != kept
 
 
 # ---- What a search leaves out ----------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_a_search_leaves_out_what_it_is_told_to():
         ("kl", "fixed_large"),
         ("mse", "fixed_large"),
     ]
-    assert parse(resolved(e)) == e
+    assert parse(resolve(e)) == e
     for wrong, text in (
         ([{"loss.objectve": "mse"}], "search.without[0].loss.objectve: not a path of search.space"),
         ([{}], "search.without[0]: {} would leave out every variant"),

@@ -10,9 +10,9 @@ import pytest
 from experiment_files import SAMPLE, experiment, file_problems, load_text, search
 
 from orchestrator.experiment.expand import expand
-from orchestrator.experiment.load import load, parse, resolved, to_yaml
+from orchestrator.experiment.load import load, parse, resolve, to_yaml
 from orchestrator.experiment.records import Experiment, ExperimentError
-from orchestrator.experiment.settings import paths, read_yaml
+from orchestrator.experiment.settings import list_paths, read_yaml
 from workers.config import Trial
 
 # ---- Reading
@@ -100,9 +100,9 @@ def test_the_resolved_experiment_goes_round(tmp_path: Path) -> None:
         "diffusion.T": {"int_uniform": [50, 100]},
     }
     e = experiment(name="1e4", search=search(space, algorithm="random", samples=2), evaluation={"fid": None})
-    assert parse(resolved(e)) == e
+    assert parse(resolve(e)) == e
     assert load_text(tmp_path, to_yaml(e)) == e
-    assert next(iter(resolved(e))) == "name"
+    assert next(iter(resolve(e))) == "name"
 
 
 def test_the_schema_for_editors() -> None:
@@ -123,7 +123,7 @@ def test_importing_it_stays_quick(module: str) -> None:
 
 def test_every_setting_of_a_trial_can_be_searched_or_says_why_not() -> None:
     given: dict[str, Any] = {"evaluation": {"ode_nll": {}}}
-    for path in paths(Trial):
+    for path in list_paths(Trial):
         value = experiment(**given).trial
         for name in path.split("."):
             value = getattr(value, name)

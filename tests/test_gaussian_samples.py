@@ -14,7 +14,7 @@ from workers.config import SamplerConfig
 from workers.diffusion.predictions import from_eps
 from workers.diffusion.process import VARIANCES, Process
 from workers.diffusion.samplers import sample
-from workers.noise import generator
+from workers.noise import make_generator
 
 one_thread = gaussian_pixels.one_thread
 SAMPLERS = [
@@ -45,7 +45,7 @@ def test_samples_have_the_exact_variance(sampler, variance):
         seen.append(float(x.double().square().mean()))
         return eps_theta(x, t)
 
-    x_0 = sample(p, from_eps(p, watched), sampler, (500, 1, 8, 8), generator("samples"))
+    x_0 = sample(p, from_eps(p, watched), sampler, (500, 1, 8, 8), make_generator("samples"))
     expected = sample_variances(p, S, sampler).numpy()
     found = np.array([*seen, float(x_0.double().square().mean())])
     assert len(found) == (sampler.steps or p.T) + 1
@@ -90,6 +90,6 @@ def test_samples_with_a_learned_variance_have_the_exact_one(steps, monkeypatch):
 
     monkeypatch.setitem(VARIANCES, "between", between)
     sampler = SamplerConfig(steps=steps)
-    x_0 = sample(p, with_head(p, 0.0), sampler, (500, 1, 8, 8), generator("learned"))
+    x_0 = sample(p, with_head(p, 0.0), sampler, (500, 1, 8, 8), make_generator("learned"))
     expected = float(sample_variances(replace(p, variance="between"), S, sampler)[-1])
     assert float(x_0.double().square().mean()) == pytest.approx(expected, rel=4 * (2 / x_0.numel()) ** 0.5)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.nights import hooks as hooks_module
-from orchestrator.nights.hooks import call, missing
+from orchestrator.nights.hooks import call, find_missing
 from orchestrator.nights.suite import Hooks, Mail
 
 MESSAGE = {"text": "Nightly small, 2026-03-01: alarm", "status": 3}
@@ -76,10 +76,10 @@ def test_commands_and_mail_get_it_as_their_input_and_a_failure_does_not_stop_the
 
 def test_an_address_that_is_not_there_is_a_mistake_beforehand() -> None:
     hooks = Hooks(webhook="NIGHTLY_HOOK")
-    assert "NIGHTLY_HOOK is not set" in missing(hooks, {})[0]
-    [text] = missing(hooks, {"NIGHTLY_HOOK": "hooks.example/secret"})
+    assert "NIGHTLY_HOOK is not set" in find_missing(hooks, {})[0]
+    [text] = find_missing(hooks, {"NIGHTLY_HOOK": "hooks.example/secret"})
     assert "begins with http:// or https://" in text and "secret" not in text
-    assert missing(hooks, {"NIGHTLY_HOOK": "https://hooks.example/x"}) == missing(Hooks(), {}) == []
+    assert find_missing(hooks, {"NIGHTLY_HOOK": "https://hooks.example/x"}) == find_missing(Hooks(), {}) == []
 
 
 # ---- Servers and commands that behave badly --------------------------------------------------------------------
@@ -196,10 +196,10 @@ def test_a_certificate_that_nobody_vouches_for_is_a_failed_hook(
 def test_an_address_that_is_none_is_a_mistake_beforehand_or_a_failed_hook(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for problem in missing(Hooks(webhook="NIGHTLY_HOOK"), {"NIGHTLY_HOOK": url}):
+    for problem in find_missing(Hooks(webhook="NIGHTLY_HOOK"), {"NIGHTLY_HOOK": url}):
         assert "NIGHTLY_HOOK" in problem and "secret" not in problem
     if "a" * 70 not in url:  # that it is no host is only found by looking it up
-        assert missing(Hooks(webhook="NIGHTLY_HOOK"), {"NIGHTLY_HOOK": url})
+        assert find_missing(Hooks(webhook="NIGHTLY_HOOK"), {"NIGHTLY_HOOK": url})
     failure(monkeypatch, url)  # the environment may have changed since
 
 
@@ -216,8 +216,8 @@ def python(code: str) -> str:
 
 def test_commands_may_print_what_they_like_and_need_not_read() -> None:
     assert python("import sys; sys.stdout.buffer.write(bytes(range(256)) * 4)") == ""
-    said = python(r"import sys; sys.stdout.buffer.write(b'a\n\xff\xe4 off\n'); sys.exit(3)")
-    assert "status 3: \ufffd\ufffd off" in said
+    output = python(r"import sys; sys.stdout.buffer.write(b'a\n\xff\xe4 off\n'); sys.exit(3)")
+    assert "status 3: \ufffd\ufffd off" in output
     assert "status 3: xxx" in python("import sys; sys.stdout.write('x' * 50_000_000); sys.exit(3)")
     assert python("import os; os.close(0)") == ""
     assert "by the signal 9" in command("/bin/sh", "-c", "kill -9 $$")

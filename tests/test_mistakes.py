@@ -11,7 +11,7 @@ from orchestrator.experiment.expand import expand
 from orchestrator.experiment.load import parse
 from orchestrator.experiment.records import ExperimentError
 from orchestrator.experiment.settings import merge
-from workers.config import sub_batches
+from workers.config import count_sub_batches
 
 # ---- Mistakes
 
@@ -115,10 +115,10 @@ def test_names_stay_inside_the_storage_root(name: str) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 6, 8, 100, 128, 129])
 def test_workers_share_whole_sub_batches(batch_size: int) -> None:
-    assert sub_batches(batch_size) == math.gcd(batch_size, 8)
+    assert count_sub_batches(batch_size) == math.gcd(batch_size, 8)
     for workers in range(1, 10):
         training = {"batch_size": batch_size, "workers": workers}
-        if sub_batches(batch_size) % workers == 0:
+        if count_sub_batches(batch_size) % workers == 0:
             assert batch_size % experiment(training=training).training.workers == 0
         else:
             assert "training.workers" in problems(training=training)[0]

@@ -19,11 +19,11 @@ from tracked_sweep import DIGITS, PARAMS, history_of, points_of, run_sweep, runs
 
 from orchestrator import ui
 from orchestrator.tracking import registry
-from orchestrator.tracking.server import check_database, database_of, database_uri, make_database
+from orchestrator.tracking.server import check_database, find_database, make_database, make_database_uri
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.tracking.views import ComparisonView
 from workers.config import Mistake
-from workers.data.cache import default_cache
+from workers.data.cache import find_default_cache
 from workers.storage import Storage
 
 
@@ -72,7 +72,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_a_finished_sweep_is_read_th
 @pytest.mark.parametrize("name", ["plain", "a b", "a%20b", "a?b", "a#b", "ü", "100%", "a%3Fb", "?uri=true", "a;b&c=d"])
 def test_a_database_lies_where_the_path_says(name: str) -> None:
     path = Path("/somewhere", name, "mlflow.db")
-    assert make_url(database_uri(path)).database == str(path) and database_of(database_uri(path)) == path
+    assert make_url(make_database_uri(path)).database == str(path) and find_database(make_database_uri(path)) == path
 
 
 def _garbage(path: Path) -> None:
@@ -127,9 +127,9 @@ def test_a_database_that_cannot_be_used_is_told_and_another_one_gets_everything(
         Tracker(storage, "damaged").check()
     assert str(path) in str(mistake.value) and "\n" not in str(mistake.value)
     with pytest.raises(Mistake, match=re.escape(told)):
-        ui.server_command(tmp_path, 0)
+        ui.make_server_command(tmp_path, 0)
     with pytest.raises(Mistake, match=re.escape(told)):
-        registry.versions(storage, None)
+        registry.list_versions(storage, None)
     path.rename(tmp_path / "mlflow.db.old")
     tracker = run_sweep(storage, "damaged", ("h0",))
     assert history_of(tracker, runs_of(tracker)["h0"][0], "valid/nll_bpd") == points_of(lines, "valid/nll_bpd")
@@ -159,7 +159,7 @@ def test_a_database_that_is_damaged_meanwhile_is_told_in_one_line(
 
 def test_a_journal_of_sqlite_that_a_kill_left_spoils_no_new_database(tmp_path: Path) -> None:
     path = tmp_path / "mlflow.db"
-    make_database(path, default_cache())
+    make_database(path, find_default_cache())
     (tmp_path / "kept").mkdir()
     with closing(sqlite3.connect(path)) as database:
         database.execute("PRAGMA cache_size = 1")
@@ -169,8 +169,8 @@ def test_a_journal_of_sqlite_that_a_kill_left_spoils_no_new_database(tmp_path: P
         shutil.copy(f"{path}-journal", tmp_path / "kept")  # as the process is killed here
     path.unlink()
     shutil.copy(tmp_path / "kept/mlflow.db-journal", tmp_path)
-    make_database(path, default_cache())
-    check_database(path, default_cache())
+    make_database(path, find_default_cache())
+    check_database(path, find_default_cache())
     assert [file.name for file in tmp_path.glob("mlflow*")] == ["mlflow.db"]
 
 

@@ -9,7 +9,7 @@ from mlflow_server import Between, Server, answer
 from tracked_sweep import DIGITS, PARAMS, history_of, image_files, points_of, run_sweep, runs_of, write_journal
 
 from orchestrator.tracking import registry
-from orchestrator.tracking.server import connect, database_uri, say_unused, unused
+from orchestrator.tracking.server import connect, find_unused, make_database_uri, say_unused
 from orchestrator.tracking.tracker import Tracker
 from workers.config import Mistake
 from workers.storage import Storage
@@ -29,7 +29,7 @@ def test_a_server_that_dies_in_the_middle_gets_everything_in_the_end(
     tracker.open_sweep({}, {})
     tracker.open_trial("s0", "s0", PARAMS, {}, [DIGITS])
     assert tracker.flush(120).complete
-    assert tracker.link().startswith(f"{server.uri}/#/experiments/")
+    assert tracker.find_link().startswith(f"{server.uri}/#/experiments/")
 
     server.stop()
     lines = write_journal(storage, "s0", 8)
@@ -78,7 +78,7 @@ def test_a_server_that_stumbles_at_first_is_asked_again(server: Server, tmp_path
         tracker = run_sweep(storage, "stumbles", ("e0",), between.uri)
         assert history_of(tracker, runs_of(tracker)["e0"][0], "valid/nll_bpd") == points_of(lines, "valid/nll_bpd")
     with Between([b"", CUT], server) as between:
-        assert registry.versions(storage, between.uri) == [] and between.left == []
+        assert registry.list_versions(storage, between.uri) == [] and between.left == []
     server.stop()
 
 
@@ -143,8 +143,8 @@ def test_addresses_of_the_environment_are_not_used_and_that_is_said(
     tracker = run_sweep(storage, "environment", ("v0",))
     assert "v0" in runs_of(tracker)
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
-        said = f"{name}=http://***@127.0.0.1:1 of the environment is not used: runs and models go to {tracker.uri},"
-        assert caplog.text.count(said) == 1
+        output = f"{name}=http://***@127.0.0.1:1 of the environment is not used: runs and models go to {tracker.uri},"
+        assert caplog.text.count(output) == 1
     assert connect(tracker.uri)._registry_uri == tracker.uri and "secret" not in caplog.text
 
 
@@ -152,11 +152,11 @@ def test_an_address_of_the_environment_that_is_the_same_is_not_mentioned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    uri = database_uri(tmp_path / "runs/mlflow.db")
+    uri = make_database_uri(tmp_path / "runs/mlflow.db")
     for named in (uri, "sqlite:///runs/mlflow.db"):
-        assert unused(uri, {"MLFLOW_TRACKING_URI": named}) == []
-    assert unused("http://host:5000", {"MLFLOW_REGISTRY_URI": "http://host:5000/"}) == []
-    assert len(unused(uri, {"MLFLOW_TRACKING_URI": "http://host", "MLFLOW_REGISTRY_URI": "databricks-uc"})) == 2
+        assert find_unused(uri, {"MLFLOW_TRACKING_URI": named}) == []
+    assert find_unused("http://host:5000", {"MLFLOW_REGISTRY_URI": "http://host:5000/"}) == []
+    assert len(find_unused(uri, {"MLFLOW_TRACKING_URI": "http://host", "MLFLOW_REGISTRY_URI": "databricks-uc"})) == 2
 
 
 @pytest.mark.parametrize(

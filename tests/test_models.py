@@ -37,7 +37,7 @@ def test_the_images_are_those_of_the_evaluation(loaded: Any, tmp_path: Path) -> 
     for sampler in (SAMPLER, SamplerConfig(kind="ancestral"), SamplerConfig(kind="ddim", steps=7)):
         m = small.measurement(seed=5, samples=150, sampler=sampler)
         bench = small.bench(tmp_path, m)
-        wanted = blocks.sample_blocks(m, bench.checkpoint.digest, small.IMAGES)
+        wanted = blocks.list_sample_blocks(m, bench.checkpoint.digest, small.IMAGES)
         small.make_all(bench, wanted)
         images = [row for block in wanted for row in read_block(bench.storage, block)["image"].to_pylist()]
         measured = np.stack([np.frombuffer(image, np.uint8) for image in images]).reshape(-1, small.SIDE, small.SIDE, 1)
@@ -53,7 +53,7 @@ def test_the_variance_is_the_one_that_is_measured(tmp_path: Path) -> None:
     m = m.model_copy(update={"evaluation": m.evaluation.model_copy(update={"variance": "fixed_small"})})
     bench = small.bench(tmp_path, m)
     assert bench.model.process.variance == "fixed_large"
-    [block] = blocks.sample_blocks(m, bench.checkpoint.digest, small.IMAGES)
+    [block] = blocks.list_sample_blocks(m, bench.checkpoint.digest, small.IMAGES)
     small.make_all(bench, [block])
     measured = [np.frombuffer(image, np.uint8) for image in read_block(bench.storage, block)["image"].to_pylist()]
     models.save(replace(candidate(bench.storage), variance="fixed_small"), tmp_path / "model")
@@ -132,10 +132,10 @@ def test_it_brings_its_own_code_and_names_all_that_it_imports(saved: Path, loade
         [sys.executable, "-c", LOAD, str(saved)], capture_output=True, text=True, cwd=tmp_path, env=environment
     )
     assert result.returncode == 0, result.stderr
-    said = json.loads(result.stdout.splitlines()[-1])
-    assert np.array_equal(np.array(said["images"], np.uint8), loaded.predict(asked(n=3, seed=0)))
-    assert said["unused"] == []
-    files = [Path(file) for file in said["workers"].values() if file]
+    output = json.loads(result.stdout.splitlines()[-1])
+    assert np.array_equal(np.array(output["images"], np.uint8), loaded.predict(asked(n=3, seed=0)))
+    assert output["unused"] == []
+    files = [Path(file) for file in output["workers"].values() if file]
     assert files and all(file.is_relative_to(saved / "code") for file in files)
     imported = {name for file in [*files, saved / "model_code.py"] for name in _imported_at_once(file)}
     named = {line.partition("==")[0] for line in (saved / "requirements.txt").read_text().splitlines()}

@@ -15,10 +15,10 @@ from workers.config import DiffusionConfig, LossConfig, ScheduleConfig
 from workers.data.pixels import to_model
 from workers.diffusion.bound import model_terms
 from workers.diffusion.objectives import Objective, weights
-from workers.diffusion.predictions import interpret, target_of
+from workers.diffusion.predictions import find_target, interpret
 from workers.diffusion.process import LEARNED, VARIANCES, Prediction, Process
 from workers.kinds import OBJECTIVES, PREDICTIONS, WEIGHTINGS
-from workers.noise import generator
+from workers.noise import make_generator
 
 F64 = torch.float64
 T, LEVELS = 30, 17
@@ -30,12 +30,12 @@ def process(variance: Any = "fixed_large", T: int = T) -> Process:
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=generator("objectives", seed), dtype=F64)
+    return torch.randn(shape, generator=make_generator("objectives", seed), dtype=F64)
 
 
 def every_t(p: Process) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(t, x_0, x_t, eps), one of each t: x_0 of LEVELS levels, float64 (T, 1, 2, 3)."""
-    pixels = torch.randint(0, LEVELS, (p.T, 2, 3, 1), generator=generator("pixels"), dtype=torch.uint8)
+    pixels = torch.randint(0, LEVELS, (p.T, 2, 3, 1), generator=make_generator("pixels"), dtype=torch.uint8)
     t, x_0, eps = torch.arange(1, p.T + 1), to_model(pixels, LEVELS).double(), normal(p.T, 1, 2, 3, seed=1)
     return t, x_0, p.q_sample(x_0, t, eps), eps
 
@@ -95,7 +95,7 @@ def test_a_weighting_is_one_objective_whatever_is_predicted(weighting):
     eps_hat = interpret(p, "x_0", x_t, t, x_0_hat).eps
     losses = []
     for prediction in PREDICTIONS:
-        target = target_of(prediction)
+        target = find_target(prediction)
         output = target.of(p, x_0_hat, x_t, t, eps_hat)
         found = Objective(p, prediction, loss, LEVELS)(always(output), x_0, t, eps)
         losses.append(found.weighted / found.weighted.sum())
@@ -110,7 +110,7 @@ def test_the_exact_network_has_no_squared_error(objective, prediction):
     variance = "learned_range" if objective == "hybrid" else "fixed_small"
     p = process(variance)
     t, x_0, x_t, eps = every_t(p)
-    exact = target_of(prediction).of(p, x_0, x_t, t, eps)
+    exact = find_target(prediction).of(p, x_0, x_t, t, eps)
     output = torch.cat([exact, -torch.ones_like(exact)], 1) if p.learned else exact  # the head at fixed_small
     loss = Objective(p, prediction, LossConfig(objective=objective), LEVELS)(lambda x, s: output, x_0, t, eps)
     torch.testing.assert_close(loss.weighted[1:], torch.zeros(T - 1, dtype=F64), rtol=0, atol=1e-7)
@@ -136,11 +136,11 @@ def test_each_term_is_that_of_an_independent_loop(variance, prediction):
     """L_{t-1} pixel by pixel from betas alone, each KL by quadrature, and the decoder by differences of Phi."""
     p = process(variance, T=6)
     t, x_0, x_t, eps = every_t(p)
-    said_of_target = target_of(prediction).of(p, x_0, x_t, t, eps) + 0.05 * normal(*x_0.shape, seed=2)
+    said_of_target = find_target(prediction).of(p, x_0, x_t, t, eps) + 0.05 * normal(*x_0.shape, seed=2)
     head = 0.7 * normal(*x_0.shape, seed=3)
     output = torch.cat([said_of_target, head], 1) if p.learned else said_of_target
-    said = interpret(p, prediction, x_t, t, output)
-    found = model_terms(p, said, x_0, t, LEVELS)
+    predicted = interpret(p, prediction, x_t, t, output)
+    found = model_terms(p, predicted, x_0, t, LEVELS)
 
     beta, bar = p.beta.numpy(), np.concatenate([[1.0], np.cumprod(1 - p.beta.numpy())])
     tilde = [(1 - bar[k - 1]) / (1 - bar[k]) * beta[k - 1] for k in range(1, 7)]
@@ -151,7 +151,7 @@ def test_each_term_is_that_of_an_independent_loop(variance, prediction):
             np.sqrt(1 - beta[k - 1]) * (1 - bar[k - 1]) / (1 - bar[k]),
         )
         total, small, large = 0.0, tilde[k - 1], beta[k - 1] if k > 1 else tilde[1]
-        pixels = (v[k - 1].flatten().tolist() for v in (x_0, x_t, said.x_0, head))
+        pixels = (v[k - 1].flatten().tolist() for v in (x_0, x_t, predicted.x_0, head))
         for true, noisy, guess, h in zip(*pixels, strict=True):
             sigma_squared = {
                 "fixed_small": small,
@@ -230,8 +230,8 @@ def test_kl_of_the_record_is_that_of_its_formula():
     """model_terms by gaussian_kl of the two laws' moments, for t > 1."""
     p = process("learned")
     t, x_0, x_t, _ = every_t(p)
-    said = interpret(p, "v", x_t, t, normal(T, 2, 2, 3, seed=5))
-    mean, mean_hat = (p.posterior_mean(x, x_t, t) for x in (x_0, said.x_0))
+    predicted = interpret(p, "v", x_t, t, normal(T, 2, 2, 3, seed=5))
+    mean, mean_hat = (p.posterior_mean(x, x_t, t) for x in (x_0, predicted.x_0))
     true = p.beta_tilde.reshape(-1, 1, 1, 1)
-    expected = gaussian_kl(mean, true, mean_hat, p.sigma(said, t).square()).flatten(1).sum(1)
-    torch.testing.assert_close(model_terms(p, said, x_0, t, LEVELS)[1:], expected[1:], rtol=1e-9, atol=0)
+    expected = gaussian_kl(mean, true, mean_hat, p.sigma(predicted, t).square()).flatten(1).sum(1)
+    torch.testing.assert_close(model_terms(p, predicted, x_0, t, LEVELS)[1:], expected[1:], rtol=1e-9, atol=0)

@@ -6,7 +6,7 @@ import pytest
 from experiment_files import SAMPLE, file_problems, load_text
 
 from orchestrator.experiment.expand import expand
-from orchestrator.experiment.load import load, mistakes, parse, resolved
+from orchestrator.experiment.load import find_mistakes, load, parse, resolve
 from orchestrator.experiment.records import ExperimentError, Variant
 from orchestrator.experiment.settings import read_yaml
 from workers.config import ModelConfig, Trial
@@ -70,14 +70,14 @@ SMOKE = """smoke:
 def test_smoke_makes_a_file_small_and_is_nothing_without_the_flag(tmp_path: Path) -> None:
     plain, file = load_text(tmp_path, SAMPLE), tmp_path / "small.yaml"
     file.write_text(SAMPLE + SMOKE)
-    assert load(file) == plain and "smoke" not in resolved(plain)
+    assert load(file) == plain and "smoke" not in resolve(plain)
     small = load(file, smoke=True)
     assert small.name == f"{plain.name}-smoke" and small.training.steps == 3
     assert small.model == ModelConfig(channels=8)  # a section is replaced whole, as on the command line
     assert [v.params for v in expand(small)] == [{"diffusion.T": 7}]
     assert load(file, ["training.steps=5", "name=other"], smoke=True).training.steps == 5
     assert load(file, ["name=other"], smoke=True).name == "other-smoke"
-    assert parse(resolved(small)) == small
+    assert parse(resolve(small)) == small
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_mistake_in_smoke_is_one_of_the_file_whether_it_is_used_or_not(
 ) -> None:
     (problem,) = file_problems(tmp_path, f"{SAMPLE}smoke: {smoke}\n")
     assert problem.startswith(message)
-    (problem,) = mistakes(read_yaml(f"{SAMPLE}smoke: {smoke}\n")[0])
+    (problem,) = find_mistakes(read_yaml(f"{SAMPLE}smoke: {smoke}\n")[0])
     assert problem.startswith(message)
 
 

@@ -27,9 +27,9 @@ from small_evaluation import (
     summary_of,
 )
 
-from orchestrator.measuring.differences import protocol_differences
+from orchestrator.measuring.differences import list_protocol_differences
 from workers.config import Mistake, SamplerConfig
-from workers.evaluation.blocks import sample_blocks
+from workers.evaluation.blocks import list_sample_blocks
 from workers.evaluation.make import Bench, read_block
 from workers.seals import seal_parquet
 
@@ -83,7 +83,7 @@ def test_another_precision_has_blocks_of_its_own_and_nearly_the_same_numbers(roo
         assert abs(here - there) < 0.02 * here, name
     assert float32["nll_per_image"] != bf16["nll_per_image"]
     assert bf16["passports"]["nll"]["protocol"]["precision"] == "bf16"
-    assert [text for text in protocol_differences(float32, bf16, "nll") if "precision" in text]
+    assert [text for text in list_protocol_differences(float32, bf16, "nll") if "precision" in text]
 
 
 def test_a_network_computes_in_the_precision_that_is_asked_for(root, monkeypatch):
@@ -196,7 +196,7 @@ def test_the_passport_counts_the_network_s_evaluations(tmp_path, sampler):
     summary = summary_of(b)
     count = summary["passports"]["samples"]["subject"]["network_evaluations"]
     protocol = summary["passports"]["samples"]["protocol"]
-    tables = [read_block(b.storage, block) for block in sample_blocks(b.m, b.checkpoint.digest, IMAGES)]
+    tables = [read_block(b.storage, block) for block in list_sample_blocks(b.m, b.checkpoint.digest, IMAGES)]
     if sampler.kind == "heun":
         assert count == 7 and tables[0].column_names == ["sample", "image"]
         assert protocol["sampler"] == {"kind": "heun", "steps": 4} and "nearest trained" in protocol["times"]

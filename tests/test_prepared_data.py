@@ -20,7 +20,7 @@ from workers.data import dataset as data_module
 from workers.data import proofs, survey
 from workers.data.dataset import prepare
 from workers.data.decoding import decode
-from workers.data.sources import describe, fingerprint
+from workers.data.sources import compute_fingerprint, describe
 
 cache = image_files.cache
 
@@ -83,7 +83,7 @@ def test_a_damaged_memo_is_made_again(tmp_path, cache, caplog, monkeypatch, what
 def test_a_prepared_set_under_the_name_of_another_is_not_believed(tmp_path, cache, caplog):
     ours, other = DataConfig(source=str(write_cifar(tmp_path / "d"))), DataConfig(source="gaussian")
     folder = cache / "data" / prepare(ours).digest
-    shutil.copytree(folder, cache / "data" / fingerprint(other))
+    shutil.copytree(folder, cache / "data" / compute_fingerprint(other))
     assert prepare(other).shape == (8, 8, 1) and "is that of another data set" in caplog.text
 
 
@@ -93,14 +93,14 @@ def test_a_big_set_is_read_through_once_on_a_machine(tmp_path, cache, monkeypatc
     folder = cache / "data" / prepare(config).digest
     proofs._proven.clear()  # as in another process
     read: list[Path] = []
-    monkeypatch.setattr(proofs, "sha256_of", lambda path: read.append(path) or memos.sha256_of(path))
+    monkeypatch.setattr(proofs, "hash_file", lambda path: read.append(path) or memos.hash_file(path))
     prepare(config)
     assert not [path for path in read if path.suffix == ".npy"]
     stored = np.load(folder / "images.npy", mmap_mode="r+")
     stored[0, 0, 0, 0] ^= 1
     stored.flush()
     check(prepare(config), CIFAR)
-    monkeypatch.setattr(proofs, "_boot", lambda: "another")
+    monkeypatch.setattr(proofs, "_read_boot_id", lambda: "another")
     proofs._proven.clear()
     read.clear()
     prepare(config)

@@ -25,7 +25,7 @@ from orchestrator.tracking.server import make_database
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.tracking.views import ComparisonView
 from workers.config import FIDConfig, SamplerConfig
-from workers.data.cache import default_cache
+from workers.data.cache import find_default_cache
 from workers.storage import Storage
 
 nowhere_else = saved_model.nowhere_else
@@ -182,7 +182,7 @@ class Lost:
 
     def another_database(self) -> None:
         self.the_database()
-        make_database(self.root / "mlflow.db", default_cache())
+        make_database(self.root / "mlflow.db", find_default_cache())
         MlflowClient(self.uri).create_experiment("of somebody else")
 
 
@@ -198,19 +198,19 @@ def test_what_goes_in_mlflow_is_noticed_and_made_again(
     tracker = once(shared, way)
     model = candidate(shared)
     seen = Tracker(shared, way)
-    assert not seen.lacks(["a"], model) and seen._catalogue.client is None  # a look at the file is enough
+    assert not seen.is_missing(["a"], model) and seen._catalogue.client is None  # a look at the file is enough
     lost = Lost(tracker)
     getattr(lost, way)()
     caplog.clear()
-    assert Tracker(shared, way).lacks(["a"], model)
+    assert Tracker(shared, way).is_missing(["a"], model)
     again = once(shared, way)
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert all("had lost" in text and f"of the sweep {way}: restored" in text for text in told) and len(told) <= 1, told
-    assert not Tracker(shared, way).lacks(["a"], model)
+    assert not Tracker(shared, way).is_missing(["a"], model)
     client = MlflowClient(again.uri, again.uri)
     experiment = client.get_experiment_by_name(way)
     assert experiment.lifecycle_stage == "active"
-    assert again.link().startswith(f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs?")
+    assert again.find_link().startswith(f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs?")
     runs = {r.data.tags["orchestrator.row"]: r for r in client.search_runs([experiment.experiment_id])}
     assert sorted(runs) == ["a", "sweep"] and {run.info.status for run in runs.values()} == {"FINISHED"}
     assert [p.value for p in client.get_metric_history(runs["a"].info.run_id, "valid/nll_bpd")] == [3.5, 3.0]
@@ -249,10 +249,10 @@ def test_a_server_keeps_the_model_and_gives_it_back(
         model = mlflow.pyfunc.load_model("models:/registered@candidate")
         assert np.array_equal(model.predict(asked(n=3, seed=0)), loaded.predict(asked(n=3, seed=0)))
         once(storage, "lost", server.uri)
-        assert not Tracker(storage, "lost", server.uri).lacks(["a"], candidate(storage))
+        assert not Tracker(storage, "lost", server.uri).is_missing(["a"], candidate(storage))
         shutil.rmtree(server.folder / "artifacts")
-        assert Tracker(storage, "lost", server.uri).lacks(["a"], candidate(storage))
+        assert Tracker(storage, "lost", server.uri).is_missing(["a"], candidate(storage))
         once(storage, "lost", server.uri)
-        assert not Tracker(storage, "lost", server.uri).lacks(["a"], candidate(storage))
+        assert not Tracker(storage, "lost", server.uri).is_missing(["a"], candidate(storage))
     finally:
         server.stop()

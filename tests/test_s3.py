@@ -55,9 +55,9 @@ def test_what_is_written_is_read_listed_and_deleted(storage: Storage) -> None:
 
 def test_what_a_person_is_told_opens_again(storage: Storage) -> None:
     storage.write("a/b.bin", b"1")
-    assert Storage(storage.url("a")).read("b.bin") == b"1"
-    assert storage.url("a/b.bin").partition("?")[0].endswith("/a/b.bin")
-    assert storage.url().partition("?")[2] == storage.root.partition("?")[2]
+    assert Storage(storage.find_url("a")).read("b.bin") == b"1"
+    assert storage.find_url("a/b.bin").partition("?")[0].endswith("/a/b.bin")
+    assert storage.find_url().partition("?")[2] == storage.root.partition("?")[2]
 
 
 def test_a_large_file_comes_back_whole(own: Storage) -> None:
@@ -99,7 +99,7 @@ def test_lost_answers_are_asked_for_again(own: Storage, proxy: aws.Proxy) -> Non
 
 def test_a_store_that_is_not_there_is_told(own: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "ATTEMPTS", 2)
-    remote._s3.cache_clear()
+    remote._open_s3.cache_clear()
     dead = Storage(f"{own.root}?endpoint_override=127.0.0.1:{aws.free_port()}&scheme=http")
     elsewhere = Storage("s3://no-such-bucket/a")
     for call in (dead.list, dead.exists, dead.read, lambda path: dead.write(path, b""), dead.delete):
@@ -159,7 +159,7 @@ def test_a_writer_that_is_killed_leaves_the_old_file(own: Storage) -> None:
 
 def test_a_checkpoint_is_saved_loaded_and_found_damaged(storage: Storage) -> None:
     checkpoint = checkpoint_in(storage)
-    found = manifest.newest(storage, "trials/a/checkpoints")
+    found = manifest.find_newest(storage, "trials/a/checkpoints")
     by_url = checkpoints.open_folder(checkpoint.url)
     assert found == checkpoint and by_url.digest == checkpoint.digest
     assert checkpoints.load(by_url)[1].T == small_evaluation.T
@@ -175,17 +175,17 @@ def test_a_checkpoint_is_saved_loaded_and_found_damaged(storage: Storage) -> Non
 
 def test_a_folder_that_is_not_there_is_told(own: Storage) -> None:
     with pytest.raises(manifest.CheckpointError, match="is not a folder, or an empty one"):
-        checkpoints.open_folder(own.url("nowhere"))
+        checkpoints.open_folder(own.find_url("nowhere"))
 
 
 def test_a_journal_goes_on_where_it_was(own: Storage) -> None:
     journal = Journal(own, "trials/a")
-    journal.metrics(1, {"x": 1.0})
-    journal.image(1, "samples", b"png")
+    journal.add_metrics(1, {"x": 1.0})
+    journal.add_image(1, "samples", b"png")
     journal.flush()
     again = Journal(own, "trials/a")
-    again.metrics(1, {"x": 2.0})
-    again.metrics(2, {"x": 3.0})
+    again.add_metrics(1, {"x": 2.0})
+    again.add_metrics(2, {"x": 3.0})
     again.flush()
     assert again.get(1, "x") == 1.0 and len(read_points(own, "trials/a")) == 3
 
@@ -196,8 +196,8 @@ def test_a_checkpoint_is_found_by_its_uri(storage: Storage) -> None:
         subjects.find(checkpoint.url, storage, [], None)
     [subject] = subjects.find(checkpoint.url, storage, ["data.source=digits"], None)
     assert subject.name == "step-00000001" and subject.checkpoint.digest == checkpoint.digest
-    assert subjects._inside(storage.url("sweeps/tiny"), storage) == "tiny"
-    assert subjects._inside("s3://bucket/elsewhere/sweeps/tiny", storage) == ""
+    assert subjects._find_inside(storage.find_url("sweeps/tiny"), storage) == "tiny"
+    assert subjects._find_inside("s3://bucket/elsewhere/sweeps/tiny", storage) == ""
 
 
 def test_the_ui_says_where_mlflow_is(own: Storage, capsys) -> None:

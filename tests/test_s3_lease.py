@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import s3_storage
 
-from orchestrator.nights.shift import _alone
+from orchestrator.nights.shift import _lock_suite
 from workers import locks
 from workers.config import Mistake
 from workers.locks import Leases, lock
@@ -64,18 +64,18 @@ def test_a_lease_that_a_process_before_this_one_left_to_its_owner_is_taken_at_on
     left = {"holder": "another", "who": "process 1 on h (sweep x)", "owner": "sweep x", "beat": 7}
     own.write_sealed("locks/a", left)
     leases = Leases(own)
-    assert leases.holder("locks/a") == left["who"] and leases.holder("locks/a", "sweep x") == ""
+    assert leases.find_holder("locks/a") == left["who"] and leases.find_holder("locks/a", "sweep x") == ""
     with lock(own, "locks/a", "sweep x"):
-        assert leases.holder("locks/a", "sweep y").startswith(f"process {os.getpid()} on ")
-    assert leases.holder("locks/a") == "" and "seeing for" not in caplog.text
+        assert leases.find_holder("locks/a", "sweep y").startswith(f"process {os.getpid()} on ")
+    assert leases.find_holder("locks/a") == "" and "seeing for" not in caplog.text
 
 
 def test_two_nights_of_one_suite_are_not_run_beside_each_other(own: Storage, brisk: None) -> None:
-    with _alone(own, "nightly/small", date(2026, 3, 1)):
+    with _lock_suite(own, "nightly/small", date(2026, 3, 1)):
         refused = pytest.raises(Mistake, match="2026-03-02 is skipped: that of 2026-03-01 is still running")
-        with refused, _alone(own, "nightly/small", date(2026, 3, 2)):
+        with refused, _lock_suite(own, "nightly/small", date(2026, 3, 2)):
             pass
-    with _alone(own, "nightly/small", date(2026, 3, 2)):
+    with _lock_suite(own, "nightly/small", date(2026, 3, 2)):
         assert own.read_sealed("nightly/small/running.json")["day"] == "2026-03-02"
 
 
@@ -94,8 +94,8 @@ def test_of_two_that_take_a_lease_in_the_same_moment_one_gets_it(own: Storage, b
         return ""
 
     with ThreadPoolExecutor(2) as pool:
-        said = list(pool.map(take, "ab"))
-    assert len(got) == 1 and sum("in use by" in text for text in said) == 1
+        output = list(pool.map(take, "ab"))
+    assert len(got) == 1 and sum("in use by" in text for text in output) == 1
 
 
 def test_a_damaged_lease_is_taken_over_where_nobody_writes_it_again(own: Storage, brisk: None, caplog) -> None:

@@ -18,8 +18,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from tracked_sweep import PARAMS, client_of, history_of, image_files, points_of, run_sweep, runs_of, write_journal
 
-from orchestrator.tracking.server import database_of
-from orchestrator.tracking.shipper import of_another_training
+from orchestrator.tracking.server import find_database
+from orchestrator.tracking.shipper import is_of_another_training
 from orchestrator.tracking.tracker import Tracker
 from workers.storage import Storage
 
@@ -224,8 +224,8 @@ def test_a_journal_of_another_training_gets_a_run_of_its_own(storage: Storage, l
 )
 def test_what_is_another_training(value: float | None, same: bool) -> None:
     entries = [{"step": 1, "metrics": {"valid/nll_bpd": value, "train/images_per_s": 7}}, {"step": 1, "image": "x"}]
-    assert of_another_training(entries, {(1, "valid/nll_bpd"): 3.5, (1, "train/images_per_s"): 9}) is not same
-    assert not of_another_training(entries, {(2, "valid/nll_bpd"): 1.0})
+    assert is_of_another_training(entries, {(1, "valid/nll_bpd"): 3.5, (1, "train/images_per_s"): 9}) is not same
+    assert not is_of_another_training(entries, {(2, "valid/nll_bpd"): 1.0})
 
 
 def test_a_run_that_has_all_is_not_opened_again(storage: Storage) -> None:
@@ -260,7 +260,7 @@ def test_a_measurement_of_a_trial_whose_sweep_was_deleted_is_recorded(storage: S
     for [run] in runs_of(tracker).values():
         client_of(tracker).delete_run(run.info.run_id)
         storage.delete("sweeps/emptied/mlflow.json")
-    with closing(sqlite3.connect(database_of(tracker.uri))) as database, database:
+    with closing(sqlite3.connect(find_database(tracker.uri))) as database, database:
         own = "run_uuid IN (SELECT run_uuid FROM runs WHERE experiment_id = ?)"  # the database is the other tests', too
         experiment = client_of(tracker).get_experiment_by_name(tracker.name).experiment_id
         database.execute(f"DELETE FROM tags WHERE key = 'orchestrator.row' AND {own}", (int(experiment),))

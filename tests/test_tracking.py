@@ -18,9 +18,9 @@ from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 from PIL import Image
 from tracked_sweep import PARAMS, START_MS, client_of, history_of, image_files, points_of, runs_of, write_journal
 
-from orchestrator.tracking.provenance import provenance
+from orchestrator.tracking.provenance import collect_provenance
 from orchestrator.tracking.server import resolve_uri
-from orchestrator.tracking.shipment import param_text
+from orchestrator.tracking.shipment import format_param
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.tracking.views import ComparisonView
 from workers.storage import Storage
@@ -50,7 +50,7 @@ def test_params_are_texts_that_a_chart_reads_as_numbers(done: Any) -> None:
         "model.multipliers": "[1, 2]",
         "loss.weighting": "simple",
     }
-    assert [param_text(value) for value in (1e-5, True, None, 0.1 + 0.2)] == [
+    assert [format_param(value) for value in (1e-5, True, None, 0.1 + 0.2)] == [
         "1e-05",
         "true",
         "null",
@@ -165,7 +165,7 @@ def test_params_of_any_type_and_metrics_that_are_not_finite(storage: Storage, ca
     texts = {
         address: run.data.params["evaluation.nll.timesteps"] for address, [run] in runs.items() if address != "sweep"
     }
-    assert [texts[f"t{n}"] for n in range(9)] == [param_text(value) for value in values[:9]]
+    assert [texts[f"t{n}"] for n in range(9)] == [format_param(value) for value in values[:9]]
     assert (
         all("artifact long/evaluation.nll.timesteps.txt" in texts[f"t{n}"] for n in (9, 10))
         and texts["t11"] == values[11]
@@ -239,7 +239,7 @@ def test_where_runs_go(tmp_path: Path) -> None:
 
 def test_the_link_shows_the_trials_of_the_sweep_side_by_side(done: Any) -> None:
     tracker, _ = done
-    page, _, query = tracker.link().partition("?")
+    page, _, query = tracker.find_link().partition("?")
     experiment = client_of(tracker).get_experiment_by_name("done")
     assert page == f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs"
     options = {key: value for key, (value,) in parse_qs(query).items()}
@@ -265,7 +265,7 @@ def test_the_ready_made_comparison_goes_along_with_the_sweep(storage: Storage) -
     )
     tracker = Tracker(storage, "compared")
     tracker.open_sweep({}, {}, "# A sweep", compare)
-    link = tracker.link()
+    link = tracker.find_link()
     assert tracker.is_open and tracker.flush(120).complete
     options = parse_qs(link.partition("?")[2])
     assert "searchFilter" not in options  # it would switch the shared view off
@@ -289,7 +289,7 @@ def test_the_ready_made_comparison_goes_along_with_the_sweep(storage: Storage) -
     tracker.close_trial("c1", "FINISHED")
     tracker.show(replace(compare, best="c1"))
     assert tracker.flush(120).complete
-    assert image_step() == 6 and tracker.link() == link
+    assert image_step() == 6 and tracker.find_link() == link
     state = views_of(tracker)["compared: all trials"]
     [difference] = [chart for chart in state["compareRunCharts"] if chart["type"] == "DIFFERENCE"]
     (best,) = runs_of(tracker)["c1"]
@@ -300,7 +300,7 @@ def test_the_ready_made_comparison_goes_along_with_the_sweep(storage: Storage) -
 
 def test_provenance_says_what_ran_where(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "orchestrator.sweep", "--storage", "s3://key:secret@bucket"])
-    tags = provenance()
+    tags = collect_provenance()
     assert tags["command"] == "-m orchestrator.sweep --storage s3://***@bucket"
     assert tags["mlflow.source.name"] == "orchestrator.sweep"
     assert {"mlflow.user", "host", "hardware.cpu", "hardware.cores", "version.python", "version.mlflow"} <= tags.keys()

@@ -105,15 +105,15 @@ def data_file(rng: random.Random, here: Path, prepared: Prepared) -> tuple[str, 
     def ran() -> Outcome:
         from workers.config import Mistake
 
-        said = io.StringIO()
-        with listened(said):
+        output = io.StringIO()
+        with listened(output):
             try:
                 numbers: dict[str, Any] | None = pictured(source, cache)
             except Mistake as mistake:
-                return Outcome(2, str(mistake) + said.getvalue())
+                return Outcome(2, str(mistake) + output.getvalue())
         if numbers["digest"] != prepared.numbers[f"data-{kind}"]["digest"]:
             numbers = None  # other data under another address
-        return Outcome(0, said.getvalue() + "read", numbers, [path.name, path.parent.name])
+        return Outcome(0, output.getvalue() + "read", numbers, [path.name, path.parent.name])
 
     return f"data {kind}{' decoded' * decoded}: {path.relative_to(here)}: {how}", ran
 
@@ -133,7 +133,7 @@ def stored(
 
     def ran() -> Outcome:
         outcome = read(storage)
-        return Outcome(outcome.status, outcome.said, outcome.numbers, [path.name])
+        return Outcome(outcome.status, outcome.output, outcome.numbers, [path.name])
 
     return f"{name} after {path.relative_to(storage)}: {how}", ran
 

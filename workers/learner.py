@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from workers.config import (
     TrainingConfig,
     Trial,
-    sub_batches,
+    count_sub_batches,
 )
 from workers.data.dataset import Dataset
 from workers.data.pixels import to_model
@@ -26,9 +26,9 @@ from workers.diffusion.process import Model
 from workers.diffusion.timesteps import History, Part
 from workers.kinds import PREDICTIONS, TIMESTEPS
 from workers.network.unet import UNet
-from workers.network.unet_config import unet_config
-from workers.noise import generator
-from workers.world import World, share
+from workers.network.unet_config import make_unet_config
+from workers.noise import make_generator
+from workers.world import World, take_share
 
 
 class Learner:
@@ -41,13 +41,13 @@ class Learner:
         self.objective = Objective.of(trial.diffusion, trial.loss, dataset.levels)
         self.process, self.history = self.objective.process, History.empty(trial.diffusion.T)
         learned = trial.diffusion.learned
-        self.config = unet_config(trial.model, image_channels=channels, resolution=height, learned=learned)
-        self.unet = UNet(self.config, generator(trial.seed, "weights")).to(world.device)
+        self.config = make_unet_config(trial.model, image_channels=channels, resolution=height, learned=learned)
+        self.unet = UNet(self.config, make_generator(trial.seed, "weights")).to(world.device)
         self.raw = list(self.unet.state_dict().values())  # views of the parameters, not copies
         self.ema = {name: p.clone() for name, p in self.unet.state_dict().items()}
         self.averages = {decay: {n: p.clone() for n, p in self.ema.items()} for decay in trial.training.averages}
         self.optimizer = torch.optim.Adam(self.unet.parameters(), lr=trial.training.lr, fused=True)
-        self.autocast = autocast(trial, world.device)
+        self.autocast = choose_autocast(trial, world.device)
         self.step = 0
         self.network: nn.Module = DistributedDataParallel(self.unet) if world.size > 1 else self.unet
         self.sums = torch.zeros(5, dtype=torch.float64, device=world.device)
@@ -56,13 +56,13 @@ class Learner:
     def train_step(self) -> None:
         training, world = self.trial.training, self.world
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(training, self.step)
+            group["lr"] = compute_learning_rate(training, self.step)
         noises = [
-            generator(self.trial.seed, "train", self.step, j, device=world.device)
-            for j in share(range(sub_batches(training.batch_size)), world)
+            make_generator(self.trial.seed, "train", self.step, j, device=world.device)
+            for j in take_share(range(count_sub_batches(training.batch_size)), world)
         ]
         probability = self.history.probability()
-        x_0, t, eps = self._batch(noises, probability)
+        x_0, t, eps = self._make_batch(noises, probability)
         self.unet.set_noise(noises)
         with self.autocast:
             loss = self.objective(lambda x, s: self.network(x, s - 1), x_0, t, eps)
@@ -78,16 +78,18 @@ class Learner:
         self.sums[:4] += torch.stack([weighted.detach().mean(), loss.eps_mse.mean(), norm, torch.ones_like(norm)])
         self.step += 1
 
-    def _batch(self, noises: Sequence[torch.Generator], probability: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _make_batch(self, noises: Sequence[torch.Generator], probability: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """This worker's part of the global batch: x_0 and eps float32 (n, C, H, W), t int64 (n,) in 1..T."""
         size, flip = self.trial.training.batch_size, self.trial.data.flip
-        rows = share(batch_rows(self.trial.seed, self.step, size, len(self.dataset.train), self.orders), self.world)
+        rows = take_share(
+            draw_batch_rows(self.trial.seed, self.step, size, len(self.dataset.train), self.orders), self.world
+        )
         device = self.world.device
         images = torch.from_numpy(self.dataset.train[rows]).to(device)
         x_0 = to_model(images, self.dataset.levels)
         n = len(x_0) // len(noises)
-        count = sub_batches(size)
-        parts = share([Part(n, index, count) for index in range(count)], self.world)
+        count = count_sub_batches(size)
+        parts = take_share([Part(n, index, count) for index in range(count)], self.world)
         draw, T = TIMESTEPS[self.trial.training.timesteps].load(), self.process.T
         t = torch.cat([draw(T, part, g, probability) for part, g in zip(parts, noises, strict=True)])
         eps = torch.cat([torch.randn((n, *x_0.shape[1:]), generator=g, device=device) for g in noises])
@@ -112,7 +114,7 @@ class Learner:
             decay = min(ema, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(list(weights.values()), self.raw, 1 - decay)
 
-    def averaged(self) -> "_Averaged":
+    def use_averaged(self) -> "_Averaged":
         return _Averaged(self.unet, self.ema, Denoiser(self.unet, self.process, self.trial.diffusion.prediction))
 
     def collect_state(self) -> dict[str, Tensor]:
@@ -162,7 +164,7 @@ class _Averaged:
         self.unet.load_state_dict(self.raw)
 
 
-def steps(trial: Trial, dataset: Dataset, device: torch.device) -> Iterator[None]:
+def repeat_steps(trial: Trial, dataset: Dataset, device: torch.device) -> Iterator[None]:
     """Steps of a training that is neither validated nor kept, without end: what they take can be measured."""
     learner = Learner(trial, dataset, World(device=device))
     learner.network.train()
@@ -171,7 +173,7 @@ def steps(trial: Trial, dataset: Dataset, device: torch.device) -> Iterator[None
         yield
 
 
-def learning_rate(training: TrainingConfig, step: int) -> float:
+def compute_learning_rate(training: TrainingConfig, step: int) -> float:
     """The learning rate of 0-based `step`: linear warm-up, then constant or half a cosine down to 0."""
     warm = min(1.0, (step + 1) / training.warmup) if training.warmup else 1.0
     if training.decay == "none":
@@ -179,7 +181,7 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
     return training.lr * warm * 0.5 * (1 + math.cos(math.pi * step / training.steps))
 
 
-def batch_rows(seed: int, step: int, batch_size: int, n: int, orders: dict[int, np.ndarray]) -> np.ndarray:
+def draw_batch_rows(seed: int, step: int, batch_size: int, n: int, orders: dict[int, np.ndarray]) -> np.ndarray:
     """The training rows of a global batch: one permutation of all n images after another, nothing dropped.
 
     `orders` keeps the permutations in use, by epoch.
@@ -191,11 +193,11 @@ def batch_rows(seed: int, step: int, batch_size: int, n: int, orders: dict[int, 
         del orders[epoch]
     for epoch in range(first, last + 1):
         if epoch not in orders:
-            orders[epoch] = torch.randperm(n, generator=generator(seed, "order", epoch)).numpy()
+            orders[epoch] = torch.randperm(n, generator=make_generator(seed, "order", epoch)).numpy()
     return np.array([orders[int(e)][p % n] for e, p in zip(epochs, places, strict=True)])
 
 
-def autocast(trial: Trial, device: torch.device) -> AbstractContextManager[Any]:
+def choose_autocast(trial: Trial, device: torch.device) -> AbstractContextManager[Any]:
     """bf16 where the trial asks for it, or `auto` finds it faster; parameters stay float32.
 
     `auto` takes it on GPUs that have it, and on CPUs with AMX or AVX512-BF16 from a width of 32 channels on: below, it

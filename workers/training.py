@@ -25,16 +25,16 @@ from workers.config import (
     Trial,
 )
 from workers.data.dataset import Dataset
-from workers.data.pixels import grid_png, to_levels, to_model
+from workers.data.pixels import draw_grid, to_levels, to_model
 from workers.diffusion.likelihood import estimate
 from workers.diffusion.samplers import sample
 from workers.journal import Journal
-from workers.learner import Learner, learning_rate
+from workers.learner import Learner, compute_learning_rate
 from workers.network import checkpoint as checkpoints
 from workers.network import manifest
-from workers.noise import generator
-from workers.peak import peak_of_training
-from workers.speed import Meter, training_kind
+from workers.noise import make_generator
+from workers.peak import describe_peak
+from workers.speed import Meter, name_training_kind
 from workers.storage import Storage
 from workers.world import World
 
@@ -67,6 +67,7 @@ def train(
     storage: Storage,
     folder: str,
     world: World | None = None,
+    *,
     also_keep: Collection[int] = (),
 ) -> Iterator[Progress]:
     """Trains `trial` in `folder` of the storage until the checkpoints of its last step, and of the steps to
@@ -76,34 +77,34 @@ def train(
     damaged, and RuntimeError of torch where memory runs out.
     """
     world, asked = world or World(), sorted({*also_keep, trial.training.steps})
-    there = [step for step in asked if manifest.at_step(storage, checkpoints_in(folder), step)]
+    there = [step for step in asked if manifest.find_at_step(storage, name_checkpoints_folder(folder), step)]
     missing = [step for step in asked if step not in there] or asked[-1:]
-    loop, told = _Loop(trial, dataset, storage, folder, world, asked), -1
+    loop, told = _Loop(trial, dataset, storage, folder, world, asked=asked), -1
     try:
         for target in missing:
             if not loop.leads_to(target):
-                loop, told = _Loop(trial, dataset, storage, folder, world, asked), -1
+                loop, told = _Loop(trial, dataset, storage, folder, world, asked=asked), -1
             loop.resume(target)
             while True:
-                if loop.due(trial.training.validate_every) and loop.step != told:
-                    with loop.meter.of("validations", 1):
+                if loop.is_due(trial.training.validate_every) and loop.step != told:
+                    with loop.meter.measure("validations", 1):
                         loop.validate()
-                    yield loop.reached(finished=loop.step == missing[-1])
+                    yield loop.report_reached(finished=loop.step == missing[-1])
                     told = loop.step
                 if loop.step == target:
                     break
                 loop.advance()
     except Diverged as diverged:
-        yield loop.ended("diverged", f"diverged by step {loop.step}: {diverged}")
+        yield loop.report_ended("diverged", f"diverged by step {loop.step}: {diverged}")
     except Pruned:
-        yield loop.ended("pruned", f"pruned by step {loop.step}")
+        yield loop.report_ended("pruned", f"pruned by step {loop.step}")
 
 
 class _Loop:
     """The state of one training run, and its transitions."""
 
     def __init__(
-        self, trial: Trial, dataset: Dataset, storage: Storage, folder: str, world: World, asked: Sequence[int]
+        self, trial: Trial, dataset: Dataset, storage: Storage, folder: str, world: World, *, asked: Sequence[int]
     ) -> None:
         """At step 0. The checkpoints of the steps that are `asked` for stay."""
         self.trial, self.dataset, self.storage, self.folder, self.world = trial, dataset, storage, folder, world
@@ -121,17 +122,17 @@ class _Loop:
 
     def leads_to(self, step: int) -> bool:
         """Whether this training comes to that step as soon as one from a checkpoint."""
-        nearest = manifest.newest(self.storage, checkpoints_in(self.folder), up_to=step)
+        nearest = manifest.find_newest(self.storage, name_checkpoints_folder(self.folder), up_to=step)
         return self.step <= step and (nearest is None or (nearest.step or 0) <= self.step)
 
     def resume(self, step: int) -> None:
         """Goes on from the nearest checkpoint before that step, where there is one beyond this."""
-        nearest = manifest.newest(self.storage, checkpoints_in(self.folder), up_to=step)
+        nearest = manifest.find_newest(self.storage, name_checkpoints_folder(self.folder), up_to=step)
         if nearest and (nearest.step or 0) > self.step:
             self._restore(nearest)
             self.checkpoint = nearest
 
-    def due(self, every: int) -> bool:
+    def is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step in self.asked
 
     def advance(self) -> None:
@@ -143,27 +144,27 @@ class _Loop:
         self.clock.turn_to("training")
         while True:
             self.learner.train_step()
-            self.world.pulse.step()
+            self.world.pulse.begin_step()
             self.world.gauge()
-            if self.due(point_every):
+            if self.is_due(point_every):
                 self._note_training()
-            if self.due(training.checkpoint_every):
+            if self.is_due(training.checkpoint_every):
                 self.world.pulse.rest()
                 self.clock.turn_to("checkpoints")
                 self._save()
                 self.clock.turn_to("training")
-            if self.due(training.validate_every):
+            if self.is_due(training.validate_every):
                 break
         self.world.pulse.rest()
         self.clock.turn_to("waiting")
         images = (self.step - first) * training.batch_size // self.world.size
-        self.meter.add(training_kind(training), images, self.meter.now() - busy)
+        self.meter.add(name_training_kind(training), images, self.meter.now() - busy)
 
     def _note_training(self) -> None:
         """A point of means since the last one, over all workers. Raises Diverged or Pruned on all of them at once."""
         sums = self.learner.sums.clone()
         self.learner.sums.zero_()
-        sums[4] = self.world.rank == 0 and self.storage.exists(stop_path(self.folder))
+        sums[4] = self.world.rank == 0 and self.storage.exists(name_stop_file(self.folder))
         if self.world.size > 1:
             torch.distributed.all_reduce(sums)
         if sums[4]:
@@ -172,13 +173,13 @@ class _Loop:
         if not (math.isfinite(weighted) and math.isfinite(norm)):
             raise Diverged(f"loss {weighted:g}, gradient norm {norm:g}")
         loss = self.trial.loss
-        self.journal.metrics(
+        self.journal.add_metrics(
             self.step,
             {
                 f"train/loss_{loss.weighting if loss.objective == 'mse' else loss.objective}": weighted,
                 "train/eps_mse": mse,
                 "train/grad_norm": norm,
-                "train/lr": learning_rate(self.trial.training, self.step - 1),
+                "train/lr": compute_learning_rate(self.trial.training, self.step - 1),
             },
         )
 
@@ -191,32 +192,32 @@ class _Loop:
         self.clock.turn_to("validation")
         nll_bpd = torch.zeros(1, dtype=torch.float64, device=self.world.device)
         if self.world.rank == 0 and self.journal.get(self.step, "valid/nll_bpd") is None:
-            with self.learner.averaged() as model, self.learner.autocast:
+            with self.learner.use_averaged() as model, self.learner.autocast:
                 seed, levels, device = self.trial.seed, self.dataset.levels, self.world.device
                 process = self.learner.process
                 held_out = torch.from_numpy(np.array(self.dataset.held_out[:VALIDATION_IMAGES])).to(device)
                 x_0 = to_model(held_out, levels)
                 bound = estimate(process, model, x_0, VALIDATION_TIMESTEPS, levels, seed, "valid")
                 sampler = SamplerConfig(kind="ddim", steps=min(SAMPLE_GRID_STEPS, process.T))
-                noise = generator(seed, "grid", device=device)
+                noise = make_generator(seed, "grid", device=device)
                 images = sample(process, model, sampler, (SAMPLE_GRID, *x_0.shape[1:]), noise)
             nll_bpd[0] = bound.mean
             if math.isfinite(bound.mean):
                 values = {"valid/nll_bpd": bound.mean, "valid/nll_bpd_se": bound.standard_error}
-                self.journal.metrics(self.step, {**values, "train/images_per_s": self.images_per_s})
-                self.journal.image(self.step, "samples", grid_png(to_levels(images, levels), levels))
+                self.journal.add_metrics(self.step, {**values, "train/images_per_s": self.images_per_s})
+                self.journal.add_image(self.step, "samples", draw_grid(to_levels(images, levels), levels))
         if self.world.size > 1:
             torch.distributed.broadcast(nll_bpd, src=0)
         if not math.isfinite(nll_bpd.item()):
             raise Diverged(f"valid/nll_bpd {nll_bpd.item():g}")
 
-    def reached(self, finished: bool) -> Progress:
-        return self._progress("finished" if finished else "running")
+    def report_reached(self, finished: bool) -> Progress:
+        return self._report("finished" if finished else "running")
 
-    def ended(self, state: State, why: str) -> Progress:
-        return self._progress(state, why)
+    def report_ended(self, state: State, why: str) -> Progress:
+        return self._report(state, why)
 
-    def _progress(self, state: State, detail: str = "") -> Progress:
+    def _report(self, state: State, detail: str = "") -> Progress:
         self.clock.turn_to("waiting")
         names = ("valid/nll_bpd", "valid/nll_bpd_se")
         metrics = {n: v for n in names if (v := self.journal.get(self.step, n)) is not None}
@@ -225,14 +226,14 @@ class _Loop:
             self.journal.flush()
             speed = {"spent": self.meter.spent, "seconds": self.clock.seconds, "peak": self.peak}
             of = self.storage, self.folder, progress, self.trial.training.steps, self.checkpoint
-            write_status(*of, {"hardware": self.meter.hardware, **speed})
+            write_status(*of, speed={"hardware": self.meter.hardware, **speed})
         return progress
 
     @cached_property
     def peak(self) -> dict[str, Any]:
         """What training can be held against, asked for at the first status: before the first step of a trial."""
         of = self.learner.config, self.learner.autocast
-        return peak_of_training(self.storage, *of, self.world.device, self.world.size)
+        return describe_peak(self.storage, *of, self.world.device, self.world.size)
 
     @property
     def images_per_s(self) -> float:
@@ -252,10 +253,10 @@ class _Loop:
             averages=self.learner.averages,
             state=self.learner.collect_state(),
             progress={"seconds": self.clock.seconds},
-            journal=self.journal.content(),
+            journal=self.journal.make_content(),
         )
         self.checkpoint = checkpoints.save(
-            self.storage, checkpoints_in(self.folder), snapshot, kept=self.step in self.asked
+            self.storage, name_checkpoints_folder(self.folder), snapshot, kept=self.step in self.asked
         )
 
     def _restore(self, checkpoint: manifest.Checkpoint) -> None:
@@ -266,11 +267,11 @@ class _Loop:
         self.clock.resume(progress.get("seconds") or {"training": progress["train_seconds"]})
 
 
-def checkpoints_in(folder: str) -> str:
+def name_checkpoints_folder(folder: str) -> str:
     return f"{folder}/checkpoints"
 
 
-def stop_path(folder: str) -> str:
+def name_stop_file(folder: str) -> str:
     """The file that asks the trial in `folder` to stop at its next journal point."""
     return f"{folder}/stop"
 
@@ -281,6 +282,7 @@ def write_status(
     progress: Progress,
     steps: int,
     checkpoint: manifest.Checkpoint | None,
+    *,
     speed: Mapping[str, Any],
 ) -> None:
     """`status.json`: where the trial stands, for the driver that comes next and for a person.

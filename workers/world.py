@@ -23,7 +23,7 @@ class World:
     gpus: float = 1  # the part of a GPU that is this process' own
 
 
-def share(items: Any, world: World) -> Any:
+def take_share(items: Any, world: World) -> Any:
     """This worker's contiguous share of a sequence; the sizes divide evenly, as the preflight has checked."""
     assert len(items) % world.size == 0, (len(items), world.size)
     n = len(items) // world.size
