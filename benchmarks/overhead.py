@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from orchestrator.state.events import read_events
 from workers.config import Trial
-from workers.speed import cores
+from workers.speed import count_cores
 from workers.storage import Storage
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ def bare(steps: int, seeds: list[int], root: str) -> list[float]:
 
     from workers.config import Measurement
     from workers.data.dataset import prepare
-    from workers.evaluation.blocks import Images, blocks
+    from workers.evaluation.blocks import Images, list_blocks
     from workers.evaluation.make import Bench, make
     from workers.evaluation.summary import summarise
     from workers.network import manifest
@@ -64,10 +64,10 @@ def bare(steps: int, seeds: list[int], root: str) -> list[float]:
         dataset, folder = prepare(trial.data), f"bare/{steps}-{seed}"
         for _ in train(trial, dataset, storage, folder):
             pass
-        checkpoint = manifest.newest(storage, f"{folder}/checkpoints")
+        checkpoint = manifest.find_newest(storage, f"{folder}/checkpoints")
         assert checkpoint
         bench = Bench(storage, Measurement.of(trial), dataset, checkpoint, torch.device("cpu"))
-        for block in blocks(bench.m, checkpoint.digest, Images.of(dataset)):
+        for block in list_blocks(bench.m, checkpoint.digest, Images.of(dataset)):
             make(bench, block)
         summarise(storage, bench.m, dataset, bench.model.process, checkpoint.digest, bench.space)
         found.append(time.monotonic() - began)
@@ -76,8 +76,8 @@ def bare(steps: int, seeds: list[int], root: str) -> list[float]:
 
 def both(steps: int, seeds: range, root: str) -> list[float]:
     """The same, on all cores at once, without each process's first trial, which loads what all need."""
-    with ProcessPoolExecutor(cores(), mp_context=get_context("spawn")) as pool:
-        tasks = [pool.submit(bare, steps, [10**6 + i, *seeds[i :: cores()]], root) for i in range(cores())]
+    with ProcessPoolExecutor(count_cores(), mp_context=get_context("spawn")) as pool:
+        tasks = [pool.submit(bare, steps, [10**6 + i, *seeds[i :: count_cores()]], root) for i in range(count_cores())]
         return [seconds for task in tasks for seconds in task.result()[1:]]
 
 
@@ -89,12 +89,12 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as scratch:
         probe = 100
-        seconds = statistics.median(both(probe, range(2 * cores()), f"{scratch}/bare"))
-        longer = statistics.median(both(3 * probe, range(2 * cores()), f"{scratch}/bare"))
+        seconds = statistics.median(both(probe, range(2 * count_cores()), f"{scratch}/bare"))
+        longer = statistics.median(both(3 * probe, range(2 * count_cores()), f"{scratch}/bare"))
         each = (longer - seconds) / (2 * probe)
         steps = max(1, round(probe + (options.seconds - seconds) / each))
-        trial = statistics.mean(both(steps, range(2 * cores()), f"{scratch}/bare"))
-        ideal = trial * options.trials / cores()
+        trial = statistics.mean(both(steps, range(2 * count_cores()), f"{scratch}/bare"))
+        ideal = trial * options.trials / count_cores()
         file, storage = Path(scratch, "overhead.yaml"), Path(scratch, "runs")
         seeds = {"search": {"space": {"seed": {"grid": list(range(options.trials))}}}}
         file.write_text(yaml.safe_dump({"name": "overhead", **content(steps), **seeds}))
@@ -107,11 +107,11 @@ def main() -> int:
         )
     found = {
         "trials": options.trials, "bare_s": trial, "steps": steps, "ideal_s": ideal, "sweep_s": took,
-        "ratio": took / ideal, "above_a_trial_s": (took - ideal) * cores() / options.trials,
+        "ratio": took / ideal, "above_a_trial_s": (took - ideal) * count_cores() / options.trials,
         "first_trial_after_s": first / 1000 - began_at,
     }  # fmt: skip
     print(
-        f"{options.trials} trials of {trial:.1f} s on {cores()} cores: ideal {ideal:.1f} s, the sweep {took:.1f} s, "
+        f"{options.trials} trials of {trial:.1f} s on {count_cores()} cores: ideal {ideal:.1f} s, the sweep {took:.1f} s, "
         f"{took / ideal:.2f} times as long; {found['above_a_trial_s']:.2f} s of a core a trial above its bare work; "
         f"the first trial began {found['first_trial_after_s']:.1f} s after the command"
     )

@@ -21,17 +21,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from workers.config import ModelConfig
 from workers.evaluation import inception
 from workers.network.unet import UNet
-from workers.network.unet_config import unet_config
-from workers.noise import generator
+from workers.network.unet_config import make_unet_config
+from workers.noise import make_generator
 
 SHAPE = (32, 32, 3)
 
 
 def unet(model: ModelConfig, device: torch.device) -> UNet:
     """With weights that are nowhere zero, so that every layer has work to do and its result is seen."""
-    config = unet_config(model, image_channels=SHAPE[2], resolution=SHAPE[0], learned=False)
-    network = UNet(config, generator("speed", "weights"))
-    noise = generator("speed", "last layers")
+    config = make_unet_config(model, image_channels=SHAPE[2], resolution=SHAPE[0], learned=False)
+    network = UNet(config, make_generator("speed", "weights"))
+    noise = make_generator("speed", "last layers")
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.dim() > 1 and not parameter.any():
@@ -52,7 +52,7 @@ def diffusers_unet(model: ModelConfig, device: torch.device) -> nn.Module:
 
 def photographs(n: int) -> np.ndarray:
     """Smooth random images, uint8 (n, 32, 32, 3)."""
-    coarse = torch.rand((n, 3, 8, 8), generator=generator("speed", "images"))
+    coarse = torch.rand((n, 3, 8, 8), generator=make_generator("speed", "images"))
     fine = nn.functional.interpolate(coarse, size=SHAPE[:2], mode="bicubic").clamp(0, 1)
     return (fine * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
 
@@ -112,7 +112,7 @@ def fidelity_extractor(scratch: Path) -> nn.Module:
     sys.modules["torch_fidelity"] = package
     module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     content = inception.find_weights().read_bytes()
-    shapes = [m.weight.shape for m in inception.network().modules() if isinstance(m, nn.Conv2d)]
+    shapes = [m.weight.shape for m in inception.make_network().modules() if isinstance(m, nn.Conv2d)]
     layers, _ = inception.READERS[hashlib.sha256(content).hexdigest()](content, shapes)
     state = {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
     for name, (weight, beta, mean, variance) in zip(inception.NAMES, layers, strict=True):

@@ -99,13 +99,13 @@ class Watch:
         self.block_times: list[tuple[float, float]] = []
         self.memory_gb, self.looked = 0.0, 0.0
 
-    def begins(self, digest: str) -> None:
+    def begin_trial(self, digest: str) -> None:
         pass
 
-    def progress(self, digest: str, result: dict[str, Any]) -> None:
+    def note_progress(self, digest: str, result: dict[str, Any]) -> None:
         pass
 
-    def trained(self, digest: str, result: dict[str, Any]) -> None:
+    def end_training(self, digest: str, result: dict[str, Any]) -> None:
         from orchestrator.execution.evaluations import BLOCK_CPUS
         from workers.config import BLOCK_GPUS
 
@@ -114,22 +114,22 @@ class Watch:
             needs = {"num_cpus": BLOCK_CPUS, "num_gpus": BLOCK_GPUS}
             self.blocks += [block.options(**needs).remote() for _ in range(BLOCKS)]
 
-    def restarted(self, digest: str, why: str) -> None:
+    def restart_trial(self, digest: str, why: str) -> None:
         self.restarts += 1
 
-    def resized(self, digest: str, result: dict[str, Any]) -> None:
+    def resize_trial(self, digest: str, result: dict[str, Any]) -> None:
         pass
 
-    def failed(self, digest: str, why: str) -> None:
+    def fail_trial(self, digest: str, why: str) -> None:
         self.failures.append(f"{digest}: {why}")
 
     def say(self, text: str) -> None:
         self.said.append(text)
 
-    def evaluating(self) -> bool:
+    def is_evaluating(self) -> bool:
         return bool(self.blocks)
 
-    def turn(self, digest: str) -> Literal["train", "wait", "take"]:
+    def decide_turn(self, digest: str) -> Literal["train", "wait", "take"]:
         return "train"
 
     def tick(self, wait_s: float = 0) -> None:
@@ -196,7 +196,7 @@ def jobs(trials: int, seconds: float) -> list[dict[str, Any]]:
 
 def measure(nodes: int, trials: int, seconds: float, lose_a_node: bool) -> dict[str, Any]:
     os.environ["SIMULATED_CLUSTER"] = str(os.getpid())
-    from orchestrator.execution.session import session
+    from orchestrator.execution.session import open_session
     from orchestrator.execution.trials import train
     from orchestrator.experiment.records import SearchConfig
     from workers.config import DRIVER_CPUS
@@ -204,7 +204,7 @@ def measure(nodes: int, trials: int, seconds: float, lose_a_node: bool) -> dict[
     began = time.monotonic()
     cluster = start(nodes)
     try:
-        with session(cluster.address):
+        with open_session(cluster.address):
             up_s = time.monotonic() - began
             watch, work = Watch(cluster, trials, lose_a_node), jobs(trials, seconds)
             hosts = {

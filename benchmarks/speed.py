@@ -38,14 +38,14 @@ from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Process
 from workers.diffusion.samplers import sample
 from workers.evaluation import inception
-from workers.evaluation.make import LoadedModel, on_device
-from workers.evaluation.precision import known_precisions
-from workers.network.unet_config import unet_config
-from workers.noise import generator
-from workers.peak import matrix_product_flops_per_s, training_flops
-from workers.speed import hardware
+from workers.evaluation.make import LoadedModel, move_to_device
+from workers.evaluation.precision import list_precisions
+from workers.network.unet_config import make_unet_config
+from workers.noise import make_generator
+from workers.peak import count_training_flops, measure_matrix_product
+from workers.speed import name_hardware
 from workers.storage import Storage
-from workers.training import steps
+from workers.training import repeat_steps
 
 # The paper's network, and two that train on a few cores: their settings, and images per step on a CPU.
 MODELS = {
@@ -120,8 +120,8 @@ def lines_of(
 
 def forward_flops(model: ModelConfig) -> float:
     """Floating-point operations of one image's forward pass."""
-    config = unet_config(model, image_channels=SHAPE[2], resolution=SHAPE[0], learned=False)
-    return training_flops(json.dumps(config)) / 3
+    config = make_unet_config(model, image_channels=SHAPE[2], resolution=SHAPE[0], learned=False)
+    return count_training_flops(json.dumps(config)) / 3
 
 
 def dataset() -> Dataset:
@@ -147,7 +147,7 @@ def training(setting: Setting, name: str, batch: int) -> Iterator[Line]:
         data=DataConfig(source="digits"), model=model,
         training=TrainingConfig(steps=10**6, batch_size=batch, precision="auto", cpus=torch.get_num_threads()),
     )  # fmt: skip
-    loop = steps(trial, dataset(), Storage(setting.scratch / "storage"), device)
+    loop = repeat_steps(trial, dataset(), Storage(setting.scratch / "storage"), device)
     contenders = [Contender("ours", lambda: next(loop), batch, ours=True)]
     for kind, options in (
         ("diffusers float32", {}),
@@ -171,7 +171,7 @@ def sampling(setting: Setting, name: str, images: int, count: int) -> Iterator[L
 
     model, device = MODELS[name][0], setting.device
     process = Process.of(DiffusionConfig(T=count))
-    shape, noise = (images, SHAPE[2], *SHAPE[:2]), generator("speed", "sampling")
+    shape, noise = (images, SHAPE[2], *SHAPE[:2]), make_generator("speed", "sampling")
     pipeline: Any = DDPMPipeline(diffusers_unet(model, device), DDPMScheduler(num_train_timesteps=count))
     pipeline.set_progress_bar_config(disable=True)
 
@@ -180,12 +180,12 @@ def sampling(setting: Setting, name: str, images: int, count: int) -> Iterator[L
 
     def ours(kind: str) -> Callable[[], object]:
         loaded = LoadedModel(
-            Denoiser(on_device(unet(model, device).eval(), device), process, "eps"), process, device, kind
+            Denoiser(move_to_device(unet(model, device).eval(), device), process, "eps"), process, device, kind
         )
         config = SamplerConfig()
         return lambda: sample(process, loaded.predict, config, shape, noise, device=device)
 
-    names = known_precisions(device)
+    names = list_precisions(device)
     with torch.no_grad():
         contenders = [Contender(f"ours {kind}", ours(kind), images * count, ours=True) for kind in names]
         contenders.append(Contender("DDPMPipeline", theirs, images * count))
@@ -196,29 +196,29 @@ def sampling(setting: Setting, name: str, images: int, count: int) -> Iterator[L
 
 def loaded_model(model: ModelConfig, process: Process, device: torch.device, precision: str) -> LoadedModel:
     """Ours as an evaluation has it."""
-    network = on_device(Denoiser(unet(model, device).eval(), process, "eps"), device)
+    network = move_to_device(Denoiser(unet(model, device).eval(), process, "eps"), device)
     return LoadedModel(network, process, device, precision)
 
 
 def nll(setting: Setting, name: str, images: int, T: int) -> Iterator[Line]:
     """|eps - eps_theta|^2 of every t for some images: a block of ours, and a loop over t."""
-    from workers.diffusion.likelihood import all_times, pair_errors
+    from workers.diffusion.likelihood import list_all_times, measure_pairs
 
     model, device = MODELS[name][0], setting.device
     process = Process.of(DiffusionConfig(T=T))
     x_0 = (torch.from_numpy(photographs(images)).permute(0, 3, 1, 2).float() / 127.5 - 1).to(device)
-    t, weight = (a.reshape(-1) for a in all_times(T, images))
+    t, weight = (a.reshape(-1) for a in list_all_times(T, images))
     pairs = np.repeat(np.arange(images), T)
     found: dict[str, Tensor] = {}
 
     def ours(kind: str) -> Callable[[], object]:
         loaded = LoadedModel(
-            Denoiser(on_device(unet(model, device).eval(), device), process, "eps"), process, device, kind
+            Denoiser(move_to_device(unet(model, device).eval(), device), process, "eps"), process, device, kind
         )
 
         def work() -> None:
-            noise = generator("speed", "nll")
-            ledger = pair_errors(process, loaded.predict, x_0[pairs], pairs, t, weight, noise, LEVELS)
+            noise = make_generator("speed", "nll")
+            ledger = measure_pairs(process, loaded.predict, x_0[pairs], pairs, t, weight, noise, LEVELS)
             found[kind] = torch.from_numpy(ledger.squared_error)
 
         return work
@@ -235,7 +235,7 @@ def nll(setting: Setting, name: str, images: int, T: int) -> Iterator[Line]:
             x_t = alpha_bar[step - 1].sqrt() * x_0 + (1 - alpha_bar[step - 1]).sqrt() * eps
             total += (eps - network(x_t, times - 1)).square().flatten(1).sum(1)
 
-    contenders = [Contender(f"ours {kind}", ours(kind), images * T, ours=True) for kind in known_precisions(device)]
+    contenders = [Contender(f"ours {kind}", ours(kind), images * T, ours=True) for kind in list_precisions(device)]
     contenders.append(Contender("a loop over t", loop, images * T))
     race(contenders, device, setting.seconds)
     exact = found["float32"]
@@ -256,11 +256,11 @@ def features(setting: Setting, images: int) -> Iterator[Line]:
         space = inception.load_inception(device=device, tf32=kind == "tf32")
 
         def work() -> None:
-            found[kind] = space.features(pictures)
+            found[kind] = space.compute_features(pictures)
 
         return work
 
-    kinds = [kind for kind in known_precisions(device) if kind != "bf16"]  # in which features are never made
+    kinds = [kind for kind in list_precisions(device) if kind != "bf16"]  # in which features are never made
     contenders = [Contender(f"ours {kind}", ours(kind), images, ours=True) for kind in kinds]
     try:
         extractor = fidelity_extractor(setting.scratch).to(device)
@@ -309,8 +309,8 @@ def main() -> int:
     chosen = {name: part for name, part in parts(device).items() if not options.parts or name in options.parts}
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as scratch:
         kinds = {"float32": torch.float32, "bf16": torch.bfloat16}
-        peaks = {name: matrix_product_flops_per_s(device, kind, False) for name, kind in kinds.items()}
-        what = f"{hardware(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        peaks = {name: measure_matrix_product(device, kind, False) for name, kind in kinds.items()}
+        what = f"{name_hardware(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         print(f"{what}; matrix peak " + ", ".join(f"{n} {p / 1e12:.2f} TFLOP/s" for n, p in peaks.items()), flush=True)
         for name, part in chosen.items():
             started = time.monotonic()

@@ -28,7 +28,7 @@ def run(words: Sequence[str]) -> int:
     """The exit status of a command, given as its verb and what follows it."""
     match words:
         case [] | [("-h" | "--help" | "help")]:
-            print(verbs_text())
+            print(describe_verbs())
             return cli.DONE
         case ["help", verb, *_]:
             return run([verb, "--help"])
@@ -39,23 +39,25 @@ def run(words: Sequence[str]) -> int:
             return cli.DONE
         case [verb, *arguments] if verb in cli.VERBS:
             return int(import_module(f"orchestrator.{verb}").main(arguments))
-    print(unknown(words[0]), file=sys.stderr)
+    print(refuse_verb(words[0]), file=sys.stderr)
     return cli.MISTAKE
 
 
-def verbs_text() -> str:
+def describe_verbs() -> str:
     """What there is, a line per verb."""
     width = max(map(len, cli.VERBS))
     lines = [f"  {verb:<{width}}  {kind.does}" for verb, kind in cli.VERBS.items()]
     return "\n".join([USAGE, *lines, "", "python -m orchestrator VERB --help says more of one, with examples."])
 
 
-def unknown(verb: str) -> Mistake:
+def refuse_verb(verb: str) -> Mistake:
     """What to tell whoever asks for a verb that there is not."""
-    from orchestrator.experiment.settings import meant  # pydantic loads here: a verb that is known does without
+    from orchestrator.experiment.settings import (
+        suggest_choice,
+    )  # pydantic loads here: a verb that is known does without
 
     return Mistake(
-        f"{verb!r} is no verb of orchestrator{meant(verb, cli.VERBS)}; valid: {', '.join(cli.VERBS)}. "
+        f"{verb!r} is no verb of orchestrator{suggest_choice(verb, cli.VERBS)}; valid: {', '.join(cli.VERBS)}. "
         "python -m orchestrator says what each does"
     )
 

@@ -13,11 +13,11 @@ from orchestrator import cli
 from orchestrator import sweep as command
 from orchestrator.clusters.cluster import read_cluster
 from orchestrator.command import Command
-from orchestrator.experiment.effort import Cost, costs
+from orchestrator.experiment.effort import Cost, count_costs
 from orchestrator.experiment.load import load
-from orchestrator.experiment.preflight import chain, data_lines
+from orchestrator.experiment.preflight import describe_data, measure_chain
 from orchestrator.experiment.records import Experiment, Variant
-from orchestrator.output.page import path as report_path
+from orchestrator.output.page import name_path as report_path
 from orchestrator.output.table import make_columns, make_frame
 from orchestrator.state.events import read_events
 from orchestrator.state.rows import rank_rows
@@ -51,7 +51,7 @@ class Outcome:
     @property
     def report(self) -> str:
         """Where its report lies."""
-        return Storage(self.storage).url(report_path(self.name))
+        return Storage(self.storage).find_url(report_path(self.name))
 
     def results(self) -> "pd.DataFrame":
         return load_results(self.name, self.storage)
@@ -66,18 +66,18 @@ def preview(file: str | Path, *overrides: str, smoke: bool = False) -> "pd.DataF
     """
     import pandas as pd
 
-    trials, sources = _checked(load(file, overrides, smoke))
+    trials, sources = _load_trials(load(file, overrides, smoke))
     names = [field.name for field in fields(Cost)]
     params = make_columns(list(trials.values()))
     return pd.DataFrame(
         {
             "trial": row,
             **{path: values[i] for path, values in params.items()},
-            "alpha_bar_T": chain(variant.trial.diffusion).alpha_bar_T,
-            "prior_bpd": chain(variant.trial.diffusion).prior_bpd,
+            "alpha_bar_T": measure_chain(variant.trial.diffusion).alpha_bar_T,
+            "prior_bpd": measure_chain(variant.trial.diffusion).prior_bpd,
             **dict(zip(names, price.parts, strict=True)),
         }
-        for i, ((row, variant), price) in enumerate(zip(trials.items(), costs(trials, sources), strict=True))
+        for i, ((row, variant), price) in enumerate(zip(trials.items(), count_costs(trials, sources), strict=True))
     )
 
 
@@ -105,10 +105,10 @@ def run_sweep(
     """
     if cluster and not ray_address:
         raise Mistake(f"cluster={str(cluster)!r} goes with ray_address: this sweep would run on this machine")
-    experiment = load(file, command.with_tracking(overrides, tracking_uri), smoke)
-    trials, sources = _checked(experiment)
+    experiment = load(file, command.add_tracking(overrides, tracking_uri), smoke)
+    trials, sources = _load_trials(experiment)
     grows_to = read_cluster(Path(cluster)) if cluster else None
-    cli.tell(data_lines(sources.values()), (), quiet=quiet)
+    cli.tell(describe_data(sources.values()), (), quiet=quiet)
     asked = Command(
         storage=str(storage),
         ray_address=ray_address,
@@ -121,9 +121,9 @@ def run_sweep(
     return Outcome(experiment.name, str(storage), status)
 
 
-def _checked(experiment: Experiment) -> tuple[dict[RowId, Variant], dict[DataConfig, Source]]:
+def _load_trials(experiment: Experiment) -> tuple[dict[RowId, Variant], dict[DataConfig, Source]]:
     """The trials by id, and their data. Warns at the line that called the function which calls this one."""
-    trials, sources, texts = command.trials_of(experiment)
+    trials, sources, texts = command.list_trials(experiment)
     for text in texts:
         warnings.warn(text, stacklevel=3)
     return trials, sources
@@ -163,7 +163,7 @@ class DiffusionModel:
 
         from workers.data.pixels import to_levels
         from workers.diffusion.samplers import sample
-        from workers.noise import generator
+        from workers.noise import make_generator
 
         if n < 1 or (steps is not None and not 1 <= steps <= self.process.T):
             raise Mistake(
@@ -172,7 +172,9 @@ class DiffusionModel:
         height, width, channels = self.shape
         config = SamplerConfig(kind="ddim", steps=steps, eta=eta) if steps else SamplerConfig()
         with torch.no_grad():
-            x_0 = sample(self.process, self.network, config, (n, channels, height, width), generator(seed, "model"))
+            x_0 = sample(
+                self.process, self.network, config, (n, channels, height, width), make_generator(seed, "model")
+            )
         return to_levels(x_0, 256).numpy()
 
 
@@ -183,12 +185,12 @@ def open_model(target: str | Path, storage: str | Path = "runs") -> DiffusionMod
     """
     from workers.network import checkpoint as checkpoints
 
-    checkpoint = _checkpoint(str(target), Storage(storage))
+    checkpoint = _find_checkpoint(str(target), Storage(storage))
     network, process = checkpoints.load(checkpoint)
     return DiffusionModel(network, process, checkpoints.describe(checkpoint).shape, checkpoint)
 
 
-def _checkpoint(target: str, storage: Storage) -> "Checkpoint":
+def _find_checkpoint(target: str, storage: Storage) -> "Checkpoint":
     from orchestrator.measuring import subjects
     from workers.network import checkpoint as checkpoints
     from workers.network import manifest
@@ -207,9 +209,9 @@ def _checkpoint(target: str, storage: Storage) -> "Checkpoint":
                 stacklevel=3,
             )
         best = rank_rows(rows, kept.metric)[0]
-        found = subjects.checkpoint_of(storage, best.digest, best.variant.trial)
+        found = subjects.find_checkpoint(storage, best.digest, best.variant.trial)
         assert found, best.digest
-        return manifest.averaged(found, Measurement.of(best.variant.trial).evaluation.ema)
+        return manifest.choose_average(found, Measurement.of(best.variant.trial).evaluation.ema)
     if "://" in target or subjects.is_there(target):
         return checkpoints.open_folder(target)
     [subject] = subjects.find(target, storage, (), None)

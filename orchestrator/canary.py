@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator import cli
 from workers.config import DataConfig, Measurement, Mistake
-from workers.layout import CANARY_FOLDER, evaluation_folder
+from workers.layout import CANARY_FOLDER, name_evaluation_folder
 
 if TYPE_CHECKING:  # these take seconds: --help does without
     from orchestrator.output.terminal import Display
@@ -20,36 +20,36 @@ of a library would change: in this process, and once more through Ray."""
 THROUGH_RAY = "gaussian/nll_bpd_through_ray"
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     endings = {cli.DONE: "all is as expected", cli.ALARM: "some number is another", cli.CLUSTER_LOST: ""}
-    result = cli.parser("canary", "", EXAMPLES, more=MORE, endings=endings)
+    result = cli.make_parser("canary", "", EXAMPLES, more=MORE, endings=endings)
     cli.add_ray_address(result)
     cli.add_storage(result)
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return cli.execute(parser(), run, arguments, interrupted="The same command measures anew.")
+    return cli.execute(make_parser(), run, arguments, interrupted="The same command measures anew.")
 
 
 def run(options: argparse.Namespace) -> int:
     """Raises Mistake where storage or cluster cannot be reached."""
     from rich.console import Console
 
-    from orchestrator.experiment.preflight import data_lines
+    from orchestrator.experiment.preflight import describe_data
     from orchestrator.output.terminal import Display
     from workers.data.sources import describe
     from workers.storage import Storage
 
-    cli.tell(data_lines(describe(DataConfig(source=name)) for name in ("gaussian", "digits")), ())
+    cli.tell(describe_data(describe(DataConfig(source=name)) for name in ("gaussian", "digits")), ())
     storage = Storage(options.storage)
     storage.check_writable()
-    found = verdicts(storage, Display({}, Console(stderr=True), quiet=True), options.ray_address)
+    found = judge_canaries(storage, Display({}, Console(stderr=True), quiet=True), options.ray_address)
     print("\n".join(map(str, found)))
     return cli.DONE if all(verdict.passed for verdict in found) else cli.ALARM
 
 
-def verdicts(
+def judge_canaries(
     storage: "Storage", display: "Display", ray_address: str | None, *, through_ray: bool = True
 ) -> list["canaries.Verdict"]:
     """What the canaries say today; all of them `through_ray`, else those that this process measures by itself.
@@ -60,11 +60,11 @@ def verdicts(
 
     measured = canaries.measure()
     if through_ray:
-        measured[THROUGH_RAY] = _nll_through_ray(storage, display, ray_address)
+        measured[THROUGH_RAY] = _measure_through_ray(storage, display, ray_address)
     return [v for v in canaries.judge(measured) if through_ray or v.canary.name != THROUGH_RAY]
 
 
-def _nll_through_ray(storage: "Storage", display: "Display", ray_address: str | None) -> float:
+def _measure_through_ray(storage: "Storage", display: "Display", ray_address: str | None) -> float:
     """The bound of the Gaussian pixels in bits/dim, by the blocks of an evaluation."""
     from orchestrator.execution.measurements import measure
     from orchestrator.measuring.subjects import Subject
@@ -80,7 +80,7 @@ def _nll_through_ray(storage: "Storage", display: "Display", ray_address: str | 
         snapshot = checkpoints.Snapshot(step=0, unet_config=canaries.DENOISER, process=process, ema={})
         checkpoint = checkpoints.save(storage, f"{CANARY_FOLDER}/gaussian", snapshot)
         # Measured anew each time: what a block cached says nothing of today's libraries.
-        storage.delete(evaluation_folder(checkpoint.digest))
+        storage.delete(name_evaluation_folder(checkpoint.digest))
         subject = Subject("gaussian", m, checkpoint)
         sources = {m.data: describe(m.data)}
         [found] = measure([subject], sources, storage, display=display, ray_address=ray_address)

@@ -58,7 +58,7 @@ VERBS = {
 # ---- A parser and its shared options ---------------------------------------------------------------------------
 
 
-def parser(
+def make_parser(
     verb: str, words: str, examples: Sequence[str], *, more: str = "", endings: Mapping[int, str] | None = None
 ) -> argparse.ArgumentParser:
     """The parser of a verb. `words` are its positional ones, and each of `examples` what may follow the command.

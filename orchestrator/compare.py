@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator import cli
 from orchestrator.experiment.profiles import PROFILES
-from orchestrator.measuring.differences import paired, protocol_differences
+from orchestrator.measuring.differences import compare_paired, list_protocol_differences
 from orchestrator.state.rows import is_distance
 from workers.config import Mistake
 
@@ -16,9 +16,9 @@ MORE = """Both must have been measured, by a sweep or by python -m orchestrator.
 the same measurement."""
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     endings = {cli.DONE: "they are compared", cli.SOME_FAILED: "they were measured by different protocols"}
-    result = cli.parser("compare", "A B [a.b=value ...]", EXAMPLES, more=MORE, endings=endings)
+    result = cli.make_parser("compare", "A B [a.b=value ...]", EXAMPLES, more=MORE, endings=endings)
     result.add_argument("a", metavar="A", help="a trial's id, or a folder with a checkpoint")
     result.add_argument("b", metavar="B", help="the one to compare it with")
     cli.add_overrides(result)
@@ -28,21 +28,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return cli.execute(parser(), run, arguments)
+    return cli.execute(make_parser(), run, arguments)
 
 
 def run(options: argparse.Namespace) -> int:
     """Raises Mistake."""
-    lines, differing = comparison(*_summaries(options))
+    lines, differing = compare_summaries(*_read_summaries(options))
     print("\n".join(lines))
     return cli.SOME_FAILED if differing else cli.DONE
 
 
-def _summaries(options: argparse.Namespace) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def _read_summaries(options: argparse.Namespace) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """What was measured of both targets. Raises Mistake where one of them was not."""
-    from orchestrator.experiment.preflight import data_lines
+    from orchestrator.experiment.preflight import describe_data
     from orchestrator.measuring import subjects  # torch loads here: --help does without
-    from workers.evaluation.blocks import Images, summary_path
+    from workers.evaluation.blocks import Images, name_summary
     from workers.storage import Storage
 
     storage = Storage(options.storage)
@@ -56,11 +56,11 @@ def _summaries(options: argparse.Namespace) -> tuple[Mapping[str, Any], Mapping[
 
     both = {target: find(target) for target in (options.a, options.b)}
     sources, warnings = subjects.check(list(both.values()))
-    cli.tell(data_lines(sources.values()), warnings)
+    cli.tell(describe_data(sources.values()), warnings)
 
     def read(target: str) -> Mapping[str, Any]:
         subject = both[target]
-        path = summary_path(subject.m, subject.checkpoint.digest, Images.of(sources[subject.m.data]))
+        path = name_summary(subject.m, subject.checkpoint.digest, Images.of(sources[subject.m.data]))
         summary = storage.read_sealed(path)
         if summary is None:
             words = " ".join(["python -m orchestrator.evaluate", target, *options.overrides])
@@ -70,26 +70,26 @@ def _summaries(options: argparse.Namespace) -> tuple[Mapping[str, Any], Mapping[
     return read(options.a), read(options.b)
 
 
-def comparison(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def compare_summaries(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """What to print of two summaries, and how their protocols differ."""
     lines, differing = [], []
     for kind in sorted(first["passports"].keys() | second["passports"].keys()):
-        ours = protocol_differences(first, second, kind)
+        ours = list_protocol_differences(first, second, kind)
         differing += ours
         lines += [f"not compared: {text}" for text in ours]
         if kind == "nll" and not ours and len(first["nll_per_image"]) < 2:
             lines.append("not compared: the nll of a single image has no error")
         elif kind == "nll" and not ours:
-            d = paired(first, second)
+            d = compare_paired(first, second)
             verdict = ("B is better" if d.mean > 0 else "A is better") if d.clear else "not distinguishable"
             lines.append(f"nll_bpd          A - B = {d}  95 % of {d.n} pairs of images: {verdict}")
         if kind == "samples" and not ours:
             shared = [name for name in first["metrics"] if is_distance(name) and name in second["metrics"]]
-            lines += [_unpaired(name, first["metrics"], second["metrics"]) for name in shared]
+            lines += [_describe_unpaired(name, first["metrics"], second["metrics"]) for name in shared]
     return lines, differing
 
 
-def _unpaired(name: str, first: Mapping[str, float], second: Mapping[str, float]) -> str:
+def _describe_unpaired(name: str, first: Mapping[str, float], second: Mapping[str, float]) -> str:
     """As if the samples were independent: they share seeds, so the true error may be smaller."""
     text = f"{name.removeprefix('eval/'):<16} A - B = {first[name] - second[name]:+.4f}"
     errors = [metrics.get(f"{name}_se") for metrics in (first, second)]

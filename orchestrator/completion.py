@@ -43,14 +43,14 @@ compdef _diffusion_orchestrator diffusion-orchestrator
 SCRIPTS = {"bash": BASH, "zsh": ZSH}
 
 
-def parser() -> argparse.ArgumentParser:
-    result = cli.parser("completion", "bash|zsh", EXAMPLES, more=MORE)
+def make_parser() -> argparse.ArgumentParser:
+    result = cli.make_parser("completion", "bash|zsh", EXAMPLES, more=MORE)
     result.add_argument("shell", choices=SCRIPTS, help="which shell completes")
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return cli.execute(parser(), run, arguments, interrupted="")
+    return cli.execute(make_parser(), run, arguments, interrupted="")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -70,8 +70,8 @@ def complete(line: str) -> list[str]:
     _, verb, *given, word = words
     if verb not in cli.VERBS:
         return []
-    parser = import_module(f"orchestrator.{verb}").parser()
-    action = _next(parser, given)
+    parser = import_module(f"orchestrator.{verb}").make_parser()
+    action = _find_action(parser, given)
     if word.startswith("-") and (action is None or not action.option_strings):
         found: Iterable[str] = (name for a in parser._actions for name in a.option_strings if name.startswith("--"))
     elif action is None:
@@ -79,7 +79,7 @@ def complete(line: str) -> list[str]:
     elif action.choices:
         found = map(str, action.choices)
     else:
-        found = _values(action.dest, verb, _storage(given), word)
+        found = _list_values(action.dest, verb, _find_storage(given), word)
     return [text for text in dict.fromkeys(found) if text.startswith(word)]
 
 
@@ -93,7 +93,7 @@ def split(line: str) -> list[str]:
     return []
 
 
-def _next(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Action | None:
+def _find_action(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Action | None:
     """What the word after the given ones is for: the value of an option, or a positional word."""
     options = {name: action for action in parser._actions for name in action.option_strings}
     places = [action for action in parser._actions if not action.option_strings]
@@ -109,20 +109,20 @@ def _next(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Act
     return values[-1] if values else places[0] if places else None
 
 
-def _storage(given: Sequence[str]) -> str:
+def _find_storage(given: Sequence[str]) -> str:
     """The storage that the words name."""
     named = [value for option, value in pairwise(given) if option == "--storage"]
     named += [word.partition("=")[2] for word in given if word.startswith("--storage=")]
     return named[-1] if named else "runs"
 
 
-def _values(dest: str, verb: str, storage: str, word: str) -> Iterator[str]:
+def _list_values(dest: str, verb: str, storage: str, word: str) -> Iterator[str]:
     """What is known of what an argument of that name takes."""
     match dest:
         case "overrides":
-            yield from _by_section(_settings(verb), word)
+            yield from _list_by_section(_list_settings(verb), word)
         case "file":
-            yield from _files(word)
+            yield from _list_files(word)
         case "sweep" | "target" | "a" | "b":
             from orchestrator.state.saved import list_sweeps
             from workers.layout import TRIALS
@@ -137,7 +137,7 @@ def _values(dest: str, verb: str, storage: str, word: str) -> Iterator[str]:
             yield from PROFILES
 
 
-def _settings(verb: str) -> list[str]:
+def _list_settings(verb: str) -> list[str]:
     """The dotted paths that a verb's overrides may set, sections left out."""
     from orchestrator.experiment import load
 
@@ -155,7 +155,7 @@ def _settings(verb: str) -> list[str]:
     return [path for path in paths if path not in sections]
 
 
-def _by_section(paths: Iterable[str], word: str) -> Iterator[str]:
+def _list_by_section(paths: Iterable[str], word: str) -> Iterator[str]:
     """Each path that begins with the word, as far as its next dot."""
     for path in paths:
         if path.startswith(word):
@@ -163,7 +163,7 @@ def _by_section(paths: Iterable[str], word: str) -> Iterator[str]:
             yield f"{word}{section}{dot or '='}"
 
 
-def _files(word: str) -> Iterator[str]:
+def _list_files(word: str) -> Iterator[str]:
     """The YAML files, and the folders that may hold some, whose names begin with the word."""
     above, slash, _ = word.rpartition("/")
     folder = Path(above + slash).expanduser()

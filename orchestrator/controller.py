@@ -15,19 +15,19 @@ from rich.console import Console
 
 from orchestrator import cli, interrupts
 from orchestrator.clusters import cost
-from orchestrator.clusters.cluster import Cluster, cluster_of_the_head
+from orchestrator.clusters.cluster import Cluster, find_cluster_of_head
 from orchestrator.command import Command
 from orchestrator.execution import session, trials
-from orchestrator.execution.loss import ClusterLost, again_where_lost
+from orchestrator.execution.loss import ClusterLost, repeat_where_lost
 from orchestrator.experiment.expand import expand
 from orchestrator.experiment.records import Experiment, Variant
-from orchestrator.output.terminal import listening
+from orchestrator.output.terminal import show_messages
 from orchestrator.planning.decide import Decision
-from orchestrator.planning.search import HeardTrial, next_round, rows_of, tell
+from orchestrator.planning.search import HeardTrial, group_round_by_row, make_heard, suggest_round
 from orchestrator.progress import RowsInProgress
 from orchestrator.standing import Standing
 from orchestrator.state.saved import (
-    how_to_open,
+    explain_opening,
     is_older,
     keep_asked,
     keep_sweep,
@@ -40,7 +40,7 @@ from workers.config import DataConfig, Mistake
 from workers.data.dataset import prepare
 from workers.data.sources import Source
 from workers.evaluation.features import check_spaces
-from workers.layout import SHARES, SPEEDS, RowId, sweep_folder, sweep_lock, trial_of_row
+from workers.layout import SHARES, SPEEDS, RowId, get_trial_of_row, name_sweep_folder, name_sweep_lock
 from workers.locks import lock
 from workers.storage import Storage
 
@@ -58,26 +58,26 @@ def run(
     storage = Storage(command.storage)
     console = Console(width=None if Console().is_terminal else 200)
     with ExitStack() as opened:
-        opened.enter_context(listening(console, command.quiet, command.verbose))
-        opened.enter_context(interrupts.working())
-        opened.enter_context(lock(storage, sweep_lock(experiment.name)))
+        opened.enter_context(show_messages(console, command.quiet, command.verbose))
+        opened.enter_context(interrupts.allow_interrupts())
+        opened.enter_context(lock(storage, name_sweep_lock(experiment.name)))
         storage.check_writable()
-        for folder in (sweep_folder(experiment.name), SPEEDS, SHARES):
+        for folder in (name_sweep_folder(experiment.name), SPEEDS, SHARES):
             storage.remove_leftovers(folder)
         if is_older(storage, experiment.name):
             if not command.fresh:
-                raise Mistake(how_to_open(experiment.name))
+                raise Mistake(explain_opening(experiment.name))
             set_aside_older(storage, experiment.name)
         sweep = Sweep(experiment, variants, sources, console, command)
         if command.fresh:
             sweep.standing.forget()
             sweep = Sweep(experiment, variants, sources, console, command)
-        opened.enter_context(interrupts.working(at_once=sweep.telling.end_at_once))
+        opened.enter_context(interrupts.allow_interrupts(at_once=sweep.telling.end_at_once))
         telling = sweep.telling
         try:
-            again_where_lost(sweep.make, sweep.lose, may=command.ray_address is None)
+            repeat_where_lost(sweep.make, sweep.lose, may=command.ray_address is None)
         except KeyboardInterrupt:
-            interrupts.ending()
+            interrupts.begin_ending()
             telling.end("interrupted")
             if telling.started:
                 telling.publish()
@@ -114,7 +114,7 @@ class Sweep:
         self.planned, self.began = "", time.monotonic()
         before = read_asked(self.storage, experiment) if experiment.search.algorithm == "optuna" else []
         self.asked = before or list(expand(experiment))  # the variants, in order; some may be one and the same row
-        self._add(rows_of(experiment, before, self.standing.source)[0] if before else variants)
+        self._add(group_round_by_row(experiment, before, self.standing.get_source)[0] if before else variants)
 
     def _add(self, variants: Mapping[RowId, Variant]) -> list[RowId]:
         """Takes in the rows that are not there yet. Returns their ids."""
@@ -133,7 +133,7 @@ class Sweep:
         try:
             with ExitStack() as opened:
                 self._make(list(self.standing.variants), opened)
-                while new := self._next_round():
+                while new := self._ask_next_round():
                     self._make(new, opened)
         except ClusterLost:
             raise
@@ -142,23 +142,23 @@ class Sweep:
             raise
         if self.telling.started:
             planned = f", {self.planned} planned" if self.planned else ""
-            self.say(f"time       {cost.duration(time.monotonic() - self.began)}{planned}")
+            self.say(f"time       {cost.format_duration(time.monotonic() - self.began)}{planned}")
 
-    def _next_round(self) -> list[RowId]:
+    def _ask_next_round(self) -> list[RowId]:
         """The rows that an adaptive search asks for next; empty where it is at its end."""
         search = self.experiment.search
         if search.algorithm != "optuna" or len(self.asked) >= (search.samples or 0):
             return []
-        rows = {_point(row.variant): row for row in self.standing.rows()}
-        if all(row.state == "failed" for v in self.asked[-search.first :] if (row := rows.get(_point(v)))):
+        rows = {_format_point(row.variant): row for row in self.standing.make_rows()}
+        if all(row.state == "failed" for v in self.asked[-search.first :] if (row := rows.get(_format_point(v)))):
             self.say("search     ends here: every trial of the last round failed")
             return []
 
         def hear(variant: Variant) -> HeardTrial | None:
-            row = rows.get(_point(variant))
-            return tell(search, row.variant, row.state, row.metrics) if row else None
+            row = rows.get(_format_point(variant))
+            return make_heard(search, row.variant, row.state, row.metrics) if row else None
 
-        new = next_round(self.experiment, self.asked, hear, self.standing.source)
+        new = suggest_round(self.experiment, self.asked, hear, self.standing.get_source)
         known = sum(hear(v) is not None for v in self.asked)
         self.say(
             f"search     asks for {len(new)} trials after {len(self.asked)} of {search.samples}, by what "
@@ -168,7 +168,7 @@ class Sweep:
         )
         self.asked += new
         keep_asked(self.storage, self.experiment, self.asked)
-        return self._add(rows_of(self.experiment, self.asked, self.standing.source)[0])
+        return self._add(group_round_by_row(self.experiment, self.asked, self.standing.get_source)[0])
 
     def _make(self, rows: list[RowId], opened: ExitStack) -> None:
         """Makes what is missing of the rows; brings up Ray in `opened` the first time it has to."""
@@ -181,20 +181,22 @@ class Sweep:
             self._keep(rows)
             return
         first = not self.telling.started
-        check_spaces(self.standing.trial(row).evaluation.fid for row in rows)
+        check_spaces(self.standing.get_trial(row).evaluation.fid for row in rows)
         address = self.command.ray_address
-        cluster = self.command.cluster or (cluster_of_the_head() if address else None)
+        cluster = self.command.cluster or (find_cluster_of_head() if address else None)
         time_plan = self._time_plan(missing, cluster) if cluster or not address else None
-        self.planned = cost.duration(time_plan.wall_s) if time_plan and first else ""  # of all rounds nobody knows
+        self.planned = (
+            cost.format_duration(time_plan.wall_s) if time_plan and first else ""
+        )  # of all rounds nobody knows
         if first:
             self.telling.record.tracker.check()
-        for config in dict.fromkeys(self.standing.trial(row).data for row in rows):
+        for config in dict.fromkeys(self.standing.get_trial(row).data for row in rows):
             prepare(config)
         progress = self._bring_up(opened) if first else self.progress
         assert progress
         progress.training = {row for row in missing if decisions[row].action == "train"}
         to_train = progress.make_jobs(missing, cluster)
-        trials.sizes_of(to_train, cluster)
+        trials.measure_sizes(to_train, cluster)
         if first:
             self.telling.record.open()  # not before all is known that a user may have to mend
         self._begin(decisions, first)
@@ -212,58 +214,60 @@ class Sweep:
         """Ray, as long as `opened` is; and who hears what it tells."""
         opened.enter_context(self.telling.display)
         hang_s = self.experiment.search.hang_s
-        watchdog = opened.enter_context(session.session(self.command.ray_address, hang_s=hang_s))
+        watchdog = opened.enter_context(session.open_session(self.command.ray_address, hang_s=hang_s))
         self.progress = RowsInProgress(self.standing, self.telling, watchdog)
         opened.callback(self.progress.evaluations.forget)
         session.check_seen(self.storage)
         return self.progress
 
     def _tell_decisions(self, decisions: Mapping[RowId, Decision]) -> None:
-        states = {row.digest: row.state for row in self.standing.rows()}
+        states = {row.digest: row.state for row in self.standing.make_rows()}
         for row, decision in decisions.items():
             line, nothing = self.telling.lines[row], decision.action == "nothing"
             line.step = self.standing.found[row].step
             line.state = states[row] if nothing else "waiting"
-            self.telling.of(row, f"{decision.action:<10}  {decision.why}  {line.name}", detail=nothing)
+            self.telling.say_of(row, f"{decision.action:<10}  {decision.why}  {line.name}", detail=nothing)
 
     def _keep(self, rows: Iterable[RowId]) -> None:
         """Writes down what the sweep is, and the trials of these rows."""
         rows, standing = list(rows), self.standing
         keep_sweep(self.storage, self.experiment, standing.variants, standing.sources)
         standing.keep_checkpoints(rows)
-        for trial in dict.fromkeys(map(trial_of_row, rows)):
-            keep_trial(self.storage, trial, standing.trial(standing.sharing[trial][0]))
+        for trial in dict.fromkeys(map(get_trial_of_row, rows)):
+            keep_trial(self.storage, trial, standing.get_trial(standing.sharing[trial][0]))
 
     def _begin(self, decisions: Mapping[RowId, Decision], first: bool) -> None:
         """Writes down what is to be made, now that nothing stands against it: a refused command changes nothing."""
         self._keep(decisions)
         self.telling.started = True
-        rows, slots = len(self.standing.variants), session.slots()
+        rows, slots = len(self.standing.variants), session.count_slots()
         if first:
-            self.telling.event("started", host=socket.gethostname(), pid=os.getpid(), trials=rows)
+            self.telling.record_event("started", host=socket.gethostname(), pid=os.getpid(), trials=rows)
         for row, decision in decisions.items():
-            self.telling.event("decided", row, action=decision.action, why=decision.why)
+            self.telling.record_event("decided", row, action=decision.action, why=decision.why)
         if first:
-            self.telling.event("cluster", cpus=slots["cpus"], gpus=slots["gpus"])
+            self.telling.record_event("cluster", cpus=slots["cpus"], gpus=slots["gpus"])
 
     def _time_plan(self, missing: Iterable[RowId], cluster: Cluster | None) -> cost.Plan | None:
         """How long it takes if nothing of the `missing` rows is there; None where speeds are not known."""
         variants = {row: self.standing.variants[row] for row in missing}
-        machines = cost.machines_for(variants, self.experiment.search, cluster) if cluster else []
-        found = cost.planned(variants, self.standing.sources, self.storage, self.experiment.search, machines)
+        machines = cost.list_machines(variants, self.experiment.search, cluster) if cluster else []
+        found = cost.make_plan(variants, self.standing.sources, self.storage, self.experiment.search, machines)
         if isinstance(found, cost.Unknown):
             return None
-        self.say(f"time       about {cost.duration(found.wall_s)}, at the throughput measured by {found.said_by}")
+        self.say(
+            f"time       about {cost.format_duration(found.wall_s)}, at the throughput measured by {found.said_by}"
+        )
         return found
 
     def lose(self, said: str) -> None:
         """Ray was lost: what stands in the storage is read again, and all that is missing there is made."""
         self.say(said)
-        self.telling.event("lost", why=said)
+        self.telling.record_event("lost", why=said)
         self.progress, self.telling.started = None, False
         self.standing.errors.clear()
         self.standing.look_at_all()
 
 
-def _point(variant: Variant) -> str:
+def _format_point(variant: Variant) -> str:
     return json.dumps(variant.params, sort_keys=True)

@@ -22,9 +22,9 @@ yet is computed: the same command goes on where one was cut off."""
 MOST_TASKS = 256
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     endings = {cli.DONE: "all is measured", cli.SOME_FAILED: "", cli.CLUSTER_LOST: "", cli.INTERRUPTED: ""}
-    result = cli.parser("evaluate", "TARGET [a.b=value ...]", EXAMPLES, more=MORE, endings=endings)
+    result = cli.make_parser("evaluate", "TARGET [a.b=value ...]", EXAMPLES, more=MORE, endings=endings)
     result.add_argument(
         "target", metavar="TARGET", help="a sweep, a trial's id, or a folder with a checkpoint, ours or diffusers'"
     )
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return cli.execute(parser(), run, arguments, interrupted="The same command goes on where this one stopped.")
+    return cli.execute(make_parser(), run, arguments, interrupted="The same command goes on where this one stopped.")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -49,30 +49,30 @@ def run(options: argparse.Namespace) -> int:
         raise Mistake(f"--tasks {options.tasks}: 1 to {MOST_TASKS}, each a process")
     from rich.console import Console  # these take a second: --help and the user's slips do without
 
-    from orchestrator.execution.measurements import as_json, evaluation_text, measure
-    from orchestrator.experiment.preflight import data_lines
+    from orchestrator.execution.measurements import describe_measured, format_measured, measure
+    from orchestrator.experiment.preflight import describe_data
     from orchestrator.measuring import subjects
-    from orchestrator.output.terminal import Display, listening
+    from orchestrator.output.terminal import Display, show_messages
     from orchestrator.tracking.runs import record_measurement
     from workers.storage import Storage
 
     storage = Storage(options.storage)
     found = subjects.find(options.target, storage, options.overrides, options.profile)
     sources, warnings = subjects.check(found)
-    cli.tell(data_lines(sources.values()), warnings, quiet=options.quiet)
+    cli.tell(describe_data(sources.values()), warnings, quiet=options.quiet)
     storage.check_writable()
     console = Console(width=None if Console().is_terminal else 200, stderr=options.json)
     display = Display({}, console, options.quiet, options.verbose)
-    with listening(console, options.quiet, options.verbose):
+    with show_messages(console, options.quiet, options.verbose):
         measured = measure(
             found, sources, storage, display=display, ray_address=options.ray_address, at_once=options.tasks
         )
         left = record_measurement(storage, options.tracking_uri, measured, sources)
     if options.json:
-        print(json.dumps([as_json(m) for m in measured], indent=2))
+        print(json.dumps([describe_measured(m) for m in measured], indent=2))
     else:
         for m in measured:
-            console.print(evaluation_text(m), markup=False, highlight=False, soft_wrap=True)
+            console.print(format_measured(m), markup=False, highlight=False, soft_wrap=True)
     if left:
         console.print(left, markup=False, highlight=False, soft_wrap=True)
     return cli.SOME_FAILED if any(m.failed for m in measured) else cli.DONE

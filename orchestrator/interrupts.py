@@ -23,8 +23,8 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 class _State:  # no dataclass: a command imports this before it is safe from interrupts, so little is imported here
     came_at: float | None = None  # when the first one came, on the monotonic clock
     ending = False  # it was heard, and the command is on its way out
-    put_off = 0  # blocks of `deferred` under way
-    work = 0  # blocks of `working` under way
+    put_off = 0  # blocks of `defer_interrupts` under way
+    work = 0  # blocks of `allow_interrupts` under way
 
     def __init__(self) -> None:
         self.at_once: list[Callable[[], object]] = []  # what even an end at once has to do
@@ -44,7 +44,7 @@ def arm() -> None:
 
 
 @contextmanager
-def working(at_once: Callable[[], object] | None = None) -> Iterator[None]:
+def allow_interrupts(at_once: Callable[[], object] | None = None) -> Iterator[None]:
     """Work that an interrupt ends by KeyboardInterrupt; `at_once` is called where the process ends in the middle of it.
 
     Outside of a command the signals are taken for the length of the block, in the main thread alone.
@@ -70,7 +70,7 @@ def working(at_once: Callable[[], object] | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
+def defer_interrupts() -> Iterator[None]:
     """What must not be cut off in the middle: an interrupt is raised at the end of the block."""
     _state.put_off += 1
     try:
@@ -87,7 +87,7 @@ def check() -> None:
         raise KeyboardInterrupt
 
 
-def ending() -> None:
+def begin_ending() -> None:
     """The interrupt was heard: from here on further ones are answered by a line."""
     _state.ending = True
 
@@ -114,7 +114,7 @@ def write(line: str) -> None:
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    if _state.came_at is None and _importing(frame):
+    if _state.came_at is None and _is_importing(frame):
         if not _state.work:  # there is nothing yet that would have to be put in order
             write("\nInterrupted.")
             os._exit(INTERRUPTED)
@@ -132,7 +132,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
         end_at_once("It ends at once. The same command resumes.", INTERRUPTED)
 
 
-def _importing(frame: FrameType | None) -> bool:
+def _is_importing(frame: FrameType | None) -> bool:
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             return True

@@ -29,10 +29,10 @@ from pathlib import Path
 from orchestrator import cli, interrupts
 from orchestrator.experiment.records import ExperimentError
 from orchestrator.nights import hooks
-from orchestrator.nights.calendar import crontab, given_date, last_night, next_run, say
+from orchestrator.nights.calendar import find_last_night, find_next_run, parse_date, say, write_crontab
 from orchestrator.nights.suite import Suite, load
-from workers.config import Mistake, without_secrets
-from workers.layout import nights_folder
+from workers.config import Mistake, hide_secrets
+from workers.layout import name_nights_folder
 
 JOBS = "http://127.0.0.1:8265"  # Ray's dashboard on the head, which takes jobs
 ATTEMPTS = 3  # jobs that a night gets, where it ends without being done
@@ -46,7 +46,7 @@ EXAMPLES = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     endings = {
         cli.DONE: "all models are measured, and none is worse",
         cli.SOME_FAILED: "something could not be measured; the same command goes on with that",
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         cli.CLUSTER_LOST: "",
         cli.INTERRUPTED: "",
     }
-    result = cli.parser("nightly", "FILE [a.b=value ...]", EXAMPLES, endings=endings)
+    result = cli.make_parser("nightly", "FILE [a.b=value ...]", EXAMPLES, endings=endings)
     result.add_argument("file", type=Path, metavar="FILE", help="the nightly file (YAML)")
     cli.add_overrides(result, "settings that replace the file's")
     when = result.add_mutually_exclusive_group()
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return cli.execute(parser(), run, arguments, interrupted="The same night goes on where this one stopped.")
+    return cli.execute(make_parser(), run, arguments, interrupted="The same night goes on where this one stopped.")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -80,16 +80,16 @@ def run(options: argparse.Namespace) -> int:
         overrides.append(f"tracking.uri={options.tracking_uri}")
     suite = load(options.file, overrides)
     if options.install_cron:
-        print(crontab(_installed_crontab(), suite.label, _cron_command(options, suite)), end="")
+        print(write_crontab(_read_crontab(), suite.label, _make_cron_command(options, suite)), end="")
         return cli.DONE
     if options.submit:
         return submit(options, suite)
-    if problems := hooks.missing(suite.hooks, os.environ):
+    if problems := hooks.find_missing(suite.hooks, os.environ):
         raise ExperimentError(problems, str(options.file))
     if options.serve:
         return serve(options, suite)
     now = datetime.now(UTC)
-    day = given_date(options.date, now, suite.schedule) if options.date else last_night(now, suite.schedule)
+    day = parse_date(options.date, now, suite.schedule) if options.date else find_last_night(now, suite.schedule)
     from orchestrator.nights import shift  # torch, ray and MLflow load here: a slip is told without
 
     return shift.run(suite, day, options.storage, options.ray_address)
@@ -105,10 +105,10 @@ def serve(options: argparse.Namespace, suite: Suite) -> int:
     interrupts.arm()
     while True:
         try:
-            shift.run(suite, last_night(datetime.now(UTC), suite.schedule), options.storage, options.ray_address)
+            shift.run(suite, find_last_night(datetime.now(UTC), suite.schedule), options.storage, options.ray_address)
         except Mistake as mistake:  # may be another tomorrow: an alias, a server, another process at it
             say(suite.schedule, str(mistake))
-        due = next_run(datetime.now(UTC), suite.schedule)
+        due = find_next_run(datetime.now(UTC), suite.schedule)
         local = due.astimezone(suite.schedule.tz)
         say(
             suite.schedule,
@@ -130,14 +130,14 @@ def submit(options: argparse.Namespace, suite: Suite) -> int:
     from orchestrator.clusters.submission import submit_again
     from workers.storage import Storage
 
-    day = last_night(datetime.now(UTC), suite.schedule)
+    day = find_last_night(datetime.now(UTC), suite.schedule)
     result = Storage(options.storage).read_sealed(
-        f"{nights_folder(suite.name)}/{day}/result.json", "the night is run again"
+        f"{name_nights_folder(suite.name)}/{day}/result.json", "the night is run again"
     )
     if result and result["state"] == "complete" and result["recorded"] and result.get("told", True):
         return cli.DONE
     name = f"{suite.label}-{day}"
-    words = ["python", "-m", "orchestrator.nightly", options.file.name, *_same(options)]
+    words = ["python", "-m", "orchestrator.nightly", options.file.name, *_repeat_words(options)]
     words += ["--date", str(day), "--address", options.ray_address or "auto"]
     if job := submit_again(options.submit, name, options.file, words, ATTEMPTS):
         say(suite.schedule, f"submitted the job {job}; ray job logs {job} shows it")
@@ -146,7 +146,7 @@ def submit(options: argparse.Namespace, suite: Suite) -> int:
     return cli.DONE
 
 
-def _same(options: argparse.Namespace) -> list[str]:
+def _repeat_words(options: argparse.Namespace) -> list[str]:
     """The words of this command after its file, for a process that starts in another folder."""
     from workers.storage import Storage
 
@@ -155,17 +155,17 @@ def _same(options: argparse.Namespace) -> list[str]:
     return words + ["--promote"] * options.promote
 
 
-def _cron_command(options: argparse.Namespace, suite: Suite) -> str:
+def _make_cron_command(options: argparse.Namespace, suite: Suite) -> str:
     given = [f"{name}={os.environ[name]}" for name in PASSED_ON if name in os.environ]
-    if shown := [word for word in [*given, *_same(options)] if without_secrets(word) != word]:
+    if shown := [word for word in [*given, *_repeat_words(options)] if hide_secrets(word) != word]:
         raise Mistake(f"{', '.join(shown)}: holds a secret, which the crontab would show; leave it out")
     words = ["env", *given] if given else []
-    words += [sys.executable, "-m", "orchestrator.nightly", str(options.file.absolute()), *_same(options)]
+    words += [sys.executable, "-m", "orchestrator.nightly", str(options.file.absolute()), *_repeat_words(options)]
     words += ["--submit"] + (["--address", options.ray_address] if options.ray_address else [])
     return f'{shlex.join(words)} >> "$HOME"/{shlex.quote(suite.label)}.log 2>&1'
 
 
-def _installed_crontab() -> str:
+def _read_crontab() -> str:
     """The user's crontab; empty where there is none. Raises Mistake where it cannot be read."""
     try:
         done = subprocess.run(["crontab", "-l"], capture_output=True, text=True, errors="surrogateescape", check=False)

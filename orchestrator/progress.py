@@ -12,18 +12,18 @@ from orchestrator.clusters.cluster import Cluster
 from orchestrator.execution import session
 from orchestrator.execution.evaluations import Evaluations
 from orchestrator.execution.hangs import Watchdog
-from orchestrator.planning.decide import Turn, decide, decide_turn, missing_blocks
+from orchestrator.planning.decide import Turn, decide, decide_turn, find_missing_blocks
 from orchestrator.standing import Standing
-from orchestrator.telling import Telling, seconds_used
+from orchestrator.telling import Telling, sum_seconds_used
 from workers.config import Measurement, Trial
-from workers.evaluation.blocks import Images, blocks
+from workers.evaluation.blocks import Images, list_blocks
 from workers.hosts import CROWDED, HELD, MEASURED, UNWRITABLE
 from workers.jobs import Job, make_job
-from workers.layout import RowId, TrialId, share_file, status_file, trial_folder, trial_of_row
+from workers.layout import RowId, TrialId, get_trial_of_row, name_share_file, name_status_file, name_trial_folder
 from workers.network import manifest
-from workers.speed import Spent, model_key
+from workers.speed import Spent, make_model_key
 from workers.tasks import make_order
-from workers.training import stop_path
+from workers.training import name_stop_file
 
 # Why a scheduler has stopped a trial at a step, after its last `valid/nll_bpd`.
 PRUNED = {
@@ -53,31 +53,31 @@ class RowsInProgress:
 
     def make_jobs(self, rows: Iterable[RowId], cluster: Cluster | None) -> list[Job]:
         """A job for each trial that the rows need; those that are to be trained, each as far as its furthest row."""
-        nodes, to_train = session.nodes_ever(cluster), []
-        for trial in dict.fromkeys(map(trial_of_row, rows)):
-            config = self.standing.trial(self.standing.furthest(trial))
-            gpus = session.gpus_a_worker(config.training, nodes)
+        nodes, to_train = session.list_nodes_ever(cluster), []
+        for trial in dict.fromkeys(map(get_trial_of_row, rows)):
+            config = self.standing.get_trial(self.standing.find_furthest(trial))
+            gpus = session.count_gpus_a_worker(config.training, nodes)
             session.check_precision(config.evaluation, nodes)
-            steps = self.standing.further_steps(trial)
-            share = self._share_file(config) if gpus else ""
+            steps = self.standing.list_further_steps(trial)
+            share = self._name_share_file(config) if gpus else ""
             job = make_job(self.storage, trial, config, gpus, self.standing.owner, also_keep=steps, share=share)
             self.jobs[trial] = job
             if any(row in self.training for row in self.standing.sharing[trial]):
                 to_train.append(job)
         return to_train
 
-    def _share_file(self, trial: Trial) -> str:
+    def _name_share_file(self, trial: Trial) -> str:
         """Where what part of a GPU the trial needs is noted; empty where its experiment says it, or it has workers."""
         training = trial.training
         if training.gpus != "auto" or training.workers > 1:
             return ""
-        model = model_key(trial.model, training, self.standing.sources[trial.data].shape)
-        return share_file(model, training.batch_size)
+        model = make_model_key(trial.model, training, self.standing.sources[trial.data].shape)
+        return name_share_file(model, training.batch_size)
 
     def wait_for_others(self, jobs: list[Job]) -> list[Job]:
         """Waits for trials that other sweeps train, until one is to be trained here after all; those that are left."""
         while jobs:
-            turns = {job["digest"]: self.turn(job["digest"]) for job in jobs}
+            turns = {job["digest"]: self.decide_turn(job["digest"]) for job in jobs}
             jobs = [job for job in jobs if turns[job["digest"]] != "take"]
             if "train" in turns.values():
                 break
@@ -86,10 +86,10 @@ class RowsInProgress:
             time.sleep(LOOK_S)
         return jobs
 
-    def turn(self, trial: TrialId) -> Turn:
+    def decide_turn(self, trial: TrialId) -> Turn:
         """Whether the trial is to be trained now: not while another sweep does, nor after it has, when it is taken."""
-        holder, scheduler = self.standing.holder(trial), self.standing.scheduler
-        rows = self._waiting(trial)
+        holder, scheduler = self.standing.find_holder(trial), self.standing.scheduler
+        rows = self._list_waiting(trial)
         taken = [row for row in rows if decide(self.standing.look(row), scheduler).action != "train"]
         left = [row for row in rows if row not in taken]
         turn = decide_turn(bool(left), holder)
@@ -99,123 +99,126 @@ class RowsInProgress:
             for row in rows:
                 self.telling.lines[row].state = "waiting"
             if holder != before:
-                self.telling.event("waits", rows[0], why=f"it is being trained by {holder}")
-                self.telling.of(trial, f"is being trained by {holder}; waits for it")
+                self.telling.record_event("waits", rows[0], why=f"it is being trained by {holder}")
+                self.telling.say_of(trial, f"is being trained by {holder}; waits for it")
         elif turn == "take":
-            self.telling.of(trial, f"was trained by {before or 'another sweep'} meanwhile")
+            self.telling.say_of(trial, f"was trained by {before or 'another sweep'} meanwhile")
         else:
-            self.storage.delete(stop_path(trial_folder(trial)))  # of an earlier command
+            self.storage.delete(name_stop_file(name_trial_folder(trial)))  # of an earlier command
             if before:
-                self.telling.of(trial, f"is no longer trained by {before}; it is trained here")
+                self.telling.say_of(trial, f"is no longer trained by {before}; it is trained here")
         for row in taken if not holder or not left else []:
-            self._trained(row)
+            self._end_row_training(row)
         return turn
 
-    def _waiting(self, trial: TrialId) -> list[RowId]:
+    def _list_waiting(self, trial: TrialId) -> list[RowId]:
         """The rows of a trial whose checkpoints are still to be made, the earliest step first."""
         rows = [row for row in self.standing.sharing[trial] if row in self.training]
-        return sorted(rows, key=lambda row: self.standing.trial(row).training.steps)
+        return sorted(rows, key=lambda row: self.standing.get_trial(row).training.steps)
 
     # What the training tells of a trial goes to the rows that wait for it, and is said of the first.
 
-    def begins(self, trial: TrialId) -> None:
-        training, [row, *_] = self.standing.trial(self.standing.furthest(trial)).training, self._waiting(trial)
+    def begin_trial(self, trial: TrialId) -> None:
+        training, [row, *_] = (
+            self.standing.get_trial(self.standing.find_furthest(trial)).training,
+            self._list_waiting(trial),
+        )
         of_one = {"cpus": training.cpus, "gpus": self.jobs[trial]["gpus"]}
-        step = int((self.storage.read_sealed(status_file(trial)) or {}).get("step", 0))
+        step = int((self.storage.read_sealed(name_status_file(trial)) or {}).get("step", 0))
         held = {name: n * training.workers for name, n in of_one.items()}
-        self.telling.event("began", row, step=step, **held)
+        self.telling.record_event("began", row, step=step, **held)
         self.telling.lines[row].state = "training"
-        self.telling.of(trial, f"begins at step {step}", detail=True)
+        self.telling.say_of(trial, f"begins at step {step}", detail=True)
 
-    def progress(self, trial: TrialId, result: dict[str, Any]) -> None:
+    def note_progress(self, trial: TrialId, result: dict[str, Any]) -> None:
         if result["state"] in ("failed", UNWRITABLE, HELD, MEASURED, CROWDED):
             return
         self.start_s = self.start_s or time.monotonic() - self.began
         group = result.get("placement_group", "")
         if self.groups.setdefault(trial, group) != group:
             self.groups[trial] = group
-            self._restarts(trial, "a worker of its group died; all of them start")
-        for place, row in enumerate(self._waiting(trial)):
-            line, steps = self.telling.lines[row], self.standing.trial(row).training.steps
+            self._note_restart(trial, "a worker of its group died; all of them start")
+        for place, row in enumerate(self._list_waiting(trial)):
+            line, steps = self.telling.lines[row], self.standing.get_trial(row).training.steps
             line.state, line.step, line.images_per_s = "training", min(result["step"], steps), result["images_per_s"]
             if result["state"] in ("running", "finished"):
                 line.nll_bpd = result["valid/nll_bpd"]
-            self.telling.record.trial_went_on(row, line.name)
+            self.telling.record.continue_trial(row, line.name)
             if place == 0:
-                self.telling.display.changed(row)
+                self.telling.display.show_change(row)
             if result["state"] == "running" and result["step"] >= steps and self.standing.look(row).checkpoint:
-                self._trained(row)  # the trial goes on for other rows
+                self._end_row_training(row)  # the trial goes on for other rows
 
-    def trained(self, trial: TrialId, result: dict[str, Any]) -> None:
-        waiting = self._waiting(trial)
+    def end_training(self, trial: TrialId, result: dict[str, Any]) -> None:
+        waiting = self._list_waiting(trial)
         if result["state"] in ("running", "pruned") and waiting:  # the scheduler stopped it, or had it stop
             self._note_pruned(trial, self.telling.lines[waiting[0]])
         for row in waiting:
             self.standing.look(row)
-        status = self.standing.found[self.standing.furthest(trial)].status
+        status = self.standing.found[self.standing.find_furthest(trial)].status
         if waiting and status and "spent" in status:
             spent = {**status["spent"], "start": (1, self.start_s)}
             self._learn(waiting[-1], {status["hardware"]: spent})
         for row in waiting:
-            self._trained(row)
+            self._end_row_training(row)
 
     def _note_pruned(self, trial: TrialId, line: Any) -> None:
-        path, why = status_file(trial), PRUNED[self.standing.experiment.search.scheduler.kind]
+        path, why = name_status_file(trial), PRUNED[self.standing.experiment.search.scheduler.kind]
         detail = f"pruned at step {line.step}, with valid/nll_bpd {line.nll_bpd:.3f}: {why}"
         pruned = {"state": "pruned", "scheduler": self.standing.scheduler, "detail": detail}
         self.storage.write_sealed(path, {**(self.storage.read_sealed(path) or {}), **pruned})
 
-    def _trained(self, row: RowId) -> None:
+    def _end_row_training(self, row: RowId) -> None:
         """A row's trial has come to its step, or has ended before: it is measured next, unless it did not work."""
         found, line = self.standing.found[row], self.telling.lines[row]
         status = found.status or {}
         self.training.discard(row)
         self.standing.errors.pop(row, None)  # of a row that shares the trial, and could not be made before
         line.step = found.step
-        self.telling.event("trained", row, state=found.state, step=line.step, why=status.get("detail", ""))
+        self.telling.record_event("trained", row, state=found.state, step=line.step, why=status.get("detail", ""))
         if found.state == "finished":
             self.standing.keep_checkpoints([row])
             self.evaluate(row)
         else:
             line.state = found.state
-            self.telling.of(row, str(status.get("detail")))
-            self.telling.ended(row)
+            self.telling.say_of(row, str(status.get("detail")))
+            self.telling.end_row(row)
 
-    def restarted(self, trial: TrialId, why: str) -> None:
+    def restart_trial(self, trial: TrialId, why: str) -> None:
         session.check()  # with Ray itself gone it does not start again
         self._watch()
         self.groups.pop(trial, None)
-        self._restarts(trial, f"{why.rstrip('.')}; it starts")
+        self._note_restart(trial, f"{why.rstrip('.')}; it starts")
 
-    def _restarts(self, trial: TrialId, why: str) -> None:
-        row = next(iter(self._waiting(trial)), self.standing.furthest(trial))
+    def _note_restart(self, trial: TrialId, why: str) -> None:
+        row = next(iter(self._list_waiting(trial)), self.standing.find_furthest(trial))
         step = self.telling.lines[row].step
-        self.telling.event("restarted", row, step=step, why=f"{why} again from its last checkpoint")
-        self.telling.of(trial, f"{why} again from its last checkpoint")
+        self.telling.record_event("restarted", row, step=step, why=f"{why} again from its last checkpoint")
+        self.telling.say_of(trial, f"{why} again from its last checkpoint")
 
-    def resized(self, trial: TrialId, result: dict[str, Any]) -> None:
+    def resize_trial(self, trial: TrialId, result: dict[str, Any]) -> None:
         """The trial goes on from its last checkpoint with another part of a GPU, when there is one for it."""
-        row = next(iter(self._waiting(trial)), self.standing.furthest(trial))
+        row = next(iter(self._list_waiting(trial)), self.standing.find_furthest(trial))
         self.telling.lines[row].state = "waiting"
         event = "restarted" if result["state"] == CROWDED else "resized"  # the one is a fault
-        self.telling.event(event, row, step=self.telling.lines[row].step, why=result["detail"])
-        self.telling.of(trial, result["detail"])
+        self.telling.record_event(event, row, step=self.telling.lines[row].step, why=result["detail"])
+        self.telling.say_of(trial, result["detail"])
 
-    def failed(self, trial: TrialId, why: str) -> None:
+    def fail_trial(self, trial: TrialId, why: str) -> None:
         session.check()
-        for row in self._waiting(trial):
+        for row in self._list_waiting(trial):
             self.training.discard(row)
-            self._failed(row, why)
+            self._fail_row(row, why)
 
-    def _failed(self, row: RowId, why: str, took: Mapping[str, Any] | None = None) -> None:
+    def _fail_row(self, row: RowId, why: str, took: Mapping[str, Any] | None = None) -> None:
         self.standing.errors[row] = why
-        self.telling.event("failed", row, why=why, **(took or {}))
+        self.telling.record_event("failed", row, why=why, **(took or {}))
         self.telling.lines[row].state = "failed"
         self.standing.look(row)
-        self.telling.of(row, f"failed: {why}")
-        self.telling.ended(row)
+        self.telling.say_of(row, f"failed: {why}")
+        self.telling.end_row(row)
 
-    def evaluating(self) -> bool:
+    def is_evaluating(self) -> bool:
         return bool(self.evaluations)
 
     def tick(self, wait_s: float = 0) -> None:
@@ -225,21 +228,21 @@ class RowsInProgress:
             spents = self.evaluations.spent.pop(name, {})
             if why:
                 session.check()
-                self._failed(row, f"evaluation: {why}", seconds_used(spents))
+                self._fail_row(row, f"evaluation: {why}", sum_seconds_used(spents))
             else:
-                self._measured(row, spents)
+                self._end_measurement(row, spents)
         for name, piece, why in self.evaluations.take_retried():
-            self.telling.event("retried", name, piece=piece, why=why)
-            self.telling.of(name, f"{piece}: {why}")
+            self.telling.record_event("retried", name, piece=piece, why=why)
+            self.telling.say_of(name, f"{piece}: {why}")
         self._watch()
-        self.telling.refresh({row: self.evaluations.left(row) for row in self.telling.lines})
+        self.telling.refresh({row: self.evaluations.count_left(row) for row in self.telling.lines})
 
     def _watch(self) -> None:
         """Tells of processes that hang."""
         for name, why in self.watchdog.take():
             trial = TrialId(name)
-            row = next(iter(self._waiting(trial)), self.standing.furthest(trial)) if trial else ""
-            self.telling.event("hangs", row, why=why)
+            row = next(iter(self._list_waiting(trial)), self.standing.find_furthest(trial)) if trial else ""
+            self.telling.record_event("hangs", row, why=why)
             self.say(f"{trial[:8]}  {why}" if trial else why)
         for trial, rows in self.standing.sharing.items():
             for row in rows:
@@ -249,29 +252,29 @@ class RowsInProgress:
 
     def evaluate(self, row: RowId) -> None:
         """Starts the blocks of a trained row that are not there."""
-        trial, line = self.standing.trial(row), self.telling.lines[row]
+        trial, line = self.standing.get_trial(row), self.telling.lines[row]
         m, images = Measurement.of(trial), Images.of(self.standing.sources[trial.data])
-        checkpoint = manifest.averaged(self.standing.checkpoint(row), m.evaluation.ema)
-        planned = blocks(m, checkpoint.digest, images)
-        missing = missing_blocks(planned, self.storage.list)
+        checkpoint = manifest.choose_average(self.standing.open_checkpoint(row), m.evaluation.ema)
+        planned = list_blocks(m, checkpoint.digest, images)
+        missing = find_missing_blocks(planned, self.storage.list)
         line.state, line.blocks, line.blocks_left, line.step = "evaluating", len(planned), len(missing), line.steps
-        order = make_order(self.storage, m, checkpoint, self.jobs[trial_of_row(row)]["gpus"])
+        order = make_order(self.storage, m, checkpoint, self.jobs[get_trial_of_row(row)]["gpus"])
         self.evaluations.submit(row, order, planned, missing)
-        self.telling.event("evaluating", row, blocks=len(planned), missing=len(missing))
-        self.telling.of(row, f"evaluates: {len(missing)} of {len(planned)} blocks are missing", detail=True)
-        self.telling.display.changed(row)
+        self.telling.record_event("evaluating", row, blocks=len(planned), missing=len(missing))
+        self.telling.say_of(row, f"evaluates: {len(missing)} of {len(planned)} blocks are missing", detail=True)
+        self.telling.display.show_change(row)
 
     def _learn(self, row: RowId, spents: Mapping[str, Spent]) -> None:
         """Keeps what work of the trial took, for the plans of later sweeps."""
-        trial = self.standing.trial(row)
+        trial = self.standing.get_trial(row)
         for hardware, spent in spents.items():
             cost.learn(self.storage, trial, self.standing.sources[trial.data], hardware, spent, row[:8])
 
-    def _measured(self, row: RowId, spents: Mapping[str, Spent]) -> None:
-        trial = self.standing.trial(row)
+    def _end_measurement(self, row: RowId, spents: Mapping[str, Spent]) -> None:
+        trial = self.standing.get_trial(row)
         source = self.standing.sources[trial.data]
-        self._learn(row, {h: cost.evaluation_spent(s, trial, source) for h, s in spents.items()})
+        self._learn(row, {h: cost.split_spent(s, trial, source) for h, s in spents.items()})
         self.standing.look(row)
-        self.telling.event("measured", row, **seconds_used(spents))
+        self.telling.record_event("measured", row, **sum_seconds_used(spents))
         self.telling.lines[row].state = "done"
-        self.telling.ended(row)
+        self.telling.end_row(row)

@@ -62,7 +62,7 @@ class _Accessor:
 
 
 @contextmanager
-def asking_after(wait: Callable[[str], None]) -> Iterator[None]:
+def ask_after(wait: Callable[[str], None]) -> Iterator[None]:
     """Questions about the cluster, ours and Tune's, are asked after `wait`, which may raise.
 
     It is given why the last one was not answered, or nothing.
@@ -105,21 +105,21 @@ def keep_keys_out_of_logs() -> None:
 
 
 @contextmanager
-def on_loopback() -> Iterator[None]:
+def listen_on_loopback() -> Iterator[None]:
     """A local Ray that starts within the block listens on 127.0.0.1: its processes' services and their metrics too.
 
     Ray does so on systems where it offers no clusters, and takes this for one of them.
     """
     many_machines, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
-        with with_environment(LOOPBACK):
+        with set_environment(LOOPBACK):
             yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = many_machines
 
 
 @contextmanager
-def with_environment(variables: Mapping[str, str]) -> Iterator[None]:
+def set_environment(variables: Mapping[str, str]) -> Iterator[None]:
     """The environment has these variables within the block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
@@ -134,7 +134,7 @@ def with_environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def out_of_memory_is_a_death() -> Iterator[None]:
+def treat_out_of_memory_as_death() -> Iterator[None]:
     """Has Tune treat a trial whose process Ray killed on a full machine as one whose process died.
 
     Ray's memory monitor gives the calls of such a process an error that Tune 2.60 does not count among the deaths of
@@ -172,6 +172,6 @@ def find_clusters() -> set[str]:
     return set(find_gcs_addresses())
 
 
-def default_folder() -> Path:
+def find_default_folder() -> Path:
     """Where Ray keeps its files by itself."""
     return Path(get_default_ray_temp_dir()).absolute()

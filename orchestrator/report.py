@@ -11,16 +11,16 @@ from pathlib import Path
 
 from orchestrator import cli
 from orchestrator.output.findings import gather
-from orchestrator.output.markdown import markdown
-from orchestrator.output.page import page, path
+from orchestrator.output.markdown import write_markdown
+from orchestrator.output.page import name_path, render_report
 from workers.storage import Storage
 
 EXAMPLES = ("beta_schedule --output page.html --storage s3://bucket/runs", "beta_schedule --markdown > comment.md")
 MORE = "The page goes to sweeps/<name>/report.html in the storage, or to --output."
 
 
-def parser() -> argparse.ArgumentParser:
-    result = cli.parser("report", "SWEEP", EXAMPLES, more=MORE)
+def make_parser() -> argparse.ArgumentParser:
+    result = cli.make_parser("report", "SWEEP", EXAMPLES, more=MORE)
     result.add_argument("sweep", metavar="SWEEP", help="the sweep's name")
     result.add_argument("--markdown", action="store_true", help="print Markdown for a pull request instead")
     result.add_argument(
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return cli.execute(parser(), run, arguments)
+    return cli.execute(make_parser(), run, arguments)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -40,15 +40,15 @@ def run(options: argparse.Namespace) -> int:
     storage = Storage(options.storage)
     report = gather(storage, options.sweep, options.rows)
     if options.markdown:
-        print(markdown(report), end="")
+        print(write_markdown(report), end="")
         return cli.DONE
-    content = page(report).encode()
+    content = render_report(report).encode()
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_bytes(content)
     else:
-        storage.write(path(options.sweep), content)
-    print(options.output or storage.url(path(options.sweep)))
+        storage.write(name_path(options.sweep), content)
+    print(options.output or storage.find_url(name_path(options.sweep)))
     return cli.DONE
 
 

@@ -18,8 +18,8 @@ from typing import Any
 from orchestrator import cli
 from orchestrator.experiment.settings import show
 from workers.config import Mistake
-from workers.identity import settings_read
-from workers.layout import pictures_folder
+from workers.identity import collect_settings_read
+from workers.layout import name_pictures_folder
 
 EXAMPLES = (
     "aca8d9a9 evaluation.fid.sampler.kind=heun evaluation.fid.sampler.steps=18 --n 100",
@@ -31,8 +31,8 @@ MOST = 10_000  # samples of the grid, all drawn at once
 CURVE_IMAGES = 25  # held-out images of the coding curve where the evaluation has not measured it
 
 
-def parser() -> argparse.ArgumentParser:
-    result = cli.parser("sample", "TARGET [a.b=value ...]", EXAMPLES)
+def make_parser() -> argparse.ArgumentParser:
+    result = cli.make_parser("sample", "TARGET [a.b=value ...]", EXAMPLES)
     result.add_argument(
         "target", metavar="TARGET", help="a trial's id, or a folder with a checkpoint, ours or diffusers'"
     )
@@ -47,12 +47,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return cli.execute(parser(), run, arguments, interrupted="The same command draws them again.")
+    return cli.execute(make_parser(), run, arguments, interrupted="The same command draws them again.")
 
 
 def run(options: argparse.Namespace) -> int:
     """Raises Mistake."""
-    from orchestrator.experiment.preflight import data_lines
+    from orchestrator.experiment.preflight import describe_data
     from orchestrator.measuring import subjects  # torch loads here: --help does without
     from orchestrator.tracking.runs import record_pictures
     from workers.storage import Storage
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
         raise Mistake(f"{options.target} is a sweep of several trials or measurements; give a trial: {names}")
     [subject] = found
     sources, warnings = subjects.check(found)
-    cli.tell(data_lines(sources.values()), warnings)
+    cli.tell(describe_data(sources.values()), warnings)
     source = sources[subject.m.data]
     problems = [] if 1 <= options.n <= MOST else [f"--n {options.n}: 1 to {MOST:,}, which make one picture"]
     problems += [f"--between {k}: the held-out images of {source.name} are 0..{source.held_out - 1}"
@@ -74,83 +74,92 @@ def run(options: argparse.Namespace) -> int:
         raise Mistake("\n".join(problems))
     storage.check_writable()
     times = options.at or sorted({max(1, subject.m.T * k // 8) for k in range(1, 9)}, reverse=True)
-    sampler = settings_read(subject.m.evaluation.fid.sampler) if subject.m.evaluation.fid else "ancestral"
+    sampler = collect_settings_read(subject.m.evaluation.fid.sampler) if subject.m.evaluation.fid else "ancestral"
     print(f"samples by evaluation.fid.sampler = {show(sampler)}", file=sys.stderr)
-    folder = pictures_folder(subject.checkpoint.digest)
+    folder = name_pictures_folder(subject.checkpoint.digest)
     storage.remove_leftovers(folder)
     paths = {}
-    for name, content in pictures(storage, subject, options.n, tuple(options.between), times).items():
+    for name, content in make_pictures(storage, subject, options.n, tuple(options.between), times).items():
         paths[name] = f"{folder}/{name}.png"
         storage.write(paths[name], content)
-        print(storage.url(paths[name]))
+        print(storage.find_url(paths[name]))
     if left := record_pictures(storage, options.tracking_uri, subject, paths):
         print(left)
     return cli.DONE
 
 
-def pictures(storage: Any, subject: Any, n: int, between: tuple[int, int], times: Sequence[int]) -> dict[str, bytes]:
+def make_pictures(
+    storage: Any, subject: Any, n: int, between: tuple[int, int], times: Sequence[int]
+) -> dict[str, bytes]:
     """The PNG files by name, of a `Subject`. Noise is addressed by its seed, so the same command draws the same."""
     import numpy as np
     import torch
 
     from workers.config import SamplerConfig
     from workers.data.dataset import prepare
-    from workers.data.pixels import grid_png, to_levels, to_model
+    from workers.data.pixels import draw_grid, to_levels, to_model
     from workers.diffusion.samplers import draw
-    from workers.evaluation.blocks import Images, summary_path
-    from workers.evaluation.make import measured_process
-    from workers.evaluation.pictures import coding_curve, decoded, interpolated, progressive
+    from workers.evaluation.blocks import Images, name_summary
+    from workers.evaluation.make import make_measured_process
+    from workers.evaluation.pictures import compute_coding_curve, decode_at, draw_progressive, interpolate
     from workers.network import checkpoint as checkpoints
-    from workers.noise import generator
+    from workers.noise import make_generator
 
     m, dataset = subject.m, prepare(subject.m.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network, process = checkpoints.load(subject.checkpoint)
-    model, process = network.to(device), measured_process(m, process)
+    model, process = network.to(device), make_measured_process(m, process)
     sampler = m.evaluation.fid.sampler if m.evaluation.fid else SamplerConfig()
     height, width, channels = dataset.shape
 
-    def held_out(rows: Sequence[int]) -> torch.Tensor:
+    def take_held_out(rows: Sequence[int]) -> torch.Tensor:
         return to_model(torch.from_numpy(np.array(dataset.held_out[list(rows)])), dataset.levels).to(device)
 
-    def table(x: torch.Tensor, heads: Sequence[str], sides: Sequence[str], title: str) -> bytes:
-        return labelled(to_levels(x, dataset.levels).cpu().numpy(), dataset.levels, heads, sides, title)
+    def draw_table(x: torch.Tensor, heads: Sequence[str], sides: Sequence[str], title: str) -> bytes:
+        return draw_labelled(to_levels(x, dataset.levels).cpu().numpy(), dataset.levels, heads, sides, title)
 
-    def x_T(count: int, noise: torch.Generator) -> torch.Tensor:
+    def draw_x_T(count: int, noise: torch.Generator) -> torch.Tensor:
         return torch.randn((count, channels, height, width), generator=noise).to(device)
 
-    noise = generator(m.seed, "pictures", "samples")
-    samples = draw(process, model, sampler, x_T(n, noise), noise, clip=True).x_0
-    noise = generator(m.seed, "pictures", "progressive")
-    strip = progressive(process, model, SamplerConfig(), x_T(ROWS, noise), noise, FRAMES)
-    ends, weights, rows = held_out(between), torch.linspace(0, 1, BLENDS), []
+    noise = make_generator(m.seed, "pictures", "samples")
+    samples = draw(process, model, sampler, draw_x_T(n, noise), noise, clip=True).x_0
+    noise = make_generator(m.seed, "pictures", "progressive")
+    strip = draw_progressive(process, model, SamplerConfig(), draw_x_T(ROWS, noise), noise, FRAMES)
+    ends, weights, rows = take_held_out(between), torch.linspace(0, 1, BLENDS), []
     for t in times:
-        noise = generator(m.seed, "pictures", "interpolation", t)
-        rows += [ends[:1], interpolated(process, model, ends, t, weights, noise), ends[1:]]
-    summary = storage.read_sealed(summary_path(m, subject.checkpoint.digest, Images.of(dataset))) or {}
+        noise = make_generator(m.seed, "pictures", "interpolation", t)
+        rows += [ends[:1], interpolate(process, model, ends, t, weights, noise), ends[1:]]
+    summary = storage.read_sealed(name_summary(m, subject.checkpoint.digest, Images.of(dataset))) or {}
     if curve := summary.get("rate_distortion"):
         rate, rmse = np.array(curve["rate_bpd"]), np.array(curve["rmse_255"])
     else:
-        some = held_out(range(min(CURVE_IMAGES, len(dataset.held_out))))
-        noise = generator(m.seed, "pictures", "curve")
-        rate, rmse = coding_curve(process, model, some, dataset.levels, noise)
+        some = take_held_out(range(min(CURVE_IMAGES, len(dataset.held_out))))
+        noise = make_generator(m.seed, "pictures", "curve")
+        rate, rmse = compute_coding_curve(process, model, some, dataset.levels, noise)
     # Evenly spaced in what is seen: most of the bits are spent where the eye finds no difference any more.
     wanted = np.linspace(rmse[0], rmse[-1], RATES)
     sent = sorted({int(np.abs(rmse - error).argmin()) for error in wanted})
-    originals, noise = held_out(range(min(ROWS, len(dataset.held_out)))), generator(m.seed, "pictures", "coding")
-    shown = decoded(process, model, originals, [process.T - k for k in sent], noise)
+    originals, noise = (
+        take_held_out(range(min(ROWS, len(dataset.held_out)))),
+        make_generator(m.seed, "pictures", "coding"),
+    )
+    shown = decode_at(process, model, originals, [process.T - k for k in sent], noise)
     coded = torch.cat([shown, originals[:, None]], dim=1)
     blends = [f"image {between[0]}", *(f"{w:.3g}" for w in weights.tolist()), f"image {between[1]}"]
     return {
-        "samples": grid_png(to_levels(samples, dataset.levels), dataset.levels),
-        "progressive": grid_png(to_levels(strip.flatten(0, 1), dataset.levels), dataset.levels, columns=strip.shape[1]),
-        "interpolation": table(torch.cat(rows), blends, [f"t = {t}" for t in times], "share of the second image"),
-        "coding": table(coded.flatten(0, 1), [*(f"{rate[k]:.3g}" for k in sent), "image"], (), "bits/dim received"),
-        "coding_curve": curve_figure(rate, rmse),
+        "samples": draw_grid(to_levels(samples, dataset.levels), dataset.levels),
+        "progressive": draw_grid(
+            to_levels(strip.flatten(0, 1), dataset.levels), dataset.levels, columns=strip.shape[1]
+        ),
+        "interpolation": draw_table(torch.cat(rows), blends, [f"t = {t}" for t in times], "share of the second image"),
+        "coding": draw_table(
+            coded.flatten(0, 1), [*(f"{rate[k]:.3g}" for k in sent), "image"], (), "bits/dim received"
+        ),
+        "coding_curve": draw_curve(rate, rmse),
     }
 
 
-def labelled(images: Any, levels: int, heads: Sequence[str], sides: Sequence[str] = (), title: str = "") -> bytes:
+def draw_labelled(images: Any, levels: int, heads: Sequence[str], sides: Sequence[str] = (), title: str = "") -> bytes:
     """uint8 NHWC -> PNG: a column for each of `heads`, which stand above, rows with `sides` at their left."""
     from matplotlib.figure import Figure
 
@@ -166,10 +175,10 @@ def labelled(images: Any, levels: int, heads: Sequence[str], sides: Sequence[str
         if k % columns == 0 and sides:
             axes.set_ylabel(sides[k // columns], fontsize=8)
     figure.suptitle(title, fontsize=9)
-    return _png(figure)
+    return _make_png(figure)
 
 
-def curve_figure(rate: Any, rmse: Any) -> bytes:
+def draw_curve(rate: Any, rmse: Any) -> bytes:
     """Distortion against rate, and both against the steps of the reverse process (Ho et al. 2020, figure 5)."""
     from matplotlib.figure import Figure
 
@@ -182,10 +191,10 @@ def curve_figure(rate: Any, rmse: Any) -> bytes:
     rates.set(xlabel="steps of the reverse process", ylabel="rate (bits/dim)")
     both.plot(rate, rmse, marker=".", markersize=3)
     both.set(xlabel="rate (bits/dim)", ylabel="distortion (RMSE on 0..255)")
-    return _png(figure)
+    return _make_png(figure)
 
 
-def _png(figure: Any) -> bytes:
+def _make_png(figure: Any) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
     return stream.getvalue()

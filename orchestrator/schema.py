@@ -19,7 +19,7 @@ from orchestrator import cli
 from orchestrator.experiment.check import TRIAL_SETTINGS
 from orchestrator.experiment.load import SETTINGS
 from orchestrator.experiment.records import Axis, ExperimentFile
-from orchestrator.experiment.settings import describe, fields
+from orchestrator.experiment.settings import describe, list_fields
 from orchestrator.nights.suite import Rule, Suite
 from workers.config import Mistake, Record
 from workers.kinds import NAMED_AT
@@ -28,8 +28,8 @@ EXAMPLES = ("--output experiments/schema.json", "nightly --markdown --output doc
 MORE = "An editor with a YAML language server reads it where a file says:  # yaml-language-server: $schema=schema.json"
 
 
-def parser() -> argparse.ArgumentParser:
-    result = cli.parser("schema", "[experiment|nightly]", EXAMPLES, more=MORE)
+def make_parser() -> argparse.ArgumentParser:
+    result = cli.make_parser("schema", "[experiment|nightly]", EXAMPLES, more=MORE)
     result.add_argument("kind", nargs="?", choices=SCHEMAS, default="experiment", help="of which file")
     result.add_argument("--markdown", action="store_true", help="a table of its settings, for people")
     result.add_argument("--output", type=Path, help="write it there instead; a table replaces that of a Markdown file")
@@ -37,15 +37,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return cli.execute(parser(), run, arguments, interrupted="")
+    return cli.execute(make_parser(), run, arguments, interrupted="")
 
 
 def run(options: argparse.Namespace) -> int:
     """Raises Mistake."""
     try:
         if options.markdown:
-            text = tables(options.kind)
-            text = with_table(options.output.read_text(encoding="utf-8"), text) if options.output else text
+            text = write_tables(options.kind)
+            text = replace_table(options.output.read_text(encoding="utf-8"), text) if options.output else text
         else:
             text = json.dumps(SCHEMAS[options.kind](), indent=2, ensure_ascii=not options.output) + "\n"  # any terminal
         if options.output:
@@ -57,13 +57,13 @@ def run(options: argparse.Namespace) -> int:
     return cli.DONE
 
 
-def schema() -> dict[str, Any]:
+def make_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of an experiment file."""
     content = ExperimentFile.model_json_schema()
     kinds: dict[str, Any] = content["$defs"]
     axis = kinds["Axis"]
     # An axis has exactly one of its forms; pydantic, which gives the others null, does not say so.
-    axis["properties"] = {name: _given(axis["properties"][name]) for name in Axis.model_fields}
+    axis["properties"] = {name: _remove_null(axis["properties"][name]) for name in Axis.model_fields}
     axis |= {"minProperties": 1, "maxProperties": 1}
     for name in ("grid", "choice"):
         axis["properties"][name]["minItems"] = 1
@@ -74,15 +74,15 @@ def schema() -> dict[str, Any]:
         "additionalProperties": False,
     }
     del content["properties"]["smoke"]["additionalProperties"]
-    content["properties"]["smoke"] |= _overrides(content)
-    return _headed(content, "An experiment of diffusion-orchestrator")
+    content["properties"]["smoke"] |= _make_overrides(content)
+    return _add_head(content, "An experiment of diffusion-orchestrator")
 
 
-def _overrides(content: dict[str, Any]) -> dict[str, Any]:
+def _make_overrides(content: dict[str, Any]) -> dict[str, Any]:
     """The schema of a mapping of dotted paths to values: each takes what the setting at its path does."""
     searched = r"search\.space\.[\w.]+"
     return {
-        "properties": {path: {"$ref": place} for path, place in _places(content["$defs"], content["properties"])},
+        "properties": {path: {"$ref": place} for path, place in _list_places(content["$defs"], content["properties"])},
         "patternProperties": {
             rf"^(?!.*\.({'|'.join(Axis.model_fields)})$){searched}$": {
                 "anyOf": [{"$ref": "#/$defs/Axis"}, {"type": "null"}]
@@ -93,7 +93,7 @@ def _overrides(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _places(
+def _list_places(
     kinds: dict[str, Any], properties: dict[str, Any], at: str = "#/properties", above: str = ""
 ) -> Iterator[tuple[str, str]]:
     """The dotted path of each setting of an experiment, and the place in the schema that says what it takes."""
@@ -102,15 +102,15 @@ def _places(
             yield above + name, f"{at}/{name}"
         for section in (option["$ref"] for option in (form, *form.get("anyOf", ())) if "$ref" in option):
             inner = kinds[section.removeprefix("#/$defs/")]["properties"]
-            yield from _places(kinds, inner, f"{section}/properties", f"{above}{name}.")
+            yield from _list_places(kinds, inner, f"{section}/properties", f"{above}{name}.")
 
 
-def nightly() -> dict[str, Any]:
+def make_nightly_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a nightly file."""
-    return _headed(Suite.model_json_schema(), "A nightly evaluation of diffusion-orchestrator")
+    return _add_head(Suite.model_json_schema(), "A nightly evaluation of diffusion-orchestrator")
 
 
-SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {"experiment": schema, "nightly": nightly}
+SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {"experiment": make_schema, "nightly": make_nightly_schema}
 
 
 # ---- For people ------------------------------------------------------------------------------------------------
@@ -124,12 +124,12 @@ INSIDE: dict[str, tuple[str, type[Record]]] = {
 }
 
 
-def tables(kind: str) -> str:
+def write_tables(kind: str) -> str:
     """What a page says of the settings of a file, and an experiment's of the kinds that it can name."""
-    return settings_table(kind) + (f"\nThe kinds:\n\n{kinds_table()}" if kind == "experiment" else "")
+    return write_settings_table(kind) + (f"\nThe kinds:\n\n{write_kinds_table()}" if kind == "experiment" else "")
 
 
-def kinds_table() -> str:
+def write_kinds_table() -> str:
     """A Markdown table of `workers.kinds`."""
     lines = ["| setting | value | what it is | reads |", "|---|---|---|---|"]
     for path, table in NAMED_AT.items():
@@ -138,21 +138,21 @@ def kinds_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def settings_table(kind: str) -> str:
+def write_settings_table(kind: str) -> str:
     """A Markdown table of every setting of a file: its dotted path, what it takes, its default, and what it is.
 
     A nightly file's `evaluation` is one row, as its settings are those of an experiment file.
     """
     lines = ["| setting | takes | default | what it is |", "|---|---|---|---|"]
-    for path, field in sorted(fields(RECORDS[kind]), key=lambda setting: setting[0] != "name"):
+    for path, field in sorted(list_fields(RECORDS[kind]), key=lambda setting: setting[0] != "name"):
         if kind == "experiment" or not path.startswith("evaluation."):
-            lines.append(_row(path, field))
+            lines.append(_write_row(path, field))
             inner, record = INSIDE.get(path, ("", Record))
-            lines += [_row(f"{inner}.{name}", form) for name, form in record.model_fields.items()]
+            lines += [_write_row(f"{inner}.{name}", form) for name, form in record.model_fields.items()]
     return "\n".join(lines) + "\n"
 
 
-def _row(path: str, field: FieldInfo) -> str:
+def _write_row(path: str, field: FieldInfo) -> str:
     takes = re.sub(r"a section with the keys .*?(?=$| or null)", "a section", describe(field))
     if field.is_required():
         default = "required"
@@ -162,7 +162,7 @@ def _row(path: str, field: FieldInfo) -> str:
     return f"| `{path}` | {takes} | {default} | {field.description} |"
 
 
-def with_table(page: str, table: str) -> str:
+def replace_table(page: str, table: str) -> str:
     """The Markdown page with the table between its markers. Raises Mistake where it has none."""
     before, begin, rest = page.partition(MARKERS[0])
     _, end, after = rest.partition(MARKERS[1])
@@ -171,12 +171,12 @@ def with_table(page: str, table: str) -> str:
     return f"{before}{begin}\n{table}\n{end}{after}"
 
 
-def _headed(content: dict[str, Any], title: str) -> dict[str, Any]:
+def _add_head(content: dict[str, Any], title: str) -> dict[str, Any]:
     content["properties"]["name"]["pattern"] = r"^(?!\.)(?!.*\.\.)[A-Za-z0-9._-]{1,100}$"
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **content, "title": title}
 
 
-def _given(form: dict[str, Any]) -> dict[str, Any]:
+def _remove_null(form: dict[str, Any]) -> dict[str, Any]:
     """A form of an axis without the null that stands for its absence."""
     [given] = [option for option in form["anyOf"] if option != {"type": "null"}]
     return {**given, "description": form["description"]}

@@ -9,25 +9,25 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from orchestrator.experiment.records import Experiment, Variant
-from orchestrator.planning.decide import Decision, decide, scheduler_key
+from orchestrator.planning.decide import Decision, decide, make_scheduler_key
 from orchestrator.state.events import EVENTS
 from orchestrator.state.rows import Found, Row, rank_rows
 from orchestrator.state.saved import find, forget_asked, list_sharing
 from workers.config import DataConfig, Measurement, Trial
 from workers.data.sources import Source, describe
-from workers.evaluation.blocks import Images, protocol_key
-from workers.journal import is_whole, restore, validated_steps
+from workers.evaluation.blocks import Images, make_protocol_key
+from workers.journal import find_validated_steps, is_whole, restore
 from workers.layout import (
     RowId,
     TrialId,
-    checkpoints_folder,
-    evaluation_folder,
-    status_file,
-    sweep_file,
-    sweep_folder,
-    trial_folder,
-    trial_lock,
-    trial_of_row,
+    get_trial_of_row,
+    name_checkpoints_folder,
+    name_evaluation_folder,
+    name_status_file,
+    name_sweep_file,
+    name_sweep_folder,
+    name_trial_folder,
+    name_trial_lock,
 )
 from workers.locks import Leases
 from workers.network import manifest
@@ -50,7 +50,7 @@ class Standing:
     evaluation_s: dict[str, dict[str, float]] = field(default_factory=dict)  # what blocks used, as events tell
 
     def __post_init__(self) -> None:
-        self.scheduler = scheduler_key(self.experiment.search.scheduler)
+        self.scheduler = make_scheduler_key(self.experiment.search.scheduler)
         self.leases = Leases(self.storage)
         self.owner = f"sweep {self.experiment.name}"
 
@@ -59,28 +59,28 @@ class Standing:
         new = [row for row in variants if row not in self.variants]
         for row in new:
             self.variants[row] = variants[row]
-            self.sharing.setdefault(trial_of_row(row), []).append(row)
+            self.sharing.setdefault(get_trial_of_row(row), []).append(row)
         for row in new:
             self.look(row)
         return new
 
-    def source(self, config: DataConfig) -> Source:
+    def get_source(self, config: DataConfig) -> Source:
         if config not in self.sources:
             self.sources[config] = describe(config)
         return self.sources[config]
 
-    def trial(self, row: RowId) -> Trial:
+    def get_trial(self, row: RowId) -> Trial:
         return self.variants[row].trial
 
-    def row(self, row: RowId) -> Row:
+    def make_row(self, row: RowId) -> Row:
         of = self.variants[row], self.found[row], self.errors.get(row, "")
         return Row(row, *of, self.evaluation_s.get(row, {}))
 
-    def rows(self) -> list[Row]:
-        return [self.row(row) for row in self.variants]
+    def make_rows(self) -> list[Row]:
+        return [self.make_row(row) for row in self.variants]
 
-    def ranked(self) -> list[Row]:
-        return rank_rows(self.rows(), self.experiment.search.metric)
+    def rank_rows(self) -> list[Row]:
+        return rank_rows(self.make_rows(), self.experiment.search.metric)
 
     def decide(self, row: RowId) -> Decision:
         return decide(self.found[row], self.scheduler)
@@ -97,21 +97,23 @@ class Standing:
             self.look(row)
 
     def _look(self, row: RowId) -> Found:
-        of, trial = trial_of_row(row), self.trial(row)
-        status = self.storage.read_sealed(status_file(of), "its trial goes on from its last checkpoint")
-        protocol = protocol_key(Measurement.of(trial), Images.of(self.source(trial.data)))
+        of, trial = get_trial_of_row(row), self.get_trial(row)
+        status = self.storage.read_sealed(name_status_file(of), "its trial goes on from its last checkpoint")
+        protocol = make_protocol_key(Measurement.of(trial), Images.of(self.get_source(trial.data)))
         found = find(self.storage, row, trial, protocol, status)
         if found.unread:
             return found
         newest = None
-        if not is_whole(self.storage, trial_folder(of)) or status is None:
+        if not is_whole(self.storage, name_trial_folder(of)) or status is None:
             try:
-                newest = manifest.newest(self.storage, checkpoints_folder(of))
+                newest = manifest.find_newest(self.storage, name_checkpoints_folder(of))
             except CheckpointError as error:
                 return Found(status, unread=str(error), steps=found.steps)
-            if (status or newest) and not is_whole(self.storage, trial_folder(of)):
+            if (status or newest) and not is_whole(self.storage, name_trial_folder(of)):
                 self._restore_journal(of, newest)
-        unfinished = bool(found.checkpoint) and found.steps not in validated_steps(self.storage, trial_folder(of))
+        unfinished = bool(found.checkpoint) and found.steps not in find_validated_steps(
+            self.storage, name_trial_folder(of)
+        )
         return replace(found, unfinished=unfinished, begun=newest is not None)
 
     def _restore_journal(self, trial: TrialId, newest: Checkpoint | None) -> None:
@@ -120,12 +122,12 @@ class Standing:
             copy = manifest.load_journal(newest) if newest else None
         except CheckpointError as error:  # then what is whole of the journal is all there is
             self.say(f"{trial[:8]}  {error}")
-        self.say(f"{trial[:8]}  {restore(self.storage, trial_folder(trial), copy)}")
+        self.say(f"{trial[:8]}  {restore(self.storage, name_trial_folder(trial), copy)}")
 
-    def checkpoint(self, row: RowId) -> Checkpoint:
+    def open_checkpoint(self, row: RowId) -> Checkpoint:
         """The checkpoint at the row's step, which is there."""
-        steps = self.trial(row).training.steps
-        found = manifest.at_step(self.storage, checkpoints_folder(trial_of_row(row)), steps)
+        steps = self.get_trial(row).training.steps
+        found = manifest.find_at_step(self.storage, name_checkpoints_folder(get_trial_of_row(row)), steps)
         assert found, row
         return found
 
@@ -133,7 +135,7 @@ class Standing:
         """The checkpoints that the rows name stay, however far their trials are trained."""
         for row in rows:
             if self.found[row].checkpoint and not self.found[row].is_kept:
-                manifest.keep(self.storage, self.checkpoint(row))
+                manifest.keep(self.storage, self.open_checkpoint(row))
 
     # Forgetting.
 
@@ -141,36 +143,36 @@ class Standing:
         """Removes what the storage holds of these trials and of the measurements of their checkpoints."""
         shared = list_sharing(self.storage, self.experiment.name)
         for trial in self.sharing:
-            if kept := self._kept(trial, shared):
+            if kept := self._explain_kept(trial, shared):
                 self.say(f"fresh      keeps {trial[:8]}: {kept}")
                 continue
-            for name in self.storage.list(checkpoints_folder(trial)):
+            for name in self.storage.list(name_checkpoints_folder(trial)):
                 with suppress(CheckpointError):  # a damaged one goes as well; what it was measured at stays
-                    path = f"{checkpoints_folder(trial)}/{name}"
-                    for model in manifest.models(manifest.committed(self.storage, path)):
-                        self.storage.delete(evaluation_folder(model.digest))
-            self.storage.delete(trial_folder(trial))
-        self.storage.delete(sweep_file(self.experiment.name, EVENTS))
+                    path = f"{name_checkpoints_folder(trial)}/{name}"
+                    for model in manifest.list_models(manifest.open_committed(self.storage, path)):
+                        self.storage.delete(name_evaluation_folder(model.digest))
+            self.storage.delete(name_trial_folder(trial))
+        self.storage.delete(name_sweep_file(self.experiment.name, EVENTS))
         forget_asked(self.storage, self.experiment)
         self.look_at_all()
 
-    def _kept(self, trial: TrialId, shared: Mapping[str, Sequence[str]]) -> str:
+    def _explain_kept(self, trial: TrialId, shared: Mapping[str, Sequence[str]]) -> str:
         """Why --fresh does not remove a trial; empty where it does."""
-        if holder := self.leases.holder(trial_lock(trial), self.owner):
+        if holder := self.leases.find_holder(name_trial_lock(trial), self.owner):
             return f"it is being trained by {holder}"
         if sweeps := shared.get(trial):
-            names = ", ".join(self.storage.url(sweep_folder(name)) for name in sweeps)
+            names = ", ".join(self.storage.find_url(name_sweep_folder(name)) for name in sweeps)
             return f"other sweeps share it; remove {names} first to train it again"
         return ""
 
-    def holder(self, trial: TrialId) -> str:
+    def find_holder(self, trial: TrialId) -> str:
         """The other sweep that trains the trial just now; empty where none does."""
-        return self.leases.holder(trial_lock(trial), self.owner)
+        return self.leases.find_holder(name_trial_lock(trial), self.owner)
 
-    def further_steps(self, trial: TrialId) -> list[int]:
+    def list_further_steps(self, trial: TrialId) -> list[int]:
         """The steps whose checkpoints the sweep's rows name, of one trial."""
-        return sorted({self.trial(row).training.steps for row in self.sharing[trial]})
+        return sorted({self.get_trial(row).training.steps for row in self.sharing[trial]})
 
-    def furthest(self, trial: TrialId) -> RowId:
+    def find_furthest(self, trial: TrialId) -> RowId:
         """The row whose step is the last of the trial."""
-        return max(self.sharing[trial], key=lambda row: self.trial(row).training.steps)
+        return max(self.sharing[trial], key=lambda row: self.get_trial(row).training.steps)

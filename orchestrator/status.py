@@ -18,17 +18,17 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator import cli, streams
-from orchestrator.experiment.metrics import metric_head
+from orchestrator.experiment.metrics import head_metric
 from orchestrator.measuring.seeds import are_over_seeds, group_rows
 from orchestrator.measuring.slowness import SlowTrial, find_slow_trials
-from orchestrator.output.speed_table import format_share, peak_texts
+from orchestrator.output.speed_table import describe_peaks, format_share
 from orchestrator.output.table import OVER_SEEDS, format_mean, format_metric
-from orchestrator.output.terminal import COLOURS, clock, columns
+from orchestrator.output.terminal import COLOURS, format_clock, make_columns_table
 from orchestrator.state.events import Driver, Event, count_events, find_driver, read_events
 from orchestrator.state.rows import Row, rank_rows, shorten_params
-from orchestrator.state.saved import SavedSweep, how_to_open, list_older, list_sweeps, open_sweep, read_rows
+from orchestrator.state.saved import SavedSweep, explain_opening, list_older, list_sweeps, open_sweep, read_rows
 from workers.config import Mistake
-from workers.layout import sweep_lock
+from workers.layout import name_sweep_lock
 from workers.locks import is_locked
 from workers.storage import Storage
 
@@ -36,8 +36,8 @@ EXAMPLES = ("beta_schedule --watch", "beta_schedule --storage s3://bucket/runs -
 WATCH_S = 2.0
 
 
-def parser() -> argparse.ArgumentParser:
-    result = cli.parser("status", "[SWEEP]", EXAMPLES)
+def make_parser() -> argparse.ArgumentParser:
+    result = cli.make_parser("status", "[SWEEP]", EXAMPLES)
     result.add_argument("sweep", nargs="?", metavar="SWEEP", help="the sweep whose trials to show; default: all sweeps")
     result.add_argument("--watch", action="store_true", help="show it again and again, until nothing runs or ctrl-C")
     result.add_argument(
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return cli.execute(parser(), run, arguments, interrupted="")
+    return cli.execute(make_parser(), run, arguments, interrupted="")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -63,21 +63,21 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found, indent=2))
     else:
-        console = _console()
-        console.print(view(found, options.sweep is not None, console.width), soft_wrap=True)
+        console = _make_console()
+        console.print(make_view(found, options.sweep is not None, console.width), soft_wrap=True)
     return cli.DONE
 
 
-def _console() -> Console:
+def _make_console() -> Console:
     return Console(width=None if Console().is_terminal else 200)
 
 
 def _watch(storage: Storage, sweep: str | None, each: bool) -> None:
-    console = _console()
+    console = _make_console()
     with Live(console=console, auto_refresh=False) as live:
         while True:
             found = look(storage, sweep, each)
-            live.update(view(found, sweep is not None, console.width), refresh=True)
+            live.update(make_view(found, sweep is not None, console.width), refresh=True)
             if not streams.is_read() or all(one["driver"]["state"] != "running" for one in found["sweeps"]):
                 return
             time.sleep(WATCH_S)
@@ -100,7 +100,7 @@ def look(storage: Storage, sweep: str | None, each: bool = False) -> dict[str, A
     sweeps, damaged = [], []
     for name in [sweep] if sweep is not None else [name for name in there if name not in older]:
         try:
-            sweeps.append(_sweep(storage, open_sweep(storage, name), each))
+            sweeps.append(_describe_sweep(storage, open_sweep(storage, name), each))
         except Mistake as mistake:  # one that cannot be read hides no other
             if sweep is not None:
                 raise
@@ -108,10 +108,10 @@ def look(storage: Storage, sweep: str | None, each: bool = False) -> dict[str, A
     return {"storage": storage.root, "sweeps": sweeps, "older": older, "damaged": damaged}
 
 
-def _sweep(storage: Storage, kept: SavedSweep, each: bool) -> dict[str, Any]:
+def _describe_sweep(storage: Storage, kept: SavedSweep, each: bool) -> dict[str, Any]:
     happened = read_events(storage, kept.name)
     rows, now_ms = read_rows(storage, kept, happened), time.time_ns() // 1_000_000
-    locked = is_locked(storage, sweep_lock(kept.name))
+    locked = is_locked(storage, name_sweep_lock(kept.name))
     driver = find_driver(happened, locked, [r.found.status or {} for r in rows], now_ms)
     last = {event["trial"]: event for event in happened if "trial" in event}
     restarted, retried = (count_events(happened, name) for name in ("restarted", "retried"))
@@ -120,7 +120,7 @@ def _sweep(storage: Storage, kept: SavedSweep, each: bool) -> dict[str, Any]:
         {
             "trial": row.digest,
             "params": shorten_params(row.variant),
-            "state": standing(row, driver, last.get(row.digest)),
+            "state": describe_standing(row, driver, last.get(row.digest)),
             "step": row.found.step,
             "steps": row.variant.trial.training.steps,
             "images_per_s": row.images_per_s,
@@ -135,13 +135,13 @@ def _sweep(storage: Storage, kept: SavedSweep, each: bool) -> dict[str, Any]:
         }
         for row in ranked
     ]
-    settings = {"settings": found} if (found := _settings(ranked, trials, kept.metric, each)) else {}
+    settings = {"settings": found} if (found := _join_trials(ranked, trials, kept.metric, each)) else {}
     head = {"name": kept.name, "metric": kept.metric, "now_ms": now_ms, "driver": asdict(driver)}
     slow = [asdict(slow) for slow in find_slow_trials(rows)]
-    return {**head, "trials": trials, **settings, "peaks": peak_texts(rows), "slow": slow}
+    return {**head, "trials": trials, **settings, "peaks": describe_peaks(rows), "slow": slow}
 
 
-def _settings(
+def _join_trials(
     rows: Sequence[Row], trials: Sequence[Mapping[str, Any]], metric: str, each: bool
 ) -> list[dict[str, Any]]:
     """The trials of those `rows` that differ in the seed alone as one: the sums of what is counted, the means of what
@@ -158,7 +158,7 @@ def _settings(
                 "trials": [trial["trial"] for trial in own],
                 "params": shorten_params(group.variant),
                 "seeds": group.count_seeds(metric),
-                "state": own[0]["state"] if len({trial["state"] for trial in own}) == 1 else _counts(own),
+                "state": own[0]["state"] if len({trial["state"] for trial in own}) == 1 else _format_counts(own),
                 **{name: sum(trial[name] for trial in own) for name in ("step", "steps", "restarts", "retried_blocks")},
                 "images_per_s": group.images_per_s,
                 "of_peak": group.of_peak,
@@ -170,7 +170,7 @@ def _settings(
     return found
 
 
-def standing(row: Row, driver: Driver, last: Event | None) -> str:
+def describe_standing(row: Row, driver: Driver, last: Event | None) -> str:
     """The state of a trial in the terminal's words; `last` is the last that happened to it.
 
     What the files call running is only so while a command works on it.
@@ -191,13 +191,13 @@ def standing(row: Row, driver: Driver, last: Event | None) -> str:
 # ---- What is shown ---------------------------------------------------------------------------------------------
 
 
-def view(found: Mapping[str, Any], one: bool, width: int) -> RenderableType:
+def make_view(found: Mapping[str, Any], one: bool, width: int) -> RenderableType:
     """All sweeps or the `one` that was asked for, in a window of that width."""
-    others = [Text(text) for text in (*map(how_to_open, found["older"]), *found["damaged"])]
-    return _trials(found["sweeps"][0], width) if one else Group(_sweeps(found, width), *others)
+    others = [Text(text) for text in (*map(explain_opening, found["older"]), *found["damaged"])]
+    return _make_trials_table(found["sweeps"][0], width) if one else Group(_make_sweeps_table(found, width), *others)
 
 
-def _sweeps(found: Mapping[str, Any], width: int) -> Table:
+def _make_sweeps_table(found: Mapping[str, Any], width: int) -> Table:
     rows = []
     for sweep in found["sweeps"]:
         lines = sweep.get("settings") or sweep["trials"]
@@ -207,14 +207,14 @@ def _sweeps(found: Mapping[str, Any], width: int) -> Table:
                 "sweep": sweep["name"],
                 "trials": str(len(sweep["trials"])),
                 "best": "-" if best is None else f"{best:.3f} {sweep['metric']}",
-                "states": _counts(sweep["trials"]),
-                "driver": _driver(sweep),
+                "states": _format_counts(sweep["trials"]),
+                "driver": _describe_driver(sweep),
             }
         )
-    return columns(rows, width, spare=("trials", "best"), left=("sweep", "states", "driver"))
+    return make_columns_table(rows, width, spare=("trials", "best"), left=("sweep", "states", "driver"))
 
 
-def _trials(sweep: Mapping[str, Any], width: int) -> Group:
+def _make_trials_table(sweep: Mapping[str, Any], width: int) -> Group:
     """A line a trial, or one for those that differ in the seed alone."""
     settings = sweep.get("settings", ())
     lines = settings or sweep["trials"]
@@ -232,18 +232,18 @@ def _trials(sweep: Mapping[str, Any], width: int) -> Group:
                 "images/s": f"{rate:,.0f}" if rate else "-",
                 **({"of peak": format_share(line["of_peak"])} if sweep["peaks"] else {}),
                 "valid NLL": f"{metrics['valid/nll_bpd']:.3f}" if "valid/nll_bpd" in metrics else "-",
-                **({metric_head(metric): _format(line, metric)} if metric != "valid/nll_bpd" else {}),
-                "retries": _retries(line),
-                "heard": _ago(sweep["now_ms"], line["updated_ms"]),
+                **({head_metric(metric): _format(line, metric)} if metric != "valid/nll_bpd" else {}),
+                "retries": _format_retries(line),
+                "heard": _format_ago(sweep["now_ms"], line["updated_ms"]),
             }
         )
     quiet = ["retries"] if all(row["retries"] == "-" for row in rows) else []
-    table = columns(rows, width, spare=(*quiet, "of peak", "heard", "images/s", "valid NLL"))
+    table = make_columns_table(rows, width, spare=(*quiet, "of peak", "heard", "images/s", "valid NLL"))
     details = [Text(f"{t['trial'][:8]}  {t['detail']}") for t in sweep["trials"] if t["detail"]]
     notes = [Text(OVER_SEEDS, style="dim")] if settings else []
     notes += [Text(f"peak: {text}", style="dim") for text in sweep["peaks"]]
     notes += [Text(f"slow: {SlowTrial(**slow)}", style="yellow") for slow in sweep["slow"]]
-    head = Text(f"{sweep['name']}: {_counts(sweep['trials'])}; {_driver(sweep)}", style="bold")
+    head = Text(f"{sweep['name']}: {_format_counts(sweep['trials'])}; {_describe_driver(sweep)}", style="bold")
     return Group(head, table, *notes, *details)
 
 
@@ -253,15 +253,15 @@ def _format(line: Mapping[str, Any], metric: str) -> str:
     return format_metric(metric, line["metrics"]) if errors is None else format_mean(metric, line["metrics"], errors)
 
 
-def _retries(trial: Mapping[str, Any]) -> str:
+def _format_retries(trial: Mapping[str, Any]) -> str:
     """Of the training and of blocks of the evaluation: `1 + 2 blocks`."""
     blocks = trial["retried_blocks"]
     told = [str(trial["restarts"])] if trial["restarts"] else []
     return " + ".join([*told, f"{blocks} block{'s' * (blocks > 1)}"] if blocks else told) or "-"
 
 
-def _driver(sweep: Mapping[str, Any]) -> str:
-    driver, ago = sweep["driver"], _ago(sweep["now_ms"], sweep["driver"]["heard_ms"])
+def _describe_driver(sweep: Mapping[str, Any]) -> str:
+    driver, ago = sweep["driver"], _format_ago(sweep["now_ms"], sweep["driver"]["heard_ms"])
     where = f"{driver['host']} (process {driver['pid']})" if driver["host"] else "somewhere"
     said = {
         "running": f"runs on {where}, heard {ago}",
@@ -274,16 +274,16 @@ def _driver(sweep: Mapping[str, Any]) -> str:
     return said[driver["state"]]
 
 
-def _counts(trials: Sequence[Mapping[str, Any]]) -> str:
+def _format_counts(trials: Sequence[Mapping[str, Any]]) -> str:
     states = [trial["state"] for trial in trials]
     return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
 
-def _ago(now_ms: int, then_ms: int | None) -> str:
+def _format_ago(now_ms: int, then_ms: int | None) -> str:
     if then_ms is None:
         return "-"
     seconds = max(0, now_ms - then_ms) / 1000
-    return f"{seconds:.0f} s ago" if seconds < 60 else f"{clock(seconds)} ago"
+    return f"{seconds:.0f} s ago" if seconds < 60 else f"{format_clock(seconds)} ago"
 
 
 if __name__ == "__main__":

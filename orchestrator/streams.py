@@ -17,7 +17,7 @@ NAMES = {1: "stdout", 2: "stderr"}
 
 def open_streams() -> None:
     """Puts streams in the place of stdout and stderr that take every text and never fail."""
-    codecs.register_error("plain", _plain)
+    codecs.register_error("plain", _replace_characters)
     for number in (0, 1, 2):  # one that is closed would be the next file that is opened, which prints then go into
         try:
             os.fstat(number)
@@ -40,16 +40,16 @@ def open_streams() -> None:
 
 def is_read() -> bool:
     """Whether there may still be somebody who reads stdout."""
-    return _lost() is None
+    return _find_loss() is None
 
 
 def is_written() -> bool:
     """Whether all that was printed is written. That nobody reads it (`| head`) is no failure."""
     sys.stdout.flush()
-    return isinstance(_lost(), BrokenPipeError | None)
+    return isinstance(_find_loss(), BrokenPipeError | None)
 
 
-def _lost() -> OSError | None:
+def _find_loss() -> OSError | None:
     """Why stdout cannot be written any more; None where it can."""
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return raw.lost if isinstance(raw, _Output) else None
@@ -80,7 +80,7 @@ def _point_nowhere(number: int) -> None:
         os.close(null)
 
 
-def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
+def _replace_characters(error: UnicodeError) -> tuple[str | bytes, int]:
     """What is written for a character that an encoding lacks; a byte of a file's name that is no text as it was."""
     assert isinstance(error, UnicodeEncodeError)
     sign = error.object[error.start]

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from orchestrator import cli
 from orchestrator.clusters.cluster import Cluster, read_cluster
-from orchestrator.clusters.cost import cost_text, read_prices
+from orchestrator.clusters.cost import describe_cost, read_prices
 from orchestrator.command import Command
-from orchestrator.experiment.dry_run import dry_run_text
+from orchestrator.experiment.dry_run import format_dry_run
 from orchestrator.experiment.expand import expand
 from orchestrator.experiment.load import load
-from orchestrator.experiment.preflight import data_lines, preflight
+from orchestrator.experiment.preflight import check_before_start, describe_data
 from orchestrator.experiment.records import Experiment, Variant
-from orchestrator.planning.search import rounds_text, rows_of
+from orchestrator.planning.search import describe_rounds, group_round_by_row
 from workers.config import DataConfig, Mistake
 from workers.data.sources import Source, describe
 from workers.layout import RowId
@@ -35,14 +35,14 @@ MORE = """Run it again to resume what was cut off; it does nothing where all is 
 an edit of the file."""
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     endings = {
         cli.DONE: "all is done",
         cli.SOME_FAILED: "some trial failed, and the others are done",
         cli.CLUSTER_LOST: "Ray was lost; the same command resumes",
         cli.INTERRUPTED: "interrupted (ctrl-C, SIGTERM, SIGHUP); the same command resumes",
     }
-    result = cli.parser("sweep", "FILE [a.b=value ...]", EXAMPLES, more=MORE, endings=endings)
+    result = cli.make_parser("sweep", "FILE [a.b=value ...]", EXAMPLES, more=MORE, endings=endings)
     result.add_argument("file", type=Path, metavar="FILE", help="the experiment file (YAML)")
     cli.add_overrides(result, "settings that replace the file's")
     result.add_argument(
@@ -67,16 +67,16 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def trials_of(experiment: Experiment) -> tuple[dict[RowId, Variant], dict[DataConfig, Source], list[str]]:
+def list_trials(experiment: Experiment) -> tuple[dict[RowId, Variant], dict[DataConfig, Source], list[str]]:
     """Rows by id (of an adaptive search, its first round), the data they use, and warnings. Raises Mistake."""
     variants = expand(experiment)
     sources = {config: describe(config) for config in dict.fromkeys(v.trial.data for v in variants)}
-    warnings = preflight(experiment, variants, sources)
-    trials, repeats = rows_of(experiment, variants, sources.__getitem__)
+    warnings = check_before_start(experiment, variants, sources)
+    trials, repeats = group_round_by_row(experiment, variants, sources.__getitem__)
     return trials, sources, warnings + repeats
 
 
-def _cost_text(
+def _describe_cost(
     options: argparse.Namespace,
     experiment: Experiment,
     trials: dict[RowId, Variant],
@@ -91,38 +91,38 @@ def _cost_text(
 
         calibrate(trials, sources, storage)
     known = read_prices(prices) if prices and (options.prices or prices.exists()) else None
-    return cost_text(trials, sources, storage, experiment.search, cluster=cluster, prices=known)
+    return describe_cost(trials, sources, storage, experiment.search, cluster=cluster, prices=known)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return cli.execute(parser(), run, arguments)
+    return cli.execute(make_parser(), run, arguments)
 
 
 def run(options: argparse.Namespace) -> int:
     """Raises Mistake."""
-    overrides = with_tracking(options.overrides, options.tracking_uri)
+    overrides = add_tracking(options.overrides, options.tracking_uri)
     if options.submit and not options.ray_address:
         raise Mistake("--submit needs the cluster's Jobs API: --address http://HEAD:8265")
     if options.submit and options.cluster and not options.dry_run:
         raise Mistake("--cluster goes without --submit: the job finds the head's own copy of the file")
     experiment = load(options.file, overrides, options.smoke)
     if options.submit and not options.dry_run:
-        from orchestrator.clusters.submission import job, submit
+        from orchestrator.clusters.submission import make_command_job, submit
 
         expand(experiment)  # what the data must be asked for is checked where they are
         flags = [f"--{name}" for name in ("smoke", "fresh", "quiet", "verbose") if getattr(options, name)]
-        sent = job(experiment, options.file, overrides, options.storage, flags)
+        sent = make_command_job(experiment, options.file, overrides, options.storage, flags)
         return submit(options.ray_address, sent)
-    trials, sources, warnings = trials_of(experiment)
+    trials, sources, warnings = list_trials(experiment)
     cluster = read_cluster(options.cluster) if options.cluster else None
     if cluster and not (options.dry_run or options.ray_address):
         raise Mistake(f"--cluster {options.cluster}: goes with --address or --dry-run; this sweep would run here")
-    cli.tell(data_lines(sources.values()), warnings, quiet=options.quiet)
+    cli.tell(describe_data(sources.values()), warnings, quiet=options.quiet)
     if options.dry_run:
-        print(dry_run_text(trials, sources))
+        print(format_dry_run(trials, sources))
         print()
-        print(_cost_text(options, experiment, trials, sources, cluster))
-        if more := rounds_text(experiment.search):
+        print(_describe_cost(options, experiment, trials, sources, cluster))
+        if more := describe_rounds(experiment.search):
             print(more)
         return cli.DONE
     command = Command(
@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> int:
     return make(experiment, trials, sources, command)
 
 
-def with_tracking(overrides: Sequence[str], tracking_uri: str | None) -> list[str]:
+def add_tracking(overrides: Sequence[str], tracking_uri: str | None) -> list[str]:
     """The overrides, the last of them the tracking server that was given beside them."""
     return [*overrides, *([f"tracking.uri={tracking_uri}"] if tracking_uri else [])]
 

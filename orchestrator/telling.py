@@ -7,14 +7,14 @@ from typing import Any
 from rich.console import Console
 
 from orchestrator.execution import session
-from orchestrator.output.speed_table import closing_lines
+from orchestrator.output.speed_table import list_closing_lines
 from orchestrator.output.table import make_footnote, make_table
 from orchestrator.output.terminal import Display, Line
 from orchestrator.standing import Standing
-from orchestrator.state.events import EventLog, add_evaluation_seconds, evaluation_seconds
+from orchestrator.state.events import EventLog, add_evaluation_seconds, sum_evaluation_seconds
 from orchestrator.state.rows import shorten_params
 from orchestrator.tracking.runs import SweepRuns
-from workers.layout import RowId, sweep_file, trial_of_row
+from workers.layout import RowId, get_trial_of_row, name_sweep_file
 from workers.speed import CORE, Spent
 
 TO_CLOSE_S = 5.0  # for MLflow, where a command ends at once
@@ -30,7 +30,7 @@ class Telling:
         self.lines: dict[RowId, Line] = {}
         self.display = Display(self.lines, console, quiet, verbose)
         self.events = EventLog(self.storage, standing.experiment.name)
-        standing.evaluation_s = evaluation_seconds(self.events.events)
+        standing.evaluation_s = sum_evaluation_seconds(self.events.events)
         self.record = SweepRuns(standing.experiment, standing.variants, standing.sources, self.storage)
         self.started, self._looked_at = False, 0.0
         self._linked = False  # whether it was said where the comparison is
@@ -43,28 +43,28 @@ class Telling:
         variant = self.standing.variants[row]
         training = variant.trial.training
         self.lines[row] = Line(
-            self.standing.row(row).name,
+            self.standing.make_row(row).name,
             training.steps,
             training.batch_size,
-            shares=row != self.standing.furthest(trial_of_row(row)),
+            shares=row != self.standing.find_furthest(get_trial_of_row(row)),
             params=shorten_params(variant),
         )
 
     def say(self, text: str, detail: bool = False) -> None:
         self.display.say(text, detail=detail)
 
-    def of(self, row: str, text: str, detail: bool = False) -> None:
+    def say_of(self, row: str, text: str, detail: bool = False) -> None:
         """A line about a row or its trial."""
         self.display.say(f"{row[:8]}  {text}", detail=detail)
 
-    def event(self, name: str, row: str = "", **what: Any) -> None:
+    def record_event(self, name: str, row: str = "", **what: Any) -> None:
         self.events.add(name, row, **what)
         add_evaluation_seconds(self.standing.evaluation_s, {"trial": row, **what})
 
-    def ended(self, row: RowId) -> None:
+    def end_row(self, row: RowId) -> None:
         """The row is done, or will not be."""
-        self.display.changed(row)
-        self.record.trial_ended(self.standing.row(row))
+        self.display.show_change(row)
+        self.record.end_trial(self.standing.make_row(row))
         self._stale = True
         self._tell_standing()
 
@@ -72,20 +72,20 @@ class Telling:
         """What is due from time to time."""
         if not self._linked and self.record.tracker.is_open:
             self._linked = True
-            self.say(f"comparison  {self.record.tracker.link()}")
+            self.say(f"comparison  {self.record.tracker.find_link()}")
         self.events.flush_when_due()
         self._tell_standing()
         if self.display.due:
             for row, left in blocks_left.items():
                 self.lines[row].blocks_left = left
             if time.monotonic() - self._looked_at >= LOOK_S or not self.display.cluster:
-                self._looked_at, self.display.cluster = time.monotonic(), session.use()
+                self._looked_at, self.display.cluster = time.monotonic(), session.describe_use()
             self.display.refresh()
 
     def _tell_standing(self) -> None:
         """Tells how all trials stand, which takes the longer the more there are: of thousands not at each that ends."""
         if self._stale and (now := time.monotonic()) > self._stands_at:
-            self.record.stands(self.standing.ranked())
+            self.record.show_standing(self.standing.rank_rows())
             self._stale, self._stands_at = False, time.monotonic() + STANDS_PAUSE * (time.monotonic() - now)
 
     def end(self, how: str, **what: str) -> None:
@@ -106,29 +106,29 @@ class Telling:
         for row, line in self.lines.items():
             if line.state == "training":  # cut off: how far it came is known to its own files alone
                 self.standing.look(row)
-        self.record.sweep_ended(self.standing.ranked())
+        self.record.end_sweep(self.standing.rank_rows())
 
     def conclude(self) -> None:
         """Prints the result."""
-        rows, metric = self.standing.ranked(), self.standing.experiment.search.metric
+        rows, metric = self.standing.rank_rows(), self.standing.experiment.search.metric
         self.console.print(make_table(rows, metric, self.console.width))
         if footnote := make_footnote(rows, metric):
             self.console.print(footnote, markup=False, highlight=False)
-        for line in closing_lines(rows):
+        for line in list_closing_lines(rows):
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
         for row in rows:
             if row.error:
                 self.console.print(f"{row.digest[:8]} failed: {row.error}", markup=False, highlight=False)
         for name, file in (("results", "results.parquet"), ("report", "report.html")):
-            path = sweep_file(self.standing.experiment.name, file)
+            path = name_sweep_file(self.standing.experiment.name, file)
             if file == "results.parquet" or self.storage.exists(path):
-                self.console.print(f"{name:<10}  {self.storage.url(path)}", soft_wrap=True, highlight=False)
+                self.console.print(f"{name:<10}  {self.storage.find_url(path)}", soft_wrap=True, highlight=False)
         self.console.print(f"comparison  {self.record.link}", soft_wrap=True, highlight=False)
         if self.record.left:
             self.console.print(self.record.left, soft_wrap=True, highlight=False, markup=False)
 
 
-def seconds_used(spents: Mapping[str, Spent]) -> dict[str, Any]:
+def sum_seconds_used(spents: Mapping[str, Spent]) -> dict[str, Any]:
     """What the blocks of an evaluation used, in seconds of cores and of GPUs, and of both by kind of work; `spents` is
     by hardware. Features of real images are features."""
     used, kinds = {"core_s": 0.0, "gpu_s": 0.0}, dict[str, float]()

@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator import cli, interrupts
-from orchestrator.tracking.server import check_database, database_uri
+from orchestrator.tracking.server import check_database, make_database_uri
 from workers.config import Mistake
-from workers.data.cache import default_cache
+from workers.data.cache import find_default_cache
 
 EXAMPLES = ("", "--storage runs --port 5001")
 # By default MLflow starts a dozen processes (2 GB); the UI needs one worker and no job runners (0.4 GB).
 LIGHT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 
 
-def server_command(storage: Path, port: int) -> list[str]:
+def make_server_command(storage: Path, port: int) -> list[str]:
     """The server's command line. Raises Mistake where there is nothing to show or the port is taken."""
     root = storage.absolute()
     if not (root / "mlflow.db").exists():
@@ -27,7 +27,7 @@ def server_command(storage: Path, port: int) -> list[str]:
             f"{root} has no mlflow.db: no sweep has recorded there yet. Give the sweep's storage (--storage DIR), or "
             "run one first. Where the experiment names a tracking.uri, open that address in the browser instead."
         )
-    check_database(root / "mlflow.db", default_cache())
+    check_database(root / "mlflow.db", find_default_cache())
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -38,20 +38,20 @@ def server_command(storage: Path, port: int) -> list[str]:
                 f"Otherwise choose another: --port {port + 1}"
             ) from error
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    uri = database_uri(root / "mlflow.db")
+    uri = make_database_uri(root / "mlflow.db")
     command += ["--backend-store-uri", uri, "--registry-store-uri", uri]  # whatever the environment names
     return [*command, "--artifacts-destination", (root / "mlartifacts").as_uri()]
 
 
-def parser() -> argparse.ArgumentParser:
-    result = cli.parser("ui", "", EXAMPLES, endings={cli.DONE: "ctrl-C ended it"})
+def make_parser() -> argparse.ArgumentParser:
+    result = cli.make_parser("ui", "", EXAMPLES, endings={cli.DONE: "ctrl-C ended it"})
     cli.add_storage(result, "the sweep's storage")
     result.add_argument("--port", type=int, default=5000, help="of 127.0.0.1 (default: 5000)")
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return cli.execute(parser(), run, arguments, interrupted="")
+    return cli.execute(make_parser(), run, arguments, interrupted="")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
             f"--storage {options.storage}: of a remote storage, MLflow is a server of its own: open the address that "
             "tracking.uri (--tracking-uri) names. That of cluster.yaml is reached by: ray attach cluster.yaml -p 5000"
         )
-    command = server_command(Path(options.storage), options.port)
+    command = make_server_command(Path(options.storage), options.port)
     print(f"http://127.0.0.1:{options.port}/#/experiments?workflowType=machine_learning  (ctrl-C ends it)", flush=True)
     return serve(command)
 

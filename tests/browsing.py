@@ -91,7 +91,7 @@ def served(storage: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = subprocess.Popen(
-        ui.server_command(storage, port), env={**os.environ, **ui.LIGHT}, start_new_session=True,
+        ui.make_server_command(storage, port), env={**os.environ, **ui.LIGHT}, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:

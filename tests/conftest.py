@@ -20,12 +20,12 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from orchestrator.experiment.expand import by_row, expand
+from orchestrator.experiment.expand import expand, group_by_row
 from orchestrator.experiment.load import load
 from workers.config import Trial
 from workers.data.dataset import prepare
 from workers.data.sources import describe
-from workers.layout import checkpoints_folder
+from workers.layout import name_checkpoints_folder
 from workers.network import manifest
 from workers.storage import Storage
 from workers.training import train
@@ -186,10 +186,10 @@ def own(finished: tuple[Path, Path, str], tmp_path: Path) -> tuple[Path, Path]:
 
 def commit(storage: Storage, trial: str, step: int) -> str:
     """Commits a checkpoint without files, as far as those see it who read manifests alone. Returns its digest."""
-    path = f"{checkpoints_folder(trial)}/{manifest.step_name(step)}"
+    path = f"{name_checkpoints_folder(trial)}/{manifest.name_step(step)}"
     names = (manifest.INDEX, *manifest.EVALUATED, manifest.STATE, manifest.PROGRESS)
     manifest.write_manifest(storage, path, step, {name: f"{trial} {step} {name}" for name in names}, kept=True)
-    return manifest.committed(storage, path).digest
+    return manifest.open_committed(storage, path).digest
 
 
 def statuses(storage: Path) -> dict[str, dict[str, Any]]:
@@ -229,7 +229,7 @@ def trials_of(file: Path, *overrides: object) -> dict[str, Trial]:
     """The trials of an experiment by their address."""
     variants = expand(load(file, [str(text) for text in overrides]))
     digests = {v.trial.data: describe(v.trial.data).digest for v in variants}
-    return {address: variant.trial for address, variant in by_row(variants, digests)[0].items()}
+    return {address: variant.trial for address, variant in group_by_row(variants, digests)[0].items()}
 
 
 def undisturbed(trial: Trial, folder: Path) -> str:
@@ -238,6 +238,6 @@ def undisturbed(trial: Trial, folder: Path) -> str:
     storage = Storage(folder)
     for _ in train(trial, prepare(trial.data), storage, trial.loss.weighting):
         pass
-    newest = manifest.newest(storage, f"{trial.loss.weighting}/checkpoints")
+    newest = manifest.find_newest(storage, f"{trial.loss.weighting}/checkpoints")
     assert newest and newest.step == trial.training.steps
     return newest.digest

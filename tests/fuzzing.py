@@ -603,19 +603,19 @@ def prepare_all(storage: Path, folder: Path) -> Prepared:
     from workers.diffusion.process import Process
     from workers.evaluation.canaries import DENOISER, GAUSSIAN
     from workers.network.checkpoint import export, save
-    from workers.network.manifest import committed, newest
+    from workers.network.manifest import find_newest, open_committed
     from workers.storage import Storage
 
     place, numbers = Storage(storage), dict[str, Any]()
     trial = sorted(path.name for path in (storage / "trials").iterdir())[0]
-    found = newest(place, f"trials/{trial}/checkpoints")
+    found = find_newest(place, f"trials/{trial}/checkpoints")
     assert found
     shutil.copytree(storage / found.path, folder / "checkpoints/ours")
     export(found, folder / "checkpoints/diffusers")
     gaussian = Storage(folder / "gaussian")
     process = Process.of(GAUSSIAN.diffusion)
     made = save(gaussian, "a", Snapshot(step=20, unet_config=DENOISER, process=process, ema={}))
-    assert committed(gaussian, made.path)
+    assert open_committed(gaussian, made.path)
     shutil.copytree(folder / "gaussian" / made.path, folder / "checkpoints/gaussian")
     random_images = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), np.uint8)
     for i, pixels in enumerate(random_images):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from orchestrator import ui
 from orchestrator.tracking.server import make_database
-from workers.data.cache import default_cache
+from workers.data.cache import find_default_cache
 
 
 class Server:
@@ -33,7 +33,7 @@ class Server:
 
     def start(self) -> None:
         self.stop()  # where a test before this one failed
-        make_database(self.folder / "mlflow.db", default_cache())
+        make_database(self.folder / "mlflow.db", find_default_cache())
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
         artifacts = str(self.folder / "artifacts")

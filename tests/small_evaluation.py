@@ -29,15 +29,15 @@ from workers.evaluation.summary import summarise
 from workers.network import checkpoint as checkpoints
 from workers.network import manifest
 from workers.network.unet import UNet
-from workers.network.unet_config import unet_config
-from workers.noise import generator
+from workers.network.unet_config import make_unet_config
+from workers.noise import make_generator
 from workers.seals import seal_bytes
 from workers.storage import Storage
 
 T, TRAIN, HELD_OUT, LEVELS, SIDE, D = 23, 40, 10, 17, 4, 6
 IMAGES = Images("d1", TRAIN, HELD_OUT, LEVELS)
 CPU = torch.device("cpu")
-CONFIG = unet_config(
+CONFIG = make_unet_config(
     ModelConfig(channels=4, multipliers=(1,), blocks=1, attention=(), dropout=0.0), image_channels=1, resolution=SIDE
 )
 PROCESS = Process.of(DiffusionConfig(T=T, schedule=ScheduleConfig(beta_start=0.02, beta_end=0.4)))
@@ -64,10 +64,10 @@ def measurement(images: Any = "all", timesteps: Any = "all", seed: int = 0, **fi
 
 
 def checkpoint_in(storage: Storage, weights: str = "a") -> manifest.Checkpoint:
-    unet = UNet(CONFIG, generator("unet"))
-    torch.nn.init.normal_(unet.conv_out.weight, std=0.1, generator=generator("conv_out", weights))
+    unet = UNet(CONFIG, make_generator("unet"))
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.1, generator=make_generator("conv_out", weights))
     folder = f"trials/{weights}/checkpoints"
-    found = manifest.newest(storage, folder)
+    found = manifest.find_newest(storage, folder)
     return found or checkpoints.save(
         storage, folder, checkpoints.Snapshot(step=1, unet_config=CONFIG, process=PROCESS, ema=unet.state_dict())
     )
@@ -83,7 +83,7 @@ def bench(root: Path, m: Measurement, weights: str = "a") -> Bench:
 
 
 def blocks_of(b: Bench) -> list[Block]:
-    return blocks.blocks(b.m, b.checkpoint.digest, IMAGES)
+    return blocks.list_blocks(b.m, b.checkpoint.digest, IMAGES)
 
 
 def make_all(b: Bench, wanted: Iterable[Block]) -> None:

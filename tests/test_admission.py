@@ -11,7 +11,7 @@ from orchestrator.clusters.cluster import Cluster, NodeType
 from orchestrator.execution import admission as admissions
 from orchestrator.execution import session
 from orchestrator.execution.admission import Admission
-from orchestrator.execution.trials import hosts_of
+from orchestrator.execution.trials import choose_hosts
 from orchestrator.experiment.records import SearchConfig
 from orchestrator.planning.decide import Turn
 from orchestrator.planning.place import Node, Size
@@ -50,7 +50,7 @@ def admission(*workers: int, cpus: int = 1, listener: Listener | None = None, **
             {"storage": "", "digest": f"{i:016}", "trial": trial.model_dump_json(), "gpus": 1, "owner": "", "share": ""}
         )
         sizes[f"{i:016}"] = Size.of(training, 1)
-    for name, host in hosts_of([Size(2, 1, 0)]).items():
+    for name, host in choose_hosts([Size(2, 1, 0)]).items():
         tune.register_trainable(name, host)
     events: Any = listener or Listener()
     result = Admission(jobs, sizes, SearchConfig(**search), events, cluster=TWO_MACHINES, scratch="scratch")
@@ -65,8 +65,8 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> list[Node]:
     for module in (session, admissions):
         monkeypatch.setattr(module, "nodes_now", lambda: there)
     monkeypatch.setattr(admissions, "LOOK_AGAIN_S", 1e9)  # there is no Ray to ask for placement groups
-    monkeypatch.setattr(admissions, "gpu_types", set)
-    monkeypatch.setattr(admissions, "on_this_machine", lambda: True)  # nor where it is
+    monkeypatch.setattr(admissions, "list_gpu_types", set)
+    monkeypatch.setattr(admissions, "is_on_this_machine", lambda: True)  # nor where it is
     return there
 
 
@@ -106,13 +106,13 @@ def test_a_trial_bigger_than_a_machine_is_packed_over_several() -> None:
 
 @pytest.mark.parametrize(("asked", "there", "taken"), [("auto", 1, 1), ("auto", 0, 0), (0.3, 8, 0.3), (0, 8, 0)])
 def test_what_a_trial_asks_of_a_gpu_is_taken_where_there_is_one(asked: Any, there: int, taken: float) -> None:
-    assert session.gpus_a_worker(TrainingConfig(steps=1, gpus=asked), [Node(8, there)]) == taken
+    assert session.count_gpus_a_worker(TrainingConfig(steps=1, gpus=asked), [Node(8, there)]) == taken
 
 
 @pytest.mark.parametrize("asked", [1, 0.25])
 def test_a_gpu_that_no_node_has_is_refused_with_what_to_do(asked: Any) -> None:
     with pytest.raises(Mistake, match=f"training.gpus: {asked}, but no node of the cluster has a GPU; set it to 0 or"):
-        session.gpus_a_worker(TrainingConfig(steps=1, gpus=asked), [Node(8, 0)])
+        session.count_gpus_a_worker(TrainingConfig(steps=1, gpus=asked), [Node(8, 0)])
 
 
 def test_max_concurrent_counts_all_sizes() -> None:
@@ -153,7 +153,7 @@ def test_of_trials_on_auto_the_first_is_measured_and_the_others_start_as_soon_as
     assert (job["gpus"], job["measures"], job["makes_room"]) == (1, True, True)
     assert a.is_finished() and a.waits  # for now
     monkeypatch.setattr(admissions, "LOOK_AGAIN_S", -1)
-    monkeypatch.setattr(a, "_without_place", lambda: None)
+    monkeypatch.setattr(a, "_find_without_place", lambda: None)
     assert a.is_finished()
     note_share(Storage(tmp_path), "shares/kind.json", "a GPU", 0.25)
     assert not a.is_finished() and parts(started(a)) == [0.25] * 5 and not a.waits
@@ -196,7 +196,7 @@ def test_on_one_gpu_the_next_trial_waits_for_the_evaluation_of_the_last(
     nodes: list[Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listener = Listener()
-    monkeypatch.setattr(admissions, "nodes_ever", lambda cluster: [Node(8, 1)])
+    monkeypatch.setattr(admissions, "list_nodes_ever", lambda cluster: [Node(8, 1)])
     a = admission(1, 1, listener=listener)
     [first] = started(a)
     listener.open = True
@@ -220,12 +220,12 @@ def test_a_trial_that_tune_gave_up_comes_again_until_it_has_failed_too_often() -
     for _ in range(3):
         [trial] = started(a)
         a.on_trial_complete(trial.trial_id, error=True)
-        again.append(a.again(trial))
+        again.append(a.put_back(trial))
     assert again == [True, True, False] and a.is_finished()
     b = admission(1, max_failures=2)
     [trial] = started(b)
     trial.run_metadata.num_failures = 3
-    assert not b.again(trial)
+    assert not b.put_back(trial)
 
 
 def test_trials_that_other_sweeps_train_are_put_aside_until_it_is_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +239,7 @@ def test_trials_that_other_sweeps_train_are_put_aside_until_it_is_their_turn(mon
     a.on_trial_complete(first.trial_id)
     listener.turns = {}
     monkeypatch.setattr(admissions, "LOOK_AGAIN_S", -1)
-    monkeypatch.setattr(a, "_without_place", lambda: None)
+    monkeypatch.setattr(a, "_find_without_place", lambda: None)
     assert not a.is_finished() and not a.aside
     second = a.next_trial()
     assert second and second.config["job"]["digest"] == name[3] and a.next_trial() is None

@@ -32,7 +32,7 @@ from workers.evaluation.canaries import (
     measure_digits,
     measure_gaussian,
 )
-from workers.noise import generator
+from workers.noise import make_generator
 
 CANARY = {c.name: c for c in CANARIES}
 
@@ -160,13 +160,13 @@ def no_spread(monkeypatch):
 
 def unweighted_times(monkeypatch):
     """Sampled timesteps count as if each stood for itself."""
-    right = likelihood.stratified_times
+    right = likelihood.draw_stratified_times
 
     def wrong(*arguments):
         t, weight = right(*arguments)
         return t, np.ones_like(weight)
 
-    monkeypatch.setattr(likelihood, "stratified_times", wrong)
+    monkeypatch.setattr(likelihood, "draw_stratified_times", wrong)
 
 
 def variance_for_deviation(monkeypatch):
@@ -190,7 +190,9 @@ def late_network(monkeypatch):
 
 def other_noise(monkeypatch):
     """The generator's stream is another."""
-    monkeypatch.setattr(likelihood, "generator", lambda *where, **device: generator("other", *where, **device))
+    monkeypatch.setattr(
+        likelihood, "make_generator", lambda *where, **device: make_generator("other", *where, **device)
+    )
 
 
 FAULTS = {
@@ -220,6 +222,6 @@ def test_another_initialisation_of_the_classifier_is_told(cache, monkeypatch):
 
 def test_rounding_in_the_classifier_is_not_told(cache, monkeypatch):
     """Pixels off by 1e-12, as a library's other order of sums would have them."""
-    flat = features._flat
-    monkeypatch.setattr(features, "_flat", lambda images, levels: flat(images, levels) * (1 + 1e-12))
+    flat = features._flatten
+    monkeypatch.setattr(features, "_flatten", lambda images, levels: flat(images, levels) * (1 + 1e-12))
     assert failed(measure_digits(cache)) == set()

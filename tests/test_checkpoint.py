@@ -18,14 +18,14 @@ from workers.diffusion.samplers import ancestral
 from workers.evaluation.canaries import DENOISER, GAUSSIAN
 from workers.kinds import PREDICTIONS
 from workers.network.checkpoint import Snapshot, describe, load, load_state, open_folder, save
-from workers.network.manifest import Checkpoint, CheckpointError, load_journal, newest
+from workers.network.manifest import Checkpoint, CheckpointError, find_newest, load_journal
 from workers.network.unet import UNet
-from workers.network.unet_config import unet_config
-from workers.noise import generator
+from workers.network.unet_config import make_unet_config
+from workers.noise import make_generator
 from workers.storage import Storage
 
 FOLDER = "trials/a/checkpoints"
-CONFIG = unet_config(
+CONFIG = make_unet_config(
     ModelConfig(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.1), image_channels=1, resolution=8
 )
 FILES = [
@@ -53,8 +53,8 @@ def process(variance: Any = "fixed_small", kind: Any = "linear") -> Process:
 
 
 def network(seed: int = 0) -> UNet:
-    unet = UNet(CONFIG, generator("unet", seed)).eval()
-    torch.nn.init.normal_(unet.conv_out.weight, std=0.1, generator=generator("conv_out", seed))
+    unet = UNet(CONFIG, make_generator("unet", seed)).eval()
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.1, generator=make_generator("conv_out", seed))
     return unet
 
 
@@ -71,7 +71,7 @@ def saved(storage: Storage, step: int = 10, **changes: Any) -> Checkpoint:
 
 
 def images() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn((3, 1, 8, 8), generator=generator("images")), torch.tensor([0, 20, 49])
+    return torch.randn((3, 1, 8, 8), generator=make_generator("images")), torch.tensor([0, 20, 49])
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
@@ -79,7 +79,7 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
 def test_what_is_saved_is_loaded(storage, variance, kind):
     """The network's output, the betas in float64 and the training state, all bit for bit."""
     checkpoint = saved(storage, process=process(variance, kind))
-    assert newest(storage, FOLDER) == checkpoint and checkpoint.step == 10
+    assert find_newest(storage, FOLDER) == checkpoint and checkpoint.step == 10
     unet, read = load(checkpoint)
     assert not unet.training
     with torch.no_grad():
@@ -112,8 +112,8 @@ def test_diffusers_opens_it_as_a_pipeline(storage, variance):
 
 def learner(seed: int = 0) -> UNet:
     """A network with a second head, whose weights are not 0."""
-    unet = UNet({**CONFIG, "out_channels": 2}, generator("unet", seed)).eval()
-    torch.nn.init.normal_(unet.conv_out.weight, std=0.1, generator=generator("conv_out", seed))
+    unet = UNet({**CONFIG, "out_channels": 2}, make_generator("unet", seed)).eval()
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.1, generator=make_generator("conv_out", seed))
     return unet
 
 
@@ -150,14 +150,14 @@ def test_a_step_of_diffusers_is_ours(storage, prediction, variance):
     pipeline.scheduler.set_timesteps(p.T)
     # In diffusers 1 - alpha_bar_t is a difference in float32, which at small t has few digits left.
     pipeline.scheduler.alphas_cumprod = p.alpha_bar.clone()
-    x = torch.randn((3, 1, 8, 8), generator=generator("x_t"))
+    x = torch.randn((3, 1, 8, 8), generator=make_generator("x_t"))
     for time in (1, 2, 25, 50):
         t = torch.full((3,), time)
         with torch.no_grad():
             said, output = model(x, t), pipeline.unet(x, time - 1).sample
-        theirs = pipeline.scheduler.step(output, time - 1, x, generator=generator("z")).prev_sample
+        theirs = pipeline.scheduler.step(output, time - 1, x, generator=make_generator("z")).prev_sample
         said = replace(said, x_0=said.x_0.clamp(-1, 1))
-        ours = ancestral(p, SamplerConfig(), x, said, t, generator("z"))
+        ours = ancestral(p, SamplerConfig(), x, said, t, make_generator("z"))
         torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=1e-4)
     image = pipeline(batch_size=1, num_inference_steps=p.T, output_type="np").images
     assert image.shape == (1, 8, 8, 1)
@@ -231,7 +231,7 @@ def test_a_damaged_manifest_is_told(storage, content):
     checkpoint = saved(storage)
     Path(storage.url(checkpoint.path), "manifest.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
-        newest(storage, FOLDER)
+        find_newest(storage, FOLDER)
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
         open_folder(checkpoint.url)
 
@@ -241,16 +241,16 @@ def test_a_manifest_of_no_step_is_told(storage, step):
     manifest = Path(saved(storage).url, "manifest.json")
     manifest.write_text(manifest.read_text().replace('"step": 10', f'"step": {step}'))
     with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
-        newest(storage, FOLDER)
+        find_newest(storage, FOLDER)
 
 
 def test_a_folder_without_a_manifest_does_not_count(storage):
-    assert newest(storage, FOLDER) is None
+    assert find_newest(storage, FOLDER) is None
     older = saved(storage, 10)
     storage.write(f"{FOLDER}/step-00000020/unet/config.json", b"{}")
-    assert newest(storage, FOLDER) == older
+    assert find_newest(storage, FOLDER) == older
     storage.delete(f"{older.path}/manifest.json")
-    assert newest(storage, FOLDER) is None
+    assert find_newest(storage, FOLDER) is None
 
 
 class Watched(Storage):
@@ -286,11 +286,11 @@ def test_a_save_cut_off_anywhere_leaves_the_checkpoint_before_it(storage, writes
     older = saved(storage, 10)
     with pytest.raises(OSError, match="no space left"):
         saved(Watched(storage.root, writes), 20)
-    assert newest(storage, FOLDER) == older
+    assert find_newest(storage, FOLDER) == older
     load(older)
     new = saved(storage, 20)  # the attempt after it overwrites the remains
     load(new)
-    assert newest(storage, FOLDER) == new and storage.list(FOLDER) == ["step-00000020"]
+    assert find_newest(storage, FOLDER) == new and storage.list(FOLDER) == ["step-00000020"]
 
 
 def test_of_two_complete_checkpoints_the_newest_counts(storage, monkeypatch):
@@ -299,16 +299,16 @@ def test_of_two_complete_checkpoints_the_newest_counts(storage, monkeypatch):
         patch.setattr(Storage, "delete", lambda *_: None)
         saved(storage, 10)
         new = saved(storage, 20)
-    assert len(storage.list(FOLDER)) == 2 and newest(storage, FOLDER) == new
+    assert len(storage.list(FOLDER)) == 2 and find_newest(storage, FOLDER) == new
     saved(storage, 30)
     assert storage.list(FOLDER) == ["step-00000030"]
 
 
 def test_steps_are_ordered_as_numbers(storage):
     for step in (900, 1000, 99_999_999):
-        assert newest(storage, FOLDER) is None or newest(storage, FOLDER).step < step
+        assert find_newest(storage, FOLDER) is None or find_newest(storage, FOLDER).step < step
         saved(storage, step)
-    assert newest(storage, FOLDER).step == 99_999_999
+    assert find_newest(storage, FOLDER).step == 99_999_999
 
 
 def test_the_digest_is_of_what_an_evaluation_sees(storage):
@@ -316,7 +316,7 @@ def test_the_digest_is_of_what_an_evaluation_sees(storage):
     digest = saved(storage).digest
     state = {"weights.a": torch.zeros(5)}
     assert saved(storage, 30, state=state, progress={"train_seconds": 9.0}).digest == digest
-    assert newest(storage, FOLDER).digest == digest
+    assert find_newest(storage, FOLDER).digest == digest
     weights = network().state_dict()
     weights["conv_in.bias"][0] += 1e-7
     others: list[dict[str, Any]] = [
@@ -372,7 +372,7 @@ def test_a_manifest_names_its_own_averages_and_no_other_files(storage, name):
     manifest = json.loads(storage.read(f"{checkpoint.path}/manifest.json"))
     manifest = {"step": 10, "sha256": {**manifest["sha256"], name: "0" * 64}}  # of a version that had no seal
     storage.write(f"{checkpoint.path}/manifest.json", json.dumps(manifest).encode())
-    for use in (lambda: newest(storage, FOLDER), lambda: open_folder(storage.url(checkpoint.path))):
+    for use in (lambda: find_newest(storage, FOLDER), lambda: open_folder(storage.url(checkpoint.path))):
         with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
             use()
 

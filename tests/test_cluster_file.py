@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.clusters import cluster as clusters
-from orchestrator.clusters.cluster import Cluster, cluster_of_the_head, read_cluster
+from orchestrator.clusters.cluster import Cluster, find_cluster_of_head, read_cluster
 from orchestrator.planning.place import Node
 from workers.config import Mistake
 
@@ -77,11 +77,11 @@ def test_no_such_file(tmp_path: Path) -> None:
 
 def test_the_head_knows_its_cluster_by_the_copy_that_ray_leaves(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clusters, "ON_THE_HEAD", file)
-    assert isinstance(cluster_of_the_head(), Cluster)
+    assert isinstance(find_cluster_of_head(), Cluster)
     file.write_text("provider: {type: local, head_ip: 10.0.0.1}")  # machines that one has: those there are, are all
-    assert cluster_of_the_head() is None
+    assert find_cluster_of_head() is None
     file.unlink()
-    assert cluster_of_the_head() is None
+    assert find_cluster_of_head() is None
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from orchestrator import cli
 from orchestrator.completion import complete, split
 from orchestrator.experiment.load import load
 from orchestrator.state.saved import keep_sweep
-from orchestrator.sweep import trials_of
+from orchestrator.sweep import list_trials
 from workers.storage import Storage
 
 PATIENCE_S = 60.0  # for a shell on a machine that is busy with other tests
@@ -26,7 +26,7 @@ PATIENCE_S = 60.0  # for a shell on a machine that is busy with other tests
 def place(tiny: Path, tmp_path: Path) -> Path:
     """A folder with the tiny experiment, and in its `runs` the sweep and a trial's folder."""
     experiment = load(tiny)
-    trials, sources, _ = trials_of(experiment)
+    trials, sources, _ = list_trials(experiment)
     storage = Storage(tmp_path / "runs")
     keep_sweep(storage, experiment, trials, sources)
     storage.write(f"trials/{next(iter(trials))}/trial.yaml", b"")

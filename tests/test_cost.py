@@ -15,25 +15,25 @@ from orchestrator.clusters.cost import (
     Plan,
     Prices,
     Unknown,
-    duration,
+    describe_price,
     estimate,
-    evaluation_spent,
+    format_duration,
     learn,
-    machines_for,
-    price_text,
+    list_machines,
     read_prices,
+    split_spent,
 )
-from orchestrator.experiment.effort import cost
-from orchestrator.experiment.expand import by_row, expand
+from orchestrator.experiment.effort import count_cost
+from orchestrator.experiment.expand import expand, group_by_row
 from orchestrator.experiment.load import load
 from orchestrator.experiment.records import SearchConfig
 from orchestrator.planning import makespan as makespan_module
-from orchestrator.planning.makespan import Work, makespan
+from orchestrator.planning.makespan import Work, compute_makespan
 from orchestrator.planning.place import Node, Size, admit
 from workers import calibration
 from workers.config import DataConfig, Mistake, Trial
 from workers.data.sources import Source, describe
-from workers.speed import CORE, added, hardware, model_key, training_kind
+from workers.speed import CORE, add_spent, make_model_key, name_hardware, name_training_kind
 from workers.storage import Storage
 
 DIGITS = DataConfig(source="digits")
@@ -65,31 +65,33 @@ def trial(tiny: Path) -> Trial:
     ],
 )
 def test_trials_share_two_cores(works: list[Work], expected: float) -> None:
-    assert makespan(works, LAPTOP, 2) == pytest.approx(expected)
+    assert compute_makespan(works, LAPTOP, 2) == pytest.approx(expected)
 
 
 def test_trials_that_share_a_gpu_train_side_by_side() -> None:
     third = Size(1, 1, 0.3333)
-    assert makespan([Work(third, 10, 0)] * 6, [Node(64, 1)], 64) == pytest.approx(20)
-    assert makespan([Work(third, 10, 0)] * 6, [Node(64, 2)], 64) == pytest.approx(10)
+    assert compute_makespan([Work(third, 10, 0)] * 6, [Node(64, 1)], 64) == pytest.approx(20)
+    assert compute_makespan([Work(third, 10, 0)] * 6, [Node(64, 2)], 64) == pytest.approx(10)
     whole = [Work(Size(1, 1, 1), 10, 4)] * 2  # each is measured before the next one trains
-    assert makespan(whole, [Node(64, 1)], 64) == pytest.approx(28)
+    assert compute_makespan(whole, [Node(64, 1)], 64) == pytest.approx(28)
 
 
 def test_on_gpus_evaluation_fills_what_training_leaves() -> None:
     eight, one = Size(8, 1, 1), Size(1, 1, 1)
-    assert makespan([Work(eight, 10, 8)] * 2, [Node(64, 8)] * 2, 128) == pytest.approx(11)  # 16 GPU-seconds on 16
-    assert makespan([Work(eight, 10, 0)] * 3, [Node(64, 8)] * 2, 128) == pytest.approx(20)
-    assert makespan([Work(one, 10, 0)] * 4, [Node(64, 8)], 64, most=2) == pytest.approx(20)
+    assert compute_makespan([Work(eight, 10, 8)] * 2, [Node(64, 8)] * 2, 128) == pytest.approx(
+        11
+    )  # 16 GPU-seconds on 16
+    assert compute_makespan([Work(eight, 10, 0)] * 3, [Node(64, 8)] * 2, 128) == pytest.approx(20)
+    assert compute_makespan([Work(one, 10, 0)] * 4, [Node(64, 8)], 64, most=2) == pytest.approx(20)
 
 
 # ---- Speeds ----------------------------------------------------------------------------------------------------
 
 
 def speeds(trial: Trial, said_by: str = "a calibration", **work: list[float]) -> dict[str, dict[str, object]]:
-    known = {training_kind(trial.training): [1000, 1.0], "nll": [2000, 1.0], "samples": [500, 1.0],
+    known = {name_training_kind(trial.training): [1000, 1.0], "nll": [2000, 1.0], "samples": [500, 1.0],
              "features-classifier": [1000, 1.0], "validations": [10, 5.0], "start": [1, 8.0]}  # fmt: skip
-    key = model_key(trial.model, trial.training, SOURCE[DIGITS].shape)
+    key = make_model_key(trial.model, trial.training, SOURCE[DIGITS].shape)
     each = {"host": "here", "said_by": said_by, "date": "2026-01-01", "work": {**known, **work}}
     return {f"speeds/{key}.json": {"A core": each}}
 
@@ -105,12 +107,12 @@ def test_the_time_of_thousands_of_trials_is_planned_by_few_choices(monkeypatch: 
     monkeypatch.setattr(makespan_module, "admit", counted)
     one, two = Size(1, 1), Size(2, 1)
     works = [Work(one, 1, 0.5), Work(two, 1, 0.5)] * 5000
-    assert makespan(works, [Node(9, 0)], 8) > 0
+    assert compute_makespan(works, [Node(9, 0)], 8) > 0
     assert len(asked) < 100 and max(asked) == 2
 
 
 def test_a_plan_is_work_over_speed(trial: Trial) -> None:
-    price, source = cost(trial, SOURCE[DIGITS]), SOURCE[DIGITS]
+    price, source = count_cost(trial, SOURCE[DIGITS]), SOURCE[DIGITS]
     plan = estimate([trial], SOURCE, speeds(trial), "A core", LAPTOP, cores=2, most=None)
     assert isinstance(plan, Plan)
     assert plan.training_s == pytest.approx(price.training_evaluations / 1000 + 3 * 0.5)  # validated three times
@@ -151,9 +153,9 @@ def test_no_speed_no_number(trial: Trial) -> None:
 
 def test_what_a_sweep_learns_is_what_a_plan_reads(trial: Trial, tmp_path: Path) -> None:
     storage, source = Storage(tmp_path), SOURCE[DIGITS]
-    learn(storage, trial, source, "A core", {training_kind(trial.training): (640, 2.0)}, "trial abc")
+    learn(storage, trial, source, "A core", {name_training_kind(trial.training): (640, 2.0)}, "trial abc")
     blocks = {"nll": (1.0, 3.0), "samples": (1.0, 4.0), "features": (1.0, 0.1), "reference": (3.0, 0.9)}
-    spent = evaluation_spent(blocks, trial, source)
+    spent = split_spent(blocks, trial, source)
     assert spent["nll"] == (pytest.approx(750), 3.0)  # one of the two blocks of 30 images and 50 timesteps
     assert spent["samples"] == (pytest.approx(500), 4.0)
     learn(storage, trial, source, "A core", spent, "trial abc")
@@ -168,7 +170,7 @@ def test_a_calibration_measures_all_that_a_plan_asks_for(
 ) -> None:
     monkeypatch.setattr(calibration, "ENOUGH_S", 0.01)
     name, spent = calibration.measure_speed(trial, str(tmp_path))
-    assert name == hardware() and all(count > 0 and seconds > 0 for count, seconds in spent.values())
+    assert name == name_hardware() and all(count > 0 and seconds > 0 for count, seconds in spent.values())
     storage = Storage(tmp_path)
     learn(storage, trial, SOURCE[DIGITS], name, spent, "a calibration")
     [file] = storage.list("speeds")
@@ -177,8 +179,8 @@ def test_a_calibration_measures_all_that_a_plan_asks_for(
 
 
 def test_spent_adds_up() -> None:
-    assert added({"nll": (1, 2)}, {"nll": (3, 4), "samples": (5, 6)}) == {"nll": (4, 6), "samples": (5, 6)}
-    assert hardware().endswith(CORE)
+    assert add_spent({"nll": (1, 2)}, {"nll": (3, 4), "samples": (5, 6)}) == {"nll": (4, 6), "samples": (5, 6)}
+    assert name_hardware().endswith(CORE)
 
 
 # ---- Prices ----------------------------------------------------------------------------------------------------
@@ -195,25 +197,25 @@ def machines(tmp_path: Path, tiny: Path, workers: int) -> list[NodeType]:
     file = tmp_path / "cluster.yaml"
     file.write_text(CLUSTER)
     variants = expand(load(tiny, [f"training.workers={workers}"]))
-    trials, _ = by_row(variants, {DIGITS: SOURCE[DIGITS].digest})
-    return list(machines_for(trials, SearchConfig(), read_cluster(file)))
+    trials, _ = group_by_row(variants, {DIGITS: SOURCE[DIGITS].digest})
+    return list(list_machines(trials, SearchConfig(), read_cluster(file)))
 
 
 def test_the_price_is_that_of_the_machines_that_the_trials_need(tmp_path: Path, tiny: Path) -> None:
     two_small = machines(tmp_path, tiny, 1)  # two trials, a GPU each
     assert [m.name for m in two_small] == ["head", "small", "small"]
-    assert "USD 2.60" in price_text(two_small, 3600, PRICES)
-    assert "as no spot price is given" in price_text(two_small, 3600, PRICES)
+    assert "USD 2.60" in describe_price(two_small, 3600, PRICES)
+    assert "as no spot price is given" in describe_price(two_small, 3600, PRICES)
     spot = PRICES.model_copy(update={"spot": {"g5.2xlarge": 0.5}})
-    assert "USD 1.20" in price_text(two_small, 3600, spot) and "(spot)" in price_text(two_small, 3600, spot)
+    assert "USD 1.20" in describe_price(two_small, 3600, spot) and "(spot)" in describe_price(two_small, 3600, spot)
     assert [m.name for m in machines(tmp_path, tiny, 8)] == ["head", "big"]
-    assert "USD 44.40" in price_text(machines(tmp_path, tiny, 8), 7200, PRICES)
+    assert "USD 44.40" in describe_price(machines(tmp_path, tiny, 8), 7200, PRICES)
 
 
 def test_no_price_is_made_up(tmp_path: Path, tiny: Path) -> None:
-    assert "not given" in price_text(machines(tmp_path, tiny, 1), 3600, None)
+    assert "not given" in describe_price(machines(tmp_path, tiny, 1), 3600, None)
     lacking = PRICES.model_copy(update={"hourly": {"m7i.xlarge": 0.2}})
-    assert "does not give g5.2xlarge" in price_text(machines(tmp_path, tiny, 1), 3600, lacking)
+    assert "does not give g5.2xlarge" in describe_price(machines(tmp_path, tiny, 1), 3600, lacking)
 
 
 def test_the_price_file_of_the_repository_is_one() -> None:
@@ -232,7 +234,7 @@ def test_a_price_file_that_is_none(tmp_path: Path) -> None:
     ("seconds", "text"), [(42, "42 s"), (280, "4 min 40 s"), (3600 * 3.2, "3.2 h"), (86400 * 2.5, "2.5 days")]
 )
 def test_a_duration_in_words(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 # ---- The command -----------------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ def test_the_dry_run_says_hours_and_price_or_how_to_know_them(tiny: Path, tmp_pa
     unknown = dry_run(tiny, "--storage", runs)
     assert unknown.returncode == 0 and "--calibrate" in unknown.stdout and not runs.exists()
     [(path, file)] = speeds(trial).items()
-    Storage(runs).write_sealed(path, {"NVIDIA A10G": file["A core"], hardware(): file["A core"]})
+    Storage(runs).write_sealed(path, {"NVIDIA A10G": file["A core"], name_hardware(): file["A core"]})
     here, there = dry_run(tiny, "--storage", runs), dry_run(tiny, "--storage", runs, "--cluster", cluster)
     assert "on this machine" in here.stdout and "core-minutes" in here.stdout and "Price" not in here.stdout
     assert "on 2 GPUs of 3 machines" in there.stdout and "USD" in there.stdout and "2026-01-01" in there.stdout
@@ -282,14 +284,14 @@ def test_the_speeds_are_of_the_file(tiny: Path) -> None:
     """A smaller network, other precision or other images are other speeds."""
     trial, source = next(iter(trials_of(tiny).values())), SOURCE[DIGITS]
     assert isinstance(source, Source) and "channels: 8" in TINY
-    key = model_key(trial.model, trial.training, source.shape)
+    key = make_model_key(trial.model, trial.training, source.shape)
     wider = trial.model.model_copy(update={"channels": 16})
     bf16 = trial.training.model_copy(update={"precision": "bf16", "steps": 7})
     others = [
-        model_key(wider, trial.training, source.shape),
-        model_key(trial.model, bf16, source.shape),
-        model_key(trial.model, trial.training, (32, 32, 3)),
+        make_model_key(wider, trial.training, source.shape),
+        make_model_key(trial.model, bf16, source.shape),
+        make_model_key(trial.model, trial.training, (32, 32, 3)),
     ]
     assert len({key, *others}) == 4
     longer = trial.training.model_copy(update={"steps": 7})
-    assert model_key(trial.model, longer, source.shape) == key
+    assert make_model_key(trial.model, longer, source.shape) == key

@@ -28,7 +28,7 @@ from workers.data import locate, proofs, survey
 from workers.data.built_in import GAUSSIAN_SD
 from workers.data.dataset import Dataset, prepare
 from workers.data.decoding import decode
-from workers.data.sources import describe, fingerprint, source_text
+from workers.data.sources import compute_fingerprint, describe, describe_source
 from workers.data.splits import DataError
 
 RANDOM = np.random.default_rng(0)
@@ -138,8 +138,8 @@ def test_gaussian_pixels_are_normal_independent_and_of_the_stated_deviation():
 
 def test_built_in_sources_have_the_addresses_they_always_had():
     """A change of these would orphan every stored evaluation."""
-    assert fingerprint(DataConfig(source="digits")) == "924f3600e25a8720"
-    assert fingerprint(DataConfig(source="gaussian")) == "1d32f19783661f04"
+    assert compute_fingerprint(DataConfig(source="digits")) == "924f3600e25a8720"
+    assert compute_fingerprint(DataConfig(source="gaussian")) == "1d32f19783661f04"
 
 
 def test_other_bytes_than_the_address_says_are_refused(monkeypatch, tmp_path):
@@ -294,7 +294,7 @@ def test_transparent_pixels_are_composited_on_a_stated_colour(tmp_path):
     for name, images in sets.items():
         source = str(write_images(tmp_path / name, images))
         white, black = (prepare(DataConfig(source=source, background=(v,) * 3)) for v in (255, 0))
-        assert white.digest == fingerprint(DataConfig(source=source)) != black.digest
+        assert white.digest == compute_fingerprint(DataConfig(source=source)) != black.digest
         assert (white.train[:, :2] == 255).all() and (black.train[:, :2] == 0).all()
         opaque = {i[3].tobytes() for i in (COLOUR if name == "RGBA" else GREY)}
         assert {i[3].tobytes() for i in (*white.train, *white.held_out)} == opaque
@@ -303,11 +303,11 @@ def test_transparent_pixels_are_composited_on_a_stated_colour(tmp_path):
         assert np.abs(found - np.sort(seen.ravel())).max() <= 1
     assert describe(DataConfig(source=source)).shape == (4, 4, 1)
     assert describe(DataConfig(source=source, background=(255, 0, 0))).shape == (4, 4, 3), "grey on red is in colour"
-    assert "all with an alpha channel, on [255, 255, 255]" in source_text(describe(DataConfig(source=source)))
+    assert "all with an alpha channel, on [255, 255, 255]" in describe_source(describe(DataConfig(source=source)))
 
     without = str(write_images(tmp_path / "opaque", COLOUR))
     other = describe(DataConfig(source=without, background=(0, 0, 0)))
-    assert other.digest == fingerprint(DataConfig(source=without)), "what nothing reads is in no address"
+    assert other.digest == compute_fingerprint(DataConfig(source=without)), "what nothing reads is in no address"
     assert "data.background = [0, 0, 0] is without effect" in other.warnings[0]
 
 
@@ -346,7 +346,7 @@ def test_hidden_and_other_files_are_no_images_and_are_told(tmp_path):
         (folder / name).write_bytes(b"none")
     source = describe(DataConfig(source=str(folder)))
     assert source.train == 27
-    assert source_text(source).endswith("; left out: 2 .gif, 1 .md, 1 .tif, 1 .xyz")
+    assert describe_source(source).endswith("; left out: 2 .gif, 1 .md, 1 .tif, 1 .xyz")
     assert source.warnings == (
         "left out: 2 .gif (a.gif, b.gif); convert them to PNG",
         "left out: 1 .tif (c.tif); convert it to PNG",
@@ -356,7 +356,7 @@ def test_hidden_and_other_files_are_no_images_and_are_told(tmp_path):
 
 def test_the_line_says_what_was_found(tmp_path):
     def line(source: Path | str, **settings) -> str:
-        return source_text(describe(DataConfig(source=str(source), **settings)))
+        return describe_source(describe(DataConfig(source=str(source), **settings)))
 
     assert line("digits") == (
         "digits: built in, 1,497 to train on, 300 held out (of the same images, by a fixed shuffle), 10 classes, "
@@ -455,28 +455,28 @@ WRITERS = {
 @pytest.mark.parametrize("kind", WRITERS)
 def test_the_address_follows_the_content_not_the_path(tmp_path, monkeypatch, kind):
     here, there = WRITERS[kind](tmp_path / "here"), tmp_path / "other" / "there"
-    address = fingerprint(DataConfig(source=str(here)))
+    address = compute_fingerprint(DataConfig(source=str(here)))
     assert len(address) == 16 and int(address, 16) >= 0
     assert describe(DataConfig(source=str(here))).digest == prepare(DataConfig(source=str(here))).digest == address
     assert describe(DataConfig(source=str(here))).format == kind
     there.parent.mkdir()
     here.rename(there)
-    assert fingerprint(DataConfig(source=str(there))) == address
+    assert compute_fingerprint(DataConfig(source=str(there))) == address
     monkeypatch.chdir(there.parent)
-    assert fingerprint(DataConfig(source="there")) == address, "relative to the current directory"
+    assert compute_fingerprint(DataConfig(source="there")) == address, "relative to the current directory"
     monkeypatch.setenv("HOME", str(there.parent))
-    assert fingerprint(DataConfig(source="~/there")) == address
+    assert compute_fingerprint(DataConfig(source="~/there")) == address
 
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_one_changed_byte_changes_the_address(tmp_path, kind):
     folder = WRITERS[kind](tmp_path / "d")
-    addresses = {fingerprint(DataConfig(source=str(folder)))}
+    addresses = {compute_fingerprint(DataConfig(source=str(folder)))}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1  # size and, within a clock tick, time stay as they were
         path.write_bytes(content)
-        addresses.add(fingerprint(DataConfig(source=str(folder))))
+        addresses.add(compute_fingerprint(DataConfig(source=str(folder))))
     assert len(addresses) == 1 + sum(p.is_file() for p in folder.rglob("*"))
 
 
@@ -484,7 +484,7 @@ def test_the_address_follows_what_changes_the_decoded_result(tmp_path):
     whole, split = write_images(tmp_path / "whole", COLOUR), write_cifar(tmp_path / "split")
 
     def address(source, **settings):
-        return fingerprint(DataConfig(source=str(source), **settings))
+        return compute_fingerprint(DataConfig(source=str(source), **settings))
 
     assert len({address(whole), address(whole, resolution=2), address(whole, held_out=0.5)}) == 3
     assert address(whole) == address(whole, held_out=0.101), "3 of 30 either way"
@@ -497,17 +497,17 @@ def test_the_address_follows_what_changes_the_decoded_result(tmp_path):
 def test_hashes_are_remembered_until_a_file_changes(tmp_path, cache, monkeypatch):
     path = write_parquet(tmp_path / "d.parquet", COLOUR)
     config = DataConfig(source=str(path))
-    address = fingerprint(config)
+    address = compute_fingerprint(config)
     assert not list(cache.glob("hashes/*")), "a file this young may change again unseen"
     monkeypatch.setattr(survey, "SETTLED_NS", 0)
-    assert fingerprint(config) == address
+    assert compute_fingerprint(config) == address
     (memo,) = cache.glob("hashes/*.json")
     entries = json.loads(memo.read_text())["content"]
     entries[str(path)][-1] = "remembered"
     memos.remember(memo, entries)
-    assert fingerprint(config) != address, "the memo is used: the file was not read again"
+    assert compute_fingerprint(config) != address, "the memo is used: the file was not read again"
     os.utime(path, ns=(10**18 + 1, 10**18 + 1))
-    assert fingerprint(config) == address, "another time of change: read again"
+    assert compute_fingerprint(config) == address, "another time of change: read again"
 
 
 @pytest.mark.parametrize("how", ["replaced", "written over", "linked elsewhere", "in a folder linked elsewhere"])
@@ -536,8 +536,8 @@ def test_a_file_of_the_same_size_and_time_is_noticed(tmp_path, monkeypatch, kind
     else:
         here = tmp_path / "real"
     config = DataConfig(source=str(here))
-    first = fingerprint(config)
-    assert fingerprint(config) == first
+    first = compute_fingerprint(config)
+    assert compute_fingerprint(config) == first
     if how == "replaced":
         file.replace(there)
     elif how == "written over":
@@ -550,16 +550,16 @@ def test_a_file_of_the_same_size_and_time_is_noticed(tmp_path, monkeypatch, kind
         here.unlink()
         here.symlink_to(other)
     assert (here / file.relative_to(other)).stat().st_mtime_ns == 10**18
-    assert fingerprint(config) != first
+    assert compute_fingerprint(config) != first
 
 
 def test_the_addresses_of_cifar10_and_idx_are_what_they_always_were(tmp_path):
     """Recorded: a change of these would orphan every stored trial and evaluation."""
     images = np.arange(30 * 3072, dtype=np.uint32).astype(np.uint8).reshape(30, 32, 32, 3)
-    assert fingerprint(DataConfig(source=str(write_cifar(tmp_path / "c", images)))) == "3dbb916c205ce09a"
+    assert compute_fingerprint(DataConfig(source=str(write_cifar(tmp_path / "c", images)))) == "3dbb916c205ce09a"
     idx = write_idx(tmp_path / "i", images[:, :4, :4, :1], zipped=False)
-    assert fingerprint(DataConfig(source=str(idx))) == "0193c01da3efc38c"
-    assert fingerprint(DataConfig(source=str(idx), resolution=2)) == "9afe0c5fd06a00f1"
+    assert compute_fingerprint(DataConfig(source=str(idx))) == "0193c01da3efc38c"
+    assert compute_fingerprint(DataConfig(source=str(idx), resolution=2)) == "9afe0c5fd06a00f1"
 
 
 def test_the_dry_run_imports_neither_torch_nor_ray_nor_sklearn():
@@ -634,7 +634,7 @@ def test_a_damaged_memo_is_made_again(tmp_path, cache, caplog, monkeypatch, what
 def test_a_prepared_set_under_the_name_of_another_is_not_believed(tmp_path, cache, caplog):
     ours, other = DataConfig(source=str(write_cifar(tmp_path / "d"))), DataConfig(source="gaussian")
     folder = cache / "data" / prepare(ours).digest
-    shutil.copytree(folder, cache / "data" / fingerprint(other))
+    shutil.copytree(folder, cache / "data" / compute_fingerprint(other))
     assert prepare(other).shape == (8, 8, 1) and "is that of another data set" in caplog.text
 
 
@@ -644,14 +644,14 @@ def test_a_big_set_is_read_through_once_on_a_machine(tmp_path, cache, monkeypatc
     folder = cache / "data" / prepare(config).digest
     proofs._proven.clear()  # as in another process
     read: list[Path] = []
-    monkeypatch.setattr(proofs, "sha256_of", lambda path: read.append(path) or memos.sha256_of(path))
+    monkeypatch.setattr(proofs, "hash_file", lambda path: read.append(path) or memos.hash_file(path))
     prepare(config)
     assert not [path for path in read if path.suffix == ".npy"]
     stored = np.load(folder / "images.npy", mmap_mode="r+")
     stored[0, 0, 0, 0] ^= 1
     stored.flush()
     check(prepare(config), CIFAR)
-    monkeypatch.setattr(proofs, "_boot", lambda: "another")
+    monkeypatch.setattr(proofs, "_read_boot_id", lambda: "another")
     proofs._proven.clear()
     read.clear()
     prepare(config)

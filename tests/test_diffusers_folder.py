@@ -20,7 +20,7 @@ from workers.diffusion.samplers import ancestral
 from workers.network.checkpoint import Description, describe, export, load, open_folder
 from workers.network.diffusers_config import BETAS, OTHER_SCHEDULERS, PREDICTION_TYPES, SCHEDULERS, read_scheduler
 from workers.network.manifest import CheckpointError
-from workers.noise import generator
+from workers.noise import make_generator
 from workers.storage import Storage
 
 diffusers = pytest.importorskip("diffusers")
@@ -96,19 +96,19 @@ def test_a_step_is_that_of_diffusers(unet, folder, scheduler):
     torch.testing.assert_close(process.beta, theirs.betas.double(), rtol=1e-5, atol=0)
     # In diffusers 1 - alpha_bar_t is a difference in float32, which at small t has few digits left.
     theirs.alphas_cumprod = (1 - theirs.betas.double()).cumprod(0)
-    x_t = torch.randn((3, 1, 8, 8), generator=generator("x_t"))
+    x_t = torch.randn((3, 1, 8, 8), generator=make_generator("x_t"))
     for t in (1, 2, T // 2, T - 1, T):
         time = torch.full((3,), t)
         with torch.no_grad():
             output, said = unet(x_t, t - 1).sample, network(x_t, time)
         if saved.config.prediction_type == "epsilon":
             torch.testing.assert_close(said.eps, output, rtol=0, atol=1e-5)
-        step = theirs.step(output, t - 1, x_t, generator=generator("z"))
+        step = theirs.step(output, t - 1, x_t, generator=make_generator("z"))
         said = replace(said, x_0=said.x_0.clamp(-1, 1))
         # x_0_hat is a difference over sqrt(alpha_bar_t): late in the chain eps in float32 allows no more.
         atol = max(1e-5, 1e-6 / float(process.alpha_bar[t - 1].sqrt()))
         torch.testing.assert_close(said.x_0, step.pred_original_sample, rtol=0, atol=atol)
-        found = ancestral(process, SamplerConfig(), x_t, said, time, generator("z"))
+        found = ancestral(process, SamplerConfig(), x_t, said, time, make_generator("z"))
         torch.testing.assert_close(found, step.prev_sample, rtol=0, atol=1e-5)
 
 
@@ -156,7 +156,7 @@ def test_the_same_files_are_the_same_checkpoint_in_any_layout(folder, layout, un
     moved = open_folder(folder)
     assert moved.digest == nested.digest and moved.step is None and hash(moved) != hash(nested)
     network, _ = load(moved)
-    x = torch.randn((2, 1, 8, 8), generator=generator("x"))
+    x = torch.randn((2, 1, 8, 8), generator=make_generator("x"))
     with torch.no_grad():
         torch.testing.assert_close(network(x, torch.tensor([4, 4])).eps, unet(x, 3).sample, rtol=0, atol=1e-5)
 
@@ -188,7 +188,7 @@ def test_a_repository_of_2022_opens(folder, unet):
     network, process = load(checkpoint)
     theirs = diffusers.DDPMPipeline.from_pretrained(folder)
     torch.testing.assert_close(process.beta, theirs.scheduler.betas.double(), rtol=1e-5, atol=0)
-    x = torch.randn((2, 1, 8, 8), generator=generator("x"))
+    x = torch.randn((2, 1, 8, 8), generator=make_generator("x"))
     with torch.no_grad():
         torch.testing.assert_close(network(x, torch.tensor([4, 4])).eps, theirs.unet(x, 3).sample, rtol=0, atol=1e-5)
 
@@ -398,7 +398,7 @@ def halved(unet: Any) -> Any:
 
 
 def output(folder: Path) -> torch.Tensor:
-    x, t = torch.randn(2, 1, 8, 8, generator=generator("x")), torch.tensor([1, T])
+    x, t = torch.randn(2, 1, 8, 8, generator=make_generator("x")), torch.tensor([1, T])
     network, _ = load(open_folder(folder))
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     with torch.no_grad():

@@ -19,7 +19,7 @@ from workers.diffusion.process import VARIANCES, Model, Prediction, Process
 from workers.diffusion.samplers import ancestral, ddim, sample
 from workers.diffusion.schedules import alpha_bars, betas, log_snrs, prior_bpd
 from workers.kinds import SAMPLERS, SCHEDULES, WEIGHTINGS
-from workers.noise import generator
+from workers.noise import make_generator
 
 F64 = torch.float64
 ANCESTRAL, DDIM = SamplerConfig(kind="ancestral"), SamplerConfig(kind="ddim")
@@ -35,7 +35,7 @@ def process(T: int, variance: Any = "fixed_small", kind: Any = "linear", scale: 
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=generator("test_diffusion", seed), dtype=F64)
+    return torch.randn(shape, generator=make_generator("test_diffusion", seed), dtype=F64)
 
 
 def every_t(p: Process) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -317,7 +317,7 @@ def test_standard_normal_data_stay_standard_normal_under_fixed_large():
 
     n = 200_000
     x = (
-        sample(p, denoiser_of_gaussian(p, 1.0), ANCESTRAL, (n, 1, 1, 1), generator("normal"), clip=False)
+        sample(p, denoiser_of_gaussian(p, 1.0), ANCESTRAL, (n, 1, 1, 1), make_generator("normal"), clip=False)
         .flatten()
         .numpy()
     )
@@ -350,7 +350,7 @@ def test_one_point_data_land_on_the_point(variance, steps, sampler):
         alpha_bar = p.alpha_bar[t - 1].reshape(-1, 1, 1, 1)
         return (x - alpha_bar.sqrt() * point) / (1 - alpha_bar).sqrt()
 
-    x = sample(p, from_eps(p, eps_theta), SamplerConfig(steps=steps, **sampler), (5, 1, 2, 2), generator("point"))
+    x = sample(p, from_eps(p, eps_theta), SamplerConfig(steps=steps, **sampler), (5, 1, 2, 2), make_generator("point"))
     torch.testing.assert_close(x, torch.full_like(x, point), rtol=0, atol=1e-3)
 
 
@@ -359,7 +359,9 @@ def test_the_noise_of_a_step_has_sigma_for_its_standard_deviation(kind):
     """Not sigma^2: the trap of the notes. From x_t = x_0_hat = 0 all that is left is sigma z."""
     p, n = process(40, "fixed_small"), 20_000
     zero, t = torch.zeros(n, 1, 1, 1, dtype=F64), torch.full((n,), 25)
-    x = SAMPLERS[kind].load()(p, SamplerConfig(kind=kind, eta=1.0), zero, said(p, zero, zero, t), t, generator(kind))
+    x = SAMPLERS[kind].load()(
+        p, SamplerConfig(kind=kind, eta=1.0), zero, said(p, zero, zero, t), t, make_generator(kind)
+    )
     assert float(x.std()) == pytest.approx(float(p.beta_tilde[24]) ** 0.5, rel=4 / (2 * n) ** 0.5)
 
 
@@ -368,7 +370,7 @@ def test_the_last_step_shows_the_mean_without_noise():
     t, x_0, x_t, _ = every_t(p)
     for kind in ("ancestral", "ddim"):
         of = said(p, x_0[:1], x_t[:1], t[:1])
-        x = SAMPLERS[kind].load()(p, SamplerConfig(kind=kind, eta=1.0), x_t[:1], of, t[:1], generator("last"))
+        x = SAMPLERS[kind].load()(p, SamplerConfig(kind=kind, eta=1.0), x_t[:1], of, t[:1], make_generator("last"))
         torch.testing.assert_close(x, x_0[:1], msg=kind)
 
 
@@ -381,10 +383,10 @@ def test_ddim_with_eta_1_is_ancestral_with_fixed_small(kind):
     for k in range(p.T):
         one = slice(k, k + 1)
         of = said(p, x_0[one], x_t[one], t[one])
-        a = ancestral(p, ANCESTRAL, x_t[one], of, t[one], generator("z", k))
-        torch.testing.assert_close(ddim(p, eta_1, x_t[one], of, t[one], generator("z", k)), a)
+        a = ancestral(p, ANCESTRAL, x_t[one], of, t[one], make_generator("z", k))
+        torch.testing.assert_close(ddim(p, eta_1, x_t[one], of, t[one], make_generator("z", k)), a)
     chains = [
-        sample(p, from_eps(p, lambda x, t: x.sin()), SamplerConfig(steps=9, **c), (3, 1, 2, 2), generator("chain"))
+        sample(p, from_eps(p, lambda x, t: x.sin()), SamplerConfig(steps=9, **c), (3, 1, 2, 2), make_generator("chain"))
         for c in ({"kind": "ancestral"}, {"kind": "ddim", "eta": 1.0})
     ]
     torch.testing.assert_close(*chains, rtol=0, atol=1e-5)
@@ -401,9 +403,9 @@ def test_ddim_with_eta_0_scales_gaussian_data_by_its_closed_form(steps):
     alpha_bar = torch.cat([torch.ones(1, dtype=F64), p.alpha_bar[times - 1]])
     now, before = alpha_bar[1:], alpha_bar[:-1]
     factor = (((before * now).sqrt() * s**2 + ((1 - before) * (1 - now)).sqrt()) / v[times - 1]).prod()
-    x_T = torch.randn((50, 1, 1, 1), generator=generator("ddim"))
+    x_T = torch.randn((50, 1, 1, 1), generator=make_generator("ddim"))
     config = SamplerConfig(kind="ddim", steps=steps)
-    x = sample(p, denoiser_of_gaussian(p, s), config, (50, 1, 1, 1), generator("ddim"), clip=False)
+    x = sample(p, denoiser_of_gaussian(p, s), config, (50, 1, 1, 1), make_generator("ddim"), clip=False)
     torch.testing.assert_close(x, float(factor) * x_T, rtol=1e-4, atol=1e-5)
 
 
@@ -412,8 +414,8 @@ def test_ddim_with_eta_0_nears_the_flow_that_keeps_quantiles():
     s, errors = 0.5, []
     for T in (100, 1000):
         p = process(T)
-        x = sample(p, denoiser_of_gaussian(p, s), DDIM, (50, 1, 1, 1), generator("flow"), clip=False)
-        x_T = torch.randn((50, 1, 1, 1), generator=generator("flow"))
+        x = sample(p, denoiser_of_gaussian(p, s), DDIM, (50, 1, 1, 1), make_generator("flow"), clip=False)
+        x_T = torch.randn((50, 1, 1, 1), generator=make_generator("flow"))
         errors.append(float((x - s * x_T).norm() / x.norm()))
     assert errors[1] < 0.005 and errors[1] < errors[0] / 5
 
@@ -421,7 +423,8 @@ def test_ddim_with_eta_0_nears_the_flow_that_keeps_quantiles():
 def test_sampling_is_a_function_of_its_generator():
     p = process(30)
     draws = [
-        sample(p, from_eps(p, lambda x, t: x.sin()), ANCESTRAL, (2, 1, 3, 3), generator("again", k)) for k in (0, 0, 1)
+        sample(p, from_eps(p, lambda x, t: x.sin()), ANCESTRAL, (2, 1, 3, 3), make_generator("again", k))
+        for k in (0, 0, 1)
     ]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     assert draws[0].dtype == torch.float32
@@ -456,7 +459,7 @@ def test_the_network_sees_the_times_it_was_trained_with(steps):
         seen.append(t)
         return x
 
-    sample(p, from_eps(p, eps_theta), SamplerConfig(steps=steps), (3, 1, 1, 1), generator("seen"))
+    sample(p, from_eps(p, eps_theta), SamplerConfig(steps=steps), (3, 1, 1, 1), make_generator("seen"))
     kept = p.strided(steps).times.flip(0)
     assert torch.equal(torch.stack(seen), kept[:, None].expand(-1, 3))
 
@@ -492,8 +495,8 @@ def test_ancestral_steps_are_those_of_diffusers(schedulers, variance, clip, step
     for step in (q.T, q.T // 2, 2, 1):
         t, time = torch.full((4,), step), int(q.times[step - 1]) - 1
         of = Prediction(q.predict_x_0(x_t, t, eps, clip), eps)
-        ours = ancestral(q, ANCESTRAL, x_t, of, t, generator("z"))
-        theirs = scheduler.step(eps, time, x_t, generator=generator("z")).prev_sample
+        ours = ancestral(q, ANCESTRAL, x_t, of, t, make_generator("z"))
+        theirs = scheduler.step(eps, time, x_t, generator=make_generator("z")).prev_sample
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
 
 
@@ -513,8 +516,8 @@ def test_ddim_steps_are_those_of_diffusers(schedulers, eta, clip, steps):
     for step in (q.T, q.T // 2, 2, 1):
         t, time = torch.full((4,), step), int(q.times[step - 1]) - 1
         of = Prediction(q.predict_x_0(x_t, t, eps, clip), eps)
-        ours = ddim(q, SamplerConfig(kind="ddim", eta=eta), x_t, of, t, generator("z"))
-        theirs = scheduler.step(eps, time, x_t, eta=eta, use_clipped_model_output=True, generator=generator("z"))
+        ours = ddim(q, SamplerConfig(kind="ddim", eta=eta), x_t, of, t, make_generator("z"))
+        theirs = scheduler.step(eps, time, x_t, eta=eta, use_clipped_model_output=True, generator=make_generator("z"))
         torch.testing.assert_close(ours, theirs.prev_sample, rtol=2e-4, atol=2e-4)
 
 

@@ -30,9 +30,15 @@ from small_evaluation import (
 from workers.config import ODENLLConfig
 from workers.diffusion.ledger import Ledger
 from workers.evaluation import make as evaluation
-from workers.evaluation.blocks import Block, feature_blocks, nll_blocks, reference_blocks, sample_blocks
-from workers.evaluation.make import KINDS, Bench, DamagedBlock, make, read_block, unusable
-from workers.noise import generator
+from workers.evaluation.blocks import (
+    Block,
+    list_feature_blocks,
+    list_nll_blocks,
+    list_reference_blocks,
+    list_sample_blocks,
+)
+from workers.evaluation.make import KINDS, Bench, DamagedBlock, find_unusable, make, read_block
+from workers.noise import make_generator
 from workers.seals import seal_parquet
 from workers.storage import Storage
 
@@ -60,7 +66,8 @@ def features(storage: Storage, block: Block) -> np.ndarray:
 
 def test_the_blocks_hold_each_pair_of_image_and_timestep_once(whole):
     parts = [
-        Ledger.of_table(read_block(whole.storage, b)) for b in nll_blocks(whole.m, whole.checkpoint.digest, IMAGES)
+        Ledger.from_table(read_block(whole.storage, b))
+        for b in list_nll_blocks(whole.m, whole.checkpoint.digest, IMAGES)
     ]
     ledger = Ledger.join(parts)
     assert list(zip(ledger.image, ledger.t, strict=True)) == [(i, t) for i in range(HELD_OUT) for t in range(1, T + 1)]
@@ -74,9 +81,9 @@ def test_no_two_blocks_draw_from_one_address(tmp_path, monkeypatch):
 
     def recorded(*where: int | str, device: torch.device) -> torch.Generator:
         drawn.append(where)
-        return generator(*where, device=device)
+        return make_generator(*where, device=device)
 
-    monkeypatch.setattr(evaluation, "generator", partial(recorded, device=CPU))
+    monkeypatch.setattr(evaluation, "make_generator", partial(recorded, device=CPU))
     for seed, timesteps in ((0, "all"), (1, "all"), (2, 5)):
         b = bench(tmp_path, measurement(seed=seed, timesteps=timesteps))
         make_all(b, blocks_of(b))
@@ -86,9 +93,9 @@ def test_no_two_blocks_draw_from_one_address(tmp_path, monkeypatch):
 @pytest.mark.parametrize("proposal", ["uniform", "log_uniform"])
 def test_sampled_timesteps_are_the_first_and_one_a_stratum(tmp_path, proposal):
     b = bench(tmp_path, measurement(timesteps=5, proposal=proposal))
-    wanted = nll_blocks(b.m, b.checkpoint.digest, IMAGES)
+    wanted = list_nll_blocks(b.m, b.checkpoint.digest, IMAGES)
     make_all(b, wanted)
-    ledger = Ledger.join([Ledger.of_table(read_block(b.storage, block)) for block in wanted])
+    ledger = Ledger.join([Ledger.from_table(read_block(b.storage, block)) for block in wanted])
     assert (np.bincount(ledger.image) == 5).all() and ledger.images == HELD_OUT
     assert len(set(ledger.t)) > 8 and ledger.t.max() <= T
     assert np.unique(ledger.weight[ledger.t > 1]).size == 1 if proposal == "uniform" else ledger.weight.max() > 10
@@ -97,14 +104,14 @@ def test_sampled_timesteps_are_the_first_and_one_a_stratum(tmp_path, proposal):
 @pytest.mark.parametrize("quantise", ["round", "truncate"])
 def test_samples_are_quantised_before_their_features_are_taken(tmp_path, quantise):
     b = bench(tmp_path, measurement(quantise=quantise))
-    wanted = feature_blocks(b.m, b.checkpoint.digest, IMAGES)
+    wanted = list_feature_blocks(b.m, b.checkpoint.digest, IMAGES)
     make_all(b, wanted)
     samples, images = [], []
     for block in wanted:
         rows = read_block(b.storage, block.needs[0]).to_pydict()
         pixels = np.stack([np.frombuffer(row, np.uint8) for row in rows["image"]]).reshape(-1, SIDE, SIDE, 1)
         assert pixels.max() < LEVELS and len(pixels) == 10
-        np.testing.assert_array_equal(features(b.storage, block), SPACE.features(pixels))
+        np.testing.assert_array_equal(features(b.storage, block), SPACE.compute_features(pixels))
         samples.extend(rows["sample"])
         images.extend(rows["image"])
     assert samples == list(range(20)) and len(set(images)) == 20
@@ -115,7 +122,7 @@ def test_both_quantisations_are_of_the_same_samples(tmp_path):
     pixels = []
     for quantise in ("round", "truncate"):
         b = bench(tmp_path, measurement(quantise=quantise))
-        block = sample_blocks(b.m, b.checkpoint.digest, IMAGES)[0]
+        block = list_sample_blocks(b.m, b.checkpoint.digest, IMAGES)[0]
         make(b, block)
         pixels.append(np.frombuffer(b"".join(read_block(b.storage, block)["image"].to_pylist()), np.uint8).astype(int))
     less = pixels[0] - pixels[1]
@@ -125,10 +132,10 @@ def test_both_quantisations_are_of_the_same_samples(tmp_path):
 @pytest.mark.parametrize("reference", ["train", "held_out"])
 def test_the_reference_is_the_split_in_its_order(tmp_path, reference):
     b = bench(tmp_path, measurement(reference=reference))
-    wanted = reference_blocks(b.m, IMAGES)
+    wanted = list_reference_blocks(b.m, IMAGES)
     make_all(b, wanted)
     found = np.concatenate([features(b.storage, block) for block in wanted])
-    np.testing.assert_allclose(found, SPACE.features(getattr(DATASET, reference)), rtol=1e-12)
+    np.testing.assert_allclose(found, SPACE.compute_features(getattr(DATASET, reference)), rtol=1e-12)
 
 
 # ---- Making them -----------------------------------------------------------------------------------------------
@@ -171,7 +178,7 @@ def test_a_missing_block_is_an_error(whole):
 
 def test_features_whose_samples_are_gone_make_them_and_say_so(tmp_path):
     b = bench(tmp_path, measurement())
-    features = feature_blocks(b.m, b.checkpoint.digest, IMAGES)[0]
+    features = list_feature_blocks(b.m, b.checkpoint.digest, IMAGES)[0]
     [(samples, why)] = make(b, features).items()
     assert samples in features.needs and "is not there" in why and b.storage.exists(features.path)
 
@@ -180,7 +187,7 @@ def test_a_bench_takes_only_what_its_blocks_need(tmp_path):
     """Real images' features take no model: a checkpoint whose files are gone is no hindrance."""
     b = bench(tmp_path, measurement())
     b.storage.delete(b.checkpoint.path)
-    make_all(Bench(b.storage, b.m, DATASET, b.checkpoint, CPU), reference_blocks(b.m, IMAGES))
+    make_all(Bench(b.storage, b.m, DATASET, b.checkpoint, CPU), list_reference_blocks(b.m, IMAGES))
 
 
 # ---- Damage ----------------------------------------------------------------------------------------------------
@@ -227,7 +234,7 @@ def test_a_seal_is_32_bytes_and_leaves_the_file_s_ends_as_they_are(whole):
 def test_what_is_damaged_or_missing_is_listed_and_can_be_made_again(whole):
     wanted = blocks_of(whole)
     before, summary = contents(whole.storage, wanted), summary_of(whole)
-    assert unusable(whole.storage, wanted, whole.space) == {}
+    assert find_unusable(whole.storage, wanted, whole.space) == {}
     missing, *damaged = wanted[2], wanted[5], wanted[10], wanted[-1]
     for block in damaged:
         content = before[block.path]
@@ -235,7 +242,7 @@ def test_what_is_damaged_or_missing_is_listed_and_can_be_made_again(whole):
     with pytest.raises(DamagedBlock):
         summary_of(whole)
     whole.storage.delete(missing.path)
-    found = unusable(whole.storage, wanted, whole.space)
+    found = find_unusable(whole.storage, wanted, whole.space)
     assert list(found) == [missing, *damaged] and all(block.path in why for block, why in found.items())
     assert [("is not there" in why, "is damaged" in why) for why in found.values()] == [
         (True, False),
@@ -252,7 +259,7 @@ def test_features_of_another_space_are_no_use_and_are_removed(whole):
 
     other = replace(whole.space, bias=whole.space.bias + 1)
     assert other.digest != whole.space.digest
-    assert featurised and list(unusable(whole.storage, wanted, other)) == featurised
+    assert featurised and list(find_unusable(whole.storage, wanted, other)) == featurised
 
 
 def test_damaged_samples_are_made_again_where_their_features_are_asked_for(whole):

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from conftest import sent
 
-from orchestrator.experiment.expand import by_row, expand
-from orchestrator.experiment.load import load, mistakes, parse, resolved, to_yaml
+from orchestrator.experiment.expand import expand, group_by_row
+from orchestrator.experiment.load import find_mistakes, load, parse, resolve, to_yaml
 from orchestrator.experiment.records import Experiment, ExperimentError, Variant
-from orchestrator.experiment.settings import merge, paths, put, read_yaml
-from workers.config import Measurement, ModelConfig, Trial, sub_batches
-from workers.identity import trial_id
-from workers.layout import RowId, trial_of_row
+from orchestrator.experiment.settings import list_paths, merge, put, read_yaml
+from workers.config import Measurement, ModelConfig, Trial, count_sub_batches
+from workers.identity import compute_trial_id
+from workers.layout import RowId, get_trial_of_row
 
 SAMPLE = """
 name: beta_schedule
@@ -151,9 +151,9 @@ def test_the_resolved_experiment_goes_round(tmp_path: Path) -> None:
         "diffusion.T": {"int_uniform": [50, 100]},
     }
     e = experiment(name="1e4", search=search(space, algorithm="random", samples=2), evaluation={"fid": None})
-    assert parse(resolved(e)) == e
+    assert parse(resolve(e)) == e
     assert load_text(tmp_path, to_yaml(e)) == e
-    assert next(iter(resolved(e))) == "name"
+    assert next(iter(resolve(e))) == "name"
 
 
 def test_the_schema_for_editors() -> None:
@@ -222,14 +222,14 @@ SMOKE = """smoke:
 def test_smoke_makes_a_file_small_and_is_nothing_without_the_flag(tmp_path: Path) -> None:
     plain, file = load_text(tmp_path, SAMPLE), tmp_path / "small.yaml"
     file.write_text(SAMPLE + SMOKE)
-    assert load(file) == plain and "smoke" not in resolved(plain)
+    assert load(file) == plain and "smoke" not in resolve(plain)
     small = load(file, smoke=True)
     assert small.name == f"{plain.name}-smoke" and small.training.steps == 3
     assert small.model == ModelConfig(channels=8)  # a section is replaced whole, as on the command line
     assert [v.params for v in expand(small)] == [{"diffusion.T": 7}]
     assert load(file, ["training.steps=5", "name=other"], smoke=True).training.steps == 5
     assert load(file, ["name=other"], smoke=True).name == "other-smoke"
-    assert parse(resolved(small)) == small
+    assert parse(resolve(small)) == small
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_a_mistake_in_smoke_is_one_of_the_file_whether_it_is_used_or_not(
 ) -> None:
     (problem,) = file_problems(tmp_path, f"{SAMPLE}smoke: {smoke}\n")
     assert problem.startswith(message)
-    (problem,) = mistakes(read_yaml(f"{SAMPLE}smoke: {smoke}\n")[0])
+    (problem,) = find_mistakes(read_yaml(f"{SAMPLE}smoke: {smoke}\n")[0])
     assert problem.startswith(message)
 
 
@@ -396,10 +396,10 @@ def test_names_stay_inside_the_storage_root(name: str) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 6, 8, 100, 128, 129])
 def test_workers_share_whole_sub_batches(batch_size: int) -> None:
-    assert sub_batches(batch_size) == math.gcd(batch_size, 8)
+    assert count_sub_batches(batch_size) == math.gcd(batch_size, 8)
     for workers in range(1, 10):
         training = {"batch_size": batch_size, "workers": workers}
-        if sub_batches(batch_size) % workers == 0:
+        if count_sub_batches(batch_size) % workers == 0:
             assert batch_size % experiment(training=training).training.workers == 0
         else:
             assert "training.workers" in problems(training=training)[0]
@@ -618,7 +618,7 @@ def test_the_draws_are_those_of_every_machine_and_time() -> None:
 
 
 def digests(variants: tuple[Variant, ...], data: str = "d") -> tuple[dict[RowId, Variant], list[str]]:
-    return by_row(variants, {v.trial.data: data for v in variants})
+    return group_by_row(variants, {v.trial.data: data for v in variants})
 
 
 def test_the_address_counts_only_what_changes_the_weights() -> None:
@@ -697,7 +697,7 @@ def test_importing_it_stays_quick(module: str) -> None:
 
 def test_every_setting_of_a_trial_can_be_searched_or_says_why_not() -> None:
     given: dict[str, Any] = {"evaluation": {"ode_nll": {}}}
-    for path in paths(Trial):
+    for path in list_paths(Trial):
         value = experiment(**given).trial
         for name in path.split("."):
             value = getattr(value, name)
@@ -721,11 +721,11 @@ def test_measurements_of_one_trial_are_rows_that_share_its_address() -> None:
     }
     found, warnings = digests(expand(experiment(search=search(space))))
     assert len(found) == 8 and not warnings
-    assert len({trial_of_row(row) for row in found}) == 2
+    assert len({get_trial_of_row(row) for row in found}) == 2
     for row, variant in found.items():
-        assert trial_of_row(row) == trial_id(variant.trial, "d") and row != trial_of_row(row)
+        assert get_trial_of_row(row) == compute_trial_id(variant.trial, "d") and row != get_trial_of_row(row)
     alone, _ = digests(expand(experiment(search=search({"diffusion.T": {"grid": [50, 60]}}))))
-    assert set(alone) == {trial_of_row(row) for row in found}
+    assert set(alone) == {get_trial_of_row(row) for row in found}
 
 
 def test_a_row_keeps_its_address_when_others_come_beside_it() -> None:
@@ -757,8 +757,8 @@ def test_an_average_that_is_not_kept_is_refused() -> None:
 
 
 def test_averages_count_where_there_are_any() -> None:
-    plain, kept = (trial_id(experiment(training={"averages": a}).trial, "d") for a in ([], [0.5]))
-    assert plain == trial_id(experiment().trial, "d") != kept
+    plain, kept = (compute_trial_id(experiment(training={"averages": a}).trial, "d") for a in ([], [0.5]))
+    assert plain == compute_trial_id(experiment().trial, "d") != kept
 
 
 # By id: where one changes, the serializer or a default has, and TRAINING_VERSION is to be raised.
@@ -779,12 +779,12 @@ RECORDED: dict[str, dict[str, Any]] = {
 def test_ids_stay_what_they_are(recorded: str) -> None:
     """Settings that came later, or that nothing reads, leave the ids of trials that do not set them."""
     settings = {"data": {"source": "digits"}, "training": {"steps": 1}}
-    assert trial_id(Trial.model_validate({**settings, **RECORDED[recorded]}), "d" * 16) == recorded
+    assert compute_trial_id(Trial.model_validate({**settings, **RECORDED[recorded]}), "d" * 16) == recorded
 
 
 def address_of(**sections: Any) -> str:
     settings = {"data": {"source": "digits"}, "training": {"steps": 1}}
-    return trial_id(Trial.model_validate(merge(settings, sections)), "d" * 16)
+    return compute_trial_id(Trial.model_validate(merge(settings, sections)), "d" * 16)
 
 
 @pytest.mark.parametrize(
@@ -886,7 +886,7 @@ def test_a_search_leaves_out_what_it_is_told_to():
         ("kl", "fixed_large"),
         ("mse", "fixed_large"),
     ]
-    assert parse(resolved(e)) == e
+    assert parse(resolve(e)) == e
     for wrong, text in (
         ([{"loss.objectve": "mse"}], "search.without[0].loss.objectve: not a path of search.space"),
         ([{}], "search.without[0]: {} would leave out every variant"),

@@ -9,8 +9,8 @@ import torch
 from workers.config import DataConfig
 from workers.data.dataset import Dataset, prepare
 from workers.evaluation import features
-from workers.evaluation.features import Classifier, feature_space, train_classifier
-from workers.evaluation.frechet import Moments, frechet_distance
+from workers.evaluation.features import Classifier, load_feature_space, train_classifier
+from workers.evaluation.frechet import Moments, compute_distance
 from workers.storage import Storage
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def test_the_classifier_knows_held_out_digits(digits, space):
 def test_the_distance_tells_digits_from_noise(digits, space):
     noise = np.random.RandomState(0).randint(0, 17, digits.held_out.shape).astype(np.uint8)
     train, held_out, other = (Moments.of(space.features(i)) for i in (digits.train, digits.held_out, noise))
-    assert 0 < frechet_distance(held_out, train) < frechet_distance(other, train) / 10
+    assert 0 < compute_distance(held_out, train) < compute_distance(other, train) / 10
 
 
 def test_features_do_not_depend_on_how_many_images_a_call_has(digits, space):
@@ -47,10 +47,10 @@ def test_features_do_not_depend_on_how_many_images_a_call_has(digits, space):
 def test_the_space_is_made_once_and_read_back_equal(digits, tmp_path, monkeypatch):
     """Training it again gives the same network; a second call reads the file and trains nothing."""
     few = replace(digits, train=digits.train[:200], train_labels=digits.train_labels[:200])
-    made = feature_space(Storage(tmp_path), few, "classifier", CPU)
+    made = load_feature_space(Storage(tmp_path), few, "classifier", CPU)
     again = train_classifier(few)
     monkeypatch.setattr(features, "train_classifier", None)
-    read = feature_space(Storage(tmp_path), few, "classifier", CPU)
+    read = load_feature_space(Storage(tmp_path), few, "classifier", CPU)
     assert isinstance(made, Classifier) and isinstance(read, Classifier)
     for other in (again, read):
         assert (other.weights == made.weights).all() and (other.bias == made.bias).all()

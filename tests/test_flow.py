@@ -10,10 +10,10 @@ from scipy.integrate import quad
 from scipy.stats import norm as normal
 
 from workers.config import DiffusionConfig, ScheduleConfig
-from workers.diffusion.flow import BOGACKI_SHAMPINE, DORMAND_PRINCE, integrate, log_density, solve
+from workers.diffusion.flow import BOGACKI_SHAMPINE, DORMAND_PRINCE, integrate, integrate_log_density, solve
 from workers.diffusion.predictions import from_eps
 from workers.diffusion.process import Process
-from workers.noise import generator
+from workers.noise import make_generator
 
 F64 = torch.float64
 S = 0.2
@@ -42,7 +42,7 @@ def correlated(p: Process, A: torch.Tensor):
 
 
 def probes(K: int, x: torch.Tensor, *where: int | str) -> torch.Tensor:
-    return 2 * torch.randint(0, 2, (K, *x.shape), generator=generator(*where)) - 1
+    return 2 * torch.randint(0, 2, (K, *x.shape), generator=make_generator(*where)) - 1
 
 
 # ---- The solver ------------------------------------------------------------------------------------------------
@@ -107,16 +107,16 @@ def exact_log_p(p: Process, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
 
 
 def mixing(D: int) -> torch.Tensor:
-    return 0.2 * torch.eye(D, dtype=F64) + 0.1 * torch.randn((D, D), generator=generator("A"), dtype=F64)
+    return 0.2 * torch.eye(D, dtype=F64) + 0.1 * torch.randn((D, D), generator=make_generator("A"), dtype=F64)
 
 
 @pytest.mark.parametrize("T", [50, 1000])
 def test_the_density_of_independent_pixels_is_exact(T):
     """The Jacobian is a multiple of I, of which a single probe of +-1 has the trace exactly."""
     p, A = process(T), S * torch.eye(16, dtype=F64)
-    x = S * torch.randn((6, 1, 4, 4), generator=generator("x"), dtype=F64)
+    x = S * torch.randn((6, 1, 4, 4), generator=make_generator("x"), dtype=F64)
     for tolerance in (1e-4, 1e-6):
-        found = log_density(p, correlated(p, A), x, probes(1, x, "v"), tolerance)
+        found = integrate_log_density(p, correlated(p, A), x, probes(1, x, "v"), tolerance)
         assert (found.log_p - exact_log_p(p, x, A)).abs().max() < 16 * 10 * tolerance
     assert (found.evaluations > 50).all()
 
@@ -124,26 +124,28 @@ def test_the_density_of_independent_pixels_is_exact(T):
 def test_the_density_of_correlated_pixels_is_exact_with_all_probes():
     """With all 2^4 probes of D = 4 Hutchinson's estimate is the trace itself."""
     p, A = process(), mixing(4)
-    x = torch.randn((5, 4), generator=generator("x"), dtype=F64).reshape(5, 1, 2, 2) * 0.2
+    x = torch.randn((5, 4), generator=make_generator("x"), dtype=F64).reshape(5, 1, 2, 2) * 0.2
     signs = torch.cartesian_prod(*[torch.tensor([-1, 1])] * 4)[:, None].expand(16, 5, 4).reshape(16, 5, 1, 2, 2)
-    found = log_density(p, correlated(p, A), x, signs, 1e-6)
+    found = integrate_log_density(p, correlated(p, A), x, signs, 1e-6)
     torch.testing.assert_close(found.log_p, exact_log_p(p, x, A), rtol=0, atol=1e-3)
 
 
 def test_hutchinson_s_estimate_is_unbiased():
     p, A = process(50), mixing(4)
-    x = (torch.randn((1, 4), generator=generator("x"), dtype=F64) * 0.2).reshape(1, 1, 2, 2).expand(400, 1, 2, 2)
-    found = log_density(p, correlated(p, A), x, probes(1, x, "v"), 1e-4).log_p - exact_log_p(p, x, A)
+    x = (torch.randn((1, 4), generator=make_generator("x"), dtype=F64) * 0.2).reshape(1, 1, 2, 2).expand(400, 1, 2, 2)
+    found = integrate_log_density(p, correlated(p, A), x, probes(1, x, "v"), 1e-4).log_p - exact_log_p(p, x, A)
     assert found.std() > 0.1 and abs(found.mean()) < 4 * found.std() / 400**0.5
 
 
 def test_an_image_s_density_does_not_depend_on_those_beside_it():
     p, A = process(50), mixing(4)
-    x = (torch.randn((5, 4), generator=generator("x"), dtype=F64) * torch.arange(1, 6)[:, None]).reshape(5, 1, 2, 2)
+    x = (torch.randn((5, 4), generator=make_generator("x"), dtype=F64) * torch.arange(1, 6)[:, None]).reshape(
+        5, 1, 2, 2
+    )
     v = probes(2, x, "v")
-    together = log_density(p, correlated(p, A), x, v, 1e-4)
+    together = integrate_log_density(p, correlated(p, A), x, v, 1e-4)
     for k in range(5):
-        alone = log_density(p, correlated(p, A), x[k : k + 1], v[:, k : k + 1], 1e-4)
+        alone = integrate_log_density(p, correlated(p, A), x[k : k + 1], v[:, k : k + 1], 1e-4)
         torch.testing.assert_close(alone.log_p, together.log_p[k : k + 1], rtol=0, atol=1e-9)
         assert torch.equal(alone.evaluations, together.evaluations[k : k + 1])
 

@@ -18,13 +18,13 @@ from workers.data.built_in import GAUSSIAN_SD
 from workers.data.dataset import Dataset, prepare
 from workers.data.pixels import to_model
 from workers.diffusion.bound import decoder_term, diffusion_terms
-from workers.diffusion.gaussian import GaussianDenoiser, denoiser_config
-from workers.diffusion.ledger import OWN_FACTOR, Ledger, bits_by_t, bound, chain_bound
-from workers.diffusion.likelihood import all_times, estimate, pair_errors, squared_norms
+from workers.diffusion.gaussian import GaussianDenoiser, make_denoiser_config
+from workers.diffusion.ledger import OWN_FACTOR, Ledger, compute_bits_by_t, compute_bound, compute_chain_bound
+from workers.diffusion.likelihood import compute_squared_norms, estimate, list_all_times, measure_pairs
 from workers.diffusion.predictions import Denoiser, from_eps
 from workers.diffusion.process import VARIANCES, Process
 from workers.diffusion.samplers import sample
-from workers.noise import generator
+from workers.noise import make_generator
 
 F64 = torch.float64
 S = GAUSSIAN_SD
@@ -52,21 +52,21 @@ def short(T: int, variance: Any = "fixed_large") -> Process:
 
 
 def network(p: Process, s: float = S, scale: float = 1.0):
-    denoiser = GaussianDenoiser(denoiser_config(s, 8, 1), p)
+    denoiser = GaussianDenoiser(make_denoiser_config(s, 8, 1), p)
     return lambda x, t: scale * denoiser(x, t - 1)
 
 
 def measured(p: Process, eps_theta, images: np.ndarray, clip: bool = True):
     """(Ledger, Bound) of every t of each image."""
     n = len(images)
-    t, weight = all_times(p.T, n)
+    t, weight = list_all_times(p.T, n)
     image = np.repeat(np.arange(n), p.T)
     x_0 = to_model(torch.from_numpy(np.array(images)), 256)
-    noise = generator("measured")
-    ledger = pair_errors(
+    noise = make_generator("measured")
+    ledger = measure_pairs(
         p, from_eps(p, eps_theta), x_0[image], image, t.reshape(-1), weight.reshape(-1), noise, 256, clip
     )
-    return ledger, bound(p, ledger, squared_norms(x_0), 64)
+    return ledger, compute_bound(p, ledger, compute_squared_norms(x_0), 64)
 
 
 # ---- The denoiser ----------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def test_the_denoiser_is_the_posterior_mean(t, s):
 def test_the_denoiser_stands_where_the_u_net_does():
     """Times from 0, the dtype of the images, evaluation mode, no weights, and a config that JSON keeps."""
     p = short(8)
-    config = denoiser_config(S, 8, 1)
+    config = make_denoiser_config(S, 8, 1)
     denoiser = GaussianDenoiser(json.loads(json.dumps(config)), p)
     assert denoiser.config == config and not denoiser.training and denoiser.state_dict() == {}
     x = torch.ones(3, 1, 8, 8)
@@ -111,7 +111,7 @@ def test_the_denoiser_stands_where_the_u_net_does():
 @pytest.mark.parametrize("s", [0.0, -0.2, math.nan])
 def test_a_deviation_must_be_positive(s):
     with pytest.raises(ValueError, match=r"standard_deviation.*must be above 0"):
-        GaussianDenoiser(denoiser_config(s, 8, 1), short(8))
+        GaussianDenoiser(make_denoiser_config(s, 8, 1), short(8))
 
 
 def test_no_multiple_of_the_denoiser_is_better(data):
@@ -121,7 +121,7 @@ def test_no_multiple_of_the_denoiser_is_better(data):
     x_0 = to_model(torch.from_numpy(np.array(data.train)), 256)
     for t in range(1, p.T + 1):
         times = torch.full((len(x_0),), t)
-        eps = torch.randn(x_0.shape, generator=generator("minimiser", t))
+        eps = torch.randn(x_0.shape, generator=make_generator("minimiser", t))
         eps_hat = network(p)(p.q_sample(x_0, times, eps), times)
         excess = (eps - eps_hat) * eps_hat  # of mean 0: the residual of a conditional mean is orthogonal to it
         error = float(excess.std()) / excess.numel() ** 0.5
@@ -318,7 +318,7 @@ def test_samples_have_the_exact_variance(sampler, variance):
         seen.append(float(x.double().square().mean()))
         return eps_theta(x, t)
 
-    x_0 = sample(p, from_eps(p, watched), sampler, (500, 1, 8, 8), generator("samples"))
+    x_0 = sample(p, from_eps(p, watched), sampler, (500, 1, 8, 8), make_generator("samples"))
     expected = sample_variances(p, S, sampler).numpy()
     found = np.array([*seen, float(x_0.double().square().mean())])
     assert len(found) == (sampler.steps or p.T) + 1
@@ -358,7 +358,7 @@ def test_long_chains_reach_the_data(sampler):
 
 def with_head(p: Process, head: float) -> Denoiser:
     """The best denoiser, with a second head that says the same of every pixel."""
-    best = GaussianDenoiser(denoiser_config(S, 8, 1), p)
+    best = GaussianDenoiser(make_denoiser_config(S, 8, 1), p)
 
     class Heads(torch.nn.Module):
         def forward(self, x, t):
@@ -379,25 +379,31 @@ def test_the_bound_with_a_learned_variance_is_the_exact_one(data, head, monkeypa
     monkeypatch.setitem(VARIANCES, "between", between)
     images = data.held_out[:100]
     n = len(images)
-    t, weight = all_times(p.T, n)
+    t, weight = list_all_times(p.T, n)
     image, x_0 = np.repeat(np.arange(n), p.T), to_model(torch.from_numpy(np.array(images)), 256)
     rows = image, t.reshape(-1), weight.reshape(-1)
-    ledger = pair_errors(p, with_head(p, head), x_0[image], *rows, generator("learned"), 256)
-    found = bound(p, ledger, squared_norms(x_0), 64)
+    ledger = measure_pairs(p, with_head(p, head), x_0[image], *rows, make_generator("learned"), 256)
+    found = compute_bound(p, ledger, compute_squared_norms(x_0), 64)
     exact = exact_bound(replace(p, variance="between"), S, images, 256)
     assert abs(found.mean - float(exact.mean.sum(1).mean())) < 4 * exact.standard_error()
-    by_t = bits_by_t(p, ledger, squared_norms(x_0), 64)
+    by_t = compute_bits_by_t(p, ledger, compute_squared_norms(x_0), 64)
     errors = (exact.variance.sum(0).sqrt() / n).numpy()
     assert (np.abs(by_t - exact.mean.mean(0).numpy()) < 5 * errors + 1e-9).all()
     # What follows for fixed variances is as without the second head.
-    plain = pair_errors(process(50), from_eps(process(50), network(p)), x_0[image], *rows, generator("learned"), 256)
+    plain = measure_pairs(
+        process(50), from_eps(process(50), network(p)), x_0[image], *rows, make_generator("learned"), 256
+    )
     for variance in ("fixed_small", "fixed_large"):
-        ours, theirs = (chain_bound(process(50), x, squared_norms(x_0), 64, variance) for x in (ledger, plain))
+        ours, theirs = (
+            compute_chain_bound(process(50), x, compute_squared_norms(x_0), 64, variance) for x in (ledger, plain)
+        )
         np.testing.assert_allclose(ours.total, theirs.total, rtol=1e-6)
     # It survives the file, and its parts join.
-    kept = Ledger.of_table(ledger.table())
+    kept = Ledger.from_table(ledger.make_table())
     assert kept.own_nats is not None and ledger.own_nats is not None and np.array_equal(kept.own_nats, ledger.own_nats)
-    assert np.array_equal(bound(p, kept.of_first(7), squared_norms(x_0[:7]), 64).total, found.total[:7])
+    assert np.array_equal(
+        compute_bound(p, kept.take_first(7), compute_squared_norms(x_0[:7]), 64).total, found.total[:7]
+    )
 
 
 @pytest.mark.parametrize("steps", [None, 10])
@@ -410,6 +416,6 @@ def test_samples_with_a_learned_variance_have_the_exact_one(steps, monkeypatch):
 
     monkeypatch.setitem(VARIANCES, "between", between)
     sampler = SamplerConfig(steps=steps)
-    x_0 = sample(p, with_head(p, 0.0), sampler, (500, 1, 8, 8), generator("learned"))
+    x_0 = sample(p, with_head(p, 0.0), sampler, (500, 1, 8, 8), make_generator("learned"))
     expected = float(sample_variances(replace(p, variance="between"), S, sampler)[-1])
     assert float(x_0.double().square().mean()) == pytest.approx(expected, rel=4 * (2 / x_0.numel()) ** 0.5)

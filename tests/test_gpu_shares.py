@@ -12,7 +12,7 @@ from orchestrator.state.events import measure_use
 from workers import sharing
 from workers.config import Trial
 from workers.data.dataset import prepare
-from workers.hosts import CROWDED, MEASURED, resized
+from workers.hosts import CROWDED, MEASURED, report_resized
 from workers.sharing import (
     CONTEXT_BYTES,
     MARGIN,
@@ -20,14 +20,14 @@ from workers.sharing import (
     WARM_UP,
     Gauge,
     NeedsLess,
+    compute_memory_part,
+    compute_share,
     correct_share,
-    memory_part,
+    count_trials_a_gpu,
+    double_share,
+    find_share,
     note_share,
     read_share,
-    share_known,
-    share_of,
-    trials_a_gpu,
-    twice,
 )
 from workers.storage import Storage
 from workers.training import World, train
@@ -43,7 +43,7 @@ GB, H100, A100 = 2**30, "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB"
 
 def test_the_part_of_the_memory_has_a_margin_and_the_context_in_it() -> None:
     assert MARGIN >= 1.2 and CONTEXT_BYTES == GB / 2
-    assert memory_part(8 * GB, 80 * GB) == pytest.approx((8 * MARGIN + 0.5) / 80)
+    assert compute_memory_part(8 * GB, 80 * GB) == pytest.approx((8 * MARGIN + 0.5) / 80)
 
 
 @pytest.mark.parametrize(
@@ -65,26 +65,28 @@ def test_the_part_of_the_memory_has_a_margin_and_the_context_in_it() -> None:
 def test_so_many_trials_share_a_gpu_as_memory_and_use_allow(
     memory: float | None, use: float | None, trials: int
 ) -> None:
-    assert trials_a_gpu(memory, use) == trials
-    assert trials * share_of(memory, use) <= 1 and share_of(memory, use) == pytest.approx(1 / trials, abs=1e-4)
-    assert trials == 1 or all(part <= share_of(memory, use) + 1e-4 for part in (memory, use) if part)
+    assert count_trials_a_gpu(memory, use) == trials
+    assert trials * compute_share(memory, use) <= 1 and compute_share(memory, use) == pytest.approx(
+        1 / trials, abs=1e-4
+    )
+    assert trials == 1 or all(part <= compute_share(memory, use) + 1e-4 for part in (memory, use) if part)
 
 
 def test_twice_a_part_ends_at_a_whole_gpu() -> None:
-    shares = [share_of(0.1, None)]
+    shares = [compute_share(0.1, None)]
     while shares[-1] < 1:
-        shares.append(twice(shares[-1]))
+        shares.append(double_share(shares[-1]))
     assert shares == [0.125, 0.25, 0.5, 1.0]
-    assert twice(0.3333) == 0.6666 and twice(0.6666) == 1 and twice(0.9) == 1
+    assert double_share(0.3333) == 0.6666 and double_share(0.6666) == 1 and double_share(0.9) == 1
 
 
 def test_what_is_noted_holds_for_the_gpus_that_the_cluster_has() -> None:
     noted = {H100: {"share": 0.125}, A100: {"share": 0.25}}
-    assert share_known(noted, ["H100"]) == 0.125 and share_known(noted, ["A100"]) == 0.25
-    assert share_known(noted, ["A100", "H100"]) == 0.25  # nobody knows on which it will lie
-    assert share_known(noted, ["T4"]) is None and share_known(noted, ["H100", "T4"]) is None
-    assert share_known(noted, []) == 0.25  # Ray does not know its GPUs
-    assert share_known({}, ["H100"]) is None and share_known({}, []) is None
+    assert find_share(noted, ["H100"]) == 0.125 and find_share(noted, ["A100"]) == 0.25
+    assert find_share(noted, ["A100", "H100"]) == 0.25  # nobody knows on which it will lie
+    assert find_share(noted, ["T4"]) is None and find_share(noted, ["H100", "T4"]) is None
+    assert find_share(noted, []) == 0.25  # Ray does not know its GPUs
+    assert find_share({}, ["H100"]) is None and find_share({}, []) is None
 
 
 def test_a_note_is_kept_for_each_gpu_and_corrected_upwards_only(tmp_path: Path) -> None:
@@ -117,7 +119,9 @@ def gauge_of(storage: Storage, makes_room: bool) -> Gauge:
 
 
 def test_without_a_gpu_nothing_is_measured_and_nothing_shared(tmp_path: Path) -> None:
-    assert sharing.peak_memory(torch.device("cpu")) is None and sharing.utilisation(torch.device("cpu")) is None
+    assert (
+        sharing.read_peak_memory(torch.device("cpu")) is None and sharing.read_utilisation(torch.device("cpu")) is None
+    )
     sharing.forget_peak(torch.device("cpu"))
     sharing.free_memory()
     gauge = gauge_of(Storage(tmp_path), makes_room=True)
@@ -131,9 +135,9 @@ def test_a_training_is_measured_after_its_first_steps_and_makes_room_if_others_w
     makes_room: bool, tiny_trial: Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sharing, "MEASURED", 5)
-    monkeypatch.setattr(sharing, "peak_memory", lambda device: (8 * GB, 80 * GB))
+    monkeypatch.setattr(sharing, "read_peak_memory", lambda device: (8 * GB, 80 * GB))
     used = iter([0.1, 0.2, 0.3, 0.2, 0.2])
-    monkeypatch.setattr(sharing, "utilisation", lambda device: next(used))
+    monkeypatch.setattr(sharing, "read_utilisation", lambda device: next(used))
     gauge = gauge_of(Storage(tmp_path), makes_room)
     loop = train(tiny_trial, prepare(tiny_trial.data), Storage(tmp_path), "t", World(gauge=gauge))
     if makes_room:
@@ -154,14 +158,14 @@ def job(storage: Path, gpus: float, share: str) -> dict[str, Any]:
 
 def test_out_of_memory_beside_others_asks_for_twice_the_part_and_corrects_the_note(tmp_path: Path) -> None:
     full = torch.OutOfMemoryError("CUDA out of memory")
-    assert resized(job(tmp_path, 1, "shares/a.json"), full) is None, "there is no more to be had"
-    assert resized(job(tmp_path, 0.25, ""), RuntimeError("another")) is None
-    result = resized(job(tmp_path, 0.25, ""), full)
+    assert report_resized(job(tmp_path, 1, "shares/a.json"), full) is None, "there is no more to be had"
+    assert report_resized(job(tmp_path, 0.25, ""), RuntimeError("another")) is None
+    result = report_resized(job(tmp_path, 0.25, ""), full)
     assert result and (result["state"], result["gpus"]) == (CROWDED, 0.5) and not (tmp_path / "shares").exists()
-    result = resized(job(tmp_path, 0.5, "shares/a.json"), full)
+    result = report_resized(job(tmp_path, 0.5, "shares/a.json"), full)
     assert result and result["detail"] == "ran out of GPU memory beside others; goes on with a whole GPU"
     assert read_share(Storage(tmp_path), "shares/a.json", []) == 1
-    result = resized(job(tmp_path, 1, "shares/a.json"), NeedsLess(0.25))
+    result = report_resized(job(tmp_path, 1, "shares/a.json"), NeedsLess(0.25))
     assert result and (result["state"], result["gpus"]) == (MEASURED, 0.25)
     assert result["detail"] == "needs a quarter of a GPU, as its first steps show"
 
@@ -171,7 +175,7 @@ def test_a_trial_that_was_measured_and_starts_again_is_what_it_would_have_been(
 ) -> None:
     """Neither what is measured nor the part of a GPU changes a weight."""
     monkeypatch.setattr(sharing, "MEASURED", 6)
-    monkeypatch.setattr(sharing, "peak_memory", lambda device: (8 * GB, 80 * GB))
+    monkeypatch.setattr(sharing, "read_peak_memory", lambda device: (8 * GB, 80 * GB))
     digests = []
     for name, makes_room in (("whole", False), ("again", True)):
         storage = Storage(tmp_path / name)

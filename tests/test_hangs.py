@@ -12,7 +12,7 @@ import pytest
 from orchestrator.execution import hangs
 from orchestrator.execution.hangs import PATIENCE, Heard, Watchdog
 from workers import pulse
-from workers.pulse import Pulse, born, send
+from workers.pulse import Pulse, read_birth, send
 
 LIMIT_S = 60.0
 
@@ -28,40 +28,47 @@ def after(first, later, passed_s: float) -> Heard:
 
 
 def test_a_process_that_says_nothing_hangs_after_the_limit() -> None:
-    assert after(told(), told(), LIMIT_S - 1).hangs(LIMIT_S) == ""
-    assert "has not been heard for 60 s" in after(told(), told(), LIMIT_S).hangs(LIMIT_S)
+    assert after(told(), told(), LIMIT_S - 1).explain_hang(LIMIT_S) == ""
+    assert "has not been heard for 60 s" in after(told(), told(), LIMIT_S).explain_hang(LIMIT_S)
     heard = after(told(), told(), LIMIT_S - 1)
     heard.hear(told(beat=1, steps=1), 2)
-    assert heard.silent_s == 0 and not heard.hangs(LIMIT_S)
+    assert heard.silent_s == 0 and not heard.explain_hang(LIMIT_S)
 
 
 def test_a_loop_that_is_heard_and_makes_no_step_hangs_after_ten_times_that() -> None:
     whole = PATIENCE * LIMIT_S
-    assert after(told(0, 5), told(1, 5), whole - 1).hangs(LIMIT_S) == ""
-    assert "has made no step" in after(told(0, 5), told(1, 5), whole).hangs(LIMIT_S)
-    assert after(told(0, 5), told(1, 6), whole).hangs(LIMIT_S) == ""
+    assert after(told(0, 5), told(1, 5), whole - 1).explain_hang(LIMIT_S) == ""
+    assert "has made no step" in after(told(0, 5), told(1, 5), whole).explain_hang(LIMIT_S)
+    assert after(told(0, 5), told(1, 6), whole).explain_hang(LIMIT_S) == ""
 
 
 def test_slow_steps_have_ten_times_the_slowest() -> None:
     slow: dict[str, Any] = {"slowest_s": 100.0}
-    assert after(told(0, 5, **slow), told(1, 5, **slow), 999).hangs(LIMIT_S) == ""
-    assert after(told(0, 5, **slow), told(1, 5, **slow), 1000).hangs(LIMIT_S)
+    assert after(told(0, 5, **slow), told(1, 5, **slow), 999).explain_hang(LIMIT_S) == ""
+    assert after(told(0, 5, **slow), told(1, 5, **slow), 1000).explain_hang(LIMIT_S)
 
 
 @pytest.mark.parametrize("idle", [{"between": True}, {"what": ""}])
 def test_a_first_step_a_validation_and_an_idle_process_may_take_any_time(idle) -> None:
-    assert after(told(0, 5, **idle), told(1, 5, **idle), 1e6).hangs(LIMIT_S) == ""
+    assert after(told(0, 5, **idle), told(1, 5, **idle), 1e6).explain_hang(LIMIT_S) == ""
 
 
 def test_an_idle_process_that_says_nothing_hangs_too_as_work_may_be_given_to_it() -> None:
-    assert after(told(what=""), told(what=""), LIMIT_S).hangs(LIMIT_S)
+    assert after(told(what=""), told(what=""), LIMIT_S).explain_hang(LIMIT_S)
 
 
 def test_a_pulse_counts_steps_and_the_slowest_but_not_what_lies_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(pulse, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     p = Pulse(_began=0)
-    for at, act in ((90, p.step), (91, p.step), (94, p.step), (95, p.rest), (300, p.step), (301, p.step)):
+    for at, act in (
+        (90, p.begin_step),
+        (91, p.begin_step),
+        (94, p.begin_step),
+        (95, p.rest),
+        (300, p.begin_step),
+        (301, p.begin_step),
+    ):
         clock[0] = at
         act()
     assert p.steps == 5 and p.slowest_s == 3 and not p.between
@@ -69,13 +76,13 @@ def test_a_pulse_counts_steps_and_the_slowest_but_not_what_lies_between_them(mon
 
 def test_a_signal_reaches_that_process_and_none_that_came_after_it() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        birth = born(process.pid)
+        birth = read_birth(process.pid)
         assert birth
         assert send(process.pid, birth, 0) and not send(process.pid, birth - 1, signal.SIGKILL)
         assert process.poll() is None
         assert send(process.pid, birth, signal.SIGKILL)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and not yet taken: a zombie
-        assert born(process.pid) is None and not send(process.pid, birth, 0)
+        assert read_birth(process.pid) is None and not send(process.pid, birth, 0)
 
 
 def test_a_stopped_process_that_was_never_heard_is_told_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:

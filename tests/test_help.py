@@ -55,14 +55,14 @@ def test_help_opens_with_what_it_does_and_two_examples_that_are_understood(verb:
     assert does == cli.VERBS[verb].does
     first, *examples = opening.splitlines()
     assert first == "examples:" and len(examples) >= 2
-    parser = importlib.import_module(f"orchestrator.{verb}").parser()
+    parser = importlib.import_module(f"orchestrator.{verb}").make_parser()
     for example in re.findall(rf"^  python -m orchestrator\.{verb}\b(.*)", helps[verb], re.MULTILINE):
         parser.parse_intermixed_args(shlex.split(example.partition(">")[0]))
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_usage_names_the_words_of_the_parser(verb: str, helps: dict[str, str]) -> None:
-    parser = importlib.import_module(f"orchestrator.{verb}").parser()
+    parser = importlib.import_module(f"orchestrator.{verb}").make_parser()
     usage = helps[verb].partition("\n")[0]
     for action in (a for a in parser._actions if not a.option_strings):
         words = [str(action.metavar)] if action.choices is None else list(action.choices)
@@ -129,7 +129,7 @@ def test_an_interrupt_of_any_verb_ends_it_by_its_status(capsys: pytest.CaptureFi
     def mistaken(options: object) -> int:
         raise ClusterLost("Ray is gone")
 
-    parser = cli.parser("ui", "", ("",))
+    parser = cli.make_parser("ui", "", ("",))
     assert cli.execute(parser, interrupted, []) == cli.INTERRUPTED
     assert capsys.readouterr().err == "\nInterrupted. The same command resumes.\n"
     assert cli.execute(parser, mistaken, []) == cli.CLUSTER_LOST

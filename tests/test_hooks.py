@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.nights import hooks as hooks_module
-from orchestrator.nights.hooks import call, missing
+from orchestrator.nights.hooks import call, find_missing
 from orchestrator.nights.suite import Hooks, Mail
 
 MESSAGE = {"text": "Nightly small, 2026-03-01: alarm", "status": 3}
@@ -76,10 +76,10 @@ def test_commands_and_mail_get_it_as_their_input_and_a_failure_does_not_stop_the
 
 def test_an_address_that_is_not_there_is_a_mistake_beforehand() -> None:
     hooks = Hooks(webhook="NIGHTLY_HOOK")
-    assert "NIGHTLY_HOOK is not set" in missing(hooks, {})[0]
-    [text] = missing(hooks, {"NIGHTLY_HOOK": "hooks.example/secret"})
+    assert "NIGHTLY_HOOK is not set" in find_missing(hooks, {})[0]
+    [text] = find_missing(hooks, {"NIGHTLY_HOOK": "hooks.example/secret"})
     assert "begins with http:// or https://" in text and "secret" not in text
-    assert missing(hooks, {"NIGHTLY_HOOK": "https://hooks.example/x"}) == missing(Hooks(), {}) == []
+    assert find_missing(hooks, {"NIGHTLY_HOOK": "https://hooks.example/x"}) == find_missing(Hooks(), {}) == []
 
 
 # ---- Servers and commands that behave badly --------------------------------------------------------------------
@@ -196,10 +196,10 @@ def test_a_certificate_that_nobody_vouches_for_is_a_failed_hook(
 def test_an_address_that_is_none_is_a_mistake_beforehand_or_a_failed_hook(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for problem in missing(Hooks(webhook="NIGHTLY_HOOK"), {"NIGHTLY_HOOK": url}):
+    for problem in find_missing(Hooks(webhook="NIGHTLY_HOOK"), {"NIGHTLY_HOOK": url}):
         assert "NIGHTLY_HOOK" in problem and "secret" not in problem
     if "a" * 70 not in url:  # that it is no host is only found by looking it up
-        assert missing(Hooks(webhook="NIGHTLY_HOOK"), {"NIGHTLY_HOOK": url})
+        assert find_missing(Hooks(webhook="NIGHTLY_HOOK"), {"NIGHTLY_HOOK": url})
     failure(monkeypatch, url)  # the environment may have changed since
 
 

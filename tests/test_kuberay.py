@@ -161,7 +161,7 @@ def containers_of(o: dict[str, Any]) -> list[dict[str, Any]]:
 def test_the_sweep_is_a_command_of_ours() -> None:
     python, flag, module, *arguments = one("RayJob")["spec"]["entrypoint"].split()
     assert (python, flag, module) == ("python", "-m", "orchestrator.sweep")
-    options = sweep.parser().parse_intermixed_args(arguments)
+    options = sweep.make_parser().parse_intermixed_args(arguments)
     workdir = re.search(r"WORKDIR (\S+)", (ROOT / "deploy/Dockerfile").read_text())
     assert workdir and load(ROOT / options.file.relative_to(workdir[1]))
     assert options.storage.startswith("s3://") and options.ray_address == "auto"
@@ -178,7 +178,7 @@ def test_the_nightly_is_a_command_of_ours() -> None:
     ]
     for command in commands:
         assert command[:3] == ["python", "-m", "orchestrator.nightly"]
-        options = nightly.parser().parse_intermixed_args(command[3:])
+        options = nightly.make_parser().parse_intermixed_args(command[3:])
         assert options.storage == "s3://my-bucket/runs" and options.tracking_uri == "http://mlflow:5000"
 
 

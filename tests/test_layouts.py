@@ -2,7 +2,7 @@
 
 import pytest
 
-from workers.data.splits import DataError, of_images, of_parquet, shown, split_of
+from workers.data.splits import DataError, arrange_images, arrange_parquet, show_name, split_name
 
 
 def images(*folders: str, each: int = 3) -> list[str]:
@@ -36,7 +36,7 @@ def refused(read, names: list[str], *words: str) -> None:
     ],
 )
 def test_the_split_that_a_name_speaks_of(name: str, split: str | None, rest: str) -> None:
-    assert split_of(name) == (split, rest)
+    assert split_name(name) == (split, rest)
 
 
 PAIRS = [("train", "test"), ("train", "val"), ("train", "valid"), ("training", "testing"), ("Train", "Test"),
@@ -49,7 +49,7 @@ PAIRS = [("train", "test"), ("train", "val"), ("train", "valid"), ("training", "
 def test_splits_and_classes_wherever_they_are(above: str, train: str, held_out: str) -> None:
     train, held_out = above + train, above + held_out
     names = images(f"{train}/cat", f"{train}/dog", f"{held_out}/cat", f"{held_out}/dog")
-    found = of_images(names)
+    found = arrange_images(names)
     assert found.train == images(f"{train}/cat", f"{train}/dog")
     assert found.held_out == images(f"{held_out}/cat", f"{held_out}/dog")
     assert found.labels == {name: int("/dog/" in name) for name in names}
@@ -57,40 +57,40 @@ def test_splits_and_classes_wherever_they_are(above: str, train: str, held_out: 
 
 
 def test_splits_inside_of_each_class_and_wrapped_ones() -> None:
-    found = of_images(names := images("cat/train", "cat/test", "dog/train", "dog/test"))
+    found = arrange_images(names := images("cat/train", "cat/test", "dog/train", "dog/test"))
     assert found.train == images("cat/train", "dog/train") and found.held_out == images("cat/test", "dog/test")
     assert found.labels == {name: int(name.startswith("dog")) for name in names} and found.where == (
         "*/train/",
         "*/test/",
     )
-    found = of_images(images("t/train/train/a", "t/train/train/b", "t/test/test/a", "t/test/test/b"))
+    found = arrange_images(images("t/train/train/a", "t/train/train/b", "t/test/test/a", "t/test/test/b"))
     assert sorted(set(found.labels.values())) == [0, 1] and not found.warnings
-    found = of_images(images("train/only", "test/only"))
+    found = arrange_images(images("train/only", "test/only"))
     assert found.held_out == images("test/only") and found.labels == {}
 
 
 def test_without_a_split_folders_are_classes() -> None:
     for above in ("", "images/", "train/"):
-        found = of_images(images(f"{above}cat", f"{above}dog"))
+        found = arrange_images(images(f"{above}cat", f"{above}dog"))
         assert found.held_out is None and sorted(found.labels.values()) == [0, 0, 0, 1, 1, 1] and not found.warnings
-    found = of_images(images("cat", "train_station", "test_tube"))
+    found = arrange_images(images("cat", "train_station", "test_tube"))
     assert found.held_out is None and len(set(found.labels.values())) == 3
     assert "test_tube/, train_station/ are taken for classes" in found.warnings[0]
-    assert of_images(images("")).labels == {} and not of_images(images("")).warnings
-    found = of_images([*images("cat", "dog"), "loose.png"])
+    assert arrange_images(images("")).labels == {} and not arrange_images(images("")).warnings
+    found = arrange_images([*images("cat", "dog"), "loose.png"])
     assert found.labels == {} and "1 of 7 images are in no class's folder (such as loose.png)" in found.warnings[0]
 
 
 def test_what_lies_beside_the_splits_is_left_out_with_a_word() -> None:
-    found = of_images([*images("train", "test", "val", "extra"), "loose.png"])
+    found = arrange_images([*images("train", "test", "val", "extra"), "loose.png"])
     assert found.train == images("train") and found.held_out == images("test")
     assert found.warnings == (
         "left out: 1 image beside train/ and test/",
         "left out: 3 images in extra/, as it is neither train/ nor test/",
         "left out: 3 images in val/, as test/ is what is held out",
     )
-    assert of_images(images("train/a", "train/val", "test/a")).warnings[0].startswith("train/val/ is trained on")
-    assert "not trained on: bird" in of_images(images("train/a", "train/b", "val/a", "val/bird")).warnings[0]
+    assert arrange_images(images("train/a", "train/val", "test/a")).warnings[0].startswith("train/val/ is trained on")
+    assert "not trained on: bird" in arrange_images(images("train/a", "train/b", "val/a", "val/bird")).warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_what_lies_beside_the_splits_is_left_out_with_a_word() -> None:
     ],
 )
 def test_what_would_have_to_be_guessed_is_refused(folders: list[str], words: list[str]) -> None:
-    refused(of_images, images(*folders), *words)
+    refused(arrange_images, images(*folders), *words)
 
 
 def shards(split: str, numbers: list[int], count: int) -> list[str]:
@@ -121,29 +121,29 @@ def test_parquet_files_by_their_names_and_folders() -> None:
     train, test = shards("train", [0, 1], 2), shards("test", [0], 1)
     for above in ("", "data/"):
         names = [above + name for name in (*test, *train)]
-        found = of_parquet(sorted(names))
+        found = arrange_parquet(sorted(names))
         assert found.train == [above + n for n in train] and found.held_out == [above + n for n in test]
         assert not found.warnings
-    found = of_parquet(["default/test/0000.parquet", "default/train/0000.parquet", "default/train/0001.parquet"])
+    found = arrange_parquet(["default/test/0000.parquet", "default/train/0000.parquet", "default/train/0001.parquet"])
     assert found.train == ["default/train/0000.parquet", "default/train/0001.parquet"] and found.held_out
-    assert of_parquet(["a.parquet", "b.parquet"]).train == ["a.parquet", "b.parquet"]
-    found = of_parquet([*train, *test, "validation.parquet", "other.parquet"])
+    assert arrange_parquet(["a.parquet", "b.parquet"]).train == ["a.parquet", "b.parquet"]
+    found = arrange_parquet([*train, *test, "validation.parquet", "other.parquet"])
     assert found.held_out == test
     assert [w.split(",")[0] for w in found.warnings] == ["left out: validation.parquet", "left out: other.parquet"]
 
 
 def test_shards_that_are_missing() -> None:
-    refused(of_parquet, shards("train", [0, 1, 3], 5), "missing: 2, 4, of 5 in all")
-    refused(of_parquet, [*shards("train", [0], 1), *shards("test", [0], 2)], "shards of test", "missing: 1")
-    refused(of_parquet, [*shards("train", [0], 2), *shards("train", [1], 3)], "of 2 and of 3")
-    refused(of_parquet, ["a/train-0.parquet", "b/train-0.parquet"], "several data sets: a/, b/")
-    refused(of_parquet, ["test-0.parquet"], "test-0.parquet but no train-*.parquet")
-    assert not of_parquet(shards("train", [1, 2], 2)).warnings, "counted from 1"
-    assert "missing: 2" in of_parquet([f"train-{k}.parquet" for k in (0, 1, 3)]).warnings[0]
-    [warning] = of_parquet(["train-0.parquet", f"train-{10**20}.parquet"]).warnings
+    refused(arrange_parquet, shards("train", [0, 1, 3], 5), "missing: 2, 4, of 5 in all")
+    refused(arrange_parquet, [*shards("train", [0], 1), *shards("test", [0], 2)], "shards of test", "missing: 1")
+    refused(arrange_parquet, [*shards("train", [0], 2), *shards("train", [1], 3)], "of 2 and of 3")
+    refused(arrange_parquet, ["a/train-0.parquet", "b/train-0.parquet"], "several data sets: a/, b/")
+    refused(arrange_parquet, ["test-0.parquet"], "test-0.parquet but no train-*.parquet")
+    assert not arrange_parquet(shards("train", [1, 2], 2)).warnings, "counted from 1"
+    assert "missing: 2" in arrange_parquet([f"train-{k}.parquet" for k in (0, 1, 3)]).warnings[0]
+    [warning] = arrange_parquet(["train-0.parquet", f"train-{10**20}.parquet"]).warnings
     assert "1, 2, 3, 4, 5, 6, 7, 8, 9 and 1 more" in warning
 
 
 def test_names_stay_on_one_line() -> None:
-    assert shown("a b é 世.png") == "a b é 世.png"
-    assert shown("a\nb") == r"'a\nb'" and shown("\udcff.png") == r"'\udcff.png'"
+    assert show_name("a b é 世.png") == "a b é 世.png"
+    assert show_name("a\nb") == r"'a\nb'" and show_name("\udcff.png") == r"'\udcff.png'"

@@ -19,16 +19,16 @@ from workers.diffusion.ledger import (
     OWN_FACTOR,
     ROWS,
     Ledger,
-    bits_by_t,
-    bound,
-    chain_bound,
-    rate_distortion,
-    shorter_chains,
+    compute_bits_by_t,
+    compute_bound,
+    compute_chain_bound,
+    compute_rate_distortion,
+    list_shorter_chains,
 )
-from workers.diffusion.likelihood import all_times, pair_errors, squared_norms
+from workers.diffusion.likelihood import compute_squared_norms, list_all_times, measure_pairs
 from workers.diffusion.predictions import from_eps
 from workers.diffusion.process import VARIANCES, Process
-from workers.noise import generator
+from workers.noise import make_generator
 
 T, N, D, LEVELS = 9, 5, 4, 5
 BETA = np.linspace(0.02, 0.5, T)
@@ -45,18 +45,18 @@ def eps_theta(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 def images() -> torch.Tensor:
     """float64 (N, 1, 2, 2) of LEVELS levels."""
-    pixels = torch.randint(0, LEVELS, (N, 2, 2, 1), generator=generator("pixels"), dtype=torch.uint8)
+    pixels = torch.randint(0, LEVELS, (N, 2, 2, 1), generator=make_generator("pixels"), dtype=torch.uint8)
     return to_model(pixels, LEVELS).double()
 
 
 def measured(p: Process, network=eps_theta) -> Ledger:
-    t, weight = all_times(T, N)
+    t, weight = list_all_times(T, N)
     image = np.repeat(np.arange(N), T)
     rows = image, t.reshape(-1), weight.reshape(-1)
-    return pair_errors(p, from_eps(p, network), images()[image], *rows, generator("measured"), LEVELS)
+    return measure_pairs(p, from_eps(p, network), images()[image], *rows, make_generator("measured"), LEVELS)
 
 
-NORMS = squared_norms(images())
+NORMS = compute_squared_norms(images())
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +85,9 @@ def rows(ledger: Ledger, keep: np.ndarray) -> Ledger:
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_along_all_times_a_fixed_variance_s_chain_is_its_process(own, variance, ledger):
     """Whichever variance the ledger was measured under, which is no part of it."""
-    expected = bound(process(variance), measured(process(variance)), NORMS, D)
+    expected = compute_bound(process(variance), measured(process(variance)), NORMS, D)
     for steps in (None, T, T + 1):
-        found = chain_bound(process(own), ledger, NORMS, D, variance, steps)
+        found = compute_chain_bound(process(own), ledger, NORMS, D, variance, steps)
         np.testing.assert_allclose(found.total, expected.total, rtol=1e-13)
     assert same(ledger, measured(process(variance)))
 
@@ -95,7 +95,9 @@ def test_along_all_times_a_fixed_variance_s_chain_is_its_process(own, variance, 
 def slow_bound(times: list[int], variance: str) -> np.ndarray:
     """float64 (N, 3), L_T, sum of L_{t-1} and L_0 in bits/dim of the chain over `times`: pixel by pixel, by its own
     betas, posterior and KL, from the noise that the ledger was measured with."""
-    eps = torch.randn((N * T, 1, 2, 2), generator=generator("measured")).numpy().astype(np.float64).reshape(N, T, D)
+    eps = (
+        torch.randn((N * T, 1, 2, 2), generator=make_generator("measured")).numpy().astype(np.float64).reshape(N, T, D)
+    )
     whole = np.cumprod(1 - BETA)
     alpha_bar = [1.0, *(whole[t - 1] for t in times)]
     expected = np.zeros((N, 3))
@@ -125,7 +127,7 @@ def slow_bound(times: list[int], variance: str) -> np.ndarray:
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("times", [[1, 9], [1, 5, 9], [1, 3, 5, 7, 9], list(range(1, 10))])
 def test_a_chain_s_bound_is_what_a_slow_loop_finds(times, variance, ledger):
-    found = chain_bound(process(), ledger, NORMS, D, variance, len(times))
+    found = compute_chain_bound(process(), ledger, NORMS, D, variance, len(times))
     parts = np.stack([found.prior, found.diffusion, found.decoder], axis=1)
     np.testing.assert_allclose(parts, slow_bound(times, variance), rtol=1e-9)
 
@@ -141,18 +143,18 @@ def test_the_optimal_variance_is_the_best_of_any(steps, ledger):
     def terms(sigma_squared: torch.Tensor) -> torch.Tensor:
         return diffusion_terms(chain, t, error[:, 1:], D, sigma_squared).mean(0)
 
-    found = chain_bound(process(), ledger, NORMS, D, OPTIMAL, steps)
+    found = compute_chain_bound(process(), ledger, NORMS, D, OPTIMAL, steps)
     assert found.diffusion.mean() == pytest.approx(float(terms(best).sum()) / (D * math.log(2)), rel=1e-12)
     for factor in np.logspace(-4, 4, 81):
         assert (terms(best) <= terms(best * factor) + 1e-12).all()
     for variance in VARIANCES:
-        fixed = chain_bound(process(), ledger, NORMS, D, variance, steps)
+        fixed = compute_chain_bound(process(), ledger, NORMS, D, variance, steps)
         assert found.diffusion.mean() < fixed.diffusion.mean() and found.mean < fixed.mean
         assert (found.prior == fixed.prior).all()
 
 
 def test_the_optimal_decoder_has_the_best_of_the_factors(ledger):
-    found = chain_bound(process(), ledger, NORMS, D, OPTIMAL).decoder
+    found = compute_chain_bound(process(), ledger, NORMS, D, OPTIMAL).decoder
     by_factor = ledger.decoder_nats / (D * math.log(2))
     assert found.mean() == by_factor.mean(0).min() < by_factor[:, OWN_FACTOR].mean()
     assert 0 < ledger.decoder_nats.mean(0).argmin() < len(DECODER_FACTORS) - 1  # and not the last that was tried
@@ -162,7 +164,7 @@ def test_a_factor_is_a_process_of_that_variance(ledger):
     """The decoder's term at every factor, by differences of Phi; the process's own factor is 1."""
     assert DECODER_FACTORS[OWN_FACTOR] == 1 and (np.diff(DECODER_FACTORS) > 0).all()
     p, x_0 = process(), images()
-    eps = torch.randn((N * T, 1, 2, 2), generator=generator("measured")).double()[::T]
+    eps = torch.randn((N * T, 1, 2, 2), generator=make_generator("measured")).double()[::T]
     one = torch.ones(N, dtype=torch.int64)
     x_1 = p.q_sample(x_0, one, eps)
     mean = p.predict_x_0(x_1, one, eps_theta(x_1, one), clip=True).numpy()
@@ -178,15 +180,15 @@ def test_a_factor_is_a_process_of_that_variance(ledger):
     [(1, [1]), (2, [2]), (4, [4, 2]), (50, [50, 25, 10, 5, 2]), (1000, [1000, 500, 200, 100, 50, 20])],
 )
 def test_shorter_chains_halve_and_so_on_and_keep_both_ends(times, chains):
-    assert shorter_chains(times) == chains
+    assert list_shorter_chains(times) == chains
 
 
 # ---- Rate and distortion ---------------------------------------------------------------------------------------
 
 
 def test_the_rate_grows_to_the_bound_without_the_decoder(ledger):
-    rate, distortion = rate_distortion(process(), ledger, NORMS, D)
-    terms, whole = bits_by_t(process(), ledger, NORMS, D), bound(process(), ledger, NORMS, D)
+    rate, distortion = compute_rate_distortion(process(), ledger, NORMS, D)
+    terms, whole = compute_bits_by_t(process(), ledger, NORMS, D), compute_bound(process(), ledger, NORMS, D)
     assert rate.shape == distortion.shape == (T,) and terms.shape == (T + 1,)
     assert (np.diff(rate) >= 0).all() and rate[0] == pytest.approx(whole.prior.mean(), rel=1e-12)
     assert rate[-1] + terms[0] == pytest.approx(whole.mean, rel=1e-12) == terms.sum()
@@ -202,9 +204,9 @@ def test_a_perfect_network_has_no_distortion_and_the_rate_of_the_prior():
         return (x_t - now.sqrt() * x_0.repeat_interleave(T, dim=0)) / (1 - now).sqrt()
 
     perfect = measured(process(), knows)
-    rate, distortion = rate_distortion(process(), perfect, NORMS, D)
+    rate, distortion = compute_rate_distortion(process(), perfect, NORMS, D)
     assert distortion == pytest.approx(0, abs=1e-10)
-    np.testing.assert_allclose(rate, bound(process(), perfect, NORMS, D).prior.mean(), rtol=1e-12)
+    np.testing.assert_allclose(rate, compute_bound(process(), perfect, NORMS, D).prior.mean(), rtol=1e-12)
 
 
 def test_rate_and_distortion_of_a_chain_by_hand():
@@ -216,12 +218,12 @@ def test_rate_and_distortion_of_a_chain_by_hand():
     p = Process.of_betas(torch.tensor([0.5, 0.5]), "fixed_small")
     nats = np.full((1, len(DECODER_FACTORS)), 0.4)
     ledger = Ledger(np.zeros(2, np.int64), np.array([1, 2]), np.array([0.02, 0.5]), np.ones(2), nats)
-    rate, distortion = rate_distortion(p, ledger, np.array([2.0]), 2)
+    rate, distortion = compute_rate_distortion(p, ledger, np.array([2.0]), 2)
     unit = 2 * math.log(2)
     np.testing.assert_allclose(rate, [-math.log(0.75) / unit, (1 / 6 - math.log(0.75)) / unit], rtol=1e-12)
     np.testing.assert_allclose(distortion, [127.5 * 0.5, 127.5 * 0.1], rtol=1e-12)
     np.testing.assert_allclose(
-        bits_by_t(p, ledger, np.array([2.0]), 2), [0.4 / unit, 1 / 6 / unit, rate[0]], rtol=1e-12
+        compute_bits_by_t(p, ledger, np.array([2.0]), 2), [0.4 / unit, 1 / 6 / unit, rate[0]], rtol=1e-12
     )
 
 
@@ -236,10 +238,10 @@ def test_parts_join_to_the_same_ledger_in_any_order(ledger):
 
 def test_the_first_images_are_those_measured_alone(ledger):
     for n in range(1, N + 1):
-        first = ledger.of_first(n)
+        first = ledger.take_first(n)
         assert same(first, rows(ledger, np.arange(n * T))) and first.images == n and first.errors().shape == (n, T)
         np.testing.assert_array_equal(
-            bound(process(), first, NORMS[:n], D).total, bound(process(), ledger, NORMS, D).total[:n]
+            compute_bound(process(), first, NORMS[:n], D).total, compute_bound(process(), ledger, NORMS, D).total[:n]
         )
 
 
@@ -248,6 +250,6 @@ def test_a_table_gives_the_ledger_back_bit_for_bit(keep, ledger, tmp_path):
     """Blocks with one image at t = 1, several, and none; in memory and through a Parquet file."""
     part = rows(ledger, np.array(keep, np.int64))
     part = replace(part, squared_error=part.squared_error * np.pi)
-    assert same(Ledger.of_table(part.table()), part)
-    pq.write_table(part.table(), tmp_path / "block.parquet")
-    assert same(Ledger.of_table(pq.read_table(tmp_path / "block.parquet")), part)
+    assert same(Ledger.from_table(part.make_table()), part)
+    pq.write_table(part.make_table(), tmp_path / "block.parquet")
+    assert same(Ledger.from_table(pq.read_table(tmp_path / "block.parquet")), part)

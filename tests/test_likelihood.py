@@ -12,13 +12,20 @@ from workers.config import DiffusionConfig, ModelConfig, ScheduleConfig
 from workers.data.pixels import to_model
 from workers.diffusion import likelihood
 from workers.diffusion.bound import diffusion_terms, prior_term
-from workers.diffusion.ledger import Bound, Ledger, bound
-from workers.diffusion.likelihood import PROPOSALS, all_times, estimate, pair_errors, squared_norms, stratified_times
+from workers.diffusion.ledger import Bound, Ledger, compute_bound
+from workers.diffusion.likelihood import (
+    PROPOSALS,
+    compute_squared_norms,
+    draw_stratified_times,
+    estimate,
+    list_all_times,
+    measure_pairs,
+)
 from workers.diffusion.predictions import from_eps
 from workers.diffusion.process import VARIANCES, Process
 from workers.network.unet import UNet
-from workers.network.unet_config import unet_config
-from workers.noise import generator
+from workers.network.unet_config import make_unet_config
+from workers.noise import make_generator
 
 F64 = torch.float64
 LEVELS = 5
@@ -42,21 +49,21 @@ def eps_theta(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 def digits_like(images: int, size: int = 2) -> torch.Tensor:
     """Images of LEVELS levels, float32 (images, 1, size, size) in [-1, 1]."""
-    pixels = torch.randint(0, LEVELS, (images, size, size, 1), generator=generator("pixels"), dtype=torch.uint8)
+    pixels = torch.randint(0, LEVELS, (images, size, size, 1), generator=make_generator("pixels"), dtype=torch.uint8)
     return to_model(pixels, LEVELS)
 
 
 def measured(p: Process, network, x_0: torch.Tensor, seed: int, clip: bool = True) -> Ledger:
     """Every t of each image, by the noise of `seed`."""
-    t, weight = all_times(p.T, len(x_0))
+    t, weight = list_all_times(p.T, len(x_0))
     image = np.repeat(np.arange(len(x_0)), p.T)
-    noise = generator("measured", seed)
+    noise = make_generator("measured", seed)
     rows = image, t.reshape(-1), weight.reshape(-1)
-    return pair_errors(p, from_eps(p, network), x_0[image], *rows, noise, LEVELS, clip)
+    return measure_pairs(p, from_eps(p, network), x_0[image], *rows, noise, LEVELS, clip)
 
 
 def full(p: Process, network, x_0: torch.Tensor, seed: int, clip: bool = True) -> Bound:
-    return bound(p, measured(p, network, x_0, seed, clip), squared_norms(x_0), x_0[0].numel())
+    return compute_bound(p, measured(p, network, x_0, seed, clip), compute_squared_norms(x_0), x_0[0].numel())
 
 
 # ---- Data whose bound is known ---------------------------------------------------------------------------------
@@ -72,14 +79,14 @@ def test_gaussian_data_have_the_errors_of_their_posterior(variance):
     def best(x, t):
         return ((1 - p.alpha_bar).sqrt() / v)[t - 1].float().reshape(-1, 1, 1, 1) * x
 
-    x_0 = s * torch.randn((n, 1, 1, 2), generator=generator("gaussian"))
+    x_0 = s * torch.randn((n, 1, 1, 2), generator=make_generator("gaussian"))
     ledger = measured(p, best, x_0, 0, clip=False)
     error = ledger.squared_error.reshape(n, p.T)
     expected = 2 * s**2 * ((1 - p.alpha_bar) / v).numpy()
     np.testing.assert_allclose(error.mean(0), expected, rtol=5 * n**-0.5)  # chi-squared with 2 degrees: std = mean
     t = torch.arange(2, p.T + 1)
     terms = diffusion_terms(p, t, torch.from_numpy(expected[1:]), 2)
-    result = bound(p, ledger, squared_norms(x_0), 2)
+    result = compute_bound(p, ledger, compute_squared_norms(x_0), 2)
     standard_error = result.diffusion.std() / n**0.5
     assert abs(result.diffusion.mean() - float(terms.sum()) / (2 * math.log(2))) < 5 * standard_error
     prior = 0.5 * (p.alpha_bar[-1] * s**2 - p.alpha_bar[-1] - (1 - p.alpha_bar[-1]).log()) / math.log(2)
@@ -122,7 +129,9 @@ def test_a_perfect_network_pays_only_the_prior_and_the_decoder():
 def test_the_bound_is_what_a_slow_loop_finds(variance, clip):
     """Pair by pair and pixel by pixel in float64, with the KL by its formula and the decoder by differences of Phi."""
     p, x_0 = process(6, variance), digits_like(3).double()
-    eps = torch.randn((18, 1, 2, 2), generator=generator("measured", 0)).numpy().astype(np.float64).reshape(3, 6, 4)
+    eps = (
+        torch.randn((18, 1, 2, 2), generator=make_generator("measured", 0)).numpy().astype(np.float64).reshape(3, 6, 4)
+    )
     beta = np.linspace(0.02, 0.5, 6)
     alpha_bar = np.concatenate([[1], np.cumprod(1 - beta)])
     tilde = [(1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]) * beta[t - 1] for t in range(1, 7)]
@@ -169,7 +178,7 @@ def test_both_decompositions_of_the_bound_agree(variance):
     x_0 = image.expand(n, 1, 1, 2)
     posterior_form = full(p, eps_theta, x_0, 1).total
 
-    noise = generator("trajectories")
+    noise = make_generator("trajectories")
     x = [x_0]
     for beta in p.beta:
         z = torch.randn(x_0.shape, generator=noise, dtype=F64)
@@ -205,15 +214,15 @@ def test_both_decompositions_of_the_bound_agree(variance):
 
 
 def test_all_times_are_every_t_once_for_each_image():
-    t, weight = all_times(7, 3)
+    t, weight = list_all_times(7, 3)
     assert (t == np.arange(1, 8)).all() and t.shape == weight.shape == (3, 7) and (weight == 1).all()
 
 
 @pytest.mark.parametrize("T", [1, 2, 7])
 @pytest.mark.parametrize("strata", [6, 7, 100])
 def test_as_many_strata_as_times_are_every_t_once(T, strata):
-    found = stratified_times(T, strata, 3, generator("t"), "uniform")
-    for array, expected in zip(found, all_times(T, 3), strict=True):
+    found = draw_stratified_times(T, strata, 3, make_generator("t"), "uniform")
+    for array, expected in zip(found, list_all_times(T, 3), strict=True):
         assert (array == expected).all()
 
 
@@ -240,7 +249,9 @@ def test_stratified_sums_are_unbiased(T, strata, images, proposal):
     For f = 1 the weights' sum is T - 1 in expectation.
     """
     addresses = 600
-    draws = [stratified_times(T, strata, images, generator("unbiased", k), proposal) for k in range(addresses)]
+    draws = [
+        draw_stratified_times(T, strata, images, make_generator("unbiased", k), proposal) for k in range(addresses)
+    ]
     t, weight = (np.stack(columns) for columns in zip(*draws, strict=True))  # (addresses, images, strata + 1)
     assert (t[..., 0] == 1).all() and (weight[..., 0] == 1).all()
     assert t.shape[-1] == min(strata, T - 1) + 1
@@ -256,7 +267,7 @@ def test_stratified_sums_are_unbiased(T, strata, images, proposal):
 def test_a_stratum_is_drawn_evenly_over_the_images():
     """Latin hypercube: with one stratum of n images, the k-th smallest t lies where its n-th part of log t says."""
     T, n = 200, 64
-    t = np.sort(stratified_times(T, 1, n, generator("latin"), "log_uniform")[0][:, 1])
+    t = np.sort(draw_stratified_times(T, 1, n, make_generator("latin"), "log_uniform")[0][:, 1])
     edges = np.floor(2 * np.exp(np.log((T + 1) / 2) * np.arange(n + 1) / n))
     assert (edges[:-1] <= t).all() and (t <= edges[1:]).all()
 
@@ -270,7 +281,7 @@ def test_log_uniform_has_the_smaller_error_for_terms_as_training_leaves_them(str
     terms = np.concatenate([[0, 0], diffusion_terms(p, torch.arange(2, 1001), error[1:], 1).numpy()])
     deviation = {}
     for proposal in PROPOSALS:
-        draws = [stratified_times(1000, strata, 1, generator("decay", k), proposal) for k in range(1000)]
+        draws = [draw_stratified_times(1000, strata, 1, make_generator("decay", k), proposal) for k in range(1000)]
         deviation[proposal] = np.std([(weight * terms[t]).sum() for t, weight in draws])
     assert deviation["log_uniform"] < deviation["uniform"] / 2
 
@@ -289,11 +300,13 @@ def test_the_estimate_is_unbiased(strata):
 
 def test_the_estimate_of_all_strata_is_the_full_sum():
     p, x_0 = process(6), digits_like(3)
-    t, weight = all_times(6, 3)
+    t, weight = list_all_times(6, 3)
     image = np.repeat(np.arange(3), 6)
-    noise = generator(0, "valid", "eps")
-    ledger = pair_errors(p, from_eps(p, eps_theta), x_0[image], image, t.reshape(-1), weight.reshape(-1), noise, LEVELS)
-    expected = bound(p, ledger, squared_norms(x_0), 4).total
+    noise = make_generator(0, "valid", "eps")
+    ledger = measure_pairs(
+        p, from_eps(p, eps_theta), x_0[image], image, t.reshape(-1), weight.reshape(-1), noise, LEVELS
+    )
+    expected = compute_bound(p, ledger, compute_squared_norms(x_0), 4).total
     assert (estimate(p, from_eps(p, eps_theta), x_0, 5, LEVELS, 0, "valid").total == expected).all()
 
 
@@ -310,8 +323,8 @@ def test_the_standard_error_is_that_of_a_mean_over_images():
 def test_the_batch_of_the_network_leaves_the_bound_as_it_is(batch, monkeypatch):
     """Up to rounding: a matrix product sums in another order in another shape. The noise is the same bit for bit."""
     model = ModelConfig(channels=8, multipliers=(1,), blocks=1, attention=(4,), dropout=0.0)
-    unet = UNet(unet_config(model, image_channels=1, resolution=4), generator("unet")).eval()
-    torch.nn.init.normal_(unet.conv_out.weight, std=0.1, generator=generator("conv_out"))
+    unet = UNet(make_unet_config(model, image_channels=1, resolution=4), make_generator("unet")).eval()
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.1, generator=make_generator("conv_out"))
     p, x_0 = process(6), digits_like(5, size=4)
     whole = full(p, lambda x, t: unet(x, t - 1), x_0, 0).total
     monkeypatch.setattr(likelihood, "PIXELS", {"cpu": 16 * batch})

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from orchestrator.execution import loss
-from orchestrator.execution.loss import MARKER, ClusterLost, Watch, again_where_lost, death, stop
+from orchestrator.execution.loss import MARKER, ClusterLost, Watch, describe_death, repeat_where_lost, stop
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,24 +31,24 @@ def until(condition) -> None:
 
 def test_what_ended_and_how_is_told() -> None:
     with sleeper() as killed, sleeper() as left:
-        assert death("raylet", killed) == ""
+        assert describe_death("raylet", killed) == ""
         killed.kill()
         killed.wait()
         left.communicate(b"\n")
-        assert death("raylet", killed) == f"Ray's raylet (process {killed.pid}) was killed by signal 9"
-        assert death("GCS", left) == f"Ray's GCS (process {left.pid}) ended with status 0"
+        assert describe_death("raylet", killed) == f"Ray's raylet (process {killed.pid}) was killed by signal 9"
+        assert describe_death("GCS", left) == f"Ray's GCS (process {left.pid}) ended with status 0"
 
 
 def test_whatever_fails_after_a_part_has_died_is_told_as_its_loss_and_nothing_before() -> None:
     left = threading.Event()
     with sleeper() as part:
         watch = Watch({"raylet": part}, {}, {}, "", left)
-        with pytest.raises(KeyError), watch.looking():
+        with pytest.raises(KeyError), watch.keep_looking():
             watch.check()
             raise KeyError
         part.kill()
         part.wait()
-        with pytest.raises(ClusterLost, match="raylet"), watch.looking():
+        with pytest.raises(ClusterLost, match="raylet"), watch.keep_looking():
             left.set()
             raise KeyError
 
@@ -58,11 +58,11 @@ def test_an_address_that_does_not_answer_any_more_is_a_loss(monkeypatch: pytest.
     left = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
         watch = Watch({}, {}, {"Ray's GCS": server.getsockname()[:2]}, "", left)
-        with watch.looking():
+        with watch.keep_looking():
             time.sleep(1)
             watch.check()
             server.close()
-            until(watch.lost)
+            until(watch.explain_loss)
             with pytest.raises(ClusterLost, match=r"Ray's GCS at 127\.0\.0\.1:\d+ has not answered for"):
                 watch.check()
             left.set()
@@ -157,9 +157,9 @@ def test_a_lost_ray_is_brought_up_again_so_many_times_and_another_ones_never() -
             raise ClusterLost("gone")
         return "done"
 
-    assert again_where_lost(work, said.append, may=True, times=2) == "done"
+    assert repeat_where_lost(work, said.append, may=True, times=2) == "done"
     assert len(said) == 2 and "starts again" in said[0]
     for may, times in ((True, 1), (False, 9)):
         calls.clear()
         with pytest.raises(ClusterLost):
-            again_where_lost(work, said.append, may=may, times=times)
+            repeat_where_lost(work, said.append, may=may, times=times)

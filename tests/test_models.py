@@ -32,7 +32,7 @@ from orchestrator.tracking.server import make_database
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.tracking.views import ComparisonView
 from workers.config import FIDConfig, Mistake, SamplerConfig
-from workers.data.cache import default_cache
+from workers.data.cache import find_default_cache
 from workers.evaluation import blocks
 from workers.evaluation.make import read_block
 from workers.storage import Storage
@@ -78,7 +78,7 @@ def test_the_images_are_those_of_the_evaluation(loaded: Any, tmp_path: Path) -> 
     for sampler in (SAMPLER, SamplerConfig(kind="ancestral"), SamplerConfig(kind="ddim", steps=7)):
         m = small.measurement(seed=5, samples=150, sampler=sampler)
         bench = small.bench(tmp_path, m)
-        wanted = blocks.sample_blocks(m, bench.checkpoint.digest, small.IMAGES)
+        wanted = blocks.list_sample_blocks(m, bench.checkpoint.digest, small.IMAGES)
         small.make_all(bench, wanted)
         images = [row for block in wanted for row in read_block(bench.storage, block)["image"].to_pylist()]
         measured = np.stack([np.frombuffer(image, np.uint8) for image in images]).reshape(-1, small.SIDE, small.SIDE, 1)
@@ -94,7 +94,7 @@ def test_the_variance_is_the_one_that_is_measured(tmp_path: Path) -> None:
     m = m.model_copy(update={"evaluation": m.evaluation.model_copy(update={"variance": "fixed_small"})})
     bench = small.bench(tmp_path, m)
     assert bench.model.process.variance == "fixed_large"
-    [block] = blocks.sample_blocks(m, bench.checkpoint.digest, small.IMAGES)
+    [block] = blocks.list_sample_blocks(m, bench.checkpoint.digest, small.IMAGES)
     small.make_all(bench, [block])
     measured = [np.frombuffer(image, np.uint8) for image in read_block(bench.storage, block)["image"].to_pylist()]
     models.save(replace(candidate(bench.storage), variance="fixed_small"), tmp_path / "model")
@@ -341,7 +341,7 @@ class Lost:
 
     def another_database(self) -> None:
         self.the_database()
-        make_database(self.root / "mlflow.db", default_cache())
+        make_database(self.root / "mlflow.db", find_default_cache())
         MlflowClient(self.uri).create_experiment("of somebody else")
 
 
@@ -357,19 +357,19 @@ def test_what_goes_in_mlflow_is_noticed_and_made_again(
     tracker = once(shared, way)
     model = candidate(shared)
     seen = Tracker(shared, way)
-    assert not seen.lacks(["a"], model) and seen._catalogue.client is None  # a look at the file is enough
+    assert not seen.is_missing(["a"], model) and seen._catalogue.client is None  # a look at the file is enough
     lost = Lost(tracker)
     getattr(lost, way)()
     caplog.clear()
-    assert Tracker(shared, way).lacks(["a"], model)
+    assert Tracker(shared, way).is_missing(["a"], model)
     again = once(shared, way)
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert all("had lost" in text and f"of the sweep {way}: restored" in text for text in told) and len(told) <= 1, told
-    assert not Tracker(shared, way).lacks(["a"], model)
+    assert not Tracker(shared, way).is_missing(["a"], model)
     client = MlflowClient(again.uri, again.uri)
     experiment = client.get_experiment_by_name(way)
     assert experiment.lifecycle_stage == "active"
-    assert again.link().startswith(f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs?")
+    assert again.find_link().startswith(f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs?")
     runs = {r.data.tags["orchestrator.row"]: r for r in client.search_runs([experiment.experiment_id])}
     assert sorted(runs) == ["a", "sweep"] and {run.info.status for run in runs.values()} == {"FINISHED"}
     assert [p.value for p in client.get_metric_history(runs["a"].info.run_id, "valid/nll_bpd")] == [3.5, 3.0]
@@ -408,11 +408,11 @@ def test_a_server_keeps_the_model_and_gives_it_back(
         model = mlflow.pyfunc.load_model("models:/registered@candidate")
         assert np.array_equal(model.predict(asked(n=3, seed=0)), loaded.predict(asked(n=3, seed=0)))
         once(storage, "lost", server.uri)
-        assert not Tracker(storage, "lost", server.uri).lacks(["a"], candidate(storage))
+        assert not Tracker(storage, "lost", server.uri).is_missing(["a"], candidate(storage))
         shutil.rmtree(server.folder / "artifacts")
-        assert Tracker(storage, "lost", server.uri).lacks(["a"], candidate(storage))
+        assert Tracker(storage, "lost", server.uri).is_missing(["a"], candidate(storage))
         once(storage, "lost", server.uri)
-        assert not Tracker(storage, "lost", server.uri).lacks(["a"], candidate(storage))
+        assert not Tracker(storage, "lost", server.uri).is_missing(["a"], candidate(storage))
     finally:
         server.stop()
 

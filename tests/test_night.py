@@ -18,15 +18,15 @@ from orchestrator.nights.decisions import (
     NightFinding,
     Verdict,
     compare,
-    drifted,
-    due,
-    earlier_entries,
+    decide_promotions,
+    find_drifted,
+    find_due,
+    find_earlier_entries,
+    find_regressions,
     judge,
-    promotions,
-    regressions,
     select,
 )
-from orchestrator.nights.night_page import headline, to_html, to_markdown
+from orchestrator.nights.night_page import format_headline, to_html, to_markdown
 from orchestrator.nights.suite import Hooks, Rule, Suite
 from orchestrator.tracking.registry import Version
 from workers.config import Mistake
@@ -107,8 +107,8 @@ def test_an_empty_registry_is_told() -> None:
 
 def test_due_is_what_is_not_measured_once_a_checkpoint() -> None:
     asked = {"a@champion": "one", "a@candidate": "two", "a@newest": "two", "b@newest": "three"}
-    assert due(asked, {"one"}) == {"two": ["a@candidate", "a@newest"], "three": ["b@newest"]}
-    assert due(asked, {"one", "two", "three", "four"}) == {}
+    assert find_due(asked, {"one"}) == {"two": ["a@candidate", "a@newest"], "three": ["b@newest"]}
+    assert find_due(asked, {"one", "two", "three", "four"}) == {}
 
 
 # ---- Comparing -------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def test_pairs_of_images_tell_what_the_models_own_errors_could_not() -> None:
 
 
 def test_a_model_is_held_against_itself_last_night_and_against_its_own_champion() -> None:
-    before = earlier_entries([night("2026-03-01", entry("a@candidate", "x"), entry("a@champion", "w"))])
+    before = find_earlier_entries([night("2026-03-01", entry("a@candidate", "x"), entry("a@champion", "w"))])
     tonight = [entry("a@champion", "w"), entry("a@candidate", "y", 0.3), entry("b@candidate", "z")]
     found = compare([NLL, DISTANCE], tonight, before)
     assert verdicts(found) == {
@@ -151,28 +151,28 @@ def test_a_model_is_held_against_itself_last_night_and_against_its_own_champion(
         ("a@candidate", "a@champion", "eval/fd_classifier"): "worse",
     }
     assert "the same numbers to the bit" in found[0].why
-    alarms = regressions(SUITE, tonight, found)
+    alarms = find_regressions(SUITE, tonight, found)
     assert len(alarms) == 4 and all(f.alarm and f.model == "a@candidate" for f in alarms)
     alone = SUITE.model_copy(update={"regression": SUITE.regression.model_copy(update={"against": ("champion",)})})
-    assert len(regressions(alone, tonight, found)) == 2
+    assert len(find_regressions(alone, tonight, found)) == 2
 
 
 def test_the_newest_need_not_be_as_good_as_the_champion() -> None:
     tonight = [entry("a@champion", "w"), entry("a@newest", "y", 0.3)]
     found = compare([NLL], tonight, {})
-    assert [c.verdict for c in found] == ["worse"] and regressions(SUITE, tonight, found) == []
+    assert [c.verdict for c in found] == ["worse"] and find_regressions(SUITE, tonight, found) == []
 
 
 def test_other_protocols_are_not_compared() -> None:
     other = {"nll": {"protocol": {"images": 30}}, "samples": {"protocol": {"images": 50}}}
-    before = earlier_entries([night("2026-03-01", entry("a@candidate", "x", passports=other))])
+    before = find_earlier_entries([night("2026-03-01", entry("a@candidate", "x", passports=other))])
     nll, distance = compare([NLL, DISTANCE], [entry("a@candidate", "y", 0.5)], before)
     assert nll.verdict == "unknown" and "nll images: 50 against 30" in nll.why
     assert distance.verdict == "worse"
 
 
 def test_a_metric_that_is_no_number_is_worse() -> None:
-    before = earlier_entries([night("2026-03-01", entry("a@candidate", "x"))])
+    before = find_earlier_entries([night("2026-03-01", entry("a@candidate", "x"))])
     broken = entry("a@candidate", "y", metrics={"eval/nll_bpd": math.nan})
     [c] = compare([NLL], [broken], before)
     assert c.verdict == "worse" and "nan" in c.why
@@ -186,7 +186,7 @@ def test_numbers_that_nobody_believed_or_that_are_not_there_are_no_base() -> Non
         night("2026-03-02", good),
         night("2026-03-01", entry("a@candidate", "w")),
     ]
-    then, found = earlier_entries(history)["a@candidate"]
+    then, found = find_earlier_entries(history)["a@candidate"]
     assert (then.day, found) == (date(2026, 3, 2), good)
 
 
@@ -198,9 +198,9 @@ def moved(factor: float, **changes: Any) -> list[NightFinding]:
     last = entry("a@champion", "x")
     metrics = {**last.metrics, "eval/fd_classifier": last.metrics["eval/fd_classifier"] * factor}
     tonight = last.model_copy(update={"metrics": metrics, "hash": "another", **changes})
-    before = earlier_entries([night("2026-03-01", last, versions={"torch": "2.13.0", "ray": "2.60.0"})])
-    assert regressions(SUITE, [tonight], compare([NLL, DISTANCE], [tonight], before)) == []  # one alarm is enough
-    return drifted([tonight], before, {"torch": "2.14.0", "ray": "2.60.0"})
+    before = find_earlier_entries([night("2026-03-01", last, versions={"torch": "2.13.0", "ray": "2.60.0"})])
+    assert find_regressions(SUITE, [tonight], compare([NLL, DISTANCE], [tonight], before)) == []  # one alarm is enough
+    return find_drifted([tonight], before, {"torch": "2.14.0", "ray": "2.60.0"})
 
 
 def test_an_unchanged_checkpoint_with_another_hash_is_a_finding_with_what_changed() -> None:
@@ -235,9 +235,9 @@ def test_only_a_clear_improvement_is_promoted(worse: float, distance: float, pro
     metrics = {**candidate.metrics, "eval/fd_classifier": 0.5 + distance}
     tonight = [champion, candidate.model_copy(update={"metrics": metrics, "version": 2})]
     found = compare([NLL, DISTANCE], tonight, {})
-    [decided] = promotions(tonight, found, drift=False)
+    [decided] = decide_promotions(tonight, found, drift=False)
     assert (decided.promoted, decided.version) == (promoted, 2) and told in decided.why
-    assert not promotions(tonight, found, drift=True)[0].promoted
+    assert not decide_promotions(tonight, found, drift=True)[0].promoted
 
 
 def test_what_cannot_be_compared_is_not_promoted() -> None:
@@ -253,7 +253,7 @@ def test_what_cannot_be_compared_is_not_promoted() -> None:
                                                                                 "alias": "candidate"})],
     }  # fmt: skip
     for why, tonight in cases.items():
-        [decided] = promotions(tonight, compare([NLL, DISTANCE], tonight, {}), drift=False)
+        [decided] = decide_promotions(tonight, compare([NLL, DISTANCE], tonight, {}), drift=False)
         assert not decided.promoted and why in decided.why
 
 
@@ -276,7 +276,7 @@ def test_a_night_is_read_as_it_was_written() -> None:
 def test_the_report_says_the_night_in_both_forms_and_needs_nothing_beside_it() -> None:
     tonight = [entry("a@champion", "w"), entry("<b>@candidate", "y", 0.3)]
     history = [night("2026-02-26", entry("a@champion", "v", 0.4))]
-    found = compare([NLL], tonight, earlier_entries(history))
+    found = compare([NLL], tonight, find_earlier_entries(history))
     off = CanaryResult(name="gaussian/nll_bpd", measured=7.5, expected=6.9, tolerance=0.03, passed=False)
     last = night(
         "2026-03-01", *tonight, comparisons=tuple(found), previous=date(2026, 2, 26), rules=(str(NLL),),
@@ -292,7 +292,7 @@ def test_the_report_says_the_night_in_both_forms_and_needs_nothing_beside_it() -
         assert said in page and said in text
     assert "<b>@candidate" in text and "<b>" not in page and "&lt;b&gt;@candidate" in page
     assert "<svg" in page and "<script" not in page and "src=" not in page
-    assert "alarm. regression: <b>@candidate: worse" in headline(last)
+    assert "alarm. regression: <b>@candidate: worse" in format_headline(last)
 
 
 # ---- Keeping it before anybody is told -------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_a_night_is_kept_before_its_hooks_are_called_and_they_are_called_once(
     script = f"cat {place}/result.json >> {heard}; printf 'gr\\374n\\n'; exit 1"
     suite = SUITE.model_copy(update={"hooks": Hooks(command=("/bin/sh", "-c", script))})
     alarmed = night(str(DAY), findings=(NightFinding(kind="canary", text="off", alarm=True),))
-    monkeypatch.setattr(shift, "_worked", lambda *_: alarmed)
+    monkeypatch.setattr(shift, "_work_night", lambda *_: alarmed)
 
     def record(*_: object, **__: object) -> tuple[str, str]:
         if not reached:
@@ -327,7 +327,7 @@ def test_a_night_is_kept_before_its_hooks_are_called_and_they_are_called_once(
     assert told in (place / "report.md").read_text()
     reached.append(True)
     for _ in range(2):
-        monkeypatch.setattr(shift, "_worked", None)  # it is done
+        monkeypatch.setattr(shift, "_work_night", None)  # it is done
         assert shift.run(suite, DAY, str(tmp_path / "runs"), None) == 3
     kept = opened((place / "result.json").read_bytes())
     assert (kept.told, kept.recorded) == (True, True) and told in map(str, kept.findings)

@@ -15,10 +15,10 @@ from workers.config import DiffusionConfig, LossConfig, ScheduleConfig
 from workers.data.pixels import to_model
 from workers.diffusion.bound import model_terms
 from workers.diffusion.objectives import Objective, weights
-from workers.diffusion.predictions import interpret, target_of
+from workers.diffusion.predictions import find_target, interpret
 from workers.diffusion.process import LEARNED, VARIANCES, Prediction, Process
 from workers.kinds import OBJECTIVES, PREDICTIONS, WEIGHTINGS
-from workers.noise import generator
+from workers.noise import make_generator
 
 F64 = torch.float64
 T, LEVELS = 30, 17
@@ -30,12 +30,12 @@ def process(variance: Any = "fixed_large", T: int = T) -> Process:
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=generator("objectives", seed), dtype=F64)
+    return torch.randn(shape, generator=make_generator("objectives", seed), dtype=F64)
 
 
 def every_t(p: Process) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(t, x_0, x_t, eps), one of each t: x_0 of LEVELS levels, float64 (T, 1, 2, 3)."""
-    pixels = torch.randint(0, LEVELS, (p.T, 2, 3, 1), generator=generator("pixels"), dtype=torch.uint8)
+    pixels = torch.randint(0, LEVELS, (p.T, 2, 3, 1), generator=make_generator("pixels"), dtype=torch.uint8)
     t, x_0, eps = torch.arange(1, p.T + 1), to_model(pixels, LEVELS).double(), normal(p.T, 1, 2, 3, seed=1)
     return t, x_0, p.q_sample(x_0, t, eps), eps
 
@@ -95,7 +95,7 @@ def test_a_weighting_is_one_objective_whatever_is_predicted(weighting):
     eps_hat = interpret(p, "x_0", x_t, t, x_0_hat).eps
     losses = []
     for prediction in PREDICTIONS:
-        target = target_of(prediction)
+        target = find_target(prediction)
         output = target.of(p, x_0_hat, x_t, t, eps_hat)
         found = Objective(p, prediction, loss, LEVELS)(always(output), x_0, t, eps)
         losses.append(found.weighted / found.weighted.sum())
@@ -110,7 +110,7 @@ def test_the_exact_network_has_no_squared_error(objective, prediction):
     variance = "learned_range" if objective == "hybrid" else "fixed_small"
     p = process(variance)
     t, x_0, x_t, eps = every_t(p)
-    exact = target_of(prediction).of(p, x_0, x_t, t, eps)
+    exact = find_target(prediction).of(p, x_0, x_t, t, eps)
     output = torch.cat([exact, -torch.ones_like(exact)], 1) if p.learned else exact  # the head at fixed_small
     loss = Objective(p, prediction, LossConfig(objective=objective), LEVELS)(lambda x, s: output, x_0, t, eps)
     torch.testing.assert_close(loss.weighted[1:], torch.zeros(T - 1, dtype=F64), rtol=0, atol=1e-7)
@@ -136,7 +136,7 @@ def test_each_term_is_that_of_an_independent_loop(variance, prediction):
     """L_{t-1} pixel by pixel from betas alone, each KL by quadrature, and the decoder by differences of Phi."""
     p = process(variance, T=6)
     t, x_0, x_t, eps = every_t(p)
-    said_of_target = target_of(prediction).of(p, x_0, x_t, t, eps) + 0.05 * normal(*x_0.shape, seed=2)
+    said_of_target = find_target(prediction).of(p, x_0, x_t, t, eps) + 0.05 * normal(*x_0.shape, seed=2)
     head = 0.7 * normal(*x_0.shape, seed=3)
     output = torch.cat([said_of_target, head], 1) if p.learned else said_of_target
     said = interpret(p, prediction, x_t, t, output)

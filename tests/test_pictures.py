@@ -10,15 +10,15 @@ from PIL import Image
 
 from orchestrator import sample as command
 from workers.config import DiffusionConfig, ModelConfig, SamplerConfig, ScheduleConfig
-from workers.data.pixels import grid_png
+from workers.data.pixels import draw_grid
 from workers.diffusion.predictions import from_eps
 from workers.diffusion.process import Process
 from workers.diffusion.samplers import draw
-from workers.evaluation.pictures import coding_curve, decoded, interpolated, progressive
+from workers.evaluation.pictures import compute_coding_curve, decode_at, draw_progressive, interpolate
 from workers.network import checkpoint as checkpoints
 from workers.network.unet import UNet
-from workers.network.unet_config import unet_config
-from workers.noise import generator
+from workers.network.unet_config import make_unet_config
+from workers.noise import make_generator
 from workers.storage import Storage
 
 P = Process.of(DiffusionConfig(T=40, schedule=ScheduleConfig(scale="per_1000")))
@@ -39,16 +39,16 @@ def best():
 
 
 def noise(n: int, *where: int | str) -> torch.Tensor:
-    return torch.randn((n, 1, 4, 4), generator=generator("pictures", *where))
+    return torch.randn((n, 1, 4, 4), generator=make_generator("pictures", *where))
 
 
 @pytest.mark.parametrize("sampler", [SamplerConfig(), SamplerConfig(kind="heun", steps=9)])
 def test_progressive_generation_ends_in_the_sample(sampler):
     """Its first frame is x_0_hat(x_T), about 0; what it settles on has the pixels' size."""
     x_T = noise(3)
-    strip = progressive(P, best(), sampler, x_T, generator("z"), frames=6)
+    strip = draw_progressive(P, best(), sampler, x_T, make_generator("z"), frames=6)
     assert strip.shape == (3, 6, 1, 4, 4)
-    assert torch.equal(strip[:, -1], draw(P, best(), sampler, x_T, generator("z"), clip=True).x_0.clamp(-1, 1))
+    assert torch.equal(strip[:, -1], draw(P, best(), sampler, x_T, make_generator("z"), clip=True).x_0.clamp(-1, 1))
     size = strip.square().mean((0, 2, 3, 4))
     assert size[0] < 0.01 * size[-1] and size[-1] == pytest.approx(S**2, rel=0.5)
 
@@ -57,19 +57,19 @@ def test_interpolation_near_the_data_is_a_blend_and_from_noise_forgets_both():
     """At t = 1 x_t holds nearly all of x_0; from t = T what comes out has little to do with the ends."""
     ends = S * noise(2, "ends")
     weights = torch.linspace(0, 1, 5)
-    near = interpolated(P, best(), ends, 1, weights, generator("near"))
+    near = interpolate(P, best(), ends, 1, weights, make_generator("near"))
     blend = (1 - weights)[:, None, None, None] * ends[:1] + weights[:, None, None, None] * ends[1:]
     torch.testing.assert_close(near, blend, rtol=0, atol=4 * float(P.noise_level[0]))
-    far = interpolated(P, best(), ends, P.T, weights, generator("far"))
+    far = interpolate(P, best(), ends, P.T, weights, make_generator("far"))
     assert (far[0] - ends[0]).square().mean() > S**2 / 4
-    again = interpolated(P, best(), ends, P.T, weights[:1], generator("far"))
+    again = interpolate(P, best(), ends, P.T, weights[:1], make_generator("far"))
     torch.testing.assert_close(again[0], far[0])  # the noise is one for all weights
 
 
 def test_what_is_decoded_nears_the_image_as_t_falls():
     """E|x_0 - x_0_hat|^2 = s^2 sigma_t^2 / (s^2 + sigma_t^2) a pixel, of the best x_0_hat."""
     x_0, times = S * noise(3000, "x_0"), [40, 20, 8, 1]
-    shown = decoded(P, best(), x_0, times, generator("decoded"))
+    shown = decode_at(P, best(), x_0, times, make_generator("decoded"))
     error = (shown - x_0[:, None]).square().mean((0, 2, 3, 4)).double()
     level = P.noise_level[torch.tensor(times) - 1] ** 2
     torch.testing.assert_close(error, S**2 * level / (S**2 + level), rtol=0.03, atol=0)
@@ -77,19 +77,19 @@ def test_what_is_decoded_nears_the_image_as_t_falls():
 
 def test_the_coding_curve_rises_in_rate_and_falls_in_distortion():
     pixels = ((S * noise(20, "curve")).clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1
-    rate, rmse = coding_curve(P, best(), pixels, 256, generator("curve"))
+    rate, rmse = compute_coding_curve(P, best(), pixels, 256, make_generator("curve"))
     assert rate.shape == rmse.shape == (P.T,) and (np.diff(rate) > 0).all()
     assert rmse[0] == pytest.approx(127.5 * S, rel=0.1) and rmse[-1] < rmse[0] / 3
 
 
 def test_a_grid_has_the_columns_it_is_given():
     images = torch.zeros(6, 4, 4, 1, dtype=torch.uint8)
-    shown = Image.open(io.BytesIO(grid_png(images, 17, side=1, columns=3)))
+    shown = Image.open(io.BytesIO(draw_grid(images, 17, side=1, columns=3)))
     assert shown.size == (3 * (3 * 5 - 1), 3 * (2 * 5 - 1))
 
 
 def test_a_grid_shows_every_image_and_ends_in_grey():
-    shown = Image.open(io.BytesIO(grid_png(torch.full((7, 4, 4, 1), 16, dtype=torch.uint8), 17, side=1)))
+    shown = Image.open(io.BytesIO(draw_grid(torch.full((7, 4, 4, 1), 16, dtype=torch.uint8), 17, side=1)))
     pixels = np.asarray(shown)[::3, ::3]
     assert pixels.shape == (14, 14) and (pixels == 255).sum() == 7 * 16 and (pixels[10:, 5:] == 128).all()
 
@@ -99,10 +99,10 @@ def test_a_grid_shows_every_image_and_ends_in_grey():
 
 def folder(root: Path) -> str:
     """A checkpoint of a small network for the digits, in a storage of its own."""
-    config = unet_config(
+    config = make_unet_config(
         ModelConfig(channels=4, multipliers=(1,), blocks=1, attention=(), dropout=0.0), image_channels=1, resolution=8
     )
-    unet = UNet(config, generator("unet"))
+    unet = UNet(config, make_generator("unet"))
     checkpoint = checkpoints.save(
         Storage(root), "elsewhere", checkpoints.Snapshot(step=3, unet_config=config, process=P, ema=unet.state_dict())
     )

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from orchestrator.experiment.records import SchedulerConfig
-from orchestrator.planning.decide import Decision, decide, decide_turn, scheduler_key
-from orchestrator.planning.place import Node, Queue, Size, admit, at_once, can_hold, in_one_node
+from orchestrator.planning.decide import Decision, decide, decide_turn, make_scheduler_key
+from orchestrator.planning.place import Node, Queue, Size, admit, admit_at_once, can_hold, fits_one_node
 from orchestrator.state.rows import Found
-from workers.sharing import as_ray_counts
+from workers.sharing import round_as_ray
 
-NONE, ASHA = (scheduler_key(SchedulerConfig(kind=kind)) for kind in ("none", "asha"))
+NONE, ASHA = (make_scheduler_key(SchedulerConfig(kind=kind)) for kind in ("none", "asha"))
 FINISHED = {"state": "finished", "step": 10, "steps": 10}
 RUNNING = {"state": "running", "step": 5, "steps": 10}
 PRUNED = {"state": "pruned", "step": 5, "steps": 10, "scheduler": ASHA}
@@ -93,13 +93,13 @@ MACHINE = Node(64, 8)
     ],
 )
 def test_as_many_trials_run_at_once_as_fit(size: Size, nodes: list[Node], fit: int) -> None:
-    assert len(at_once([size] * 20, nodes)) == fit
-    assert len(at_once([size] * 20, nodes, most=1)) == 1
+    assert len(admit_at_once([size] * 20, nodes)) == fit
+    assert len(admit_at_once([size] * 20, nodes, most=1)) == 1
 
 
 def test_a_trial_that_never_fits_is_known() -> None:
     assert can_hold(Size(16, 1, 1), [MACHINE] * 2) and not can_hold(Size(17, 1, 1), [MACHINE] * 2)
-    assert in_one_node(EIGHT, [MACHINE]) and not in_one_node(Size(9, 1, 1), [MACHINE] * 2)
+    assert fits_one_node(EIGHT, [MACHINE]) and not fits_one_node(Size(9, 1, 1), [MACHINE] * 2)
     assert not can_hold(Size(2, 1), [Node(2, 0)])  # its driver takes a little, too
     assert can_hold(Size(2, 1), [Node(1, 0)] * 3) and not can_hold(Size(2, 1), [Node(1, 0)] * 2)  # or on a third
     assert not can_hold(GPU, [Node(64, 0)])
@@ -141,7 +141,7 @@ def test_a_lost_node_holds_back_what_waits() -> None:
 )
 def test_parts_of_a_gpu_are_counted_per_gpu(part: float, times: int) -> None:
     """So many trials of it fit on each GPU, as Ray counts, which rounds to the fourth digit."""
-    size = Size(1, 0.01, as_ray_counts(part))
+    size = Size(1, 0.01, round_as_ray(part))
     assert round(size.gpus, 4) == size.gpus and times * size.gpus <= 1
     running: list[Size] = []
     while len(running) < 100 and admit([size], running, [Node(64, 2)]) is not None:

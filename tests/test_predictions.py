@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from workers.config import DiffusionConfig, ScheduleConfig
-from workers.diffusion.predictions import Denoiser, interpret, target_of
+from workers.diffusion.predictions import Denoiser, find_target, interpret
 from workers.diffusion.process import LEARNED, Prediction, Process, at
 from workers.kinds import PREDICTIONS
-from workers.noise import generator
+from workers.noise import make_generator
 
 TARGETS = {  # by formulas of their own
     "eps": lambda p, x_0, x_t, t, eps: eps,
@@ -27,7 +27,7 @@ def process(kind: Any = "linear", variance: Any = "fixed_large") -> Process:
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=generator("predictions", seed), dtype=torch.float64)
+    return torch.randn(shape, generator=make_generator("predictions", seed), dtype=torch.float64)
 
 
 def every_t(p: Process):
@@ -47,7 +47,7 @@ def test_the_exact_target_gives_x_0_and_the_noise_back(name, kind):
     p = process(kind)
     t, x_0, x_t, eps = every_t(p)
     target = TARGETS[name](p, x_0, x_t, t, eps)
-    torch.testing.assert_close(target_of(name).of(p, x_0, x_t, t, eps), target, rtol=0, atol=1e-9)
+    torch.testing.assert_close(find_target(name).of(p, x_0, x_t, t, eps), target, rtol=0, atol=1e-9)
     seen = []
 
     def network(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ def test_an_error_of_the_target_is_an_error_of_x_0_times_its_scale(name):
     """|x_0 - x_0_hat|^2 = k_t |target - output|^2 = |eps - eps_hat|^2 / SNR_t, for any output."""
     p = process()
     t, x_0, x_t, eps = every_t(p)
-    target = target_of(name)
+    target = find_target(name)
     output = normal(*x_0.shape, seed=2)
     said = interpret(p, name, x_t, t, output)
     of_x_0 = (x_0 - said.x_0).square().flatten(1).sum(1)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.experiment.dry_run import dry_run_text, readable
-from orchestrator.experiment.effort import Cost, cost, costs
-from orchestrator.experiment.expand import by_row, expand
+from orchestrator.experiment.dry_run import format_count, format_dry_run
+from orchestrator.experiment.effort import Cost, count_cost, count_costs
+from orchestrator.experiment.expand import expand, group_by_row
 from orchestrator.experiment.load import parse
-from orchestrator.experiment.preflight import chain, data_lines, preflight, source_warnings
+from orchestrator.experiment.preflight import check_before_start, describe_data, list_source_warnings, measure_chain
 from orchestrator.experiment.records import ExperimentError, Variant
 from orchestrator.experiment.settings import merge
 from workers.config import SAMPLE_GRID, DiffusionConfig, LossConfig, ScheduleConfig, Trial
@@ -32,7 +32,7 @@ SMALL = {
 def check(source: Source = DIGITS, **sections: Any) -> list[str]:
     e = parse(merge(SMALL, sections))
     variants = expand(e)
-    return preflight(e, variants, {v.trial.data: source for v in variants})
+    return check_before_start(e, variants, {v.trial.data: source for v in variants})
 
 
 def refused(source: Source = DIGITS, **sections: Any) -> list[str]:
@@ -54,12 +54,12 @@ def linear(T: int, scale: Any = "absolute", **more: Any) -> DiffusionConfig:
 
 @pytest.mark.parametrize(("T", "gap"), [(100, 0.129), (250, 0.0168), (500, 0.00116), (1000, 7.3e-6)])
 def test_the_prior_gap_of_a_short_chain(T: int, gap: float) -> None:
-    assert chain(linear(T)).photographs_bpd == pytest.approx(gap, rel=0.01)
+    assert measure_chain(linear(T)).photographs_bpd == pytest.approx(gap, rel=0.01)
 
 
 def test_the_bound_on_the_gap_is_above_that_of_photographs() -> None:
     for T in (1, 10, 100, 1000):
-        ends = chain(linear(T))
+        ends = measure_chain(linear(T))
         closed_form = -0.5 * math.log2(1 - ends.alpha_bar_T)  # at E[x_0^2] = 1 the other terms cancel
         assert ends.photographs_bpd < ends.prior_bpd == pytest.approx(closed_form, rel=1e-6)
 
@@ -92,8 +92,8 @@ def test_scaled_betas_that_leave_the_unit_interval(T: int, beta_end: float, firs
     schedule = {"kind": "constant", "scale": "per_1000", "beta_end": beta_end}
     (problem,) = refused(diffusion={"T": T, "schedule": schedule})
     assert "outside (0, 1)" in problem and f"works from T = {first} on" in problem
-    assert chain(linear(first, "per_1000", kind="constant", beta_end=beta_end)).beta_max < 1
-    assert chain(linear(first - 1, "per_1000", kind="constant", beta_end=beta_end)).beta_max >= 1 - 1e-12
+    assert measure_chain(linear(first, "per_1000", kind="constant", beta_end=beta_end)).beta_max < 1
+    assert measure_chain(linear(first - 1, "per_1000", kind="constant", beta_end=beta_end)).beta_max >= 1 - 1e-12
 
 
 def test_chains_that_underflow() -> None:
@@ -133,7 +133,7 @@ def test_the_ends_of_a_chain_are_those_of_its_schedule() -> None:
     assert log_snrs(betas(straight.diffusion)) == pytest.approx([4, 2, 0, -2, -4])
     assert log_snrs(betas(jsd.diffusion)) == pytest.approx([math.log(3), 0, math.log(1 / 3), -math.inf])
     for one, ends in ((straight, (4, -4)), (jsd, (math.log(3), -math.inf))):
-        found = chain(one.diffusion)
+        found = measure_chain(one.diffusion)
         assert (found.log_snr_1, found.log_snr_T) == pytest.approx(ends)
 
 
@@ -184,7 +184,7 @@ def test_the_cost_of_a_trial_by_hand() -> None:
         diffusion={"T": 200},
         evaluation={"nll": {"images": 100, "timesteps": 20}, "fid": {"samples": 50, "sampler": {"steps": 10}}},
     )
-    assert cost(t, DIGITS) == Cost(
+    assert count_cost(t, DIGITS) == Cost(
         training_evaluations=1000 * 64,
         validation_evaluations=4 * (128 * 17 + SAMPLE_GRID * 50),  # steps 0, 400, 800 and 1000
         nll_evaluations=100 * 20,
@@ -194,7 +194,7 @@ def test_the_cost_of_a_trial_by_hand() -> None:
 
 def test_all_means_every_held_out_image_and_every_timestep() -> None:
     t = trial(diffusion={"T": 10}, evaluation={"fid": {"samples": 7}})
-    measured = cost(t, DIGITS)
+    measured = count_cost(t, DIGITS)
     assert (measured.nll_evaluations, measured.sampling_evaluations) == (300 * 10, 7 * 10)
     assert measured.validation_evaluations == 4 * (128 * 10 + 25 * 10)
 
@@ -215,21 +215,21 @@ def test_a_sample_costs_what_its_sampler_takes(sampler: dict[str, Any], count: i
         diffusion={"T": 200},
         evaluation={"nll": None, "fid": {"samples": 50, "sampler": sampler}, "ode_nll": {"images": 20}},
     )
-    found = cost(t, DIGITS)
+    found = count_cost(t, DIGITS)
     assert found.sampling_evaluations == 50 * count
     assert found.ode_nll_evaluations == 20 * 104
     tight = trial(evaluation={"ode_nll": {"images": 20, "tolerance": 1e-5}})
-    assert cost(tight, DIGITS).ode_nll_evaluations == 20 * 244
+    assert count_cost(tight, DIGITS).ode_nll_evaluations == 20 * 244
 
 
 def test_what_is_off_costs_nothing_and_validation_stops_at_the_data() -> None:
     few = Source("d", "few", "images", 100, 3, False, 256, (8, 8, 3))
     t = trial(diffusion={"T": 1}, evaluation={"nll": None, "fid": None}, training={"validate_every": 1000})
-    assert cost(t, few) == Cost(training_evaluations=64_000, validation_evaluations=2 * (3 + 25))
+    assert count_cost(t, few) == Cost(training_evaluations=64_000, validation_evaluations=2 * (3 + 25))
 
 
 def test_costs_add_up() -> None:
-    one = cost(trial(), DIGITS)
+    one = count_cost(trial(), DIGITS)
     assert one + Cost() == one
     assert sum([one, one], Cost()).training_evaluations == 2 * one.training_evaluations
 
@@ -245,13 +245,13 @@ def test_costs_add_up() -> None:
     ],
 )
 def test_counts_are_readable(n: int, text: str) -> None:
-    assert readable(n) == text
+    assert format_count(n) == text
 
 
 def table(**sections: Any) -> tuple[dict[RowId, Variant], list[str]]:
     variants = expand(parse(merge(SMALL, sections)))
-    trials, _ = by_row(variants, {v.trial.data: DIGITS.digest for v in variants})
-    return trials, dry_run_text(trials, {v.trial.data: DIGITS for v in variants}).splitlines()
+    trials, _ = group_by_row(variants, {v.trial.data: DIGITS.digest for v in variants})
+    return trials, format_dry_run(trials, {v.trial.data: DIGITS for v in variants}).splitlines()
 
 
 def test_the_table_has_a_row_for_each_trial_and_totals() -> None:
@@ -270,7 +270,7 @@ def test_the_table_has_a_row_for_each_trial_and_totals() -> None:
 
 def test_the_table_of_one_trial_and_of_none() -> None:
     assert table()[1][4].startswith("1 trial ")
-    assert "0 trials" in dry_run_text({}, {})
+    assert "0 trials" in format_dry_run({}, {})
 
 
 def test_what_rows_share_is_counted_once() -> None:
@@ -280,12 +280,12 @@ def test_what_rows_share_is_counted_once() -> None:
     }
     content = {"name": "x", "data": {"source": "digits"}, "training": {"steps": 100}, "search": {"space": space}}
     variants = expand(parse({**content, "diffusion": {"T": 50, "schedule": {"scale": "per_1000"}}}))
-    trials, _ = by_row(variants, {v.trial.data: DIGITS.digest for v in variants})
-    found = costs(trials, {v.trial.data: DIGITS for v in variants})
+    trials, _ = group_by_row(variants, {v.trial.data: DIGITS.digest for v in variants})
+    found = count_costs(trials, {v.trial.data: DIGITS for v in variants})
     assert [c.training_evaluations > 0 for c in found] == [True, False, False, False]
     assert [c.nll_evaluations for c in found] == [20 * 50, 30 * 50, 0, 0]
     assert [c.sampling_evaluations for c in found] == [1000 * 50] * 2 + [1000 * 99] * 2
-    text = dry_run_text(trials, {v.trial.data: DIGITS for v in variants})
+    text = format_dry_run(trials, {v.trial.data: DIGITS for v in variants})
     assert "1 trial, 4 rows" in text and "ode_nll" not in text
 
 
@@ -294,11 +294,11 @@ def test_what_rows_share_is_counted_once() -> None:
 
 def test_the_line_of_each_data_set_and_its_warnings() -> None:
     guessed = replace(DIGITS, name="d", warnings=("left out: 2 .gif (a.gif, b.gif)",))
-    assert [line.split(":")[0] for line in data_lines([DIGITS, guessed, DIGITS])] == [
+    assert [line.split(":")[0] for line in describe_data([DIGITS, guessed, DIGITS])] == [
         "data        digits",
         "data        d",
     ]
-    assert source_warnings([DIGITS, guessed]) == ["d: left out: 2 .gif (a.gif, b.gif)"]
+    assert list_source_warnings([DIGITS, guessed]) == ["d: left out: 2 .gif (a.gif, b.gif)"]
     assert check(guessed) == ["d: left out: 2 .gif (a.gif, b.gif)"]
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from ray.scripts.scripts import cli as ray_cli
 
 from orchestrator import completion, nightly, schema, ui
-from orchestrator.experiment.load import assignment
+from orchestrator.experiment.load import parse_assignment
 from orchestrator.experiment.settings import read_yaml
 from orchestrator.measuring import subjects
 from orchestrator.nights import suite
@@ -102,16 +102,16 @@ def test_sweep_commands_are_valid(command: str, tmp_path: Path) -> None:
 def test_commands_of_measuring_are_understood(command: str) -> None:
     """They need a trained storage: tests/cluster/test_evaluate.py runs such, here their words are checked."""
     _, _, module, *words = shlex.split(command)
-    importlib.import_module(module).parser().parse_intermixed_args(words)
+    importlib.import_module(module).make_parser().parse_intermixed_args(words)
     for text in (word for word in words if "=" in word):
-        path, _ = assignment(text)
+        path, _ = parse_assignment(text)
         assert path in subjects.SETTINGS
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "orchestrator.nightly" in c])
 def test_nightly_commands_are_understood(command: str) -> None:
     """Their words and their suite; tests/cluster/test_nightly.py runs such."""
-    options = nightly.parser().parse_intermixed_args(shlex.split(command.partition(">")[0])[3:])
+    options = nightly.make_parser().parse_intermixed_args(shlex.split(command.partition(">")[0])[3:])
     suite.load(ROOT / options.file, options.overrides)
 
 
@@ -139,7 +139,7 @@ OTHERS = {"ui": ui, "schema": schema, "completion": completion}
 @pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(rf"orchestrator\.({'|'.join(OTHERS)})", c)])
 def test_other_commands_are_understood(command: str) -> None:
     _, _, module, *words = shlex.split(command.partition(">")[0])
-    OTHERS[module.rpartition(".")[2]].parser().parse_args(words)
+    OTHERS[module.rpartition(".")[2]].make_parser().parse_args(words)
 
 
 def anchors(page: Path) -> set[str]:

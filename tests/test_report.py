@@ -18,14 +18,14 @@ from orchestrator.experiment.expand import expand
 from orchestrator.experiment.load import parse
 from orchestrator.experiment.records import Experiment
 from orchestrator.output import curves, findings, page
-from orchestrator.output.importance import importance
-from orchestrator.output.markdown import markdown
+from orchestrator.output.importance import compute_importance
+from orchestrator.output.markdown import write_markdown
 from orchestrator.state.events import Driver, EventLog, find_driver, list_failures, measure_use, read_events
 from orchestrator.state.rows import Found, Row
 from orchestrator.state.saved import keep_sweep, open_sweep
 from workers.config import DataConfig, Measurement
 from workers.data.sources import Source
-from workers.evaluation.blocks import Images, protocol_key
+from workers.evaluation.blocks import Images, make_protocol_key
 from workers.layout import RowId
 from workers.locks import lock
 from workers.seals import seal_lines
@@ -71,7 +71,7 @@ def stored(root: Path, nll: Mapping[int, list[float]], **search: Any) -> tuple[S
         state = {"state": "finished", "step": 10, "steps": 10, "images_per_s": 40.0, "checkpoint": checkpoint,
                  "valid_nll_bpd": 3.0 + i, "updated_ms": 6_000, "host": "<b>here</b>", "detail": ""}  # fmt: skip
         storage.write_sealed(f"trials/{address}/status.json", state)
-        key = protocol_key(Measurement.of(v.trial), Images.of(SOURCE))
+        key = make_protocol_key(Measurement.of(v.trial), Images.of(SOURCE))
         storage.write_sealed(
             f"evaluations/{checkpoint}/summary-{key}.json", summary(nll[i], v.trial.diffusion.T, 2.0 - i / 10)
         )
@@ -136,7 +136,7 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
     events.add("retried", addresses[1], piece="samples-1/block-00007.parquet", why="its process died")
     events.add("ended")
     events.flush()
-    content = page.page(findings.gather(storage, "small"))
+    content = page.render_report(findings.gather(storage, "small"))
     read = Page(content)
     text = " ".join(" ".join(read.text).split())
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in read.loads)
@@ -160,15 +160,15 @@ def test_a_page_can_be_made_at_any_moment_of_a_sweep(tmp_path: Path) -> None:
     for some in ({}, {0: FOUR[0]}, {0: FOUR[0], 3: FOUR[3]}):
         storage, _ = stored(tmp_path / str(len(some)), some)
         made = findings.gather(storage, "small")
-        Page(page.page(made))
-        assert f"{len(some)} / 4" in page.page(made)
-        assert ("Best of" in findings.verdict(made)) == bool(some)
-        assert markdown(made).count("| ") > 4
+        Page(page.render_report(made))
+        assert f"{len(some)} / 4" in page.render_report(made)
+        assert ("Best of" in findings.write_verdict(made)) == bool(some)
+        assert write_markdown(made).count("| ") > 4
 
 
 def test_the_same_storage_gives_the_same_page(tmp_path: Path) -> None:
     storage, _ = stored(tmp_path, FOUR)
-    first, second = (page.page(findings.gather(storage, "small")) for _ in range(2))
+    first, second = (page.render_report(findings.gather(storage, "small")) for _ in range(2))
     assert [line for line in first.splitlines() if "as of" not in line] == [
         line for line in second.splitlines() if "as of" not in line
     ]
@@ -180,12 +180,12 @@ def test_marks_what_cannot_be_told_from_the_best(tmp_path: Path) -> None:
     assert [entry.mark for entry in table] == ["best", "same", "", ""]
     whiskers = [entry.whisker for entry in table if entry.whisker]
     assert min(w.low for w in whiskers) == 0 and abs(max(w.high for w in whiskers) - 100) < 1e-9
-    assert "cannot be told from one other" in findings.verdict(findings.gather(storage, "small"))
+    assert "cannot be told from one other" in findings.write_verdict(findings.gather(storage, "small"))
 
 
 def test_markdown_is_for_a_pull_request(tmp_path: Path) -> None:
     storage, _ = stored(tmp_path, FOUR)
-    text = markdown(findings.gather(storage, "small"))
+    text = write_markdown(findings.gather(storage, "small"))
     assert text.startswith("## Sweep `small`") and text.count("| done |") == 4
     assert "explained by each setting" in text and "<details>" in text and "Faults and retries: none" in text
 
@@ -233,7 +233,7 @@ def test_a_sweep_of_an_older_version_is_told_with_what_to_do(tmp_path: Path, cap
 def test_shares_of_a_full_grid_without_interplay_add_up_to_one() -> None:
     params: list[dict[str, Any]] = [{"a": a, "b": b} for a in (1, 2) for b in ("x", "y", "z")]
     values = [10 * p["a"] + "xyz".index(p["b"]) for p in params]
-    a, b = importance(params, values)
+    a, b = compute_importance(params, values)
     assert (a.name, b.name) == ("a", "b") and abs(a.share + b.share - 1) < 1e-12
     # Sums of squares by hand: 6 x 5^2 between the a, 2 x (1 + 0 + 1) between the b.
     assert abs(a.share - 150 / 154) < 1e-12 and abs(b.share - 4 / 154) < 1e-12
@@ -243,17 +243,17 @@ def test_shares_of_a_full_grid_without_interplay_add_up_to_one() -> None:
 
 def test_an_interplay_belongs_to_no_setting() -> None:
     params: list[dict[str, Any]] = [{"a": a, "b": b} for a in (0, 1) for b in (0, 1)]
-    assert [s.share for s in importance(params, [p["a"] ^ p["b"] for p in params])] == [0, 0]
+    assert [s.share for s in compute_importance(params, [p["a"] ^ p["b"] for p in params])] == [0, 0]
 
 
 def test_numbers_that_were_drawn_are_put_into_ranges() -> None:
-    [lr] = importance([{"lr": x / 100} for x in range(40)], [float(x // 10) for x in range(40)])
+    [lr] = compute_importance([{"lr": x / 100} for x in range(40)], [float(x // 10) for x in range(40)])
     assert abs(lr.share - 1) < 1e-12 and [level.trials for level in lr.levels] == [10] * 4
 
 
 def test_says_nothing_of_too_few_trials_or_of_no_difference() -> None:
-    assert importance([{"a": 1}, {"a": 2}, {"a": 3}], [1.0, 2.0, 3.0]) == []
-    assert importance([{"a": i} for i in range(5)], [1.0] * 5) == []
+    assert compute_importance([{"a": 1}, {"a": 2}, {"a": 3}], [1.0, 2.0, 3.0]) == []
+    assert compute_importance([{"a": i} for i in range(5)], [1.0] * 5) == []
 
 
 def test_the_front_is_of_the_objectives_of_the_search(tmp_path: Path) -> None:
@@ -263,9 +263,9 @@ def test_the_front_is_of_the_objectives_of_the_search(tmp_path: Path) -> None:
         storage, addresses = stored(tmp_path / str(len(also)), FOUR, also=also)
         found = findings.gather(storage, "small")
         assert [row.digest for row in found.front] == addresses[:members]
-        texts[len(also)] = page.page(found)
+        texts[len(also)] = page.render_report(found)
         assert texts[len(also)].count("<svg") == len(curves.PLOTS) + len(also) - 3
-        assert ("Front of NLL bits/dim, " in markdown(found)) == (members > 1)
+        assert ("Front of NLL bits/dim, " in write_markdown(found)) == (members > 1)
     assert "The front of NLL bits/dim, validation bits/dim" in texts[1] and "is the best in both" in texts[1]
     assert "The front of NLL bits/dim, fd_classifier, validation bits/dim" in texts[2]
     assert "no other beats in all (4 of 4)" in texts[2]
@@ -277,12 +277,12 @@ def test_where_settings_were_drawn_a_forest_says_what_matters(tmp_path: Path) ->
     lrs = [v.trial.training.lr for v in expand(experiment(**drawn))]
     storage, _ = stored(tmp_path, {i: [2.0 + 500 * lr, 2.1 + 500 * lr] for i, lr in enumerate(lrs)}, **drawn)
     found = findings.gather(storage, "small")
-    grown = findings.trees(found)
+    grown = findings.grow_trees(found)
     assert grown and grown.explained > 0.8 and list(grown.weights) == ["lr", "dropout"]
-    assert f"A random forest explains {grown.explained:.0%}" in " ".join(Page(page.page(found)).text)
-    assert "What it loses of that when one is shuffled" in markdown(found)
+    assert f"A random forest explains {grown.explained:.0%}" in " ".join(Page(page.render_report(found)).text)
+    assert "What it loses of that when one is shuffled" in write_markdown(found)
     few = stored(tmp_path / "few", FOUR, **drawn)[0]
-    assert findings.trees(findings.gather(few, "small")) is None
+    assert findings.grow_trees(findings.gather(few, "small")) is None
 
 
 # ---- What happened ---------------------------------------------------------------------------------------------
@@ -388,7 +388,7 @@ def test_the_state_of_a_trial(state: str | None, at_work: str, last: str, expect
     variant = expand(experiment())[0]
     found = Found({"state": state, "step": 5} if state else None, "c" if state == "finished" else None, steps=10)
     row = Row(RowId("a"), variant, found)
-    assert status.standing(row, Driver(at_work), {"event": last}) == expected
+    assert status.describe_standing(row, Driver(at_work), {"event": last}) == expected
 
 
 def test_status_shows_sweeps_and_trials(tmp_path: Path, capsys: Any) -> None:
@@ -434,5 +434,5 @@ def test_several_training_steps_are_curves_of_the_bound_and_of_the_distance(tmp_
     report = findings.gather(Storage(tmp_path), "small")
     bound, distance = curves.draw_training_steps(report)
     assert [bound.name, distance.name] == ["training-steps-nll_bpd", "training-steps-fd_classifier"]
-    assert page.page(report).count("Over training") == 1
-    assert {"training-steps-nll_bpd.png", "training-steps-fd_classifier.png"} <= curves.png_files(report).keys()
+    assert page.render_report(report).count("Over training") == 1
+    assert {"training-steps-nll_bpd.png", "training-steps-fd_classifier.png"} <= curves.draw_png_files(report).keys()

@@ -23,13 +23,13 @@ from small_evaluation import checkpoint_in
 
 from orchestrator import ui
 from orchestrator.measuring import subjects
-from orchestrator.nights.shift import _alone
+from orchestrator.nights.shift import _lock_suite
 from workers import locks, remote
 from workers.config import DataConfig, Mistake
 from workers.data import mirror
 from workers.data.dataset import prepare
-from workers.data.locate import absolute
-from workers.data.sources import describe, fingerprint
+from workers.data.locate import make_absolute
+from workers.data.sources import compute_fingerprint, describe
 from workers.data.splits import DataError
 from workers.disk import StorageError
 from workers.journal import Journal, read_points
@@ -100,9 +100,9 @@ def test_what_is_written_is_read_listed_and_deleted(storage: Storage) -> None:
 
 def test_what_a_person_is_told_opens_again(storage: Storage) -> None:
     storage.write("a/b.bin", b"1")
-    assert Storage(storage.url("a")).read("b.bin") == b"1"
-    assert storage.url("a/b.bin").partition("?")[0].endswith("/a/b.bin")
-    assert storage.url().partition("?")[2] == storage.root.partition("?")[2]
+    assert Storage(storage.find_url("a")).read("b.bin") == b"1"
+    assert storage.find_url("a/b.bin").partition("?")[0].endswith("/a/b.bin")
+    assert storage.find_url().partition("?")[2] == storage.root.partition("?")[2]
 
 
 def test_a_large_file_comes_back_whole(own: Storage) -> None:
@@ -144,7 +144,7 @@ def test_lost_answers_are_asked_for_again(own: Storage, proxy: aws.Proxy) -> Non
 
 def test_a_store_that_is_not_there_is_told(own: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "ATTEMPTS", 2)
-    remote._s3.cache_clear()
+    remote._open_s3.cache_clear()
     dead = Storage(f"{own.root}?endpoint_override=127.0.0.1:{aws.free_port()}&scheme=http")
     elsewhere = Storage("s3://no-such-bucket/a")
     for call in (dead.list, dead.exists, dead.read, lambda path: dead.write(path, b""), dead.delete):
@@ -241,18 +241,18 @@ def test_a_lease_that_a_process_before_this_one_left_to_its_owner_is_taken_at_on
     left = {"holder": "another", "who": "process 1 on h (sweep x)", "owner": "sweep x", "beat": 7}
     own.write_sealed("locks/a", left)
     leases = Leases(own)
-    assert leases.holder("locks/a") == left["who"] and leases.holder("locks/a", "sweep x") == ""
+    assert leases.find_holder("locks/a") == left["who"] and leases.find_holder("locks/a", "sweep x") == ""
     with lock(own, "locks/a", "sweep x"):
-        assert leases.holder("locks/a", "sweep y").startswith(f"process {os.getpid()} on ")
-    assert leases.holder("locks/a") == "" and "seeing for" not in caplog.text
+        assert leases.find_holder("locks/a", "sweep y").startswith(f"process {os.getpid()} on ")
+    assert leases.find_holder("locks/a") == "" and "seeing for" not in caplog.text
 
 
 def test_two_nights_of_one_suite_are_not_run_beside_each_other(own: Storage, brisk: None) -> None:
-    with _alone(own, "nightly/small", date(2026, 3, 1)):
+    with _lock_suite(own, "nightly/small", date(2026, 3, 1)):
         refused = pytest.raises(Mistake, match="2026-03-02 is skipped: that of 2026-03-01 is still running")
-        with refused, _alone(own, "nightly/small", date(2026, 3, 2)):
+        with refused, _lock_suite(own, "nightly/small", date(2026, 3, 2)):
             pass
-    with _alone(own, "nightly/small", date(2026, 3, 2)):
+    with _lock_suite(own, "nightly/small", date(2026, 3, 2)):
         assert own.read_sealed("nightly/small/running.json")["day"] == "2026-03-02"
 
 
@@ -326,7 +326,7 @@ def test_a_holder_that_inherited_sigint_as_ignored_is_interrupted_too(own: Stora
 
 def test_a_checkpoint_is_saved_loaded_and_found_damaged(storage: Storage) -> None:
     checkpoint = checkpoint_in(storage)
-    found = manifest.newest(storage, "trials/a/checkpoints")
+    found = manifest.find_newest(storage, "trials/a/checkpoints")
     by_url = checkpoints.open_folder(checkpoint.url)
     assert found == checkpoint and by_url.digest == checkpoint.digest
     assert checkpoints.load(by_url)[1].T == small_evaluation.T
@@ -342,17 +342,17 @@ def test_a_checkpoint_is_saved_loaded_and_found_damaged(storage: Storage) -> Non
 
 def test_a_folder_that_is_not_there_is_told(own: Storage) -> None:
     with pytest.raises(manifest.CheckpointError, match="is not a folder, or an empty one"):
-        checkpoints.open_folder(own.url("nowhere"))
+        checkpoints.open_folder(own.find_url("nowhere"))
 
 
 def test_a_journal_goes_on_where_it_was(own: Storage) -> None:
     journal = Journal(own, "trials/a")
-    journal.metrics(1, {"x": 1.0})
-    journal.image(1, "samples", b"png")
+    journal.add_metrics(1, {"x": 1.0})
+    journal.add_image(1, "samples", b"png")
     journal.flush()
     again = Journal(own, "trials/a")
-    again.metrics(1, {"x": 2.0})
-    again.metrics(2, {"x": 3.0})
+    again.add_metrics(1, {"x": 2.0})
+    again.add_metrics(2, {"x": 3.0})
     again.flush()
     assert again.get(1, "x") == 1.0 and len(read_points(own, "trials/a")) == 3
 
@@ -363,8 +363,8 @@ def test_a_checkpoint_is_found_by_its_uri(storage: Storage) -> None:
         subjects.find(checkpoint.url, storage, [], None)
     [subject] = subjects.find(checkpoint.url, storage, ["data.source=digits"], None)
     assert subject.name == "step-00000001" and subject.checkpoint.digest == checkpoint.digest
-    assert subjects._inside(storage.url("sweeps/tiny"), storage) == "tiny"
-    assert subjects._inside("s3://bucket/elsewhere/sweeps/tiny", storage) == ""
+    assert subjects._find_inside(storage.find_url("sweeps/tiny"), storage) == "tiny"
+    assert subjects._find_inside("s3://bucket/elsewhere/sweeps/tiny", storage) == ""
 
 
 def test_the_ui_says_where_mlflow_is(own: Storage, capsys) -> None:
@@ -395,13 +395,13 @@ def test_data_on_s3_are_those_of_the_local_file(storage: Storage, tmp_path: Path
     path = parquet_of(tmp_path)
     storage.write("data/images/train-0.parquet", path.read_bytes())
     here = describe(DataConfig(source=str(path)), tmp_path / "a")
-    for url in (storage.url("data/images/train-0.parquet"), storage.url("data/images")):
+    for url in (storage.find_url("data/images/train-0.parquet"), storage.find_url("data/images")):
         config = DataConfig(source=url)
-        assert absolute(config) == config
+        assert make_absolute(config) == config
         assert describe(config, tmp_path / "b").digest == here.digest
         dataset = prepare(config, tmp_path / "b")
         assert len(dataset.train) + len(dataset.held_out) == 40
-    assert describe(DataConfig(source=storage.url("data/images")), tmp_path / "b").name == "images"
+    assert describe(DataConfig(source=storage.find_url("data/images")), tmp_path / "b").name == "images"
 
 
 def test_a_folder_of_images_on_s3(own: Storage, tmp_path: Path) -> None:
@@ -412,8 +412,8 @@ def test_a_folder_of_images_on_s3(own: Storage, tmp_path: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(file)
         own.write(f"images/{i % 2}/{i}.png", file.read_bytes())
-    found = describe(DataConfig(source=own.url("images")), tmp_path / "cache")
-    assert found.labelled and found.digest == fingerprint(DataConfig(source=str(tmp_path / "images")))
+    found = describe(DataConfig(source=own.find_url("images")), tmp_path / "cache")
+    assert found.labelled and found.digest == compute_fingerprint(DataConfig(source=str(tmp_path / "images")))
 
 
 PREPARE = """
@@ -428,14 +428,14 @@ print(prepare(DataConfig(source=sys.argv[1]), Path(sys.argv[2])).digest)
 def test_a_node_copies_and_decodes_once(own: Storage, tmp_path: Path) -> None:
     """Four processes at once, and one later; then the file changes."""
     own.write("images.parquet", parquet_of(tmp_path).read_bytes())
-    command = [sys.executable, "-c", PREPARE, own.url("images.parquet"), str(tmp_path / "cache")]
+    command = [sys.executable, "-c", PREPARE, own.find_url("images.parquet"), str(tmp_path / "cache")]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(4)]
     digests = {process.communicate()[0].strip() for process in started}
     assert len(digests) == 1 and all(process.returncode == 0 for process in started)
     [copy] = (tmp_path / "cache/sources").rglob("*.parquet")
     [decoded] = (tmp_path / "cache/data").glob("*/images.npy")
     before = [(p.stat().st_ino, p.stat().st_mtime_ns) for p in (decoded, copy)]
-    config = DataConfig(source=own.url("images.parquet"))
+    config = DataConfig(source=own.find_url("images.parquet"))
     assert prepare(config, tmp_path / "cache").digest in digests
     assert [(p.stat().st_ino, p.stat().st_mtime_ns) for p in (decoded, copy)] == before
     own.write("images.parquet", parquet_of(tmp_path, seed=1, count=41).read_bytes())
@@ -449,22 +449,22 @@ def test_a_copy_that_was_touched_and_an_object_that_was_replaced_are_noticed(own
     """Each of the same size and time: what somebody wrote into the copy, and what was put within the same second."""
     contents = [parquet_of(tmp_path, seed).read_bytes() for seed in range(20)]
     first, second = next((a, b) for a in contents for b in contents if a < b and len(a) == len(b))
-    cache, config = tmp_path / "cache", DataConfig(source=own.url("images.parquet"))
+    cache, config = tmp_path / "cache", DataConfig(source=own.find_url("images.parquet"))
     own.write("images.parquet", first)
-    digest = fingerprint(config, cache)
+    digest = compute_fingerprint(config, cache)
     [copy] = (cache / "sources").rglob("*.parquet")
     stat = copy.stat()
     copy.write_bytes(second)
     os.utime(copy, ns=(stat.st_mtime_ns, stat.st_mtime_ns))
-    assert fingerprint(config, cache) == digest and copy.read_bytes() == first
-    store, path = remote.open_uri(own.url("images.parquet"))
+    assert compute_fingerprint(config, cache) == digest and copy.read_bytes() == first
+    store, path = remote.open_uri(own.find_url("images.parquet"))
     for _ in range(50):
         own.write("images.parquet", first)
-        assert fingerprint(config, cache) == digest
+        assert compute_fingerprint(config, cache) == digest
         before = store.get_file_info(path).mtime_ns
         own.write("images.parquet", second)
         if store.get_file_info(path).mtime_ns == before:
-            assert fingerprint(config, cache) != digest and copy.read_bytes() == second
+            assert compute_fingerprint(config, cache) != digest and copy.read_bytes() == second
             return
     raise AssertionError("never twice in the same second")
 
@@ -475,20 +475,22 @@ def test_a_name_that_leads_out_of_the_copy_is_refused(own: Storage, tmp_path: Pa
     store = SimpleNamespace(get_file_info=lambda what: top if isinstance(what, str) else [info])
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StorageError, match="lead out of the folder"):
         patch.setattr(mirror, "open_uri", lambda uri: (store, "bucket/images"))
-        mirror.mirror("s3://bucket/images", tmp_path / "copies")
+        mirror.mirror_uri("s3://bucket/images", tmp_path / "copies")
 
 
 def test_a_copy_cut_off_is_made_again(own: Storage, proxy: aws.Proxy, tmp_path: Path, monkeypatch) -> None:
     path = parquet_of(tmp_path, count=400)
     own.write("images.parquet", path.read_bytes())
-    url = through(proxy, own).url("images.parquet")
+    url = through(proxy, own).find_url("images.parquet")
     with monkeypatch.context() as patch:
         patch.setattr(remote, "ATTEMPTS", 1)
-        remote._s3.cache_clear()
+        remote._open_s3.cache_clear()
         proxy.to_drop, proxy.after = 100, 20_000
         with pytest.raises(DataError, match=r"data\.source"):
             describe(DataConfig(source=url), tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("*.parquet"))
     proxy.to_drop = 0
-    remote._s3.cache_clear()
-    assert describe(DataConfig(source=url), tmp_path / "cache").digest == fingerprint(DataConfig(source=str(path)))
+    remote._open_s3.cache_clear()
+    assert describe(DataConfig(source=url), tmp_path / "cache").digest == compute_fingerprint(
+        DataConfig(source=str(path))
+    )

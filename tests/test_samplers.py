@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from workers.config import DiffusionConfig, SamplerConfig, ScheduleConfig, evaluations
+from workers.config import DiffusionConfig, SamplerConfig, ScheduleConfig, count_evaluations
 from workers.diffusion.predictions import from_eps, interpret
 from workers.diffusion.process import Process
-from workers.diffusion.samplers import Ladder, draw, geometric, langevin, nearest_times, power
+from workers.diffusion.samplers import Ladder, draw, find_nearest_times, geometric, langevin, power
 from workers.kinds import SAMPLERS, load
-from workers.noise import generator
+from workers.noise import make_generator
 
 F64 = torch.float64
 S = 0.2  # the pixels' standard deviation
@@ -39,13 +39,13 @@ def best(p: Process, s: float = S):
 
 
 def noise(n: int, *where: int | str) -> torch.Tensor:
-    return torch.randn((n, 1, 4, 4), generator=generator("x_T", *where))
+    return torch.randn((n, 1, 4, 4), generator=make_generator("x_T", *where))
 
 
 def exact_map(p: Process, kind: str) -> float:
     """x_0 / x_T of the flow to sigma_1, where y has the standard deviation sqrt(s^2 + sigma^2) by quantiles, and of
     x_0_hat = E[x_0 | x_1] there. It begins at the highest level that the kind takes."""
-    start = int(nearest_times(p, load(SAMPLERS[kind].levels), 5)[-1]) if SAMPLERS[kind].levels else p.T
+    start = int(find_nearest_times(p, load(SAMPLERS[kind].levels), 5)[-1]) if SAMPLERS[kind].levels else p.T
     first, last = float(p.noise_level[0]) ** 2, float(p.noise_level[start - 1]) ** 2
     return math.sqrt((1 + last) * (S**2 + first) / (S**2 + last)) * S**2 / (S**2 + first)
 
@@ -53,7 +53,7 @@ def exact_map(p: Process, kind: str) -> float:
 def error(p: Process, sampler: SamplerConfig) -> float:
     """Of the deterministic map, relative."""
     x_T = noise(8)
-    x_0 = draw(p, best(p), sampler, x_T, generator("none"), clip=False).x_0
+    x_0 = draw(p, best(p), sampler, x_T, make_generator("none"), clip=False).x_0
     exact = exact_map(p, sampler.kind) * x_T.double()
     return float((x_0.double() - exact).norm() / exact.norm())
 
@@ -78,23 +78,23 @@ def test_evaluations_are_counted_as_they_are_made(kind, steps):
         return best(p)(x, t)
 
     sampler = SamplerConfig(kind=kind, steps=steps)
-    drawn = draw(p, watched, sampler, noise(3), generator("z"), clip=True)
+    drawn = draw(p, watched, sampler, noise(3), make_generator("z"), clip=True)
     assert drawn.x_0.shape == (3, 1, 4, 4) and drawn.x_0.dtype == torch.float32
-    assert calls == [3] * evaluations(sampler, p.T) and drawn.evaluations.tolist() == [len(calls)] * 3
+    assert calls == [3] * count_evaluations(sampler, p.T) and drawn.evaluations.tolist() == [len(calls)] * 3
 
 
 def test_the_numbers_of_evaluations_are_those_of_the_papers():
-    assert evaluations(SamplerConfig(kind="heun", steps=18), 1000) == 35
-    assert evaluations(SamplerConfig(kind="ddim"), 1000) == evaluations(SamplerConfig(), 1000) == 1000
-    assert evaluations(SamplerConfig(kind="langevin", steps=10, repeats=100), 1000) == 1001
-    assert evaluations(SamplerConfig(kind="ode"), 1000) is None
+    assert count_evaluations(SamplerConfig(kind="heun", steps=18), 1000) == 35
+    assert count_evaluations(SamplerConfig(kind="ddim"), 1000) == count_evaluations(SamplerConfig(), 1000) == 1000
+    assert count_evaluations(SamplerConfig(kind="langevin", steps=10, repeats=100), 1000) == 1001
+    assert count_evaluations(SamplerConfig(kind="ode"), 1000) is None
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
 def test_a_sample_is_a_function_of_its_seed(kind):
     p = process(50)
     a, b, c = (
-        draw(p, best(p), SamplerConfig(kind=kind), noise(2), generator("z", k), clip=True).x_0 for k in (0, 0, 1)
+        draw(p, best(p), SamplerConfig(kind=kind), noise(2), make_generator("z", k), clip=True).x_0 for k in (0, 0, 1)
     )
     assert torch.equal(a, b)
     assert torch.equal(a, c) == (kind in ("ddim", "heun", "dpmpp", "ode"))  # those that add no noise
@@ -110,7 +110,7 @@ def test_one_point_data_land_on_the_point(kind):
         alpha_bar = p.alpha_bar_at(t).to(x.dtype)[:, None, None, None]
         return (x - alpha_bar.sqrt() * point) / (1 - alpha_bar).sqrt()
 
-    x = draw(p, from_eps(p, eps_theta), SamplerConfig(kind=kind), noise(2), generator("point"), clip=True).x_0
+    x = draw(p, from_eps(p, eps_theta), SamplerConfig(kind=kind), noise(2), make_generator("point"), clip=True).x_0
     torch.testing.assert_close(x, torch.full_like(x, point), rtol=0, atol=0.02 if kind == "euler_maruyama" else 1e-3)
 
 
@@ -123,7 +123,7 @@ def test_one_point_data_land_on_the_point(kind):
 @pytest.mark.parametrize("T", [30, 50, 1000])
 def test_levels_move_to_distinct_trained_times(T, steps, levels, kind):
     p = process(T, kind)
-    t = nearest_times(p, levels, steps)
+    t = find_nearest_times(p, levels, steps)
     assert len(t) == min(steps or T, T) and (t.diff() > 0).all() and t[0] >= 1 and t[-1] <= T
     assert len(t) == 1 or t[0] == 1
     most = min(float(p.noise_level[-1]), 80.0 if levels is power else math.exp(5.1))
@@ -135,7 +135,9 @@ def test_levels_go_to_the_nearest_time_where_there_is_room():
     p = process(1000)
     low, high = float(p.noise_level[0]) ** (1 / 7), 80 ** (1 / 7)
     rho = (low + torch.arange(18) / 17 * (high - low)) ** 7
-    torch.testing.assert_close(nearest_times(p, power, 18), (p.noise_level[None] - rho[:, None]).abs().argmin(1) + 1)
+    torch.testing.assert_close(
+        find_nearest_times(p, power, 18), (p.noise_level[None] - rho[:, None]).abs().argmin(1) + 1
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
@@ -173,7 +175,7 @@ def test_the_adaptive_solver_reaches_its_tolerance():
     """A hundredth of the tolerance costs 100^(1/3) = 4.6 times the steps, of a pair of the third order."""
     p, errors, costs = process(1000), [], []
     for tolerance in (1e-3, 1e-5):
-        drawn = draw(p, best(p), SamplerConfig(kind="ode", tolerance=tolerance), noise(4), generator("n"), False)
+        drawn = draw(p, best(p), SamplerConfig(kind="ode", tolerance=tolerance), noise(4), make_generator("n"), False)
         errors.append(error(p, SamplerConfig(kind="ode", tolerance=tolerance)))
         costs.append(float(drawn.evaluations.double().mean()))
         assert errors[-1] * S < 10 * tolerance  # some ten steps add up
@@ -183,9 +185,9 @@ def test_the_adaptive_solver_reaches_its_tolerance():
 def test_an_image_is_solved_alike_in_any_company():
     p = process(200)
     sampler, x_T = SamplerConfig(kind="ode"), noise(5) * torch.tensor([0.1, 1, 1, 1, 30]).reshape(-1, 1, 1, 1)
-    together = draw(p, best(p), sampler, x_T, generator("n"), False)
+    together = draw(p, best(p), sampler, x_T, make_generator("n"), False)
     for k in range(5):
-        alone = draw(p, best(p), sampler, x_T[k : k + 1], generator("n"), False)
+        alone = draw(p, best(p), sampler, x_T[k : k + 1], make_generator("n"), False)
         assert torch.equal(alone.x_0, together.x_0[k : k + 1])
         assert torch.equal(alone.evaluations, together.evaluations[k : k + 1])
     assert len(set(together.evaluations.tolist())) > 1
@@ -201,7 +203,9 @@ def variance(x: torch.Tensor) -> float:
 def test_the_reverse_sde_by_all_steps_has_the_law_of_the_ancestral_chain():
     """Both are discretisations of one SDE; a pixel's variance differs by O(1 / T)."""
     p = process(1000)
-    found = variance(draw(p, best(p), SamplerConfig(kind="euler_maruyama"), noise(2000), generator("z"), False).x_0)
+    found = variance(
+        draw(p, best(p), SamplerConfig(kind="euler_maruyama"), noise(2000), make_generator("z"), False).x_0
+    )
     assert found == pytest.approx(S**2, rel=0.03)
 
 
@@ -215,7 +219,7 @@ def test_langevin_is_stationary_at_its_own_variance(step_size):
     v = S**2 + sigma**2
     y = noise(6000).double() * v**0.5
     config = SamplerConfig(kind="langevin", step_size=step_size, repeats=60)
-    x_0 = langevin(ladder, config, y, generator("langevin"))
+    x_0 = langevin(ladder, config, y, make_generator("langevin"))
     a, shrink = step_size * sigma**2, S**2 / v  # x_0_hat = E[x_0 | y] = shrink y
     assert variance(x_0) / shrink**2 == pytest.approx(v / (1 - a / (4 * v)), rel=4 * (2 / x_0.numel()) ** 0.5)
 
@@ -223,8 +227,8 @@ def test_langevin_is_stationary_at_its_own_variance(step_size):
 def test_annealing_follows_the_recursion_of_the_variance():
     p = process(40)
     config = SamplerConfig(kind="langevin", steps=12, repeats=3)
-    x_0 = draw(p, best(p), config, noise(6000), generator("z"), False).x_0
-    sigma = p.noise_level[nearest_times(p, geometric, 12) - 1].flip(0).tolist()
+    x_0 = draw(p, best(p), config, noise(6000), make_generator("z"), False).x_0
+    sigma = p.noise_level[find_nearest_times(p, geometric, 12) - 1].flip(0).tolist()
     expected = 1 + sigma[0] ** 2
     for s in sigma:
         a, v = config.step_size * s**2, S**2 + s**2
@@ -247,7 +251,7 @@ def test_dpmpp_is_that_of_diffusers(steps, clip):
         100, trained_betas=p.beta.tolist(), algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero",
         thresholding=clip, dynamic_thresholding_ratio=1.0, sample_max_value=1.0, lower_order_final=False,
     )  # fmt: skip
-    times = nearest_times(p, geometric, steps)
+    times = find_nearest_times(p, geometric, steps)
     scheduler.set_timesteps(steps)
     scheduler.timesteps = times.flip(0) - 1
     scheduler.sigmas = torch.cat([p.noise_level[times - 1].flip(0), torch.zeros(1, dtype=F64)])
@@ -258,14 +262,14 @@ def test_dpmpp_is_that_of_diffusers(steps, clip):
     x = x_T = noise(3)
     for t in scheduler.timesteps:
         x = scheduler.step(eps_theta(x, (t + 1).expand(3)), t, x).prev_sample
-    ours = draw(p, from_eps(p, eps_theta), SamplerConfig(kind="dpmpp", steps=steps), x_T, generator("n"), clip).x_0
+    ours = draw(p, from_eps(p, eps_theta), SamplerConfig(kind="dpmpp", steps=steps), x_T, make_generator("n"), clip).x_0
     torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)
 
 
 def test_heun_is_that_of_diffusers():
     schedulers = pytest.importorskip("diffusers.schedulers")
     p = process(100)
-    times = nearest_times(p, power, 9)
+    times = find_nearest_times(p, power, 9)
     sigma = p.noise_level[times - 1].flip(0)
     scheduler = schedulers.HeunDiscreteScheduler(100, trained_betas=p.beta.tolist())
     scheduler.set_timesteps(9)
@@ -281,9 +285,9 @@ def test_heun_is_that_of_diffusers():
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(y, t)
         y = scheduler.step(eps_theta(scaled.float(), (t + 1).expand(3)), t, y).prev_sample
-    ours = draw(p, from_eps(p, eps_theta), SamplerConfig(kind="heun", steps=9), x_T, generator("n"), True).x_0
+    ours = draw(p, from_eps(p, eps_theta), SamplerConfig(kind="heun", steps=9), x_T, make_generator("n"), True).x_0
     torch.testing.assert_close(ours, y.float(), rtol=1e-3, atol=1e-3)
-    assert len(scheduler.timesteps) == evaluations(SamplerConfig(kind="heun", steps=9), 100)
+    assert len(scheduler.timesteps) == count_evaluations(SamplerConfig(kind="heun", steps=9), 100)
 
 
 # ---- Times between ---------------------------------------------------------------------------------------------

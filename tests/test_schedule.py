@@ -5,7 +5,15 @@ from datetime import UTC, date, datetime, timedelta
 import pytest
 from pydantic import ValidationError
 
-from orchestrator.nights.calendar import Schedule, crontab, given_date, instant, last_night, missed, next_run
+from orchestrator.nights.calendar import (
+    Schedule,
+    compute_instant,
+    find_last_night,
+    find_next_run,
+    list_missed,
+    parse_date,
+    write_crontab,
+)
 from workers.config import Mistake
 
 BERLIN = Schedule(
@@ -30,39 +38,41 @@ def utc(text: str) -> datetime:
     ],
 )
 def test_the_next_night_begins_at_its_wall_time(now: str, expected: str) -> None:
-    assert next_run(utc(now), BERLIN) == utc(expected)
+    assert find_next_run(utc(now), BERLIN) == utc(expected)
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Asia/Kolkata"])
 @pytest.mark.parametrize("at", ["00:00", "01:45", "02:30", "23:59"])
 def test_every_date_of_a_year_has_one_night_in_order(zone: str, at: str) -> None:
     schedule = Schedule(at=at, zone=zone)
-    now, nights = instant(date(2026, 1, 1), schedule), [date(2026, 1, 1)]
-    while now < instant(date(2026, 12, 31), schedule):
-        now = next_run(now, schedule)
-        nights.append(last_night(now, schedule))
-        assert last_night(now - timedelta(seconds=1), schedule) == nights[-2]
+    now, nights = compute_instant(date(2026, 1, 1), schedule), [date(2026, 1, 1)]
+    while now < compute_instant(date(2026, 12, 31), schedule):
+        now = find_next_run(now, schedule)
+        nights.append(find_last_night(now, schedule))
+        assert find_last_night(now - timedelta(seconds=1), schedule) == nights[-2]
     assert nights == [date(2026, 1, 1) + timedelta(days=n) for n in range(365)]
 
 
 def test_before_its_time_the_newest_night_is_yesterday_s() -> None:
-    assert last_night(utc("2026-01-10 01:29"), BERLIN) == date(2026, 1, 9)
-    assert last_night(utc("2026-01-09 23:30"), BERLIN) == date(2026, 1, 9)  # the 10th in Berlin, before half past two
+    assert find_last_night(utc("2026-01-10 01:29"), BERLIN) == date(2026, 1, 9)
+    assert find_last_night(utc("2026-01-09 23:30"), BERLIN) == date(
+        2026, 1, 9
+    )  # the 10th in Berlin, before half past two
 
 
 def test_one_night_covers_those_that_nobody_ran() -> None:
-    assert missed(date(2026, 2, 26), date(2026, 3, 2)) == [date(2026, 2, 27), date(2026, 2, 28), date(2026, 3, 1)]
-    assert missed(date(2026, 2, 26), date(2026, 2, 27)) == missed(None, date(2026, 3, 2)) == []
+    assert list_missed(date(2026, 2, 26), date(2026, 3, 2)) == [date(2026, 2, 27), date(2026, 2, 28), date(2026, 3, 1)]
+    assert list_missed(date(2026, 2, 26), date(2026, 2, 27)) == list_missed(None, date(2026, 3, 2)) == []
 
 
 def test_a_date_is_one_that_has_come_in_the_zone() -> None:
     now = utc("2026-01-09 23:30")
-    assert given_date("2026-01-10", now, BERLIN) == date(2026, 1, 10)
+    assert parse_date("2026-01-10", now, BERLIN) == date(2026, 1, 10)
     with pytest.raises(Mistake, match=r"2026-01-10: in the future; it is 2026-01-09 in UTC"):
-        given_date("2026-01-10", now, Schedule(at="02:30", zone="UTC"))
+        parse_date("2026-01-10", now, Schedule(at="02:30", zone="UTC"))
     for bad in ("2026-02-30", "20260109", "yesterday", "2026-1-9", ""):
         with pytest.raises(Mistake, match="not a date; write year-month-day"):
-            given_date(bad, now, BERLIN)
+            parse_date(bad, now, BERLIN)
 
 
 @pytest.mark.parametrize(
@@ -82,9 +92,9 @@ def test_what_is_no_time_or_zone_is_refused(at: str, zone: str, told: str) -> No
 
 def test_the_crontab_keeps_what_is_not_ours_and_has_our_entry_once() -> None:
     theirs = "MAILTO=me\n0 4 * * * backup\n"
-    once = crontab(theirs, "nightly", "run --date +%F")
+    once = write_crontab(theirs, "nightly", "run --date +%F")
     assert once.startswith(theirs) and "*/5 * * * * run --date +\\%F\n" in once
-    assert crontab(once, "nightly", "run --date +%F") == once
-    both = crontab(once, "nightly-cifar10", "other")
-    assert both.startswith(once) and crontab(both, "nightly", "new").count("*/5") == 2
-    assert "run" not in crontab(both, "nightly", "new")
+    assert write_crontab(once, "nightly", "run --date +%F") == once
+    both = write_crontab(once, "nightly-cifar10", "other")
+    assert both.startswith(once) and write_crontab(both, "nightly", "new").count("*/5") == 2
+    assert "run" not in write_crontab(both, "nightly", "new")

@@ -8,14 +8,23 @@ import jsonschema
 import pytest
 from conftest import ROOT
 
-from orchestrator.experiment.load import mistakes
-from orchestrator.experiment.settings import paths, read_yaml
-from orchestrator.schema import MARKERS, RECORDS, SCHEMAS, main, schema, settings_table, tables, with_table
+from orchestrator.experiment.load import find_mistakes
+from orchestrator.experiment.settings import list_paths, read_yaml
+from orchestrator.schema import (
+    MARKERS,
+    RECORDS,
+    SCHEMAS,
+    main,
+    make_schema,
+    replace_table,
+    write_settings_table,
+    write_tables,
+)
 
 FILES = sorted((ROOT / "experiments").glob("*.yaml"))
 SHIPPED = {"experiment": "schema.json", "nightly": "nightly.schema.json"}
 PAGES = {"experiment": ROOT / "docs" / "experiment-file.md", "nightly": ROOT / "docs" / "nightly.md"}
-VALIDATOR = jsonschema.Draft202012Validator(schema())
+VALIDATOR = jsonschema.Draft202012Validator(make_schema())
 LEAST = {"name": "a", "data": {"source": "digits"}, "training": {"steps": 1}}
 
 
@@ -64,7 +73,7 @@ def test_every_file_names_its_schema_and_is_valid(file: Path) -> None:
     ids=str,
 )
 def test_what_the_schema_refuses_the_command_refuses_too(wrong: dict[str, Any]) -> None:
-    assert not VALIDATOR.is_valid({**LEAST, **wrong}) and mistakes({**LEAST, **wrong})
+    assert not VALIDATOR.is_valid({**LEAST, **wrong}) and find_mistakes({**LEAST, **wrong})
 
 
 @pytest.mark.parametrize(
@@ -89,27 +98,27 @@ def test_what_the_schema_refuses_the_command_refuses_too(wrong: dict[str, Any]) 
 )
 def test_both_take_what_is_right(right: dict[str, Any]) -> None:
     VALIDATOR.validate({**LEAST, **right})
-    assert mistakes({**LEAST, **right}) == []
+    assert find_mistakes({**LEAST, **right}) == []
 
 
 def test_the_command_prints_and_writes_it(tmp_path: Path, capsys: Any) -> None:
-    assert main([]) == 0 and json.loads(capsys.readouterr().out) == schema()
+    assert main([]) == 0 and json.loads(capsys.readouterr().out) == make_schema()
     assert main(["--output", str(tmp_path / "schema.json")]) == 0
-    assert json.loads((tmp_path / "schema.json").read_text()) == schema()
+    assert json.loads((tmp_path / "schema.json").read_text()) == make_schema()
 
 
 @pytest.mark.parametrize("kind", PAGES)
 def test_the_page_shows_the_settings_as_they_are(kind: str) -> None:
     page = PAGES[kind].read_text()
-    assert page == with_table(page, tables(kind)), "make schema"
+    assert page == replace_table(page, write_tables(kind)), "make schema"
 
 
 @pytest.mark.parametrize("kind", PAGES)
 def test_a_table_has_every_setting_and_says_what_it_is(kind: str) -> None:
-    rows = [row.split(" | ") for row in settings_table(kind).splitlines()[2:]]
+    rows = [row.split(" | ") for row in write_settings_table(kind).splitlines()[2:]]
     assert all(len(row) == 4 and row[1] and row[3] not in ("None |", "|") for row in rows), rows
     named = {row[0].strip("| `") for row in rows}
-    wanted = {path for path in paths(RECORDS[kind]) if kind == "experiment" or not path.startswith("evaluation.")}
+    wanted = {path for path in list_paths(RECORDS[kind]) if kind == "experiment" or not path.startswith("evaluation.")}
     assert wanted <= named and len(named) == len(rows)
 
 
@@ -118,7 +127,7 @@ def test_a_table_goes_between_its_markers(tmp_path: Path, capsys: Any) -> None:
     page.write_text(f"before\n{MARKERS[0]}of yesterday\n{MARKERS[1]}after\n")
     command = ["nightly", "--markdown", "--output", str(page)]
     assert main(command) == 0 and page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
-    assert settings_table("nightly") in page.read_text() and "of yesterday" not in page.read_text()
+    assert write_settings_table("nightly") in page.read_text() and "of yesterday" not in page.read_text()
     written = page.read_text()
     assert main(command) == 0 and page.read_text() == written
     page.write_text("no markers")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from orchestrator.execution.scratch import scratch_folder
+from orchestrator.execution.scratch import make_scratch_folder
 
 HOLDER = """
 import sys
@@ -36,7 +36,7 @@ def test_what_a_killed_driver_left_is_removed_and_what_a_living_one_has_is_not(
         holders[0].kill()
         holders[0].wait()
         assert killed.is_dir() and alive.is_dir()
-        with scratch_folder() as own:
+        with make_scratch_folder() as own:
             assert set(tmp_path.iterdir()) == {alive, Path(own)}
         assert list(tmp_path.iterdir()) == [alive]
         holders[1].communicate("")

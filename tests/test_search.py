@@ -12,12 +12,19 @@ import pytest
 
 from orchestrator.execution.early_stopping import make_scheduler
 from orchestrator.experiment.expand import expand
-from orchestrator.experiment.load import parse, resolved
-from orchestrator.experiment.preflight import findings
+from orchestrator.experiment.load import parse, resolve
+from orchestrator.experiment.preflight import check_trial
 from orchestrator.experiment.records import Axis, Experiment, ExperimentError, SchedulerConfig, SearchConfig, Variant
-from orchestrator.output.importance import forest, importance
-from orchestrator.planning.decide import scheduler_key
-from orchestrator.planning.search import HeardTrial, next_round, rounds_text, rows_of, suggestions, tell
+from orchestrator.output.importance import compute_importance, grow_forest
+from orchestrator.planning.decide import make_scheduler_key
+from orchestrator.planning.search import (
+    HeardTrial,
+    describe_rounds,
+    group_round_by_row,
+    make_heard,
+    suggest_points,
+    suggest_round,
+)
 from orchestrator.state.saved import forget_asked, keep_asked, read_asked
 from workers.data.sources import Source
 from workers.storage import Storage
@@ -87,7 +94,7 @@ def test_the_same_history_gives_the_same_suggestions_and_any_difference_others()
     e = experiment(also=["eval/fd_classifier"])
 
     def ask(f: Callable[[Variant], Values | None], seed: int = 1) -> list[dict[str, Any]]:
-        return list(itertools.islice(suggestions(e.search.space, 2, measured(expand(e), f), seed), 8))
+        return list(itertools.islice(suggest_points(e.search.space, 2, measured(expand(e), f), seed), 8))
 
     def f(v: Variant) -> Values:
         return v.trial.training.lr, v.trial.model.dropout
@@ -106,9 +113,9 @@ def test_where_trials_diverge_fewer_are_asked_for() -> None:
     e = experiment(samples=16, batch=16)
     history = measured(expand(e), lambda v: None if v.trial.training.lr > 1e-3 else (2.0 + v.trial.model.dropout,))
     assert sum(told.values is None for told in history) == 8
-    asked = list(itertools.islice(suggestions(e.search.space, 1, history, 0), 32))
+    asked = list(itertools.islice(suggest_points(e.search.space, 1, history, 0), 32))
     assert sum(params["training.lr"] > 1e-3 for params in asked) <= 8
-    nothing = list(itertools.islice(suggestions(e.search.space, 1, measured(expand(e), lambda v: None), 0), 4))
+    nothing = list(itertools.islice(suggest_points(e.search.space, 1, measured(expand(e), lambda v: None), 0), 4))
     assert len(nothing) == 4
 
 
@@ -116,12 +123,14 @@ def test_what_the_searcher_hears_of_a_trial() -> None:
     search = experiment(also=["eval/network_evaluations"]).search
     variant = expand(experiment())[0]
     metrics = {"eval/nll_bpd": 2.5, "eval/network_evaluations": 5.0, "valid/nll_bpd": 2.0}
-    assert tell(search, variant, "done", metrics) == HeardTrial(variant.params, (2.5, 5.0))
+    assert make_heard(search, variant, "done", metrics) == HeardTrial(variant.params, (2.5, 5.0))
     for state in ("diverged", "pruned"):
-        assert tell(search, variant, state, metrics) == HeardTrial(variant.params, None)
-    assert tell(search, variant, "done", {**metrics, "eval/nll_bpd": math.nan}) == HeardTrial(variant.params, None)
+        assert make_heard(search, variant, state, metrics) == HeardTrial(variant.params, None)
+    assert make_heard(search, variant, "done", {**metrics, "eval/nll_bpd": math.nan}) == HeardTrial(
+        variant.params, None
+    )
     for state in ("failed", "new", "running", "finished"):
-        assert tell(search, variant, state, metrics) is None
+        assert make_heard(search, variant, state, metrics) is None
 
 
 # ---- Rounds ----------------------------------------------------------------------------------------------------
@@ -134,7 +143,7 @@ def searched(e: Experiment, f: Callable[[Variant], Values | None], until: int = 
         return HeardTrial(v.params, f(v))
 
     asked = list(expand(e))
-    while len(asked) < until and (new := next_round(e, asked, hear, source)):
+    while len(asked) < until and (new := suggest_round(e, asked, hear, source)):
         asked += new
     return asked
 
@@ -149,9 +158,9 @@ def test_rounds_come_until_the_samples_are_there_and_are_the_same_wherever_they_
     assert len(whole) == 20 and len({str(v) for v in whole}) == 20
     assert whole[:8] == list(expand(e)) and e.search.first == 8
     for cut in (8, 11, 16, 19):  # a file that is edited to fewer samples, and back
-        rest = next_round(e, whole[:cut], lambda v: HeardTrial(v.params, bowl(v)), source)
+        rest = suggest_round(e, whole[:cut], lambda v: HeardTrial(v.params, bowl(v)), source)
         assert rest == whole[cut : min(20, 8 * (cut // 8) + 8)]
-    assert next_round(e, whole, lambda v: None, source) == []
+    assert suggest_round(e, whole, lambda v: None, source) == []
     assert searched(experiment(samples=30), bowl)[:20] == whole
 
 
@@ -166,7 +175,7 @@ def test_only_whole_rounds_count_and_what_failed_says_nothing() -> None:
         return None if v == best else HeardTrial(v.params, bowl(v))
 
     best = min(whole[:8], key=bowl)
-    assert next_round(e, whole[:12], hear, source) != whole[12:16]
+    assert suggest_round(e, whole[:12], hear, source) != whole[12:16]
     assert heard == [str(v) for v in whole[:8]]
 
 
@@ -203,7 +212,7 @@ def test_several_objectives_find_more_of_a_known_front_than_as_many_draws() -> N
 def test_nothing_is_asked_for_twice_and_a_small_space_ends_the_search() -> None:
     space = {"loss.weighting": {"choice": ["simple", "vlb", "snr"]}, "diffusion.T": {"int_uniform": [500, 502]}}
     asked = searched(experiment(space=space, samples=40, batch=4), lambda v: (v.trial.diffusion.T,))
-    rows, repeats = rows_of(experiment(space=space), asked, source)
+    rows, repeats = group_round_by_row(experiment(space=space), asked, source)
     assert len(rows) == 9 and len(asked) <= 9 + 4, "only the draws of the first round may repeat each other"
     assert all(v.trial == rows[a].trial for a, v in rows.items()) and (not repeats) == (len(asked) == 9)
 
@@ -220,16 +229,16 @@ def test_what_the_preflight_refuses_or_the_file_leaves_out_is_not_asked_for() ->
     asked = searched(e, lambda v: (v.trial.diffusion.T,))  # which draws it towards the chains that are too short
     later = asked[e.search.first :]
     assert later and all(v.params["loss.weighting"] == "simple" for v in asked)
-    assert not any(f.refused for v in later for f in findings(e, v.trial, SOURCE))
+    assert not any(f.refused for v in later for f in check_trial(e, v.trial, SOURCE))
     asked = searched(free, lambda v: (v.trial.diffusion.T,))
-    assert any(f.refused for v in asked[free.search.first :] for f in findings(e, v.trial, SOURCE))
+    assert any(f.refused for v in asked[free.search.first :] for f in check_trial(e, v.trial, SOURCE))
 
 
 def test_rows_that_share_a_trial_keep_their_addresses_in_later_rounds() -> None:
     space = {"evaluation.fid.sampler.steps": {"int_uniform": [2, 50]}}
     e = experiment(space=space, samples=12, batch=4)
     asked = searched(e, lambda v: (float(v.params["evaluation.fid.sampler.steps"]),))
-    first, all_ = rows_of(e, asked[:1], source)[0], rows_of(e, asked, source)[0]
+    first, all_ = group_round_by_row(e, asked[:1], source)[0], group_round_by_row(e, asked, source)[0]
     assert len(all_) == 12 and list(first) == list(all_)[:1] and len({a.partition("-")[0] for a in all_}) == 1
 
 
@@ -252,8 +261,8 @@ def test_what_was_asked_for_stands_until_the_search_is_another(tmp_path: Path) -
 
 
 def test_a_dry_run_says_what_is_to_come() -> None:
-    assert "Round 1 of 3: 8 of 20 trials" in rounds_text(experiment(samples=20).search)
-    assert rounds_text(experiment(samples=8).search) == rounds_text(SearchConfig()) == ""
+    assert "Round 1 of 3: 8 of 20 trials" in describe_rounds(experiment(samples=20).search)
+    assert describe_rounds(experiment(samples=8).search) == describe_rounds(SearchConfig()) == ""
 
 
 # ---- Mistakes --------------------------------------------------------------------------------------------------
@@ -292,7 +301,7 @@ def test_a_mistake_is_told_with_what_to_do(search: dict[str, Any], text: str) ->
 def test_the_resolved_file_is_the_same_search() -> None:
     for scheduler in ({"kind": "median", "others": 2, "grace": 5}, {"kind": "asha", "reduction": 2}, {}):
         e = experiment(also=["eval/fd_classifier", "eval/network_evaluations"], batch=4, scheduler=scheduler)
-        assert parse(resolved(e)) == e
+        assert parse(resolve(e)) == e
 
 
 # ---- Early stops -----------------------------------------------------------------------------------------------
@@ -301,7 +310,7 @@ def test_the_resolved_file_is_the_same_search() -> None:
 def test_a_setting_of_the_median_leaves_what_asha_has_pruned_pruned() -> None:
     asha = [SchedulerConfig(kind="asha", grace=20, reduction=2, others=n) for n in (2, 3)]
     median = [SchedulerConfig(kind="median", others=n) for n in (2, 3)]
-    assert len({scheduler_key(scheduler) for scheduler in (*median, *asha)}) == 3
+    assert len({make_scheduler_key(scheduler) for scheduler in (*median, *asha)}) == 3
 
 
 @dataclass(eq=False)
@@ -353,29 +362,29 @@ def drawn_trials(n: int) -> list[dict[str, Any]]:
 def test_a_forest_finds_the_settings_that_count_on_trials_it_has_not_seen() -> None:
     params = drawn_trials(60)
     values = [(math.log10(p["training.lr"]) + 3) ** 2 + (p["loss.weighting"] == "vlb") for p in params]
-    grown = forest(params, values)
+    grown = grow_forest(params, values)
     assert grown and grown.explained > 0.7
     first, second, *others = grown.weights
     assert {first, second} == {"training.lr", "loss.weighting"}
     assert all(abs(grown.weights[name]) < 0.05 < grown.weights[second] for name in others)
-    assert forest(params, values) == grown
+    assert grow_forest(params, values) == grown
     # A valley in lr: the one-way analysis sees its ranges too, but draws of dropout get a share by chance.
-    assert {share.name for share in importance(params, values)} == set(SPACE)
+    assert {share.name for share in compute_importance(params, values)} == set(SPACE)
 
 
 def test_a_forest_that_has_learned_by_heart_gets_nothing_for_it() -> None:
     params = drawn_trials(30)
     values = [hash_ / 97 for hash_ in ((i * 61) % 97 for i in range(30))]
-    grown = forest(params, values)
+    grown = grow_forest(params, values)
     assert grown and grown.explained < 0.2 and max(grown.weights.values()) < 0.3
 
 
 def test_a_forest_says_nothing_of_few_trials_or_of_no_difference() -> None:
-    assert forest(drawn_trials(19), list(map(float, range(19)))) is None
-    assert forest(drawn_trials(30), [1.0] * 30) is None
+    assert grow_forest(drawn_trials(19), list(map(float, range(19)))) is None
+    assert grow_forest(drawn_trials(30), [1.0] * 30) is None
 
 
 def test_an_axis_of_one_value_is_taken() -> None:
     space = {"training.lr": Axis(uniform=(1e-3, 1e-3)), "seed": Axis(int_uniform=(3, 3)), "b": Axis(choice=(None,))}
     params = {"training.lr": 1e-3, "seed": 3, "b": None}
-    assert next(suggestions(space, 1, [HeardTrial(params, (1.0,))], 0)) == params
+    assert next(suggest_points(space, 1, [HeardTrial(params, (1.0,))], 0)) == params

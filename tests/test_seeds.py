@@ -19,7 +19,7 @@ from orchestrator import status
 from orchestrator.api import load_results
 from orchestrator.experiment.metrics import NLL
 from orchestrator.experiment.records import Variant
-from orchestrator.measuring.seeds import compare_groups, difference_over_seeds, group_rows
+from orchestrator.measuring.seeds import compare_groups, compare_over_seeds, group_rows
 from orchestrator.output import curves, figures, findings, page
 from orchestrator.output.table import make_footnote, make_frame, make_markdown, make_table
 from orchestrator.state.rows import Found, Row, join_repetitions, rank_rows
@@ -114,20 +114,20 @@ def test_settings_are_ranked_by_their_means_and_stay_together() -> None:
 
 def test_the_interval_over_seeds_is_welch_s() -> None:
     a, b = [2.0, 2.3, 2.1], [2.6, 2.5, 2.9, 2.2]
-    found, expected = difference_over_seeds(a, b), ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    found, expected = compare_over_seeds(a, b), ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
     assert found and (found.low, found.high) == pytest.approx((expected.low, expected.high))
     assert found.standard_error == pytest.approx((np.var(a, ddof=1) / 3 + np.var(b, ddof=1) / 4) ** 0.5)
-    one = difference_over_seeds(a, [2.6])  # whose spread is taken to be that of the other side
+    one = compare_over_seeds(a, [2.6])  # whose spread is taken to be that of the other side
     student = ttest_ind(a, [2.6], equal_var=True).confidence_interval(0.95)
     assert one and (one.low, one.high) == pytest.approx((student.low, student.high))
-    assert difference_over_seeds([1.0], [2.0]) is None
-    same = difference_over_seeds([1.0, 1.0], [2.0, 2.0])
+    assert compare_over_seeds([1.0], [2.0]) is None
+    same = compare_over_seeds([1.0, 1.0], [2.0, 2.0])
     assert same and same.low == same.high == -1.0
 
 
 def test_the_interval_over_seeds_holds_the_truth_as_often_as_it_says() -> None:
     random = np.random.RandomState(1)
-    draws = [difference_over_seeds(list(0.3 + random.randn(3)), list(3 * random.randn(5))) for _ in range(2000)]
+    draws = [compare_over_seeds(list(0.3 + random.randn(3)), list(3 * random.randn(5))) for _ in range(2000)]
     share = np.mean([d.low <= 0.3 <= d.high for d in draws if d])
     assert abs(share - 0.95) < 0.02
 
@@ -194,7 +194,7 @@ def test_status_shows_settings_and_with_a_flag_the_trials(six: Path) -> None:
 
 def test_the_page_shows_settings_and_each_seed_in_what_opens(six: Path) -> None:
     report = findings.gather(stored(six, SIX, space=SPACE)[0], "small")
-    content = page.page(report)
+    content = page.render_report(report)
     read = Page(content)
     assert [entry.mark for entry in page.list_entries(report)] == ["best", "same"]
     assert "Each seed by itself (6 trials)" in content and content.count('class="l mono"><span class="dot"') == 2 + 6
@@ -203,7 +203,7 @@ def test_the_page_shows_settings_and_each_seed_in_what_opens(six: Path) -> None:
     assert "it cannot be told from one other setting" in text and "By these seeds and images" in text
     assert content.count("data:image/png") == 2  # samples of a seed of each setting
     assert {report.rank[r.digest] for r in report.groups[1].rows} == {1}  # a colour for all seeds of a setting
-    each = page.page(findings.gather(stored(six, SIX, space=SPACE)[0], "small", each=True))
+    each = page.render_report(findings.gather(stored(six, SIX, space=SPACE)[0], "small", each=True))
     assert "Each seed by itself" not in each and each.count("data:image/png") == 6 and "6 measured trials" in each
 
 
@@ -228,10 +228,10 @@ def test_results_keep_the_single_rows_unless_asked(six: Path) -> None:
 
 def test_each_figure_is_built_once_for_the_page_and_for_mlflow(six: Path) -> None:
     report = findings.gather(stored(six, SIX, space=SPACE)[0], "small")
-    files = curves.png_files(report)
+    files = curves.draw_png_files(report)
     assert set(files) == {"nll_and_distance.png", "nll_by_t.png", "schedules.png"}
     assert all(content[:4] == b"\x89PNG" for content in files.values())
-    assert curves.png_files(findings.gather(stored(six / "new", {}, space=SPACE)[0], "small")).keys() == {
+    assert curves.draw_png_files(findings.gather(stored(six / "new", {}, space=SPACE)[0], "small")).keys() == {
         "schedules.png"
     }
 

@@ -13,7 +13,7 @@ from orchestrator.experiment.check import TRIAL_SETTINGS
 from orchestrator.experiment.load import load
 from orchestrator.experiment.settings import NotYAML, read_yaml
 from workers.config import DataConfig, EvaluationConfig, FIDConfig, Measurement, Mistake, NLLConfig, ODENLLConfig
-from workers.evaluation.blocks import Images, blocks, number_of_blocks
+from workers.evaluation.blocks import Images, count_blocks, list_blocks
 
 MOST_MEMORY = 100 * 2**20
 SECTIONS = [path for path in TRIAL_SETTINGS if any(other.startswith(f"{path}.") for other in TRIAL_SETTINGS)]
@@ -89,17 +89,17 @@ def test_an_evaluation_of_too_many_blocks_is_refused(tiny: Path, capsys: pytest.
         ),
     )
     images = Images("x", 1497, 300, 17)
-    assert number_of_blocks(m, images) == len(blocks(m, "c", images))
+    assert count_blocks(m, images) == len(list_blocks(m, "c", images))
     sampled = m.model_copy(update={"evaluation": EvaluationConfig(nll=NLLConfig(timesteps=10), fid=None)})
-    assert number_of_blocks(sampled, images) == len(blocks(sampled, "c", images))
+    assert count_blocks(sampled, images) == len(list_blocks(sampled, "c", images))
     status, said = dry(capsys, tiny, "evaluation.fid.samples=10000000", "diffusion.T=50")
     assert status == 0, said
-    from orchestrator.experiment.preflight import evaluation_findings
+    from orchestrator.experiment.preflight import check_evaluation
     from workers.data.sources import describe
 
     source = describe(DataConfig(source="digits"))
     many = Measurement(data=m.data, T=100_000, evaluation=EvaluationConfig(nll=NLLConfig(images=10**6), fid=None))
-    [*_, finding] = [f for f in evaluation_findings(many, source.__class__(**{**vars(source), "held_out": 10**6}))]
+    [*_, finding] = [f for f in check_evaluation(many, source.__class__(**{**vars(source), "held_out": 10**6}))]
     assert finding.refused and "40,000,000 blocks" in finding.text
 
 

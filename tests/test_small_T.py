@@ -29,7 +29,7 @@ from workers.evaluation.summary import summarise
 from workers.kinds import SAMPLERS, SCHEDULES
 from workers.network import checkpoint as checkpoints
 from workers.network.unet import UNet
-from workers.noise import generator
+from workers.noise import make_generator
 from workers.seals import seal_bytes
 from workers.storage import Storage
 
@@ -45,8 +45,8 @@ def measured(
     """A checkpoint of such a chain, and its summary."""
     storage, process = Storage(root), Process.of(diffusion)
     config = {**CONFIG, "out_channels": 2} if diffusion.learned else CONFIG
-    unet = UNet(config, generator("unet"))
-    torch.nn.init.normal_(unet.conv_out.weight, std=0.1, generator=generator("conv_out"))
+    unet = UNet(config, make_generator("unet"))
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.1, generator=make_generator("conv_out"))
     folder = "trials/a/checkpoints"
     checkpoint = checkpoints.save(
         storage,
@@ -90,7 +90,7 @@ def test_one_step_of_every_schedule_and_variance_is_measured_and_drawn(
     assert all(map(math.isfinite, summary["metrics"].values()))
     if variance == "fixed_small":
         monkeypatch.setattr(data, "prepare", lambda config: DATASET)
-        pictures = sample.pictures(Storage(tmp_path), subject, 4, (0, 1), [1])
+        pictures = sample.make_pictures(Storage(tmp_path), subject, 4, (0, 1), [1])
         assert all(png.startswith(b"\x89PNG") for png in pictures.values())
 
 
@@ -98,5 +98,5 @@ def test_a_schedule_that_ends_without_any_signal_is_loaded_again(tmp_path: Path)
     """jsd ends at beta_T = 1: what does not predict eps is measured there."""
     chain = DiffusionConfig(T=5, schedule=ScheduleConfig(kind="jsd"), prediction="v")
     subject, summary = measured(tmp_path, chain, SamplerConfig(kind="ddim"))
-    assert checkpoints.process_of(subject.checkpoint).beta[-1] == 1
+    assert checkpoints.load_process(subject.checkpoint).beta[-1] == 1
     assert all(map(math.isfinite, summary["metrics"].values()))

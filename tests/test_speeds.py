@@ -16,12 +16,12 @@ from orchestrator.experiment.records import Variant
 from orchestrator.measuring.seeds import group_rows
 from orchestrator.measuring.slowness import find_slow_trials
 from orchestrator.output import findings, page
-from orchestrator.output.markdown import markdown
-from orchestrator.output.speed_table import closing_lines, format_seconds, format_share, speed_lines
+from orchestrator.output.markdown import write_markdown
+from orchestrator.output.speed_table import format_seconds, format_share, list_closing_lines, list_speed_lines
 from orchestrator.output.table import make_frame, make_table
-from orchestrator.state.events import EventLog, evaluation_seconds
+from orchestrator.state.events import EventLog, sum_evaluation_seconds
 from orchestrator.state.rows import Found, Row
-from orchestrator.telling import seconds_used
+from orchestrator.telling import sum_seconds_used
 from workers import peak
 from workers.config import DataConfig, ModelConfig, TrainingConfig, Trial
 from workers.data.dataset import prepare
@@ -29,10 +29,10 @@ from workers.layout import RowId
 from workers.network import checkpoint as checkpoints
 from workers.network import manifest
 from workers.network.manifest import Checkpoint
-from workers.network.unet_config import unet_config
+from workers.network.unet_config import make_unet_config
 from workers.speed import Spent, Stopwatch
 from workers.storage import Storage
-from workers.training import checkpoints_in, train
+from workers.training import name_checkpoints_folder, train
 
 PEAK = {"hardware": "A Processor core", "precision": "float32", "threads": 1, "flops_per_s": 1e11, "workers": 2,
         "flops_per_image": 3e8}  # fmt: skip
@@ -123,12 +123,12 @@ def test_the_numbers_have_one_name_in_mlflow_and_in_the_results() -> None:
 def test_a_training_step_of_the_papers_network_is_three_forward_passes() -> None:
     """12.44 GFLOP an image forward, as counted on the paper's CIFAR-10 network; no random number is drawn for it."""
     before = torch.get_rng_state()
-    config = unet_config(ModelConfig(), image_channels=3, resolution=32)
-    assert peak.training_flops(json.dumps(config)) == pytest.approx(3 * 12.44e9, rel=1e-3)
+    config = make_unet_config(ModelConfig(), image_channels=3, resolution=32)
+    assert peak.count_training_flops(json.dumps(config)) == pytest.approx(3 * 12.44e9, rel=1e-3)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-CONFIG = unet_config(
+CONFIG = make_unet_config(
     ModelConfig(channels=8, multipliers=(1, 2), blocks=1, attention=(4,)), image_channels=1, resolution=8
 )
 
@@ -142,12 +142,12 @@ def test_a_peak_is_measured_once_for_each_precision_and_number_of_threads(
         measured.append((dtype, torch.get_num_threads()))
         return 1e9 * len(measured)
 
-    monkeypatch.setattr(peak, "matrix_product_flops_per_s", measure)
+    monkeypatch.setattr(peak, "measure_matrix_product", measure)
     storage, found = Storage(tmp_path), []
     for threads, enabled in ((1, False), (1, False), (1, True), (2, False), (1, True)):
         torch.set_num_threads(threads)
         autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled)
-        found.append(peak.peak_of_training(storage, CONFIG, autocast, CPU, workers=1))
+        found.append(peak.describe_peak(storage, CONFIG, autocast, CPU, workers=1))
     torch.set_num_threads(1)
     assert measured == [(torch.float32, 1), (torch.bfloat16, 1), (torch.float32, 2)]
     assert [each["flops_per_s"] for each in found] == [1e9, 1e9, 2e9, 3e9, 2e9]
@@ -156,19 +156,19 @@ def test_a_peak_is_measured_once_for_each_precision_and_number_of_threads(
 
 def test_a_damaged_peak_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = iter([1e9, 2e9])
-    monkeypatch.setattr(peak, "matrix_product_flops_per_s", lambda *_: next(rates))
+    monkeypatch.setattr(peak, "measure_matrix_product", lambda *_: next(rates))
     torch.set_num_threads(1)
     of = Storage(tmp_path), CONFIG, torch.autocast("cpu", enabled=False), CPU, 1
-    assert peak.peak_of_training(*of)["flops_per_s"] == 1e9
+    assert peak.describe_peak(*of)["flops_per_s"] == 1e9
     [memo] = (tmp_path / "speeds").iterdir()
     memo.write_text(memo.read_text().replace("1000000000.0", "9000000000.0"))
-    assert [peak.peak_of_training(*of)["flops_per_s"] for _ in range(2)] == [2e9, 2e9]
+    assert [peak.describe_peak(*of)["flops_per_s"] for _ in range(2)] == [2e9, 2e9]
 
 
 def test_a_matrix_product_has_a_speed() -> None:
     torch.set_num_threads(1)
     before = torch.get_rng_state()
-    assert peak.matrix_product_flops_per_s(CPU, torch.float32, tf32=False) > 0
+    assert peak.measure_matrix_product(CPU, torch.float32, tf32=False) > 0
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -221,9 +221,9 @@ def test_a_trial_keeps_its_seconds_with_its_checkpoints_and_what_it_is_held_agai
     storage = Storage(tmp_path)
     trial, first = halfway(storage), storage.read_sealed("trials/a/status.json") or {}
     assert set(first["seconds"]) == {"training", "validation", "checkpoints", "waiting"}
-    assert first["peak"]["flops_per_image"] == peak.training_flops(json.dumps(CONFIG))
+    assert first["peak"]["flops_per_image"] == peak.count_training_flops(json.dumps(CONFIG))
     # The status knows what the writing of that checkpoint took, too, which the trial forgets that goes on from it.
-    halfway_there = manifest.newest(storage, checkpoints_in("trials/a"))
+    halfway_there = manifest.find_newest(storage, name_checkpoints_folder("trials/a"))
     assert halfway_there
     before = checkpoints.load_state(halfway_there)[2]["seconds"]
     for _ in train(trial, prepare(trial.data), storage, "trials/a"):
@@ -258,18 +258,18 @@ def test_what_blocks_used_is_told_by_kind_and_added_over_commands(tmp_path: Path
         "A core": {"nll": (1, 2.0), "reference": (2, 0.5)},
         "H100": {"nll": (1, 1.0), "features": (1, 0.25)},
     }
-    used = seconds_used(spents)
+    used = sum_seconds_used(spents)
     assert used == {"core_s": 2.5, "gpu_s": 1.25, "seconds": {"nll": 3.0, "features": 0.75}}
     events = EventLog(Storage(tmp_path), "some")
     for _ in range(2):
         events.add("measured", "a", **used)
     events.add("measured", "b", core_s=1.0, gpu_s=0.0)  # of a version that told no kinds
-    assert evaluation_seconds(events.events) == {"a": {"nll": 6.0, "features": 1.5}}
+    assert sum_evaluation_seconds(events.events) == {"a": {"nll": 6.0, "features": 1.5}}
     assert findings.tell_event(events.events[0]).text == "core_s 2.5, gpu_s 1.25, nll 3 s, features 0.75 s"
 
 
 def test_the_training_of_a_trial_that_rows_share_counts_once() -> None:
-    lines = closing_lines([row("a", 100), row("a-20", 100), row("b", 100)])
+    lines = list_closing_lines([row("a", 100), row("a-20", 100), row("b", 100)])
     assert lines[0] == "work        training 3:00, validation 6.0 s, checkpoints 4.0 s, waiting 3.0 s"
     assert lines[1] == "peak        100 GFLOP/s, a matrix product in float32 on 1 thread of A Processor core"
     assert len(lines) == 2
@@ -277,9 +277,9 @@ def test_the_training_of_a_trial_that_rows_share_counts_once() -> None:
 
 def test_what_a_storage_of_before_does_not_know_is_a_dash() -> None:
     old = [row("a", 100, known=False), row("b", 50, known=False)]
-    assert closing_lines(old) == []
+    assert list_closing_lines(old) == []
     assert "of peak" not in [column.header for column in make_table(old).columns]
-    [first, _] = speed_lines(group_rows([row("a", 100, known=False), row("b", 100)]))
+    [first, _] = list_speed_lines(group_rows([row("a", 100, known=False), row("b", 100)]))
     assert (first.images_per_s, first.of_peak, set(first.seconds)) == ("100", "-", {"-"})
     table = make_table([row("a", 100, known=False), row("b", 100)])
     [shares] = [list(column.cells) for column in table.columns if column.header == "of peak"]
@@ -312,11 +312,11 @@ def with_speeds(root: Path) -> Storage:
 
 def test_the_report_has_a_table_of_speeds_and_tells_who_is_slow(tmp_path: Path) -> None:
     made = findings.gather(with_speeds(tmp_path), "small")
-    text = " ".join(" ".join(Page(page.page(made)).text).split())
+    text = " ".join(" ".join(Page(page.render_report(made)).text).split())
     for said in ("Speed", "of peak", "checkpoints", "1:30", "100 GFLOP/s, a matrix product in float32",
                  "on <b>here</b>: 1 images/s, 25% of the median 4 of 4 trials of its size"):  # fmt: skip
         assert said in text, said
-    lines = markdown(made).splitlines()
+    lines = write_markdown(made).splitlines()
     head = "| trial | images/s | of peak | training | validation | checkpoints | waiting | nll | samples |"
     assert lines.count(head) == 1 and sum(line.startswith("- slow: ") for line in lines) == 1
     assert sum("| 1:30 | 3.0 s | 2.0 s | 1.5 s | 2.0 s | 1.0 s |" in line for line in lines) == 4
@@ -330,10 +330,10 @@ def test_status_tells_the_share_and_who_is_slow_within_80_columns(tmp_path: Path
     [slow] = sweep["slow"]
     assert (slow["host"], slow["median"], slow["trials"]) == ("<b>here</b>", 4.0, 4)
     console = Console(width=120, record=True)
-    console.print(status.view(found, True, 120), soft_wrap=True)
+    console.print(status.make_view(found, True, 120), soft_wrap=True)
     text = console.export_text()
     assert "of peak" in text and "peak: 100 GFLOP/s" in text and "slow: 3" in text
     narrow = Console(width=80, record=True)
-    narrow.print(status.view(found, True, 80), soft_wrap=True)
+    narrow.print(status.make_view(found, True, 80), soft_wrap=True)
     table = [line for line in narrow.export_text().splitlines() if line[:8] in ("trial   ", "3abcdef0")]
     assert len(table) == 2 and all(len(line) <= 80 for line in table)

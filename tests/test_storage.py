@@ -197,10 +197,16 @@ def test_what_a_dead_writer_left_is_removed_and_what_a_living_one_writes_is_not(
 def test_a_lock_says_who_holds_it_and_leaves_nothing(tmp_path):
     storage = Storage(tmp_path)
     with lock(storage, "locks/a", "sweep x"):
-        assert is_locked(storage, "locks/a") and Leases(storage).holder("locks/a", "sweep x").endswith(" (sweep x)")
+        assert is_locked(storage, "locks/a") and Leases(storage).find_holder("locks/a", "sweep x").endswith(
+            " (sweep x)"
+        )
         with pytest.raises(Held, match=r"in use by process \d+ on .* \(sweep x\)"), lock(storage, "locks/a"):
             pass
-    assert storage.list("locks") == [] and not is_locked(storage, "locks/a") and Leases(storage).holder("locks/a") == ""
+    assert (
+        storage.list("locks") == []
+        and not is_locked(storage, "locks/a")
+        and Leases(storage).find_holder("locks/a") == ""
+    )
     (tmp_path / "locks/a").write_bytes(b"\xff")  # of a holder that died while it wrote
     with lock(storage, "locks/a"):
         pass
@@ -214,19 +220,19 @@ def test_a_lease_is_nobodys_when_it_has_stayed_the_same(monkeypatch):
     )
     monkeypatch.setattr(time, "monotonic", lambda: now)
     leases = Leases(storage)
-    assert leases.holder("a") == "process 1 on h (sweep x)"  # believed at first
-    assert leases.holder("a", "sweep x") == ""  # what a command before this one has left
+    assert leases.find_holder("a") == "process 1 on h (sweep x)"  # believed at first
+    assert leases.find_holder("a", "sweep x") == ""  # what a command before this one has left
     now += STALE_S
     lease["beat"] = 1
-    assert leases.holder("a")
+    assert leases.find_holder("a")
     now += STALE_S - 1
-    assert leases.holder("a")
+    assert leases.find_holder("a")
     now += 2
-    assert leases.holder("a") == ""
+    assert leases.find_holder("a") == ""
     lease["beat"] = 2
-    assert leases.holder("a")
+    assert leases.find_holder("a")
     lease.clear()
-    assert leases.holder("a") == ""
+    assert leases.find_holder("a") == ""
 
 
 ODD = [

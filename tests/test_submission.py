@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.clusters import submission
-from orchestrator.clusters.submission import Job, check_attachable, choose, code, job
+from orchestrator.clusters.submission import Job, check_attachable, choose_id, describe_environment, make_command_job
 from orchestrator.experiment.load import load
 from orchestrator.experiment.records import ExperimentError
 from orchestrator.sweep import main
@@ -19,7 +19,7 @@ from workers.config import Mistake
 
 
 def sent(file: Path, *overrides: str, storage: str = "/shared/runs", flags: Sequence[str] = ()) -> Job:
-    return job(load(file, overrides), file, overrides, storage, flags)
+    return make_command_job(load(file, overrides), file, overrides, storage, flags)
 
 
 def test_a_job_is_named_by_what_it_makes_and_where(tiny: Path) -> None:
@@ -52,19 +52,19 @@ def test_its_command_is_the_one_that_runs_on_the_head(tiny: Path) -> None:
 def test_what_runs_is_joined_and_what_has_ended_gets_another_attempt(
     statuses: dict[str, str], expected: tuple[str, bool]
 ) -> None:
-    assert choose("s", statuses) == expected
+    assert choose_id("s", statuses) == expected
 
 
 def test_the_code_that_comes_along_is_this_one() -> None:
-    modules = [Path(path) for path in code()["py_modules"]]
+    modules = [Path(path) for path in describe_environment()["py_modules"]]
     assert [path.name for path in modules] == ["orchestrator", "workers"]
     assert modules[0] / "clusters/submission.py" == Path(submission.__file__)
-    assert "env_vars" not in code()
+    assert "env_vars" not in describe_environment()
 
 
 def test_all_that_cannot_work_from_here_is_said_at_once_and_no_password_is_repeated(tiny: Path) -> None:
     with pytest.raises(Mistake) as told:
-        job(load(tiny), tiny, ["tracking.uri=http://ann:planted@host:5000"], "runs")
+        make_command_job(load(tiny), tiny, ["tracking.uri=http://ann:planted@host:5000"], "runs")
     assert "'runs' is relative" in str(told.value) and "tracking.uri" in str(told.value)
     assert "planted" not in str(told.value)
     with pytest.raises(Mistake, match=r"s3://.*@bucket/runs holds"):
@@ -144,7 +144,7 @@ def test_where_no_driver_can_attach_is_told_before_anything_starts(
 def test_a_night_is_submitted_again_where_its_job_ended_without_it(
     statuses: dict[str, str], expected: str | None
 ) -> None:
-    assert submission.next_attempt("n-2026-03-01", statuses, 3) == expected
+    assert submission.name_next_attempt("n-2026-03-01", statuses, 3) == expected
 
 
 def test_of_two_that_submit_the_same_at_once_one_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from orchestrator.experiment.records import ExperimentError
-from orchestrator.nights.suite import Suite, load, mistakes, registered
+from orchestrator.nights.suite import Suite, find_mistakes, load, split_registered
 
 SUITE: dict[str, Any] = {
     "name": "small",
@@ -19,7 +19,7 @@ SUITE: dict[str, Any] = {
 
 
 def told(**changes: Any) -> str:
-    return "\n".join(mistakes({**SUITE, **changes}))
+    return "\n".join(find_mistakes({**SUITE, **changes}))
 
 
 def test_the_file_that_comes_with_the_project_is_valid() -> None:
@@ -81,5 +81,12 @@ def test_a_rule_by_standard_errors_takes_a_metric_that_has_one() -> None:
 
 
 def test_what_looks_like_an_alias_is_one_and_a_path_is_not() -> None:
-    assert registered("*@champion") == ("*", "champion") and registered("beta_2.1@newest") == ("beta_2.1", "newest")
-    assert registered("53964d91") is None and registered("runs/a@b/step-1") is None and registered("s3://a@b/c") is None
+    assert split_registered("*@champion") == ("*", "champion") and split_registered("beta_2.1@newest") == (
+        "beta_2.1",
+        "newest",
+    )
+    assert (
+        split_registered("53964d91") is None
+        and split_registered("runs/a@b/step-1") is None
+        and split_registered("s3://a@b/c") is None
+    )

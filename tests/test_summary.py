@@ -31,21 +31,26 @@ from small_evaluation import (
     summary_of,
 )
 
-from orchestrator.measuring.differences import protocol_differences
+from orchestrator.measuring.differences import list_protocol_differences
 from workers.config import EvaluationConfig, Mistake, ODENLLConfig, SamplerConfig
 from workers.data.pixels import to_model
-from workers.diffusion.ledger import OPTIMAL, Ledger, bound, shorter_chains
-from workers.diffusion.likelihood import squared_norms
+from workers.diffusion.ledger import OPTIMAL, Ledger, compute_bound, list_shorter_chains
+from workers.diffusion.likelihood import compute_squared_norms
 from workers.diffusion.process import VARIANCES
 from workers.evaluation import summary as summaries
-from workers.evaluation.blocks import feature_blocks, nll_blocks, ode_nll_blocks, sample_blocks
-from workers.evaluation.fidelity import inception_score, kid, kid_error, precision_recall
-from workers.evaluation.frechet import Moments, extrapolated_distance, frechet_distance, sampling_error
+from workers.evaluation.blocks import list_feature_blocks, list_nll_blocks, list_ode_nll_blocks, list_sample_blocks
+from workers.evaluation.fidelity import (
+    compute_inception_score,
+    compute_kid,
+    compute_precision_recall,
+    estimate_kid_error,
+)
+from workers.evaluation.frechet import Moments, compute_distance, estimate_sampling_error, extrapolate_distance
 from workers.evaluation.make import Bench, read_block
 from workers.evaluation.summary import summarise
 from workers.network import checkpoint as checkpoints
 from workers.network.unet import UNet
-from workers.noise import generator
+from workers.noise import make_generator
 from workers.seals import seal_parquet
 from workers.storage import Storage
 
@@ -60,7 +65,7 @@ def root(tmp_path_factory) -> Path:
 
 def features_of(b: Bench) -> np.ndarray:
     """Of the samples asked for, float64 (n, D)."""
-    tables = [read_block(b.storage, block) for block in feature_blocks(b.m, b.checkpoint.digest, IMAGES)]
+    tables = [read_block(b.storage, block) for block in list_feature_blocks(b.m, b.checkpoint.digest, IMAGES)]
     assert b.m.evaluation.fid
     return np.array([row for table in tables for row in table["features"].to_pylist()])[: b.m.evaluation.fid.samples]
 
@@ -74,11 +79,11 @@ def test_the_bound_is_that_of_the_images_asked_for(root, images):
     b = bench(root, measurement(images=images))
     summary = evaluated(root, b.m)
     n = 10 if images == "all" else images
-    parts = [Ledger.of_table(read_block(b.storage, k)) for k in nll_blocks(b.m, b.checkpoint.digest, IMAGES)]
+    parts = [Ledger.from_table(read_block(b.storage, k)) for k in list_nll_blocks(b.m, b.checkpoint.digest, IMAGES)]
     ledger = Ledger.join(parts)
     assert ledger.image.max() == {1: 3, 7: 7, 10: 9}[n]
-    norms = squared_norms(to_model(torch.from_numpy(DATASET.held_out), LEVELS))
-    result = bound(PROCESS, ledger.of_first(n), norms[:n], SIDE * SIDE)
+    norms = compute_squared_norms(to_model(torch.from_numpy(DATASET.held_out), LEVELS))
+    result = compute_bound(PROCESS, ledger.take_first(n), norms[:n], SIDE * SIDE)
     metrics = summary["metrics"]
     assert (metrics["eval/nll_bpd"], metrics["eval/nll_bpd_se"]) == (result.mean, result.standard_error)
     assert summary["nll_per_image"] == result.total.tolist() and len(summary["nll_per_image"]) == n
@@ -103,7 +108,7 @@ def test_the_ledger_has_every_variance_and_chain(root):
     ledger, metrics = summary["ledger"], summary["metrics"]
     assert set(ledger) == {*VARIANCES, OPTIMAL}
     for rows in ledger.values():
-        assert [row["steps"] for row in rows] == shorter_chains(T)
+        assert [row["steps"] for row in rows] == list_shorter_chains(T)
     own = ledger[PROCESS.variance][0]
     assert own["bpd"] == pytest.approx(metrics["eval/nll_bpd"], rel=1e-12)
     assert own["bpd_se"] == pytest.approx(metrics["eval/nll_bpd_se"], rel=1e-9)
@@ -118,8 +123,8 @@ def test_a_learned_variance_is_measured_by_its_own_terms(root, head):
     """A second head that always says -1 means the fixed small variance: the bound by the pairs' own terms is then the
     one by their squared errors. What follows for other variances takes no account of it."""
     process = replace(PROCESS, variance="learned_range")
-    unet = UNet({**CONFIG, "out_channels": 2}, generator("unet"))
-    torch.nn.init.normal_(unet.conv_out.weight[:1], std=0.1, generator=generator("conv_out", "a"))
+    unet = UNet({**CONFIG, "out_channels": 2}, make_generator("unet"))
+    torch.nn.init.normal_(unet.conv_out.weight[:1], std=0.1, generator=make_generator("conv_out", "a"))
     torch.nn.init.constant_(unet.conv_out.bias[1:], head)
     storage = Storage(root)
     m = measurement().model_copy(update={"evaluation": EvaluationConfig(fid=None)})
@@ -171,15 +176,15 @@ def test_distances_are_of_the_samples_asked_for_to_the_images_named(root, fid, n
     of another's metric."""
     b = bench(root, measurement(**fid))
     summary = evaluated(root, b.m)
-    samples, reference = features_of(b), SPACE.features(real)
-    distance = frechet_distance(Moments.of(samples), Moments.of(reference))
-    neighbours = precision_recall(samples, reference)
+    samples, reference = features_of(b), SPACE.compute_features(real)
+    distance = compute_distance(Moments.of(samples), Moments.of(reference))
+    neighbours = compute_precision_recall(samples, reference)
     suffix = name.removeprefix("fd")
     expected = {
         f"eval/{name}": distance,
-        f"eval/{name}_se": sampling_error(samples, Moments.of(reference)),
-        f"eval/kid{suffix}": kid(samples, reference).mean,
-        **({f"eval/kid{suffix}_se": error} if (error := kid_error(samples, reference)) else {}),
+        f"eval/{name}_se": estimate_sampling_error(samples, Moments.of(reference)),
+        f"eval/kid{suffix}": compute_kid(samples, reference).mean,
+        **({f"eval/kid{suffix}_se": error} if (error := estimate_kid_error(samples, reference)) else {}),
         f"eval/precision{suffix}": neighbours.precision,
         f"eval/recall{suffix}": neighbours.recall,
         "eval/network_evaluations": 3,
@@ -232,7 +237,7 @@ def test_a_singular_covariance_is_told_and_has_no_standard_error(root, fid, warn
 def test_enough_samples_are_extrapolated(root):
     b = bench(root, measurement(samples=31))
     summary = evaluated(root, b.m)
-    expected = extrapolated_distance(features_of(b), Moments.of(SPACE.features(DATASET.train)))
+    expected = extrapolate_distance(features_of(b), Moments.of(SPACE.compute_features(DATASET.train)))
     metrics, curve = summary["metrics"], summary["curve"]
     assert metrics["eval/fd_classifier_infinity"] == pytest.approx(expected.distance, rel=1e-8) == curve["distance"]
     assert metrics["eval/fd_classifier_infinity_se"] == pytest.approx(expected.standard_error, rel=1e-8)
@@ -245,7 +250,7 @@ class FakeInception:
     """A space with logits, which the network that FID is defined by would have."""
 
     digest = "fake"
-    features = staticmethod(SPACE.features)
+    features = staticmethod(SPACE.compute_features)
 
     @staticmethod
     def logits(features: np.ndarray) -> np.ndarray:
@@ -266,7 +271,7 @@ def test_in_inception_s_space_against_all_of_train_names_are_plain(tmp_path, mon
     names = {f"eval/{distance}", f"eval/{distance}_se", f"eval/kid{suffix}"}
     names |= {f"eval/precision{suffix}", f"eval/recall{suffix}", "eval/inception_score", "eval/network_evaluations"}
     assert {name for name in metrics if "nll" not in name and name != f"eval/kid{suffix}_se"} == names
-    expected = inception_score(FakeInception.logits(features_of(b)))
+    expected = compute_inception_score(FakeInception.logits(features_of(b)))
     assert metrics["eval/inception_score"] == expected.mean
     assert f"{expected.std:.4f}" in summary_of(b)["passports"]["samples"]["also"]["inception_score"]
 
@@ -317,7 +322,7 @@ def test_another_precision_has_blocks_of_its_own_and_nearly_the_same_numbers(roo
         assert abs(here - there) < 0.02 * here, name
     assert float32["nll_per_image"] != bf16["nll_per_image"]
     assert bf16["passports"]["nll"]["protocol"]["precision"] == "bf16"
-    assert [text for text in protocol_differences(float32, bf16, "nll") if "precision" in text]
+    assert [text for text in list_protocol_differences(float32, bf16, "nll") if "precision" in text]
 
 
 def test_a_network_computes_in_the_precision_that_is_asked_for(root, monkeypatch):
@@ -430,7 +435,7 @@ def test_the_passport_counts_the_network_s_evaluations(tmp_path, sampler):
     summary = summary_of(b)
     count = summary["passports"]["samples"]["subject"]["network_evaluations"]
     protocol = summary["passports"]["samples"]["protocol"]
-    tables = [read_block(b.storage, block) for block in sample_blocks(b.m, b.checkpoint.digest, IMAGES)]
+    tables = [read_block(b.storage, block) for block in list_sample_blocks(b.m, b.checkpoint.digest, IMAGES)]
     if sampler.kind == "heun":
         assert count == 7 and tables[0].column_names == ["sample", "image"]
         assert protocol["sampler"] == {"kind": "heun", "steps": 4} and "nearest trained" in protocol["times"]
@@ -445,7 +450,7 @@ def test_the_ode_s_likelihood_is_the_mean_of_its_blocks_over_the_images_asked_fo
     b = bench(tmp_path, measurement(ode_nll=ODENLLConfig(images=7, probes=2, tolerance=1e-2)))
     make_all(b, blocks_of(b))
     summary = summary_of(b)
-    rows = [read_block(b.storage, block) for block in ode_nll_blocks(b.m, b.checkpoint.digest, IMAGES)]
+    rows = [read_block(b.storage, block) for block in list_ode_nll_blocks(b.m, b.checkpoint.digest, IMAGES)]
     assert len(rows) == 2
     bits = np.concatenate([r["nats"].to_numpy() for r in rows])[:7] / (SIDE * SIDE * np.log(2))
     assert summary["metrics"]["eval/ode_nll_bpd"] == pytest.approx(bits.mean(), rel=1e-12)

@@ -9,7 +9,15 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from orchestrator.output.terminal import Display, Line, clock, counts, fitting, listening, time_left
+from orchestrator.output.terminal import (
+    Display,
+    Line,
+    choose_fitting,
+    estimate_time_left,
+    format_clock,
+    format_counts,
+    show_messages,
+)
 
 LINES = {
     "aaaaaaaa11": Line("T=50 weighting=simple", 300, 128, "done", 300, 2.598, 1011.0),
@@ -42,7 +50,7 @@ def test_more_trials_than_the_window_is_high_leave_out_those_that_rest() -> None
     lines |= {"busy0000": Line("lr=7", 100, 8, "training", 3), "lost0000": Line("lr=8", 100, 8, "failed")}
     text = shown(lines, height=20)
     assert "busy0000" in text and "lost0000" in text and "and 17 waiting, 30 done" in text
-    some, rest = fitting(lines, 15)
+    some, rest = choose_fitting(lines, 15)
     assert len(some) == 14 and not set(some) & set(rest) and len(some) + len(rest) == len(lines)
     assert some == [digest for digest in lines if digest in some], "the order of the experiment stays"
 
@@ -79,7 +87,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     with display:
         display.say("cccccccc  train  new")
         display.say("aaaaaaaa  nothing  done", detail=True)
-        display.changed("cccccccc33")
+        display.show_change("cccccccc33")
         display.refresh(force=True)
     first, second = text.getvalue().splitlines()
     assert first == "cccccccc  train  new"
@@ -99,7 +107,7 @@ def test_three_loudnesses(quiet: bool, verbose: bool, lines: int) -> None:
 def test_libraries_are_heard_where_it_matters(verbose: bool, expected: list[str] | None) -> None:
     text = io.StringIO()
     before = list(logging.getLogger().handlers)
-    with listening(Console(file=text, width=200), verbose=verbose):
+    with show_messages(Console(file=text, width=200), verbose=verbose):
         logging.getLogger("orchestrator.tracking.tracker").warning("ours")
         logging.getLogger("somelibrary.runtime").warning("a library's")
         logging.getLogger("lib.loop").error("broken")
@@ -113,12 +121,12 @@ def test_libraries_are_heard_where_it_matters(verbose: bool, expected: list[str]
 
 
 def test_times_and_counts() -> None:
-    assert [clock(s) for s in (5, 65, 3700, 200_000)] == ["0:05", "1:05", "1:01:40", "2 d 7:33"]
-    assert counts(LINES.values()) == "1 training, 1 evaluating, 1 waiting, 1 done"
-    assert time_left([Line("a", 10, 8)], 1) == "", "nothing is known before a trial has run"
+    assert [format_clock(s) for s in (5, 65, 3700, 200_000)] == ["0:05", "1:05", "1:01:40", "2 d 7:33"]
+    assert format_counts(LINES.values()) == "1 training, 1 evaluating, 1 waiting, 1 done"
+    assert estimate_time_left([Line("a", 10, 8)], 1) == "", "nothing is known before a trial has run"
     ran, waits = Line("a", 100, 10, "done", 100, images_per_s=50), Line("b", 100, 10)
-    assert time_left([ran, waits, waits], 2) == "training ends in about 0:20"
-    assert time_left([ran, waits], 2) == "training ends in about 0:20", "one trial runs in one place"
+    assert estimate_time_left([ran, waits, waits], 2) == "training ends in about 0:20"
+    assert estimate_time_left([ran, waits], 2) == "training ends in about 0:20", "one trial runs in one place"
 
 
 def test_while_a_trial_is_not_heard_no_time_is_promised() -> None:
@@ -126,6 +134,6 @@ def test_while_a_trial_is_not_heard_no_time_is_promised() -> None:
         Line("a", 100, 10, "training", 50, images_per_s=10.0),
         Line("b", 100, 10, "training", 50, images_per_s=10.0),
     ]
-    assert "training ends" in time_left(lines, 2) and lines[0].left == "0:50"
+    assert "training ends" in estimate_time_left(lines, 2) and lines[0].left == "0:50"
     lines[0].silent_s = 75.0
-    assert time_left(lines, 2) == "" and lines[0].left == "not heard for 1:15" and lines[1].left == "0:50"
+    assert estimate_time_left(lines, 2) == "" and lines[0].left == "not heard for 1:15" and lines[1].left == "0:50"

@@ -5,7 +5,7 @@ import torch
 
 from workers.diffusion.timesteps import KEPT, UNIFORM, History, Part
 from workers.kinds import TIMESTEPS
-from workers.noise import generator
+from workers.noise import make_generator
 
 
 def drawn(kind: str, T: int, batch: int, step: int, parts: int = 8, probability: torch.Tensor | None = None):
@@ -13,7 +13,7 @@ def drawn(kind: str, T: int, batch: int, step: int, parts: int = 8, probability:
     p = torch.full((T,), 1 / T, dtype=torch.float64) if probability is None else probability
     cut = [Part(batch // parts, j, parts) for j in range(parts)]
     return torch.cat(
-        [TIMESTEPS[kind].load()(T, part, generator("timesteps", kind, step, part.index), p) for part in cut]
+        [TIMESTEPS[kind].load()(T, part, make_generator("timesteps", kind, step, part.index), p) for part in cut]
     )
 
 
@@ -57,7 +57,7 @@ def test_strata_cover_1_to_T_evenly(T, batch):
 
 def test_antithetic_draws_are_pairs_with_the_sum_T_plus_1():
     for n in (1, 2, 5, 16):
-        t = TIMESTEPS["antithetic"].load()(100, Part(n, 0, 1), generator("pairs", n), uneven(100))
+        t = TIMESTEPS["antithetic"].load()(100, Part(n, 0, 1), make_generator("pairs", n), uneven(100))
         half = (n + 1) // 2
         assert len(t) == n and (t[half:] + t[: n - half] == 101).all()
 

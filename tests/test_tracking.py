@@ -34,23 +34,23 @@ from sqlalchemy.engine import make_url
 
 from orchestrator import ui
 from orchestrator.tracking import registry
-from orchestrator.tracking.provenance import provenance
+from orchestrator.tracking.provenance import collect_provenance
 from orchestrator.tracking.server import (
     check_database,
     connect,
-    database_of,
-    database_uri,
+    find_database,
+    find_unused,
     make_database,
+    make_database_uri,
     resolve_uri,
     say_unused,
-    unused,
 )
-from orchestrator.tracking.shipment import LoggedDataset, param_text
-from orchestrator.tracking.shipper import of_another_training
+from orchestrator.tracking.shipment import LoggedDataset, format_param
+from orchestrator.tracking.shipper import is_of_another_training
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.tracking.views import ComparisonView
 from workers.config import Mistake
-from workers.data.cache import default_cache
+from workers.data.cache import find_default_cache
 from workers.storage import Storage
 
 PARAMS: dict[str, Any] = {
@@ -155,7 +155,7 @@ def test_params_are_texts_that_a_chart_reads_as_numbers(done: Any) -> None:
         "model.multipliers": "[1, 2]",
         "loss.weighting": "simple",
     }
-    assert [param_text(value) for value in (1e-5, True, None, 0.1 + 0.2)] == [
+    assert [format_param(value) for value in (1e-5, True, None, 0.1 + 0.2)] == [
         "1e-05",
         "true",
         "null",
@@ -404,8 +404,8 @@ def test_a_journal_of_another_training_gets_a_run_of_its_own(storage: Storage, l
 )
 def test_what_is_another_training(value: float | None, same: bool) -> None:
     entries = [{"step": 1, "metrics": {"valid/nll_bpd": value, "train/images_per_s": 7}}, {"step": 1, "image": "x"}]
-    assert of_another_training(entries, {(1, "valid/nll_bpd"): 3.5, (1, "train/images_per_s"): 9}) is not same
-    assert not of_another_training(entries, {(2, "valid/nll_bpd"): 1.0})
+    assert is_of_another_training(entries, {(1, "valid/nll_bpd"): 3.5, (1, "train/images_per_s"): 9}) is not same
+    assert not is_of_another_training(entries, {(2, "valid/nll_bpd"): 1.0})
 
 
 def test_a_run_that_has_all_is_not_opened_again(storage: Storage) -> None:
@@ -440,7 +440,7 @@ def test_a_measurement_of_a_trial_whose_sweep_was_deleted_is_recorded(storage: S
     for [run] in runs_of(tracker).values():
         client_of(tracker).delete_run(run.info.run_id)
         storage.delete("sweeps/emptied/mlflow.json")
-    with closing(sqlite3.connect(database_of(tracker.uri))) as database, database:
+    with closing(sqlite3.connect(find_database(tracker.uri))) as database, database:
         own = "run_uuid IN (SELECT run_uuid FROM runs WHERE experiment_id = ?)"  # the database is the other tests', too
         experiment = client_of(tracker).get_experiment_by_name(tracker.name).experiment_id
         database.execute(f"DELETE FROM tags WHERE key = 'orchestrator.row' AND {own}", (int(experiment),))
@@ -524,7 +524,7 @@ def test_params_of_any_type_and_metrics_that_are_not_finite(storage: Storage, ca
     texts = {
         address: run.data.params["evaluation.nll.timesteps"] for address, [run] in runs.items() if address != "sweep"
     }
-    assert [texts[f"t{n}"] for n in range(9)] == [param_text(value) for value in values[:9]]
+    assert [texts[f"t{n}"] for n in range(9)] == [format_param(value) for value in values[:9]]
     assert (
         all("artifact long/evaluation.nll.timesteps.txt" in texts[f"t{n}"] for n in (9, 10))
         and texts["t11"] == values[11]
@@ -658,7 +658,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_a_finished_sweep_is_read_th
 @pytest.mark.parametrize("name", ["plain", "a b", "a%20b", "a?b", "a#b", "ü", "100%", "a%3Fb", "?uri=true", "a;b&c=d"])
 def test_a_database_lies_where_the_path_says(name: str) -> None:
     path = Path("/somewhere", name, "mlflow.db")
-    assert make_url(database_uri(path)).database == str(path) and database_of(database_uri(path)) == path
+    assert make_url(make_database_uri(path)).database == str(path) and find_database(make_database_uri(path)) == path
 
 
 def _garbage(path: Path) -> None:
@@ -713,9 +713,9 @@ def test_a_database_that_cannot_be_used_is_told_and_another_one_gets_everything(
         Tracker(storage, "damaged").check()
     assert str(path) in str(mistake.value) and "\n" not in str(mistake.value)
     with pytest.raises(Mistake, match=re.escape(told)):
-        ui.server_command(tmp_path, 0)
+        ui.make_server_command(tmp_path, 0)
     with pytest.raises(Mistake, match=re.escape(told)):
-        registry.versions(storage, None)
+        registry.list_versions(storage, None)
     path.rename(tmp_path / "mlflow.db.old")
     tracker = run_sweep(storage, "damaged", ("h0",))
     assert history_of(tracker, runs_of(tracker)["h0"][0], "valid/nll_bpd") == points_of(lines, "valid/nll_bpd")
@@ -745,7 +745,7 @@ def test_a_database_that_is_damaged_meanwhile_is_told_in_one_line(
 
 def test_a_journal_of_sqlite_that_a_kill_left_spoils_no_new_database(tmp_path: Path) -> None:
     path = tmp_path / "mlflow.db"
-    make_database(path, default_cache())
+    make_database(path, find_default_cache())
     (tmp_path / "kept").mkdir()
     with closing(sqlite3.connect(path)) as database:
         database.execute("PRAGMA cache_size = 1")
@@ -755,8 +755,8 @@ def test_a_journal_of_sqlite_that_a_kill_left_spoils_no_new_database(tmp_path: P
         shutil.copy(f"{path}-journal", tmp_path / "kept")  # as the process is killed here
     path.unlink()
     shutil.copy(tmp_path / "kept/mlflow.db-journal", tmp_path)
-    make_database(path, default_cache())
-    check_database(path, default_cache())
+    make_database(path, find_default_cache())
+    check_database(path, find_default_cache())
     assert [file.name for file in tmp_path.glob("mlflow*")] == ["mlflow.db"]
 
 
@@ -807,7 +807,7 @@ def test_a_server_that_dies_in_the_middle_gets_everything_in_the_end(
     tracker.open_sweep({}, {})
     tracker.open_trial("s0", "s0", PARAMS, {}, [DIGITS])
     assert tracker.flush(120).complete
-    assert tracker.link().startswith(f"{server.uri}/#/experiments/")
+    assert tracker.find_link().startswith(f"{server.uri}/#/experiments/")
 
     server.stop()
     lines = write_journal(storage, "s0", 8)
@@ -856,7 +856,7 @@ def test_a_server_that_stumbles_at_first_is_asked_again(server: Server, tmp_path
         tracker = run_sweep(storage, "stumbles", ("e0",), between.uri)
         assert history_of(tracker, runs_of(tracker)["e0"][0], "valid/nll_bpd") == points_of(lines, "valid/nll_bpd")
     with Between([b"", CUT], server) as between:
-        assert registry.versions(storage, between.uri) == [] and between.left == []
+        assert registry.list_versions(storage, between.uri) == [] and between.left == []
     server.stop()
 
 
@@ -930,11 +930,11 @@ def test_an_address_of_the_environment_that_is_the_same_is_not_mentioned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    uri = database_uri(tmp_path / "runs/mlflow.db")
+    uri = make_database_uri(tmp_path / "runs/mlflow.db")
     for named in (uri, "sqlite:///runs/mlflow.db"):
-        assert unused(uri, {"MLFLOW_TRACKING_URI": named}) == []
-    assert unused("http://host:5000", {"MLFLOW_REGISTRY_URI": "http://host:5000/"}) == []
-    assert len(unused(uri, {"MLFLOW_TRACKING_URI": "http://host", "MLFLOW_REGISTRY_URI": "databricks-uc"})) == 2
+        assert find_unused(uri, {"MLFLOW_TRACKING_URI": named}) == []
+    assert find_unused("http://host:5000", {"MLFLOW_REGISTRY_URI": "http://host:5000/"}) == []
+    assert len(find_unused(uri, {"MLFLOW_TRACKING_URI": "http://host", "MLFLOW_REGISTRY_URI": "databricks-uc"})) == 2
 
 
 @pytest.mark.parametrize(
@@ -984,7 +984,7 @@ def test_the_ready_made_comparison_goes_along_with_the_sweep(storage: Storage) -
     )
     tracker = Tracker(storage, "compared")
     tracker.open_sweep({}, {}, "# A sweep", compare)
-    link = tracker.link()
+    link = tracker.find_link()
     assert tracker.is_open and tracker.flush(120).complete
     options = parse_qs(link.partition("?")[2])
     assert "searchFilter" not in options  # it would switch the shared view off
@@ -1008,7 +1008,7 @@ def test_the_ready_made_comparison_goes_along_with_the_sweep(storage: Storage) -
     tracker.close_trial("c1", "FINISHED")
     tracker.show(replace(compare, best="c1"))
     assert tracker.flush(120).complete
-    assert image_step() == 6 and tracker.link() == link
+    assert image_step() == 6 and tracker.find_link() == link
     state = views_of(tracker)["compared: all trials"]
     [difference] = [chart for chart in state["compareRunCharts"] if chart["type"] == "DIFFERENCE"]
     (best,) = runs_of(tracker)["c1"]
@@ -1019,7 +1019,7 @@ def test_the_ready_made_comparison_goes_along_with_the_sweep(storage: Storage) -
 
 def test_provenance_says_what_ran_where(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "orchestrator.sweep", "--storage", "s3://key:secret@bucket"])
-    tags = provenance()
+    tags = collect_provenance()
     assert tags["command"] == "-m orchestrator.sweep --storage s3://***@bucket"
     assert tags["mlflow.source.name"] == "orchestrator.sweep"
     assert {"mlflow.user", "host", "hardware.cpu", "hardware.cores", "version.python", "version.mlflow"} <= tags.keys()

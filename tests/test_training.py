@@ -22,13 +22,13 @@ from workers.config import (
 )
 from workers.data.dataset import prepare
 from workers.diffusion.timesteps import KEPT
-from workers.identity import trial_id
+from workers.identity import compute_trial_id
 from workers.journal import read_points
 from workers.network import checkpoint as checkpoints
 from workers.network import manifest
 from workers.seals import seal_lines
 from workers.storage import Storage
-from workers.training import World, autocast, batch_rows, learning_rate, share, train
+from workers.training import World, choose_autocast, compute_learning_rate, draw_batch_rows, take_share, train
 
 TRIAL = Trial(
     data=DataConfig(source="digits"),
@@ -49,7 +49,7 @@ def trained(storage: Storage, trial: Trial = TRIAL) -> str:
     """Trains to the end; gives the digest of the final weights."""
     for _ in train(trial, prepare(trial.data), storage, "trials/a"):
         pass
-    newest = manifest.newest(storage, "trials/a/checkpoints")
+    newest = manifest.find_newest(storage, "trials/a/checkpoints")
     assert newest and newest.step == trial.training.steps
     return newest.digest
 
@@ -70,7 +70,7 @@ def test_yields_at_step_0_at_each_validation_and_at_the_end(tmp_path: Path) -> N
     assert [p.state for p in progress] == ["running", "running", "finished"]
     status = Storage(tmp_path).read_sealed("trials/a/status.json")
     assert status and status["state"] == "finished"
-    newest = manifest.newest(Storage(tmp_path), "trials/a/checkpoints")
+    newest = manifest.find_newest(Storage(tmp_path), "trials/a/checkpoints")
     assert newest and status["checkpoint"] == newest.digest
     images = [p["path"] for p in points(Storage(tmp_path)) if "image" in p]
     assert len(images) == 3 and all((tmp_path / path).read_bytes()[:4] == b"\x89PNG" for path in images)
@@ -100,7 +100,7 @@ def to(steps: int, trial: Trial = TRIAL) -> Trial:
 
 
 def digest_at(storage: Storage, step: int) -> str | None:
-    found = manifest.at_step(storage, "trials/a/checkpoints", step)
+    found = manifest.find_at_step(storage, "trials/a/checkpoints", step)
     return found.digest if found else None
 
 
@@ -126,7 +126,7 @@ def test_a_trial_is_trained_once_for_several_steps_and_keeps_their_checkpoints(t
     storage = Storage(tmp_path / "all")
     reached = steps_of(storage, to(12), also_keep=[4, 7])
     assert reached == [(step, "running") for step in (0, 4, 6, 7)] + [(12, "finished")]
-    assert storage.list("trials/a/checkpoints") == [manifest.step_name(step) for step in (4, 7, 12)]
+    assert storage.list("trials/a/checkpoints") == [manifest.name_step(step) for step in (4, 7, 12)]
     for step in (4, 7, 12):
         assert digest_at(storage, step) == trained(Storage(tmp_path / f"{step}"), to(step))
 
@@ -147,8 +147,8 @@ def test_a_checkpoint_of_an_earlier_step_is_made_again_and_leaves_what_is_there(
 
 def test_the_steps_of_a_rate_that_falls_to_the_last_one_are_in_the_id() -> None:
     decaying = TRIAL.model_copy(update={"training": TRIAL.training.model_copy(update={"decay": "cosine"})})
-    assert trial_id(to(12, decaying), "d") != trial_id(to(5, decaying), "d")
-    assert trial_id(to(12), "d") == trial_id(to(5), "d")
+    assert compute_trial_id(to(12, decaying), "d") != compute_trial_id(to(5, decaying), "d")
+    assert compute_trial_id(to(12), "d") == compute_trial_id(to(5), "d")
 
 
 VARIED: list[dict[str, Any]] = [
@@ -177,7 +177,7 @@ def test_every_choice_resumes_in_the_same_bits_and_is_measured(tmp_path: Path, s
     loop.close()
     assert trained(parts, trial) == expected
     assert without_rates(points(parts)) == without_rates(points(whole))
-    newest = manifest.newest(whole, "trials/a/checkpoints")
+    newest = manifest.find_newest(whole, "trials/a/checkpoints")
     assert newest
     _, state, _ = checkpoints.load_state(newest)
     assert ("history.seen" in state) == (settings["timesteps"] == "importance")
@@ -210,7 +210,7 @@ def test_two_workers_share_what_importance_sampling_remembers(tmp_path: Path) ->
         assert a.get("metrics", {}) == pytest.approx(b.get("metrics", {}), rel=1e-3, abs=1e-6)
     histories = []
     for name in ("one", "two"):
-        newest = manifest.newest(Storage(tmp_path / name), "trials/a/checkpoints")
+        newest = manifest.find_newest(Storage(tmp_path / name), "trials/a/checkpoints")
         assert newest
         histories.append(checkpoints.load_state(newest)[1])
     assert torch.equal(histories[0]["history.seen"], histories[1]["history.seen"])
@@ -247,7 +247,7 @@ def test_a_loss_that_is_not_finite_ends_the_trial_as_a_result(tmp_path: Path) ->
 
 def test_every_epoch_holds_every_image_once() -> None:
     n, batch_size = 23, 5
-    rows = np.concatenate([batch_rows(3, step, batch_size, n, {}) for step in range(n)])
+    rows = np.concatenate([draw_batch_rows(3, step, batch_size, n, {}) for step in range(n)])
     for epoch in rows.reshape(-1, n):
         assert sorted(epoch) == list(range(n))
     assert not np.array_equal(rows[:n], rows[n : 2 * n])
@@ -257,8 +257,8 @@ def test_every_epoch_holds_every_image_once() -> None:
 def test_a_batch_may_hold_many_epochs(n: int) -> None:
     """Whatever permutations are kept, the rows are those of one step by itself; a loop keeps only those in use."""
     kept: dict[int, np.ndarray] = {}
-    steps = [batch_rows(3, step, 128, n, kept) for step in range(n)]
-    assert all(np.array_equal(rows, batch_rows(3, step, 128, n, {})) for step, rows in enumerate(steps))
+    steps = [draw_batch_rows(3, step, 128, n, kept) for step in range(n)]
+    assert all(np.array_equal(rows, draw_batch_rows(3, step, 128, n, {})) for step, rows in enumerate(steps))
     assert (np.bincount(np.concatenate(steps), minlength=n) == 128).all(), "every image as often"
     assert len(kept) <= 128 // n + 2
 
@@ -283,15 +283,15 @@ def test_a_data_set_smaller_than_a_batch_trains_and_resumes_in_the_same_bits(tmp
 def test_the_shares_of_all_workers_are_the_whole_in_order() -> None:
     items = list(range(8))
     for size in (1, 2, 4, 8):
-        assert [x for rank in range(size) for x in share(items, World(rank, size))] == items
+        assert [x for rank in range(size) for x in take_share(items, World(rank, size))] == items
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
     training = TrainingConfig(steps=100, lr=1.0, warmup=10)
-    assert [learning_rate(training, s) for s in (0, 4, 9, 50, 99)] == [0.1, 0.5, 1.0, 1.0, 1.0]
+    assert [compute_learning_rate(training, s) for s in (0, 4, 9, 50, 99)] == [0.1, 0.5, 1.0, 1.0, 1.0]
     cosine = training.model_copy(update={"decay": "cosine"})
-    assert learning_rate(cosine, 50) == pytest.approx(0.5)
-    assert learning_rate(cosine, 99) < 0.001
+    assert compute_learning_rate(cosine, 50) == pytest.approx(0.5)
+    assert compute_learning_rate(cosine, 99) < 0.001
 
 
 def test_averages_of_other_lengths_are_kept_beside_the_trial_s_own(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_averages_of_other_lengths_are_kept_beside_the_trial_s_own(tmp_path: Pat
     assert trained(Storage(tmp_path / "cut"), trial) == whole == trained(Storage(tmp_path / "plain"))
 
     def newest(name: str) -> manifest.Checkpoint:
-        found = manifest.newest(Storage(tmp_path / name), "trials/a/checkpoints")
+        found = manifest.find_newest(Storage(tmp_path / name), "trials/a/checkpoints")
         assert found
         return found
 
@@ -316,13 +316,13 @@ def test_averages_of_other_lengths_are_kept_beside_the_trial_s_own(tmp_path: Pat
     assert any((kept[0.5][name] != ema[name]).any() for name in ema)
     assert newest("whole").sums != newest("plain").sums
     for decay, of_plain in ((None, True), (0.9, True), (0.5, False), (0.0, False)):
-        one, other = (manifest.averaged(newest(name), decay) for name in ("whole", "cut"))
+        one, other = (manifest.choose_average(newest(name), decay) for name in ("whole", "cut"))
         assert one.digest == other.digest and (one.digest == newest("plain").digest) == of_plain
         model, _ = checkpoints.load(one)
         weights = ema if decay is None else kept[decay]
         assert all(torch.equal(p, weights[name]) for name, p in model.network.state_dict().items())
     with pytest.raises(manifest.CheckpointError, match=r"no average of evaluation\.ema = 0\.5; it has none"):
-        manifest.averaged(newest("plain"), 0.5)
+        manifest.choose_average(newest("plain"), 0.5)
 
 
 @pytest.mark.parametrize(
@@ -344,5 +344,5 @@ def test_auto_takes_bf16_where_the_processor_has_it_and_it_pays(
         data=DataConfig(source="digits"), model=ModelConfig(channels=channels), training=TrainingConfig(steps=1),
         diffusion=DiffusionConfig(prediction=prediction),
     )  # fmt: skip
-    with autocast(trial, torch.device("cpu")):
+    with choose_autocast(trial, torch.device("cpu")):
         assert torch.is_autocast_enabled("cpu") == is_bf16

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from workers.config import ModelConfig
 from workers.network.unet import UNet
-from workers.network.unet_config import unet_config, unet_mistakes, weights
-from workers.noise import generator
+from workers.network.unet_config import count_weights, find_unet_mistakes, make_unet_config
+from workers.noise import make_generator
 
 # What google/ddpm-cifar10-32 says in its config.json.
 CIFAR10 = {
@@ -39,13 +39,13 @@ CIFAR10 = {
     "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
 }
 SMALL = ModelConfig(channels=16, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.1)
-DIGITS = unet_config(SMALL, image_channels=1, resolution=8)
+DIGITS = make_unet_config(SMALL, image_channels=1, resolution=8)
 CONFIGS = {
     "cifar10": CIFAR10,
     "digits": DIGITS,
     "heads": {**DIGITS, "attention_head_dim": 8},
     "groups": {**DIGITS, "norm_num_groups": 8, "norm_eps": 1e-5},
-    "one_level": unet_config(
+    "one_level": make_unet_config(
         ModelConfig(channels=8, multipliers=(1,), blocks=2, attention=(4,)), image_channels=2, resolution=4
     ),
     # diffusers' own defaults for the rest: 8 channels a head, cosines first, padding on both sides.
@@ -62,7 +62,7 @@ CONFIGS = {
 
 def scrambled(unet: UNet) -> UNet:
     """Weights without zeros or ones, so that no part of the network can hide."""
-    draw = generator("test weights")
+    draw = make_generator("test weights")
     with torch.no_grad():
         for name, w in sorted(unet.named_parameters()):
             centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
@@ -72,7 +72,7 @@ def scrambled(unet: UNet) -> UNet:
 
 def batch(config: dict[str, Any], N: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x (N, C, H, W) and t (N,)."""
-    draw, size = generator("test batch"), config.get("sample_size") or 8
+    draw, size = make_generator("test batch"), config.get("sample_size") or 8
     x = torch.randn(N, config["in_channels"], size, size, generator=draw)
     return x, torch.randint(0, 1000, (N,), generator=draw)
 
@@ -105,7 +105,7 @@ def test_it_is_the_network_of_diffusers(name: str, tmp_path: Path) -> None:
 
 
 def test_the_default_model_is_the_paper_s() -> None:
-    config = unet_config(ModelConfig(), image_channels=3, resolution=32)
+    config = make_unet_config(ModelConfig(), image_channels=3, resolution=32)
     assert {k: v for k, v in config.items() if k in CIFAR10} == {
         k: v for k, v in CIFAR10.items() if k != "_diffusers_version"
     }
@@ -127,10 +127,10 @@ def test_weights_under_the_names_of_the_first_diffusers_open() -> None:
 
 def test_it_starts_as_zero_and_learns_from_there() -> None:
     """The last layers are zero, as in the paper: eps_theta = 0; the start depends on the generator alone."""
-    unet = UNet(DIGITS, generator("weights", 0))
+    unet = UNet(DIGITS, make_generator("weights", 0))
     x, t = batch(DIGITS, 4)
     assert unet.eval()(x, t).abs().max() == 0
-    again, other = UNet(DIGITS, generator("weights", 0)), UNet(DIGITS, generator("weights", 1))
+    again, other = UNet(DIGITS, make_generator("weights", 0)), UNet(DIGITS, make_generator("weights", 1))
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in unet.state_dict().items())
     assert not torch.equal(unet.conv_in.weight, other.conv_in.weight)
 
@@ -139,8 +139,8 @@ def test_every_level_knows_the_time() -> None:
     """No group norm may be so fine that it subtracts the time embedding (a group of one channel would)."""
     unet = scrambled(UNet(DIGITS)).eval()
     for block in (unet.down_blocks[0].resnets[0], unet.up_blocks[-1].resnets[-1]):
-        h = torch.randn(2, block.conv1.in_channels, 8, 8, generator=generator("h"))[:1].expand(2, -1, -1, -1)
-        y = block(h, torch.randn(2, 64, generator=generator("time")))
+        h = torch.randn(2, block.conv1.in_channels, 8, 8, generator=make_generator("h"))[:1].expand(2, -1, -1, -1)
+        y = block(h, torch.randn(2, 64, generator=make_generator("time")))
         assert (y[0] - y[1]).abs().max() > 1e-2
 
 
@@ -150,7 +150,7 @@ def test_masks_do_not_depend_on_how_the_batch_is_spread() -> None:
     x, t = batch(DIGITS, 8)
 
     def forward(rows: slice, parts: range, step: int = 0) -> torch.Tensor:
-        unet.set_noise([generator("dropout", step, j) for j in parts])
+        unet.set_noise([make_generator("dropout", step, j) for j in parts])
         return unet(x[rows], t[rows])
 
     whole = forward(slice(0, 8), range(4))
@@ -162,7 +162,7 @@ def test_masks_do_not_depend_on_how_the_batch_is_spread() -> None:
 def test_a_mask_drops_its_share_and_keeps_the_mean() -> None:
     unet = UNet({**DIGITS, "dropout": 0.25}).train()
     dropout = unet.mid_block.resnets[0].dropout
-    unet.set_noise([generator("a"), generator("b")])
+    unet.set_noise([make_generator("a"), make_generator("b")])
     y = dropout(torch.ones(64, 8, 8, 8))
     assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
     assert abs(y.mean().item() - 1) < 0.02
@@ -174,7 +174,7 @@ def test_dropout_is_never_drawn_from_nowhere() -> None:
     with pytest.raises(AssertionError, match="set_noise"):
         unet(x, t)
     unet.eval()(x, t)
-    draw = generator("dropout")
+    draw = make_generator("dropout")
     before = draw.get_state()
     still = UNet({**DIGITS, "dropout": 0.0}).train()
     still.set_noise([draw])
@@ -231,18 +231,18 @@ def test_what_is_not_built_is_refused_by_name_and_value(field: str, value: objec
 def test_mistakes_in_the_model_are_told_with_what_to_do(changes: dict[str, Any], resolution: int, told: str) -> None:
     model = SMALL.model_copy(update=changes)
     with pytest.raises(ValueError) as error:
-        unet_config(model, image_channels=1, resolution=resolution)
+        make_unet_config(model, image_channels=1, resolution=resolution)
     assert told in str(error.value)
 
 
 def test_all_mistakes_are_told_at_once() -> None:
-    assert len(unet_mistakes(ModelConfig(channels=150, multipliers=(1, 0)), resolution=7)) == 3
+    assert len(find_unet_mistakes(ModelConfig(channels=150, multipliers=(1, 0)), resolution=7)) == 3
 
 
 @pytest.mark.parametrize("channels", [4, 8, 12, 16, 32, 64, 96, 128, 192])
 def test_usual_widths_are_accepted_with_the_default_groups(channels: int) -> None:
     model = SMALL.model_copy(update={"channels": channels})
-    groups = unet_config(model, image_channels=1, resolution=8)["norm_num_groups"]
+    groups = make_unet_config(model, image_channels=1, resolution=8)["norm_num_groups"]
     assert channels % groups == 0 and channels // groups >= 4
 
 
@@ -262,13 +262,13 @@ def test_the_config_is_checked_without_torch() -> None:
 )
 def test_the_weights_are_counted_without_building_the_network(model: ModelConfig) -> None:
     with torch.device("meta"):
-        unet = UNet(unet_config(model, image_channels=3, resolution=32))
+        unet = UNet(make_unet_config(model, image_channels=3, resolution=32))
     matrices = sum(p.numel() for p in unet.parameters() if p.dim() > 1)
     ends = 2 * 9 * 3 * model.channels  # to and from the colours of a pixel
-    assert weights(model, resolution=32) == matrices - ends
+    assert count_weights(model, resolution=32) == matrices - ends
 
 
 def test_a_network_that_no_machine_holds_is_refused_before_it_is_built() -> None:
     hostile = ModelConfig(channels=8192, multipliers=(64, 64), blocks=64, attention=())
-    [mistake] = unet_mistakes(hostile, resolution=32)
+    [mistake] = find_unet_mistakes(hostile, resolution=32)
     assert "weights, more than 2e+10" in mistake

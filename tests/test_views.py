@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.state.rows import pareto_front
+from orchestrator.state.rows import find_pareto_front
 from orchestrator.tracking import views
 from orchestrator.tracking.views import ComparisonView, View
 
@@ -30,7 +30,7 @@ def charts(state: Any, kind: str) -> list[Any]:
 
 
 def test_the_comparison_has_a_chart_for_everything_that_was_searched_and_measured() -> None:
-    found = views.views(COMPARE, "parent", 300, "best")
+    found = views.make_views(COMPARE, "parent", 300, "best")
     state = state_of(found, "all trials")
     [parallel] = charts(state, "PARALLEL")
     assert set(parallel["selectedParams"]) == set(COMPARE.params)
@@ -50,7 +50,7 @@ def test_the_comparison_has_a_chart_for_everything_that_was_searched_and_measure
 
 
 def test_one_view_for_the_front_and_one_for_each_setting() -> None:
-    found = views.views(COMPARE, "parent", 0, "")
+    found = views.make_views(COMPARE, "parent", 0, "")
     assert [v.title for v in found] == ["all trials", "the Pareto front", "by diffusion.T", "by loss.weighting"]
     assert all("tags.`mlflow.parentRunId` = 'parent'" in view.state["searchFilter"] for view in found)
     assert "tags.pareto = 'front'" in state_of(found, "the Pareto front")["searchFilter"]
@@ -60,7 +60,7 @@ def test_one_view_for_the_front_and_one_for_each_setting() -> None:
 
 def test_where_seeds_are_searched_the_means_over_them_come_first() -> None:
     compare = replace(COMPARE, params=("diffusion.T", "seed"), over_seeds=True)
-    found = views.views(compare, "parent", 0, "")
+    found = views.make_views(compare, "parent", 0, "")
     assert [v.title for v in found] == ["over seeds", "all trials", "the Pareto front", "by diffusion.T"]
     assert compare.title == "over seeds" and COMPARE.title == "all trials"
     state = state_of(found, "over seeds")
@@ -70,7 +70,7 @@ def test_where_seeds_are_searched_the_means_over_them_come_first() -> None:
 
 def test_what_was_not_measured_has_no_chart() -> None:
     alone = ComparisonView(params=("diffusion.T",), metrics=("eval/nll_bpd",))
-    view, by_setting = views.views(alone, "parent", 0, "")
+    view, by_setting = views.make_views(alone, "parent", 0, "")
     assert [chart["type"] for chart in by_setting.state["compareRunCharts"]] == ["BAR"]
     assert [chart["type"] for chart in view.state["compareRunCharts"]] == ["PARALLEL", "SCATTER", "DIFFERENCE"]
     assert len(view.state["compareRunSections"]) == 3 + len(views.GENERATED)
@@ -78,7 +78,7 @@ def test_what_was_not_measured_has_no_chart() -> None:
 
 def test_the_panel_of_images_grows_with_the_trials() -> None:
     def height(trials: int) -> int:
-        [view, *_] = views.views(replace(COMPARE, trials=trials), "parent", 0, "")
+        [view, *_] = views.make_views(replace(COMPARE, trials=trials), "parent", 0, "")
         [section] = [s for s in view.state["compareRunSections"] if s["name"].startswith("Samples")]
         assert ("ten best" in section["name"]) == (trials > 10)
         return int(section["cardHeight"])
@@ -87,18 +87,18 @@ def test_the_panel_of_images_grows_with_the_trials() -> None:
 
 
 def test_more_than_ten_trials_get_a_view_for_the_images_of_each_ten() -> None:
-    assert not [v for v in views.views(replace(COMPARE, trials=10), "parent", 0, "") if "samples" in v.title]
-    found = [v for v in views.views(replace(COMPARE, trials=23), "parent", 300, "") if "samples" in v.title]
+    assert not [v for v in views.make_views(replace(COMPARE, trials=10), "parent", 0, "") if "samples" in v.title]
+    found = [v for v in views.make_views(replace(COMPARE, trials=23), "parent", 300, "") if "samples" in v.title]
     assert [v.title for v in found] == ["samples 1-10", "samples 11-20", "samples 21-23"]
     for number, view in zip((0, 10, 22), found, strict=True):
-        assert view.state["searchFilter"].endswith(f" and tags.`orchestrator.part` = '{views.part(number)}'")
+        assert view.state["searchFilter"].endswith(f" and tags.`orchestrator.part` = '{views.name_part(number)}'")
         assert [(chart["type"], chart["step"]) for chart in view.state["compareRunCharts"]] == [("IMAGE", 300)]
 
 
 def test_a_view_fits_into_a_tag() -> None:
     many = ComparisonView(params=tuple(f"section.setting_{i}" for i in range(100)), metrics=("a", "b", "c"))
-    for view in views.views(many, "f" * 32, 100_000, "f" * 32):
-        text = views.tag("a name", view.state, 0)
+    for view in views.make_views(many, "f" * 32, 100_000, "f" * 32):
+        text = views.make_tag("a name", view.state, 0)
         assert len(text) < 5000  # what a tag holds in every database
         packed = json.loads(text)["state"].removeprefix("deflate;")
         assert json.loads(zlib.decompress(base64.b64decode(packed))) == view.state
@@ -115,20 +115,20 @@ def test_a_view_fits_into_a_tag() -> None:
     ],
 )
 def test_the_pareto_front(points: dict[str, tuple[float, ...]], front: set[str]) -> None:
-    assert pareto_front(points) == front
+    assert find_pareto_front(points) == front
 
 
 def test_the_front_is_vivid_the_beaten_are_pale_and_a_trial_keeps_its_hue() -> None:
     names = [f"t{i}" for i in range(12)]
     alone = [[name] for name in names]
-    before = views.pareto_tags(alone, {})
+    before = views.make_pareto_tags(alone, {})
     assert all(set(tags) == {views.COLOUR} for tags in before.values())
     assert len({tags[views.COLOUR] for tags in before.values()}) == len(names)
-    after = views.pareto_tags(alone, {"t0": (1, 1), "t1": (2, 2)})
+    after = views.make_pareto_tags(alone, {"t0": (1, 1), "t1": (2, 2)})
     assert after["t0"] == {views.COLOUR: before["t0"][views.COLOUR], "pareto": "front"}
     assert after["t1"]["pareto"] == "beaten" and after["t1"][views.COLOUR] != before["t1"][views.COLOUR]
     assert after["t2"] == before["t2"]
-    seeds = views.pareto_tags([["t0", "t1"], ["t2", "t3"]], {"t0": (1, 1), "t2": (2, 2)})
+    seeds = views.make_pareto_tags([["t0", "t1"], ["t2", "t3"]], {"t0": (1, 1), "t2": (2, 2)})
     assert seeds["t0"] == seeds["t1"] == after["t0"] and seeds["t2"] == seeds["t3"] != seeds["t0"]
 
 
@@ -143,4 +143,4 @@ def test_the_front_is_vivid_the_beaten_are_pale_and_a_trial_keeps_its_hue() -> N
     ],
 )
 def test_the_images_shown_are_of_the_last_step_that_all_have(images: list[set[int]], step: int) -> None:
-    assert views.common_step(images) == step
+    assert views.find_common_step(images) == step

@@ -10,19 +10,19 @@ import torch
 from workers.config import SamplerConfig, Trial
 from workers.data.dataset import prepare
 from workers.data.pixels import to_model
-from workers.diffusion.likelihood import pair_errors, pairs_at_once
+from workers.diffusion.likelihood import count_pairs_at_once, measure_pairs
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Process
 from workers.diffusion.samplers import sample
 from workers.evaluation.blocks import SAMPLES
-from workers.evaluation.features import feature_space
+from workers.evaluation.features import load_feature_space
 from workers.evaluation.make import LoadedModel
 from workers.network.unet import UNet
-from workers.network.unet_config import unet_config
-from workers.noise import generator
-from workers.speed import Meter, Spent, training_kind
+from workers.network.unet_config import make_unet_config
+from workers.noise import make_generator
+from workers.speed import Meter, Spent, name_training_kind
 from workers.storage import Storage
-from workers.training import steps
+from workers.training import repeat_steps
 
 ENOUGH_S = 3.0  # of a kind of work
 SAMPLER = SamplerConfig(kind="ddim", steps=5)
@@ -40,24 +40,24 @@ def measure_speed(trial: Trial, storage_root: str) -> tuple[str, Spent]:
     batch = trial.training.batch_size // trial.training.workers
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as scratch:
         alone = trial.training.model_copy(update={"workers": 1, "batch_size": batch})
-        training = steps(trial.model_copy(update={"training": alone}), dataset, Storage(scratch), device)
-        _repeat(meter, training_kind(trial.training), batch, lambda: next(training))
+        training = repeat_steps(trial.model_copy(update={"training": alone}), dataset, Storage(scratch), device)
+        _repeat(meter, name_training_kind(trial.training), batch, lambda: next(training))
     torch.set_num_threads(1)  # as evaluation has it
     process, height = Process.of(trial.diffusion), dataset.shape[0]
     learned = trial.diffusion.learned
-    config = unet_config(trial.model, image_channels=dataset.shape[2], resolution=height, learned=learned)
-    network = UNet(config, generator(trial.seed, "weights")).to(device).eval()
+    config = make_unet_config(trial.model, image_channels=dataset.shape[2], resolution=height, learned=learned)
+    network = UNet(config, make_generator(trial.seed, "weights")).to(device).eval()
     denoiser = Denoiser(network, process, trial.diffusion.prediction)
     model = LoadedModel(denoiser, process, device, trial.evaluation.precision).predict
 
     first = to_model(torch.from_numpy(np.array(dataset.held_out[:1])), dataset.levels).to(device)
-    batch = pairs_at_once(first)
+    batch = count_pairs_at_once(first)
     rows = np.arange(batch) % len(dataset.held_out)
     x_0 = to_model(torch.from_numpy(np.array(dataset.held_out[rows])), dataset.levels).to(device)
-    t, noise = np.arange(batch) % trial.diffusion.T + 1, generator(0)
+    t, noise = np.arange(batch) % trial.diffusion.T + 1, make_generator(0)
 
     def pairs() -> object:
-        return pair_errors(process, model, x_0, rows, t, np.ones(batch), noise, dataset.levels)
+        return measure_pairs(process, model, x_0, rows, t, np.ones(batch), noise, dataset.levels)
 
     _repeat(meter, "nll", batch, pairs)
     if fid := trial.evaluation.fid:
@@ -65,9 +65,9 @@ def measure_speed(trial: Trial, storage_root: str) -> tuple[str, Spent]:
         made = SAMPLES * min(SAMPLER.steps or 1, trial.diffusion.T)
         with torch.no_grad():
             _repeat(meter, "samples", made, lambda: sample(process, model, SAMPLER, shape, noise, device=device))
-        space = feature_space(Storage(storage_root), dataset, fid.features, device, trial.evaluation.precision)
+        space = load_feature_space(Storage(storage_root), dataset, fid.features, device, trial.evaluation.precision)
         images = np.array(dataset.train[:SAMPLES])
-        _repeat(meter, f"features-{fid.features}", len(images), lambda: space.features(images))
+        _repeat(meter, f"features-{fid.features}", len(images), lambda: space.compute_features(images))
     return meter.hardware, meter.spent
 
 
@@ -76,7 +76,7 @@ def _repeat(meter: Meter, kind: str, count: float, work: Callable[[], object]) -
     work()
     ends = time.monotonic() + ENOUGH_S
     while True:
-        with meter.of(kind, count):
+        with meter.measure(kind, count):
             work()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()

@@ -28,7 +28,7 @@ from workers.kinds import (
     SCHEDULES,
     TIMESTEPS,
     WEIGHTINGS,
-    with_settings_of,
+    add_settings_of,
 )
 
 Count = Literal["all"] | Annotated[int, Field(ge=1)]
@@ -58,17 +58,17 @@ class Mistake(ValueError):
     status = 2
 
     def __str__(self) -> str:
-        return without_secrets(super().__str__())
+        return hide_secrets(super().__str__())
 
 
-def without_secrets(text: str) -> str:
+def hide_secrets(text: str) -> str:
     """The text with stars for names and passwords in its URIs, and for the values of options named after a secret."""
     text = re.sub(r"((?:://|[?&]endpoint_override=)(?:https?://)?)[^/@&\s]+(?=@)", r"\1***", text)
     return re.sub(rf"([?&][\w-]*(?:{'|'.join(SECRET_OPTIONS)})[\w-]*=)[^&\s'\"]+", r"\1***", text, flags=re.IGNORECASE)
 
 
-def _open(text: str) -> str:
-    if (shown := without_secrets(text)) != text:
+def _hide_values(text: str) -> str:
+    if (shown := hide_secrets(text)) != text:
         raise ValueError(
             f"{shown!r} holds a secret, which would end up in logs and files; leave it out, and set it in the "
             "environment (AWS_ACCESS_KEY_ID, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, ...)"
@@ -80,7 +80,7 @@ def _open(text: str) -> str:
     return text
 
 
-Open = Annotated[str, AfterValidator(_open)]  # a path or URI that anybody may read
+Open = Annotated[str, AfterValidator(_hide_values)]  # a path or URI that anybody may read
 
 
 class Record(BaseModel):
@@ -149,7 +149,7 @@ class ModelConfig(Record):
     )
 
 
-@with_settings_of(SCHEDULES)
+@add_settings_of(SCHEDULES)
 class ScheduleConfig(Record):
     """beta_1..beta_T. `per_1000` states the range for T = 1000 and multiplies it by 1000 / T; `absolute` does not."""
 
@@ -184,7 +184,7 @@ class DiffusionConfig(Record):
         return self.variance.startswith("learned")
 
 
-@with_settings_of(OBJECTIVES, WEIGHTINGS)
+@add_settings_of(OBJECTIVES, WEIGHTINGS)
 class LossConfig(Record):
     """What is minimised: `mse` the weighted squared error of the target, `kl` the bound, `hybrid` both together."""
 
@@ -203,7 +203,7 @@ class LossConfig(Record):
     )
 
 
-def _at_most_one_gpu(gpus: object) -> object:
+def _check_gpus(gpus: object) -> object:
     if isinstance(gpus, int | float) and not 0 <= gpus <= 1:
         raise ValueError(
             f"{str(gpus)[:20]} is not auto, 0, 1 or a part of a GPU such as 0.25; a worker uses at most one GPU; "
@@ -212,7 +212,7 @@ def _at_most_one_gpu(gpus: object) -> object:
     return gpus
 
 
-Gpus = Annotated[Literal["auto", 0, 1] | Annotated[float, Field(ge=0.01, lt=1)], BeforeValidator(_at_most_one_gpu)]
+Gpus = Annotated[Literal["auto", 0, 1] | Annotated[float, Field(ge=0.01, lt=1)], BeforeValidator(_check_gpus)]
 
 
 class TrainingConfig(Record):
@@ -254,12 +254,12 @@ class TrainingConfig(Record):
     )
 
 
-def sub_batches(batch_size: int) -> int:
+def count_sub_batches(batch_size: int) -> int:
     """How many equal sub-batches a global batch has; the number of workers divides it."""
     return math.gcd(batch_size, SUB_BATCHES)
 
 
-@with_settings_of(SAMPLERS)
+@add_settings_of(SAMPLERS)
 class SamplerConfig(Record):
     """How samples are drawn."""
 
@@ -273,14 +273,14 @@ class SamplerConfig(Record):
     tolerance: float = Field(default=1e-3, ge=1e-6, lt=1, description="of the ode's error per step and pixel in x_t")
 
 
-def planned_evaluations(sampler: SamplerConfig, T: int) -> int:
+def plan_evaluations(sampler: SamplerConfig, T: int) -> int:
     """Evaluations of the network that a sample costs: so many, or about so many where error control decides it."""
     return SAMPLERS[sampler.kind].evaluations(sampler, min(sampler.steps or T, T))
 
 
-def evaluations(sampler: SamplerConfig, T: int) -> int | None:
+def count_evaluations(sampler: SamplerConfig, T: int) -> int | None:
     """The same; None where it is not known beforehand."""
-    return planned_evaluations(sampler, T) if SAMPLERS[sampler.kind].exact else None
+    return plan_evaluations(sampler, T) if SAMPLERS[sampler.kind].exact else None
 
 
 class NLLConfig(Record):
@@ -372,7 +372,7 @@ class Measurement(Record):
 
     @field_validator("evaluation")
     @classmethod
-    def _in_one_spelling(cls, evaluation: EvaluationConfig, info: ValidationInfo) -> EvaluationConfig:
+    def _spell_once(cls, evaluation: EvaluationConfig, info: ValidationInfo) -> EvaluationConfig:
         """As many timesteps or steps as there are is all of them: one protocol has one id."""
         T, nll, fid = info.data.get("T", math.inf), evaluation.nll, evaluation.fid
         if nll and nll.timesteps != "all" and nll.timesteps >= T:

@@ -13,11 +13,11 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from workers.disk import Unwritable
-from workers.hosts import alone, failure, results
-from workers.jobs import Job, trial_of
+from workers.hosts import lock_trial, report_failure, report_results
+from workers.jobs import Job, read_trial
 from workers.locks import Held
 from workers.ray_train import MeetInAFolder, end_with
-from workers.signs import AT_WORK, tell_of
+from workers.signs import AT_WORK, begin_telling
 from workers.training import World
 
 
@@ -33,22 +33,22 @@ class _Reports(TuneReportCallback):
 
     def after_report(self, *told: Any, **named: Any) -> None:
         if not AT_WORK:
-            tell_of("the controller of its workers", self._digest)
+            begin_telling("the controller of its workers", self._digest)
         super().after_report(*told, **named)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for error in worker_exceptions.values():
             if isinstance(error, Unwritable):
-                end_with(self, failure(error))
+                end_with(self, report_failure(error))
 
 
-def data_parallel(config: dict[str, Any]) -> None:
+def host_data_parallel(config: dict[str, Any]) -> None:
     """Host of a trial of several workers: a Tune function that runs a TorchTrainer and reports its progress."""
     job = config["job"]
-    training = trial_of(job).training
-    tell_of("the driver of its workers", job["digest"])
+    training = read_trial(job).training
+    begin_telling("the driver of its workers", job["digest"])
     trainer = TorchTrainer(
-        _data_parallel_worker,
+        _run_worker,
         train_loop_config=job,
         torch_config=MeetInAFolder(folder=config["scratch"]) if config["one_machine"] else TorchConfig(),
         scaling_config=train.ScalingConfig(
@@ -66,17 +66,17 @@ def data_parallel(config: dict[str, Any]) -> None:
         ),
     )
     try:
-        with alone(job):
+        with lock_trial(job):
             trainer.fit()
     except (train.TrainingFailedError, Held, Unwritable) as error:
-        tune.report(failure(error))
+        tune.report(report_failure(error))
 
 
-def _data_parallel_worker(job: Job) -> None:
+def _run_worker(job: Job) -> None:
     context = train.get_context()
     device = get_device() if torch.cuda.is_available() else torch.device("cpu")
     group = ray.util.get_current_placement_group().id.hex()  # for `free_workers`
     rank, size = context.get_world_rank(), context.get_world_size()
-    pulse = tell_of(f"worker {rank} of {size}", job["digest"])
-    for result in results(job, World(rank, size, device, pulse)):
+    pulse = begin_telling(f"worker {rank} of {size}", job["digest"])
+    for result in report_results(job, World(rank, size, device, pulse)):
         train.report({**result, "placement_group": group})

@@ -43,7 +43,7 @@ class Unwritable(StorageError):
         return Unwritable(f"{what}{free}. Make room there; the same command then goes on where this one stopped")
 
 
-def folder_path(name: str) -> str:
+def resolve_folder(name: str) -> str:
     """The absolute path of a folder of this machine that is there or can be. Raises Mistake."""
     try:
         path = Path(name).expanduser().absolute()

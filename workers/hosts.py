@@ -17,15 +17,15 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from workers.config import DRIVER_CPUS
 from workers.data.dataset import prepare
 from workers.disk import Unwritable
-from workers.jobs import Job, device_of, trial_of
-from workers.layout import trial_folder, trial_lock
+from workers.jobs import Job, choose_device, read_trial
+from workers.layout import name_trial_folder, name_trial_lock
 from workers.locks import Held, lock
 from workers.pulse import Pulse
-from workers.sharing import Gauge, NeedsLess, correct_share, free_memory, in_words, twice
-from workers.signs import tell_of
-from workers.speed import hardware
+from workers.sharing import Gauge, NeedsLess, correct_share, describe_share, double_share, free_memory
+from workers.signs import begin_telling
+from workers.speed import name_hardware
 from workers.storage import Storage
-from workers.training import World, stop_path
+from workers.training import World, name_stop_file
 from workers.training import train as training_loop
 
 PENALTY_BPD = 100.0  # what schedulers and searchers are told of a trial that diverged or failed
@@ -34,15 +34,15 @@ PENALTY_BPD = 100.0  # what schedulers and searchers are told of a trial that di
 UNWRITABLE, HELD, MEASURED, CROWDED = "unwritable", "held", "measured", "crowded"
 
 
-def alone(job: Job) -> AbstractContextManager[None]:
+def lock_trial(job: Job) -> AbstractContextManager[None]:
     """Holds the trial of the job against other sweeps. Raises Held where one trains it."""
-    return lock(Storage(job["storage"]), trial_lock(job["digest"]), job["owner"])
+    return lock(Storage(job["storage"]), name_trial_lock(job["digest"]), job["owner"])
 
 
-def results(job: Job, world: World) -> Generator[dict[str, Any], None, None]:
+def report_results(job: Job, world: World) -> Generator[dict[str, Any], None, None]:
     """The training loop's progress as Tune results, each with a finite value of the metric that schedulers see."""
-    torch.set_num_threads(trial_of(job).training.cpus)
-    trial, storage, folder = trial_of(job), Storage(job["storage"]), trial_folder(job["digest"])
+    torch.set_num_threads(read_trial(job).training.cpus)
+    trial, storage, folder = read_trial(job), Storage(job["storage"]), name_trial_folder(job["digest"])
     if world.rank == 0:
         storage.remove_leftovers(folder)
     loop = training_loop(trial, prepare(trial.data), storage, folder, world, job["also_keep"])
@@ -57,7 +57,7 @@ def results(job: Job, world: World) -> Generator[dict[str, Any], None, None]:
         }
 
 
-def failure(error: BaseException) -> dict[str, Any]:
+def report_failure(error: BaseException) -> dict[str, Any]:
     """A fault of the program as a last Tune result: unlike the death of a process, it would only happen again."""
     state, detail = "failed", f"{type(error).__name__}: {error}"
     if isinstance(error, Unwritable):
@@ -67,18 +67,18 @@ def failure(error: BaseException) -> dict[str, Any]:
     return {"valid/nll_bpd": PENALTY_BPD, "state": state, "detail": detail}
 
 
-def resized(job: Job, error: BaseException) -> dict[str, Any] | None:
+def report_resized(job: Job, error: BaseException) -> dict[str, Any] | None:
     """The last Tune result of a trial that goes on with another part of a GPU; None where the error is of another kind.
 
     With a whole GPU out of memory is a fault, as there is no more to be had.
     """
     if isinstance(error, NeedsLess):
-        state, gpus, detail = MEASURED, error.share, f"needs {in_words(error.share)}, as its first steps show"
+        state, gpus, detail = MEASURED, error.share, f"needs {describe_share(error.share)}, as its first steps show"
     elif isinstance(error, torch.OutOfMemoryError) and 0 < job["gpus"] < 1:
-        state, gpus = CROWDED, twice(job["gpus"])
-        detail = f"ran out of GPU memory beside others; goes on with {in_words(gpus)}"
+        state, gpus = CROWDED, double_share(job["gpus"])
+        detail = f"ran out of GPU memory beside others; goes on with {describe_share(gpus)}"
         if job["share"]:
-            correct_share(Storage(job["storage"]), job["share"], hardware(device_of(job["gpus"])), gpus)
+            correct_share(Storage(job["storage"]), job["share"], name_hardware(choose_device(job["gpus"])), gpus)
     else:
         return None
     return {"valid/nll_bpd": PENALTY_BPD, "state": state, "gpus": gpus, "detail": detail}
@@ -89,32 +89,32 @@ class OneWorker(tune.Trainable):
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
-        training = trial_of(config["job"]).training
+        training = read_trial(config["job"]).training
         return tune.PlacementGroupFactory([{"CPU": training.cpus, "GPU": config["job"]["gpus"]}])
 
     def setup(self, config: dict[str, Any]) -> None:
         self.job = config["job"]
-        self.results = self._alone(self.job, tell_of("its worker", self.job["digest"]))
+        self.results = self._hold_alone(self.job, begin_telling("its worker", self.job["digest"]))
 
     @staticmethod
-    def _alone(job: Job, pulse: Pulse) -> Generator[dict[str, Any], None, None]:
-        world = World(device=device_of(job["gpus"]), pulse=pulse, gpus=job["gpus"])
+    def _hold_alone(job: Job, pulse: Pulse) -> Generator[dict[str, Any], None, None]:
+        world = World(device=choose_device(job["gpus"]), pulse=pulse, gpus=job["gpus"])
         if job["measures"]:
             storage = Storage(job["storage"])
             gauge = Gauge(storage, job["share"], world.device, job["digest"][:8], job["makes_room"])
             world = replace(world, gauge=gauge)
-        with alone(job):
-            yield from results(job, world)
+        with lock_trial(job):
+            yield from report_results(job, world)
 
     def step(self) -> dict[str, Any]:
         try:
             result = next(self.results)
         except Exception as error:  # noqa: BLE001 the host's edge: told to the driver, with its reason
-            result = resized(self.job, error) or failure(error)
+            result = report_resized(self.job, error) or report_failure(error)
         if done := result["state"] != "running":
             self.results.close()  # another sweep may have the trial now
             free_memory()
-            tell_of("")
+            begin_telling("")
         return {**result, "done": done}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -123,7 +123,7 @@ class OneWorker(tune.Trainable):
         return True
 
     def cleanup(self) -> None:
-        tell_of("")
+        begin_telling("")
         self.results.close()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -152,7 +152,7 @@ class DriverResources(tune.PlacementGroupFactory):
 
 def ask_to_stop(job: Job) -> None:
     """The training loop of the job ends as pruned at its next journal point."""
-    Storage(job["storage"]).write(stop_path(trial_folder(job["digest"])), b"")
+    Storage(job["storage"]).write(name_stop_file(name_trial_folder(job["digest"])), b"")
 
 
 def free_workers(result: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 A record declares, for each field that chooses, which of its other fields each choice reads (`Record.READS`). That one
 declaration decides everywhere: a setting that nothing reads is refused (`orchestrator.experiment.check`), counts in no
-id, and is not shown. One serializer (`settings_read`) makes ids. A setting counts in an id from the first value on that
+id, and is not shown. One serializer (`collect_settings_read`) makes ids. A setting counts in an id from the first value on that
 is not its default, so a setting that comes later moves no id; where a default or what the code computes changes,
 `TRAINING_VERSION` or `evaluation.blocks.VERSION` is raised.
 """
@@ -37,17 +37,17 @@ class Unread(NamedTuple):
     readers: tuple[str, ...]  # the choices that would read it
 
 
-def choice_of(record: Record, field: str) -> str:
+def get_choice(record: Record, field: str) -> str:
     """What is chosen, as `Record.READS` names it."""
     value = getattr(record, field)
     return value if isinstance(value, str) else "null" if value is None else "a number"
 
 
-def unread(record: Record) -> list[Unread]:
+def find_unread(record: Record) -> list[Unread]:
     """The fields of the record itself that nothing reads, whatever their values."""
     found: dict[str, Unread] = {}
     for field, choices in record.READS.items():
-        choice = choice_of(record, field)
+        choice = get_choice(record, field)
         reads = () if field in found else choices[choice]
         for name in dict.fromkeys(name for names in choices.values() for name in names):
             if name not in reads:
@@ -56,74 +56,77 @@ def unread(record: Record) -> list[Unread]:
     return list(found.values())
 
 
-def own_unread_values(record: Record, where: str = "") -> Iterator[tuple[str, Any, Unread]]:
+def list_own_unread(record: Record, where: str = "") -> Iterator[tuple[str, Any, Unread]]:
     """(dotted path, value, why) of every setting of the record itself that is set and not read."""
-    for one in unread(record):
+    for one in find_unread(record):
         if (value := getattr(record, one.name)) != type(record).model_fields[one.name].get_default():
             yield f"{where}{one.name}", value, one
 
 
-def unread_values(record: Record, where: str = "") -> Iterator[tuple[str, Any, Unread]]:
+def list_unread(record: Record, where: str = "") -> Iterator[tuple[str, Any, Unread]]:
     """The same of the record and of those inside it."""
-    yield from own_unread_values(record, where)
+    yield from list_own_unread(record, where)
     for name, value in record:
         if isinstance(value, Record):
-            yield from unread_values(value, f"{where}{name}.")
+            yield from list_unread(value, f"{where}{name}.")
 
 
-def settings_read(record: Record, only_set: bool = False) -> dict[str, Any]:
+def collect_settings_read(record: Record, only_set: bool = False) -> dict[str, Any]:
     """The settings that are read, by name, in plain types; `only_set` leaves out those at their defaults."""
-    left_out, content = {one.name for one in unread(record)}, {}
-    defaults = _defaults(type(record)) if only_set else {}
+    left_out, content = {one.name for one in find_unread(record)}, {}
+    defaults = _collect_defaults(type(record)) if only_set else {}
     for name in type(record).model_fields:
         if name not in left_out:
             value = getattr(record, name)
-            plain = _section(value, only_set) if isinstance(value, Record) else _plain(value)
+            plain = _collect_section(value, only_set) if isinstance(value, Record) else _make_plain(value)
             if name not in defaults or plain != defaults[name]:
                 content[name] = plain
     return content
 
 
 @lru_cache(maxsize=1024)
-def _section(record: Record, only_set: bool) -> dict[str, Any]:
-    """`settings_read`, once for all of the thousands of trials that share a section; not to be changed."""
-    return settings_read(record, only_set)
+def _collect_section(record: Record, only_set: bool) -> dict[str, Any]:
+    """`collect_settings_read`, once for all of the thousands of trials that share a section; not to be changed."""
+    return collect_settings_read(record, only_set)
 
 
 @lru_cache
-def _defaults(kind: type[Record]) -> dict[str, Any]:
-    """What each setting of a record is by default, as `settings_read` has it."""
+def _collect_defaults(kind: type[Record]) -> dict[str, Any]:
+    """What each setting of a record is by default, as `collect_settings_read` has it."""
     optional = {name: field for name, field in kind.model_fields.items() if not field.is_required()}
     values = {name: field.get_default(call_default_factory=True) for name, field in optional.items()}
-    return {n: settings_read(v, only_set=True) if isinstance(v, Record) else _plain(v) for n, v in values.items()}
+    return {
+        n: collect_settings_read(v, only_set=True) if isinstance(v, Record) else _make_plain(v)
+        for n, v in values.items()
+    }
 
 
-def _plain(value: Any) -> Any:
+def _make_plain(value: Any) -> Any:
     """A setting as JSON has it."""
     match value:
         case BaseModel():
             return value.model_dump(mode="json")
         case list() | tuple():
-            return [_plain(item) for item in value]
+            return [_make_plain(item) for item in value]
         case dict():
-            return {name: _plain(item) for name, item in value.items()}
+            return {name: _make_plain(item) for name, item in value.items()}
     return value
 
 
-def digest(content: Any) -> str:
+def compute_digest(content: Any) -> str:
     """16 hex digits of the sha256 of `content` (anything JSON can hold), independent of the order of its keys."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def trial_id(trial: Trial, data_digest: str) -> TrialId:
+def compute_trial_id(trial: Trial, data_digest: str) -> TrialId:
     """The id of a trial: the digest of what changes its weights.
 
     The data count by their content (`data_digest`), not by the path that they lie at.
     """
-    content = settings_read(trial, only_set=True)
+    content = collect_settings_read(trial, only_set=True)
     content.pop("evaluation", None)
     content["data"] = {"digest": data_digest, "flip": trial.data.flip}
     of_length = () if trial.training.decay != "none" else ("steps",)
     content["training"] = {n: v for n, v in content["training"].items() if n not in (*PLACING, *of_length)}
-    return TrialId(digest([TRAINING_VERSION, content]))
+    return TrialId(compute_digest([TRAINING_VERSION, content]))

@@ -7,7 +7,7 @@ import torch
 from pydantic import TypeAdapter
 
 from workers.config import Trial
-from workers.data.locate import absolute
+from workers.data.locate import make_absolute
 from workers.storage import Storage
 
 # {"storage": root, "digest": the id of the trial, "trial": Trial as JSON, "gpus": GPUs per worker, "owner": for whom it
@@ -27,15 +27,15 @@ def make_job(
     also_keep: Collection[int] = (),
     share: str = "",
 ) -> Job:
-    trial = trial.model_copy(update={"data": absolute(trial.data)})
+    trial = trial.model_copy(update={"data": make_absolute(trial.data)})
     job = {"storage": storage.root, "digest": digest, "trial": trial.model_dump_json(), "gpus": gpus}
     of_share = {"share": share, "measures": False, "makes_room": False}
     return {**job, **of_share, "owner": owner, "also_keep": sorted(also_keep)}
 
 
-def trial_of(job: Job) -> Trial:
+def read_trial(job: Job) -> Trial:
     return TypeAdapter(Trial).validate_json(job["trial"])
 
 
-def device_of(gpus: float) -> torch.device:
+def choose_device(gpus: float) -> torch.device:
     return torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")

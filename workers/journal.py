@@ -31,17 +31,17 @@ class Journal:
 
     def _append(self, point: Point) -> None:
         self._points.append(point)
-        self._values.update(values_of(point))
+        self._values.update(list_point_values(point))
 
     def get(self, step: int, name: str) -> Any | None:
         return self._values.get((step, name))
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
+    def add_metrics(self, step: int, values: dict[str, float]) -> None:
         new = {name: value for name, value in values.items() if (step, name) not in self._values}
         if new:
             self._append({"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": new})
 
-    def image(self, step: int, name: str, png: bytes) -> None:
+    def add_image(self, step: int, name: str, png: bytes) -> None:
         """Writes the PNG beside the journal and notes it."""
         path = f"{self._folder}/{name}/step-{step:08}.png"
         if (step, name) not in self._values:
@@ -50,18 +50,18 @@ class Journal:
             self._append({**at, "image": name, "path": path, "sha256": hashlib.sha256(png).hexdigest()})
 
     def flush(self) -> None:
-        self._storage.write(journal_path(self._folder), self.content())
+        self._storage.write(name_journal(self._folder), self.make_content())
 
-    def content(self) -> bytes:
+    def make_content(self) -> bytes:
         """The file as `flush` writes it."""
-        return seal_lines(self._points, journal_path(self._folder))
+        return seal_lines(self._points, name_journal(self._folder))
 
 
-def journal_path(folder: str) -> str:
+def name_journal(folder: str) -> str:
     return f"{folder}/journal.jsonl"
 
 
-def values_of(point: Mapping[str, Any]) -> dict[tuple[int, str], Any]:
+def list_point_values(point: Mapping[str, Any]) -> dict[tuple[int, str], Any]:
     """What a point measured, by step and name: numbers, or the path of an image."""
     entries = point["metrics"] if "metrics" in point else {point["image"]: point["path"]}
     return {(point["step"], name): value for name, value in entries.items()}
@@ -72,14 +72,14 @@ def read_points(storage: Storage, folder: str) -> list[Point]:
     lines = _read(storage, folder)
     if lines.damage:
         tell_damage(
-            storage.url(journal_path(folder)),
+            storage.find_url(name_journal(folder)),
             f"is damaged: {lines.damage}",
             f"{len(lines.whole)} points of it are whole",
         )
     return list(lines.whole)
 
 
-def validated_steps(storage: Storage, folder: str) -> set[int]:
+def find_validated_steps(storage: Storage, folder: str) -> set[int]:
     """The steps whose validation the journal holds."""
     return {point["step"] for point in read_points(storage, folder) if "valid/nll_bpd" in point.get("metrics", {})}
 
@@ -89,16 +89,18 @@ def read_image(storage: Storage, point: Mapping[str, Any]) -> bytes | None:
     try:
         png = storage.read(point["path"])
     except FileNotFoundError:
-        tell_damage(storage.url(point["path"]), "is not there", "it is left out")
+        tell_damage(storage.find_url(point["path"]), "is not there", "it is left out")
         return None
     if hashlib.sha256(png).hexdigest() != point.get("sha256", hashlib.sha256(png).hexdigest()):
-        tell_damage(storage.url(point["path"]), "is damaged: its sha256 is not that of the journal", "it is left out")
+        tell_damage(
+            storage.find_url(point["path"]), "is damaged: its sha256 is not that of the journal", "it is left out"
+        )
         return None
     return png
 
 
 def is_whole(storage: Storage, folder: str) -> bool:
-    return storage.exists(journal_path(folder)) and not _read(storage, folder).damage
+    return storage.exists(name_journal(folder)) and not _read(storage, folder).damage
 
 
 def restore(storage: Storage, folder: str, copy: bytes | None) -> str:
@@ -106,21 +108,21 @@ def restore(storage: Storage, folder: str, copy: bytes | None) -> str:
 
     Returns what was wrong and what was found, in words. A damaged one is kept beside it, as journal.jsonl.damaged.
     """
-    path, found = journal_path(folder), _read(storage, folder)
+    path, found = name_journal(folder), _read(storage, folder)
     is_there = storage.exists(path)
     copied = open_lines(copy or b"", path).whole
-    points = _joined(copied, found.whole)
+    points = _join_points(copied, found.whole)
     if is_there:
         storage.write(f"{path}.damaged", storage.read(path))
     storage.write(path, seal_lines(points, path))
     last = f" up to step {points[-1]['step']}" if points else ""
     return (
-        f"{storage.url(path)} {'is damaged: ' + found.damage if is_there else 'was deleted'}; {len(points)} points"
+        f"{storage.find_url(path)} {'is damaged: ' + found.damage if is_there else 'was deleted'}; {len(points)} points"
         f"{last} were found again, {len(copied)} of them in its checkpoint"
     )
 
 
-def _joined(first: Iterable[Point], second: Iterable[Point]) -> list[Point]:
+def _join_points(first: Iterable[Point], second: Iterable[Point]) -> list[Point]:
     """The points of both, each value once: that of the first where both have it."""
     points: list[Point] = []
     known: set[tuple[int, str]] = set()
@@ -132,17 +134,17 @@ def _joined(first: Iterable[Point], second: Iterable[Point]) -> list[Point]:
             continue
         if point.get("metrics", True):
             points.append(point)
-            known |= values_of(point).keys()
+            known |= list_point_values(point).keys()
     return sorted(points, key=lambda point: int(point["step"]))
 
 
 def _read(storage: Storage, folder: str) -> Lines:
     """What there is; a journal that is not there has no lines and no damage."""
     try:
-        content = storage.read(journal_path(folder))
+        content = storage.read(name_journal(folder))
     except FileNotFoundError:
         return Lines([])
-    return open_lines(content, journal_path(folder), _is_unsealed)
+    return open_lines(content, name_journal(folder), _is_unsealed)
 
 
 def _is_unsealed(line: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@
     sweeps/<name>/             sweep.json, asked.json, events.jsonl, results.parquet, report.html, ...
     nightly/<suite>/<day>/     result.json, report.html; locks/, speeds/, shares/, pictures/, canaries/
 
-An id is a digest of what it stands for (`workers.identity.digest`). Types keep the kinds of ids apart.
+An id is a digest of what it stands for (`workers.identity.compute_digest`). Types keep the kinds of ids apart.
 """
 
 from typing import NewType
@@ -19,78 +19,78 @@ TRIALS, SWEEPS, EVALUATIONS, SPEEDS, REFERENCES = "trials", "sweeps", "evaluatio
 CANARY_FOLDER, SHARES = "canaries", "shares"
 
 
-def trial_of_row(row: str) -> TrialId:
+def get_trial_of_row(row: str) -> TrialId:
     """The trial that a row of a sweep measures."""
     return TrialId(row.partition("-")[0])
 
 
-def row_id(trial: TrialId, suffix: str) -> RowId:
+def make_row_id(trial: TrialId, suffix: str) -> RowId:
     return RowId(f"{trial}-{suffix}" if suffix else trial)
 
 
-def trial_folder(trial: str) -> str:
+def name_trial_folder(trial: str) -> str:
     return f"{TRIALS}/{trial}"
 
 
-def trial_file(trial: str, name: str) -> str:
-    return f"{trial_folder(trial)}/{name}"
+def name_trial_file(trial: str, name: str) -> str:
+    return f"{name_trial_folder(trial)}/{name}"
 
 
-def status_file(trial: str) -> str:
-    return trial_file(trial, "status.json")
+def name_status_file(trial: str) -> str:
+    return name_trial_file(trial, "status.json")
 
 
-def checkpoints_folder(trial: str) -> str:
-    return trial_file(trial, "checkpoints")
+def name_checkpoints_folder(trial: str) -> str:
+    return name_trial_file(trial, "checkpoints")
 
 
-def trial_lock(trial: str) -> str:
+def name_trial_lock(trial: str) -> str:
     """What the process holds that trains a trial: sweeps may share it, and one trains it at a time."""
     return f"locks/{trial}"
 
 
-def sweep_folder(sweep: str) -> str:
+def name_sweep_folder(sweep: str) -> str:
     return f"{SWEEPS}/{sweep}"
 
 
-def sweep_file(sweep: str, name: str) -> str:
-    return f"{sweep_folder(sweep)}/{name}"
+def name_sweep_file(sweep: str, name: str) -> str:
+    return f"{name_sweep_folder(sweep)}/{name}"
 
 
-def sweep_lock(sweep: str) -> str:
-    return sweep_file(sweep, "lock")
+def name_sweep_lock(sweep: str) -> str:
+    return name_sweep_file(sweep, "lock")
 
 
-def evaluation_folder(checkpoint: str) -> str:
+def name_evaluation_folder(checkpoint: str) -> str:
     """Of all measurements of a checkpoint."""
     return f"{EVALUATIONS}/{checkpoint}"
 
 
-def summary_file(checkpoint: str, protocol: str) -> str:
-    return f"{evaluation_folder(checkpoint)}/summary-{protocol}.json"
+def name_summary_file(checkpoint: str, protocol: str) -> str:
+    return f"{name_evaluation_folder(checkpoint)}/summary-{protocol}.json"
 
 
-def speed_file(model: str) -> str:
+def name_speed_file(model: str) -> str:
     return f"{SPEEDS}/{model}.json"
 
 
-def peak_file(of: str) -> str:
+def name_peak_file(of: str) -> str:
     """Of a kind of hardware, in a precision and with a number of threads."""
     return f"{SPEEDS}/peak-{of}.json"
 
 
-def share_file(model: str, batch_size: int) -> str:
+def name_share_file(model: str, batch_size: int) -> str:
     """What part of a GPU trials of that network and batch need."""
     return f"{SHARES}/{model}-{batch_size}.json"
 
 
-def reference_file(name: str) -> str:
+def name_reference_file(name: str) -> str:
     return f"{REFERENCES}/{name}"
 
 
-def pictures_folder(checkpoint: str) -> str:
+def name_pictures_folder(checkpoint: str) -> str:
     return f"pictures/{checkpoint}"
 
 
-def nights_folder(suite: str) -> str:
+def name_nights_folder(suite: str) -> str:
     return f"nightly/{suite}"

@@ -18,7 +18,7 @@ from typing import Any
 
 from workers.config import Mistake
 from workers.disk import StorageError, Unwritable, make_folder, open_locked
-from workers.signals import interruptible
+from workers.signals import allow_interrupt
 from workers.storage import Storage
 
 BEAT_S, STALE_S = 5.0, 20.0  # a lease is written anew so often; after so long without it, it is nobody's
@@ -41,23 +41,23 @@ class Held(Mistake):
 def lock(storage: Storage, path: str, owner: str = "") -> Iterator[None]:
     """Holds the file `path` against other processes. Raises Held where another one holds it, StorageError.
 
-    On a machine's own disk the kernel keeps it. On a remote store it is a lease (see `_lease`). The file says who
+    On a machine's own disk the kernel keeps it. On a remote store it is a lease (see `_hold_lease`). The file says who
     holds it, with the `owner` on whose behalf, and is removed at the end.
     """
     who = f"process {os.getpid()} on {socket.gethostname()}{f' ({owner})' if owner else ''}"
     mine = {"who": who, "owner": owner}
     if not storage.is_local:
-        with _lease(storage, path, mine):
+        with _hold_lease(storage, path, mine):
             yield
         return
-    target = Path(storage.at(path))
+    target = Path(storage.resolve(path))
     try:
         make_folder(target.parent)
         file = open_locked(target)
     except OSError as error:
         raise Unwritable.of(target, error) from error
     if file is None:
-        raise Held(str(target.parent), (holder_of(storage, path) or _who(b""))["who"])
+        raise Held(str(target.parent), (read_holder(storage, path) or _read_lock(b""))["who"])
     with file:
         try:
             file.truncate()
@@ -74,29 +74,29 @@ def lock(storage: Storage, path: str, owner: str = "") -> Iterator[None]:
 
 def is_locked(storage: Storage, path: str) -> bool | None:
     """Whether a process holds the lock `path`, not taking it; None of a remote storage: a lease may be old."""
-    return holder_of(storage, path) is not None if storage.is_local else None
+    return read_holder(storage, path) is not None if storage.is_local else None
 
 
-def holder_of(storage: Storage, path: str) -> dict[str, Any] | None:
+def read_holder(storage: Storage, path: str) -> dict[str, Any] | None:
     """What the lock `path` says of its holder, not taking it; None where nobody holds it.
 
     Of a remote storage it is the lease, which may be old: `Leases` says whether it is alive.
     """
     if not storage.is_local:
-        return _other(storage, path)
+        return _read_other(storage, path)
     try:
-        with storage.told(path), Path(storage.at(path)).open("rb") as file:
+        with storage.raise_in_words(path), Path(storage.resolve(path)).open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return _who(file.read())
+                return _read_lock(file.read())
     except FileNotFoundError:
         return None
     return None
 
 
 @contextmanager
-def _lease(storage: Storage, path: str, about: dict[str, str]) -> Iterator[None]:
+def _hold_lease(storage: Storage, path: str, about: dict[str, str]) -> Iterator[None]:
     """A file that says whose it is, written anew every BEAT_S seconds and removed at the end.
 
     One that is there is watched for STALE_S seconds, so nobody's clock matters: if it changes, its holder is alive
@@ -106,23 +106,25 @@ def _lease(storage: Storage, path: str, about: dict[str, str]) -> Iterator[None]
     be written twice, so between the two moments nothing is lost but time.
     """
     mine = {"holder": uuid.uuid4().hex, **about}
-    found = _other(storage, path)
+    found = _read_other(storage, path)
     if found and about["owner"] and found.get("owner") == about["owner"]:
         found = None  # of a process before this one, that the same owner had
     if found:
-        log.warning("%s is held by %s; seeing for %g s whether it is alive", storage.url(path), found["who"], STALE_S)
+        log.warning(
+            "%s is held by %s; seeing for %g s whether it is alive", storage.find_url(path), found["who"], STALE_S
+        )
         deadline = time.monotonic() + STALE_S
         while found and time.monotonic() < deadline:
             time.sleep(min(BEAT_S, 1.0))
-            if (now := _other(storage, path)) and now != found:
-                raise Held(storage.url(path), now["who"])
+            if (now := _read_other(storage, path)) and now != found:
+                raise Held(storage.find_url(path), now["who"])
             found = now
     storage.write_sealed(path, {**mine, "beat": 0})
     time.sleep(SETTLE_S)
-    if (now := _other(storage, path, mine["holder"])) is not None:
-        raise Held(storage.url(path), now["who"])
+    if (now := _read_other(storage, path, mine["holder"])) is not None:
+        raise Held(storage.find_url(path), now["who"])
     ended = threading.Event()
-    with interruptible() as interrupt:
+    with allow_interrupt() as interrupt:
         beating = threading.Thread(
             target=_beat, args=(storage, path, mine, ended, interrupt), name="lease", daemon=True
         )
@@ -133,13 +135,13 @@ def _lease(storage: Storage, path: str, about: dict[str, str]) -> Iterator[None]
             ended.set()
             beating.join()
             try:
-                if _other(storage, path, mine["holder"]) is None:
+                if _read_other(storage, path, mine["holder"]) is None:
                     storage.delete(path)
             except StorageError as error:  # it will be found abandoned
                 log.warning("the lease could not be removed: %s", error)
 
 
-def _other(storage: Storage, path: str, holder: str = "") -> dict[str, Any] | None:
+def _read_other(storage: Storage, path: str, holder: str = "") -> dict[str, Any] | None:
     """The lease at `path`, unless it is `holder`'s own; None where there is none. One that is damaged is somebody's
     as long as it changes, like any other."""
     found = storage.read_sealed(path, "whoever holds it writes it again")
@@ -154,8 +156,10 @@ def _beat(
     beat = 0
     while not ended.wait(BEAT_S):
         try:
-            if other := _other(storage, path, mine["holder"]):
-                log.error("%s was taken over by %s while this process did not run", storage.url(path), other["who"])
+            if other := _read_other(storage, path, mine["holder"]):
+                log.error(
+                    "%s was taken over by %s while this process did not run", storage.find_url(path), other["who"]
+                )
                 interrupt()
                 return
             storage.write_sealed(path, {**mine, "beat": (beat := beat + 1)})
@@ -170,12 +174,12 @@ class Leases:
         self._storage = storage
         self._seen: dict[str, tuple[dict[str, Any], float]] = {}  # each lease as it is, and since when it is so
 
-    def holder(self, path: str, owner: str = "") -> str:
+    def find_holder(self, path: str, owner: str = "") -> str:
         """Who holds the lock `path`; empty where nobody does, or only what `owner` has left on a remote storage.
 
         A lease is believed at first, and is nobody's when it has stayed the same for STALE_S seconds.
         """
-        found, now = holder_of(self._storage, path), time.monotonic()
+        found, now = read_holder(self._storage, path), time.monotonic()
         if found is None:
             self._seen.pop(path, None)
             return ""
@@ -187,7 +191,7 @@ class Leases:
         return str(found["who"])
 
 
-def _who(content: bytes) -> dict[str, Any]:
+def _read_lock(content: bytes) -> dict[str, Any]:
     """What a lock that is held says; it may be just being written."""
     with suppress(ValueError, KeyError, TypeError):
         return {"who": str((said := json.loads(content))["who"]), "owner": str(said["owner"])}

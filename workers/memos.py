@@ -17,7 +17,7 @@ from workers import seals
 log = logging.getLogger(__name__)
 
 
-def remembered(memo: Path, tell: bool = True) -> Any:
+def recall(memo: Path, tell: bool = True) -> Any:
     """What was written there; None where there is nothing, or where it is damaged, which is told."""
     try:
         return seals.open_json(memo.read_bytes(), memo.name).get("content")
@@ -46,7 +46,7 @@ def write(memo: Path, content: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def state_of(path: Path) -> list[int]:
+def read_state(path: Path) -> list[int]:
     """What changes when a file does, or when a link to it is pointed elsewhere: also where size and time stay.
 
     Size, time of change, time of any change of these (which no program can set), device and number of the file.
@@ -55,6 +55,6 @@ def state_of(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino]
 
 
-def sha256_of(path: Path) -> str:
+def hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,7 @@ import hashlib
 import torch
 
 
-def address(*words: int | str) -> int:
+def compute_address(*words: int | str) -> int:
     """A seed from a sequence of words, equal on every machine and in every process.
 
     It has 63 bits; torch's generators on the CPU take the lower 32 of them.
@@ -19,6 +19,6 @@ def address(*words: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest()) >> 1
 
 
-def generator(*words: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+def make_generator(*words: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator at the address made of `words`."""
-    return torch.Generator(device=device).manual_seed(address(*words))
+    return torch.Generator(device=device).manual_seed(compute_address(*words))

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from workers.identity import digest
-from workers.layout import peak_file
+from workers.identity import compute_digest
+from workers.layout import name_peak_file
 from workers.network.unet import UNet
-from workers.noise import generator
-from workers.speed import hardware
+from workers.noise import make_generator
+from workers.speed import name_hardware
 from workers.storage import Storage
 
 MEASURED_S = 0.3  # a product that is cut off by a neighbour is slower, so the fastest of many counts
@@ -30,7 +30,7 @@ SIDE = {"cpu": 512, "cuda": 8192}  # of the square matrices: 2 x 512^3 operation
 TF32 = "tf32"  # what PyTorch's convolutions use for float32 on a GPU, unless told not to
 
 
-def peak_of_training(
+def describe_peak(
     storage: Storage, config: dict[str, Any], autocast: AbstractContextManager[Any], device: torch.device, workers: int
 ) -> dict[str, Any]:
     """What the share of the peak is computed from (`orchestrator.state.rows.Row.of_peak`), in plain types.
@@ -42,14 +42,14 @@ def peak_of_training(
     allowed = device.type == "cuda" and torch.backends.cudnn.allow_tf32
     precision = TF32 if dtype == torch.float32 and allowed else str(dtype).removeprefix("torch.")
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    path = peak_file(digest([hardware(device), precision, threads]))
+    path = name_peak_file(compute_digest([name_hardware(device), precision, threads]))
     known = storage.read_sealed(path, "it is measured again")
     if known is None:
         found = {
-            "hardware": hardware(device),
+            "hardware": name_hardware(device),
             "precision": precision,
             "threads": threads,
-            "flops_per_s": matrix_product_flops_per_s(device, dtype, precision == TF32),
+            "flops_per_s": measure_matrix_product(device, dtype, precision == TF32),
             "host": socket.gethostname(),
             "date": time.strftime("%Y-%m-%d"),
         }
@@ -57,11 +57,11 @@ def peak_of_training(
         if known is None:
             storage.write_sealed(path, known := found)
     of_device = {name: known[name] for name in ("hardware", "precision", "threads", "flops_per_s")}
-    return {**of_device, "workers": workers, "flops_per_image": training_flops(json.dumps(config))}
+    return {**of_device, "workers": workers, "flops_per_image": count_training_flops(json.dumps(config))}
 
 
 @lru_cache
-def training_flops(config: str) -> int:
+def count_training_flops(config: str) -> int:
     """The operations of a training step per image, an addition and a multiplication being two.
 
     `config` is the network's config.json. The network is built without memory, so that nothing is computed and no
@@ -75,22 +75,22 @@ def training_flops(config: str) -> int:
     return 3 * int(counted.get_total_flops())
 
 
-def matrix_product_flops_per_s(device: torch.device, dtype: torch.dtype, tf32: bool) -> float:
+def measure_matrix_product(device: torch.device, dtype: torch.dtype, tf32: bool) -> float:
     """The fastest of the products of two square matrices that `MEASURED_S` has time for, after one to warm up."""
     side = SIDE[device.type] * (math.isqrt(torch.get_num_threads()) if device.type == "cpu" else 1)
-    a = torch.rand(side, side, generator=generator(0)).to(device, dtype)
+    a = torch.rand(side, side, generator=make_generator(0)).to(device, dtype)
     before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
     try:
-        _seconds(lambda: a @ a, device)
+        _measure_seconds(lambda: a @ a, device)
         ends, fastest = time.monotonic() + MEASURED_S, math.inf
         while fastest == math.inf or time.monotonic() < ends:
-            fastest = min(fastest, _seconds(lambda: a @ a, device))
+            fastest = min(fastest, _measure_seconds(lambda: a @ a, device))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     return 2 * side**3 / fastest
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def _measure_seconds(work: Callable[[], object], device: torch.device) -> float:
     began = time.perf_counter()
     work()
     if device.type == "cuda":

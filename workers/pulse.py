@@ -19,7 +19,7 @@ class Pulse:
     between: bool = True  # no step is under way, or how long one takes is not known yet
     _began: float = field(default_factory=time.monotonic)
 
-    def step(self) -> None:
+    def begin_step(self) -> None:
         """A step is done, and the next one begins."""
         now = time.monotonic()
         if not self.between:
@@ -31,23 +31,23 @@ class Pulse:
         self.between = True
 
 
-def born(pid: int) -> int | None:
+def read_birth(pid: int) -> int | None:
     """When a process of this machine began, in ticks since the machine did: with its id it is that process for ever.
 
     None where it is not there, 0 where the system has no /proc.
     """
     if not Path("/proc/self/stat").exists():
         return 0
-    found = _stat(pid)
+    found = _read_stat(pid)
     return int(found[19]) if found else None
 
 
 def is_stopped(pid: int) -> bool:
     """Whether a process of this machine was stopped by a signal, and not yet continued."""
-    return _stat(pid)[:1] == ["T"]
+    return _read_stat(pid)[:1] == ["T"]
 
 
-def _stat(pid: int) -> list[str]:
+def _read_stat(pid: int) -> list[str]:
     """What the system says of a process, from its state on; empty where it is not there."""
     try:
         found = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -58,7 +58,7 @@ def _stat(pid: int) -> list[str]:
 
 def send(pid: int, its_birth: int, number: int) -> bool:
     """Sends a signal to a process of this machine, 0 for none; whether it was there."""
-    if born(pid) != its_birth:
+    if read_birth(pid) != its_birth:
         return False
     try:
         os.kill(pid, number)

@@ -8,7 +8,7 @@ import ray
 from ray.experimental import internal_kv
 
 
-def attempts() -> int:
+def count_attempts() -> int:
     """How often Ray has begun this task, which it begins again by itself where a process or a machine dies."""
     return 1 + int(ray.get_runtime_context().worker.core_worker.get_current_task_attempt_number())
 

@@ -34,7 +34,7 @@ class Damage(ValueError):
 def seal_json(content: Mapping[str, Any], of: str) -> dict[str, Any]:
     """The same content with its seal."""
     assert SEAL not in content
-    return {**content, SEAL: _sum(content, of)}
+    return {**content, SEAL: _compute_sum(content, of)}
 
 
 def open_json(text: bytes | str, of: str) -> dict[str, Any]:
@@ -45,18 +45,18 @@ def open_json(text: bytes | str, of: str) -> dict[str, Any]:
         raise Damage(f"it is not JSON ({error})") from error
     if not isinstance(content, dict) or SEAL not in content:
         raise Damage("it has no seal (an older version wrote it, or it was changed)")
-    if content.pop(SEAL) != _sum(content, of):
+    if content.pop(SEAL) != _compute_sum(content, of):
         raise Damage("it does not go with the sha256 in it")
     return content
 
 
-def _sum(content: Mapping[str, Any], of: str) -> str:
+def _compute_sum(content: Mapping[str, Any], of: str) -> str:
     """Of the content as JSON gives it back, whatever its spaces and the order of its keys."""
     text = json.dumps(json.loads(json.dumps(content)), sort_keys=True, separators=(",", ":"))
-    return _sha256(of, text.encode()).hex()
+    return _compute_sha256(of, text.encode()).hex()
 
 
-def _sha256(of: str, content: bytes) -> bytes:
+def _compute_sha256(of: str, content: bytes) -> bytes:
     return hashlib.sha256(of.encode() + b"\0" + content).digest()
 
 
@@ -73,8 +73,8 @@ class Lines:
 
 def seal_lines(lines: Iterable[Mapping[str, Any]], of: str) -> bytes:
     """JSON lines, in their order, with the seals of each and of all."""
-    sealed = [{**line, SEAL: _sum(line, of)[:16]} for line in lines]
-    end = {"lines": len(sealed), SEAL: _sum_of([line[SEAL] for line in sealed])}
+    sealed = [{**line, SEAL: _compute_sum(line, of)[:16]} for line in lines]
+    end = {"lines": len(sealed), SEAL: _compute_line_sum([line[SEAL] for line in sealed])}
     return "".join(json.dumps(line) + "\n" for line in [*sealed, end]).encode()
 
 
@@ -100,19 +100,19 @@ def open_lines(content: bytes, of: str, unsealed: Callable[[Mapping[str, Any]], 
             end = str(seal) if line["lines"] == count - 1 else ""
         elif seal is None and unsealed(line):
             old.append(line)
-        elif seal == _sum(line, of)[:16]:
+        elif seal == _compute_sum(line, of)[:16]:
             whole.append(line)
             seals.append(seal)
     if old and len(old) == count:
         return Lines(old)
-    if end == _sum_of(seals) and len(whole) == count - 1:
+    if end == _compute_line_sum(seals) and len(whole) == count - 1:
         return Lines(whole)
     lost = count - len(whole) - bool(end)
     how = f"{lost} of its {count} lines are damaged" if lost else "its end is missing"
     return Lines(whole, how if count else "it is empty")
 
 
-def _sum_of(seals: Sequence[str]) -> str:
+def _compute_line_sum(seals: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(seals).encode()).hexdigest()[:16]
 
 
@@ -121,7 +121,7 @@ def _sum_of(seals: Sequence[str]) -> str:
 
 def seal_text(text: str, of: str) -> bytes:
     """A text of whole lines, and after it the comment."""
-    return f"{text}{COMMENT}{_sha256(of, text.encode()).hex()}\n".encode()
+    return f"{text}{COMMENT}{_compute_sha256(of, text.encode()).hex()}\n".encode()
 
 
 def open_text(content: bytes, of: str) -> str:
@@ -130,37 +130,37 @@ def open_text(content: bytes, of: str) -> str:
         text, comment, found = content.decode().rpartition(COMMENT)
     except UnicodeDecodeError as error:
         raise Damage(f"it is not text ({error})") from error
-    if not comment or found != _sha256(of, text.encode()).hex() + "\n":
+    if not comment or found != _compute_sha256(of, text.encode()).hex() + "\n":
         raise Damage("it does not go with the sha256 at its end")
     return text
 
 
 def seal_parquet(content: bytes, of: str) -> bytes:
     """A Parquet file with a sha256 of all its bytes: Parquet's own leave out the names and types of the columns."""
-    footer = _footer(content)
-    return content[:footer] + _sha256(of, content) + content[footer:]
+    footer = _find_footer(content)
+    return content[:footer] + _compute_sha256(of, content) + content[footer:]
 
 
 def open_parquet(content: bytes, of: str) -> bytes:
     """The file itself, which any reader opens. Raises Damage."""
-    footer = _footer(content)
-    if content[footer - SUM_BYTES : footer] != _sha256(of, content[: footer - SUM_BYTES] + content[footer:]):
+    footer = _find_footer(content)
+    if content[footer - SUM_BYTES : footer] != _compute_sha256(of, content[: footer - SUM_BYTES] + content[footer:]):
         raise Damage("its bytes are not those of the sha256 in it")
     return content
 
 
-def _footer(content: bytes) -> int:
+def _find_footer(content: bytes) -> int:
     """Where the footer of a Parquet file begins: its length is in the four bytes before the last four."""
     return max(SUM_BYTES, len(content) - 8 - int.from_bytes(content[-8:-4], "little"))
 
 
 def seal_bytes(content: bytes, of: str) -> bytes:
-    return content + MARK + _sha256(of, content)
+    return content + MARK + _compute_sha256(of, content)
 
 
 def open_bytes(content: bytes, of: str) -> bytes:
     """What `seal_bytes` sealed. Raises Damage."""
     whole, mark = content[: -SUM_BYTES - len(MARK)], content[-SUM_BYTES - len(MARK) : -SUM_BYTES]
-    if mark != MARK or content[-SUM_BYTES:] != _sha256(of, whole):
+    if mark != MARK or content[-SUM_BYTES:] != _compute_sha256(of, whole):
         raise Damage("it does not go with the sha256 at its end")
     return whole

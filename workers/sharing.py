@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from workers.speed import hardware
+from workers.speed import name_hardware
 from workers.storage import Storage
 
 WARM_UP, MEASURED = 5, 20  # steps: after the first ones, so many are measured
@@ -33,18 +33,18 @@ class NeedsLess(Exception):
 # ---- What follows from measured numbers: pure functions -----------------------------------------------------------
 
 
-def as_ray_counts(gpus: float) -> float:
+def round_as_ray(gpus: float) -> float:
     """So much of a GPU as Ray takes it, which rounds to the fourth digit: down, so that 6 times a sixth is no more than
     one."""
     return math.floor(gpus * RAY_COUNTS + 1e-6) / RAY_COUNTS
 
 
-def memory_part(peak_bytes: float, total_bytes: float) -> float:
+def compute_memory_part(peak_bytes: float, total_bytes: float) -> float:
     """The part of a GPU's memory that a trial is to have, of which its tensors took `peak_bytes` at most."""
     return (peak_bytes * MARGIN + CONTEXT_BYTES) / total_bytes
 
 
-def trials_a_gpu(memory: float | None, use: float | None) -> int:
+def count_trials_a_gpu(memory: float | None, use: float | None) -> int:
     """How many trials share a GPU: the most that both the part of its memory and that of its time allow, which each
     needs. Where its use could not be measured memory alone decides, and without that nothing is shared."""
     if memory is None:
@@ -52,33 +52,35 @@ def trials_a_gpu(memory: float | None, use: float | None) -> int:
     return max(1, min(MOST, *(math.floor(1 / part + 1e-6) for part in (memory, use) if part)))
 
 
-def share_of(memory: float | None, use: float | None) -> float:
+def compute_share(memory: float | None, use: float | None) -> float:
     """The part of a GPU that a trial asks for."""
-    return as_ray_counts(1 / trials_a_gpu(memory, use))
+    return round_as_ray(1 / count_trials_a_gpu(memory, use))
 
 
-def twice(share: float) -> float:
+def double_share(share: float) -> float:
     """What a trial asks for that ran out of memory with that part of a GPU."""
-    return min(1.0, as_ray_counts(2 * share))
+    return min(1.0, round_as_ray(2 * share))
 
 
-def in_words(share: float) -> str:
+def describe_share(share: float) -> str:
     names = {1.0: "a whole GPU", 0.5: "half a GPU", 0.3333: "a third of a GPU", 0.25: "a quarter of a GPU"}
     return names.get(share, f"{share:.2g} of a GPU")
 
 
-def share_known(noted: Mapping[str, Mapping[str, Any]], types: Collection[str]) -> float | None:
+def find_share(noted: Mapping[str, Mapping[str, Any]], types: Collection[str]) -> float | None:
     """The part of a GPU that a trial of a kind asks for, by what is noted of it for each name of a GPU.
 
     `types` are those of the cluster, as Ray has them (A100 of NVIDIA A100-SXM4-80GB). Where there are several it is the
     most that one of them asks for, as nobody knows on which the trial will lie; None where nothing is noted of one.
     """
     shares = {name: float(each["share"]) for name, each in noted.items()}
-    of_types = [[share for name, share in shares.items() if _is(kind, name)] for kind in types] or [[*shares.values()]]
+    of_types = [[share for name, share in shares.items() if _is_share(kind, name)] for kind in types] or [
+        [*shares.values()]
+    ]
     return max(max(found) for found in of_types) if all(of_types) else None
 
 
-def _is(kind: str, name: str) -> bool:
+def _is_share(kind: str, name: str) -> bool:
     return set(kind.split("-")) <= set(name.replace("-", " ").split())
 
 
@@ -86,7 +88,7 @@ def _is(kind: str, name: str) -> bool:
 
 
 def read_share(storage: Storage, path: str, types: Collection[str]) -> float | None:
-    return share_known(storage.read_sealed(path, REMEASURED) or {}, types)
+    return find_share(storage.read_sealed(path, REMEASURED) or {}, types)
 
 
 def note_share(storage: Storage, path: str, name: str, share: float, **measured: Any) -> None:
@@ -114,7 +116,7 @@ def forget_peak(device: Any) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_memory(device: Any) -> tuple[int, int] | None:
+def read_peak_memory(device: Any) -> tuple[int, int] | None:
     """The most bytes that this process' tensors took of the GPU, and those that it has; None without a GPU."""
     if device.type != "cuda":
         return None
@@ -123,7 +125,7 @@ def peak_memory(device: Any) -> tuple[int, int] | None:
     return torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
 
 
-def utilisation(device: Any) -> float | None:
+def read_utilisation(device: Any) -> float | None:
     """The part of the last moments in which the GPU was busy; None without one, or where it does not say so.
 
     NVIDIA's library says it of the whole GPU, so it is asked only by a trial that has one for itself.
@@ -166,14 +168,17 @@ class Gauge:
         self.steps += 1
         if self.steps > WARM_UP + MEASURED:
             return
-        if self.steps > WARM_UP and (used := utilisation(self.device)) is not None:
+        if self.steps > WARM_UP and (used := read_utilisation(self.device)) is not None:
             self.used.append(used)
         if self.steps == WARM_UP + MEASURED:
-            peak = peak_memory(self.device)
-            memory, use = memory_part(*peak) if peak else None, sum(self.used) / len(self.used) if self.used else None
-            share = share_of(memory, use)
+            peak = read_peak_memory(self.device)
+            memory, use = (
+                compute_memory_part(*peak) if peak else None,
+                sum(self.used) / len(self.used) if self.used else None,
+            )
+            share = compute_share(memory, use)
             note_share(
-                self.storage, self.path, hardware(self.device), share, memory=memory, use=use, said_by=self.said_by
+                self.storage, self.path, name_hardware(self.device), share, memory=memory, use=use, said_by=self.said_by
             )
             if self.makes_room and share < 1:
                 raise NeedsLess(share)

@@ -9,7 +9,7 @@ from typing import Any
 
 
 @contextmanager
-def signals_put_off() -> Iterator[None]:
+def put_off_signals() -> Iterator[None]:
     """Python's handlers of SIGINT, SIGTERM and SIGHUP are called at the end of the block.
 
     A stream that an exception closes in the middle would put what it has until then. In other threads than the main
@@ -32,7 +32,7 @@ def signals_put_off() -> Iterator[None]:
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], object]]:
+def allow_interrupt() -> Iterator[Callable[[], object]]:
     """What another thread calls to interrupt this one as ctrl-C does, however the process inherited SIGINT.
 
     A shell has what a script starts in the background ignore it. In another thread than the main one KeyboardInterrupt

@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from workers.pulse import Pulse, born, send
+from workers.pulse import Pulse, read_birth, send
 from workers.ray_private import delete_key, put_key, read_keys
 
 log = logging.getLogger(__name__)
@@ -27,13 +27,13 @@ AT_WORK: dict[str, str] = {}  # what it works at, and for which trial
 _telling_it = threading.Lock()
 
 
-def tell_of(what: str, trial: str = "") -> Pulse:
+def begin_telling(what: str, trial: str = "") -> Pulse:
     """From here on this process says that it runs, and that it is at `what`; at nothing where that is empty."""
     AT_WORK.update(what=what, trial=trial)
     PULSE.rest()
     if not _self:
         context, pid = ray.get_runtime_context(), os.getpid()
-        _self.update(job=context.get_job_id(), node=context.get_node_id(), pid=pid, born=born(pid))
+        _self.update(job=context.get_job_id(), node=context.get_node_id(), pid=pid, born=read_birth(pid))
         threading.Thread(target=_beat, name="pulse", daemon=True).start()
     if what:
         _tell()
@@ -56,7 +56,7 @@ def _tell() -> None:
         put_key("{job}:{node}:{pid}".format(**_self), told, PULSES)
 
 
-def pulses() -> dict[bytes, dict[str, Any]]:
+def read_pulses() -> dict[bytes, dict[str, Any]]:
     """What the processes of this driver's job have told last, by its key."""
     told = read_keys(f"{ray.get_runtime_context().get_job_id()}:", PULSES)
     return {key: json.loads(text) for key, text in told.items()}
@@ -73,10 +73,10 @@ def send_signal(pid: int, its_birth: int, number: int) -> bool:
 
 
 @contextmanager
-def telling(what: str) -> Iterator[None]:
+def tell_within(what: str) -> Iterator[None]:
     """This process is at `what` within the block, and at nothing after it."""
-    tell_of(what)
+    begin_telling(what)
     try:
         yield
     finally:
-        tell_of("")
+        begin_telling("")

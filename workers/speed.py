@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from workers.config import ModelConfig, TrainingConfig
-from workers.identity import digest
+from workers.identity import compute_digest
 
 Spent = dict[str, tuple[float, float]]  # by kind of work: how much of it, and its seconds
 CORE = " core"  # how names of hardware end that is no GPU
 
 
-def hardware(device: Any = None) -> str:
+def name_hardware(device: Any = None) -> str:
     """The name of the GPU, or of a core of the processor."""
     if device is not None and device.type == "cuda":
         import torch
@@ -33,24 +33,24 @@ def hardware(device: Any = None) -> str:
     return (next(names, "") or platform.processor() or platform.machine()) + CORE
 
 
-def cores() -> int:
+def count_cores() -> int:
     """How many cores of this machine this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def model_key(
+def make_model_key(
     model: ModelConfig, training: TrainingConfig, shape: tuple[int, ...], measured_in: str = "float32"
 ) -> str:
     """What the speed of a network depends on, beside the hardware; it is `measured_in` the evaluation's precision."""
-    return _model_key(model, (training.precision, *([] if measured_in == "float32" else [measured_in])), shape)
+    return _make_model_key(model, (training.precision, *([] if measured_in == "float32" else [measured_in])), shape)
 
 
 @lru_cache
-def _model_key(model: ModelConfig, precisions: tuple[str, ...], shape: tuple[int, ...]) -> str:
-    return digest([model.model_dump(mode="json"), *precisions, list(shape)])
+def _make_model_key(model: ModelConfig, precisions: tuple[str, ...], shape: tuple[int, ...]) -> str:
+    return compute_digest([model.model_dump(mode="json"), *precisions, list(shape)])
 
 
-def training_kind(training: TrainingConfig) -> str:
+def name_training_kind(training: TrainingConfig) -> str:
     """The name of training work; it counts the images of one worker."""
     return f"training-{training.workers}x{training.batch_size // training.workers}"
 
@@ -59,12 +59,12 @@ class Meter:
     """Adds up what work of each kind took in this process."""
 
     def __init__(self, device: Any, share: float = 1.0) -> None:
-        self.hardware, self.spent = hardware(device), dict[str, tuple[float, float]]()
+        self.hardware, self.spent = name_hardware(device), dict[str, tuple[float, float]]()
         self.now = time.monotonic if device.type == "cuda" else time.process_time
         self._share = share if device.type == "cuda" else 1.0
 
     @contextmanager
-    def of(self, kind: str, count: float) -> Iterator[None]:
+    def measure(self, kind: str, count: float) -> Iterator[None]:
         """Measures the block as so much work."""
         started = self.now()
         yield
@@ -72,7 +72,7 @@ class Meter:
 
     def add(self, kind: str, count: float, seconds: float) -> None:
         """`seconds` by the meter's clock; with a `share` of a GPU they are so much less of its time."""
-        self.spent = added(self.spent, {kind: (count, seconds * self._share)})
+        self.spent = add_spent(self.spent, {kind: (count, seconds * self._share)})
 
 
 class Stopwatch:
@@ -103,7 +103,7 @@ class Stopwatch:
         return {kind: self._before.get(kind, 0.0) + self._own.get(kind, 0.0) for kind in kinds}
 
 
-def added(one: Spent, other: Spent) -> Spent:
+def add_spent(one: Spent, other: Spent) -> Spent:
     total = dict(one)
     for kind, (count, seconds) in other.items():
         before = total.get(kind, (0.0, 0.0))

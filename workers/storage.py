@@ -19,7 +19,7 @@ from pyarrow import fs
 from workers import disk, seals
 from workers.disk import StorageError, Unwritable
 from workers.remote import open_uri
-from workers.signals import signals_put_off
+from workers.signals import put_off_signals
 
 REMADE = "it is made again"
 T = TypeVar("T")
@@ -35,20 +35,20 @@ class Storage:
     def __init__(self, root: str | Path) -> None:
         name = str(root).removeprefix("file://")
         self.is_local = "://" not in name
-        self.root = disk.folder_path(name) if self.is_local else name
+        self.root = disk.resolve_folder(name) if self.is_local else name
         self._base: str
         self._fs, self._base = (fs.LocalFileSystem(), self.root) if self.is_local else open_uri(self.root)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Storage, (self.root,)
 
-    def at(self, path: str) -> str:
+    def resolve(self, path: str) -> str:
         """The path in the filesystem: of a local storage, that of the file."""
         assert ".." not in path.split("/") and not path.startswith("/"), path
         return f"{self._base.rstrip('/')}/{path}".rstrip("/")
 
     @contextmanager
-    def told(self, path: str) -> Iterator[None]:
+    def raise_in_words(self, path: str) -> Iterator[None]:
         """What goes wrong with the file `path` in the block is raised in words: FileNotFoundError or StorageError."""
         try:
             yield
@@ -57,27 +57,27 @@ class Storage:
         except OSError as error:
             if self.is_local:
                 why = os.strerror(error.errno) if error.errno else str(error)
-                raise StorageError(f"{self.url(path)} cannot be read: {why}; make it readable") from error
+                raise StorageError(f"{self.find_url(path)} cannot be read: {why}; make it readable") from error
             raise StorageError(
-                f"{self.url(path)} cannot be reached ({str(error).split('; Details')[0]}). Look whether the bucket is "
+                f"{self.find_url(path)} cannot be reached ({str(error).split('; Details')[0]}). Look whether the bucket is "
                 "there, this machine may use it (AWS_ACCESS_KEY_ID, ... or its role), and the address is right"
             ) from error
 
-    def url(self, path: str = "") -> str:
+    def find_url(self, path: str = "") -> str:
         """Where a person finds `path`: a local path or a URI, which `Storage` opens again."""
         root, mark, options = self.root.partition("?") if not self.is_local else (self.root, "", "")
         return f"{root.rstrip('/')}/{path}".rstrip("/") + mark + options
 
     def read(self, path: str) -> bytes:
         """Raises FileNotFoundError."""
-        with self.told(path), self._fs.open_input_stream(self.at(path)) as stream:
+        with self.raise_in_words(path), self._fs.open_input_stream(self.resolve(path)) as stream:
             return bytes(stream.read())
 
     def write(self, path: str, content: bytes) -> None:
         """Raises StorageError, of a folder of this machine `Unwritable`; what was there is then still there."""
-        target = self.at(path)
+        target = self.resolve(path)
         if not self.is_local:
-            with self.told(path), signals_put_off(), self._fs.open_output_stream(target) as stream:
+            with self.raise_in_words(path), put_off_signals(), self._fs.open_output_stream(target) as stream:
                 stream.write(content)
             return
         try:
@@ -98,42 +98,42 @@ class Storage:
         """Removes the temporary files below `folder` whose writers died. Those of living writers are locked."""
         if not self.is_local:
             return
-        for place, _, names in os.walk(self.at(folder)):
+        for place, _, names in os.walk(self.resolve(folder)):
             for name in names:
                 disk.remove_leftover(Path(place, name))
 
-    def size(self, path: str) -> int:
+    def get_size(self, path: str) -> int:
         """Bytes of a file. Raises FileNotFoundError."""
-        with self.told(path):
-            info = self._fs.get_file_info(self.at(path))
+        with self.raise_in_words(path):
+            info = self._fs.get_file_info(self.resolve(path))
         if info.type == fs.FileType.NotFound:
-            raise FileNotFoundError(self.url(path))
+            raise FileNotFoundError(self.find_url(path))
         return int(info.size or 0)
 
     def exists(self, path: str) -> bool:
-        with self.told(path):
-            return bool(self._fs.get_file_info(self.at(path)).type != fs.FileType.NotFound)
+        with self.raise_in_words(path):
+            return bool(self._fs.get_file_info(self.resolve(path)).type != fs.FileType.NotFound)
 
     def list(self, path: str) -> list[str]:
         """Names in the folder `path`, sorted; empty where there is no such folder. Unfinished writes are left out."""
-        selector = fs.FileSelector(self.at(path), allow_not_found=True)
-        with self.told(path):
+        selector = fs.FileSelector(self.resolve(path), allow_not_found=True)
+        with self.raise_in_words(path):
             return sorted(i.base_name for i in self._fs.get_file_info(selector) if not i.base_name.endswith(".tmp"))
 
     def delete(self, path: str) -> None:
         """Removes a file or a whole folder; no error where there is none, or where others remove it meanwhile."""
         if self.is_local:
             try:
-                disk.remove(Path(self.at(path)))
+                disk.remove(Path(self.resolve(path)))
             except OSError as error:
-                raise Unwritable.of(self.at(path), error) from error
+                raise Unwritable.of(self.resolve(path), error) from error
             return
-        with self.told(path):
-            kind = self._fs.get_file_info(self.at(path)).type
+        with self.raise_in_words(path):
+            kind = self._fs.get_file_info(self.resolve(path)).type
             if kind == fs.FileType.Directory:
-                self._fs.delete_dir(self.at(path))
+                self._fs.delete_dir(self.resolve(path))
             elif kind == fs.FileType.File:
-                self._fs.delete_file(self.at(path))
+                self._fs.delete_file(self.resolve(path))
 
     def read_sealed(self, path: str, then: str = REMADE) -> dict[str, Any] | None:
         """What `write_sealed` wrote at this path; None where there is nothing, or where it is damaged, which is told
@@ -151,7 +151,7 @@ class Storage:
         except FileNotFoundError:
             return None
         except seals.Damage as damage:
-            tell_damage(self.url(path), f"is damaged: {damage}", then)
+            tell_damage(self.find_url(path), f"is damaged: {damage}", then)
             return None
 
 

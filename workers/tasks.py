@@ -13,16 +13,16 @@ import torch
 
 from workers.config import BLOCK_GPUS, Measurement
 from workers.data.dataset import prepare
-from workers.data.locate import absolute
-from workers.evaluation.blocks import Block, Images, blocks, summary_path
-from workers.evaluation.make import Bench, make, unusable
+from workers.data.locate import make_absolute
+from workers.evaluation.blocks import Block, Images, list_blocks, name_summary
+from workers.evaluation.make import Bench, find_unusable, make
 from workers.evaluation.summary import summarise
-from workers.jobs import device_of
-from workers.layout import REFERENCES, evaluation_folder
-from workers.network.checkpoint import process_of
+from workers.jobs import choose_device
+from workers.layout import REFERENCES, name_evaluation_folder
+from workers.network.checkpoint import load_process
 from workers.network.manifest import Checkpoint
-from workers.ray_private import attempts
-from workers.signs import telling
+from workers.ray_private import count_attempts
+from workers.signs import tell_within
 from workers.speed import Meter, Spent
 from workers.storage import Storage
 
@@ -44,7 +44,7 @@ class Order:
 
 
 def make_order(storage: Storage, m: Measurement, checkpoint: Checkpoint, gpus: float) -> Order:
-    m = m.model_copy(update={"data": absolute(m.data)})
+    m = m.model_copy(update={"data": make_absolute(m.data)})
     return Order(storage.root, m.model_dump_json(), checkpoint, gpus)
 
 
@@ -57,8 +57,8 @@ def make_space(order: Order) -> list[str]:
     heard = _Heard(logging.WARNING)
     logging.getLogger("workers").addHandler(heard)
     try:
-        with telling("the feature space of an evaluation"):
-            _ = _bench(order).space
+        with tell_within("the feature space of an evaluation"):
+            _ = _load_bench(order).space
     finally:
         logging.getLogger("workers").removeHandler(heard)
     return heard.messages
@@ -88,12 +88,12 @@ class Made:
 @ray.remote(max_retries=3)
 def make_block(order: Order, block: Block, *after: Any) -> Made:
     """Makes one block of an evaluation. A process that dies is retried; the block is then whole."""
-    with telling(block.path):
-        bench = _bench(order)
+    with tell_within(block.path):
+        bench = _load_bench(order)
         meter = Meter(bench.device, share=BLOCK_GPUS)
-        with meter.of(block.kind, 1):
+        with meter.measure(block.kind, 1):
             again = make(bench, block)
-    return Made(meter.hardware, meter.spent, attempts(), again)
+    return Made(meter.hardware, meter.spent, count_attempts(), again)
 
 
 @ray.remote(max_retries=3)
@@ -103,17 +103,17 @@ def make_summary(order: Order, *after: Any) -> tuple[int, dict[Block, str]]:
     Returns how often Ray began it, and the blocks that turned out to be damaged, with what was wrong, and were removed:
     with them made again it can be called again.
     """
-    with telling("the summary of an evaluation"):
-        bench = _bench(order)
+    with tell_within("the summary of an evaluation"):
+        bench = _load_bench(order)
         images, digest = Images.of(bench.dataset), order.checkpoint.digest
         space = bench.space if bench.m.evaluation.fid else None
-        if lacking := unusable(bench.storage, blocks(bench.m, digest, images), space):
-            return attempts(), lacking
-        summary = summarise(bench.storage, bench.m, bench.dataset, process_of(order.checkpoint), digest, space)
-        bench.storage.write_sealed(summary_path(bench.m, digest, images), summary)
-        for folder in (evaluation_folder(digest), REFERENCES):
+        if lacking := find_unusable(bench.storage, list_blocks(bench.m, digest, images), space):
+            return count_attempts(), lacking
+        summary = summarise(bench.storage, bench.m, bench.dataset, load_process(order.checkpoint), digest, space)
+        bench.storage.write_sealed(name_summary(bench.m, digest, images), summary)
+        for folder in (name_evaluation_folder(digest), REFERENCES):
             bench.storage.remove_leftovers(folder)
-    return attempts(), {}
+    return count_attempts(), {}
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -123,7 +123,7 @@ def sees(storage: str, path: str) -> bool:
 
 
 @lru_cache(maxsize=2)
-def _bench(order: Order) -> Bench:
+def _load_bench(order: Order) -> Bench:
     """What a process that makes many blocks of one evaluation loads once."""
     torch.set_num_threads(1)
-    return Bench(Storage(order.storage), order.m, prepare(order.m.data), order.checkpoint, device_of(order.gpus))
+    return Bench(Storage(order.storage), order.m, prepare(order.m.data), order.checkpoint, choose_device(order.gpus))

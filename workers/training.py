@@ -27,10 +27,10 @@ from workers.config import (
     SamplerConfig,
     TrainingConfig,
     Trial,
-    sub_batches,
+    count_sub_batches,
 )
 from workers.data.dataset import Dataset
-from workers.data.pixels import grid_png, to_levels, to_model
+from workers.data.pixels import draw_grid, to_levels, to_model
 from workers.diffusion.likelihood import estimate
 from workers.diffusion.objectives import Objective
 from workers.diffusion.predictions import Denoiser
@@ -42,11 +42,11 @@ from workers.kinds import PREDICTIONS, TIMESTEPS
 from workers.network import checkpoint as checkpoints
 from workers.network import manifest
 from workers.network.unet import UNet
-from workers.network.unet_config import unet_config
-from workers.noise import generator
-from workers.peak import peak_of_training
+from workers.network.unet_config import make_unet_config
+from workers.noise import make_generator
+from workers.peak import describe_peak
 from workers.pulse import Pulse
-from workers.speed import Meter, Stopwatch, training_kind
+from workers.speed import Meter, Stopwatch, name_training_kind
 from workers.storage import Storage
 
 State = Literal["running", "finished", "diverged", "pruned"]
@@ -100,7 +100,7 @@ def train(
     damaged, and RuntimeError of torch where memory runs out.
     """
     world, asked = world or World(), sorted({*also_keep, trial.training.steps})
-    there = [step for step in asked if manifest.at_step(storage, checkpoints_in(folder), step)]
+    there = [step for step in asked if manifest.find_at_step(storage, name_checkpoints_folder(folder), step)]
     missing = [step for step in asked if step not in there] or asked[-1:]
     loop, told = _Loop(trial, dataset, storage, folder, world, asked), -1
     try:
@@ -109,21 +109,21 @@ def train(
                 loop, told = _Loop(trial, dataset, storage, folder, world, asked), -1
             loop.resume(target)
             while True:
-                if loop.due(trial.training.validate_every) and loop.step != told:
-                    with loop.meter.of("validations", 1):
+                if loop.is_due(trial.training.validate_every) and loop.step != told:
+                    with loop.meter.measure("validations", 1):
                         loop.validate()
-                    yield loop.reached(finished=loop.step == missing[-1])
+                    yield loop.report_reached(finished=loop.step == missing[-1])
                     told = loop.step
                 if loop.step == target:
                     break
                 loop.advance()
     except Diverged as diverged:
-        yield loop.ended("diverged", f"diverged by step {loop.step}: {diverged}")
+        yield loop.report_ended("diverged", f"diverged by step {loop.step}: {diverged}")
     except Pruned:
-        yield loop.ended("pruned", f"pruned by step {loop.step}")
+        yield loop.report_ended("pruned", f"pruned by step {loop.step}")
 
 
-def steps(trial: Trial, dataset: Dataset, storage: Storage, device: torch.device) -> Iterator[None]:
+def repeat_steps(trial: Trial, dataset: Dataset, storage: Storage, device: torch.device) -> Iterator[None]:
     """Steps of a training that is neither validated nor kept, without end: what they take can be measured."""
     loop = _Loop(trial, dataset, storage, "steps", World(device=device), [])
     loop.network.train()
@@ -146,13 +146,13 @@ class _Loop:
         self.objective = Objective.of(trial.diffusion, trial.loss, dataset.levels)
         self.process, self.history = self.objective.process, History.empty(trial.diffusion.T)
         learned = trial.diffusion.learned
-        self.config = unet_config(trial.model, image_channels=channels, resolution=height, learned=learned)
-        self.unet = UNet(self.config, generator(trial.seed, "weights")).to(world.device)
+        self.config = make_unet_config(trial.model, image_channels=channels, resolution=height, learned=learned)
+        self.unet = UNet(self.config, make_generator(trial.seed, "weights")).to(world.device)
         self.raw = list(self.unet.state_dict().values())  # views of the parameters, not copies
         self.ema = {name: p.clone() for name, p in self.unet.state_dict().items()}
         self.averages = {decay: {n: p.clone() for n, p in self.ema.items()} for decay in trial.training.averages}
         self.optimizer = torch.optim.Adam(self.unet.parameters(), lr=trial.training.lr, fused=True)
-        self.autocast = autocast(trial, world.device)
+        self.autocast = choose_autocast(trial, world.device)
         self.step, self.clock = 0, world.clock
         self.clock.resume({})
         self.meter = Meter(world.device, share=world.gpus)
@@ -164,17 +164,17 @@ class _Loop:
 
     def leads_to(self, step: int) -> bool:
         """Whether this training comes to that step as soon as one from a checkpoint."""
-        nearest = manifest.newest(self.storage, checkpoints_in(self.folder), up_to=step)
+        nearest = manifest.find_newest(self.storage, name_checkpoints_folder(self.folder), up_to=step)
         return self.step <= step and (nearest is None or (nearest.step or 0) <= self.step)
 
     def resume(self, step: int) -> None:
         """Goes on from the nearest checkpoint before that step, where there is one beyond this."""
-        nearest = manifest.newest(self.storage, checkpoints_in(self.folder), up_to=step)
+        nearest = manifest.find_newest(self.storage, name_checkpoints_folder(self.folder), up_to=step)
         if nearest and (nearest.step or 0) > self.step:
             self._restore(nearest)
             self.checkpoint = nearest
 
-    def due(self, every: int) -> bool:
+    def is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step in self.asked
 
     def advance(self) -> None:
@@ -187,32 +187,32 @@ class _Loop:
         while True:
             self._train_step()
             self.step += 1
-            self.world.pulse.step()
+            self.world.pulse.begin_step()
             self.world.gauge()
-            if self.due(point_every):
+            if self.is_due(point_every):
                 self._note_training()
-            if self.due(training.checkpoint_every):
+            if self.is_due(training.checkpoint_every):
                 self.world.pulse.rest()
                 self.clock.turn_to("checkpoints")
                 self._save()
                 self.clock.turn_to("training")
-            if self.due(training.validate_every):
+            if self.is_due(training.validate_every):
                 break
         self.world.pulse.rest()
         self.clock.turn_to("waiting")
         images = (self.step - first) * training.batch_size // self.world.size
-        self.meter.add(training_kind(training), images, self.meter.now() - busy)
+        self.meter.add(name_training_kind(training), images, self.meter.now() - busy)
 
     def _train_step(self) -> None:
         training, world = self.trial.training, self.world
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(training, self.step)
+            group["lr"] = compute_learning_rate(training, self.step)
         noises = [
-            generator(self.trial.seed, "train", self.step, j, device=world.device)
-            for j in share(range(sub_batches(training.batch_size)), world)
+            make_generator(self.trial.seed, "train", self.step, j, device=world.device)
+            for j in take_share(range(count_sub_batches(training.batch_size)), world)
         ]
         probability = self.history.probability()
-        x_0, t, eps = self._batch(noises, probability)
+        x_0, t, eps = self._make_batch(noises, probability)
         self.unet.set_noise(noises)
         with self.autocast:
             loss = self.objective(lambda x, s: self.network(x, s - 1), x_0, t, eps)
@@ -227,16 +227,18 @@ class _Loop:
         self._average()
         self.sums[:4] += torch.stack([weighted.detach().mean(), loss.eps_mse.mean(), norm, torch.ones_like(norm)])
 
-    def _batch(self, noises: Sequence[torch.Generator], probability: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _make_batch(self, noises: Sequence[torch.Generator], probability: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """This worker's part of the global batch: x_0 and eps float32 (n, C, H, W), t int64 (n,) in 1..T."""
         size, flip = self.trial.training.batch_size, self.trial.data.flip
-        rows = share(batch_rows(self.trial.seed, self.step, size, len(self.dataset.train), self.orders), self.world)
+        rows = take_share(
+            draw_batch_rows(self.trial.seed, self.step, size, len(self.dataset.train), self.orders), self.world
+        )
         device = self.world.device
         images = torch.from_numpy(self.dataset.train[rows]).to(device)
         x_0 = to_model(images, self.dataset.levels)
         n = len(x_0) // len(noises)
-        count = sub_batches(size)
-        parts = share([Part(n, index, count) for index in range(count)], self.world)
+        count = count_sub_batches(size)
+        parts = take_share([Part(n, index, count) for index in range(count)], self.world)
         draw, T = TIMESTEPS[self.trial.training.timesteps].load(), self.process.T
         t = torch.cat([draw(T, part, g, probability) for part, g in zip(parts, noises, strict=True)])
         eps = torch.cat([torch.randn((n, *x_0.shape[1:]), generator=g, device=device) for g in noises])
@@ -265,7 +267,7 @@ class _Loop:
         """A point of means since the last one, over all workers. Raises Diverged or Pruned on all of them at once."""
         sums = self.sums.clone()
         self.sums.zero_()
-        sums[4] = self.world.rank == 0 and self.storage.exists(stop_path(self.folder))
+        sums[4] = self.world.rank == 0 and self.storage.exists(name_stop_file(self.folder))
         if self.world.size > 1:
             torch.distributed.all_reduce(sums)
         if sums[4]:
@@ -274,13 +276,13 @@ class _Loop:
         if not (math.isfinite(weighted) and math.isfinite(norm)):
             raise Diverged(f"loss {weighted:g}, gradient norm {norm:g}")
         loss = self.trial.loss
-        self.journal.metrics(
+        self.journal.add_metrics(
             self.step,
             {
                 f"train/loss_{loss.weighting if loss.objective == 'mse' else loss.objective}": weighted,
                 "train/eps_mse": mse,
                 "train/grad_norm": norm,
-                "train/lr": learning_rate(self.trial.training, self.step - 1),
+                "train/lr": compute_learning_rate(self.trial.training, self.step - 1),
             },
         )
 
@@ -293,31 +295,31 @@ class _Loop:
         self.clock.turn_to("validation")
         nll_bpd = torch.zeros(1, dtype=torch.float64, device=self.world.device)
         if self.world.rank == 0 and self.journal.get(self.step, "valid/nll_bpd") is None:
-            with self.averaged() as model, self.autocast:
+            with self.use_averaged() as model, self.autocast:
                 seed, levels, device = self.trial.seed, self.dataset.levels, self.world.device
                 held_out = torch.from_numpy(np.array(self.dataset.held_out[:VALIDATION_IMAGES])).to(device)
                 x_0 = to_model(held_out, levels)
                 bound = estimate(self.process, model, x_0, VALIDATION_TIMESTEPS, levels, seed, "valid")
                 sampler = SamplerConfig(kind="ddim", steps=min(SAMPLE_GRID_STEPS, self.process.T))
-                noise = generator(seed, "grid", device=device)
+                noise = make_generator(seed, "grid", device=device)
                 images = sample(self.process, model, sampler, (SAMPLE_GRID, *x_0.shape[1:]), noise)
             nll_bpd[0] = bound.mean
             if math.isfinite(bound.mean):
                 values = {"valid/nll_bpd": bound.mean, "valid/nll_bpd_se": bound.standard_error}
-                self.journal.metrics(self.step, {**values, "train/images_per_s": self.images_per_s})
-                self.journal.image(self.step, "samples", grid_png(to_levels(images, levels), levels))
+                self.journal.add_metrics(self.step, {**values, "train/images_per_s": self.images_per_s})
+                self.journal.add_image(self.step, "samples", draw_grid(to_levels(images, levels), levels))
         if self.world.size > 1:
             torch.distributed.broadcast(nll_bpd, src=0)
         if not math.isfinite(nll_bpd.item()):
             raise Diverged(f"valid/nll_bpd {nll_bpd.item():g}")
 
-    def reached(self, finished: bool) -> Progress:
-        return self._progress("finished" if finished else "running")
+    def report_reached(self, finished: bool) -> Progress:
+        return self._report("finished" if finished else "running")
 
-    def ended(self, state: State, why: str) -> Progress:
-        return self._progress(state, why)
+    def report_ended(self, state: State, why: str) -> Progress:
+        return self._report(state, why)
 
-    def _progress(self, state: State, detail: str = "") -> Progress:
+    def _report(self, state: State, detail: str = "") -> Progress:
         self.clock.turn_to("waiting")
         names = ("valid/nll_bpd", "valid/nll_bpd_se")
         metrics = {n: v for n in names if (v := self.journal.get(self.step, n)) is not None}
@@ -332,14 +334,14 @@ class _Loop:
     @cached_property
     def peak(self) -> dict[str, Any]:
         """What training can be held against, asked for at the first status: before the first step of a trial."""
-        return peak_of_training(self.storage, self.config, self.autocast, self.world.device, self.world.size)
+        return describe_peak(self.storage, self.config, self.autocast, self.world.device, self.world.size)
 
     @property
     def images_per_s(self) -> float:
         train_seconds = self.clock.seconds.get("training", 0.0)
         return self.step * self.trial.training.batch_size / train_seconds if train_seconds else 0.0
 
-    def averaged(self) -> "_Averaged":
+    def use_averaged(self) -> "_Averaged":
         return _Averaged(self.unet, self.ema, Denoiser(self.unet, self.process, self.trial.diffusion.prediction))
 
     def _save(self) -> None:
@@ -361,10 +363,10 @@ class _Loop:
             averages=self.averages,
             state=state,
             progress={"seconds": self.clock.seconds},
-            journal=self.journal.content(),
+            journal=self.journal.make_content(),
         )
         self.checkpoint = checkpoints.save(
-            self.storage, checkpoints_in(self.folder), snapshot, kept=self.step in self.asked
+            self.storage, name_checkpoints_folder(self.folder), snapshot, kept=self.step in self.asked
         )
 
     def _restore(self, checkpoint: manifest.Checkpoint) -> None:
@@ -400,16 +402,16 @@ class _Averaged:
         self.unet.load_state_dict(self.raw)
 
 
-def checkpoints_in(folder: str) -> str:
+def name_checkpoints_folder(folder: str) -> str:
     return f"{folder}/checkpoints"
 
 
-def stop_path(folder: str) -> str:
+def name_stop_file(folder: str) -> str:
     """The file that asks the trial in `folder` to stop at its next journal point."""
     return f"{folder}/stop"
 
 
-def learning_rate(training: TrainingConfig, step: int) -> float:
+def compute_learning_rate(training: TrainingConfig, step: int) -> float:
     """The learning rate of 0-based `step`: linear warm-up, then constant or half a cosine down to 0."""
     warm = min(1.0, (step + 1) / training.warmup) if training.warmup else 1.0
     if training.decay == "none":
@@ -417,7 +419,7 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
     return training.lr * warm * 0.5 * (1 + math.cos(math.pi * step / training.steps))
 
 
-def batch_rows(seed: int, step: int, batch_size: int, n: int, orders: dict[int, np.ndarray]) -> np.ndarray:
+def draw_batch_rows(seed: int, step: int, batch_size: int, n: int, orders: dict[int, np.ndarray]) -> np.ndarray:
     """The training rows of a global batch: one permutation of all n images after another, nothing dropped.
 
     `orders` keeps the permutations in use, by epoch.
@@ -429,18 +431,18 @@ def batch_rows(seed: int, step: int, batch_size: int, n: int, orders: dict[int, 
         del orders[epoch]
     for epoch in range(first, last + 1):
         if epoch not in orders:
-            orders[epoch] = torch.randperm(n, generator=generator(seed, "order", epoch)).numpy()
+            orders[epoch] = torch.randperm(n, generator=make_generator(seed, "order", epoch)).numpy()
     return np.array([orders[int(e)][p % n] for e, p in zip(epochs, places, strict=True)])
 
 
-def share(items: Any, world: World) -> Any:
+def take_share(items: Any, world: World) -> Any:
     """This worker's contiguous share of a sequence; the sizes divide evenly, as the preflight has checked."""
     assert len(items) % world.size == 0, (len(items), world.size)
     n = len(items) // world.size
     return items[world.rank * n : (world.rank + 1) * n]
 
 
-def autocast(trial: Trial, device: torch.device) -> AbstractContextManager[Any]:
+def choose_autocast(trial: Trial, device: torch.device) -> AbstractContextManager[Any]:
     """bf16 where the trial asks for it, or `auto` finds it faster; parameters stay float32.
 
     `auto` takes it on GPUs that have it, and on CPUs with AMX or AVX512-BF16 from a width of 32 channels on: below, it

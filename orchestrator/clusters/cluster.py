@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.experiment.settings import meant, read_text, read_yaml, show
+from orchestrator.experiment.settings import read_text, read_yaml, show, suggest_choice
 from orchestrator.planning.place import Node
 from workers.config import Mistake
 
@@ -57,18 +57,20 @@ def read_cluster(path: Path) -> Cluster:
         )
     kinds, head, most = content["available_node_types"], content.get("head_node_type"), content.get("max_workers", 2)
     if not isinstance(head, str) or head not in kinds:
-        problems.append(f"head_node_type: {show(head)} is none of available_node_types{meant(str(head), kinds)}")
-    if not _count(most):
+        problems.append(
+            f"head_node_type: {show(head)} is none of available_node_types{suggest_choice(str(head), kinds)}"
+        )
+    if not _is_count(most):
         problems.append(f"max_workers: {show(most)} is not a number of nodes")
     for name, kind in kinds.items():
-        problems += [f"available_node_types.{name}.{problem}" for problem in _problems(kind)]
+        problems += [f"available_node_types.{name}.{problem}" for problem in _find_problems(kind)]
     if problems:
         raise Mistake("\n  ".join([f"--cluster {path}:", *problems]))
     first = [str(head), *(name for name in kinds if name != head)]
-    return Cluster(tuple(_type(name, kinds[name], most, name == head) for name in first), most)
+    return Cluster(tuple(_read_type(name, kinds[name], most, name == head) for name in first), most)
 
 
-def cluster_of_the_head() -> Cluster | None:
+def find_cluster_of_head() -> Cluster | None:
     """The cluster whose head this machine is; None where it is none, or its file does not say what nodes have."""
     path = ON_THE_HEAD.expanduser()
     try:
@@ -77,13 +79,17 @@ def cluster_of_the_head() -> Cluster | None:
         return None  # of machines that one has (provider local), those that are there are all
 
 
-def _problems(kind: Any) -> list[str]:
+def _find_problems(kind: Any) -> list[str]:
     if not isinstance(kind, Mapping):
         return [f" {show(kind)} is not a node type"]
     resources = kind.get("resources")
-    if not isinstance(resources, Mapping) or not _count(resources.get("CPU")) or not _count(resources.get("GPU", 0)):
+    if (
+        not isinstance(resources, Mapping)
+        or not _is_count(resources.get("CPU"))
+        or not _is_count(resources.get("GPU", 0))
+    ):
         return [f"resources: {show(resources)} does not say what such a node has; write {{CPU: 8, GPU: 1}}, say"]
-    if not _count(kind.get("max_workers", 0)):
+    if not _is_count(kind.get("max_workers", 0)):
         return [f"max_workers: {show(kind['max_workers'])} is not a number of nodes"]
     config = kind.get("node_config") or {}
     market = config.get("InstanceMarketOptions") if isinstance(config, Mapping) else None
@@ -95,7 +101,7 @@ def _problems(kind: Any) -> list[str]:
     return []
 
 
-def _type(name: str, kind: Mapping[str, Any], most: int, head: bool) -> NodeType:
+def _read_type(name: str, kind: Mapping[str, Any], most: int, head: bool) -> NodeType:
     resources, config = kind["resources"], kind.get("node_config") or {}
     market = config.get("InstanceMarketOptions") or {}
     return NodeType(
@@ -107,5 +113,5 @@ def _type(name: str, kind: Mapping[str, Any], most: int, head: bool) -> NodeType
     )
 
 
-def _count(value: Any) -> bool:
+def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST

@@ -15,19 +15,19 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from orchestrator.clusters.cluster import Cluster, NodeType
-from orchestrator.experiment.effort import Cost, cost, validations
+from orchestrator.experiment.effort import Cost, count_cost, count_validations
 from orchestrator.experiment.records import SearchConfig, Variant
 from orchestrator.experiment.settings import read_text, read_yaml
-from orchestrator.planning.makespan import Work, makespan
-from orchestrator.planning.place import Node, Size, list_never_fitting, nodes_in_use
+from orchestrator.planning.makespan import Work, compute_makespan
+from orchestrator.planning.place import Node, Size, find_nodes_in_use, list_never_fitting
 from workers import speed
 from workers.config import DataConfig, Measurement, Mistake, Record, Trial
 from workers.data.sources import Source
-from workers.evaluation.blocks import Images, blocks, reference_images
-from workers.identity import trial_id
-from workers.layout import RowId, speed_file
-from workers.sharing import as_ray_counts
-from workers.speed import CORE, Spent, added, model_key, training_kind
+from workers.evaluation.blocks import Images, count_reference_images, list_blocks
+from workers.identity import compute_trial_id
+from workers.layout import RowId, name_speed_file
+from workers.sharing import round_as_ray
+from workers.speed import CORE, Spent, add_spent, make_model_key, name_training_kind
 from workers.storage import Storage
 
 START_S = 20.0  # until the first trial trains, where no sweep has told: Ray, its workers, MLflow's database
@@ -45,7 +45,7 @@ def learn(storage: Storage, trial: Trial, source: Source, hardware: str, spent: 
     """Keeps what work of each kind took; of a kind that was known the newer counts."""
     if not spent:
         return
-    path = _path(trial, source)
+    path = _name_file(trial, source)
     known = storage.read_sealed(path, RELEARNED) or {}
     before = known.get(hardware, {})
     known[hardware] = {
@@ -57,30 +57,30 @@ def learn(storage: Storage, trial: Trial, source: Source, hardware: str, spent: 
     storage.write_sealed(path, known)
 
 
-def _path(trial: Trial, source: Source) -> str:
-    return speed_file(model_key(trial.model, trial.training, source.shape, trial.evaluation.precision))
+def _name_file(trial: Trial, source: Source) -> str:
+    return name_speed_file(make_model_key(trial.model, trial.training, source.shape, trial.evaluation.precision))
 
 
-def evaluation_spent(made: Spent, trial: Trial, source: Source) -> Spent:
+def split_spent(made: Spent, trial: Trial, source: Source) -> Spent:
     """What blocks took, by the kinds of work in a speed file: from a number of blocks to what they are made of."""
-    m, images, price = Measurement.of(trial), Images.of(source), cost(trial, source)
-    kinds = Counter(block.kind for block in blocks(m, "", images))
-    features = _feature_images(trial, source)
+    m, images, price = Measurement.of(trial), Images.of(source), count_cost(trial, source)
+    kinds = Counter(block.kind for block in list_blocks(m, "", images))
+    features = _count_feature_images(trial, source)
     bounds = {"nll": price.nll_evaluations, "ode_nll": price.ode_nll_evaluations}
     total = {**bounds, "samples": price.sampling_evaluations, **features}
     spent: Spent = {}
     for kind, (count, seconds) in made.items():
         fid = trial.evaluation.fid
         name = f"features-{fid.features}" if fid and kind in features else kind
-        spent = added(spent, {name: (count / kinds[kind] * total[kind], seconds)})
+        spent = add_spent(spent, {name: (count / kinds[kind] * total[kind], seconds)})
     return spent
 
 
-def _feature_images(trial: Trial, source: Source) -> dict[str, int]:
+def _count_feature_images(trial: Trial, source: Source) -> dict[str, int]:
     fid = trial.evaluation.fid
     if fid is None:
         return {"features": 0, "reference": 0}
-    return {"features": fid.samples, "reference": reference_images(fid, Images.of(source))}
+    return {"features": fid.samples, "reference": count_reference_images(fid, Images.of(source))}
 
 
 # ---- Prices ----------------------------------------------------------------------------------------------------
@@ -151,41 +151,41 @@ def estimate(
     """
     on_gpus = any(node.gpus for node in nodes)
     works, said_by, scaled, referenced = [], list[str](), False, set[Any]()
-    ids = [trial_id(trial, sources[trial.data].digest) for trial in trials]
+    ids = [compute_trial_id(trial, sources[trial.data].digest) for trial in trials]
     longest: dict[str, int] = {}
     for trial, trained in zip(trials, ids, strict=True):
         longest[trained] = max(longest.get(trained, 0), trial.training.steps)
     for trial, trained in zip(trials, ids, strict=True):
         source = sources[trial.data]
-        known = speeds.get(_path(trial, source), {}).get(hardware)
+        known = speeds.get(_name_file(trial, source), {}).get(hardware)
         if known is None:
             return Unknown(f"no throughput is known of this model on {hardware}")
         work = known["work"]
-        kind = _like(training_kind(trial.training), work)
-        price = cost(trial, source)
-        wanted = _evaluation(trial, source, price, first=(trial.data, trial.evaluation.fid) not in referenced)
+        kind = _find_similar(name_training_kind(trial.training), work)
+        price = count_cost(trial, source)
+        wanted = _count_evaluation(trial, source, price, first=(trial.data, trial.evaluation.fid) not in referenced)
         lacking = [name for name in wanted if name not in work] + ["training"] * (kind is None)
         if lacking or kind is None:
             return Unknown(f"no throughput is known of {', '.join(sorted(set(lacking)))} on {hardware}")
         referenced.add((trial.data, trial.evaluation.fid))
-        scaled |= kind != training_kind(trial.training)
+        scaled |= kind != name_training_kind(trial.training)
         checkpoint = trained, trial.training.steps
         if (checkpoint, trial.evaluation.nll) in referenced:
             wanted.pop("nll", None)
         images, training = price.training_evaluations / trial.training.workers, 0.0
         if trained not in referenced and trial.training.steps == longest[trained]:
-            training = images * _each(work[kind]) + _validation_s(trial, price, work)
+            training = images * _divide(work[kind]) + _estimate_validation(trial, price, work)
             referenced.add(trained)
         referenced.add((checkpoint, trial.evaluation.nll))
-        size = Size.of(trial.training, _gpus(trial, on_gpus))
+        size = Size.of(trial.training, _count_gpus(trial, on_gpus))
         # Of a trial that shares a GPU speeds count its part of the time.
         wall_s = training / (size.gpus if on_gpus and 0 < size.gpus < 1 else 1)
-        works.append(Work(size, wall_s, sum(n * _each(work[name]) for name, n in wanted.items())))
+        works.append(Work(size, wall_s, sum(n * _divide(work[name]) for name, n in wanted.items())))
         said_by.append(f"{known['said_by']} on {known['date']}")
     start = [each for file in speeds.values() if (each := file.get(hardware, {}).get("work", {}).get("start"))]
     return Plan(
         hardware,
-        makespan(works, nodes, cores, most) + (_each(start[-1]) if start else START_S),
+        compute_makespan(works, nodes, cores, most) + (_divide(start[-1]) if start else START_S),
         sum(w.training_s * w.size.workers * (w.size.gpus if on_gpus and w.size.gpus else 1) for w in works),
         sum(w.evaluation_s for w in works),
         ", ".join(dict.fromkeys(said_by)),
@@ -193,7 +193,7 @@ def estimate(
     )
 
 
-def _evaluation(trial: Trial, source: Source, price: Cost, first: bool) -> dict[str, float]:
+def _count_evaluation(trial: Trial, source: Source, price: Cost, first: bool) -> dict[str, float]:
     """How much work of each kind measuring a trial is."""
     wanted: dict[str, float] = {}
     if trial.evaluation.nll:
@@ -201,20 +201,20 @@ def _evaluation(trial: Trial, source: Source, price: Cost, first: bool) -> dict[
     if trial.evaluation.ode_nll:
         wanted["ode_nll"] = price.ode_nll_evaluations
     if fid := trial.evaluation.fid:
-        images = _feature_images(trial, source)
+        images = _count_feature_images(trial, source)
         wanted["samples"] = price.sampling_evaluations
         wanted[f"features-{fid.features}"] = images["features"] + (images["reference"] if first else 0)
     return wanted
 
 
-def _validation_s(trial: Trial, price: Cost, work: Mapping[str, Any]) -> float:
+def _estimate_validation(trial: Trial, price: Cost, work: Mapping[str, Any]) -> float:
     """Measured as such where it was, else as so many evaluations of the network."""
     if "validations" in work:
-        return validations(trial) * _each(work["validations"])
-    return price.validation_evaluations * _each(work.get("nll") or work["samples"])
+        return count_validations(trial) * _divide(work["validations"])
+    return price.validation_evaluations * _divide(work.get("nll") or work["samples"])
 
 
-def _like(kind: str, work: Mapping[str, Any]) -> str | None:
+def _find_similar(kind: str, work: Mapping[str, Any]) -> str | None:
     """The kind of training itself, or the one that was measured the longest, per image of a worker."""
     if kind in work:
         return kind
@@ -222,14 +222,14 @@ def _like(kind: str, work: Mapping[str, Any]) -> str | None:
     return max(others, key=lambda name: work[name][0], default=None)
 
 
-def _each(counted: Sequence[float]) -> float:
+def _divide(counted: Sequence[float]) -> float:
     return counted[1] / counted[0]
 
 
 # ---- What is said of it ----------------------------------------------------------------------------------------
 
 
-def cost_text(
+def describe_cost(
     trials: Mapping[RowId, Variant],
     sources: Mapping[DataConfig, Source],
     storage: Storage,
@@ -239,8 +239,8 @@ def cost_text(
     prices: Prices | None,
 ) -> str:
     """Hours and price of the whole sweep, on the cluster of a file or here, or why they are not known."""
-    machines = machines_for(trials, search, cluster) if cluster else []
-    found = planned(trials, sources, storage, search, machines)
+    machines = list_machines(trials, search, cluster) if cluster else []
+    found = make_plan(trials, sources, storage, search, machines)
     if isinstance(found, Unknown):
         return (
             f"Time: {found.why}. Run the sweep once, or --dry-run --calibrate on such a machine, "
@@ -248,18 +248,18 @@ def cost_text(
         )
     unit = "core" if found.hardware.endswith(CORE) else "GPU"
     lines = [
-        f"Time: about {duration(found.wall_s)} on {_where(machines, unit)}: {_hours(found.training_s, unit)} of "
-        f"training and {_hours(found.evaluation_s, unit)} of evaluation, at the throughput of {found.hardware}, "
+        f"Time: about {format_duration(found.wall_s)} on {_describe_place(machines, unit)}: {_format_hours(found.training_s, unit)} of "
+        f"training and {_format_hours(found.evaluation_s, unit)} of evaluation, at the throughput of {found.hardware}, "
         f"measured by {found.said_by}."
     ]
     if found.scaled:
         lines.append("Data-parallel training of this size was not measured: it is taken to be as fast a worker.")
     if cluster:
-        lines += ["The time that nodes take to start is not in it.", price_text(machines, found.wall_s, prices)]
+        lines += ["The time that nodes take to start is not in it.", describe_price(machines, found.wall_s, prices)]
     return "\n".join(lines)
 
 
-def planned(
+def make_plan(
     trials: Mapping[RowId, Variant],
     sources: Mapping[DataConfig, Source],
     storage: Storage,
@@ -268,50 +268,50 @@ def planned(
 ) -> Plan | Unknown:
     """The plan from what the storage knows, on `machines` of a cluster or else on this one."""
     configs = [v.trial for v in trials.values()]
-    paths = dict.fromkeys(_path(trial, sources[trial.data]) for trial in configs)
+    paths = dict.fromkeys(_name_file(trial, sources[trial.data]) for trial in configs)
     speeds = {path: content for path in paths if (content := storage.read_sealed(path, RELEARNED))}
     known = {name: each for file in speeds.values() for name, each in file.items()}
-    hardware = chosen(known, machines)
+    hardware = choose_hardware(known, machines)
     if hardware is None:
         on = "this machine" if not machines else ", ".join(dict.fromkeys(m.instance or m.name for m in machines))
         return Unknown(f"no throughput is known of these models on {on}")
     if machines:
         nodes, cores = [m.node for m in machines], sum(m.node.cpus for m in machines)
     else:  # as `execution.session.session` starts Ray
-        cores = speed.cores()
+        cores = speed.count_cores()
         nodes = [Node(cores + 1, 0 if hardware.endswith(CORE) else 1)]
-    return estimate(configs, sources, speeds, hardware, nodes, cores=cores, most=_most(search))
+    return estimate(configs, sources, speeds, hardware, nodes, cores=cores, most=_count_machines(search))
 
 
-def machines_for(trials: Mapping[RowId, Variant], search: SearchConfig, cluster: Cluster) -> list[NodeType]:
+def list_machines(trials: Mapping[RowId, Variant], search: SearchConfig, cluster: Cluster) -> list[NodeType]:
     """The head, and the nodes that the trials would make the cluster have.
 
     Raises Mistake with all sizes of trials that it never holds.
     """
     kinds, nodes = cluster.kinds(), cluster.nodes()
     there = any(node.gpus for node in nodes)
-    sizes = [Size.of(v.trial.training, _gpus(v.trial, there)) for v in trials.values()]
+    sizes = [Size.of(v.trial.training, _count_gpus(v.trial, there)) for v in trials.values()]
     if said := list_never_fitting(sizes, nodes):
         raise Mistake("\n".join(said))
-    return [kinds[0], *(kinds[i] for i in nodes_in_use(sizes, nodes, _most(search)) if i)]
+    return [kinds[0], *(kinds[i] for i in find_nodes_in_use(sizes, nodes, _count_machines(search)) if i)]
 
 
-def _most(search: SearchConfig) -> int | None:
+def _count_machines(search: SearchConfig) -> int | None:
     return None if search.max_concurrent == "auto" else search.max_concurrent
 
 
-def _gpus(trial: Trial, there: bool) -> float:
+def _count_gpus(trial: Trial, there: bool) -> float:
     """GPUs per worker; of `auto` a whole one, as how many trials share it is measured when they train."""
-    return int(there) if trial.training.gpus == "auto" else as_ray_counts(trial.training.gpus)
+    return int(there) if trial.training.gpus == "auto" else round_as_ray(trial.training.gpus)
 
 
-def chosen(known: Mapping[str, Mapping[str, Any]], machines: Sequence[NodeType]) -> str | None:
+def choose_hardware(known: Mapping[str, Mapping[str, Any]], machines: Sequence[NodeType]) -> str | None:
     """The hardware to plan for, of those with a known throughput: the machines', or else what this one has."""
     gpus = [name for name in known if not name.endswith(CORE)]
-    cores = sorted((name for name in known if name.endswith(CORE)), key=lambda name: name != speed.hardware())
+    cores = sorted((name for name in known if name.endswith(CORE)), key=lambda name: name != speed.name_hardware())
     if not machines:
         mine = [name for name in gpus if known[name]["host"] == socket.gethostname()]
-        return next(iter([*mine, *(name for name in cores if name == speed.hardware())]), None)
+        return next(iter([*mine, *(name for name in cores if name == speed.name_hardware())]), None)
     with_gpus = [m for m in machines if m.node.gpus]
     if not with_gpus:
         return next(iter(cores), None)
@@ -320,7 +320,7 @@ def chosen(known: Mapping[str, Mapping[str, Any]], machines: Sequence[NodeType])
     return next(iter(fitting), None)
 
 
-def price_text(machines: Sequence[NodeType], wall_s: float, prices: Prices | None) -> str:
+def describe_price(machines: Sequence[NodeType], wall_s: float, prices: Prices | None) -> str:
     """What the machines cost for the whole time."""
     if prices is None:
         return "Price: not given; write hourly prices by instance type into prices.yaml beside the cluster file."
@@ -343,18 +343,18 @@ def price_text(machines: Sequence[NodeType], wall_s: float, prices: Prices | Non
     )
 
 
-def _where(machines: Sequence[NodeType], unit: str) -> str:
+def _describe_place(machines: Sequence[NodeType], unit: str) -> str:
     if not machines:
         return "this machine"
     total = sum(m.node.gpus if unit == "GPU" else m.node.cpus for m in machines)
     return f"{total:g} {unit}{'s' * (total != 1)} of {len(machines)} machine{'s' * (len(machines) != 1)}"
 
 
-def _hours(seconds: float, unit: str) -> str:
+def _format_hours(seconds: float, unit: str) -> str:
     return f"{seconds / 3600:,.1f} {unit}-hours" if seconds >= 3600 else f"{seconds / 60:.1f} {unit}-minutes"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """42 s, 4 min 40 s, 3.2 h, 2.5 days."""
     if seconds < 60:
         return f"{seconds:.0f} s"

@@ -27,11 +27,11 @@ from ray.job_submission import JobSubmissionClient
 import orchestrator
 import workers
 from orchestrator import cli
-from orchestrator.experiment.load import resolved
+from orchestrator.experiment.load import resolve
 from orchestrator.experiment.records import Experiment
 from orchestrator.ray_internals import find_clusters
-from workers.config import Mistake, without_secrets
-from workers.identity import digest
+from workers.config import Mistake, hide_secrets
+from workers.identity import compute_digest
 
 ANSWER_S = 5.0  # for a connection to be made
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -42,13 +42,13 @@ TOKEN = (
 )
 
 
-def code() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
     """The runtime environment that takes this code to the nodes. Nothing secret may be in one: it shows in logs."""
     packages = (Path(package.__file__ or "").parent for package in (orchestrator, workers))
     return {"py_modules": [str(package) for package in packages], "excludes": ["__pycache__"]}
 
 
-def inside_a_job() -> bool:
+def is_inside_job() -> bool:
     """Whether this process is the driver of a job, which has its code from it."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
@@ -65,7 +65,7 @@ def check_attachable(ray_address: str) -> None:
     if ray_address == "auto" and "RAY_ADDRESS" in os.environ:  # that of the cluster whose job this is
         return
     found = find_clusters()
-    if found and (ray_address == "auto" or any(_same(ray_address, other) for other in found)):
+    if found and (ray_address == "auto" or any(_is_same_node(ray_address, other) for other in found)):
         return
     here = f"it is one of {', '.join(sorted(found))}" if found else "no Ray runs here"
     raise Mistake(
@@ -75,7 +75,7 @@ def check_attachable(ray_address: str) -> None:
     )
 
 
-def _same(ray_address: str, node: str) -> bool:
+def _is_same_node(ray_address: str, node: str) -> bool:
     """Whether `ray_address` is what Ray calls a node of this machine; it knows hosts by their numbers."""
     host, _, port = ray_address.rpartition(":")
     try:
@@ -106,7 +106,9 @@ class Job:
     command: str  # what the head runs
 
 
-def job(experiment: Experiment, file: Path, overrides: Sequence[str], storage: str, flags: Sequence[str] = ()) -> Job:
+def make_command_job(
+    experiment: Experiment, file: Path, overrides: Sequence[str], storage: str, flags: Sequence[str] = ()
+) -> Job:
     """Raises Mistake for what could not work from another machine, or would show a secret there."""
     mistakes = []
     if "://" not in storage and not Path(storage).is_absolute():
@@ -114,16 +116,16 @@ def job(experiment: Experiment, file: Path, overrides: Sequence[str], storage: s
             f"--storage {storage!r} is relative to this machine: give a folder that every node of the cluster sees, by "
             "its absolute path, or a URI such as s3://bucket/path"
         )
-    mistakes += secrets(file, [*overrides, storage])
+    mistakes += find_secrets(file, [*overrides, storage])
     if mistakes:
         raise Mistake("\n".join(mistakes))
     words = ["python", "-m", "orchestrator.sweep", file.name, *overrides, "--address", "auto", "--storage", storage]
     words += flags
-    suffix = digest([resolved(experiment), storage.rstrip("/")])[:8]
+    suffix = compute_digest([resolve(experiment), storage.rstrip("/")])[:8]
     return Job(f"sweep-{experiment.name}-{suffix}", experiment.name, storage, file, shlex.join(words))
 
 
-def secrets(file: Path, words: Sequence[str]) -> list[str]:
+def find_secrets(file: Path, words: Sequence[str]) -> list[str]:
     """What is wrong with words of a command, and the file that goes with it, that show a secret."""
     texts = {word: word for word in words} | {str(file): file.read_text(encoding="utf-8")}
     return [
@@ -131,11 +133,11 @@ def secrets(file: Path, words: Sequence[str]) -> list[str]:
         "them in the environment of the head (MLFLOW_TRACKING_USERNAME, AWS_ACCESS_KEY_ID, ...) or give its machine a "
         "role"
         for name, text in texts.items()
-        if without_secrets(text) != text
+        if hide_secrets(text) != text
     ]
 
 
-def choose(name: str, statuses: Mapping[str, str]) -> tuple[str, bool]:
+def choose_id(name: str, statuses: Mapping[str, str]) -> tuple[str, bool]:
     """The submission id of a job, and whether it is new: one that has not ended is joined, else comes an attempt more.
 
     `statuses` are those of the cluster's jobs by their submission id.
@@ -147,7 +149,7 @@ def choose(name: str, statuses: Mapping[str, str]) -> tuple[str, bool]:
     return f"{name}-{last + 1}", True
 
 
-def next_attempt(name: str, statuses: Mapping[str, str], most: int) -> str | None:
+def name_next_attempt(name: str, statuses: Mapping[str, str], most: int) -> str | None:
     """The submission id of a command that has not done its work: `name`, then name-2, ...; None where one of them has
     not ended, or `most` have."""
     ids = [name, *(f"{name}-{n}" for n in range(2, most + 1))]
@@ -163,12 +165,12 @@ def submit(ray_address: str, job: Job) -> int:
     Raises Mistake where `ray_address` cannot be used.
     """
     client = connect(ray_address)
-    submission_id, new = choose(job.name, {j.submission_id: j.status for j in client.list_jobs() if j.submission_id})
+    submission_id, new = choose_id(job.name, {j.submission_id: j.status for j in client.list_jobs() if j.submission_id})
     new = new and _send(client, ray_address, submission_id, job.file, job.command)
     print(f"job  {submission_id}  {'submitted' if new else 'runs already: its output from the start'}", flush=True)
     try:
-        asyncio.run(_tail(client, submission_id))
-        return _ended(client, submission_id)
+        asyncio.run(_print_output(client, submission_id))
+        return _await_end(client, submission_id)
     except KeyboardInterrupt:
         why = "Left"
     except (aiohttp.ClientError, OSError, RuntimeError) as error:
@@ -183,15 +185,17 @@ def submit(ray_address: str, job: Job) -> int:
 
 
 def submit_again(ray_address: str, name: str, file: Path, words: Sequence[str], most: int) -> str | None:
-    """Sends a command with its file and does not follow it, as its next attempt (see `next_attempt`); gives its id.
+    """Sends a command with its file and does not follow it, as its next attempt (see `name_next_attempt`); gives its id.
 
     None where there is no attempt to make now, or another process made it in the same moment: Ray refuses an id that
     it knows. Raises Mistake where `ray_address` cannot be used.
     """
-    if mistakes := secrets(file, words):
+    if mistakes := find_secrets(file, words):
         raise Mistake("\n".join(mistakes))
     client = connect(ray_address)
-    submission_id = next_attempt(name, {j.submission_id: j.status for j in client.list_jobs() if j.submission_id}, most)
+    submission_id = name_next_attempt(
+        name, {j.submission_id: j.status for j in client.list_jobs() if j.submission_id}, most
+    )
     if submission_id is None:
         return None
     return submission_id if _send(client, ray_address, submission_id, file, shlex.join(words)) else None
@@ -201,7 +205,7 @@ def _send(client: JobSubmissionClient, ray_address: str, submission_id: str, fil
     """Submits the command with its file; False where the cluster knows a job of this id. Raises Mistake."""
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
         shutil.copy(file, folder)
-        environment = {"working_dir": folder, **code()}
+        environment = {"working_dir": folder, **describe_environment()}
         try:  # no resources are asked for: so it runs on the head, and not on a machine that may be reclaimed
             client.submit_job(entrypoint=command, submission_id=submission_id, runtime_env=environment)
         except RuntimeError as error:
@@ -235,13 +239,13 @@ def connect(ray_address: str) -> JobSubmissionClient:
         raise Mistake(f"--address {ray_address}: what answers there is no Jobs API of Ray ({error})") from error
 
 
-async def _tail(client: JobSubmissionClient, submission_id: str) -> None:
+async def _print_output(client: JobSubmissionClient, submission_id: str) -> None:
     """Prints the job's output, from its start, until it has ended."""
     async for text in client.tail_job_logs(submission_id):
         print(text, end="", flush=True)
 
 
-def _ended(client: JobSubmissionClient, submission_id: str) -> int:
+def _await_end(client: JobSubmissionClient, submission_id: str) -> int:
     """Waits for the end that the job's output has announced; gives its exit status, and its reason where it has one."""
     while (info := client.get_job_info(submission_id)).status not in ENDED:
         time.sleep(0.5)

@@ -12,7 +12,7 @@ from workers.config import DataConfig
 from workers.data.dataset import prepare
 from workers.data.sources import Source
 from workers.layout import RowId
-from workers.speed import added, cores, model_key, training_kind
+from workers.speed import add_spent, count_cores, make_model_key, name_training_kind
 from workers.storage import Storage
 
 
@@ -22,16 +22,16 @@ def calibrate(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig, Sour
     for variant in trials.values():
         trial, fid = variant.trial, variant.trial.evaluation.fid
         shape, precision = sources[trial.data].shape, trial.evaluation.precision
-        key = model_key(trial.model, trial.training, shape, precision), training_kind(trial.training)
+        key = make_model_key(trial.model, trial.training, shape, precision), name_training_kind(trial.training)
         distinct[key, fid and fid.features] = trial
     for config in sources:
         prepare(config)
     for trial in distinct.values():
-        at_once = max(1, cores() // trial.training.cpus)
-        print(f"calibrating {training_kind(trial.training)}, {at_once} at once ...", file=sys.stderr)
+        at_once = max(1, count_cores() // trial.training.cpus)
+        print(f"calibrating {name_training_kind(trial.training)}, {at_once} at once ...", file=sys.stderr)
         with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
             measured = list(pool.map(measure_speed, [trial] * at_once, [storage.root] * at_once))
         hardware, spent = measured[0]
         for _, other in measured[1:]:
-            spent = added(spent, other)
+            spent = add_spent(spent, other)
         learn(storage, trial, sources[trial.data], hardware, spent, "a calibration")

@@ -12,11 +12,11 @@ from ray.tune.experiment import Trial
 from ray.tune.search import SearchAlgorithm
 
 from orchestrator.clusters.cluster import Cluster
-from orchestrator.execution.session import gpu_types, nodes_ever, nodes_now, on_this_machine
+from orchestrator.execution.session import is_on_this_machine, list_gpu_types, list_nodes_ever, list_nodes_now
 from orchestrator.experiment.records import SearchConfig
 from orchestrator.planning.decide import Turn
 from orchestrator.planning.packing import line_up
-from orchestrator.planning.place import Queue, Size, admit, can_hold, in_one_node, spare
+from orchestrator.planning.place import Queue, Size, admit, can_hold, fits_one_node, reserve_spare
 from workers.jobs import Job
 from workers.layout import TrialId
 from workers.sharing import read_share
@@ -29,19 +29,19 @@ LOOKS_AT_ASIDE = 8  # at most so many of those at once: on a remote storage each
 class Events(Protocol):
     """What a sweep wants to know of its training."""
 
-    def begins(self, trial: TrialId) -> None: ...
-    def progress(self, trial: TrialId, result: dict[str, Any]) -> None: ...
-    def trained(self, trial: TrialId, result: dict[str, Any]) -> None: ...
-    def restarted(self, trial: TrialId, why: str) -> None: ...
-    def failed(self, trial: TrialId, why: str) -> None: ...
-    def resized(self, trial: TrialId, result: dict[str, Any]) -> None: ...
+    def begin_trial(self, trial: TrialId) -> None: ...
+    def note_progress(self, trial: TrialId, result: dict[str, Any]) -> None: ...
+    def end_training(self, trial: TrialId, result: dict[str, Any]) -> None: ...
+    def restart_trial(self, trial: TrialId, why: str) -> None: ...
+    def fail_trial(self, trial: TrialId, why: str) -> None: ...
+    def resize_trial(self, trial: TrialId, result: dict[str, Any]) -> None: ...
     def tick(self, wait_s: float = 0) -> None: ...
     def say(self, text: str) -> None: ...
-    def evaluating(self) -> bool: ...
-    def turn(self, trial: TrialId) -> Turn: ...
+    def is_evaluating(self) -> bool: ...
+    def decide_turn(self, trial: TrialId) -> Turn: ...
 
 
-def trial_id_of(trial: Any) -> TrialId:
+def get_trial_id(trial: Any) -> TrialId:
     return TrialId(trial.config["job"]["digest"])
 
 
@@ -66,7 +66,7 @@ class Admission(SearchAlgorithm):
         self._search, self._events, self._cluster, self._scratch = search, events, cluster, scratch
         self._running: dict[str, Size] = {}  # by Tune's id of the trial
         self.aside: deque[Job] = deque()  # what other sweeps train
-        self._nodes, self._looked = nodes_ever(cluster), time.monotonic()
+        self._nodes, self._looked = list_nodes_ever(cluster), time.monotonic()
         # What part of a GPU trials need, by where that is noted; what is being measured, by Tune's id of the trial.
         self._shares: dict[str, float] = {}
         self._measuring: dict[str, str] = {}
@@ -97,11 +97,11 @@ class Admission(SearchAlgorithm):
         return len(self._sizes)
 
     def next_trial(self) -> Trial | None:
-        while (size := self._next()) is not None:
+        while (size := self._choose_next()) is not None:
             job, self._chosen = self._waiting.take(size), False
-            turn = self._events.turn(job["digest"])
+            turn = self._events.decide_turn(job["digest"])
             if turn == "train":
-                return self._trial(job, size)
+                return self._make_trial(job, size)
             if turn == "wait":
                 self.aside.append(job)
             if self._held:
@@ -128,20 +128,20 @@ class Admission(SearchAlgorithm):
     def _learn_shares(self, kinds: Iterable[str]) -> bool:
         """Reads what the storage notes of these kinds of trials, where it is not known. Returns whether it is now."""
         unknown = {kind for kind in kinds if kind and kind not in self._shares}
-        types = gpu_types() if unknown else set()
+        types = list_gpu_types() if unknown else set()
         found = {kind: share for kind in unknown if (share := read_share(Storage(self._root), kind, types)) is not None}
         self._shares |= found
         return bool(found)
 
-    def _trial(self, job: Job, size: Size) -> Trial:
-        if not self._running and not can_hold(size, nodes_now()):
+    def _make_trial(self, job: Job, size: Size) -> Trial:
+        if not self._running and not can_hold(size, list_nodes_now()):
             self._events.say(f"placement  {job['digest'][:8]} waits for a node that holds {size}")
         config: dict[str, Any] = {"job": job}
         if size.workers > 1:
-            strategy = "STRICT_PACK" if in_one_node(size, self._nodes) else "PACK"
+            strategy = "STRICT_PACK" if fits_one_node(size, self._nodes) else "PACK"
             config |= {
                 "scratch": self._scratch,
-                "one_machine": on_this_machine(),
+                "one_machine": is_on_this_machine(),
                 "max_failures": self._search.max_failures,
                 "strategy": strategy,
             }
@@ -151,8 +151,8 @@ class Admission(SearchAlgorithm):
             storage=self._storage,
             max_failures=self._search.max_failures,
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-            trial_name_creator=trial_id_of,
-            trial_dirname_creator=trial_id_of,
+            trial_name_creator=get_trial_id,
+            trial_dirname_creator=get_trial_id,
         )
         self._running[trial.trial_id], self._chosen = size, False
         if job["share"] and job["measures"]:
@@ -169,14 +169,14 @@ class Admission(SearchAlgorithm):
 
     def resize(self, trial: Trial, gpus: float) -> None:
         """The trial goes on with another part of a GPU, and others of its kind take as much."""
-        job = self._jobs[trial_id_of(trial)]
+        job = self._jobs[get_trial_id(trial)]
         if kind := job["share"]:
             self._shares[kind] = max(gpus, self._shares.get(kind, 0.0))
         job["gpus"] = gpus
         self._held.append(job)
         self._line_up()
 
-    def again(self, trial: Trial) -> bool:
+    def put_back(self, trial: Trial) -> bool:
         """Puts a trial that Tune gave up back into the queue, unless it has failed too often: then it gives False.
 
         Tune does not retry a trial whose actor dies as it is handed over from another trial.
@@ -200,9 +200,9 @@ class Admission(SearchAlgorithm):
         evaluation may need them, or a trial whose node was lost. It ends where nothing runs.
         """
         self._look_again()
-        return not self._waiting or self._next() is None
+        return not self._waiting or self._choose_next() is None
 
-    def _next(self) -> Size | None:
+    def _choose_next(self) -> Size | None:
         """The size of the trial that starts next."""
         self._look_again()
         if not self._chosen:
@@ -211,7 +211,7 @@ class Admission(SearchAlgorithm):
                 kinds,
                 list(self._running.values()),
                 self._nodes,
-                spare=spare(self._nodes, self._events.evaluating()),
+                spare=reserve_spare(self._nodes, self._events.is_evaluating()),
                 most=None if self._search.max_concurrent == "auto" else self._search.max_concurrent,
                 stuck=self._stuck,
             )
@@ -221,11 +221,11 @@ class Admission(SearchAlgorithm):
     def _look_again(self) -> None:
         if time.monotonic() - self._looked <= LOOK_AGAIN_S:
             return
-        self._nodes, self._stuck = nodes_ever(self._cluster), self._without_place()
+        self._nodes, self._stuck = list_nodes_ever(self._cluster), self._find_without_place()
         known = self._learn_shares(self._measuring.values())
         for _ in range(min(len(self.aside), LOOKS_AT_ASIDE)):
             job = self.aside.popleft()
-            turn = self._events.turn(job["digest"])
+            turn = self._events.decide_turn(job["digest"])
             if turn == "train":
                 self._held.append(job)
                 known = True
@@ -235,12 +235,12 @@ class Admission(SearchAlgorithm):
             self._line_up()
         self._looked, self._chosen = time.monotonic(), False
 
-    def _without_place(self) -> Size | None:
+    def _find_without_place(self) -> Size | None:
         """The biggest of the running trials that Ray has no room for now, and would have on the nodes of now."""
         if not self._waiting:
             return None
         groups = [g for g in ray.util.placement_group_table().values() if g["state"] in ("PENDING", "RESCHEDULING")]
         bundles = [list(group["bundles"].values()) for group in groups]
         sizes = {Size(len(b), b[0].get("CPU", 0), b[0].get("GPU", 0)) for b in bundles} & set(self._running.values())
-        now = nodes_now() if sizes else []
+        now = list_nodes_now() if sizes else []
         return max((size for size in sizes if can_hold(size, now)), key=lambda size: size.order, default=None)

@@ -7,7 +7,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 
 from orchestrator.experiment.records import SearchConfig
 from workers.hosts import ask_to_stop
-from workers.jobs import trial_of
+from workers.jobs import read_trial
 
 
 def make_scheduler(search: SearchConfig, steps: int) -> TrialScheduler:
@@ -43,7 +43,7 @@ class _Asking(TrialScheduler):
         if job["digest"] in self._asked:
             return str(TrialScheduler.CONTINUE)
         decision = str(super().on_trial_result(tune_controller, trial, result))
-        if decision != TrialScheduler.STOP or trial_of(job).training.workers == 1:
+        if decision != TrialScheduler.STOP or read_trial(job).training.workers == 1:
             return decision
         if result["state"] == "running":  # else it is at its last step, or ends by itself
             self._asked.add(job["digest"])

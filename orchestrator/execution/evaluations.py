@@ -7,11 +7,11 @@ from typing import Any
 
 import ray
 
-from orchestrator.execution.session import reason
+from orchestrator.execution.session import shorten_reason
 from workers.config import BLOCK_GPUS, DataConfig
 from workers.disk import Unwritable
 from workers.evaluation.blocks import Block
-from workers.speed import Spent, added
+from workers.speed import Spent, add_spent
 from workers.tasks import Order, make_block, make_space, make_summary
 
 BLOCK_CPUS = 0.9  # not a whole one: the drivers of data-parallel trials take a little of the core that is kept free
@@ -46,8 +46,8 @@ class Evaluations:
 
     def submit(self, name: str, order: Order, planned: list[Block], missing: list[Block]) -> None:
         """Starts the `missing` ones of the `planned` blocks, and after them the summary."""
-        options = _needs(order)
-        space = self._space(name, order)
+        options = _make_options(order)
+        space = self._make_space(name, order)
         made: dict[str, Any] = {}
         others = []  # what another evaluation on the same data is making
         for block in missing:
@@ -64,13 +64,13 @@ class Evaluations:
         self._open[name] = _Evaluation(order, planned, paths, summary, {*paths, summary})
         self._owner |= dict.fromkeys(paths, name) | {summary: name}
 
-    def _space(self, name: str, order: Order) -> Any:
+    def _make_space(self, name: str, order: Order) -> Any:
         """The feature space of a data set is made once, before the blocks that use it."""
         if not order.m.evaluation.fid:
             return None
         key = (order.m.data, order.m.evaluation.fid.features)
         if key not in self._spaces:
-            self._spaces[key] = make_space.options(**_needs(order)).remote(order)
+            self._spaces[key] = make_space.options(**_make_options(order)).remote(order)
             self._asking[self._spaces[key]] = name
         return self._spaces[key]
 
@@ -82,7 +82,7 @@ class Evaluations:
         for kept in (self._open, self._owner, self._spaces, self._asking, self._shared):
             kept.clear()
 
-    def left(self, name: str) -> int:
+    def count_left(self, name: str) -> int:
         """Blocks of an evaluation still to come."""
         return max(0, len(self._open[name].left) - 1) if name in self._open else 0
 
@@ -117,7 +117,7 @@ class Evaluations:
         except ray.exceptions.RayError as error:  # of the task, or of the machine that it ran on
             if isinstance(cause := getattr(error, "cause", None), Unwritable):
                 raise cause from None
-            evaluation.failed = evaluation.failed or reason(error)
+            evaluation.failed = evaluation.failed or shorten_reason(error)
             self._shared = {path: other for path, other in self._shared.items() if other != ref}
             # The summary fails by itself, and others may wait for what is shared.
             for other in evaluation.left - {evaluation.summary} - set(self._shared.values()):
@@ -125,17 +125,17 @@ class Evaluations:
             return
         if ref != evaluation.summary:
             spents = self.spent.setdefault(name, {})
-            spents[result.hardware] = added(spents.get(result.hardware, {}), result.spent)
-            self._redone(name, evaluation.blocks[ref], result.attempts, result.again)
+            spents[result.hardware] = add_spent(spents.get(result.hardware, {}), result.spent)
+            self._note_redone(name, evaluation.blocks[ref], result.attempts, result.again)
             return
         attempts, lacking = result
-        self._redone(name, "the summary", attempts, lacking)
+        self._note_redone(name, "the summary", attempts, lacking)
         if lacking:  # blocks that the summary found damaged
             for block in lacking:
                 self._shared.pop(block.path, None)
             self.submit(name, evaluation.order, evaluation.planned, list(lacking))
 
-    def _redone(self, name: str, piece: str, attempts: int, again: Mapping[Block, str]) -> None:
+    def _note_redone(self, name: str, piece: str, attempts: int, again: Mapping[Block, str]) -> None:
         """Notes what a task says of faults: Ray began it more than once, or blocks were damaged."""
         if attempts > 1:
             why = f"its process or its machine died; Ray ran it again, and attempt {attempts} made it"
@@ -148,6 +148,6 @@ class Evaluations:
         return retried
 
 
-def _needs(order: Order) -> dict[str, float]:
+def _make_options(order: Order) -> dict[str, float]:
     """What a task of an evaluation asks of the node it runs on."""
     return {"num_cpus": BLOCK_CPUS, "num_gpus": BLOCK_GPUS if order.gpus else 0}

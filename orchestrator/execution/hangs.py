@@ -20,7 +20,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from workers.pulse import is_stopped, send
-from workers.signs import forget_pulse, pulses, send_signal
+from workers.signs import forget_pulse, read_pulses, send_signal
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Heard:
         self.still_s = self.still_s + passed_s if stepping and told["steps"] == self.told["steps"] else 0.0
         self.told = told
 
-    def hangs(self, limit_s: float) -> str:
+    def explain_hang(self, limit_s: float) -> str:
         """Why it is taken to hang, in words; empty where it is not."""
         if self.silent_s >= limit_s:
             return f"has not been heard for {self.silent_s:.0f} s"
@@ -72,7 +72,7 @@ class Watchdog:
         return [self._said.popleft() for _ in range(len(self._said))]
 
     @contextmanager
-    def looking(self) -> Iterator[None]:
+    def keep_looking(self) -> Iterator[None]:
         closing = threading.Event()
         thread = threading.Thread(target=self._run, args=(closing,), name="watchdog", daemon=True)
         thread.start()
@@ -95,7 +95,7 @@ class Watchdog:
         self._stopped = {pid: self._stopped.get(pid, 0.0) + min(passed_s, 2 * LOOK_S) for pid in stopped}
         for pid, stopped_s in self._stopped.items():
             before_s = stopped_s - min(passed_s, 2 * LOOK_S)
-            text = f"{_title(pid)} (process {pid}) has been stopped for {stopped_s:.0f} s"
+            text = f"{_read_title(pid)} (process {pid}) has been stopped for {stopped_s:.0f} s"
             if stopped_s >= self.limit_s:
                 self._said.append(("", f"{text}: it is ended"))
                 os.kill(pid, signal.SIGKILL)
@@ -115,7 +115,7 @@ class Watchdog:
             pause_s = LOOK_S + 5 * (time.monotonic() - looked)  # of thousands of processes it takes long
 
     def _look(self, passed_s: float) -> None:
-        now = pulses()
+        now = read_pulses()
         for key in [key for key in self._heard if key not in now]:
             del self._heard[key]
         for key, told in now.items():
@@ -124,16 +124,16 @@ class Watchdog:
                 continue
             heard = self._heard[key]
             heard.hear(told, passed_s)
-            why = heard.hangs(self.limit_s)
+            why = heard.explain_hang(self.limit_s)
             if heard.silent_s < self.limit_s / 2 and not why:
                 heard.noticed = False
             elif heard.noticed and not why:
                 continue
-            elif not _signal(told, 0):
+            elif not _send_signal(told, 0):
                 forget_pulse(key)  # it has ended, and was not waited for
             elif why:
                 self._say(told, f"{why}: it is ended")
-                _signal(told, signal.SIGKILL)
+                _send_signal(told, signal.SIGKILL)
                 forget_pulse(key)
             else:
                 heard.noticed = True
@@ -146,12 +146,12 @@ class Watchdog:
         self._said.append((str(told["trial"]), f"{told['what'] or 'an idle one'} (process {told['pid']}) {text}"))
 
 
-def _title(pid: int) -> str:
+def _read_title(pid: int) -> str:
     """What a process of this machine calls itself."""
     return Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0].decode(errors="replace").rpartition("/")[2]
 
 
-def _signal(told: Mapping[str, Any], number: int) -> bool:
+def _send_signal(told: Mapping[str, Any], number: int) -> bool:
     """Sends a signal to a process of the cluster; whether it was there."""
     if told["node"] == ray.get_runtime_context().get_node_id():
         return send(told["pid"], told["born"], number)

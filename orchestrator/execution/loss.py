@@ -55,12 +55,12 @@ class Watch:
         self._answered = dict.fromkeys(addresses, time.monotonic())
         self._silent, self._understood = "", time.monotonic()
 
-    def lost(self) -> str:
+    def explain_loss(self) -> str:
         """What is lost, in words; empty where all is there."""
-        return next((text for name, part in self._parts.items() if (text := death(name, part))), self._silent)
+        return next((text for name, part in self._parts.items() if (text := describe_death(name, part))), self._silent)
 
     @contextmanager
-    def looking(self) -> Iterator[None]:
+    def keep_looking(self) -> Iterator[None]:
         """Watches for the length of the block. Where Ray is lost meanwhile, ClusterLost comes out of it.
 
         Where the command has not `left` Ray soon after, as a call to it does not return, the process ends with the
@@ -71,7 +71,7 @@ class Watch:
         try:
             yield
         except Exception as error:
-            if (lost := self.lost()) and not isinstance(error, ClusterLost):
+            if (lost := self.explain_loss()) and not isinstance(error, ClusterLost):
                 raise ClusterLost(lost) from error
             raise
         finally:
@@ -79,7 +79,7 @@ class Watch:
 
     def check(self) -> None:
         """Raises ClusterLost."""
-        if lost := self.lost():
+        if lost := self.explain_loss():
             raise ClusterLost(lost)
 
     def wait(self, unanswered: str = "") -> None:
@@ -96,7 +96,7 @@ class Watch:
         else:
             time.sleep(LOOK_S)
         for host, port in self._addresses.values():
-            while not _answers(host, port):
+            while not _is_answering(host, port):
                 self.check()
                 time.sleep(LOOK_S)
 
@@ -105,10 +105,12 @@ class Watch:
             self._also()
             for name, address in self._addresses.items():
                 self._ask(name, address)
-            for name, text in [(name, text) for name, part in self._spare.items() if (text := death(name, part))]:
+            for name, text in [
+                (name, text) for name, part in self._spare.items() if (text := describe_death(name, part))
+            ]:
                 del self._spare[name]
                 log.warning("%s; nothing here needs it", text)
-            if lost := self.lost():
+            if lost := self.explain_loss():
                 if not self._left.wait(TO_LEAVE_S):
                     stop(self._marker, 0)
                     line = f"{lost}, and a call to it does not return. The same command resumes."
@@ -125,7 +127,7 @@ class Watch:
                 self._silent = f"{name} at {address[0]}:{address[1]} has not answered for {silent_s:.0f} s ({error})"
 
 
-def _answers(host: str, port: int) -> bool:
+def _is_answering(host: str, port: int) -> bool:
     try:
         socket.create_connection((host, port), timeout=LOOK_S * 20).close()
     except OSError:
@@ -133,7 +135,7 @@ def _answers(host: str, port: int) -> bool:
     return True
 
 
-def death(name: str, process: subprocess.Popen[bytes]) -> str:
+def describe_death(name: str, process: subprocess.Popen[bytes]) -> str:
     """How a process ended, in words; empty where it runs."""
     status = process.poll()
     if status is None:
@@ -145,7 +147,7 @@ def death(name: str, process: subprocess.Popen[bytes]) -> str:
 def stop(marker: str, patience_s: float = TO_STOP_S) -> None:
     """Waits until no process has the marker in its environment, and ends those that remain."""
     deadline = time.monotonic() + patience_s
-    while (left := marked(marker)) and time.monotonic() < deadline:
+    while (left := find_marked(marker)) and time.monotonic() < deadline:
         time.sleep(0.1)
     for pid in left:
         try:
@@ -154,7 +156,7 @@ def stop(marker: str, patience_s: float = TO_STOP_S) -> None:
             continue
 
 
-def marked(marker: str) -> list[int]:
+def find_marked(marker: str) -> list[int]:
     """The processes of this machine that were started with the marker; none where the system has no /proc."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -169,7 +171,7 @@ def marked(marker: str) -> list[int]:
 T = TypeVar("T")
 
 
-def again_where_lost(work: Callable[[], T], say: Callable[[str], None], may: bool, times: int = 3) -> T:
+def repeat_where_lost(work: Callable[[], T], say: Callable[[str], None], may: bool, times: int = 3) -> T:
     """Calls `work`, and where it loses a Ray that it may bring up again, once more, up to so many times."""
     while True:
         try:

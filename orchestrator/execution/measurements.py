@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from orchestrator.clusters.cluster import cluster_of_the_head
+from orchestrator.clusters.cluster import find_cluster_of_head
 from orchestrator.execution import session
 from orchestrator.execution.evaluations import Evaluations
-from orchestrator.execution.loss import again_where_lost
+from orchestrator.execution.loss import repeat_where_lost
 from orchestrator.measuring.subjects import Subject
 from orchestrator.output.table import format_metric, format_value
 from orchestrator.output.terminal import Display, Line
-from orchestrator.planning.decide import missing_blocks
+from orchestrator.planning.decide import find_missing_blocks
 from workers.config import DataConfig
 from workers.data.dataset import prepare
 from workers.data.sources import Source
-from workers.evaluation.blocks import Images, blocks, summary_path
+from workers.evaluation.blocks import Images, list_blocks, name_summary
 from workers.evaluation.features import check_spaces
 from workers.network import manifest
 from workers.storage import Storage
@@ -59,7 +59,7 @@ def measure(
                 ray_address=ray_address, at_once=at_once, opened=opened,
             )  # fmt: skip
             measured = as_they_are(subjects)
-            while later := {i: s for i, m in enumerate(measured) if m.failed and (s := _later(m.subject))}:
+            while later := {i: s for i, m in enumerate(measured) if m.failed and (s := _find_later(m.subject))}:
                 for subject in later.values():
                     step = subject.checkpoint.step
                     text = f"has gone on training; its checkpoint of step {step} is measured instead"
@@ -69,17 +69,17 @@ def measure(
                     measured[i] = found
         return measured
 
-    return again_where_lost(work, display.say, may=ray_address is None and not session.is_open())
+    return repeat_where_lost(work, display.say, may=ray_address is None and not session.is_open())
 
 
-def _later(subject: Subject) -> Subject | None:
+def _find_later(subject: Subject) -> Subject | None:
     """The subject with the newest checkpoint of its trial; None where its own is still there, or there is none."""
     own = subject.checkpoint
     folder, storage = own.path.rpartition("/")[0], Storage(own.root)
     if not folder or storage.exists(f"{own.path}/{manifest.MANIFEST}"):
         return None
-    newest = manifest.newest(storage, folder)
-    return replace(subject, checkpoint=manifest.averaged(newest, subject.m.evaluation.ema)) if newest else None
+    newest = manifest.find_newest(storage, folder)
+    return replace(subject, checkpoint=manifest.choose_average(newest, subject.m.evaluation.ema)) if newest else None
 
 
 def _measure(
@@ -96,8 +96,8 @@ def _measure(
     work = []
     for subject in subjects:
         images, digest = Images.of(sources[subject.m.data]), subject.checkpoint.digest
-        planned, path = blocks(subject.m, digest, images), summary_path(subject.m, digest, images)
-        work.append((subject, planned, missing_blocks(planned, storage.list), path))
+        planned, path = list_blocks(subject.m, digest, images), name_summary(subject.m, digest, images)
+        work.append((subject, planned, find_missing_blocks(planned, storage.list), path))
     to_do = {path: (subject, planned, missing) for subject, planned, missing, path in work
              if missing or storage.read_sealed(path) is None}  # fmt: skip
     failed: dict[str, str] = {}
@@ -108,11 +108,11 @@ def _measure(
         lines = {path: Line(s.name, 0, 1, "evaluating", blocks=len(p), blocks_left=len(m))
                  for path, (s, p, m) in to_do.items()}  # fmt: skip
         display.lines.update({f"{to_do[path][0].checkpoint.digest}-{path}": line for path, line in lines.items()})
-        watchdog = opened.enter_context(session.session(ray_address, cpus=at_once))
+        watchdog = opened.enter_context(session.open_session(ray_address, cpus=at_once))
         with display:
             session.check_seen(storage)
-            cluster = cluster_of_the_head() if ray_address else None
-            evaluations, nodes = Evaluations(), session.nodes_ever(cluster)
+            cluster = find_cluster_of_head() if ray_address else None
+            evaluations, nodes = Evaluations(), session.list_nodes_ever(cluster)
             gpus = int(any(n.gpus for n in nodes))
             for path, (subject, planned, missing) in to_do.items():
                 session.check_precision(subject.m.evaluation, nodes)
@@ -128,15 +128,15 @@ def _measure(
                 for path, piece, why in evaluations.take_retried():
                     display.say(f"{lines[path].name}  {piece}: {why}")
                 for path, line in lines.items():
-                    line.blocks_left = evaluations.left(path)
+                    line.blocks_left = evaluations.count_left(path)
                 display.refresh()
     return [
-        Measured(subject, _kinds(planned), _kinds(missing), storage.read_sealed(path), failed.get(path, ""))
+        Measured(subject, _count_kinds(planned), _count_kinds(missing), storage.read_sealed(path), failed.get(path, ""))
         for subject, planned, missing, path in work
     ]
 
 
-def as_json(measured: Measured) -> dict[str, Any]:
+def describe_measured(measured: Measured) -> dict[str, Any]:
     """All that is known of a measurement, in plain types."""
     subject = measured.subject
     return {
@@ -150,7 +150,7 @@ def as_json(measured: Measured) -> dict[str, Any]:
     }
 
 
-def evaluation_text(measured: Measured) -> str:
+def format_measured(measured: Measured) -> str:
     """A measurement for a person: each number with its error, then what the numbers are."""
     subject, summary = measured.subject, measured.summary
     ran = ", ".join(f"{measured.missing[k]} of {n} {k}" for k, n in measured.planned.items())
@@ -173,5 +173,5 @@ def evaluation_text(measured: Measured) -> str:
     return "\n".join([*lines, f"  hash            {summary['hash']}", ""])
 
 
-def _kinds(of: Sequence[Any]) -> Counter[str]:
+def _count_kinds(of: Sequence[Any]) -> Counter[str]:
     return Counter(block.kind for block in of)

@@ -18,16 +18,16 @@ SCRATCH = "orchestrator-sweep-"  # what names of scratch folders begin with
 
 
 @contextmanager
-def scratch_folder() -> Iterator[str]:
+def make_scratch_folder() -> Iterator[str]:
     """A folder for what Tune and Ray Train note of the trials, while the block lasts.
 
     It is locked as long as its driver lives, so that those which killed drivers left are known, and removed here.
     """
     for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
-        with suppress(OSError), _locked(left):  # one that is in use, or another user's, stays
+        with suppress(OSError), _lock_folder(left):  # one that is in use, or another user's, stays
             shutil.rmtree(left)
     made = Path(tempfile.mkdtemp(prefix="orchestrator-"))
-    with _locked(made):
+    with _lock_folder(made):
         folder = made.rename(made.with_name(made.name.replace("orchestrator-", SCRATCH, 1)))
         try:
             yield str(folder)
@@ -41,7 +41,7 @@ def scratch_folder() -> Iterator[str]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _lock_folder(folder: Path) -> Iterator[None]:
     """Holds a folder against other processes. Raises BlockingIOError where another one holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

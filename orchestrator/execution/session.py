@@ -19,23 +19,23 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator import interrupts
 from orchestrator.clusters.cluster import Cluster
-from orchestrator.clusters.submission import TOKEN, check_attachable, code, inside_a_job
+from orchestrator.clusters.submission import TOKEN, check_attachable, describe_environment, is_inside_job
 from orchestrator.execution.hangs import HANG_S, Watchdog
-from orchestrator.execution.loss import MARKER, ClusterLost, Watch, marked, stop
+from orchestrator.execution.loss import MARKER, ClusterLost, Watch, find_marked, stop
 from orchestrator.planning.place import Node
 from orchestrator.ray_internals import (
-    asking_after,
-    default_folder,
+    ask_after,
+    find_default_folder,
     find_processes,
     hear_ray,
     keep_keys_out_of_logs,
-    on_loopback,
-    with_environment,
+    listen_on_loopback,
+    set_environment,
 )
 from workers.config import EvaluationConfig, Mistake, TrainingConfig
 from workers.disk import StorageError, Unwritable, check_writable
-from workers.sharing import as_ray_counts
-from workers.speed import cores
+from workers.sharing import round_as_ray
+from workers.speed import count_cores
 from workers.storage import Storage
 from workers.tasks import sees
 
@@ -62,13 +62,13 @@ WORKERS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_TRAIN_ENABLE_STATE_T
 
 
 @contextmanager
-def session(ray_address: str | None, *, cpus: int | None = None, hang_s: float = HANG_S) -> Iterator[Watchdog]:
+def open_session(ray_address: str | None, *, cpus: int | None = None, hang_s: float = HANG_S) -> Iterator[Watchdog]:
     """A Ray cluster: the one at `ray_address`, or one of this machine that ends with the block.
 
     `cpus` bounds the latter's logical cores, and so how many tasks run at once. Processes that hang for `hang_s` are
     ended. Within another session it is that one.
     """
-    with _ONE, _session(ray_address, cpus, hang_s) as watchdog:
+    with _ONE, _open_session(ray_address, cpus, hang_s) as watchdog:
         yield watchdog
 
 
@@ -76,7 +76,7 @@ _ONE = threading.RLock()  # a process has one Ray at a time: sweeps of several t
 
 
 @contextmanager
-def _session(ray_address: str | None, cpus: int | None, hang_s: float) -> Iterator[Watchdog]:
+def _open_session(ray_address: str | None, cpus: int | None, hang_s: float) -> Iterator[Watchdog]:
     if ray.is_initialized():
         yield _watches[-1][1] if _watches else Watchdog(hang_s, lambda: True)
         return
@@ -88,19 +88,23 @@ def _session(ray_address: str | None, cpus: int | None, hang_s: float) -> Iterat
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it prints a page of, `_Relay` tells in a line
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if ray_address is not None:  # a local Ray inherits them, and starts its processes faster with none to make
-        options["runtime_env"] = {"env_vars": WORKERS} | ({} if inside_a_job() else code())
+        options["runtime_env"] = {"env_vars": WORKERS} | ({} if is_inside_job() else describe_environment())
     else:
         # A logical core more than the machine has, so that evaluation blocks run while the others train.
-        options |= {"num_cpus": cpus or cores() + 1, "include_dashboard": False, "object_store_memory": 256 * 2**20}
+        options |= {
+            "num_cpus": cpus or count_cores() + 1,
+            "include_dashboard": False,
+            "object_store_memory": 256 * 2**20,
+        }
     marker, left = uuid.uuid4().hex, threading.Event()
     with ExitStack() as opened:
         opened.callback(left.set)
-        opened.enter_context(interrupts.working())
+        opened.enter_context(interrupts.allow_interrupts())
         if ray_address is None:
-            options["_temp_dir"] = opened.enter_context(_temporary_folder())
+            options["_temp_dir"] = opened.enter_context(_make_temporary_folder())
             opened.callback(stop, marker)
         opened.callback(ray.shutdown)
-        with _starting(marker if ray_address is None else ""):
+        with _start_ray(marker if ray_address is None else ""):
             try:
                 ray.init(ray_address or "local", **options)
             except Exception as error:
@@ -113,22 +117,22 @@ def _session(ray_address: str | None, cpus: int | None, hang_s: float) -> Iterat
                         f"where it wants a token, {TOKEN}"
                     ) from error
                 raise
-        watchdog = Watchdog(hang_s, lambda: bool(watch.lost()))
+        watchdog = Watchdog(hang_s, lambda: bool(watch.explain_loss()))
         watch = Watch(
             find_processes(VITAL),
             find_processes(SPARE),
-            {} if ray_address is None else _addresses(),
+            {} if ray_address is None else _find_addresses(),
             marker,
             left,
-            also=lambda: watchdog.look_for_stopped(lambda: marked(marker)),
+            also=lambda: watchdog.look_for_stopped(lambda: find_marked(marker)),
         )
         # What is of Ray and is nobody's goes while Ray is there: between two of them it would end the process.
-        opened.callback(lambda: watch.lost() or gc.collect())
+        opened.callback(lambda: watch.explain_loss() or gc.collect())
         _watches.append((watch, watchdog))
         opened.callback(_watches.clear)
-        opened.enter_context(watch.looking())
-        opened.enter_context(asking_after(watch.wait))
-        opened.enter_context(watchdog.looking())
+        opened.enter_context(watch.keep_looking())
+        opened.enter_context(ask_after(watch.wait))
+        opened.enter_context(watchdog.keep_looking())
         yield watchdog
 
 
@@ -148,23 +152,23 @@ def check() -> None:
 
 
 @contextmanager
-def _starting(marker: str) -> Iterator[None]:
+def _start_ray(marker: str) -> Iterator[None]:
     """Ray is brought up in the block, whole or not at all; where there is a `marker`, as a Ray of this machine alone.
 
     The signals stay ours: Ray would end a driver by sys.exit.
     """
     with ExitStack() as opened:
-        opened.enter_context(interrupts.deferred())
+        opened.enter_context(interrupts.defer_interrupts())
         if marker:
-            opened.enter_context(with_environment({MARKER: marker}))
-            opened.enter_context(on_loopback())
+            opened.enter_context(set_environment({MARKER: marker}))
+            opened.enter_context(listen_on_loopback())
         if threading.current_thread() is threading.main_thread():
             opened.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         hear_ray()
         yield
 
 
-def _addresses() -> dict[str, tuple[str, int]]:
+def _find_addresses() -> dict[str, tuple[str, int]]:
     """What a cluster has to answer at: its head, and the raylet that this driver is connected to."""
     context = ray.get_runtime_context()
     [own] = [node for node in ray.nodes() if node["NodeID"] == context.get_node_id()]
@@ -179,13 +183,13 @@ _in_use: list[Path] = []  # the temporary folder of a Ray of this machine, while
 
 
 @contextmanager
-def _temporary_folder() -> Iterator[str]:
+def _make_temporary_folder() -> Iterator[str]:
     """Where a local Ray keeps its files: where it does so by itself, or else in /tmp/ray. Raises Mistake."""
     try:
         tempfile.gettempdir()  # Tune's place
     except FileNotFoundError as error:
         raise Mistake(f"{error.strerror}; set the environment variable TMPDIR to one that can be written") from error
-    folder, unfit = fit_folder([default_folder(), Path("/tmp/ray")])
+    folder, unfit = find_folder([find_default_folder(), Path("/tmp/ray")])
     if folder is None:
         raise Mistake(
             f"{'; '.join(unfit)}. Set the environment variable RAY_TMPDIR to a short path with {ROOM_MB} MB free"
@@ -199,17 +203,17 @@ def _temporary_folder() -> Iterator[str]:
         _in_use.remove(folder)
 
 
-def fit_folder(choices: Sequence[Path]) -> tuple[Path | None, list[str]]:
+def find_folder(choices: Sequence[Path]) -> tuple[Path | None, list[str]]:
     """The first folder that Ray can work in, and why it cannot in those before it."""
     unfit: list[str] = []
     for folder in dict.fromkeys(choices):
-        if not (why := _unfit(folder)):
+        if not (why := _explain_unfit(folder)):
             return folder, unfit
         unfit.append(why)
     return None, unfit
 
 
-def _unfit(folder: Path) -> str:
+def _explain_unfit(folder: Path) -> str:
     if (excess := len(os.fsencode(folder / SOCKET)) - SOCKET_BYTES) > 0:
         return f"the temporary folder {folder} is a path {excess} bytes too long for the sockets of Ray"
     try:
@@ -231,50 +235,50 @@ def check_room() -> None:
             raise Unwritable.of(folder, OSError(errno.ENOSPC, "the disk of Ray's files is full"))
 
 
-def on_this_machine() -> bool:
+def is_on_this_machine() -> bool:
     """Whether the session is of this machine alone."""
     return str(ray.get_runtime_context().gcs_address).startswith("127.0.0.1:")
 
 
-def slots() -> dict[str, float]:
+def count_slots() -> dict[str, float]:
     """What the cluster has to give, as Ray counts it."""
     resources = ray.cluster_resources()
     return {"cpus": resources.get("CPU", 0.0), "gpus": resources.get("GPU", 0.0)}
 
 
-def use() -> str:
+def describe_use() -> str:
     """How much of the cluster is taken just now, in words."""
     total, free = ray.cluster_resources(), ray.available_resources()
     kinds = [(kind, total.get(kind, 0.0)) for kind in ("CPU", "GPU")]
     return ", ".join(f"{all_ - free.get(kind, 0.0):g} of {all_:g} {kind}s busy" for kind, all_ in kinds if all_)
 
 
-def nodes_now() -> list[Node]:
+def list_nodes_now() -> list[Node]:
     """The nodes of the cluster."""
     alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
     return [Node(resources.get("CPU", 0), resources.get("GPU", 0)) for resources in alive]
 
 
-def nodes_ever(cluster: Cluster | None) -> list[Node]:
+def list_nodes_ever(cluster: Cluster | None) -> list[Node]:
     """The nodes that the cluster can have: by its file where that is known, else those that it has."""
-    return cluster.nodes() if cluster else nodes_now()
+    return cluster.nodes() if cluster else list_nodes_now()
 
 
-def gpu_types() -> set[str]:
+def list_gpu_types() -> set[str]:
     """What kinds of GPUs the nodes have, as Ray calls them; empty where it does not know."""
     prefix, alive = "accelerator_type:", (node["Resources"] for node in ray.nodes() if node["Alive"])
     names = (name for resources in alive if resources.get("GPU") for name in resources)
     return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
 
 
-def gpus_a_worker(training: TrainingConfig, nodes: Sequence[Node]) -> float:
+def count_gpus_a_worker(training: TrainingConfig, nodes: Sequence[Node]) -> float:
     """`training.gpus` on these nodes. Raises Mistake where it asks for a GPU and there is none."""
     available = any(node.gpus for node in nodes)
     if training.gpus == "auto":
         return int(available)
     if training.gpus and not available:
         raise Mistake(f"training.gpus: {training.gpus:g}, but no node of the cluster has a GPU; set it to 0 or auto")
-    return as_ray_counts(training.gpus)
+    return round_as_ray(training.gpus)
 
 
 def check_precision(evaluation: EvaluationConfig, nodes: Sequence[Node]) -> None:
@@ -307,7 +311,7 @@ def check_seen(storage: Storage) -> None:
             try:
                 blind += [] if ray.get(ref) else [asked[ref]]
             except ray.exceptions.RayError as error:  # it has left, and holds no trial
-                log.warning("%s was not asked for the storage: %s", asked[ref], reason(error))
+                log.warning("%s was not asked for the storage: %s", asked[ref], shorten_reason(error))
     finally:
         storage.delete(note)
     if blind:
@@ -317,7 +321,7 @@ def check_seen(storage: Storage) -> None:
         )
 
 
-def reason(error: ray.exceptions.RayError) -> str:
+def shorten_reason(error: ray.exceptions.RayError) -> str:
     """What a task failed of, without the trace."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, Mistake):

@@ -13,37 +13,37 @@ from typing import Any
 from ray import tune
 
 from orchestrator.clusters.cluster import Cluster
-from orchestrator.execution.admission import Admission, Events, trial_id_of
+from orchestrator.execution.admission import Admission, Events, get_trial_id
 from orchestrator.execution.early_stopping import make_scheduler
 from orchestrator.execution.loss import ClusterLost
-from orchestrator.execution.scratch import scratch_folder
-from orchestrator.execution.session import check_room, nodes_ever
+from orchestrator.execution.scratch import make_scratch_folder
+from orchestrator.execution.session import check_room, list_nodes_ever
 from orchestrator.experiment.records import SearchConfig
-from orchestrator.planning.place import Size, at_once, in_one_node, list_never_fitting, nodes_text
-from orchestrator.ray_internals import out_of_memory_is_a_death
+from orchestrator.planning.place import Size, admit_at_once, describe_nodes, fits_one_node, list_never_fitting
+from orchestrator.ray_internals import treat_out_of_memory_as_death
 from workers.config import Mistake
 from workers.disk import Unwritable
 from workers.hosts import CROWDED, HELD, MEASURED, UNWRITABLE, DriverResources, OneWorker, free_workers
-from workers.jobs import Job, trial_of
+from workers.jobs import Job, read_trial
 
 LOOK_S = 0.5  # at an evaluation that has its turn
 TO_DIE_S = 5.0  # until the processes of a dead trial are gone: freed before, Ray Train would take its cores again
 
 
-def hosts_of(sizes: Iterable[Size]) -> dict[str, Any]:
+def choose_hosts(sizes: Iterable[Size]) -> dict[str, Any]:
     """How trials are hosted, by name: what Tune calls for one worker, and where there are such for several."""
     found: dict[str, Any] = {"one_worker": OneWorker}
     if any(size.workers > 1 for size in sizes):
-        from workers.data_parallel import data_parallel  # Ray Train loads here, most of a second
+        from workers.data_parallel import host_data_parallel  # Ray Train loads here, most of a second
 
-        found["data_parallel"] = tune.with_resources(data_parallel, lambda config: DriverResources())
+        found["data_parallel"] = tune.with_resources(host_data_parallel, lambda config: DriverResources())
     return found
 
 
-def sizes_of(jobs: Sequence[Job], cluster: Cluster | None) -> dict[str, Size]:
+def measure_sizes(jobs: Sequence[Job], cluster: Cluster | None) -> dict[str, Size]:
     """What each trial takes, by its id. Raises Mistake where the cluster can never hold one."""
-    sizes = {job["digest"]: Size.of(trial_of(job).training, job["gpus"]) for job in jobs}
-    if said := list_never_fitting(sizes.values(), nodes_ever(cluster)):
+    sizes = {job["digest"]: Size.of(read_trial(job).training, job["gpus"]) for job in jobs}
+    if said := list_never_fitting(sizes.values(), list_nodes_ever(cluster)):
         raise Mistake("\n".join(said) + ("" if cluster else "; if it can grow, name its file by --cluster"))
     return sizes
 
@@ -62,17 +62,17 @@ def train(
 
     Raises Mistake where the cluster can never hold a trial, and Unwritable where a disk is full.
     """
-    nodes, sizes = nodes_ever(cluster), sizes_of(jobs, cluster)
+    nodes, sizes = list_nodes_ever(cluster), measure_sizes(jobs, cluster)
     most = None if search.max_concurrent == "auto" else search.max_concurrent
-    together = len(at_once(list(sizes.values()), nodes, most))
-    events.say(f"placement  {len(jobs)} trials on {nodes_text(nodes)}, {together} at once to begin with")
-    for size in dict.fromkeys(size for size in sizes.values() if not in_one_node(size, nodes)):
+    together = len(admit_at_once(list(sizes.values()), nodes, most))
+    events.say(f"placement  {len(jobs)} trials on {describe_nodes(nodes)}, {together} at once to begin with")
+    for size in dict.fromkeys(size for size in sizes.values() if not fits_one_node(size, nodes)):
         events.say(f"placement  {size}: more than a node holds, so such a trial trains over several nodes (PACK)")
-    hosts = hosts or hosts_of(sizes.values())
+    hosts = hosts or choose_hosts(sizes.values())
     for name, host in hosts.items():
         tune.register_trainable(name, host)
-    scheduler = make_scheduler(search, max(trial_of(job).training.steps for job in jobs))
-    with scratch_folder() as scratch, out_of_memory_is_a_death(), _raising_what_it_carries():
+    scheduler = make_scheduler(search, max(read_trial(job).training.steps for job in jobs))
+    with make_scratch_folder() as scratch, treat_out_of_memory_as_death(), _raise_what_it_carries():
         admission = Admission(jobs, sizes, search, events, cluster=cluster, scratch=scratch)
         relay = _Relay(events, admission)
         for part in itertools.count(1):
@@ -91,14 +91,14 @@ def train(
             if not admission.waits:
                 break
             # It has ended since evaluation has its turn on the only GPU: Tune keeps an actor and what that holds.
-            while events.evaluating():
+            while events.is_evaluating():
                 check_room()
                 events.tick(wait_s=LOOK_S)
     return list(admission.aside)
 
 
 @contextmanager
-def _raising_what_it_carries() -> Iterator[None]:
+def _raise_what_it_carries() -> Iterator[None]:
     try:
         yield
     except _Lost as carrier:
@@ -134,36 +134,42 @@ class _Relay(tune.Callback):
             self._error = error
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._tell(self._events.begins, trial_id_of(trial))
+        self._tell(self._events.begin_trial, get_trial_id(trial))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if result.get("state") == UNWRITABLE:
             self._error = self._error or Unwritable(result["detail"])
-        self._tell(self._events.progress, trial_id_of(trial), result)
+        self._tell(self._events.note_progress, get_trial_id(trial), result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         result = trial.last_result
         if result.get("state") == "failed":
-            self._tell(self._events.failed, trial_id_of(trial), str(result["detail"]))
+            self._tell(self._events.fail_trial, get_trial_id(trial), str(result["detail"]))
         elif result.get("state") == HELD:
             self._admission.put_aside(trial)
         elif result.get("state") in (MEASURED, CROWDED):
             self._admission.resize(trial, float(result["gpus"]))
-            self._tell(self._events.resized, trial_id_of(trial), result)
+            self._tell(self._events.resize_trial, get_trial_id(trial), result)
         else:
-            self._tell(self._events.trained, trial_id_of(trial), result)
+            self._tell(self._events.end_training, get_trial_id(trial), result)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._left_behind.append((time.monotonic() + TO_DIE_S, trial.last_result))
-        self._tell(self._events.restarted, trial_id_of(trial), _last_line(trial.error_file) or "its process died")
+        self._tell(
+            self._events.restart_trial, get_trial_id(trial), _find_last_line(trial.error_file) or "its process died"
+        )
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._left_behind.append((time.monotonic() + TO_DIE_S, trial.last_result))
-        if self._admission.again(trial):
-            self._tell(self._events.restarted, trial_id_of(trial), _last_line(trial.error_file) or "its process died")
+        if self._admission.put_back(trial):
+            self._tell(
+                self._events.restart_trial, get_trial_id(trial), _find_last_line(trial.error_file) or "its process died"
+            )
             return
         self._tell(
-            self._events.failed, trial_id_of(trial), _last_line(trial.error_file) or "its process died too often"
+            self._events.fail_trial,
+            get_trial_id(trial),
+            _find_last_line(trial.error_file) or "its process died too often",
         )
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
@@ -178,7 +184,7 @@ class _Relay(tune.Callback):
             free_workers(self._left_behind.pop(0)[1])
 
 
-def _last_line(path: str | None) -> str:
+def _find_last_line(path: str | None) -> str:
     """The last line of an error, without Ray's guesses at its causes."""
     lines = Path(path).read_text(errors="replace").split("\n") if path and Path(path).exists() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "").partition(" Some common causes")[0]

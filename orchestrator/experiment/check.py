@@ -17,15 +17,15 @@ from orchestrator.experiment.records import (
     Variant,
 )
 from orchestrator.experiment.settings import (
-    invalid,
-    leaves,
-    meant_path,
+    find_invalid,
+    list_leaves,
+    list_paths,
     merge,
     overlap,
-    paths,
+    parse_valid,
     put,
     show,
-    valid,
+    suggest_path,
 )
 from workers.config import (
     DiffusionConfig,
@@ -33,32 +33,32 @@ from workers.config import (
     Record,
     SamplerConfig,
     Trial,
-    sub_batches,
+    count_sub_batches,
 )
-from workers.evaluation.blocks import comparable_metrics
-from workers.identity import PLACING, Unread, own_unread_values, unread_values
+from workers.evaluation.blocks import list_comparable_metrics
+from workers.identity import PLACING, Unread, list_own_unread, list_unread
 from workers.kinds import MEASURES, OBJECTIVES, PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS, load
 
 
-def experiment_mistakes(content: Mapping[str, Any]) -> list[str]:
-    found = [f"{path}: {text}" for path, text in invalid(ExperimentFile, content)]
-    trial = valid(Trial, {name: value for name, value in content.items() if name in Trial.model_fields})
-    search = valid(SearchConfig, content.get("search", {}))
-    for path, axis in valid_axes(content).items():
-        found += _axis_mistakes(path, axis)
-    found += trial_mistakes(trial) if trial else []
-    found += _search_mistakes(search) if search else []
-    found += _metric_mistakes(search, trial) if search and trial else []
+def find_experiment_mistakes(content: Mapping[str, Any]) -> list[str]:
+    found = [f"{path}: {text}" for path, text in find_invalid(ExperimentFile, content)]
+    trial = parse_valid(Trial, {name: value for name, value in content.items() if name in Trial.model_fields})
+    search = parse_valid(SearchConfig, content.get("search", {}))
+    for path, axis in parse_axes(content).items():
+        found += _find_axis_mistakes(path, axis)
+    found += find_trial_mistakes(trial) if trial else []
+    found += _find_search_mistakes(search) if search else []
+    found += _find_metric_mistakes(search, trial) if search and trial else []
     if found:
         return found
     variants = expand(Experiment.model_validate(content))
     if not variants:
         return ["search.without: leaves out every variant of the search; no trial would run"]
-    wrong = ((text, variant) for variant in variants for text in trial_mistakes(variant.trial))
-    return unread_mistakes([v.trial for v in variants], list(space_of(content))) + tell_once(wrong, len(variants))
+    wrong = ((text, variant) for variant in variants for text in find_trial_mistakes(variant.trial))
+    return find_unread([v.trial for v in variants], list(get_space(content))) + tell_once(wrong, len(variants))
 
 
-def unread_mistakes(records: Sequence[Record], searched: Sequence[str] = (), where: str = "") -> list[str]:
+def find_unread(records: Sequence[Record], searched: Sequence[str] = (), where: str = "") -> list[str]:
     """The settings that none of the records reads (`Record.READS`), and that are set nevertheless.
 
     One that some variants of a search read is fine: the others are one and the same trial, which `by_id` tells.
@@ -71,15 +71,13 @@ def unread_mistakes(records: Sequence[Record], searched: Sequence[str] = (), whe
                 continue
             if id(section) not in known:
                 prefix = f"{where}{name}." if name else where
-                known[id(section)] = list(
-                    unread_values(section, prefix) if name else own_unread_values(section, prefix)
-                )
+                known[id(section)] = list(list_unread(section, prefix) if name else list_own_unread(section, prefix))
             for path, value, why in known[id(section)]:
                 found.setdefault(path, []).append((value, why))
-    return [_unread_text(path, cases, searched) for path, cases in found.items() if len(cases) == len(records)]
+    return [_describe_unread(path, cases, searched) for path, cases in found.items() if len(cases) == len(records)]
 
 
-def _unread_text(path: str, cases: Sequence[tuple[Any, Unread]], searched: Sequence[str]) -> str:
+def _describe_unread(path: str, cases: Sequence[tuple[Any, Unread]], searched: Sequence[str]) -> str:
     value, why = cases[0]
     choices = " or ".join(dict.fromkeys(case.choice for _, case in cases))
     key = next((key for key in searched if overlap({path}, {key})), None)
@@ -102,27 +100,27 @@ def tell_once(found: Iterable[tuple[str, Variant]], total: int) -> list[str]:
     ]
 
 
-def _axis_mistakes(path: str, axis: Axis) -> list[str]:
+def _find_axis_mistakes(path: str, axis: Axis) -> list[str]:
     """What is wrong with a path of the search space and with each of its values, taken by itself."""
     where = f"search.space.{path}"
     if path not in TRIAL_SETTINGS:
-        return [f"{where}: no such setting of a trial{meant_path(path, TRIAL_SETTINGS)}"]
-    if all(re.match(NOT_TRAINED, leaf) for leaf in settings_set(path, axis)):
+        return [f"{where}: no such setting of a trial{suggest_path(path, TRIAL_SETTINGS)}"]
+    if all(re.match(NOT_TRAINED, leaf) for leaf in list_settings_set(path, axis)):
         return [f"{where}: does not change what is trained: all its values are one and the same trial; set it outside"]
     found = []
-    for index, value in enumerate(_tried(axis)):
-        for wrong, text in invalid(Trial, merge(LEAST_TRIAL, put({}, path.split("."), value))):
+    for index, value in enumerate(_choose_values(axis)):
+        for wrong, text in find_invalid(Trial, merge(LEAST_TRIAL, put({}, path.split("."), value))):
             if axis.kind in ("uniform", "loguniform"):
                 text = re.sub("; write .*", "; use int_uniform", text)
             found.append(f"{where}.{axis.kind}[{index}]{wrong.removeprefix(path)}: {text}")
     return found
 
 
-def trial_mistakes(trial: Trial) -> list[str]:
+def find_trial_mistakes(trial: Trial) -> list[str]:
     """Settings, each valid by itself, that do not go together."""
     T, training = trial.diffusion.T, trial.training
-    found = [*_schedule_mistakes(trial.diffusion), *_objective_mistakes(trial)]
-    parts = sub_batches(training.batch_size)
+    found = [*_find_schedule_mistakes(trial.diffusion), *_find_objective_mistakes(trial)]
+    parts = count_sub_batches(training.batch_size)
     if parts % training.workers:
         found.append(
             f"training.workers: {training.workers} workers cannot share a batch_size of {training.batch_size}, whose "
@@ -140,20 +138,20 @@ def trial_mistakes(trial: Trial) -> list[str]:
             f"evaluation.ema: {ema:g} is no average that is kept in training, which are {', '.join(map(str, kept))}; "
             "take one of them, or add it to training.averages"
         )
-    found += flow_mistakes(trial.evaluation, trial.diffusion.prediction)
+    found += find_flow_mistakes(trial.evaluation, trial.diffusion.prediction)
     fid, kind = trial.evaluation.fid, trial.diffusion.schedule.kind
     if SCHEDULES[kind].ends_at_zero and fid and not SAMPLERS[fid.sampler.kind].without_signal:
         found.append(
             f"evaluation.fid.sampler.kind: {fid.sampler.kind} goes through noise levels sigma, and "
             f"diffusion.schedule.kind: {kind} begins at sigma_T = inf; take "
-            f"{SAMPLERS.named(lambda sampler: sampler.without_signal)}, or another schedule"
+            f"{SAMPLERS.list_names(lambda sampler: sampler.without_signal)}, or another schedule"
         )
     if SCHEDULES[kind].ends_at_zero and trial.evaluation.ode_nll:
         found.append(f"evaluation.ode_nll: diffusion.schedule.kind: {kind} ends at sigma_T = inf; leave one out")
-    return found + evaluation_mistakes(trial.evaluation, T)
+    return found + find_evaluation_mistakes(trial.evaluation, T)
 
 
-def _schedule_mistakes(diffusion: DiffusionConfig) -> Iterator[str]:
+def _find_schedule_mistakes(diffusion: DiffusionConfig) -> Iterator[str]:
     s, entry = diffusion.schedule, SCHEDULES[diffusion.schedule.kind]
     if "beta_start" in entry.reads and s.beta_start > s.beta_end:
         yield (
@@ -163,21 +161,21 @@ def _schedule_mistakes(diffusion: DiffusionConfig) -> Iterator[str]:
         yield from load(entry.check)(s, diffusion.T)
 
 
-def _objective_mistakes(trial: Trial) -> Iterator[str]:
+def _find_objective_mistakes(trial: Trial) -> Iterator[str]:
     """What is predicted, its variance and the loss must go together."""
     d, loss = trial.diffusion, trial.loss
     objective, weighting = OBJECTIVES[loss.objective], WEIGHTINGS[loss.weighting]
     if d.learned and not objective.teaches_variance:
         yield (
             f"diffusion.variance: {d.variance} is not trained by loss.objective: {loss.objective}, in which the "
-            f"variance has no part; take objective: {OBJECTIVES.named(lambda other: other.teaches_variance)}, or "
+            f"variance has no part; take objective: {OBJECTIVES.list_names(lambda other: other.teaches_variance)}, or "
             "variance: fixed_small or fixed_large"
         )
     if not d.learned and objective.needs_learned:
         yield (
             f"loss.objective: {loss.objective} adds the bound to teach a variance, but diffusion.variance: "
             f"{d.variance} is not learned; take variance: learned_range or learned, or objective: "
-            f"{OBJECTIVES.named(lambda other: not other.needs_learned)}"
+            f"{OBJECTIVES.list_names(lambda other: not other.needs_learned)}"
         )
     if d.learned and "weighting" in objective.reads and weighting.needs_fixed:
         yield (
@@ -191,7 +189,7 @@ def _objective_mistakes(trial: Trial) -> Iterator[str]:
         )
 
 
-def flow_mistakes(evaluation: EvaluationConfig, prediction: str) -> list[str]:
+def find_flow_mistakes(evaluation: EvaluationConfig, prediction: str) -> list[str]:
     """Solvers that choose their own times need a network that says something between those of the training."""
     if PREDICTIONS[prediction].between_times:
         return []
@@ -202,12 +200,12 @@ def flow_mistakes(evaluation: EvaluationConfig, prediction: str) -> list[str]:
     return found
 
 
-def evaluation_mistakes(evaluation: EvaluationConfig, T: int) -> list[str]:
+def find_evaluation_mistakes(evaluation: EvaluationConfig, T: int) -> list[str]:
     """Settings of an evaluation, each valid by itself, that do not go together or with a chain of T steps."""
     found, nll, fid = [], evaluation.nll, evaluation.fid
     if nll and nll.timesteps != "all" and nll.timesteps > T:
         found.append(f"evaluation.nll.timesteps: {nll.timesteps} is more than diffusion.T = {T}; at most T, or all")
-    found += _sampler_mistakes(fid.sampler, T) if fid else []
+    found += _find_sampler_mistakes(fid.sampler, T) if fid else []
     if evaluation.precision != "float32":
         own = {"ode_nll": evaluation.ode_nll, "fid.sampler": fid and SAMPLERS[fid.sampler.kind].form == "whole"}
         found += [
@@ -222,14 +220,14 @@ def evaluation_mistakes(evaluation: EvaluationConfig, T: int) -> list[str]:
     return found
 
 
-def _sampler_mistakes(sampler: SamplerConfig, T: int) -> list[str]:
+def _find_sampler_mistakes(sampler: SamplerConfig, T: int) -> list[str]:
     """More steps than there are times."""
     if "steps" in SAMPLERS[sampler.kind].reads and sampler.steps and sampler.steps > T:
         return [f"evaluation.fid.sampler.steps: {sampler.steps} is more than diffusion.T = {T}; at most T, or null"]
     return []
 
 
-def _search_mistakes(search: SearchConfig) -> list[str]:
+def _find_search_mistakes(search: SearchConfig) -> list[str]:
     """Whether the parts of the search go together."""
     found = []
     drawn = [path for path, axis in search.space.items() if axis.kind != "grid"]
@@ -245,26 +243,26 @@ def _search_mistakes(search: SearchConfig) -> list[str]:
         )
     elif search.samples is None:
         found.append(f"search.samples: missing; algorithm: {search.algorithm} needs a number of draws")
-    found += [*_round_mistakes(search), *unread_mistakes([search], where="search.")]
+    found += [*_find_round_mistakes(search), *find_unread([search], where="search.")]
     size = math.prod([search.samples or 1, *(len(a.values) for a in search.space.values() if a.kind == "grid")])
     if size > MOST_VARIANTS:
         found.append(f"search.space: {size:,} variants are more than {MOST_VARIANTS:,}; take fewer values or samples")
     for index, left_out in enumerate(search.without):
         known = list(search.space)
         found += [
-            f"search.without[{index}].{p}: not a path of search.space{meant_path(p, known)}"
+            f"search.without[{index}].{p}: not a path of search.space{suggest_path(p, known)}"
             for p in left_out
             if p not in known
         ]
         if not left_out:
             found.append(f"search.without[{index}]: {{}} would leave out every variant; name paths and values")
     for (one, ours), (other, theirs) in itertools.combinations(search.space.items(), 2):
-        if overlap(settings_set(one, ours), settings_set(other, theirs)):
+        if overlap(list_settings_set(one, ours), list_settings_set(other, theirs)):
             found.append(f"search.space.{other}: sets what search.space.{one} sets too; keep one of them")
     return found
 
 
-def _round_mistakes(search: SearchConfig) -> Iterator[str]:
+def _find_round_mistakes(search: SearchConfig) -> Iterator[str]:
     """What concerns a search in rounds, and its objectives."""
     if search.algorithm == "optuna":
         for path, axis in search.space.items():
@@ -283,10 +281,10 @@ def _round_mistakes(search: SearchConfig) -> Iterator[str]:
             yield f"search.also: {name} is an objective already; name each once"
 
 
-def _metric_mistakes(search: SearchConfig, trial: Trial) -> list[str]:
+def _find_metric_mistakes(search: SearchConfig, trial: Trial) -> list[str]:
     """A search must rank on something that is measured, and so its objectives; a single trial is not ranked."""
     found, fid = [], trial.evaluation.fid
-    measured = comparable_metrics(fid) if fid else []
+    measured = list_comparable_metrics(fid) if fid else []
     for where, name in [("search.metric", search.metric), *(("search.also", name) for name in search.also)]:
         part = METRICS[name].part if search.space else None
         if part and getattr(trial.evaluation, part) is None:
@@ -297,28 +295,28 @@ def _metric_mistakes(search: SearchConfig, trial: Trial) -> list[str]:
     return found
 
 
-TRIAL_SETTINGS = paths(Trial)
+TRIAL_SETTINGS = list_paths(Trial)
 LEAST_TRIAL = {"data": {"source": "digits"}, "training": {"steps": 1}}  # in which any one setting can be tried
 NOT_TRAINED = rf"training\.({'|'.join(PLACING)})$"
 
 
-def space_of(content: Mapping[str, Any]) -> dict[str, Any]:
+def get_space(content: Mapping[str, Any]) -> dict[str, Any]:
     """search.space as the file has it, empty where it has none."""
     search = content.get("search")
     space = search.get("space") if isinstance(search, Mapping) else None
     return dict(space) if isinstance(space, Mapping) else {}
 
 
-def valid_axes(content: Mapping[str, Any]) -> dict[str, Axis]:
+def parse_axes(content: Mapping[str, Any]) -> dict[str, Axis]:
     """The valid entries of the search space, whatever else is wrong."""
-    return {path: axis for path, entry in space_of(content).items() if (axis := valid(Axis, entry))}
+    return {path: axis for path, entry in get_space(content).items() if (axis := parse_valid(Axis, entry))}
 
 
-def _tried(axis: Axis) -> tuple[Any, ...]:
+def _choose_values(axis: Axis) -> tuple[Any, ...]:
     """The values that stand for all: those of a grid or choice, the ends of a range as they are drawn."""
     return tuple(map(float, axis.values)) if axis.kind in ("uniform", "loguniform") else axis.values
 
 
-def settings_set(path: str, axis: Axis) -> set[str]:
+def list_settings_set(path: str, axis: Axis) -> set[str]:
     """The settings that an axis of the search space sets in some trial."""
-    return {leaf for value in _tried(axis) for leaf in leaves(path, value)}
+    return {leaf for value in _choose_values(axis) for leaf in list_leaves(path, value)}

@@ -2,36 +2,36 @@
 
 from collections.abc import Mapping, Sequence
 
-from orchestrator.experiment.effort import Cost, costs
-from orchestrator.experiment.preflight import chain
+from orchestrator.experiment.effort import Cost, count_costs
+from orchestrator.experiment.preflight import measure_chain
 from orchestrator.experiment.records import Variant
 from orchestrator.experiment.settings import show
 from workers.config import DataConfig
 from workers.data.sources import Source
-from workers.layout import RowId, trial_of_row
+from workers.layout import RowId, get_trial_of_row
 
 
-def dry_run_text(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig, Source]) -> str:
+def format_dry_run(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig, Source]) -> str:
     """A table of the trials by digest: what is searched, where their chains end, what they cost, and the totals."""
-    prices = costs(trials, sources)
+    prices = count_costs(trials, sources)
     searched = list(next(iter(trials.values())).params) if trials else []
-    ends = [chain(v.trial.diffusion) for v in trials.values()]
+    ends = [measure_chain(v.trial.diffusion) for v in trials.values()]
     head = ["trial", *searched, "alpha_bar_T", "L_T <=", "log SNR"]
     head += ["training", "validation", "nll", "sampling", "ode_nll"]
     rows = [
-        [digest, *(_cell(v) for v in variant.params.values()), f"{end.alpha_bar_T:.1e}", f"{end.prior_bpd:.2g}"]
+        [digest, *(_format_cell(v) for v in variant.params.values()), f"{end.alpha_bar_T:.1e}", f"{end.prior_bpd:.2g}"]
         + [f"{end.log_snr_1:.1f}..{end.log_snr_T:.1f}"]
-        + [readable(n) for n in price.parts]
+        + [format_count(n) for n in price.parts]
         for (digest, variant), end, price in zip(trials.items(), ends, prices, strict=True)
     ]
-    trained = len({trial_of_row(row) for row in trials})
+    trained = len({get_trial_of_row(row) for row in trials})
     one = f"{trained} trial" + "s" * (trained != 1) + f", {len(trials)} rows" * (len(trials) != trained)
-    total = [one, *[""] * (len(searched) + 3), *(readable(n) for n in sum(prices, Cost()).parts)]
+    total = [one, *[""] * (len(searched) + 3), *(format_count(n) for n in sum(prices, Cost()).parts)]
     if not any(price.ode_nll_evaluations for price in prices):
         head, rows, total = head[:-1], [row[:-1] for row in rows], total[:-1]
     return "\n".join(
         [
-            *_aligned([head, *rows, total]),
+            *_align([head, *rows, total]),
             "",
             "L_T: the prior gap in bits/dim at E[x_0^2] = 1; log SNR: of t = 1 and T. The columns after it count",
             "evaluations of the network, an image at a time; one of training is a forward and a backward.",
@@ -39,13 +39,13 @@ def dry_run_text(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig, S
     )
 
 
-def _cell(value: object) -> str:
+def _format_cell(value: object) -> str:
     if isinstance(value, dict):
-        return " ".join(f"{name}={_cell(inner)}" for name, inner in value.items())
+        return " ".join(f"{name}={_format_cell(inner)}" for name, inner in value.items())
     return value if isinstance(value, str) else f"{value:.4g}" if isinstance(value, float) else show(value)
 
 
-def readable(n: int) -> str:
+def format_count(n: int) -> str:
     """A count in three or four characters: 850, 1.2k, 512k, 1.2M, 34G."""
     for unit, size in (("", 1), ("k", 10**3), ("M", 10**6), ("G", 10**9), ("T", 10**12)):
         x = n / size
@@ -54,7 +54,7 @@ def readable(n: int) -> str:
     return f"{n / 10**12:,.0f}T"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns of equal width, the first to the left and the others to the right; a rule under the head and the last."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

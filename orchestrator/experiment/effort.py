@@ -14,11 +14,11 @@ from workers.config import (
     VALIDATION_TIMESTEPS,
     DataConfig,
     Trial,
-    planned_evaluations,
+    plan_evaluations,
 )
 from workers.data.sources import Source
-from workers.kinds import adaptive_evaluations
-from workers.layout import RowId, TrialId, trial_of_row
+from workers.kinds import guess_adaptive_evaluations
+from workers.layout import RowId, TrialId, get_trial_of_row
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Cost:
         return Cost(*map(add, self.parts, other.parts))
 
 
-def cost(trial: Trial, source: Source) -> Cost:
+def count_cost(trial: Trial, source: Source) -> Cost:
     """What `trial` costs from its first step to its last evaluation, where nothing of it is there yet.
 
     Solvers with error control are counted as they were measured: `workers.kinds.ADAPTIVE`.
@@ -51,14 +51,14 @@ def cost(trial: Trial, source: Source) -> Cost:
     flows = (source.held_out if ode.images == "all" else ode.images) if ode else 0
     return Cost(
         training_evaluations=training.steps * training.batch_size,
-        validation_evaluations=validations(trial) * _validation(T, source),
+        validation_evaluations=count_validations(trial) * _count_validation(T, source),
         nll_evaluations=images * timesteps if nll else 0,
-        sampling_evaluations=fid.samples * planned_evaluations(fid.sampler, T) if fid else 0,
-        ode_nll_evaluations=flows * adaptive_evaluations("ode_nll", ode.tolerance) if ode else 0,
+        sampling_evaluations=fid.samples * plan_evaluations(fid.sampler, T) if fid else 0,
+        ode_nll_evaluations=flows * guess_adaptive_evaluations("ode_nll", ode.tolerance) if ode else 0,
     )
 
 
-def costs(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig, Source]) -> list[Cost]:
+def count_costs(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig, Source]) -> list[Cost]:
     """Of the rows of a sweep, in their order: what several have in common counts once.
 
     A trial is trained as far as the longest of its rows asks, and each row counts the steps from the one before it. The
@@ -66,7 +66,7 @@ def costs(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig, Source])
     """
     found, trained, done = dict[RowId, Cost](), dict[TrialId, Cost](), set[Any]()
     for row, variant in sorted(trials.items(), key=lambda one: one[1].trial.training.steps):
-        trial, price, of = variant.trial, cost(variant.trial, sources[variant.trial.data]), trial_of_row(row)
+        trial, price, of = variant.trial, count_cost(variant.trial, sources[variant.trial.data]), get_trial_of_row(row)
         before, trained[of] = trained.get(of, Cost()), price
         price = replace(
             price,
@@ -84,12 +84,12 @@ def costs(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig, Source])
     return [found[row] for row in trials]
 
 
-def validations(trial: Trial) -> int:
+def count_validations(trial: Trial) -> int:
     """How often the trial is validated: at step 0, every `validate_every` steps and at the end."""
     return math.ceil(trial.training.steps / trial.training.validate_every) + 1
 
 
-def _validation(T: int, source: Source) -> int:
+def _count_validation(T: int, source: Source) -> int:
     """The evaluations of one: t = 1 and the strata of 2..T for each image, and the grid of samples."""
     timesteps = 1 + min(VALIDATION_TIMESTEPS, T - 1)
     return min(VALIDATION_IMAGES, source.held_out) * timesteps + SAMPLE_GRID * min(SAMPLE_GRID_STEPS, T)

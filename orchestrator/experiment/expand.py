@@ -11,13 +11,13 @@ from typing import Any
 
 from orchestrator.experiment.records import Experiment, SearchConfig, Variant
 from orchestrator.experiment.settings import (
-    leaves,
+    list_leaves,
     merge,
     put,
 )
 from workers.config import DataConfig, Measurement, Trial
-from workers.identity import digest, settings_read, trial_id
-from workers.layout import RowId, TrialId, row_id
+from workers.identity import collect_settings_read, compute_digest, compute_trial_id
+from workers.layout import RowId, TrialId, make_row_id
 
 # From u uniform in [0, 1) and the values or ends of an axis to the value drawn.
 DRAWS: dict[str, Callable[[tuple[Any, ...], float], Any]] = {
@@ -28,18 +28,18 @@ DRAWS: dict[str, Callable[[tuple[Any, ...], float], Any]] = {
 }
 
 
-def uniform(*words: int | str) -> float:
+def draw_uniform(*words: int | str) -> float:
     """A number in [0, 1) addressed by `words`: the same everywhere and for ever."""
     content = hashlib.sha256(json.dumps(words).encode()).digest()
     return (int.from_bytes(content[:8]) >> 11) / 2**53
 
 
-def _random(paths: Sequence[str], n: int, seed: int) -> Iterator[dict[str, float]]:
+def _draw_random(paths: Sequence[str], n: int, seed: int) -> Iterator[dict[str, float]]:
     """A draw depends on the seed, its own number and its path alone: other paths of the space do not move it."""
-    return ({path: uniform(seed, sample, path) for path in paths} for sample in range(n))
+    return ({path: draw_uniform(seed, sample, path) for path in paths} for sample in range(n))
 
 
-def _sobol(paths: Sequence[str], n: int, seed: int) -> Iterator[dict[str, float]]:
+def _draw_sobol(paths: Sequence[str], n: int, seed: int) -> Iterator[dict[str, float]]:
     """The points of a Sobol sequence scrambled by the seed (Owen 1998), a dimension a path: of any 2^k that follow
     each other from a multiple of 2^k on, each path has one in every 2^k-th of [0, 1)."""
     if not paths:
@@ -53,10 +53,10 @@ def _sobol(paths: Sequence[str], n: int, seed: int) -> Iterator[dict[str, float]
 # The numbers in [0, 1) that each algorithm draws for the paths that are drawn: a dict a draw, the first ones the same
 # whatever their number. An optuna search asks for what comes after its first round: see orchestrator.planning.search.
 NUMBERS: dict[str, Callable[[Sequence[str], int, int], Iterator[dict[str, float]]]] = {
-    "grid": _random,
-    "random": _random,
-    "sobol": _sobol,
-    "optuna": _sobol,
+    "grid": _draw_random,
+    "random": _draw_random,
+    "sobol": _draw_sobol,
+    "optuna": _draw_sobol,
 }
 
 
@@ -66,53 +66,53 @@ def expand(experiment: Experiment) -> tuple[Variant, ...]:
 
     More samples keep the earlier draws. A search crosses each draw with the grids, which so see the same draws.
     """
-    return variants_of(experiment, _points(experiment.search, experiment.seed))
+    return make_variants(experiment, _list_points(experiment.search, experiment.seed))
 
 
-def variants_of(experiment: Experiment, points: Iterable[Mapping[str, Any]]) -> tuple[Variant, ...]:
+def make_variants(experiment: Experiment, points: Iterable[Mapping[str, Any]]) -> tuple[Variant, ...]:
     """The trials at points of the search space, each its values by path."""
     trial, base = experiment.trial, experiment.trial.model_dump()
     made: dict[str, Any] = {}  # sections by what changes them: thousands of trials have few different ones
 
-    def section(name: str, params: dict[str, Any]) -> Any:
+    def get_section(name: str, params: dict[str, Any]) -> Any:
         if (key := f"{name} {params}") not in made:
-            content = merge(base[name], _update(params)[name])
+            content = merge(base[name], _make_update(params)[name])
             made[key] = getattr(Trial.model_validate({**dict(trial), name: content}), name)
         return made[key]
 
-    def variant(params: Mapping[str, Any]) -> Variant:
+    def make_variant(params: Mapping[str, Any]) -> Variant:
         changed: dict[str, dict[str, Any]] = {}
         for path, value in params.items():
             changed.setdefault(path.partition(".")[0], {})[path] = value
-        sections = {name: section(name, values) for name, values in changed.items()}
+        sections = {name: get_section(name, values) for name, values in changed.items()}
         return Variant(params=dict(params), trial=trial.model_copy(update=sections))
 
-    return tuple(map(variant, points))
+    return tuple(map(make_variant, points))
 
 
-def _points(search: SearchConfig, seed: int) -> Iterator[dict[str, Any]]:
+def _list_points(search: SearchConfig, seed: int) -> Iterator[dict[str, Any]]:
     space = search.space
     paths = [path for path, axis in space.items() if axis.kind != "grid"]
     for numbers in NUMBERS[search.algorithm](paths, search.first, seed):
         drawn = {path: DRAWS[space[path].kind](space[path].values, u) for path, u in numbers.items()}
         points = itertools.product(*(a.values if p not in drawn else (drawn[p],) for p, a in space.items()))
         for point in (dict(zip(space, values, strict=True)) for values in points):
-            if not left_out(search, point):
+            if not is_left_out(search, point):
                 yield point
 
 
-def left_out(search: SearchConfig, point: Mapping[str, Any]) -> bool:
+def is_left_out(search: SearchConfig, point: Mapping[str, Any]) -> bool:
     return any(values.items() <= point.items() for values in search.without)
 
 
-def _update(params: Mapping[str, Any]) -> dict[str, Any]:
+def _make_update(params: Mapping[str, Any]) -> dict[str, Any]:
     update: dict[str, Any] = {}
     for path, value in params.items():
         update = merge(update, put({}, path.split("."), value))
     return update
 
 
-def by_row(
+def group_by_row(
     variants: Sequence[Variant], data_digests: Mapping[DataConfig, str], always: bool = False
 ) -> tuple[dict[RowId, Variant], list[str]]:
     """The rows of a sweep in order, each variant by the id of its row, and warnings.
@@ -124,16 +124,16 @@ def by_row(
     """
     trained: dict[TrialId, dict[str, list[Variant]]] = {}
     for variant in variants:
-        measurements = trained.setdefault(trial_id(variant.trial, data_digests[variant.trial.data]), {})
-        evaluation = settings_read(Measurement.of(variant.trial).evaluation, only_set=True)
-        measured = digest([variant.trial.training.steps, evaluation])[:8]
+        measurements = trained.setdefault(compute_trial_id(variant.trial, data_digests[variant.trial.data]), {})
+        evaluation = collect_settings_read(Measurement.of(variant.trial).evaluation, only_set=True)
+        measured = compute_digest([variant.trial.training.steps, evaluation])[:8]
         measurements.setdefault(measured, []).append(variant)
     found, repeats = dict[RowId, Variant](), list[set[str]]()
     for trial, measurements in trained.items():
         for measured, (first, *others) in measurements.items():
-            found[row_id(trial, measured if always or len(measurements) > 1 else "")] = first
+            found[make_row_id(trial, measured if always or len(measurements) > 1 else "")] = first
             for variant in others:
-                ours, theirs = (leaves("", v.params).items() for v in (variant, first))
+                ours, theirs = (list_leaves("", v.params).items() for v in (variant, first))
                 same = [name for name, value in ours if (name, value) in theirs]
                 repeats.append({n.removeprefix(".") for n, _ in [*ours, *theirs] if n not in same})
     if not repeats:

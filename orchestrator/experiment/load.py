@@ -10,17 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.experiment.check import experiment_mistakes, settings_set, space_of, valid_axes
+from orchestrator.experiment.check import find_experiment_mistakes, get_space, list_settings_set, parse_axes
 from orchestrator.experiment.records import Axis, Experiment, ExperimentError
 from orchestrator.experiment.settings import (
-    leaves,
-    meant_path,
+    list_leaves,
+    list_paths,
     overlap,
-    paths,
     put,
     read_file,
     read_yaml,
     show,
+    suggest_path,
     write_yaml,
 )
 from workers.config import Measurement
@@ -39,40 +39,40 @@ def load(path: str | Path, overrides: Sequence[str] = (), smoke: bool = False) -
         raise ExperimentError([str(mistake)], str(path)) from None
     if smoke and not content.get("smoke"):
         problems.append("smoke: the file has no such section; add one, such as smoke: {training.steps: 4}")
-    changed, wrong = _smoked(content) if smoke else (_whole(content), _smoke_mistakes(content))
+    changed, wrong = _apply_smoke(content) if smoke else (_read_whole(content), _find_smoke_mistakes(content))
     given: list[tuple[str, str, Any]] = []
     for text in overrides:
         try:
-            given.append((f"override {text!r}", *assignment(text)))
+            given.append((f"override {text!r}", *parse_assignment(text)))
         except ValueError as mistake:
             problems.append(f"override {text!r}: {mistake}")
-    changed, without = _changed(changed, given)
+    changed, without = _apply_overrides(changed, given)
     if smoke and isinstance(changed.get("name"), str):
         changed["name"] += "-smoke"
-    if problems := [*problems, *wrong, *without, *experiment_mistakes(changed)]:
+    if problems := [*problems, *wrong, *without, *find_experiment_mistakes(changed)]:
         raise ExperimentError(problems, str(path))
     return Experiment.model_validate(changed)
 
 
 def parse(content: Mapping[str, Any]) -> Experiment:
     """The experiment that `content` describes. Raises ExperimentError with all mistakes."""
-    if problems := mistakes(content):
+    if problems := find_mistakes(content):
         raise ExperimentError(problems)
-    return Experiment.model_validate(_whole(content))
+    return Experiment.model_validate(_read_whole(content))
 
 
-def resolved(experiment: Experiment) -> dict[str, Any]:
+def resolve(experiment: Experiment) -> dict[str, Any]:
     """Every setting with its value, in plain types, name first: `parse` makes an equal experiment of it."""
     content = experiment.model_dump(mode="json")
     return {"name": content.pop("name"), **content}
 
 
 def to_yaml(experiment: Experiment) -> str:
-    """`resolved` as the text of an experiment file: `load` makes an equal experiment of it."""
-    return write_yaml(resolved(experiment))
+    """`resolve` as the text of an experiment file: `load` makes an equal experiment of it."""
+    return write_yaml(resolve(experiment))
 
 
-def assignment(text: str) -> tuple[str, Any]:
+def parse_assignment(text: str) -> tuple[str, Any]:
     """The path and the value of `a.b=value`. Raises ValueError."""
     path, equals, right = (part.strip() for part in text.partition("="))
     if not (path and equals and right):
@@ -83,20 +83,22 @@ def assignment(text: str) -> tuple[str, Any]:
     return path, value
 
 
-def _whole(content: Mapping[str, Any]) -> dict[str, Any]:
+def _read_whole(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a file without what makes it small."""
     return {name: value for name, value in content.items() if name != "smoke"}
 
 
-def _smoked(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _apply_smoke(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The content of a file as its own `smoke` changes it, and which of those overrides are wrong."""
     smoke = content.get("smoke", {})
     if not isinstance(smoke, Mapping):
-        return _whole(content), [f"smoke: {show(smoke)} is not a mapping of paths, such as {{training.steps: 4}}"]
-    return _changed(_whole(content), [(f"smoke.{path}", path, value) for path, value in smoke.items()])
+        return _read_whole(content), [f"smoke: {show(smoke)} is not a mapping of paths, such as {{training.steps: 4}}"]
+    return _apply_overrides(_read_whole(content), [(f"smoke.{path}", path, value) for path, value in smoke.items()])
 
 
-def _changed(content: dict[str, Any], given: Sequence[tuple[str, str, Any]]) -> tuple[dict[str, Any], list[str]]:
+def _apply_overrides(
+    content: dict[str, Any], given: Sequence[tuple[str, str, Any]]
+) -> tuple[dict[str, Any], list[str]]:
     """`content` with the overrides (how each is called, its path, its value), and which of them are wrong."""
     content, taken, problems = dict(content), list[tuple[str, str, Any]](), list[str]()
     for name, path, value in given:
@@ -109,8 +111,8 @@ def _changed(content: dict[str, Any], given: Sequence[tuple[str, str, Any]]) -> 
         f"{name}: without effect, as search.space sets {key} in every trial; "
         f"override search.space.{key}.grid=[...], or end its search with search.space.{key}=null"
         for name, path, value in taken
-        for key, axis in valid_axes(content).items()
-        if overlap(leaves(path, value), settings_set(key, axis))
+        for key, axis in parse_axes(content).items()
+        if overlap(list_leaves(path, value), list_settings_set(key, axis))
     ]
 
 
@@ -119,32 +121,34 @@ def _override(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     key = path.removeprefix("search.space.")
     if key == path:
         if path not in SETTINGS:
-            raise ValueError(f"unknown path{meant_path(path, SETTINGS)}")
+            raise ValueError(f"unknown path{suggest_path(path, SETTINGS)}")
         return dict(put(content, path.split("."), value))
     stem, _, kind = key.rpartition(".")
     if stem and kind in Axis.model_fields:
         key, value = stem, {kind: value}
-    space = space_of(content)
+    space = get_space(content)
     if value is None and key not in space:
-        raise ValueError(f"{key} is not searched{meant_path(key, list(space))}")
+        raise ValueError(f"{key} is not searched{suggest_path(key, list(space))}")
     space = {name: axis for name, axis in {**space, key: value}.items() if axis is not None}
     return dict(put(content, ["search", "space"], space))
 
 
-def mistakes(content: Mapping[str, Any]) -> list[str]:
+def find_mistakes(content: Mapping[str, Any]) -> list[str]:
     """All mistakes in the content of an experiment file; empty if it is valid."""
-    return experiment_mistakes(_whole(content)) + _smoke_mistakes(content)
+    return find_experiment_mistakes(_read_whole(content)) + _find_smoke_mistakes(content)
 
 
-def _smoke_mistakes(content: Mapping[str, Any]) -> list[str]:
+def _find_smoke_mistakes(content: Mapping[str, Any]) -> list[str]:
     """What is wrong with a file's `smoke`, and with the experiment that it makes beside what is wrong anyway."""
     if content.get("smoke", {}) == {}:
         return []
-    small, problems = _smoked(content)
-    known = experiment_mistakes(_whole(content))
-    return problems + [f"smoke: {text}" for text in experiment_mistakes(small) if text not in known]
+    small, problems = _apply_smoke(content)
+    known = find_experiment_mistakes(_read_whole(content))
+    return problems + [f"smoke: {text}" for text in find_experiment_mistakes(small) if text not in known]
 
 
-SETTINGS = paths(Experiment)
+SETTINGS = list_paths(Experiment)
 # Those of a measurement, which may be others than those of the trial that is measured.
-MEASUREMENT_SETTINGS = [path for path in paths(Measurement) if path.split(".")[0] in ("seed", "data", "evaluation")]
+MEASUREMENT_SETTINGS = [
+    path for path in list_paths(Measurement) if path.split(".")[0] in ("seed", "data", "evaluation")
+]

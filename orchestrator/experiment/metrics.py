@@ -16,7 +16,7 @@ class Metric:
     is_rank: bool = True  # whether trials can be ranked on it, and not only traded off
 
 
-def _measures() -> Iterator[tuple[str, Metric]]:
+def _list_measures() -> Iterator[tuple[str, Metric]]:
     """Those of samples, in each feature space."""
     for measure in MEASURES.values():
         for key in measure.lower:
@@ -31,11 +31,11 @@ METRICS = {
     "eval/ode_nll_bpd": Metric(head="ODE NLL bits/dim", part="ode_nll", by_image="ode_nll_per_image"),
     "valid/nll_bpd": Metric(head="validation bits/dim", part=None),
     EVALUATIONS: Metric(head="network_evaluations", part="fid", is_rank=False),
-    **dict(_measures()),
+    **dict(_list_measures()),
 }
 RANKS = tuple(name for name, metric in METRICS.items() if metric.is_rank)
 
 
-def metric_head(name: str) -> str:
+def head_metric(name: str) -> str:
     """What a metric is called in tables and sentences; one that is not in METRICS goes by the end of its name."""
     return METRICS[name].head if name in METRICS else name.removeprefix("eval/")

@@ -19,11 +19,11 @@ from workers.config import (
     Measurement,
     Trial,
 )
-from workers.data.sources import Source, held_out_text, source_text
+from workers.data.sources import Source, describe_held_out, describe_source
 from workers.diffusion.schedules import alpha_bars, betas, log_snrs, prior_bpd
-from workers.evaluation.blocks import MOST_BLOCKS, Images, number_of_blocks
+from workers.evaluation.blocks import MOST_BLOCKS, Images, count_blocks
 from workers.kinds import MEASURES, PREDICTIONS, SCHEDULES
-from workers.network.unet_config import unet_mistakes
+from workers.network.unet_config import find_unet_mistakes
 
 PHOTOGRAPHS = 0.25  # E[x_0^2] of photographs on the [-1, 1] scale, about
 WARN_AT = 0.1  # of the prior gap that is refused
@@ -54,7 +54,7 @@ class Finding:
 
 
 @lru_cache(maxsize=2 * MOST_VARIANTS)
-def chain(diffusion: DiffusionConfig) -> Chain:
+def measure_chain(diffusion: DiffusionConfig) -> Chain:
     """The ends of the chain; the gaps are NaN where a beta is not below 1."""
     with np.errstate(all="ignore"):
         beta = betas(diffusion)
@@ -65,48 +65,55 @@ def chain(diffusion: DiffusionConfig) -> Chain:
     return Chain(*ends)
 
 
-def preflight(experiment: Experiment, variants: Sequence[Variant], sources: Mapping[DataConfig, Source]) -> list[str]:
+def check_before_start(
+    experiment: Experiment, variants: Sequence[Variant], sources: Mapping[DataConfig, Source]
+) -> list[str]:
     """Warnings about the data and the variants. Raises ExperimentError with all that would make a trial meaningless or
     fail.
     """
-    found = [(f, v) for v in variants for f in findings(experiment, v.trial, sources[v.trial.data])]
+    found = [(f, v) for v in variants for f in check_trial(experiment, v.trial, sources[v.trial.data])]
     problems, warnings = (
         tell_once(((f.text, variant) for f, variant in found if f.refused is refused), len(variants))
         for refused in (True, False)
     )
     if problems:
         raise ExperimentError(problems, experiment.name)
-    return source_warnings(sources.values()) + _held_out_unread(experiment, variants, sources) + warnings
+    return list_source_warnings(sources.values()) + _warn_of_held_out(experiment, variants, sources) + warnings
 
 
-def data_lines(sources: Iterable[Source]) -> list[str]:
+def describe_data(sources: Iterable[Source]) -> list[str]:
     """What every command that reads data prints of them, a line a data set: to stderr, as stdout is for results."""
-    return [f"data        {source_text(source)}" for source in dict.fromkeys(sources)]
+    return [f"data        {describe_source(source)}" for source in dict.fromkeys(sources)]
 
 
-def source_warnings(sources: Iterable[Source]) -> list[str]:
+def list_source_warnings(sources: Iterable[Source]) -> list[str]:
     """What had to be guessed of the data, what of them is left out, and settings for them that have no effect."""
     return list(dict.fromkeys(f"{source.name}: {text}" for source in sources for text in source.warnings))
 
 
-def _held_out_unread(
+def _warn_of_held_out(
     experiment: Experiment, variants: Sequence[Variant], sources: Mapping[DataConfig, Source]
 ) -> list[str]:
     """Warnings where the file says data.held_out, and be it the default, to data with a split of their own."""
     default = DataConfig.model_fields["held_out"].default
     said = "held_out" in experiment.data.model_fields_set or "data.held_out" in experiment.search.space
     configs = dict.fromkeys(v.trial.data for v in variants if said and v.trial.data.held_out == default)
-    return [f"{sources[c].name}: {held_out_text(c)}" for c in configs if sources[c].own_split]
+    return [f"{sources[c].name}: {describe_held_out(c)}" for c in configs if sources[c].own_split]
 
 
-def findings(experiment: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
+def check_trial(experiment: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
     """All that there is to say of a trial before it starts."""
     return (finding for check in CHECKS for finding in check(experiment, trial, source))
 
 
-def _noise(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Finding]:
+def _check_noise(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Finding]:
     """The chain must consist of steps in (0, 1) and end in noise."""
-    schedule, T, ends, limit = trial.diffusion.schedule, trial.diffusion.T, chain(trial.diffusion), _limit(experiment)
+    schedule, T, ends, limit = (
+        trial.diffusion.schedule,
+        trial.diffusion.T,
+        measure_chain(trial.diffusion),
+        _choose_limit(experiment),
+    )
     entry = SCHEDULES[schedule.kind]
     if ends.beta_max >= 1 and "scale" in entry.reads:
         first = max(2, math.floor(1000 * schedule.beta_end + 1e-9) + 1)
@@ -141,30 +148,30 @@ def _noise(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Finding]
             f"diffusion: the chain stops short of noise at T = {T}: its prior gap L_T is up to {ends.prior_bpd:.3g} "
             f"bits/dim (at E[x_0^2] = 1, the most that pixels in [-1, 1] have; {ends.photographs_bpd:.3g} at "
             f"{PHOTOGRAPHS}, as in photographs), {'above' if refused else 'not far below'} "
-            f"preflight.max_prior_bpd = {limit:g}; {_remedy(trial.diffusion, limit)}"
+            f"preflight.max_prior_bpd = {limit:g}; {_suggest_remedy(trial.diffusion, limit)}"
             + (", or raise preflight.max_prior_bpd if the gap is what you study" if refused else ""),
             refused,
         )
 
 
-def _limit(experiment: Experiment) -> float:
+def _choose_limit(experiment: Experiment) -> float:
     return experiment.preflight.max_prior_bpd
 
 
-def _remedy(diffusion: DiffusionConfig, limit: float) -> str:
+def _suggest_remedy(diffusion: DiffusionConfig, limit: float) -> str:
     """What closes the prior gap: the rescaled schedule where that works, else a longer or a stronger one."""
     entry = SCHEDULES[diffusion.schedule.kind]
     if "scale" not in entry.reads:
         return entry.more_noise
     schedule = diffusion.schedule.model_copy(update={"scale": "per_1000"})
-    scaled = chain(diffusion.model_copy(update={"schedule": schedule}))
+    scaled = measure_chain(diffusion.model_copy(update={"schedule": schedule}))
     works = diffusion.schedule.scale == "absolute" and scaled.beta_max < 1 and scaled.prior_bpd <= limit * WARN_AT
     return "take " + "diffusion.schedule.scale: per_1000, or " * works + "a larger beta_end or T"
 
 
-def _weighting(_: Experiment, trial: Trial, __: Source) -> Iterator[Finding]:
+def _check_weighting(_: Experiment, trial: Trial, __: Source) -> Iterator[Finding]:
     """max(SNR_t, 1) is stated for the error of x_0; of eps it is max(1, 1 / SNR_t), which grows without bound."""
-    d, loss, least = trial.diffusion, trial.loss, chain(trial.diffusion).log_snr_T
+    d, loss, least = trial.diffusion, trial.loss, measure_chain(trial.diffusion).log_snr_T
     if d.prediction == "eps" and loss.weighting == "truncated_snr" and least < 0:
         most = f"{math.exp(-least):,.3g} times" if least > -700 else "infinitely many times"
         yield Finding(
@@ -175,13 +182,13 @@ def _weighting(_: Experiment, trial: Trial, __: Source) -> Iterator[Finding]:
         )
 
 
-def _network(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
-    yield from (Finding(mistake) for mistake in unet_mistakes(trial.model, resolution=source.shape[0]))
+def _check_network(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
+    yield from (Finding(mistake) for mistake in find_unet_mistakes(trial.model, resolution=source.shape[0]))
 
 
-def _images(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
+def _check_images(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
     """There must be as many images, and such labels, as training and evaluation ask for."""
-    yield from evaluation_findings(Measurement.of(trial), source)
+    yield from check_evaluation(Measurement.of(trial), source)
     if trial.training.batch_size > source.train:
         yield Finding(
             f"training.batch_size: {trial.training.batch_size:,} is more than the {source.train:,} training images of "
@@ -190,10 +197,10 @@ def _images(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
         )
 
 
-def evaluation_findings(m: Measurement, source: Source) -> Iterator[Finding]:
+def check_evaluation(m: Measurement, source: Source) -> Iterator[Finding]:
     """Whether the data have what an evaluation asks for, and whether it is of a size that can be planned."""
     evaluation, fid = m.evaluation, m.evaluation.fid
-    if (count := number_of_blocks(m, Images.of(source))) > MOST_BLOCKS:
+    if (count := count_blocks(m, Images.of(source))) > MOST_BLOCKS:
         yield Finding(
             f"evaluation: {count:,} blocks, a file and a task each, are more than {MOST_BLOCKS:,}; take fewer "
             "evaluation.fid.samples, evaluation.nll.images or evaluation.nll.timesteps"
@@ -224,7 +231,7 @@ def evaluation_findings(m: Measurement, source: Source) -> Iterator[Finding]:
     for name in fid.also if fid else ():
         assert fid
         measure = MEASURES[name]
-        n = min(fid.samples, _references(fid, source)) if measure.of_real else fid.samples
+        n = min(fid.samples, _count_references(fid, source)) if measure.of_real else fid.samples
         if n < measure.least:
             what = "samples and images" if measure.of_real else "samples"
             yield Finding(
@@ -238,12 +245,12 @@ def evaluation_findings(m: Measurement, source: Source) -> Iterator[Finding]:
         )
 
 
-def _references(fid: FIDConfig, source: Source) -> int:
+def _count_references(fid: FIDConfig, source: Source) -> int:
     split = int(getattr(source, fid.reference))
     return split if fid.reference_images == "all" else min(fid.reference_images, split)
 
 
-def _search(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Finding]:
+def _check_search(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Finding]:
     search, training = experiment.search, trial.training
     if search.scheduler.kind != "none" and search.scheduler.grace >= training.steps:
         yield Finding(
@@ -254,9 +261,9 @@ def _search(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Finding
 
 
 CHECKS: tuple[Callable[[Experiment, Trial, Source], Iterator[Finding]], ...] = (
-    _noise,
-    _weighting,
-    _network,
-    _images,
-    _search,
+    _check_noise,
+    _check_weighting,
+    _check_network,
+    _check_images,
+    _check_search,
 )

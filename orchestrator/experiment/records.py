@@ -25,7 +25,7 @@ from workers.config import (
     Open,
     Record,
     Trial,
-    without_secrets,
+    hide_secrets,
 )
 
 MOST_VARIANTS = 10_000
@@ -41,10 +41,10 @@ class ExperimentError(Mistake):
 
     def __str__(self) -> str:
         count = "1 mistake" if len(self.problems) == 1 else f"{len(self.problems)} mistakes"
-        return without_secrets("\n  ".join([f"{self.where}: {count}", *self.problems]))
+        return hide_secrets("\n  ".join([f"{self.where}: {count}", *self.problems]))
 
 
-def _safe_name(name: str) -> str:
+def _check_name(name: str) -> str:
     if not re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,100}", name) or ".." in name:
         raise ValueError(
             f"{name!r} must stay inside the storage root: 1 to 100 letters, digits, '.', '_' or '-', "
@@ -53,10 +53,10 @@ def _safe_name(name: str) -> str:
     return name
 
 
-Name = Annotated[str, AfterValidator(_safe_name)]
+Name = Annotated[str, AfterValidator(_check_name)]
 
 
-def _not_a_loss(metric: object) -> object:
+def _refuse_loss(metric: object) -> object:
     if isinstance(metric, str) and (metric.startswith("train/") or "loss" in metric):
         raise ValueError(
             f"{metric!r} is measured on the training objective, which is not comparable across weightings, targets "
@@ -70,8 +70,8 @@ if TYPE_CHECKING:
     MetricName = str
     TradedName = str
 else:
-    MetricName = Annotated[Literal[RANKS], BeforeValidator(_not_a_loss)]
-    TradedName = Annotated[Literal[tuple(METRICS)], BeforeValidator(_not_a_loss)]
+    MetricName = Annotated[Literal[RANKS], BeforeValidator(_refuse_loss)]
+    TradedName = Annotated[Literal[tuple(METRICS)], BeforeValidator(_refuse_loss)]
 Values = Annotated[tuple[Any, ...], Field(strict=False)]
 Range = Annotated[tuple[float, float], Field(strict=False)]
 WholeRange = Annotated[tuple[int, int], Field(strict=False)]
@@ -88,7 +88,7 @@ class Axis(Record):
 
     @model_validator(mode="before")
     @classmethod
-    def _not_bare(cls, content: Any) -> Any:
+    def _refuse_bare(cls, content: Any) -> Any:
         if isinstance(content, list | str | int | float):
             values = content if isinstance(content, list) else [content]
             raise ValueError(f"{show(content)} does not say how to search; write {{grid: {show(values)}}} to try each")
@@ -96,27 +96,27 @@ class Axis(Record):
 
     @field_validator("grid", "choice")
     @classmethod
-    def _not_empty(cls, values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    def _refuse_empty(cls, values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
         if values == ():
             raise ValueError("[] is an empty search: no trial would run; give at least one value")
         return values
 
     @field_validator("uniform", "loguniform", "int_uniform")
     @classmethod
-    def _rising(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
+    def _check_rising(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
         if ends and ends[0] > ends[1]:
             raise ValueError(f"{show(ends)} is reversed; write {show(ends[::-1])}")
         return ends
 
     @field_validator("loguniform")
     @classmethod
-    def _positive(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
+    def _check_positive(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
         if ends and ends[0] <= 0:
             raise ValueError(f"{show(ends)} has no logarithm at {show(ends[0])}; start above 0, or use uniform")
         return ends
 
     @model_validator(mode="after")
-    def _one(self) -> "Axis":
+    def _check_one_form(self) -> "Axis":
         given = [name for name, value in self if value is not None]
         if len(given) != 1:
             raise ValueError(
@@ -125,7 +125,7 @@ class Axis(Record):
         return self
 
     @model_serializer
-    def _given(self) -> dict[str, Any]:
+    def _write_given(self) -> dict[str, Any]:
         return {self.kind: list(self.values)}
 
     @property
@@ -210,7 +210,7 @@ class SearchConfig(Record):
 
     @field_validator("samples", mode="before")
     @classmethod
-    def _some(cls, samples: object) -> object:
+    def _refuse_none(cls, samples: object) -> object:
         if samples == 0:
             raise ValueError("0 is an empty search: no trial would run; take at least 1")
         return samples

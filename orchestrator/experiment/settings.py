@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.twice: list[tuple[int, str]] = []
 
-    def mapping(self, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    def construct_unique_mapping(self, node: yaml.MappingNode) -> dict[Hashable, Any]:
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
@@ -64,14 +64,14 @@ class _Loader(yaml.SafeLoader):
                 lines[key.value] = line
         return self.construct_mapping(node, deep=True)
 
-    def sequence(self, node: yaml.SequenceNode) -> list[Any]:
+    def construct_whole_sequence(self, node: yaml.SequenceNode) -> list[Any]:
         return self.construct_sequence(node, deep=True)
 
 
 _Loader.yaml_implicit_resolvers = {None: list(PATTERNS.items())}
 _Loader.yaml_constructors = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in BUILT}
-_Loader.add_constructor(TAG + "map", _Loader.mapping)
-_Loader.add_constructor(TAG + "seq", _Loader.sequence)
+_Loader.add_constructor(TAG + "map", _Loader.construct_unique_mapping)
+_Loader.add_constructor(TAG + "seq", _Loader.construct_whole_sequence)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -86,7 +86,7 @@ def read_yaml(text: str) -> tuple[Any, list[str]]:
     try:
         loader = _Loader(text)
         content = loader.get_single_data()
-        if _values(content, {}) > MOST_VALUES:
+        if _count_values(content, {}) > MOST_VALUES:
             raise NotYAML(
                 f"its anchors (&) and aliases (*) make more than {MOST_VALUES:,} values of it; write them out"
             )
@@ -101,14 +101,14 @@ def read_yaml(text: str) -> tuple[Any, list[str]]:
         raise NotYAML(f"not valid YAML: {str(error).splitlines()[0]}") from None
 
 
-def _values(content: Any, known: dict[int, float]) -> float:
+def _count_values(content: Any, known: dict[int, float]) -> float:
     """How many values there are in the content, where each alias counts as what it stands for."""
     if not isinstance(content, dict | list):
         return 1
     if id(content) not in known:
         known[id(content)] = math.inf  # until it is known: it holds itself
         inside = content.values() if isinstance(content, dict) else content
-        known[id(content)] = 1 + sum(_values(value, known) for value in inside)
+        known[id(content)] = 1 + sum(_count_values(value, known) for value in inside)
     return known[id(content)]
 
 
@@ -133,7 +133,7 @@ def read_file(path: Path, needs: str) -> tuple[dict[str, Any], list[str]]:
         content, problems = read_yaml(read_text(path))
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise ValueError(f"no such file (looked at {path.absolute()}){meant(path.name, siblings)}") from None
+        raise ValueError(f"no such file (looked at {path.absolute()}){suggest_choice(path.name, siblings)}") from None
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     if content is None:
@@ -151,17 +151,17 @@ def write_yaml(content: Any) -> str:
 # ---- Paths -----------------------------------------------------------------------------------------------------
 
 
-def fields(record: type[Record], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def list_fields(record: type[Record], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """The dotted path and the field of every setting of a record, sections too."""
     for name, field in record.model_fields.items():
         yield prefix + name, field
-        if section := _record(field.annotation):
-            yield from fields(section, f"{prefix}{name}.")
+        if section := _find_record(field.annotation):
+            yield from list_fields(section, f"{prefix}{name}.")
 
 
-def paths(record: type[Record]) -> list[str]:
+def list_paths(record: type[Record]) -> list[str]:
     """The dotted paths of all settings of a record, sections too."""
-    return [path for path, _ in fields(record)]
+    return [path for path, _ in list_fields(record)]
 
 
 def put(content: Any, path: Sequence[str], value: Any) -> Any:
@@ -180,11 +180,11 @@ def merge(content: Any, update: Any) -> Any:
     return {**content, **{name: merge(content.get(name), value) for name, value in update.items()}}
 
 
-def leaves(path: str, value: Any) -> dict[str, Any]:
+def list_leaves(path: str, value: Any) -> dict[str, Any]:
     """The settings that putting `value` at `path` sets: one, or all those inside a mapping."""
     if not isinstance(value, Mapping):
         return {path: value}
-    return {leaf: v for name, inner in value.items() for leaf, v in leaves(f"{path}.{name}", inner).items()}
+    return {leaf: v for name, inner in value.items() for leaf, v in list_leaves(f"{path}.{name}", inner).items()}
 
 
 def overlap(some: Iterable[str], others: Iterable[str]) -> bool:
@@ -195,7 +195,7 @@ def overlap(some: Iterable[str], others: Iterable[str]) -> bool:
 # ---- Mistakes --------------------------------------------------------------------------------------------------
 
 
-def invalid(record: type[Record], content: Any) -> list[tuple[str, str]]:
+def find_invalid(record: type[Record], content: Any) -> list[tuple[str, str]]:
     """(path, what is wrong and what to do) for every setting of `content` that `record` does not take."""
     try:
         record.model_validate(content)
@@ -205,23 +205,26 @@ def invalid(record: type[Record], content: Any) -> list[tuple[str, str]]:
         return list({path: (path, text) for path, text in found}.values())  # a union has an error for each member
 
 
-def valid(record: type[R], content: Any) -> R | None:
-    return None if invalid(record, content) else record.model_validate(content)
+def parse_valid(record: type[R], content: Any) -> R | None:
+    return None if find_invalid(record, content) else record.model_validate(content)
 
 
 def _explain(record: type[Record], content: Any, details: dict[str, Any]) -> tuple[str, str]:
     """pydantic's error in our words: where, what, and what would be valid."""
     path, kind, value, location = "", record, content, list(details["loc"])
     # What of the location names no setting (a member of a union, an end of a range) is left over.
-    while location and (member := _member(kind, location[0])) is not None:
+    while location and (member := _find_member(kind, location[0])) is not None:
         kind, step = member, location.pop(0)
         path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
         value = value.get(step) if isinstance(value, Mapping) else value[step]
     if details["type"] == "extra_forbidden":
-        section = _record(kind)
+        section = _find_record(kind)
         assert section is not None, details
         path = f"{path}.{location[0]}".lstrip(".")
-        return path, f"unknown key{meant_path(path, paths(record), section.model_fields)}; valid: {_names(section)}"
+        return (
+            path,
+            f"unknown key{suggest_path(path, list_paths(record), section.model_fields)}; valid: {_list_names(section)}",
+        )
     if details["type"] == "missing" and not location:
         return path, f"missing; it is {describe(kind)}"
     if details["type"] == "value_error":
@@ -229,15 +232,15 @@ def _explain(record: type[Record], content: Any, details: dict[str, Any]) -> tup
     wanted = describe(kind)
     if isinstance(value, float) and not math.isfinite(value):
         wanted = wanted.replace("a number", "a finite number")
-    return path, f"{show(value)} is not {wanted}{_hint(kind, value)}"
+    return path, f"{show(value)} is not {wanted}{_suggest_type(kind, value)}"
 
 
-def _hint(kind: Any, value: Any) -> str:
+def _suggest_type(kind: Any, value: Any) -> str:
     """What may have been meant by a value of the wrong type."""
-    kinds = [plain for plain, _ in _members(kind)]
+    kinds = [plain for plain, _ in _list_members(kind)]
     if isinstance(value, str):
         choices = [choice for plain in kinds if get_origin(plain) is Literal for choice in get_args(plain)]
-        return meant(value, [choice for choice in choices if isinstance(choice, str)])
+        return suggest_choice(value, [choice for choice in choices if isinstance(choice, str)])
     if str in kinds and isinstance(value, int | float):
         return "; put it in quotes"
     if int in kinds and isinstance(value, float) and value.is_integer():
@@ -245,18 +248,18 @@ def _hint(kind: Any, value: Any) -> str:
     return ""
 
 
-def meant(word: str, choices: Iterable[str]) -> str:
+def suggest_choice(word: str, choices: Iterable[str]) -> str:
     """The choice that a wrong word is like, as the end of a message; empty where there is none."""
     close = difflib.get_close_matches(word, list(choices), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def meant_path(path: str, known: Sequence[str], fields: Iterable[str] = ()) -> str:
+def suggest_path(path: str, known: Sequence[str], fields: Iterable[str] = ()) -> str:
     """The same for an unknown path: one of its section's `fields`, or the path of a setting of that name elsewhere."""
     name = path.rpartition(".")[2]
     homes = [other for other in known if other.rpartition(".")[2] == name]
     home = difflib.get_close_matches(path, homes, n=1, cutoff=0)
-    return meant(name, fields) or (f"; did you mean {home[0]!r}?" if home else meant(path, known))
+    return suggest_choice(name, fields) or (f"; did you mean {home[0]!r}?" if home else suggest_choice(path, known))
 
 
 def show(value: Any) -> str:
@@ -271,7 +274,7 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 def describe(kind: Any) -> str:
     """A type of ours in words, e.g. "'all' or a whole number of at least 1"."""
-    return " or ".join(_describe(plain, constraints) for plain, constraints in _members(kind))
+    return " or ".join(_describe(plain, constraints) for plain, constraints in _list_members(kind))
 
 
 def _describe(kind: Any, constraints: Sequence[Any]) -> str:
@@ -289,8 +292,8 @@ def _describe(kind: Any, constraints: Sequence[Any]) -> str:
         return f"a range [low, high] of {describe(arguments[0]).removeprefix('a ')}s"
     if kind is type(None):
         return "null"  # has no bounds, whatever those of the other members are
-    if section := _record(kind):
-        return f"a section with the keys {_names(section)}"
+    if section := _find_record(kind):
+        return f"a section with the keys {_list_names(section)}"
     bounds = " and ".join(
         f"{words} {getattr(c, bound):,}"
         for c in constraints
@@ -300,35 +303,35 @@ def _describe(kind: Any, constraints: Sequence[Any]) -> str:
     return KINDS.get(kind, "a mapping") + " of" * bounds.startswith("at") + f" {bounds}" * bool(bounds)
 
 
-def _names(section: type[Record]) -> str:
+def _list_names(section: type[Record]) -> str:
     return ", ".join(section.model_fields)
 
 
-def _members(kind: Any, constraints: Sequence[Any] = ()) -> Iterator[tuple[Any, Sequence[Any]]]:
+def _list_members(kind: Any, constraints: Sequence[Any] = ()) -> Iterator[tuple[Any, Sequence[Any]]]:
     """The members of a union (or the one type), each with the constraints on it."""
     if isinstance(kind, FieldInfo):
-        yield from _members(kind.annotation, [*constraints, *kind.metadata])
+        yield from _list_members(kind.annotation, [*constraints, *kind.metadata])
     elif get_origin(kind) is Annotated:
         inner, *more = get_args(kind)
         more = [constraint for m in more for constraint in (m.metadata if isinstance(m, FieldInfo) else [m])]
-        yield from _members(inner, [*constraints, *more])
+        yield from _list_members(inner, [*constraints, *more])
     elif get_origin(kind) in (Union, types.UnionType):
         for member in get_args(kind):
-            yield from _members(member, constraints)
+            yield from _list_members(member, constraints)
     else:
         yield kind, constraints
 
 
-def _record(kind: Any) -> type[Record] | None:
+def _find_record(kind: Any) -> type[Record] | None:
     """The section among the members of a type."""
-    return next((k for k, _ in _members(kind) if isinstance(k, type) and issubclass(k, Record)), None)
+    return next((k for k, _ in _list_members(kind) if isinstance(k, type) and issubclass(k, Record)), None)
 
 
-def _member(kind: Any, step: str | int) -> Any:
+def _find_member(kind: Any, step: str | int) -> Any:
     """The type one step further into a section, a mapping or a list; None where nothing is."""
-    if section := _record(kind):
+    if section := _find_record(kind):
         return section.model_fields.get(str(step))
-    for plain, _ in _members(kind):
+    for plain, _ in _list_members(kind):
         if get_origin(plain) is dict:
             return get_args(plain)[1]
         if get_origin(plain) is tuple and get_args(plain)[-1] is ... and isinstance(step, int):

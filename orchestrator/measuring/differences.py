@@ -34,21 +34,21 @@ class Difference:
     @property
     def standard_error(self) -> float:
         """Of the mean; the interval is as many of them as Student's distribution says."""
-        return float((self.high - self.low) / 2 / student_reach(self.freedom or self.n - 1))
+        return float((self.high - self.low) / 2 / compute_student_reach(self.freedom or self.n - 1))
 
     def __str__(self) -> str:
         return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
 
-def student_reach(freedom: float) -> float:
+def compute_student_reach(freedom: float) -> float:
     """How many standard errors the interval reaches to either side, by Student's distribution."""
     return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
 
 
-def paired(first: Mapping[str, Any], second: Mapping[str, Any], metric: str = "eval/nll_bpd") -> Difference:
+def compare_paired(first: Mapping[str, Any], second: Mapping[str, Any], metric: str = "eval/nll_bpd") -> Difference:
     """The difference of two bounds in bits/dim, image by image: what all images have in common drops out of its error.
 
-    Both summaries have the same NLL protocol (`protocol_differences` is empty), and so the same images; with the same
+    Both summaries have the same NLL protocol (`list_protocol_differences` is empty), and so the same images; with the same
     seed and T they share their noise as well. Raises ValueError for a single image.
     """
     values, _ = BY_IMAGE[metric]
@@ -56,24 +56,24 @@ def paired(first: Mapping[str, Any], second: Mapping[str, Any], metric: str = "e
     n = len(difference)
     if n < 2:
         raise ValueError("a difference with an error takes two images or more")
-    reach = float(student_reach(n - 1) * difference.std(ddof=1) / n**0.5)
+    reach = float(compute_student_reach(n - 1) * difference.std(ddof=1) / n**0.5)
     mean = float(difference.mean())
     return Difference(mean, mean - reach, mean + reach, n)
 
 
-def unpaired(first: Mapping[str, Any], second: Mapping[str, Any], metric: str) -> Difference:
+def compare_unpaired(first: Mapping[str, Any], second: Mapping[str, Any], metric: str) -> Difference:
     """The difference of two distances by their own sampling errors, as if their samples were independent.
 
     They share their seeds, so the true error may be smaller.
     """
     ours, theirs = first["metrics"], second["metrics"]
     n = int(first["passports"]["samples"]["protocol"]["samples"])
-    reach = float(student_reach(n - 1) * np.hypot(ours[f"{metric}_se"], theirs[f"{metric}_se"]))
+    reach = float(compute_student_reach(n - 1) * np.hypot(ours[f"{metric}_se"], theirs[f"{metric}_se"]))
     mean = float(ours[metric] - theirs[metric])
     return Difference(mean, mean - reach, mean + reach, n)
 
 
-def protocol_differences(
+def list_protocol_differences(
     first: Mapping[str, Any], second: Mapping[str, Any], kind: str, apart_from: Collection[str] = ()
 ) -> list[str]:
     """How two summaries differ in the way they measured `kind` (nll, ode_nll or samples), `apart_from` some entries.
@@ -87,7 +87,7 @@ def protocol_differences(
     return [f"{kind} {k}: {one.get(k)} against {other.get(k)}" for k in keys if one.get(k) != other.get(k)]
 
 
-def against_best(
+def compare_with_best(
     summaries: Mapping[N, Mapping[str, Any]], metric: str = "eval/nll_bpd"
 ) -> tuple[N | None, dict[N, Difference]]:
     """The best by a metric with error bars, and the others' differences from it where the protocols agree."""
@@ -102,7 +102,7 @@ def against_best(
     best = min(measured, key=lambda name: measured[name]["metrics"][metric])
     others = {name: s for name, s in measured.items() if name != best}
     return best, {
-        name: paired(s, measured[best], metric) if values else unpaired(s, measured[best], metric)
+        name: compare_paired(s, measured[best], metric) if values else compare_unpaired(s, measured[best], metric)
         for name, s in others.items()
-        if not protocol_differences(s, measured[best], kind, () if values else DRAWING)
+        if not list_protocol_differences(s, measured[best], kind, () if values else DRAWING)
     }

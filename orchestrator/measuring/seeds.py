@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from orchestrator.experiment.records import Variant
-from orchestrator.measuring.differences import BY_IMAGE, Difference, against_best, student_reach
-from orchestrator.state.rows import Row, join_repetitions, name_variant, without_seed
+from orchestrator.measuring.differences import BY_IMAGE, Difference, compare_with_best, compute_student_reach
+from orchestrator.state.rows import Row, drop_seed, join_repetitions, name_variant
 from workers.layout import RowId
 
 
@@ -84,7 +84,7 @@ class Group:
             return self.rows[0].metrics
         names = dict.fromkeys(name for row in self.rows for name in row.metrics if not name.endswith("_se"))
         means = {name: float(np.mean(self.values(name))) for name in names}
-        errors = {f"{name}_se": error for name in names if (error := self._image_error(name)) is not None}
+        errors = {f"{name}_se": error for name in names if (error := self._compute_image_error(name)) is not None}
         return {**means, **errors}
 
     @cached_property
@@ -93,7 +93,7 @@ class Group:
         values = {name: self.values(name) for name in self.metrics if not name.endswith("_se")}
         return {name: float(np.std(v, ddof=1) / len(v) ** 0.5) for name, v in values.items() if len(v) > 1}
 
-    def _image_error(self, metric: str) -> float | None:
+    def _compute_image_error(self, metric: str) -> float | None:
         """The standard error over images, or over samples, of the mean over n seeds.
 
         Of a mean over images: all seeds are measured on the same K images, so their errors go together. With
@@ -108,12 +108,12 @@ class Group:
             return None
         if metric not in BY_IMAGE:
             return float(np.linalg.norm(known) / len(known))
-        by_image = self._mean_by_image(metric)
+        by_image = self._average_by_image(metric)
         if by_image is not None and len(by_image) > 1:
             return float(np.std(by_image, ddof=1) / len(by_image) ** 0.5)
         return float(np.mean(known))
 
-    def _mean_by_image(self, metric: str) -> np.ndarray | None:
+    def _average_by_image(self, metric: str) -> np.ndarray | None:
         """float64 (images,): the mean over the seeds for each image; None where some seed lacks its values."""
         where, _ = BY_IMAGE[metric]
         found = [(row.found.summary or {}).get(where) for row in self.rows if metric in row.metrics]
@@ -123,11 +123,11 @@ class Group:
 
     @cached_property
     def summary(self) -> Mapping[str, Any] | None:
-        """What `against_best` reads of a summary, of the means; of one row, its own summary."""
+        """What `compare_with_best` reads of a summary, of the means; of one row, its own summary."""
         summaries = [row.found.summary for row in self.rows if row.found.summary]
         if len(self.rows) == 1 or not summaries:
             return summaries[0] if summaries else None
-        by_image = {BY_IMAGE[m][0]: mean for m in BY_IMAGE if (mean := self._mean_by_image(m)) is not None}
+        by_image = {BY_IMAGE[m][0]: mean for m in BY_IMAGE if (mean := self._average_by_image(m)) is not None}
         return {"metrics": self.metrics, "passports": summaries[0].get("passports", {}), **by_image}
 
 
@@ -140,7 +140,7 @@ def group_rows(rows: Sequence[Row], each: bool = False) -> list[Group]:
     groups = join_repetitions((row.digest, row.variant) for row in rows)
     if each or len(groups) == len(rows):
         return [Group((row,), row.variant) for row in rows]
-    return [Group(tuple(known[d] for d in own), without_seed(known[own[0]].variant), over_seeds=True) for own in groups]
+    return [Group(tuple(known[d] for d in own), drop_seed(known[own[0]].variant), over_seeds=True) for own in groups]
 
 
 def are_over_seeds(groups: Sequence[Group]) -> bool:
@@ -154,22 +154,22 @@ def compare_groups(groups: Sequence[Group], metric: str) -> tuple[str | None, di
     the difference of the means in their middle, so the wider one is given: what is clear by it is clear by both.
     """
     known = {group.digest: group for group in groups}
-    best, differences = against_best({d: group.summary for d, group in known.items() if group.summary}, metric)
+    best, differences = compare_with_best({d: group.summary for d, group in known.items() if group.summary}, metric)
     if best is None:
         return None, {}
     reference = known[best].values(metric)
-    return best, {d: _wider(over, known[d].values(metric), reference) for d, over in differences.items()}
+    return best, {d: _choose_wider(over, known[d].values(metric), reference) for d, over in differences.items()}
 
 
-def _wider(over_images: Difference, first: Sequence[float], second: Sequence[float]) -> Difference:
+def _choose_wider(over_images: Difference, first: Sequence[float], second: Sequence[float]) -> Difference:
     """The interval over images, or the one over seeds where that is wider; `n` stays the number of images."""
-    over_seeds = difference_over_seeds(first, second)
+    over_seeds = compare_over_seeds(first, second)
     if over_seeds is None or over_seeds.high - over_seeds.low <= over_images.high - over_images.low:
         return over_images
     return replace(over_seeds, n=over_images.n)
 
 
-def difference_over_seeds(first: Sequence[float], second: Sequence[float]) -> Difference | None:
+def compare_over_seeds(first: Sequence[float], second: Sequence[float]) -> Difference | None:
     """The difference of two means over seeds, with its 95 % interval; None where neither has two seeds.
 
     By Welch's test, which does not take the two spreads to be equal: settings that train badly also spread more. Its
@@ -188,5 +188,5 @@ def difference_over_seeds(first: Sequence[float], second: Sequence[float]) -> Di
         parts = [float(spread) / len(side) for spread, side in zip(spreads, sides, strict=True)]
         total = sum(part**2 / (len(side) - 1) for part, side in zip(parts, sides, strict=True))
         freedom = sum(parts) ** 2 / total if total else float(n - 2)
-    reach = student_reach(freedom) * sum(parts) ** 0.5
+    reach = compute_student_reach(freedom) * sum(parts) ** 0.5
     return Difference(mean, mean - reach, mean + reach, n, freedom)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from orchestrator.state.rows import Row
-from workers.layout import RowId, trial_of_row
+from workers.layout import RowId, get_trial_of_row
 
 BELOW = 0.5  # of the median of the trials of its size
 FEWEST = 3  # trials of a size, below which nobody can say which of them is the odd one
@@ -38,23 +38,23 @@ def find_slow_trials(rows: Sequence[Row]) -> list[SlowTrial]:
     sizes: dict[str, dict[str, Row]] = {}
     for row in rows:
         if row.images_per_s:
-            sizes.setdefault(_size(row), {}).setdefault(trial_of_row(row.digest), row)
+            sizes.setdefault(_describe_size(row), {}).setdefault(get_trial_of_row(row.digest), row)
     found = []
     for alike in sizes.values():
         middle = median(row.images_per_s or 0.0 for row in alike.values())
         for row in alike.values() if len(alike) >= FEWEST else ():
             rate = row.images_per_s or 0.0
-            if rate < BELOW * middle and _trained_s(row, rate) >= LONG_ENOUGH_S:
+            if rate < BELOW * middle and _sum_training_seconds(row, rate) >= LONG_ENOUGH_S:
                 host = str((row.found.status or {}).get("host") or "an unknown host")
                 found.append(SlowTrial(row.digest, row.name, host, rate, middle, len(alike)))
     return found
 
 
-def _trained_s(row: Row, images_per_s: float) -> float:
+def _sum_training_seconds(row: Row, images_per_s: float) -> float:
     return int((row.found.status or {})["step"]) * row.variant.trial.training.batch_size / images_per_s
 
 
-def _size(row: Row) -> str:
+def _describe_size(row: Row) -> str:
     """What the speed of a trial should follow from: the network, its images, the batch, and what it is trained on."""
     trial, training = row.variant.trial, row.variant.trial.training
     placed = training.batch_size, training.precision, training.workers, training.cpus, training.gpus

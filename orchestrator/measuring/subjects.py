@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from orchestrator.experiment.check import evaluation_mistakes, flow_mistakes, unread_mistakes
-from orchestrator.experiment.load import MEASUREMENT_SETTINGS, assignment
-from orchestrator.experiment.preflight import evaluation_findings, source_warnings
+from orchestrator.experiment.check import find_evaluation_mistakes, find_flow_mistakes, find_unread
+from orchestrator.experiment.load import MEASUREMENT_SETTINGS, parse_assignment
+from orchestrator.experiment.preflight import check_evaluation, list_source_warnings
 from orchestrator.experiment.profiles import PROFILES
 from orchestrator.experiment.records import ExperimentError
-from orchestrator.experiment.settings import invalid, meant, meant_path, put
+from orchestrator.experiment.settings import find_invalid, put, suggest_choice, suggest_path
 from orchestrator.state.saved import list_sweeps, open_sweep, open_trial
 from workers import layout
 from workers.config import DataConfig, Measurement, Mistake, Trial
 from workers.data.sources import Source, describe
-from workers.layout import SWEEPS, TRIALS, checkpoints_folder, trial_file, trial_of_row
+from workers.layout import SWEEPS, TRIALS, get_trial_of_row, name_checkpoints_folder, name_trial_file
 from workers.network import checkpoint as checkpoints
 from workers.network import manifest
 from workers.network.manifest import Checkpoint
-from workers.remote import from_the_hub
+from workers.remote import explain_download
 from workers.storage import Storage
 
 SETTINGS = MEASUREMENT_SETTINGS
@@ -47,40 +47,40 @@ def find(target: str, storage: Storage, overrides: Sequence[str], profile: str |
     `target` is a sweep (its name or folder), a trial (its id, the start of one, or its folder), or a folder with
     a checkpoint of ours or of diffusers.
     """
-    update, name, known = Update(overrides, profile), _inside(target, storage), storage.list(TRIALS)
+    update, name, known = Update(overrides, profile), _find_inside(target, storage), storage.list(TRIALS)
     if name in list_sweeps(storage):
-        return _of_sweep(name, storage, update)
+        return _list_of_sweep(name, storage, update)
     if matches := [digest for digest in known if digest.startswith(name) and len(name) >= 4]:
         if len(matches) > 1:
             raise Mistake(f"{target} is the start of several trials: {', '.join(matches)}; give more of it")
-        return [_of_trial(matches[0], storage, update)]
+        return [_find_of_trial(matches[0], storage, update)]
     if "://" not in target and not is_there(target):
         sweeps = storage.list(SWEEPS)
         if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", target):
-            raise Mistake(f"{target} is no folder here; {from_the_hub(target)}")
+            raise Mistake(f"{target} is no folder here; {explain_download(target)}")
         raise Mistake(
             f"{target[:200]!r} is no folder, and neither a sweep nor a trial in {storage.root}"
-            f"{meant(name, [*sweeps, *known]) or '.'} Give a sweep's name, a trial's id, or "
+            f"{suggest_choice(name, [*sweeps, *known]) or '.'} Give a sweep's name, a trial's id, or "
             "the folder of a checkpoint of ours or of diffusers. "
             f"Sweeps here: {', '.join(sweeps) or 'none'}"
         )
-    return [_of_folder(target, update)]
+    return [_open_folder(target, update)]
 
 
-def at(path: str, storage: Storage, overrides: Sequence[str]) -> Subject:
+def open_at(path: str, storage: Storage, overrides: Sequence[str]) -> Subject:
     """The checkpoint in trials/<trial>/checkpoints/<step> of the storage. Raises Mistake where it is not there."""
     match path.split("/"):
         case [layout.TRIALS, trial_id, "checkpoints", _] if storage.exists(path):
-            return _of_trial(trial_id, storage, Update(overrides, None), manifest.committed(storage, path))
+            return _find_of_trial(trial_id, storage, Update(overrides, None), manifest.open_committed(storage, path))
     raise Mistake(f"{path} is no trial's checkpoint in {storage.root}")
 
 
-def _inside(target: str, storage: Storage) -> str:
+def _find_inside(target: str, storage: Storage) -> str:
     """The name that a bare word is, or a folder sweeps/<name> or trials/<digest> of the storage; else empty."""
     if "/" not in target:
         return target
     with suppress(ValueError):
-        match PurePath(_place(target)[0]).relative_to(_place(storage.root)[0]).parts:
+        match PurePath(_split_options(target)[0]).relative_to(_split_options(storage.root)[0]).parts:
             case (layout.SWEEPS | layout.TRIALS, name):
                 return name
     return ""
@@ -94,7 +94,7 @@ def is_there(path: str) -> bool:
         return False
 
 
-def _place(target: str) -> tuple[str, str]:
+def _split_options(target: str) -> tuple[str, str]:
     """An absolute path or a URI, and the URI's options with their question mark."""
     if "://" not in target:
         return str(Path(target).absolute()), ""
@@ -107,10 +107,10 @@ class Update:
 
     def __init__(self, overrides: Sequence[str], profile: str | None) -> None:
         if profile is not None and profile not in PROFILES:
-            close = meant(profile, PROFILES)
+            close = suggest_choice(profile, PROFILES)
             raise Mistake(f"--profile {profile}: there is no such profile{close}; valid: {', '.join(PROFILES)}")
         self.profile = PROFILES[profile] if profile else {}
-        self.settings = _assignments(overrides)
+        self.settings = _parse_assignments(overrides)
 
     def of(self, content: Mapping[str, Any]) -> dict[str, Any]:
         """The profile replaces whole sections of the evaluation, as they belong together; then the overrides."""
@@ -120,13 +120,13 @@ class Update:
         return changed
 
 
-def _assignments(overrides: Sequence[str]) -> dict[str, Any]:
+def _parse_assignments(overrides: Sequence[str]) -> dict[str, Any]:
     settings, problems = {}, []
     for text in overrides:
         try:
-            path, value = assignment(text)
+            path, value = parse_assignment(text)
             if path not in SETTINGS:
-                raise ValueError(f"unknown path{meant_path(path, SETTINGS)}; of a checkpoint one sets "
+                raise ValueError(f"unknown path{suggest_path(path, SETTINGS)}; of a checkpoint one sets "
                                  "seed, data... and evaluation...")  # fmt: skip
             settings[path] = value
         except ValueError as mistake:
@@ -136,81 +136,81 @@ def _assignments(overrides: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def _of_sweep(name: str, storage: Storage, update: Update) -> list[Subject]:
+def _list_of_sweep(name: str, storage: Storage, update: Update) -> list[Subject]:
     """All trained trials of a sweep."""
     trials = open_sweep(storage, name).trials
-    found = [(a, checkpoint_of(storage, a, variant.trial)) for a, variant in trials.items()]
-    subjects = [_subject(str(trials[a]), trials[a].trial, c, a, update) for a, c in found if c]
+    found = [(a, find_checkpoint(storage, a, variant.trial)) for a, variant in trials.items()]
+    subjects = [_make_subject(str(trials[a]), trials[a].trial, c, a, update) for a, c in found if c]
     if not subjects:
         raise Mistake(f"the sweep {name} has no trained trial yet; run it first: python -m orchestrator.sweep ...")
     return subjects
 
 
-def checkpoint_of(storage: Storage, row: str, trial: Trial) -> Checkpoint | None:
+def find_checkpoint(storage: Storage, row: str, trial: Trial) -> Checkpoint | None:
     """The checkpoint that a row of a sweep measures; None where its trial is not trained so far."""
-    return manifest.at_step(storage, checkpoints_folder(trial_of_row(row)), trial.training.steps)
+    return manifest.find_at_step(storage, name_checkpoints_folder(get_trial_of_row(row)), trial.training.steps)
 
 
-def _of_trial(trial_id: str, storage: Storage, update: Update, checkpoint: Checkpoint | None = None) -> Subject:
-    newest = checkpoint or manifest.newest(storage, checkpoints_folder(trial_id))
+def _find_of_trial(trial_id: str, storage: Storage, update: Update, checkpoint: Checkpoint | None = None) -> Subject:
+    newest = checkpoint or manifest.find_newest(storage, name_checkpoints_folder(trial_id))
     if newest is None:
         raise Mistake(f"the trial {trial_id} has no checkpoint yet")
     trial = open_trial(storage, trial_id)
-    return _subject(trial_id, trial, newest, trial_id, update)
+    return _make_subject(trial_id, trial, newest, trial_id, update)
 
 
-def _of_folder(folder: str, update: Update) -> Subject:
+def _open_folder(folder: str, update: Update) -> Subject:
     """A folder that holds a checkpoint; one in a trial's folder belongs to the trial."""
-    place, options = _place(folder)
+    place, options = _split_options(folder)
     match place.split("/"):
         case [*above, layout.TRIALS, trial_id, "checkpoints", _]:
             storage = Storage(("/".join(above) or "/") + options)
-            if storage.exists(trial_file(trial_id, "trial.yaml")):
-                return _of_trial(trial_id, storage, update, checkpoints.open_folder(place + options))
+            if storage.exists(name_trial_file(trial_id, "trial.yaml")):
+                return _find_of_trial(trial_id, storage, update, checkpoints.open_folder(place + options))
     checkpoint = checkpoints.open_folder(folder)
     content = update.of({"T": checkpoints.describe(checkpoint).T})
     if "source" not in content.get("data", {}):
         raise Mistake(f"{folder}: it does not say which images it was trained on; give data.source=...")
-    return _checked(place.rpartition("/")[2], content, checkpoint, None, None)
+    return _check_name(place.rpartition("/")[2], content, checkpoint, None, None)
 
 
-def _subject(name: str, trial: Trial, checkpoint: Checkpoint, trial_id: str, update: Update) -> Subject:
+def _make_subject(name: str, trial: Trial, checkpoint: Checkpoint, trial_id: str, update: Update) -> Subject:
     own = Measurement.of(trial)
-    return _checked(name, update.of(own.model_dump()), checkpoint, trial_id, own)
+    return _check_name(name, update.of(own.model_dump()), checkpoint, trial_id, own)
 
 
-def _checked(name: str, content: Any, checkpoint: Checkpoint, trial: str | None, own: Measurement | None) -> Subject:
-    if problems := [f"{path}: {text}" for path, text in invalid(Measurement, content)]:
+def _check_name(name: str, content: Any, checkpoint: Checkpoint, trial: str | None, own: Measurement | None) -> Subject:
+    if problems := [f"{path}: {text}" for path, text in find_invalid(Measurement, content)]:
         raise ExperimentError(problems, name)
     m = Measurement.model_validate(content)
-    if problems := [*unread_mistakes([m]), *evaluation_mistakes(m.evaluation, m.T)]:
+    if problems := [*find_unread([m]), *find_evaluation_mistakes(m.evaluation, m.T)]:
         raise ExperimentError(problems, name)
     if not m.evaluation.measures:
         raise ExperimentError(["evaluation: nll, ode_nll and fid are all null, so nothing would be measured"], name)
-    return Subject(name, m, manifest.averaged(checkpoint, m.evaluation.ema), trial, own)
+    return Subject(name, m, manifest.choose_average(checkpoint, m.evaluation.ema), trial, own)
 
 
 def check(subjects: Sequence[Subject]) -> tuple[dict[DataConfig, Source], list[str]]:
     """The data of the subjects, and warnings. Raises Mistake where data and checkpoint do not go together."""
     sources = {config: describe(config) for config in dict.fromkeys(s.m.data for s in subjects)}
     problems: list[str] = []
-    warnings = source_warnings(sources.values())
+    warnings = list_source_warnings(sources.values())
     for subject in subjects:
         described = checkpoints.describe(subject.checkpoint)
         source, shape = sources[subject.m.data], described.shape
-        problems += flow_mistakes(subject.m.evaluation, described.prediction)
+        problems += find_flow_mistakes(subject.m.evaluation, described.prediction)
         if shape != source.shape:
             problems.append(
-                f"{subject.name}: the model makes images of {_size(shape)}, {source.name} has {_size(source.shape)}; "
+                f"{subject.name}: the model makes images of {_describe_size(shape)}, {source.name} has {_describe_size(source.shape)}; "
                 "give the data it was trained on, or set data.resolution"
             )
-        for finding in evaluation_findings(subject.m, source):
+        for finding in check_evaluation(subject.m, source):
             (problems if finding.refused else warnings).append(finding.text)
     if problems:
         raise ExperimentError(dict.fromkeys(problems), "evaluation")
     return sources, list(dict.fromkeys(warnings))
 
 
-def _size(shape: tuple[int, int, int]) -> str:
+def _describe_size(shape: tuple[int, int, int]) -> str:
     height, width, channels = shape
     return f"{width}x{height} in {channels} channel{'s' * (channels > 1)}"

@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import Field, field_validator
 
-from orchestrator.experiment.settings import meant
+from orchestrator.experiment.settings import suggest_choice
 from workers.config import Mistake, Record
 
 ONE_DAY = timedelta(days=1)
@@ -25,19 +25,19 @@ class Schedule(Record):
 
     @field_validator("at")
     @classmethod
-    def _is_a_time(cls, at: str) -> str:
+    def _check_time(cls, at: str) -> str:
         if not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", at):
             raise ValueError(f"{at!r} is not a time of day; write hours and minutes of 24 hours, such as 02:30")
         return at
 
     @field_validator("zone")
     @classmethod
-    def _is_a_zone(cls, zone: str) -> str:
+    def _check_zone(cls, zone: str) -> str:
         known = available_timezones()
         if zone not in known:
             raise ValueError(
                 f"{zone!r} is no time zone; write a name of the IANA database, such as UTC or Europe/Paris"
-                f"{meant(zone, known)}"
+                f"{suggest_choice(zone, known)}"
             )
         return zone
 
@@ -53,34 +53,34 @@ class Schedule(Record):
         return f"{self.at} {self.zone}"
 
 
-def instant(day: date, schedule: Schedule) -> datetime:
+def compute_instant(day: date, schedule: Schedule) -> datetime:
     """When the night of `day` begins, in UTC."""
     return datetime.combine(day, schedule.time, schedule.tz).astimezone(UTC)
 
 
-def next_run(now: datetime, schedule: Schedule) -> datetime:
+def find_next_run(now: datetime, schedule: Schedule) -> datetime:
     """The first beginning of a night after `now`, in UTC: a zone's own times do not compare across its changes."""
-    begins = (instant(day, schedule) for day in _around(now, schedule))
+    begins = (compute_instant(day, schedule) for day in _list_dates_around(now, schedule))
     return min(begin for begin in begins if begin > now)
 
 
-def last_night(now: datetime, schedule: Schedule) -> date:
+def find_last_night(now: datetime, schedule: Schedule) -> date:
     """The date of the newest night that has begun by `now`."""
-    return max(day for day in _around(now, schedule) if instant(day, schedule) <= now)
+    return max(day for day in _list_dates_around(now, schedule) if compute_instant(day, schedule) <= now)
 
 
-def _around(now: datetime, schedule: Schedule) -> list[date]:
+def _list_dates_around(now: datetime, schedule: Schedule) -> list[date]:
     """Dates enough that some begin before `now` and some after, whatever the clock does."""
     today = now.astimezone(schedule.tz).date()
     return [today + days * ONE_DAY for days in range(-3, 4)]
 
 
-def missed(previous: date | None, day: date) -> list[date]:
+def list_missed(previous: date | None, day: date) -> list[date]:
     """The nights that nobody ran between the previous one and `day`."""
     return [previous + n * ONE_DAY for n in range(1, (day - previous).days)] if previous else []
 
 
-def given_date(text: str, now: datetime, schedule: Schedule) -> date:
+def parse_date(text: str, now: datetime, schedule: Schedule) -> date:
     """The date that a person gave. Raises Mistake where it is none, or not there yet in the schedule's zone."""
     today = now.astimezone(schedule.tz).date()
     try:
@@ -94,7 +94,7 @@ def given_date(text: str, now: datetime, schedule: Schedule) -> date:
     return day
 
 
-def crontab(existing: str, label: str, command: str) -> str:
+def write_crontab(existing: str, label: str, command: str) -> str:
     """A user's crontab with our entry in it, instead of the one that was there under this label.
 
     Cron knows only its machine's zone, so it asks every five minutes whether a night is due; what answers knows the
@@ -106,7 +106,7 @@ def crontab(existing: str, label: str, command: str) -> str:
     return "\n".join([*kept.rstrip("\n").splitlines(), begin, entry, end]) + "\n"
 
 
-def written(schedule: Schedule) -> str:
+def format_time(schedule: Schedule) -> str:
     """The time now in the schedule's zone, with its offset from UTC."""
     return datetime.now(schedule.tz).isoformat(" ", "seconds")
 

@@ -19,9 +19,9 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from orchestrator import cli
-from orchestrator.experiment.settings import meant
-from orchestrator.measuring.differences import paired, protocol_differences
-from orchestrator.nights.suite import CANDIDATE, CHAMPION, EVERY, NEWEST, Rule, Suite, registered
+from orchestrator.experiment.settings import suggest_choice
+from orchestrator.measuring.differences import compare_paired, list_protocol_differences
+from orchestrator.nights.suite import CANDIDATE, CHAMPION, EVERY, NEWEST, Rule, Suite, split_registered
 from orchestrator.tracking.registry import Version
 from workers.config import Record
 from workers.evaluation import canaries
@@ -163,7 +163,7 @@ def select(models: Sequence[str], versions: Sequence[Version]) -> tuple[list[Wan
     notes, problems = [], []
     sweeps = sorted({version.sweep for version in versions})
     for model in models:
-        asked = registered(model)
+        asked = split_registered(model)
         if asked is None:
             wanted[model] = Wanted(model)
             continue
@@ -172,7 +172,7 @@ def select(models: Sequence[str], versions: Sequence[Version]) -> tuple[list[Wan
         if explicit and sweep not in sweeps:
             names = ", ".join(sweeps) or "none"
             problems.append(
-                f"models: {model}: no model {sweep!r} is registered{meant(sweep, sweeps)}; registered: {names}"
+                f"models: {model}: no model {sweep!r} is registered{suggest_choice(sweep, sweeps)}; registered: {names}"
             )
             continue
         if not sweeps:
@@ -194,7 +194,7 @@ def _pick(sweep: str, alias: str, versions: Sequence[Version]) -> tuple[Version 
     named = own[-1:] if alias == NEWEST else [version for version in own if alias in version.aliases]
     if not named:
         there = ", ".join(f"{a} (version {v.number})" for v in own for a in v.aliases)
-        close = meant(alias, [NEWEST, *(a for v in own for a in v.aliases)])
+        close = suggest_choice(alias, [NEWEST, *(a for v in own for a in v.aliases)])
         return (
             None,
             f"{sweep} has no alias {alias!r}{close}; set: {there or 'none'}; set it on the model's page in MLflow",
@@ -205,7 +205,7 @@ def _pick(sweep: str, alias: str, versions: Sequence[Version]) -> tuple[Version 
     return version, ""
 
 
-def due(asked: Mapping[str, str], measured: Collection[str]) -> dict[str, list[str]]:
+def find_due(asked: Mapping[str, str], measured: Collection[str]) -> dict[str, list[str]]:
     """The summaries that are still to be made, each with the models whose it is; models of one checkpoint share one.
 
     `asked` is the path of each model's summary, which its checkpoint and the protocol decide.
@@ -220,7 +220,7 @@ def due(asked: Mapping[str, str], measured: Collection[str]) -> dict[str, list[s
 # ---- What the numbers say --------------------------------------------------------------------------------------
 
 
-def earlier_entries(history: Iterable[Night]) -> Before:
+def find_earlier_entries(history: Iterable[Night]) -> Before:
     """The last believed numbers of each model, and of which night; `history` has the newest night first."""
     found: dict[str, tuple[Night, ModelNumbers]] = {}
     for night in history:
@@ -239,34 +239,36 @@ def compare(rules: Sequence[Rule], entries: Sequence[ModelNumbers], before: Befo
             continue
         if entry.name in before:
             then, last = before[entry.name]
-            found += [_held_against(rule, entry, last, f"last night ({then.day})") for rule in rules]
+            found += [_compare_with(rule, entry, last, f"last night ({then.day})") for rule in rules]
         champion = champions.get(entry.sweep) if entry.sweep and entry.alias != CHAMPION else None
         if champion:
-            found += [_held_against(rule, entry, champion, champion.name) for rule in rules]
+            found += [_compare_with(rule, entry, champion, champion.name) for rule in rules]
     return found
 
 
-def _held_against(rule: Rule, ours: ModelNumbers, theirs: ModelNumbers, against: str) -> ModelComparison:
-    def result(verdict: Verdict, why: str, difference: float | None = None, se: float | None = None) -> ModelComparison:
+def _compare_with(rule: Rule, ours: ModelNumbers, theirs: ModelNumbers, against: str) -> ModelComparison:
+    def make_comparison(
+        verdict: Verdict, why: str, difference: float | None = None, se: float | None = None
+    ) -> ModelComparison:
         return ModelComparison(
             model=ours.name, against=against, metric=rule.metric,
             difference=difference, standard_error=se, verdict=verdict, why=why,
         )  # fmt: skip
 
     kind = "nll" if rule.metric == "eval/nll_bpd" else "samples"
-    if differing := protocol_differences(ours.summary, theirs.summary, kind):
-        return result("unknown", f"not compared, as measured by another protocol ({'; '.join(differing)})")
+    if differing := list_protocol_differences(ours.summary, theirs.summary, kind):
+        return make_comparison("unknown", f"not compared, as measured by another protocol ({'; '.join(differing)})")
     if ours.checkpoint == theirs.checkpoint and ours.hash == theirs.hash:
-        return result("same", "the same checkpoint, and the same numbers to the bit", 0.0)
+        return make_comparison("same", "the same checkpoint, and the same numbers to the bit", 0.0)
     value, base = (e.metrics.get(rule.metric, math.nan) for e in (ours, theirs))
     difference = value - base
     if not math.isfinite(difference):
         bad = not math.isfinite(value) and math.isfinite(base)
-        return result("worse" if bad else "unknown", f"is {value:g}, against {base:g}")
-    if ours.checkpoint == theirs.checkpoint:  # its noise is the same: what moved is the library, see `drifted`
-        return result("unknown", f"{difference:+.4g}, of an unchanged checkpoint", difference)
+        return make_comparison("worse" if bad else "unknown", f"is {value:g}, against {base:g}")
+    if ours.checkpoint == theirs.checkpoint:  # its noise is the same: what moved is the library, see `find_drifted`
+        return make_comparison("unknown", f"{difference:+.4g}, of an unchanged checkpoint", difference)
     if kind == "nll":
-        pair = paired(ours.summary, theirs.summary)
+        pair = compare_paired(ours.summary, theirs.summary)
         se: float | None = pair.standard_error
         text = f"{difference:+.4f} ± {se:.4f} bits/dim over {pair.n} images"
     else:
@@ -274,7 +276,7 @@ def _held_against(rule: Rule, ours: ModelNumbers, theirs: ModelNumbers, against:
         se = None if None in errors else sum(e**2 for e in errors if e is not None) ** 0.5
         text = f"{difference:+.4g} ± {se:.2g}" if se is not None else f"{difference:+.4g}, without an error"
     share = f" ({difference / base:+.2%})" if base else ""
-    return result(judge(rule, base, difference, se), text + share, difference, se)
+    return make_comparison(judge(rule, base, difference, se), text + share, difference, se)
 
 
 def judge(rule: Rule, base: float, difference: float, se: float | None) -> Verdict:
@@ -288,7 +290,7 @@ def judge(rule: Rule, base: float, difference: float, se: float | None) -> Verdi
     return "worse" if difference > 0 else "better"
 
 
-def drifted(entries: Sequence[ModelNumbers], before: Before, versions: Mapping[str, str]) -> list[NightFinding]:
+def find_drifted(entries: Sequence[ModelNumbers], before: Before, versions: Mapping[str, str]) -> list[NightFinding]:
     """Checkpoints that did not change and, asked the same, give other numbers. Evaluation is exact: a library did it.
 
     `versions` are the libraries' of tonight. A hash that changed by rounding alone (another processor) is told without
@@ -303,9 +305,9 @@ def drifted(entries: Sequence[ModelNumbers], before: Before, versions: Mapping[s
         if entry.failed or not same or entry.hash == last.hash:
             continue
         moved = {name: (last.metrics[name], value) for name, value in entry.metrics.items()
-                 if name in last.metrics and not _close(value, last.metrics[name])}  # fmt: skip
+                 if name in last.metrics and not _is_close(value, last.metrics[name])}  # fmt: skip
         kinds = sorted(entry.passports.keys() | last.passports.keys())
-        otherwise = [text for kind in kinds for text in protocol_differences(entry.summary, last.summary, kind)]
+        otherwise = [text for kind in kinds for text in list_protocol_differences(entry.summary, last.summary, kind)]
         told = [f"{name.removeprefix('eval/')} {a:.6g} -> {b:.6g}" for name, (a, b) in moved.items()] + otherwise
         text = f"{entry.checkpoint} is unchanged since {then.day}, its hash is not ({last.hash} -> {entry.hash})"
         text += f": {'; '.join(told)}" if told else ": within rounding"
@@ -316,11 +318,11 @@ def drifted(entries: Sequence[ModelNumbers], before: Before, versions: Mapping[s
     return found
 
 
-def _close(a: float, b: float) -> bool:
+def _is_close(a: float, b: float) -> bool:
     return a == b or abs(a - b) <= ROUNDING * max(abs(a), abs(b)) or (math.isnan(a) and math.isnan(b))
 
 
-def regressions(
+def find_regressions(
     suite: Suite, entries: Sequence[ModelNumbers], comparisons: Sequence[ModelComparison]
 ) -> list[NightFinding]:
     """What is worse than the suite's rules allow: any model than last night, and a candidate than its champion."""
@@ -336,7 +338,9 @@ def regressions(
     return found
 
 
-def promotions(entries: Sequence[ModelNumbers], comparisons: Sequence[ModelComparison], drift: bool) -> list[Promotion]:
+def decide_promotions(
+    entries: Sequence[ModelNumbers], comparisons: Sequence[ModelComparison], drift: bool
+) -> list[Promotion]:
     """Of each sweep with a candidate and a champion: to be promoted only where the candidate is clearly better.
 
     That is: better by the rules in one metric or more, worse in none, and all of them could be compared.

@@ -21,7 +21,7 @@ TAIL = 4096  # bytes of what a command prints last that are looked at
 SHOWN = 300  # characters of what a hook says
 
 
-def missing(hooks: Hooks, environment: Mapping[str, str]) -> list[str]:
+def find_missing(hooks: Hooks, environment: Mapping[str, str]) -> list[str]:
     """What the hooks need and the environment does not give."""
     if hooks.webhook is None:
         return []
@@ -51,11 +51,11 @@ def call(hooks: Hooks, message: Mapping[str, Any], text: str) -> list[tuple[str,
     """
     content, called = json.dumps(message).encode(), list[tuple[str, str]]()
     if hooks.webhook:
-        called.append(("webhook", _webhook(os.environ.get(hooks.webhook, ""), content)))
+        called.append(("webhook", _call_webhook(os.environ.get(hooks.webhook, ""), content)))
     if hooks.command:
-        called.append(("command", _command(hooks.command, content)))
+        called.append(("command", _run_command(hooks.command, content)))
     if hooks.mail:
-        called.append(("mail", _mail(hooks.mail, str(message["text"]), text)))
+        called.append(("mail", _send_mail(hooks.mail, str(message["text"]), text)))
     return called
 
 
@@ -69,17 +69,17 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _webhook(url: str, content: bytes) -> str:
+def _call_webhook(url: str, content: bytes) -> str:
     """Says nothing of the address but its host: the rest may be a secret."""
     said: list[str] = []
     calling = threading.Thread(target=lambda: said.append(_post(url, content)), name="webhook", daemon=True)
     calling.start()
     calling.join(TIMEOUT_S)
-    return said[0] if said else f"{_host(url)} did not answer within {TIMEOUT_S:g} s"
+    return said[0] if said else f"{_find_host(url)} did not answer within {TIMEOUT_S:g} s"
 
 
 def _post(url: str, content: bytes) -> str:
-    host, headers = _host(url), {"Content-Type": "application/json"}
+    host, headers = _find_host(url), {"Content-Type": "application/json"}
     try:
         request = urllib.request.Request(url, content, headers, method="POST")
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=TIMEOUT_S):
@@ -89,18 +89,18 @@ def _post(url: str, content: bytes) -> str:
             elsewhere = "; it points elsewhere, and what it points to is not called: give that address" * (
                 300 <= error.code < 400
             )
-            return f"{host} answered {error.code} {_readable(str(error.reason))}{elsewhere}"
+            return f"{host} answered {error.code} {_make_readable(str(error.reason))}{elsewhere}"
     except urllib.error.URLError as error:
-        return f"{host} cannot be reached: {_readable(str(error.reason))}"
+        return f"{host} cannot be reached: {_make_readable(str(error.reason))}"
     except (http.client.InvalidURL, ValueError):  # whose texts hold the address
         return f"{host}: this is no address that can be called"
     except http.client.HTTPException as error:
-        return f"{host} answered something else than HTTP ({_readable(repr(error))})"
+        return f"{host} answered something else than HTTP ({_make_readable(repr(error))})"
     except OSError as error:
-        return f"{host} did not answer: {_readable(str(error))}"
+        return f"{host} did not answer: {_make_readable(str(error))}"
 
 
-def _host(url: str) -> str:
+def _find_host(url: str) -> str:
     try:
         return urlsplit(url).hostname or "the webhook"
     except ValueError:
@@ -110,18 +110,18 @@ def _host(url: str) -> str:
 # ---- Commands --------------------------------------------------------------------------------------------------
 
 
-def _mail(mail: Mail, subject: str, text: str) -> str:
+def _send_mail(mail: Mail, subject: str, text: str) -> str:
     message = EmailMessage()
     try:
         message["To"], message["Subject"] = mail.to, " ".join(subject.split())
         message.set_content(text)
         content = message.as_bytes()
     except ValueError as error:  # an address of several lines, or signs that are none
-        return f"no mail can be made of it: {_readable(str(error))}"
-    return _command(mail.command, content)
+        return f"no mail can be made of it: {_make_readable(str(error))}"
+    return _run_command(mail.command, content)
 
 
-def _command(words: tuple[str, ...], given: bytes) -> str:
+def _run_command(words: tuple[str, ...], given: bytes) -> str:
     """Runs a command in a session of its own; all that it has started there ends with its time."""
     with tempfile.TemporaryFile() as stdin:  # not a pipe: whether the command reads all of it is its own affair
         stdin.write(given)
@@ -131,7 +131,7 @@ def _command(words: tuple[str, ...], given: bytes) -> str:
                 words, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
             )
         except (OSError, ValueError) as error:
-            return _readable(f"{words[0]} could not be run: {error}")
+            return _make_readable(f"{words[0]} could not be run: {error}")
     assert process.stdout
     tail = bytearray()
     reading = threading.Thread(target=_keep_tail, args=(process.stdout, tail), name="hook", daemon=True)
@@ -149,7 +149,7 @@ def _command(words: tuple[str, ...], given: bytes) -> str:
         return ""
     how = f"by the signal {-status}" if status < 0 else f"with status {status}"
     said = [line for line in bytes(tail).decode(errors="replace").splitlines() if line.strip()]
-    return f"{words[0]} ended {how}" + "".join(f": {_readable(line)}" for line in said[-1:])
+    return f"{words[0]} ended {how}" + "".join(f": {_make_readable(line)}" for line in said[-1:])
 
 
 def _keep_tail(stream: IO[bytes], tail: bytearray) -> None:
@@ -159,7 +159,7 @@ def _keep_tail(stream: IO[bytes], tail: bytearray) -> None:
             del tail[:-TAIL]
 
 
-def _readable(text: str) -> str:
+def _make_readable(text: str) -> str:
     """A line of a stranger's words."""
     line = "".join(c if c.isprintable() else " " for c in text).strip()
     return line if len(line) <= SHOWN else f"{line[: SHOWN - 3]}..."

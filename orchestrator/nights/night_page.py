@@ -39,20 +39,20 @@ class Section:
     items: tuple[str | tuple[str, ...] | Table, ...]
 
 
-def title(night: Night) -> str:
+def format_title(night: Night) -> str:
     return f"Night of {night.day}, suite {night.suite}: {STATUS[night.status]}"
 
 
-def headline(night: Night) -> str:
+def format_headline(night: Night) -> str:
     """The night in a line."""
     alarms = [str(finding) for finding in night.findings if finding.alarm]
     if alarms:
-        return f"{title(night)}. {alarms[0]}" + (f" (and {len(alarms) - 1} more)" if len(alarms) > 1 else "")
+        return f"{format_title(night)}. {alarms[0]}" + (f" (and {len(alarms) - 1} more)" if len(alarms) > 1 else "")
     measured = [entry for entry in night.entries if not entry.failed]
-    return f"{title(night)}. {len(measured)} of {len(night.entries)} models measured."
+    return f"{format_title(night)}. {len(measured)} of {len(night.entries)} models measured."
 
 
-def sections(night: Night) -> list[Section]:
+def make_sections(night: Night) -> list[Section]:
     said: list[str | tuple[str, ...] | Table] = [
         f"The night of {night.day}, due at {night.schedule}. Times are of the zone {night.zone}: "
         f"begun {night.started}, ended {night.ended or 'not yet'}."
@@ -69,9 +69,9 @@ def sections(night: Night) -> list[Section]:
     if night.findings:
         found.append(Section("Findings", (tuple(str(finding) for finding in night.findings),)))
     if night.entries:
-        found.append(Section("Models", (_models(night),)))
+        found.append(Section("Models", (_make_models(night),)))
     if night.comparisons:
-        found.append(Section("Comparisons", (f"A regression: {'; '.join(night.rules)}.", _comparisons(night))))
+        found.append(Section("Comparisons", (f"A regression: {'; '.join(night.rules)}.", _make_comparisons(night))))
     if night.promotions:
         told = [
             f"{p.sweep}, version {p.version}: {'promoted to champion' if p.promoted else 'not promoted'}: {p.why}"
@@ -82,12 +82,12 @@ def sections(night: Night) -> list[Section]:
     canaries = [f"{len(night.canaries) - len(off)} of {len(night.canaries)} are as expected."]
     canaries += [f"{c.name}: {c.measured}, expected {c.expected:.10g} ± {c.tolerance:.2g}" for c in off]
     found.append(Section("Canaries", (tuple(canaries),)))
-    protocols = _protocols(night.entries)
+    protocols = _list_protocols(night.entries)
     versions = ", ".join(f"{name} {version}" for name, version in night.versions.items())
     return [*found, Section("How it was measured", (*([protocols] if protocols else []), f"Versions: {versions}."))]
 
 
-def _models(night: Night) -> Table:
+def _make_models(night: Night) -> Table:
     names = list(dict.fromkeys(n for e in night.entries for n in e.metrics if n == "eval/nll_bpd" or is_distance(n)))
     header = ("model", "version", "checkpoint", *(name.removeprefix("eval/") for name in names), "hash", "measured")
     rows = tuple(
@@ -95,7 +95,7 @@ def _models(night: Night) -> Table:
             entry.name,
             "-" if entry.version is None else str(entry.version),
             entry.checkpoint[:8],
-            *(with_error(name, entry) for name in names),
+            *(format_with_error(name, entry) for name in names),
             entry.hash[:8],
             entry.failed or (f"tonight, {entry.blocks_run} blocks" if entry.blocks_run else "before"),
         )
@@ -104,21 +104,21 @@ def _models(night: Night) -> Table:
     return Table(header, rows)
 
 
-def with_error(name: str, entry: ModelNumbers) -> str:
+def format_with_error(name: str, entry: ModelNumbers) -> str:
     value, error = entry.metrics.get(name), entry.metrics.get(f"{name}_se")
     if value is None:
         return "-"
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
-def _comparisons(night: Night) -> Table:
-    def row(c: ModelComparison) -> tuple[str, ...]:
+def _make_comparisons(night: Night) -> Table:
+    def make_row(c: ModelComparison) -> tuple[str, ...]:
         return c.model, c.against, c.metric.removeprefix("eval/"), c.why, c.verdict
 
-    return Table(("model", "against", "metric", "difference", "verdict"), tuple(map(row, night.comparisons)))
+    return Table(("model", "against", "metric", "difference", "verdict"), tuple(map(make_row, night.comparisons)))
 
 
-def _protocols(entries: Sequence[ModelNumbers]) -> tuple[str, ...]:
+def _list_protocols(entries: Sequence[ModelNumbers]) -> tuple[str, ...]:
     """Each protocol once."""
     told: dict[str, None] = {}
     for entry in entries:
@@ -133,8 +133,8 @@ def _protocols(entries: Sequence[ModelNumbers]) -> tuple[str, ...]:
 
 
 def to_markdown(night: Night) -> str:
-    lines = [f"# {title(night)}", ""]
-    for section in sections(night):
+    lines = [f"# {format_title(night)}", ""]
+    for section in make_sections(night):
         lines += [f"## {section.heading}", ""] if section.heading else []
         for item in section.items:
             if isinstance(item, str):
@@ -151,8 +151,8 @@ def to_markdown(night: Night) -> str:
 def to_html(night: Night, history: Sequence[Night]) -> str:
     """One file with nothing beside it; `history` are the earlier nights, for the trends."""
     escape = html.escape
-    parts = [HEAD.format(title=escape(title(night))), f"<h1>{escape(title(night))}</h1>"]
-    for section in sections(night):
+    parts = [HEAD.format(title=escape(format_title(night))), f"<h1>{escape(format_title(night))}</h1>"]
+    for section in make_sections(night):
         parts += [f"<h2>{escape(section.heading)}</h2>"] if section.heading else []
         for item in section.items:
             if isinstance(item, str):
@@ -163,12 +163,12 @@ def to_html(night: Night, history: Sequence[Night]) -> str:
                 parts.append(f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>")
             else:
                 parts.append(f"<ul>{''.join(f'<li>{escape(text)}</li>' for text in item)}</ul>")
-        if section.heading == "Models" and (plot := trend([*history, night])):
+        if section.heading == "Models" and (plot := draw_trend([*history, night])):
             parts += ["<h2>Trend</h2>", plot]
     return "\n".join([*parts, "</body></html>\n"])
 
 
-def trend(nights: Sequence[Night]) -> str:
+def draw_trend(nights: Sequence[Night]) -> str:
     """Each model's metrics by date with their standard errors, as SVG; empty where only one night has any."""
     nights = sorted((n for n in nights if n.state != "not believed"), key=lambda n: n.day)
     names = list(

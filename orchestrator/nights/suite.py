@@ -12,21 +12,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from orchestrator.experiment.check import evaluation_mistakes
-from orchestrator.experiment.load import assignment
+from orchestrator.experiment.check import find_evaluation_mistakes
+from orchestrator.experiment.load import parse_assignment
 from orchestrator.experiment.preflight import DIMENSIONS
 from orchestrator.experiment.records import ExperimentError, Name, TrackingConfig
-from orchestrator.experiment.settings import invalid, meant, meant_path, paths, put, read_file
+from orchestrator.experiment.settings import find_invalid, list_paths, put, read_file, suggest_choice, suggest_path
 from orchestrator.nights.calendar import Schedule
 from workers.config import EvaluationConfig, Record, Seed
-from workers.evaluation.blocks import comparable_metrics
+from workers.evaluation.blocks import list_comparable_metrics
 
 CHAMPION, CANDIDATE, NEWEST = "champion", "candidate", "newest"
 EVERY = "*"
 LONGEST_T = 100_000
 
 
-def _is_a_variable(name: str) -> str:
+def _check_variable(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError(
             "not the name of an environment variable, such as NIGHTLY_WEBHOOK; the address itself stays out of the "
@@ -35,13 +35,13 @@ def _is_a_variable(name: str) -> str:
     return name
 
 
-def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def _refuse_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if not values:
         raise ValueError("[] is empty; give at least one")
     return values
 
 
-Some = AfterValidator(_some)
+Some = AfterValidator(_refuse_empty)
 
 
 class Rule(Record):
@@ -54,7 +54,7 @@ class Rule(Record):
     relative: float | None = Field(default=None, gt=0, description="bound: that part of the value it is compared with")
 
     @model_validator(mode="after")
-    def _bounded(self) -> "Rule":
+    def _check_bounded(self) -> "Rule":
         if self.standard_errors is None and self.relative is None:
             raise ValueError("takes standard_errors, relative or both: any change would be a regression")
         return self
@@ -86,7 +86,7 @@ class Mail(Record):
 class Hooks(Record):
     """Who hears of a regression or a canary: a URL that an environment variable holds, a command, a mail."""
 
-    webhook: Annotated[str, AfterValidator(_is_a_variable)] | None = Field(
+    webhook: Annotated[str, AfterValidator(_check_variable)] | None = Field(
         default=None, description="name of the environment variable that holds the URL"
     )
     command: Annotated[tuple[str, ...], Some, Field(strict=False)] | None = Field(
@@ -120,10 +120,10 @@ class Suite(Record):
         return "nightly" if self.name == "nightly" else f"nightly-{self.name}"
 
 
-SETTINGS = paths(Suite)
+SETTINGS = list_paths(Suite)
 
 
-def registered(model: str) -> tuple[str, str] | None:
+def split_registered(model: str) -> tuple[str, str] | None:
     """(sweep or *, alias) of a model that is looked up in the registry; None for a target of `evaluate`."""
     found = re.fullmatch(r"(\*|[A-Za-z0-9._-]+)@([A-Za-z0-9._-]+)", model)
     return (found[1], found[2]) if found else None
@@ -137,36 +137,36 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
         raise ExperimentError([str(mistake)], str(path)) from None
     for text in overrides:
         try:
-            name, value = assignment(text)
+            name, value = parse_assignment(text)
             if name not in SETTINGS:
-                raise ValueError(f"unknown path{meant_path(name, SETTINGS)}")
+                raise ValueError(f"unknown path{suggest_path(name, SETTINGS)}")
             content = put(content, name.split("."), value)
         except ValueError as mistake:
             problems.append(f"override {text!r}: {mistake}")
-    if problems := problems + mistakes(content):
+    if problems := problems + find_mistakes(content):
         raise ExperimentError(problems, str(path))
     return Suite.model_validate(content)
 
 
-def mistakes(content: Mapping[str, Any]) -> list[str]:
+def find_mistakes(content: Mapping[str, Any]) -> list[str]:
     """All mistakes in the content of a nightly file; empty if it is valid."""
-    found = [f"{path}: {text}" for path, text in invalid(Suite, content)]
-    return found or _together(Suite.model_validate(content))
+    found = [f"{path}: {text}" for path, text in find_invalid(Suite, content)]
+    return found or _find_contradictions(Suite.model_validate(content))
 
 
-def _together(suite: Suite) -> list[str]:
+def _find_contradictions(suite: Suite) -> list[str]:
     """Settings, each valid by itself, that do not go together."""
-    evaluation, found = suite.evaluation, evaluation_mistakes(suite.evaluation, LONGEST_T)
+    evaluation, found = suite.evaluation, find_evaluation_mistakes(suite.evaluation, LONGEST_T)
     if not (evaluation.nll or evaluation.fid):
         found.append("evaluation: nothing is measured; give nll, fid or both")
     if evaluation.nll and evaluation.nll.images == 1:
         found.append("evaluation.nll.images: a single image has no error to judge by; take 2 or more, or all")
-    metrics = comparable(evaluation)
+    metrics = list_comparable(evaluation)
     for i, rule in enumerate(suite.regression.rules):
         where = f"regression.rules[{i}]"
         if rule.metric not in metrics:
             found.append(
-                f"{where}.metric: {rule.metric!r} is not measured by this evaluation{meant(rule.metric, metrics)}; "
+                f"{where}.metric: {rule.metric!r} is not measured by this evaluation{suggest_choice(rule.metric, metrics)}; "
                 f"valid: {', '.join(metrics) or 'none'}"
             )
         elif rule.standard_errors and not metrics[rule.metric]:
@@ -176,7 +176,7 @@ def _together(suite: Suite) -> list[str]:
             )
     names = [rule.metric for rule in suite.regression.rules]
     found += [f"regression.rules: {name} is there twice" for name in dict.fromkeys(names) if names.count(name) > 1]
-    aliases = {alias for model in suite.models for _, alias in [registered(model) or ("", "")]}
+    aliases = {alias for model in suite.models for _, alias in [split_registered(model) or ("", "")]}
     for setting, needed in (
         ("regression.against: champion", {CHAMPION} if CHAMPION in suite.regression.against else set()),
         ("promote: true", {CHAMPION, CANDIDATE} if suite.promote else set()),
@@ -188,10 +188,10 @@ def _together(suite: Suite) -> list[str]:
     return found
 
 
-def comparable(evaluation: EvaluationConfig) -> dict[str, bool]:
+def list_comparable(evaluation: EvaluationConfig) -> dict[str, bool]:
     """The metrics that a rule may name, all of them better where lower; and whether each has a standard error."""
     found = {"eval/nll_bpd": True} if evaluation.nll else {}
     if fid := evaluation.fid:
-        distance, *others = comparable_metrics(fid)
+        distance, *others = list_comparable_metrics(fid)
         found |= {distance: fid.samples > DIMENSIONS[fid.features], **dict.fromkeys(others, True)}
     return found

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from orchestrator.experiment.metrics import EVALUATIONS, NLL, metric_head
+from orchestrator.experiment.metrics import EVALUATIONS, NLL, head_metric
 from orchestrator.experiment.records import Variant
 from orchestrator.measuring.seeds import Group
-from orchestrator.output.figures import Plot, Series, curves, scatter, to_png
+from orchestrator.output.figures import Plot, Series, draw_curves, draw_scatter, to_png
 from orchestrator.output.findings import Report
 from orchestrator.state.rows import Row, shorten_params
 from workers.diffusion.schedules import betas, log_snrs
@@ -25,8 +25,8 @@ def draw_bits(report: Report) -> list[Plot]:
         if by_t := (row.found.summary or {}).get("nll_by_t"):
             T = len(by_t) - 1
             t = [i / T for i in range(1, T + 1)]
-            series.append(_series(report, row, t, [max(b, 1e-9) * T for b in by_t[:-1]]))
-    return [curves("bits-by-t", series, "t / T", "T × Lₜ₋₁ (bits/dim)", log_y=True)] if series else []
+            series.append(_make_series(report, row, t, [max(b, 1e-9) * T for b in by_t[:-1]]))
+    return [draw_curves("bits-by-t", series, "t / T", "T × Lₜ₋₁ (bits/dim)", log_y=True)] if series else []
 
 
 def draw_schedules(report: Report) -> list[Plot]:
@@ -40,13 +40,13 @@ def draw_schedules(report: Report) -> list[Plot]:
             snr = log_snrs(betas(diffusion))
             t = (np.arange(len(snr)) + 1) / len(snr)
             t, snr = t[np.isfinite(snr)], snr[np.isfinite(snr)]  # jsd ends at -inf
-            names = shorten_params(_scheduling(row.variant))
+            names = shorten_params(_keep_schedule(row.variant))
             label = " ".join(f"{n}={v}" for n, v in names.items()) or f"{diffusion.schedule.kind} T={diffusion.T}"
             series[key] = Series(label, t.tolist(), snr.tolist(), len(series))
-    return [curves("schedules", list(series.values()), "t / T", "log SNR", legend=len(series) <= 10)]
+    return [draw_curves("schedules", list(series.values()), "t / T", "log SNR", legend=len(series) <= 10)]
 
 
-def _scheduling(variant: Variant) -> Variant:
+def _keep_schedule(variant: Variant) -> Variant:
     """What the search says of the noise alone."""
     params = variant.params.items()
     return replace(variant, params={n: v for n, v in params if re.match(r"diffusion\.(T$|schedule)", n)})
@@ -55,11 +55,11 @@ def _scheduling(variant: Variant) -> Variant:
 def draw_rates(report: Report) -> list[Plot]:
     """Progressive coding: the error of the best guess against the bits sent."""
     series = [
-        _series(report, row, curve["rate_bpd"], curve["rmse_255"])
+        _make_series(report, row, curve["rate_bpd"], curve["rmse_255"])
         for row in report.rows
         if (curve := (row.found.summary or {}).get("rate_distortion"))
     ]
-    return [curves("rate-distortion", series, "rate (bits/dim)", "distortion (RMSE, 0–255)")] if series else []
+    return [draw_curves("rate-distortion", series, "rate (bits/dim)", "distortion (RMSE, 0–255)")] if series else []
 
 
 def draw_chains(report: Report) -> list[Plot]:
@@ -69,9 +69,9 @@ def draw_chains(report: Report) -> list[Plot]:
         if chains := (row.found.summary or {}).get("ledger", {}).get("optimal"):
             x, y, e = zip(*((c["steps"], c["bpd"], c["bpd_se"]) for c in chains), strict=True)
             low, high = [[b + s * Z * d for b, d in zip(y, e, strict=True)] for s in (-1, 1)]
-            series.append(_series(report, row, x, y, low=low, high=high))
+            series.append(_make_series(report, row, x, y, low=low, high=high))
     label = "bits/dim, optimal variance"
-    return [curves("by-steps", series, "steps of the chain", label, log_x=True, markers=True)] if series else []
+    return [draw_curves("by-steps", series, "steps of the chain", label, log_x=True, markers=True)] if series else []
 
 
 def draw_validation(report: Report) -> list[Plot]:
@@ -86,9 +86,9 @@ def draw_validation(report: Report) -> list[Plot]:
         if points:
             x, y, e = zip(*sorted(points), strict=True)
             low, high = ([b + s * d for b, d in zip(y, e, strict=True)] for s in (-1, 1))
-            series.append(_series(report, row, x, y, low=low, high=high))
+            series.append(_make_series(report, row, x, y, low=low, high=high))
     label = "valid/nll_bpd (± its standard error)"
-    return [curves("validation", series, "step", label, log_y=True, markers=True)] if series else []
+    return [draw_curves("validation", series, "step", label, log_y=True, markers=True)] if series else []
 
 
 def draw_front(report: Report) -> list[Plot]:
@@ -102,8 +102,8 @@ def draw_front(report: Report) -> list[Plot]:
         points = [
             (
                 Series(group.name, [group.metrics[first]], [group.metrics[other]], report.rank[group.digest]),
-                _error(group, first),
-                _error(group, other),
+                _get_error(group, first),
+                _get_error(group, other),
             )
             for group in report.traded
         ]
@@ -112,16 +112,18 @@ def draw_front(report: Report) -> list[Plot]:
         name = "pareto" if len(others) == 1 else f"pareto-{other.removeprefix('eval/')}"
         steps = sorted({(group.metrics[first], group.metrics[other]) for group in front})
         line = steps if len(others) == 1 else []
-        drawn.append(scatter(name, points, line, _axis(first), _axis(other), log_y=log_y, hollow=hollow))
+        drawn.append(
+            draw_scatter(name, points, line, _label_axis(first), _label_axis(other), log_y=log_y, hollow=hollow)
+        )
     return drawn
 
 
 def draw_evaluations(report: Report) -> list[Plot]:
     """The distance against network evaluations, a line for each other setting; nothing where all took as many."""
     sampler = r"evaluation\.fid\.sampler(\.steps|\.tolerance)?$"
-    series = _lines(report, report.distance, lambda group: group.metrics.get(EVALUATIONS), sampler)
-    labels = "evaluations of the network a sample", f"{metric_head(report.distance)} (± its standard error)"
-    drawn = curves("evaluations", series, *labels, log_x=True, log_y=True, markers=True, legend=len(series) > 1)
+    series = _make_lines(report, report.distance, lambda group: group.metrics.get(EVALUATIONS), sampler)
+    labels = "evaluations of the network a sample", f"{head_metric(report.distance)} (± its standard error)"
+    drawn = draw_curves("evaluations", series, *labels, log_x=True, log_y=True, markers=True, legend=len(series) > 1)
     return [drawn] if series else []
 
 
@@ -131,15 +133,15 @@ def draw_training_steps(report: Report) -> list[Plot]:
     drawn = []
     for metric in filter(None, (NLL, report.distance)):
         steps = r"training(\.steps)?$"
-        series = _lines(report, metric, lambda group: float(group.variant.trial.training.steps), steps)
-        labels = "training steps", f"{_axis(metric)} (± its standard error)"
+        series = _make_lines(report, metric, lambda group: float(group.variant.trial.training.steps), steps)
+        labels = "training steps", f"{_label_axis(metric)} (± its standard error)"
         name = f"training-steps-{metric.removeprefix('eval/')}"
         if series:
-            drawn.append(curves(name, series, *labels, log_x=True, markers=True, legend=len(series) > 1))
+            drawn.append(draw_curves(name, series, *labels, log_x=True, markers=True, legend=len(series) > 1))
     return drawn
 
 
-def _lines(report: Report, metric: str, x_of: Callable[[Group], float | None], along: str) -> list[Series]:
+def _make_lines(report: Report, metric: str, x_of: Callable[[Group], float | None], along: str) -> list[Series]:
     """A metric against `x_of`, a line for all that differ in settings `along` it alone (a pattern of their paths).
 
     Nothing where all have the same x.
@@ -149,7 +151,7 @@ def _lines(report: Report, metric: str, x_of: Callable[[Group], float | None], a
         if metric in group.metrics and (place := x_of(group)) is not None:
             others = {path: value for path, value in group.variant.params.items() if not re.match(along, path)}
             names = shorten_params(replace(group.variant, params=others)).items()
-            point = place, group.metrics[metric], _error(group, metric)
+            point = place, group.metrics[metric], _get_error(group, metric)
             lines.setdefault(" ".join(f"{name}={value}" for name, value in names), []).append(point)
     if len({point[0] for points in lines.values() for point in points}) < 2:
         return []
@@ -157,11 +159,11 @@ def _lines(report: Report, metric: str, x_of: Callable[[Group], float | None], a
     for label, points in lines.items():
         x, y, e = zip(*sorted(points), strict=True)
         low, high = ([b + s * d for b, d in zip(y, e, strict=True)] for s in (-1, 1))
-        series.append(Series(label or metric_head(metric), x, y, len(series), low, high))
+        series.append(Series(label or head_metric(metric), x, y, len(series), low, high))
     return series
 
 
-def _series(
+def _make_series(
     report: Report,
     row: Row,
     x: Sequence[float],
@@ -175,14 +177,14 @@ def _series(
     return Series(row.name, x, y, rank, low, high, report.groups[rank].name)
 
 
-def _error(group: Group, metric: str) -> float:
+def _get_error(group: Group, metric: str) -> float:
     """The standard error that a point's bar shows: over seeds where there are several, else over images or samples."""
     own = group.metrics.get(f"{metric}_se", 0.0)
     return group.seed_errors.get(metric, own) if group.over_seeds else own
 
 
-def _axis(name: str) -> str:
-    return "NLL (bits/dim)" if name == NLL else metric_head(name)
+def _label_axis(name: str) -> str:
+    return "NLL (bits/dim)" if name == NLL else head_metric(name)
 
 
 PLOTS: dict[str, Callable[[Report], list[Plot]]] = {
@@ -204,7 +206,7 @@ FILES = {
 }
 
 
-def png_files(report: Report) -> dict[str, bytes]:
+def draw_png_files(report: Report) -> dict[str, bytes]:
     """The files by their names. The front of a search with objectives of its own is `pareto` in the name of each."""
     own = {name: file for name, file in FILES.items() if name != "pareto" or not report.kept.also}
     drawn = {file: plot for name, file in own.items() for plot in PLOTS[name](report)}

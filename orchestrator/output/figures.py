@@ -68,12 +68,12 @@ class Plot:
     draw: Callable[[Any, Palette], None]  # into matplotlib's axes
 
 
-def colour(rank: int) -> str:
+def name_colour(rank: int) -> str:
     """The page's colour of the series at that place."""
     return NAMES[rank]
 
 
-def curves(
+def draw_curves(
     name: str,
     series: Sequence[Series],
     x_label: str,
@@ -89,16 +89,16 @@ def curves(
 
     def draw(axes: Any, palette: Palette) -> None:
         for s in reversed(series):
-            keep = _thinned(len(s.x))
+            keep = _thin_out(len(s.x))
             x, y = np.asarray(s.x, float)[keep], np.asarray(s.y, float)[keep]
             [line] = axes.plot(x, y, color=palette[s.rank], linewidth=1.6 if s.rank < PALETTE else 0.8,
                                marker="o" if markers else None, markersize=3.5,
-                               label=s.label if legend else _legend_label(s))  # fmt: skip
-            line.set_gid(_gid(s.label))
+                               label=s.label if legend else _make_legend_label(s))  # fmt: skip
+            line.set_gid(_make_gid(s.label))
             if len(s.low) and s.rank < PALETTE:
                 low, high = np.asarray(s.low, float)[keep], np.asarray(s.high, float)[keep]
                 axes.fill_between(x, low, high, color=palette[s.rank], alpha=0.15, linewidth=0)
-        _axes(axes, palette, x_label, y_label, log_x=log_x, log_y=log_y)
+        _set_axes(axes, palette, x_label, y_label, log_x=log_x, log_y=log_y)
         places = sorted({x for s in series for x in s.x})
         if markers and log_x and len(places) < 12:
             axes.set_xticks(places, [f"{x:g}" for x in places])
@@ -109,7 +109,7 @@ def curves(
     return Plot(name, size, draw)
 
 
-def scatter(
+def draw_scatter(
     name: str,
     points: Sequence[tuple[Series, float, float]],
     front: Sequence[tuple[float, ...]],
@@ -128,20 +128,20 @@ def scatter(
             axes.step(x, y, where="post", color=palette.ink, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         for s, x_error, y_error in reversed(points):
             bars = axes.errorbar(s.x, s.y, xerr=x_error or None, yerr=y_error or None, fmt="o", markersize=7,
-                                 color=palette[s.rank], elinewidth=1.2, capsize=0, label=_legend_label(s),
+                                 color=palette[s.rank], elinewidth=1.2, capsize=0, label=_make_legend_label(s),
                                  fillstyle="none" if s.label in hollow else "full")  # fmt: skip
-            bars[0].set_gid(_gid(s.label))
-        _axes(axes, palette, x_label, y_label, log_x=False, log_y=log_y)
+            bars[0].set_gid(_make_gid(s.label))
+        _set_axes(axes, palette, x_label, y_label, log_x=False, log_y=log_y)
 
     return Plot(name, (6.4, 3.9), draw)
 
 
-def _legend_label(s: Series) -> str:
+def _make_legend_label(s: Series) -> str:
     """What a legend beside the figure calls a series; matplotlib leaves out what begins with an underscore."""
     return (s.group or s.label) if s.rank < PALETTE else "_"
 
 
-def _thinned(n: int) -> np.ndarray:
+def _thin_out(n: int) -> np.ndarray:
     """The rows of a curve that are drawn: both ends, and of a long one as many at its start as in the rest."""
     if n <= POINTS:
         return np.arange(n)
@@ -150,11 +150,11 @@ def _thinned(n: int) -> np.ndarray:
     return np.unique(np.concatenate([even, early]).astype(int))
 
 
-def _gid(label: str) -> str:
+def _make_gid(label: str) -> str:
     return f"series:{label}"
 
 
-def _axes(axes: Any, palette: Palette, x_label: str, y_label: str, *, log_x: bool, log_y: bool) -> None:
+def _set_axes(axes: Any, palette: Palette, x_label: str, y_label: str, *, log_x: bool, log_y: bool) -> None:
     axes.set(xlabel=x_label, ylabel=y_label, xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
     axes.grid(True, color=palette.faint, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -173,17 +173,17 @@ def to_svg(plot: Plot) -> str:
     """The text of an <svg> whose colours are names of the page's style sheet."""
     stream = io.StringIO()
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": plot.name}
-    with rc_context({**_style(PLACEHOLDERS), **style}):
+    with rc_context({**_set_style(PLACEHOLDERS), **style}):
         figure = Figure(figsize=plot.size, layout="constrained")
         plot.draw(figure.subplots(), PLACEHOLDERS)
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _of_the_page(stream.getvalue(), plot.name)
+    return _fit_into_page(stream.getvalue(), plot.name)
 
 
 def to_png(plot: Plot) -> bytes:
     """On white, with a legend beside the axes unless it has one inside."""
     stream = io.BytesIO()
-    with rc_context(_style(LIGHT)):
+    with rc_context(_set_style(LIGHT)):
         figure = Figure(figsize=PNG_SIZE, layout="constrained")
         axes = figure.subplots()
         plot.draw(axes, LIGHT)
@@ -196,7 +196,7 @@ def to_png(plot: Plot) -> bytes:
     return stream.getvalue()
 
 
-def _style(palette: Palette) -> Any:
+def _set_style(palette: Palette) -> Any:
     ink = palette.ink
     return {
         "font.size": 10, "text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": palette.faint,
@@ -205,17 +205,17 @@ def _style(palette: Palette) -> Any:
     }  # fmt: skip
 
 
-def _colours(palette: Palette) -> tuple[str, ...]:
+def _list_colours(palette: Palette) -> tuple[str, ...]:
     return palette.ink, palette.faint, palette.rest, *palette.series
 
 
-def _of_the_page(svg: str, name: str) -> str:
+def _fit_into_page(svg: str, name: str) -> str:
     """matplotlib's file as a part of a page: its colours and font are the page's, its series have their names."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     head = rf'<svg class="plot" viewBox="\1" role="img" aria-label="{name}">'
     svg = re.sub(r'<svg [^>]*viewBox="([^"]+)"[^>]*>', head, svg, count=1, flags=re.DOTALL)
-    pairs = zip(_colours(PLACEHOLDERS), _colours(NAMES), strict=True)
+    pairs = zip(_list_colours(PLACEHOLDERS), _list_colours(NAMES), strict=True)
     for placeholder, variable in pairs:
         svg = svg.replace(placeholder, variable)
     svg = re.sub(

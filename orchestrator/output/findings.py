@@ -11,16 +11,16 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
-from orchestrator.experiment.metrics import NLL, metric_head
+from orchestrator.experiment.metrics import NLL, head_metric
 from orchestrator.measuring.differences import BY_IMAGE, Difference
 from orchestrator.measuring.seeds import Group, are_over_seeds, compare_groups, group_rows
-from orchestrator.output.importance import Forest, Share, forest, importance
-from orchestrator.output.table import compared_metric, format_means
+from orchestrator.output.importance import Forest, Share, compute_importance, grow_forest
+from orchestrator.output.table import choose_compared_metric, format_means
 from orchestrator.state.events import Driver, Event, Use, find_driver, measure_use, read_events
-from orchestrator.state.rows import Row, is_distance, pareto_front, rank_rows, shorten_values
+from orchestrator.state.rows import Row, find_pareto_front, is_distance, rank_rows, shorten_values
 from orchestrator.state.saved import SavedSweep, open_sweep, read_journals, read_rows
 from workers.journal import read_image
-from workers.layout import RowId, sweep_lock
+from workers.layout import RowId, name_sweep_lock
 from workers.locks import is_locked
 from workers.storage import Storage
 
@@ -90,13 +90,13 @@ class Report:
         points: dict[str, list[float]] = {
             group.digest: [group.metrics[name] for name in self.objectives] for group in self.traded
         }
-        best = pareto_front(points)
+        best = find_pareto_front(points)
         return [group for group in self.traded if group.digest in best]
 
     @cached_property
     def compared(self) -> str:
         """The metric in which the trials are held against the best."""
-        return compared_metric(self.kept.metric)
+        return choose_compared_metric(self.kept.metric)
 
     @cached_property
     def against_best(self) -> tuple[str | None, Mapping[str, Difference]]:
@@ -112,7 +112,7 @@ def gather(storage: Storage, sweep: str, each: bool = False) -> Report:
     kept = open_sweep(storage, sweep)
     happened, made_ms = read_events(storage, kept.name), time.time_ns() // 1_000_000
     rows = rank_rows(read_rows(storage, kept, happened), kept.metric, each)
-    locked = is_locked(storage, sweep_lock(kept.name))
+    locked = is_locked(storage, name_sweep_lock(kept.name))
     journals = read_journals(storage, kept.trials)
     grids: dict[str, tuple[int, bytes]] = {}
     for group in group_rows(rows, each)[:GRIDS]:
@@ -131,16 +131,16 @@ def gather(storage: Storage, sweep: str, each: bool = False) -> Report:
     )
 
 
-def shares(report: Report) -> list[Share]:
+def compute_shares(report: Report) -> list[Share]:
     """How much each searched setting explains of the metric's variance; see `orchestrator.output.importance`."""
     values = [row.metrics[report.kept.metric] for row in report.measured]
-    return importance([shorten_values(row.variant) for row in report.measured], values)
+    return compute_importance([shorten_values(row.variant) for row in report.measured], values)
 
 
-def trees(report: Report) -> Forest | None:
+def grow_trees(report: Report) -> Forest | None:
     """The same by a random forest, where settings were drawn and the trials are enough."""
     values = [row.metrics[report.kept.metric] for row in report.measured]
-    return forest([shorten_values(row.variant) for row in report.measured], values) if report.kept.drawn else None
+    return grow_forest([shorten_values(row.variant) for row in report.measured], values) if report.kept.drawn else None
 
 
 def describe_forest(grown: Forest) -> str:
@@ -150,7 +150,7 @@ def describe_forest(grown: Forest) -> str:
     )
 
 
-def protocols(rows: Iterable[Row]) -> list[tuple[str, Mapping[str, Any], list[Row]]]:
+def list_protocols(rows: Iterable[Row]) -> list[tuple[str, Mapping[str, Any], list[Row]]]:
     """(what was measured, how, of which trials) for every different way of measuring."""
     found: dict[str, tuple[str, Mapping[str, Any], list[Row]]] = {}
     for row in rows:
@@ -161,7 +161,7 @@ def protocols(rows: Iterable[Row]) -> list[tuple[str, Mapping[str, Any], list[Ro
     return sorted(found.values(), key=lambda one: one[0])
 
 
-def faults(happened: Sequence[Event]) -> list[Event]:
+def list_faults(happened: Sequence[Event]) -> list[Event]:
     """What went wrong, and what was done about it."""
     wrong = ("restarted", "retried", "failed", "interrupted", "lost", "hangs")
     return [
@@ -172,12 +172,12 @@ def faults(happened: Sequence[Event]) -> list[Event]:
     ]  # fmt: skip
 
 
-def verdict(report: Report) -> str:
+def write_verdict(report: Report) -> str:
     """What the sweep found, in a sentence or two."""
     if not report.measured:
         return "No trial is measured yet."
     best, metric = report.measured_groups[0], report.kept.metric
-    what, value = metric_head(metric), format_means(metric, best)
+    what, value = head_metric(metric), format_means(metric, best)
     said = f"Best of {len(report.measured)} measured trials: {best.name}, {what} {value}."
     if report.over_seeds:
         n, seeds = len(report.measured_groups), best.count_seeds(metric)
@@ -197,12 +197,12 @@ def verdict(report: Report) -> str:
     return f"{said} All others are clearly worse (95 % each, {how})."
 
 
-def hours(seconds: float) -> str:
+def format_hours(seconds: float) -> str:
     """Slot-hours to three digits, whatever their size."""
     return f"{seconds / 3600:.3g}"
 
 
-def utc(time_ms: int | None) -> str:
+def format_utc(time_ms: int | None) -> str:
     return datetime.fromtimestamp(time_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S") if time_ms else "-"
 
 

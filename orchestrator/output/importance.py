@@ -1,8 +1,8 @@
 """How much of a metric's spread over the trials each searched setting explains.
 
-By one-way analysis of variance (`importance`): on a full grid the shares of all settings and what is left (their
+By one-way analysis of variance (`compute_importance`): on a full grid the shares of all settings and what is left (their
 interplay) add up to 1. Where settings are drawn they are confounded by chance, and with few trials a share is large by
-chance alone: `Share.chance` says how large. There a random forest says more (`forest`): it sees all settings at once.
+chance alone: `Share.chance` says how large. There a random forest says more (`grow_forest`): it sees all settings at once.
 """
 
 import math
@@ -36,7 +36,7 @@ class Share:
     levels: tuple[Level, ...]
 
 
-def importance(params: Sequence[Mapping[str, Any]], values: Sequence[float]) -> list[Share]:
+def compute_importance(params: Sequence[Mapping[str, Any]], values: Sequence[float]) -> list[Share]:
     """The share of each setting in the variance of `values`, the largest first.
 
     Empty where fewer than LEAST trials have a value or all values are equal. A setting with one level has none.
@@ -50,7 +50,7 @@ def importance(params: Sequence[Mapping[str, Any]], values: Sequence[float]) -> 
         settings = [p.get(name) for p in params]
         groups: dict[str, list[float]] = defaultdict(list)
         for label, _, value in sorted(
-            zip(_levels(settings), _order(settings), values, strict=True), key=lambda x: x[1]
+            zip(_make_levels(settings), _sort_values(settings), values, strict=True), key=lambda x: x[1]
         ):
             groups[label].append(value)
         if len(groups) > 1:
@@ -72,7 +72,7 @@ class Forest:
     weights: Mapping[str, float]
 
 
-def forest(params: Sequence[Mapping[str, Any]], values: Sequence[float]) -> Forest | None:
+def grow_forest(params: Sequence[Mapping[str, Any]], values: Sequence[float]) -> Forest | None:
     """Permutation importance (Breiman 2001) on trials that the trees were not grown on: five folds, each predicted by
     a forest of the other four, so that what is learned by heart counts nothing. The same for the same trials.
 
@@ -86,7 +86,7 @@ def forest(params: Sequence[Mapping[str, Any]], values: Sequence[float]) -> Fore
     from sklearn.model_selection import KFold
 
     names = list(dict.fromkeys(name for p in params for name in p))
-    x, y = np.array([_numbers([p.get(name) for p in params]) for name in names]).T, np.array(values)
+    x, y = np.array([_make_numbers([p.get(name) for p in params]) for name in names]).T, np.array(values)
     error, rise = 0.0, np.zeros(len(names))
     for seen, unseen in KFold(FOLDS, shuffle=True, random_state=0).split(x):
         trees = RandomForestRegressor(TREES, random_state=0).fit(x[seen], y[seen])
@@ -100,20 +100,20 @@ def forest(params: Sequence[Mapping[str, Any]], values: Sequence[float]) -> Fore
     return Forest(1 - error / total, dict(weights))
 
 
-def _numbers(values: Sequence[Any]) -> list[float]:
+def _make_numbers(values: Sequence[Any]) -> list[float]:
     """Numbers as they are, else the place of each value among all that occur."""
     if all(isinstance(v, int | float) for v in values):
         return [float(v) for v in values]
-    places = sorted(set(map(_text, values)))
-    return [float(places.index(_text(v))) for v in values]
+    places = sorted(set(map(_format_value, values)))
+    return [float(places.index(_format_value(v))) for v in values]
 
 
-def _levels(values: Sequence[Any]) -> list[str]:
+def _make_levels(values: Sequence[Any]) -> list[str]:
     """The level of each value: itself, or one of BINS ranges where its numbers have too few trials each."""
     distinct = sorted(set(map(repr, values)))
     numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     if len(numbers) < len(values) or len(distinct) <= max(BINS, len(values) // BINS):
-        return [_text(v) for v in values]
+        return [_format_value(v) for v in values]
     order = sorted(range(len(values)), key=lambda i: values[i])
     labels = [""] * len(values)
     for b in range(BINS):
@@ -123,15 +123,15 @@ def _levels(values: Sequence[Any]) -> list[str]:
     return labels
 
 
-def _order(values: Sequence[Any]) -> Sequence[Any]:
+def _sort_values(values: Sequence[Any]) -> Sequence[Any]:
     """What to list the levels by: the numbers themselves, else the order that they come in."""
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     return values if numbers else range(len(values))
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return " ".join(f"{k}={_text(v)}" for k, v in value.items())
+        return " ".join(f"{k}={_format_value(v)}" for k, v in value.items())
     if value is None:
         return "–"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -8,57 +8,57 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.experiment.metrics import NLL, metric_head
+from orchestrator.experiment.metrics import NLL, head_metric
 from orchestrator.experiment.settings import write_yaml
-from orchestrator.measuring.differences import BY_IMAGE, student_reach
+from orchestrator.measuring.differences import BY_IMAGE, compute_student_reach
 from orchestrator.measuring.seeds import Group, compare_groups, group_rows
 from orchestrator.measuring.slowness import find_slow_trials
 from orchestrator.output.findings import (
     GRIDS,
     Report,
+    compute_shares,
     describe_forest,
-    faults,
-    hours,
-    protocols,
-    shares,
+    format_hours,
+    format_utc,
+    grow_trees,
+    list_faults,
+    list_protocols,
     tell_event,
-    trees,
-    utc,
-    verdict,
+    write_verdict,
 )
-from orchestrator.output.speed_table import kinds_of, peak_texts, speed_lines
+from orchestrator.output.speed_table import describe_peaks, list_kinds, list_speed_lines
 from orchestrator.output.table import format_means, format_value, list_measured, make_footnote
-from orchestrator.output.terminal import clock
+from orchestrator.output.terminal import format_clock
 from orchestrator.state.events import count_events
 from orchestrator.state.rows import Row, shorten_params
-from workers.layout import sweep_file
+from workers.layout import name_sweep_file
 
 EVENTS = 400  # events that are listed
 Z = 1.96  # standard errors of an interval that holds the true mean in 95 % of cases
 
 
-def path(sweep: str) -> str:
-    return sweep_file(sweep, "report.html")
+def name_path(sweep: str) -> str:
+    return name_sweep_file(sweep, "report.html")
 
 
 def render(template: str, **values: Any) -> str:
     """A page from a file in templates/, all that is put into it escaped; `base.html` holds the style of all pages."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from orchestrator.output.figures import colour
+    from orchestrator.output.figures import name_colour
 
     loader = PackageLoader("orchestrator.output")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "clock": clock, "utc": utc, "hours": hours, "plain": format_value, "metric": metric_head, "zip": zip,
+        "clock": format_clock, "utc": format_utc, "hours": format_hours, "plain": format_value, "metric": head_metric, "zip": zip,
     }  # fmt: skip
-    environment.globals |= {"colour": colour}
+    environment.globals |= {"colour": name_colour}
     return environment.get_template(template).render(**values)
 
 
-def page(report: Report) -> str:
+def render_report(report: Report) -> str:
     """The whole report as one HTML file."""
     from orchestrator.output.curves import PLOTS
     from orchestrator.output.figures import to_svg
@@ -66,32 +66,32 @@ def page(report: Report) -> str:
     return render(
         "report.html",
         report=report,
-        verdict=verdict(report),
+        verdict=write_verdict(report),
         experiment=write_yaml(report.kept.experiment),
         table=list_entries(report),
         rows=list_entries(report, each=True) if report.over_seeds else [],
         footnote=make_footnote(report.rows, report.kept.metric, report.each).splitlines(),
         shown=list_measured(report.rows),
         paired=report.compared in BY_IMAGE,
-        shares=shares(report),
-        trees=trees(report),
+        shares=compute_shares(report),
+        trees=grow_trees(report),
         forest=describe_forest,
         plots={name: "\n".join(map(to_svg, draw(report))) for name, draw in PLOTS.items()},
-        parts=_parts(report),
+        parts=_list_parts(report),
         grids=[
             (group.rows[0], step, base64.b64encode(png).decode())
             for group in report.groups
             if group.digest in report.grids
             for step, png in [report.grids[group.digest]]
         ],
-        cost=_costs(report),
-        speeds=speed_lines(report.groups),
-        kinds=kinds_of(report.rows),
-        peaks=peak_texts(report.rows),
+        cost=_list_costs(report),
+        speeds=list_speed_lines(report.groups),
+        kinds=list_kinds(report.rows),
+        peaks=describe_peaks(report.rows),
         slow=find_slow_trials(report.rows),
-        faults=[tell_event(e) for e in faults(report.happened)],
+        faults=[tell_event(e) for e in list_faults(report.happened)],
         events=[tell_event(e) for e in report.happened[-EVENTS:]],
-        protocols=protocols(report.rows),
+        protocols=list_protocols(report.rows),
         warnings=sorted({text for row in report.rows for p in (row.found.summary or {}).get("passports", {}).values()
                          for text in p.get("warnings", ())}),
     )  # fmt: skip
@@ -123,7 +123,7 @@ def list_entries(report: Report, each: bool = False) -> list[PageRow]:
     """The lines of the table; `each`, those of the single rows although they are taken together."""
     groups = group_rows(report.rows, each=True) if each else report.groups
     best, differences = compare_groups(groups, report.compared) if each else report.against_best
-    bounds = {group.digest: b for group in groups if (b := _interval(group, report.compared))}
+    bounds = {group.digest: b for group in groups if (b := _compute_interval(group, report.compared))}
     low = min((b[1] for b in bounds.values()), default=0.0)
     high = max((b[2] for b in bounds.values()), default=1.0)
     entries, shown = [], list_measured(report.rows)
@@ -146,17 +146,17 @@ def list_entries(report: Report, each: bool = False) -> list[PageRow]:
     return entries
 
 
-def _interval(group: Group, metric: str) -> tuple[float, float, float] | None:
+def _compute_interval(group: Group, metric: str) -> tuple[float, float, float] | None:
     """(value, low, high) of a whisker: Z of its standard errors, or where it is wider Student's interval over seeds."""
     if f"{metric}_se" not in group.metrics:
         return None
     value, reach = group.metrics[metric], Z * group.metrics[f"{metric}_se"]
     if metric in group.seed_errors:
-        reach = max(reach, student_reach(len(group.values(metric)) - 1) * group.seed_errors[metric])
+        reach = max(reach, compute_student_reach(len(group.values(metric)) - 1) * group.seed_errors[metric])
     return value, value - reach, value + reach
 
 
-def _parts(report: Report) -> list[tuple[Group, list[tuple[str, float]], float]]:
+def _list_parts(report: Report) -> list[tuple[Group, list[tuple[str, float]], float]]:
     """(trial, the parts of its bound in bits/dim, the largest bound of all) of the best GRIDS with an NLL."""
     names = {"prior": "L_T", "diffusion": "steps", "decoder": "L_0"}
     most = max((group.metrics[NLL] for group in report.groups if NLL in group.metrics), default=1.0)
@@ -179,23 +179,23 @@ class RowCost:
     retried: int  # pieces of its evaluation
 
 
-def _costs(report: Report) -> list[RowCost]:
+def _list_costs(report: Report) -> list[RowCost]:
     held = report.use.by_trial
     restarted, retried = (count_events(report.happened, name) for name in ("restarted", "retried"))
 
-    def stepping_s(row: Row) -> float:
+    def sum_stepping(row: Row) -> float:
         images = row.found.step * row.variant.trial.training.batch_size
         return images / row.images_per_s if row.images_per_s else 0.0
 
-    def cost(group: Group) -> RowCost:
+    def make_cost(group: Group) -> RowCost:
         names = [row.digest for row in group.rows]
         return RowCost(
             group,
             sum(held[name, "training"] for name in names),
-            sum(map(stepping_s, group.rows)),
+            sum(map(sum_stepping, group.rows)),
             sum(held[name, "evaluation"] for name in names),
             sum(restarted[name] for name in names),
             sum(retried[name] for name in names),
         )
 
-    return [cost(group) for group in report.groups]
+    return [make_cost(group) for group in report.groups]

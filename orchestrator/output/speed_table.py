@@ -6,9 +6,9 @@ from typing import Any
 
 from orchestrator.measuring.seeds import Group
 from orchestrator.measuring.slowness import find_slow_trials
-from orchestrator.output.terminal import clock
+from orchestrator.output.terminal import format_clock
 from orchestrator.state.rows import Row
-from workers.layout import trial_of_row
+from workers.layout import get_trial_of_row
 from workers.speed import CORE
 
 # Kinds of work in their order: those of training by the clock, and what the blocks of an evaluation use.
@@ -23,12 +23,12 @@ class SpeedLine:
     group: Group
     images_per_s: str
     of_peak: str
-    seconds: Sequence[str]  # by `kinds_of`
+    seconds: Sequence[str]  # by `list_kinds`
 
 
-def speed_lines(groups: Sequence[Group]) -> list[SpeedLine]:
+def list_speed_lines(groups: Sequence[Group]) -> list[SpeedLine]:
     """What is not known is a dash."""
-    kinds = kinds_of([row for group in groups for row in group.rows])
+    kinds = list_kinds([row for group in groups for row in group.rows])
     lines = []
     for group in groups:
         rate, seconds = group.images_per_s, add_seconds(group.rows)
@@ -43,7 +43,7 @@ def speed_lines(groups: Sequence[Group]) -> list[SpeedLine]:
     return lines
 
 
-def kinds_of(rows: Sequence[Row]) -> list[str]:
+def list_kinds(rows: Sequence[Row]) -> list[str]:
     """The kinds of work that some row has seconds of, in their order."""
     there = {kind for row in rows for kind in row.seconds}
     return [kind for kind in KINDS if kind in there] + sorted(there - set(KINDS))
@@ -53,7 +53,7 @@ def add_seconds(rows: Iterable[Row]) -> dict[str, float]:
     """The seconds of all rows by kind. The training of a trial that several rows share counts once."""
     total, trained = dict[str, float](), set[str]()
     for row in rows:
-        of = trial_of_row(row.digest)
+        of = get_trial_of_row(row.digest)
         for kind, seconds in row.seconds.items():
             if kind not in TRAINING_KINDS or of not in trained:
                 total[kind] = total.get(kind, 0.0) + seconds
@@ -61,21 +61,21 @@ def add_seconds(rows: Iterable[Row]) -> dict[str, float]:
     return total
 
 
-def closing_lines(rows: Sequence[Row]) -> list[str]:
+def list_closing_lines(rows: Sequence[Row]) -> list[str]:
     """What a sweep says of its speed at its end: where its time went, what the peaks are, and which trials are slow."""
     seconds = add_seconds(rows)
-    spent = ", ".join(f"{kind} {format_seconds(seconds[kind])}" for kind in kinds_of(rows))
+    spent = ", ".join(f"{kind} {format_seconds(seconds[kind])}" for kind in list_kinds(rows))
     lines = [f"work        {spent}"] if spent else []
-    lines += [f"peak        {text}" for text in peak_texts(rows)]
+    lines += [f"peak        {text}" for text in describe_peaks(rows)]
     return lines + [f"slow        {slow}" for slow in find_slow_trials(rows)]
 
 
-def peak_texts(rows: Iterable[Row]) -> list[str]:
+def describe_peaks(rows: Iterable[Row]) -> list[str]:
     """Each measured peak that a share of the rows is of."""
-    return list(dict.fromkeys(_peak_text(peak) for row in rows if (peak := row.peak)))
+    return list(dict.fromkeys(_describe_peak(peak) for row in rows if (peak := row.peak)))
 
 
-def _peak_text(peak: Mapping[str, Any]) -> str:
+def _describe_peak(peak: Mapping[str, Any]) -> str:
     """`94.3 GFLOP/s, a matrix product in float32 on 1 thread of Some Processor core`."""
     name, n = str(peak["hardware"]), peak["threads"]
     threads = f"on {n} thread{'s' * (n > 1)} of" if name.endswith(CORE) else "on"
@@ -90,4 +90,4 @@ def format_share(share: float | None) -> str:
 
 def format_seconds(seconds: float | None) -> str:
     """Seconds below a minute, and then as a clock."""
-    return "-" if seconds is None else f"{seconds:.1f} s" if seconds < 60 else clock(seconds)
+    return "-" if seconds is None else f"{seconds:.1f} s" if seconds < 60 else format_clock(seconds)

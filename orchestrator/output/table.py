@@ -13,11 +13,11 @@ from orchestrator.experiment.records import Variant
 from orchestrator.measuring.differences import BY_IMAGE, Difference
 from orchestrator.measuring.seeds import Group, are_over_seeds, compare_groups, group_rows
 from orchestrator.output.speed_table import format_share
-from orchestrator.output.terminal import columns
+from orchestrator.output.terminal import make_columns_table
 
 if TYPE_CHECKING:  # a table of results needs neither Ray nor pandas
     import pandas as pd
-from orchestrator.experiment.metrics import EVALUATIONS, NLL, metric_head
+from orchestrator.experiment.metrics import EVALUATIONS, NLL, head_metric
 from orchestrator.state.rows import SPEED, Row, is_distance, shorten_params
 
 SAME = " ≈"  # after the number of a trial that cannot be told from the best
@@ -46,22 +46,22 @@ def make_frame(rows: Sequence[Row], collapse_seeds: bool = False) -> "pd.DataFra
             "state": g.state,
             **{path: values[i] for path, values in params.items()},
             **g.metrics,
-            **(_seed_columns(g) if over_seeds else {}),
-            **_behind(g, differences),
-            **_cost_columns(g),
+            **(_make_seed_columns(g) if over_seeds else {}),
+            **_list_behind(g, differences),
+            **_make_cost_columns(g),
             **{name: value for name, value in g.speeds.items() if name != f"{SPEED}images_per_s"},  # which is above
         }
         for i, g in enumerate(groups)
     )
 
 
-def _seed_columns(group: Group) -> dict[str, float]:
+def _make_seed_columns(group: Group) -> dict[str, float]:
     names = [name for name in group.metrics if not name.endswith("_se")]
     counts = {f"{name}_seeds": float(len(group.values(name))) for name in names}
     return {**{f"{name}_se_seeds": error for name, error in group.seed_errors.items()}, **counts}
 
 
-def _cost_columns(group: Group) -> dict[str, Any]:
+def _make_cost_columns(group: Group) -> dict[str, Any]:
     """How far the rows came, the fewest steps of several; their rate; and what is to be said of them."""
     statuses = [row.found.status or {} for row in group.rows]
     steps = [row.found.step for row in group.rows if row.found.status]
@@ -79,11 +79,11 @@ def make_columns(variants: Sequence[Variant]) -> dict[str, list[Any]]:
     Where the values of a path are of several kinds, all are texts.
     """
     paths = dict.fromkeys(path for variant in variants for path in variant.params)
-    return {path: _column([variant.params.get(path) for variant in variants]) for path in paths}
+    return {path: _make_column([variant.params.get(path) for variant in variants]) for path in paths}
 
 
-def _column(values: Sequence[Any]) -> list[Any]:
-    kinds = {_kind(value) for value in values if value is not None}
+def _make_column(values: Sequence[Any]) -> list[Any]:
+    kinds = {_choose_kind(value) for value in values if value is not None}
     if len(kinds) > 1 and all(kind.startswith("list") for kind in kinds):
         kinds.discard("list")  # one without anything in it goes with any other
     if len(kinds) == 1 and "text" not in kinds:
@@ -91,7 +91,7 @@ def _column(values: Sequence[Any]) -> list[Any]:
     return [v if v is None or isinstance(v, str) else json.dumps(v) for v in values]
 
 
-def _kind(value: Any) -> str:
+def _choose_kind(value: Any) -> str:
     match value:
         case bool():
             return "truth value"
@@ -99,12 +99,12 @@ def _kind(value: Any) -> str:
             return "number"
         case int():
             return "number" if abs(value) < 2**63 else "text"
-        case list() | tuple() if len(inside := {_kind(v) for v in value}) < 2 and "text" not in inside:
+        case list() | tuple() if len(inside := {_choose_kind(v) for v in value}) < 2 and "text" not in inside:
             return f"list {''.join(inside)}" if inside else "list"
     return "text"
 
 
-def _behind(group: Group, differences: Mapping[str, Difference]) -> dict[str, float]:
+def _list_behind(group: Group, differences: Mapping[str, Difference]) -> dict[str, float]:
     d = differences.get(group.digest)
     return {"nll_above_best_bpd": d.mean, "nll_above_best_low": d.low, "nll_above_best_high": d.high} if d else {}
 
@@ -116,7 +116,7 @@ def make_table(rows: Sequence[Row], metric: str = NLL, width: int | None = None,
     """
     groups = group_rows(rows, each)
     shown, over_seeds = list_measured(groups), are_over_seeds(groups)
-    _, differences = compare_groups(groups, compared_metric(metric))
+    _, differences = compare_groups(groups, choose_compared_metric(metric))
     names = list(dict.fromkeys(name for group in groups for name in shorten_params(group.variant)))
     counts = {g.metrics.get(EVALUATIONS) for g in groups} - {None}  # of the network, a sample: told where they differ
     shares = any(g.of_peak is not None for g in groups)
@@ -130,8 +130,12 @@ def make_table(rows: Sequence[Row], metric: str = NLL, width: int | None = None,
                 **{name: params.get(name, "-") for name in names},
                 **({"seeds": group.count_seeds(metric)} if over_seeds else {}),
                 **{
-                    metric_head(name): format_means(name, group)
-                    + (_mark(group, differences) if name == compared_metric(metric) and not all_clear else "")
+                    head_metric(name): format_means(name, group)
+                    + (
+                        _format_mark(group, differences)
+                        if name == choose_compared_metric(metric) and not all_clear
+                        else ""
+                    )
                     for name in shown
                 },
                 **({"evaluations": evaluations} if len(counts) > 1 else {}),
@@ -140,7 +144,7 @@ def make_table(rows: Sequence[Row], metric: str = NLL, width: int | None = None,
                 "state": group.state,
             }
         )
-    return columns(cells, width, spare=("of peak", "images/s"))
+    return make_columns_table(cells, width, spare=("of peak", "images/s"))
 
 
 def list_measured(rows: Sequence[Row | Group]) -> list[str]:
@@ -175,15 +179,15 @@ def format_mean(name: str, metrics: Mapping[str, float], seed_errors: Mapping[st
 def describe_row(row: Row) -> str:
     """What was measured of a trial, in a line: `NLL bits/dim 2.559 ± 0.014, fd_classifier 0.570 ± 0.041`."""
     names = [name for name in list_measured([row]) if name in row.metrics]
-    return ", ".join(f"{metric_head(name)} {format_metric(name, row.metrics)}" for name in names)
+    return ", ".join(f"{head_metric(name)} {format_metric(name, row.metrics)}" for name in names)
 
 
-def compared_metric(metric: str) -> str:
+def choose_compared_metric(metric: str) -> str:
     """The metric by whose error bars trials are held against the best, in a sweep that ranks on `metric`."""
     return NLL if metric == "valid/nll_bpd" else metric
 
 
-def _mark(group: Group, differences: Mapping[str, Difference]) -> str:
+def _format_mark(group: Group, differences: Mapping[str, Difference]) -> str:
     """The mark, or as much space, as another trial has it."""
     return SAME if group.digest in differences and not differences[group.digest].clear else " " * len(SAME)
 
@@ -191,14 +195,14 @@ def _mark(group: Group, differences: Mapping[str, Difference]) -> str:
 def make_footnote(rows: Sequence[Row], metric: str = NLL, each: bool = False) -> str:
     """What the numbers and the mark in the table mean, and which trials were measured otherwise; empty where there is
     nothing to say."""
-    groups, compared = group_rows(rows, each), compared_metric(metric)
+    groups, compared = group_rows(rows, each), choose_compared_metric(metric)
     best, differences = compare_groups(groups, compared)
     labels: dict[str, str] = {group.digest: group.label for group in groups}
     over_seeds = are_over_seeds(groups)
     name, same = labels.get(str(best), ""), [d for d in differences.values() if not d.clear]
     said = [OVER_SEEDS] if over_seeds else []
     also = ", and over seeds by Welch's test" if over_seeds else ""
-    what, how = metric_head(compared), "by the errors of both"
+    what, how = head_metric(compared), "by the errors of both"
     if compared in BY_IMAGE:
         what, how = "bits/dim", f"paired over {same[0].n if same else 0} images"
     if same:

@@ -59,13 +59,13 @@ class Line:
     def left(self) -> str:
         """The time that its training still takes; empty where nothing is known."""
         if self.silent_s and self.state == "training":
-            return f"not heard for {clock(self.silent_s)}"
+            return f"not heard for {format_clock(self.silent_s)}"
         training = self.state == "training" and self.images_per_s
-        return clock(self.images_left / self.images_per_s) if training else ""
+        return format_clock(self.images_left / self.images_per_s) if training else ""
 
 
 class Display:
-    """Shows `lines` by digest. Use as a context; call `changed` after a trial's line has changed."""
+    """Shows `lines` by digest. Use as a context; call `show_change` after a trial's line has changed."""
 
     def __init__(
         self, lines: MutableMapping[Any, Line], console: Console, quiet: bool = False, verbose: bool = False
@@ -92,7 +92,7 @@ class Display:
         if self.verbose or not (self.quiet or detail):
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def changed(self, digest: str) -> None:
+    def show_change(self, digest: str) -> None:
         """Tells of a trial's new line, once a call where there is no terminal."""
         line = self.lines[digest]
         if self._live:
@@ -100,13 +100,13 @@ class Display:
         else:
             nll = "" if line.nll_bpd is None else f"  valid/nll_bpd {line.nll_bpd:.3f}"
             rate = f"  {line.images_per_s:,.0f} images/s" if line.images_per_s else ""
-            left = time_left(self.lines.values(), self._at_once())
+            left = estimate_time_left(self.lines.values(), self._estimate_at_once())
             self.say(
                 f"{digest[:8]}  {line.state:<10}  step {line.step}/{line.steps}{nll}{rate}  {line.name}"
                 + f"  {left}" * bool(left)
             )
 
-    def _at_once(self) -> int:
+    def _estimate_at_once(self) -> int:
         """How many trials have been in training at the same time: between two, a place is free for a moment only."""
         self._most = max(self._most, sum(line.state == "training" for line in self.lines.values()))
         return self._most
@@ -119,25 +119,33 @@ class Display:
     def refresh(self, force: bool = False) -> None:
         if self._live and (force or self.due):
             self._refreshed = time.monotonic()
-            self._live.update(self._view(), refresh=True)
+            self._live.update(self._make_view(), refresh=True)
 
-    def _view(self) -> Group:
-        told = [counts(self.lines.values()), time_left(self.lines.values(), self._at_once()), self.cluster]
-        shown, rest = fitting(self.lines, self.console.height - 4)
+    def _make_view(self) -> Group:
+        told = [
+            format_counts(self.lines.values()),
+            estimate_time_left(self.lines.values(), self._estimate_at_once()),
+            self.cluster,
+        ]
+        shown, rest = choose_fitting(self.lines, self.console.height - 4)
         lines = {digest: self.lines[digest] for digest in shown}
         names = list(dict.fromkeys(name for line in lines.values() for name in line.params))
-        rows = [_cells(digest, line, names) for digest, line in lines.items()]
-        if names and not fits(rows, self.console.width, SPARE):
-            rows = [_cells(digest, line, []) for digest, line in lines.items()]  # the values in one column, cut short
-        table = columns(rows, self.console.width, SPARE, left=("trial", "", "state", "progress"), style="dim")
+        rows = [_make_cells(digest, line, names) for digest, line in lines.items()]
+        if names and not is_fitting(rows, self.console.width, SPARE):
+            rows = [
+                _make_cells(digest, line, []) for digest, line in lines.items()
+            ]  # the values in one column, cut short
+        table = make_columns_table(
+            rows, self.console.width, SPARE, left=("trial", "", "state", "progress"), style="dim"
+        )
         head = Text("  ·  ".join(filter(None, told)), style="bold", no_wrap=True, overflow="ellipsis")
         parts: list[Table | Text] = [head, table]
         if rest:
-            parts.append(Text(f"and {counts(self.lines[digest] for digest in rest)}", style="dim"))
+            parts.append(Text(f"and {format_counts(self.lines[digest] for digest in rest)}", style="dim"))
         return Group(Text(""), *parts)
 
 
-def _cells(digest: str, line: Line, names: Sequence[str]) -> dict[str, RenderableType]:
+def _make_cells(digest: str, line: Line, names: Sequence[str]) -> dict[str, RenderableType]:
     """A row of the live table: the searched values under their `names`, or all in one column without a head."""
     blocks = f" {line.blocks - line.blocks_left}/{line.blocks}" if line.state == "evaluating" else ""
     return {
@@ -155,7 +163,7 @@ def _cells(digest: str, line: Line, names: Sequence[str]) -> dict[str, Renderabl
     }
 
 
-def columns(
+def make_columns_table(
     rows: Sequence[Mapping[str, RenderableType]],
     width: int | None = None,
     spare: Sequence[str] = (),
@@ -166,8 +174,8 @@ def columns(
 
     In a window too narrow for them the columns move closer, then the `spare` ones are left out, in their order.
     """
-    widths = _widths(rows)
-    heads, gap = (list(widths), 2) if width is None else fit(widths, width, spare)
+    widths = _measure_widths(rows)
+    heads, gap = (list(widths), 2) if width is None else fit_columns(widths, width, spare)
     table = Table(box=None, pad_edge=False, header_style=style, collapse_padding=gap == 1)
     for head in heads:
         justify: Literal["left", "right"] = "left" if head in left else "right"
@@ -177,13 +185,13 @@ def columns(
     return table
 
 
-def fits(rows: Sequence[Mapping[str, RenderableType]], width: int, spare: Sequence[str]) -> bool:
+def is_fitting(rows: Sequence[Mapping[str, RenderableType]], width: int, spare: Sequence[str]) -> bool:
     """Whether the columns that are not `spare` are seen whole in a window of that width."""
-    widths = {head: needed for head, needed in _widths(rows).items() if head not in spare}
+    widths = {head: needed for head, needed in _measure_widths(rows).items() if head not in spare}
     return sum(widths.values()) + len(widths) - 1 <= width
 
 
-def fit(widths: Mapping[str, int], width: int, spare: Sequence[str]) -> tuple[list[str], int]:
+def fit_columns(widths: Mapping[str, int], width: int, spare: Sequence[str]) -> tuple[list[str], int]:
     """The columns that a window shows, and the gap between them."""
     shown = dict(widths)
     for gap, without in [(2, ""), (1, ""), *((1, name) for name in spare)]:
@@ -194,16 +202,16 @@ def fit(widths: Mapping[str, int], width: int, spare: Sequence[str]) -> tuple[li
     return list(shown), gap
 
 
-def _widths(rows: Sequence[Mapping[str, RenderableType]]) -> dict[str, int]:
+def _measure_widths(rows: Sequence[Mapping[str, RenderableType]]) -> dict[str, int]:
     """What each column takes."""
-    return {head: max(cell_len(head), *(_width(row[head]) for row in rows)) for head in rows[0]} if rows else {}
+    return {head: max(cell_len(head), *(_measure_width(row[head]) for row in rows)) for head in rows[0]} if rows else {}
 
 
-def _width(cell: RenderableType) -> int:
+def _measure_width(cell: RenderableType) -> int:
     return BAR if isinstance(cell, ProgressBar) else cell_len(str(cell))
 
 
-def fitting(lines: Mapping[str, Line], room: int) -> tuple[list[str], list[str]]:
+def choose_fitting(lines: Mapping[str, Line], room: int) -> tuple[list[str], list[str]]:
     """The trials that a table of `room` lines shows, in their order, and those that it leaves out."""
     if len(lines) <= max(1, room):
         return list(lines), []
@@ -211,7 +219,7 @@ def fitting(lines: Mapping[str, Line], room: int) -> tuple[list[str], list[str]]
     return [d for d in lines if d in first], [d for d in lines if d not in first]
 
 
-def counts(lines: Iterable[Line]) -> str:
+def format_counts(lines: Iterable[Line]) -> str:
     """How many trials are in which state: `2 training, 5 waiting, 1 done`."""
     found: dict[str, int] = {}
     for line in lines:
@@ -222,7 +230,7 @@ def counts(lines: Iterable[Line]) -> str:
     )
 
 
-def time_left(lines: Iterable[Line], at_once: int) -> str:
+def estimate_time_left(lines: Iterable[Line], at_once: int) -> str:
     """The time that the training still takes where `at_once` trials run, each at the mean rate of those known."""
     lines = list(lines)
     left = [line.images_left for line in lines if line.images_left]
@@ -230,10 +238,10 @@ def time_left(lines: Iterable[Line], at_once: int) -> str:
     if not left or not rates or any(line.silent_s for line in lines):
         return ""
     rate = sum(rates) / len(rates) * min(at_once, len(left))
-    return f"training ends in about {clock(sum(left) / rate)}"
+    return f"training ends in about {format_clock(sum(left) / rate)}"
 
 
-def clock(seconds: float) -> str:
+def format_clock(seconds: float) -> str:
     """65 -> 1:05, 3700 -> 1:01:40, 200000 -> 2 d 7:33."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
@@ -263,7 +271,7 @@ class _Messages(logging.Handler):
 
 
 @contextmanager
-def listening(console: Console, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
+def show_messages(console: Console, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
     """What is logged or warned of meanwhile goes to `console`: of libraries errors alone, unless `verbose`."""
     os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")  # it would write to stderr by itself
     root, messages = logging.getLogger(), _Messages(console, quiet, verbose)

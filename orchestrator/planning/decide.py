@@ -7,7 +7,7 @@ from typing import Literal
 from orchestrator.experiment.records import SchedulerConfig
 from orchestrator.state.rows import Found
 from workers.evaluation.blocks import Block
-from workers.identity import digest, settings_read
+from workers.identity import collect_settings_read, compute_digest
 
 Action = Literal["train", "evaluate", "nothing"]
 
@@ -19,7 +19,7 @@ class Decision:
 
 
 def decide(found: Found, scheduler: str) -> Decision:
-    """What to do about one trial. `scheduler` is the key of the rule that prunes, see `scheduler_key`."""
+    """What to do about one trial. `scheduler` is the key of the rule that prunes, see `make_scheduler_key`."""
     status = found.status or {}
     if found.unread:
         return Decision("nothing", found.unread)
@@ -61,12 +61,12 @@ def decide_turn(is_missing: bool, holder: str) -> Turn:
     return "wait" if holder else "train"
 
 
-def missing_blocks(planned: Sequence[Block], names_in: Callable[[str], Sequence[str]]) -> list[Block]:
+def find_missing_blocks(planned: Sequence[Block], names_in: Callable[[str], Sequence[str]]) -> list[Block]:
     """The planned blocks that are not there; `names_in` lists a folder, and is asked once for each."""
     there = {folder: set(names_in(folder)) for folder in dict.fromkeys(block.folder for block in planned)}
     return [block for block in planned if block.name not in there[block.folder]]
 
 
-def scheduler_key(scheduler: SchedulerConfig) -> str:
+def make_scheduler_key(scheduler: SchedulerConfig) -> str:
     """A trial stays pruned as long as the rule that pruned it does."""
-    return digest(settings_read(scheduler, only_set=True))
+    return compute_digest(collect_settings_read(scheduler, only_set=True))

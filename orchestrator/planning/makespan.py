@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.planning.place import Node, Queue, Size, admit, spare
+from orchestrator.planning.place import Node, Queue, Size, admit, reserve_spare
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Work:
     evaluation_s: float
 
 
-def makespan(works: Sequence[Work], nodes: Sequence[Node], cores: float, most: int | None = None) -> float:
+def compute_makespan(works: Sequence[Work], nodes: Sequence[Node], cores: float, most: int | None = None) -> float:
     """Seconds until all is trained and measured, by the rules of `admit`; evaluation takes what training leaves.
 
     Where the nodes have GPUs, those are what work takes, else `cores`: fewer than the nodes say on a laptop, where one
@@ -33,7 +33,7 @@ def makespan(works: Sequence[Work], nodes: Sequence[Node], cores: float, most: i
             kinds, sizes = waiting.sizes, [w.size for w in running]
             state = (tuple(kinds), frozenset(Counter(sizes).items()), pool > 0)
             if state not in choices:
-                i = admit(kinds, sizes, nodes, spare=spare(nodes, pool > 0), most=most)
+                i = admit(kinds, sizes, nodes, spare=reserve_spare(nodes, pool > 0), most=most)
                 choices[state] = None if i is None else kinds[i]
             if (size := choices[state]) is None:
                 break

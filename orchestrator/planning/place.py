@@ -77,18 +77,18 @@ class Queue(Generic[T]):
         return bool(self._items)
 
 
-def in_one_node(size: Size, nodes: Sequence[Node]) -> bool:
+def fits_one_node(size: Size, nodes: Sequence[Node]) -> bool:
     """Whether some node, empty, holds all workers of the trial: they then train inside of one."""
-    return any(_room(size, _beside_driver(size, node)) >= size.workers for node in nodes)
+    return any(_count_room(size, _subtract_driver(size, node)) >= size.workers for node in nodes)
 
 
 def can_hold(size: Size, nodes: Sequence[Node]) -> bool:
     """Whether the empty nodes hold the trial at all, in one or over several, wherever Ray puts its driver."""
-    rooms = [_room(size, node) for node in nodes]
+    rooms = [_count_room(size, node) for node in nodes]
     lost = [
-        room - _room(size, beside)
+        room - _count_room(size, beside)
         for room, node in zip(rooms, nodes, strict=True)
-        if (beside := _beside_driver(size, node)).cpus >= 0
+        if (beside := _subtract_driver(size, node)).cpus >= 0
     ]
     return bool(lost) and sum(rooms) - max(lost) >= size.workers
 
@@ -96,10 +96,10 @@ def can_hold(size: Size, nodes: Sequence[Node]) -> bool:
 def list_never_fitting(sizes: Iterable[Size], nodes: Sequence[Node]) -> list[str]:
     """A line for each size that the nodes never hold."""
     wrong = [size for size in dict.fromkeys(sizes) if not can_hold(size, nodes)]
-    return [f"training.workers: {size} never fit a cluster of {nodes_text(nodes)}" for size in wrong]
+    return [f"training.workers: {size} never fit a cluster of {describe_nodes(nodes)}" for size in wrong]
 
 
-def nodes_text(nodes: Sequence[Node]) -> str:
+def describe_nodes(nodes: Sequence[Node]) -> str:
     """4 nodes of 32 CPUs and 8 GPUs, 1 node of 4 CPUs."""
     said = []
     for node, n in Counter(nodes).items():
@@ -130,24 +130,30 @@ def admit(
     by_size = sorted(range(len(waiting)), key=lambda i: waiting[i].order, reverse=True)
     if not running and not (spare and spare.gpus):
         return by_size[0]
-    free = {kept: _packed([*running, *([kept] if kept else [])], nodes) for kept in {_kept(s, spare) for s in waiting}}
+    free = {
+        kept: _pack([*running, *([kept] if kept else [])], nodes)
+        for kept in {_reserve_beside(s, spare) for s in waiting}
+    }
     tried: set[Size] = set()
     for i in by_size:
         size = waiting[i]
         if stuck and size.order < stuck.order:
             return None
-        if size not in tried and _place(size, free[_kept(size, spare)], in_one_node(size, nodes)) is not None:
+        if (
+            size not in tried
+            and _place(size, free[_reserve_beside(size, spare)], fits_one_node(size, nodes)) is not None
+        ):
             return i
         tried.add(size)
     return None
 
 
-def spare(nodes: Sequence[Node], evaluating: bool) -> Size:
+def reserve_spare(nodes: Sequence[Node], evaluating: bool) -> Size:
     """What is kept free for evaluation: a core, and a GPU as long as there is something to evaluate."""
     return Size(1, 1, int(evaluating and any(node.gpus for node in nodes)))
 
 
-def _kept(size: Size, spare: Size | None) -> Size | None:
+def _reserve_beside(size: Size, spare: Size | None) -> Size | None:
     """What is kept free beside a trial of that size. Trials that take no more of a GPU than a block of evaluation
     leave one block its part of a GPU from the start: the first of them to end is then measured beside the others."""
     if spare and not spare.gpus and 0 < size.gpus <= BLOCK_GPUS:
@@ -155,57 +161,62 @@ def _kept(size: Size, spare: Size | None) -> Size | None:
     return spare
 
 
-def at_once(sizes: Sequence[Size], nodes: Sequence[Node], most: int | None = None) -> list[Size]:
+def admit_at_once(sizes: Sequence[Size], nodes: Sequence[Node], most: int | None = None) -> list[Size]:
     """The trials that run at once to begin with, where all of them wait."""
     waiting, running = Queue((size, size) for size in sizes), list[Size]()
-    while (i := admit(kinds := waiting.sizes, running, nodes, spare=spare(nodes, False), most=most)) is not None:
+    while (
+        i := admit(kinds := waiting.sizes, running, nodes, spare=reserve_spare(nodes, False), most=most)
+    ) is not None:
         running.append(waiting.take(kinds[i]))
     return running
 
 
-def nodes_in_use(sizes: Sequence[Size], nodes: Sequence[Node], most: int | None = None) -> list[int]:
+def find_nodes_in_use(sizes: Sequence[Size], nodes: Sequence[Node], most: int | None = None) -> list[int]:
     """Which of the nodes those trials lie on: those that a cluster which grows by what is asked of it would have."""
-    left = _packed(at_once(sizes, nodes, most), nodes)
+    left = _pack(admit_at_once(sizes, nodes, most), nodes)
     return [i for i, (before, after) in enumerate(zip(nodes, left, strict=True)) if before != after]
 
 
-def _room(size: Size, node: Node) -> int:
+def _count_room(size: Size, node: Node) -> int:
     """How many workers of the trial the node holds."""
     fit = math.floor(node.cpus / size.cpus + 1e-9) if size.cpus else size.workers
     if 0 < size.gpus < 1:  # Ray places a part of a GPU on one GPU, whatever is left of all of them together
-        fit = min(fit, sum(_times(size.gpus, left) for left in node.shared) + int(node.gpus) * _times(size.gpus, 1))
+        fit = min(
+            fit,
+            sum(_count_times(size.gpus, left) for left in node.shared) + int(node.gpus) * _count_times(size.gpus, 1),
+        )
     elif size.gpus:
         fit = min(fit, math.floor(node.gpus / size.gpus + 1e-9))
     return max(0, fit)
 
 
-def _times(part: float, whole: float) -> int:
+def _count_times(part: float, whole: float) -> int:
     """How often the part is in the whole: 3 for 0.3 in 1, and 10 for 0.1."""
     return math.floor(whole / part + 1e-6)
 
 
-def _beside_driver(size: Size, node: Node) -> Node:
+def _subtract_driver(size: Size, node: Node) -> Node:
     """What the driver of the trial leaves of the node; one of a single worker is itself the driver."""
     return replace(node, cpus=node.cpus - (DRIVER_CPUS if size.workers > 1 else 0))
 
 
-def _packed(sizes: Sequence[Size], nodes: Sequence[Node]) -> list[Node]:
+def _pack(sizes: Sequence[Size], nodes: Sequence[Node]) -> list[Node]:
     """What is left of the nodes beside the trials, the biggest placed first. One that finds no place takes what there
     is, so that nothing else is started in its stead."""
     free = list(nodes)
     for size in sorted(sizes, key=lambda size: size.order, reverse=True):
-        free = _place(size, free, in_one_node(size, nodes)) or _spread(size, free)
+        free = _place(size, free, fits_one_node(size, nodes)) or _spread(size, free)
     return free
 
 
 def _place(size: Size, free: list[Node], together: bool) -> list[Node] | None:
     """What is left of the nodes after the trial has its place; None where it has none."""
     if together:
-        fitting = [i for i, node in enumerate(free) if _room(size, _beside_driver(size, node)) >= size.workers]
+        fitting = [i for i, node in enumerate(free) if _count_room(size, _subtract_driver(size, node)) >= size.workers]
         if not fitting:
             return None
         best = min(fitting, key=lambda i: (free[i].gpus, sum(free[i].shared), free[i].cpus))  # the fullest of them
-        taken = _less(_beside_driver(size, free[best]), size, size.workers)
+        taken = _subtract(_subtract_driver(size, free[best]), size, size.workers)
         return [taken if i == best else node for i, node in enumerate(free)]
     return _spread(size, free) if can_hold(size, free) else None
 
@@ -213,23 +224,23 @@ def _place(size: Size, free: list[Node], together: bool) -> list[Node] | None:
 def _spread(size: Size, free: list[Node]) -> list[Node]:
     """The trial over as few nodes as there must be: the emptiest first."""
     left, workers = list(free), size.workers
-    for i in sorted(range(len(free)), key=lambda i: _room(size, free[i]), reverse=True):
-        here = min(workers, _room(size, free[i]))
-        left[i] = _less(free[i], size, here)
+    for i in sorted(range(len(free)), key=lambda i: _count_room(size, free[i]), reverse=True):
+        here = min(workers, _count_room(size, free[i]))
+        left[i] = _subtract(free[i], size, here)
         workers -= here
     if left:
         driver = max(range(len(left)), key=lambda i: left[i].cpus)
-        left[driver] = _beside_driver(size, left[driver])
+        left[driver] = _subtract_driver(size, left[driver])
     return left
 
 
-def _less(node: Node, size: Size, workers: int) -> Node:
+def _subtract(node: Node, size: Size, workers: int) -> Node:
     cpus = node.cpus - workers * size.cpus
     if not 0 < size.gpus < 1:
         return replace(node, cpus=cpus, gpus=node.gpus - workers * size.gpus)
     gpus, shared = node.gpus, list(node.shared)
     for _ in range(workers):  # as Ray does: on the fullest GPU that has room
-        fitting = [left for left in shared if _times(size.gpus, left)]
+        fitting = [left for left in shared if _count_times(size.gpus, left)]
         if fitting:
             shared.remove(min(fitting))
         else:

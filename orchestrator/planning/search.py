@@ -1,6 +1,6 @@
 """An adaptive search: rounds of trials, each asked of Optuna by what the rounds before it were measured at.
 
-    first round (a Sobol sequence: `experiment.expand`) -> measured -> `next_round` -> measured -> ... `samples` in all
+    first round (a Sobol sequence: `experiment.expand`) -> measured -> `suggest_round` -> measured -> ... `samples` in all
 
 A round is a pure function of the experiment and of the outcomes of whole rounds before it, in the order in which they
 were asked for, whatever the order they ended in. So the trials are the same at any size of the cluster, after a kill
@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.experiment.check import trial_mistakes
-from orchestrator.experiment.expand import by_row, left_out, uniform, variants_of
-from orchestrator.experiment.preflight import findings
+from orchestrator.experiment.check import find_trial_mistakes
+from orchestrator.experiment.expand import draw_uniform, group_by_row, is_left_out, make_variants
+from orchestrator.experiment.preflight import check_trial
 from orchestrator.experiment.records import Axis, Experiment, SearchConfig, Variant
 from workers.config import DataConfig
 from workers.data.sources import Source
@@ -32,7 +32,7 @@ class HeardTrial:
     values: tuple[float, ...] | None
 
 
-def tell(search: SearchConfig, variant: Variant, state: str, metrics: Mapping[str, float]) -> HeardTrial | None:
+def make_heard(search: SearchConfig, variant: Variant, state: str, metrics: Mapping[str, float]) -> HeardTrial | None:
     """What it hears of a trial in this state. Nothing (None) of one that failed: that says nothing of its settings."""
     if state not in ("done", "diverged", "pruned"):
         return None
@@ -41,7 +41,7 @@ def tell(search: SearchConfig, variant: Variant, state: str, metrics: Mapping[st
     return HeardTrial(variant.params, values if state == "done" and all(map(math.isfinite, values)) else None)
 
 
-def next_round(
+def suggest_round(
     experiment: Experiment,
     asked: Sequence[Variant],
     hear: Callable[[Variant], HeardTrial | None],
@@ -58,22 +58,22 @@ def next_round(
     if search.algorithm != "optuna" or wanted <= 0:
         return []
     history = [told for variant in asked[:whole] if (told := hear(variant))]
-    seed = int(uniform(experiment.seed, "round", whole) * 2**32)
-    found, known = list(asked), len(rows_of(experiment, asked, source)[0])
-    ideas = suggestions(search.space, len(search.objectives), history, seed)
+    seed = int(draw_uniform(experiment.seed, "round", whole) * 2**32)
+    found, known = list(asked), len(group_round_by_row(experiment, asked, source)[0])
+    ideas = suggest_points(search.space, len(search.objectives), history, seed)
     for params in itertools.islice(ideas, TRIES * search.first):
-        [variant] = variants_of(experiment, [params])
-        refused = any(finding.refused for finding in findings(experiment, variant.trial, source(variant.trial.data)))
-        if left_out(search, params) or refused or trial_mistakes(variant.trial):
+        [variant] = make_variants(experiment, [params])
+        refused = any(finding.refused for finding in check_trial(experiment, variant.trial, source(variant.trial.data)))
+        if is_left_out(search, params) or refused or find_trial_mistakes(variant.trial):
             continue
-        if (count := len(rows_of(experiment, [*found, variant], source)[0])) > known:
+        if (count := len(group_round_by_row(experiment, [*found, variant], source)[0])) > known:
             found, known = [*found, variant], count
         if len(found) == len(asked) + wanted:
             break
     return found[len(asked) :]
 
 
-def rows_of(
+def group_round_by_row(
     experiment: Experiment, variants: Sequence[Variant], source: Callable[[DataConfig], Source]
 ) -> tuple[dict[RowId, Variant], list[str]]:
     """`experiment.by_row`, with ids that a later round does not change."""
@@ -81,10 +81,10 @@ def rows_of(
     measured = any(
         path.startswith("evaluation") or path in ("training", "training.steps") for path in experiment.search.space
     )
-    return by_row(variants, digests, always=measured and experiment.search.algorithm == "optuna")
+    return group_by_row(variants, digests, always=measured and experiment.search.algorithm == "optuna")
 
 
-def suggestions(
+def suggest_points(
     space: Mapping[str, Axis], objectives: int, history: Sequence[HeardTrial], seed: int
 ) -> Iterator[dict[str, Any]]:
     """Points of the space, one after the other and without end, each a value by path.
@@ -96,13 +96,13 @@ def suggestions(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    ways = {path: _distribution(axis) for path, axis in space.items()}
+    ways = {path: _make_distribution(axis) for path, axis in space.items()}
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=1, multivariate=True, constant_liar=True)
     study = optuna.create_study(sampler=sampler, directions=["minimize"] * objectives)
     measured = [told.values for told in history if told.values]
     penalty = [max(values, default=0.0) + 1 for values in zip(*measured, strict=True)] or [0.0] * objectives
     for told in history:
-        params = {path: _index(axis, told.params[path]) for path, axis in space.items()}
+        params = {path: _find_index(axis, told.params[path]) for path, axis in space.items()}
         values = told.values or penalty
         study.add_trial(optuna.trial.create_trial(params=params, distributions=ways, values=list(values)))
     while True:
@@ -110,7 +110,7 @@ def suggestions(
         yield {path: axis.values[asked[path]] if axis.kind == "choice" else asked[path] for path, axis in space.items()}
 
 
-def _distribution(axis: Axis) -> Any:
+def _make_distribution(axis: Axis) -> Any:
     """Of a choice, Optuna sees the places of its values."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -122,11 +122,11 @@ def _distribution(axis: Axis) -> Any:
     return FloatDistribution(low, high, log=axis.kind == "loguniform")
 
 
-def _index(axis: Axis, value: Any) -> Any:
+def _find_index(axis: Axis, value: Any) -> Any:
     return axis.values.index(value) if axis.kind == "choice" else value
 
 
-def rounds_text(search: SearchConfig) -> str:
+def describe_rounds(search: SearchConfig) -> str:
     """What is to come after the trials that are known, for a person; empty where these are all."""
     samples = search.samples or 1
     if search.first == samples:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from workers.layout import sweep_file
+from workers.layout import name_sweep_file
 from workers.seals import Lines, open_lines, seal_lines
 from workers.storage import Storage, tell_damage
 
@@ -20,8 +20,8 @@ class EventLog:
     """The events of a sweep, a line each; the file is rewritten whole, so that a reader never sees half a line."""
 
     def __init__(self, storage: Storage, name: str) -> None:
-        self._storage, self._path = storage, sweep_file(name, EVENTS)
-        found = _event_lines(storage, self._path)
+        self._storage, self._path = storage, name_sweep_file(name, EVENTS)
+        found = _read_event_lines(storage, self._path)
         if found.damage:  # what is whole of it goes on; the rest may still say something to a person
             storage.write(f"{self._path}.damaged", storage.read(self._path))
         self._events = list(found.whole)
@@ -50,17 +50,17 @@ class EventLog:
 
 def read_events(storage: Storage, name: str) -> list[dict[str, Any]]:
     """What happened in a sweep, as far as the file is whole; damage is told."""
-    return list(_event_lines(storage, sweep_file(name, EVENTS)).whole)
+    return list(_read_event_lines(storage, name_sweep_file(name, EVENTS)).whole)
 
 
-def _event_lines(storage: Storage, path: str) -> Lines:
+def _read_event_lines(storage: Storage, path: str) -> Lines:
     try:
         lines = open_lines(storage.read(path), path)
     except FileNotFoundError:
         return Lines([])
     if lines.damage:
         whole = f"{len(lines.whole)} events of it are whole, and no result is lost"
-        tell_damage(storage.url(path), f"is damaged: {lines.damage}", whole)
+        tell_damage(storage.find_url(path), f"is damaged: {lines.damage}", whole)
     return lines
 
 
@@ -77,7 +77,7 @@ def list_failures(happened: Sequence[Event]) -> dict[str, str]:
     return failed
 
 
-def evaluation_seconds(happened: Iterable[Event]) -> dict[str, dict[str, float]]:
+def sum_evaluation_seconds(happened: Iterable[Event]) -> dict[str, dict[str, float]]:
     """What the blocks of each row's evaluation used, in seconds by kind, over all commands. Events of before do not
     tell it by kind."""
     found: dict[str, dict[str, float]] = {}
@@ -137,7 +137,7 @@ def measure_use(happened: Sequence[Event]) -> Use:
     event of its command."""
     slot, slots, wall_s, capacity = "core", 0.0, 0.0, 0.0
     held: list[Spell] = []
-    for command in _commands(happened):
+    for command in _split_commands(happened):
         cluster = next((e for e in command if e["event"] == "cluster"), None)
         if cluster is None:
             continue
@@ -149,20 +149,20 @@ def measure_use(happened: Sequence[Event]) -> Use:
         for event in command:
             trial = str(event.get("trial"))
             if event["event"] in ("began", "restarted", "resized", "trained", "failed") and trial in running:
-                held.append(_training(running.pop(trial), event["time_ms"], slot))
+                held.append(_find_training(running.pop(trial), event["time_ms"], slot))
             if event["event"] == "began":
                 running[trial] = event
             if event["event"] in ("measured", "failed") and "core_s" in event:
                 held.append(Spell(trial, "evaluation", event[f"{slot.lower()}_s"], 1))
-        held += [_training(event, end, slot) for event in running.values()]
+        held += [_find_training(event, end, slot) for event in running.values()]
     return Use(slot, slots, wall_s, tuple(held), capacity)
 
 
-def _training(began: Event, end_ms: int, slot: str) -> Spell:
+def _find_training(began: Event, end_ms: int, slot: str) -> Spell:
     return Spell(began["trial"], "training", (end_ms - began["time_ms"]) / 1000, began[COUNTED[slot]])
 
 
-def _commands(happened: Sequence[Event]) -> list[list[Event]]:
+def _split_commands(happened: Sequence[Event]) -> list[list[Event]]:
     """The events of each command that worked on the sweep."""
     commands: list[list[Event]] = []
     for event in happened:
@@ -186,7 +186,7 @@ def find_driver(
     happened: Sequence[Event], locked: bool | None, statuses: Iterable[Mapping[str, Any]], now_ms: int
 ) -> Driver:
     """Whether a command is at work. `locked` is None where the storage cannot say (it is remote)."""
-    last = _commands(happened)[-1] if happened else []
+    last = _split_commands(happened)[-1] if happened else []
     if not last:
         return Driver("running" if locked else "gone")
     heard = max([e["time_ms"] for e in last] + [s["updated_ms"] for s in statuses if "updated_ms" in s])

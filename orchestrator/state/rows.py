@@ -115,10 +115,10 @@ def name_variant(variant: Variant) -> str:
 
 def shorten_params(variant: Variant) -> dict[str, str]:
     """The searched values by the last name of their path; a section's values by theirs."""
-    return {name: _short(value) for name, value in shorten_values(variant).items()}
+    return {name: _shorten_path(value) for name, value in shorten_values(variant).items()}
 
 
-def _short(value: Any) -> str:
+def _shorten_path(value: Any) -> str:
     if isinstance(value, list | tuple):
         return show(value)  # cut to a readable length
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -138,7 +138,7 @@ def shorten_values(variant: Variant) -> dict[str, Any]:
     return {name(path): value for path, value in flat.items()}
 
 
-def without_seed(variant: Variant) -> Variant:
+def drop_seed(variant: Variant) -> Variant:
     """The same without the searched seed: what rows that are repetitions of each other share."""
     return replace(variant, params={path: value for path, value in variant.params.items() if path != SEED})
 
@@ -150,7 +150,7 @@ def join_repetitions(variants: Iterable[tuple[RowId, Variant]]) -> list[list[Row
     """
     found: dict[str, list[RowId]] = {}
     for digest, variant in variants:
-        shared = json.dumps(without_seed(variant).params, sort_keys=True, default=str)
+        shared = json.dumps(drop_seed(variant).params, sort_keys=True, default=str)
         found.setdefault(shared if SEED in variant.params else digest, []).append(digest)
     return list(found.values())
 
@@ -171,7 +171,7 @@ def rank_rows(rows: Sequence[Row], metric: str, each: bool = False) -> list[Row]
     return sorted(rows, key=lambda row: (places[row.digest], values[row.digest]))
 
 
-def pareto_front(points: Mapping[str, Sequence[float]]) -> set[str]:
+def find_pareto_front(points: Mapping[str, Sequence[float]]) -> set[str]:
     """The names of the points that no other beats: is nowhere larger and somewhere smaller."""
     distinct = {tuple(values) for values in points.values()}
     beaten = {p for p in distinct if any(q != p and all(map(operator.le, q, p)) for q in distinct)}

@@ -19,29 +19,29 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from orchestrator.experiment.expand import variants_of
-from orchestrator.experiment.load import resolved
+from orchestrator.experiment.expand import make_variants
+from orchestrator.experiment.load import resolve
 from orchestrator.experiment.records import Experiment, Variant
-from orchestrator.experiment.settings import meant, read_yaml, write_yaml
-from orchestrator.state.events import Event, evaluation_seconds, list_failures
+from orchestrator.experiment.settings import read_yaml, suggest_choice, write_yaml
+from orchestrator.state.events import Event, list_failures, sum_evaluation_seconds
 from orchestrator.state.rows import Found, Row
 from workers.config import DataConfig, Measurement, Mistake, Trial
-from workers.data.locate import absolute
+from workers.data.locate import make_absolute
 from workers.data.sources import Source
-from workers.evaluation.blocks import Images, protocol_key
-from workers.identity import PLACING, digest, settings_read
+from workers.evaluation.blocks import Images, make_protocol_key
+from workers.identity import PLACING, collect_settings_read, compute_digest
 from workers.journal import read_points
 from workers.layout import (
     SWEEPS,
     RowId,
-    checkpoints_folder,
-    status_file,
-    summary_file,
-    sweep_file,
-    sweep_folder,
-    trial_file,
-    trial_folder,
-    trial_of_row,
+    get_trial_of_row,
+    name_checkpoints_folder,
+    name_status_file,
+    name_summary_file,
+    name_sweep_file,
+    name_sweep_folder,
+    name_trial_file,
+    name_trial_folder,
 )
 from workers.network import manifest
 from workers.seals import open_text, seal_text
@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SavedSweep:
-    """A sweep as `sweep.json` keeps it. `protocols` name how each row is measured (`protocol_key`)."""
+    """A sweep as `sweep.json` keeps it. `protocols` name how each row is measured (`make_protocol_key`)."""
 
     name: str
     metric: str
@@ -67,7 +67,7 @@ class SavedSweep:
 
     @property
     def folder(self) -> str:
-        return sweep_folder(self.name)
+        return name_sweep_folder(self.name)
 
 
 def keep_sweep(
@@ -78,17 +78,17 @@ def keep_sweep(
         "ids": IDS,
         "name": experiment.name,
         "metric": experiment.search.metric,
-        "experiment": resolved(experiment),
+        "experiment": resolve(experiment),
         "trials": {
             row: {
                 "params": v.params,
                 "trial": v.trial.model_dump(mode="json"),
-                "protocol": protocol_key(Measurement.of(v.trial), Images.of(sources[v.trial.data])),
+                "protocol": make_protocol_key(Measurement.of(v.trial), Images.of(sources[v.trial.data])),
             }
             for row, v in trials.items()
         },
     }
-    path = sweep_file(experiment.name, SWEEP)
+    path = name_sweep_file(experiment.name, SWEEP)
     if json.dumps(storage.read_sealed(path)) != json.dumps(content):
         storage.write_sealed(path, content, sort=False)
 
@@ -96,43 +96,43 @@ def keep_sweep(
 def keep_asked(storage: Storage, experiment: Experiment, asked: Sequence[Variant]) -> None:
     """Writes down what an adaptive search has asked for: it stands, even if another version of Optuna would now ask
     for something else, or if a trial that failed is made after all."""
-    content = {"search": _searched(experiment), "asked": [v.params for v in asked]}
-    storage.write_sealed(sweep_file(experiment.name, "asked.json"), content, sort=False)
+    content = {"search": _digest_search(experiment), "asked": [v.params for v in asked]}
+    storage.write_sealed(name_sweep_file(experiment.name, "asked.json"), content, sort=False)
 
 
 def read_asked(storage: Storage, experiment: Experiment) -> list[Variant]:
     """What the same search asked for before, up to its `samples`; nothing where it was another one."""
     content = storage.read_sealed(
-        sweep_file(experiment.name, "asked.json"), "the search asks again, by what was measured"
+        name_sweep_file(experiment.name, "asked.json"), "the search asks again, by what was measured"
     )
-    if content is None or content["search"] != _searched(experiment):
+    if content is None or content["search"] != _digest_search(experiment):
         return []
-    return list(variants_of(experiment, content["asked"][: experiment.search.samples]))
+    return list(make_variants(experiment, content["asked"][: experiment.search.samples]))
 
 
 def forget_asked(storage: Storage, experiment: Experiment) -> None:
-    storage.delete(sweep_file(experiment.name, "asked.json"))
+    storage.delete(name_sweep_file(experiment.name, "asked.json"))
 
 
-def _searched(experiment: Experiment) -> str:
+def _digest_search(experiment: Experiment) -> str:
     """A digest of all that suggestions depend on."""
-    trial, search = (settings_read(part, only_set=True) for part in (experiment.trial, experiment.search))
+    trial, search = (collect_settings_read(part, only_set=True) for part in (experiment.trial, experiment.search))
     trial["training"] = {name: value for name, value in trial["training"].items() if name not in PLACING}
     search = {n: v for n, v in search.items() if n not in ("samples", "max_concurrent", "max_failures", "hang_s")}
-    return digest([trial, {**search, "batch": experiment.search.first}])
+    return compute_digest([trial, {**search, "batch": experiment.search.first}])
 
 
 def list_sweeps(storage: Storage) -> list[str]:
     """The sweeps of a storage, those of older kinds among them."""
-    return [name for name in storage.list(SWEEPS) if storage.exists(sweep_file(name, SWEEP))]
+    return [name for name in storage.list(SWEEPS) if storage.exists(name_sweep_file(name, SWEEP))]
 
 
 def list_sharing(storage: Storage, name: str) -> dict[str, list[str]]:
     """The other sweeps than `name` that name each trial, by its id."""
     found: dict[str, list[str]] = {}
     for other in (n for n in list_sweeps(storage) if n != name):
-        content = storage.read_sealed(sweep_file(other, SWEEP), RERUN) or {"trials": {}}
-        for trial in dict.fromkeys(map(trial_of_row, content["trials"])):
+        content = storage.read_sealed(name_sweep_file(other, SWEEP), RERUN) or {"trials": {}}
+        for trial in dict.fromkeys(map(get_trial_of_row, content["trials"])):
             found.setdefault(trial, []).append(other)
     return found
 
@@ -143,13 +143,13 @@ def list_older(storage: Storage) -> list[str]:
 
 
 def is_older(storage: Storage, name: str) -> bool:
-    if storage.exists(sweep_file(name, SWEEP)):
-        content = storage.read_sealed(sweep_file(name, SWEEP), RERUN)
+    if storage.exists(name_sweep_file(name, SWEEP)):
+        content = storage.read_sealed(name_sweep_file(name, SWEEP), RERUN)
         return content is not None and content.get("ids") != IDS
-    return any(storage.exists(sweep_file(name, file)) for file in ("experiment.yaml", "results.parquet"))
+    return any(storage.exists(name_sweep_file(name, file)) for file in ("experiment.yaml", "results.parquet"))
 
 
-def how_to_open(name: str) -> str:
+def explain_opening(name: str) -> str:
     """What to do about a sweep that an older version has left."""
     return (
         f"{name}: made by an older version. Its trials have ids of an older kind, and are not read. Nothing of them is "
@@ -160,25 +160,25 @@ def how_to_open(name: str) -> str:
 
 def set_aside_older(storage: Storage, name: str) -> None:
     """Copies the files of a sweep that an older version made into its folder `older`, before it is made anew."""
-    for file in storage.list(sweep_folder(name)):
+    for file in storage.list(name_sweep_folder(name)):
         if file != "lock" and "." in file:
-            storage.write(sweep_file(name, f"older/{file}"), storage.read(sweep_file(name, file)))
+            storage.write(name_sweep_file(name, f"older/{file}"), storage.read(name_sweep_file(name, file)))
     for file in (SWEEP, "published.json", "mlflow.json", "asked.json"):
-        storage.delete(sweep_file(name, file))
+        storage.delete(name_sweep_file(name, file))
 
 
 def open_sweep(storage: Storage, name: str) -> SavedSweep:
     """The sweep of that name. Raises Mistake where there is none."""
-    path = sweep_file(name, SWEEP)
+    path = name_sweep_file(name, SWEEP)
     content = storage.read_sealed(path, RERUN) if name in storage.list(SWEEPS) else None
     if (content is None or content.get("ids") != IDS) and name in (older := list_older(storage)):
-        raise Mistake(how_to_open(name))
+        raise Mistake(explain_opening(name))
     if content is None and name in list_sweeps(storage):
-        raise Mistake(f"{storage.url(path)} is damaged; {RERUN}")
+        raise Mistake(f"{storage.find_url(path)} is damaged; {RERUN}")
     if content is None:
         there = dict.fromkeys([*list_sweeps(storage), *older])
         raise Mistake(
-            f"{name!r} is no sweep in {storage.root}{meant(name, there) or '.'} Sweeps there: "
+            f"{name!r} is no sweep in {storage.root}{suggest_choice(name, there) or '.'} Sweeps there: "
             f"{', '.join(there) or 'none; run one first, or give its --storage'}"
         )
     trials = {}
@@ -195,9 +195,9 @@ def open_sweep(storage: Storage, name: str) -> SavedSweep:
 def keep_trial(storage: Storage, trial_id: str, trial: Trial) -> None:
     """Writes trial.yaml, the settings of a trial, unless it is there and whole. Its evaluation is that of the sweep
     which began it; how others measure the trial is theirs to say."""
-    path = trial_file(trial_id, "trial.yaml")
+    path = name_trial_file(trial_id, "trial.yaml")
     if storage.read_checked(path, open_text, "it is written again") is None:
-        trial = trial.model_copy(update={"data": absolute(trial.data)})
+        trial = trial.model_copy(update={"data": make_absolute(trial.data)})
         storage.write(path, seal_text(write_yaml(trial.model_dump(mode="json")), path))
 
 
@@ -208,7 +208,7 @@ def open_trial(storage: Storage, trial_id: str) -> Trial:
     for name in list_sweeps(storage):
         with suppress(Mistake):  # another sweep that is damaged, which is told
             trials = open_sweep(storage, name).trials
-            if row := next((row for row in trials if trial_of_row(row) == trial_id), None):
+            if row := next((row for row in trials if get_trial_of_row(row) == trial_id), None):
                 asked[name] = trials[row].trial
     measuring = {name: trial for name, trial in asked.items() if trial.evaluation.measures} or asked
     ways = {trial.evaluation for trial in measuring.values()}
@@ -217,17 +217,17 @@ def open_trial(storage: Storage, trial_id: str) -> Trial:
         log.warning("%s is measured as the sweep %s asks; otherwise ask %s", trial_id[:8], first, ", ".join(others))
     if measuring:
         return next(iter(measuring.values()))
-    path = trial_file(trial_id, "trial.yaml")
+    path = name_trial_file(trial_id, "trial.yaml")
     content = storage.read_checked(path, open_text, RERUN)
     if content is None:
-        raise Mistake(f"{storage.url(path)} is {'damaged' if storage.exists(path) else 'not there'}; {RERUN}")
+        raise Mistake(f"{storage.find_url(path)} is {'damaged' if storage.exists(path) else 'not there'}; {RERUN}")
     return Trial.model_validate(read_yaml(content)[0])
 
 
 def read_rows(storage: Storage, kept: SavedSweep, happened: Sequence[Event] = ()) -> list[Row]:
     """The trials as they stand, in the order of the experiment; `happened` says why the last command failed some."""
-    errors, used = list_failures(happened), evaluation_seconds(happened)
-    found = _at_once(lambda row: _found(storage, kept, RowId(row)), kept.trials)
+    errors, used = list_failures(happened), sum_evaluation_seconds(happened)
+    found = _map_at_once(lambda row: _find_by_status(storage, kept, RowId(row)), kept.trials)
     return [
         Row(row, variant, f, errors.get(row, ""), used.get(row, {}))
         for (row, variant), f in zip(kept.trials.items(), found, strict=True)
@@ -236,24 +236,24 @@ def read_rows(storage: Storage, kept: SavedSweep, happened: Sequence[Event] = ()
 
 def find(storage: Storage, row: RowId, trial: Trial, protocol: str, status: Mapping[str, Any] | None) -> Found:
     """What the storage holds of a row whose trial has this `status`, and which is measured by that protocol."""
-    of, steps = trial_of_row(row), trial.training.steps
+    of, steps = get_trial_of_row(row), trial.training.steps
     try:
-        checkpoint = manifest.at_step(storage, checkpoints_folder(of), steps)
-        measured = manifest.averaged(checkpoint, Measurement.of(trial).evaluation.ema) if checkpoint else None
+        checkpoint = manifest.find_at_step(storage, name_checkpoints_folder(of), steps)
+        measured = manifest.choose_average(checkpoint, Measurement.of(trial).evaluation.ema) if checkpoint else None
     except manifest.CheckpointError as error:
         return Found(status, unread=str(error), steps=steps)
-    summary = storage.read_sealed(summary_file(measured.digest, protocol), RERUN) if measured else None
+    summary = storage.read_sealed(name_summary_file(measured.digest, protocol), RERUN) if measured else None
     valid = (status or {}).get("valid_nll_bpd")
     if status and status["step"] > steps:  # the trial has gone on
-        points = read_points(storage, trial_folder(of))
+        points = read_points(storage, name_trial_folder(of))
         values = [(p["step"], m["valid/nll_bpd"]) for p in points if "valid/nll_bpd" in (m := p.get("metrics", {}))]
         valid = max((one for one in values if one[0] <= steps), default=(0, None))[1]
     found = Found(status, checkpoint.digest if checkpoint else None, summary, steps=steps, valid_nll_bpd=valid)
     return replace(found, is_kept=bool(checkpoint and checkpoint.kept))
 
 
-def _found(storage: Storage, kept: SavedSweep, row: RowId) -> Found:
-    status = storage.read_sealed(status_file(trial_of_row(row)), RERUN)
+def _find_by_status(storage: Storage, kept: SavedSweep, row: RowId) -> Found:
+    status = storage.read_sealed(name_status_file(get_trial_of_row(row)), RERUN)
     if status is None:
         return Found(steps=kept.trials[row].trial.training.steps)
     return find(storage, row, kept.trials[row].trial, kept.protocols[row], status)
@@ -261,13 +261,13 @@ def _found(storage: Storage, kept: SavedSweep, row: RowId) -> Found:
 
 def read_journals(storage: Storage, variants: Mapping[RowId, Variant]) -> dict[RowId, list[dict[str, Any]]]:
     """The points of each row: those of its trial's journal, as `workers.journal` writes them, up to the row's step."""
-    points = _at_once(lambda row: read_points(storage, trial_folder(trial_of_row(row))), variants)
+    points = _map_at_once(lambda row: read_points(storage, name_trial_folder(get_trial_of_row(row))), variants)
     return {
         row: [point for point in found if point["step"] <= variants[row].trial.training.steps]
         for row, found in zip(variants, points, strict=True)
     }
 
 
-def _at_once(call: Callable[[str], Any], items: Iterable[str]) -> list[Any]:
+def _map_at_once(call: Callable[[str], Any], items: Iterable[str]) -> list[Any]:
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(call, items))

@@ -14,10 +14,10 @@ from typing import Any
 from orchestrator.tracking import models
 from orchestrator.tracking.glance import sees_all
 from orchestrator.tracking.models import Candidate
-from orchestrator.tracking.server import connect, database_of, is_database, make_database, origin, resolve_uri
-from workers.data.cache import default_cache
-from workers.identity import digest as digest_of
-from workers.layout import sweep_folder
+from orchestrator.tracking.server import connect, find_database, is_database, make_database, name_origin, resolve_uri
+from workers.data.cache import find_default_cache
+from workers.identity import compute_digest as digest_of
+from workers.layout import name_sweep_folder
 from workers.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -47,14 +47,14 @@ class Run:
     files: set[str] = field(default_factory=set)  # the unique parts in the names of its images, as `points`
     opened: bool = False
 
-    def image_id(self, entry: Mapping[str, Any]) -> str:
+    def make_image_id(self, entry: Mapping[str, Any]) -> str:
         """The unique part in the names of the files of an image, given by its line of the journal."""
         return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self.run_id}/{entry['image']}/{entry['step']}"))
 
     def has(self, entry: Mapping[str, Any]) -> bool:
         """Whether a line of the journal is among what the run was found to have."""
         if "image" in entry:
-            return self.image_id(entry) in self.files
+            return self.make_image_id(entry) in self.files
         return all(
             (entry["step"], name) in self.points or f"nonfinite.{name}" in self.tags
             for name in entry.get("metrics", {})
@@ -68,9 +68,9 @@ class Catalogue:
         """Raises Mistake where the URI cannot be used. Nothing is asked of MLflow yet."""
         self.uri, self._artifacts = resolve_uri(storage, uri)
         self.storage, self.name = storage, name
-        self._state_path = f"{folder or sweep_folder(name)}/mlflow.json"
+        self._state_path = f"{folder or name_sweep_folder(name)}/mlflow.json"
         self._state_key = OWN if uri is None else self.uri  # a local storage may be moved, database and all
-        self.origin = origin(storage)
+        self.origin = name_origin(storage)
         self.client: Any = None
         self.experiment_id = ""
         self._shared: set[str] = set()  # names of the experiment's tags, as they were found
@@ -84,13 +84,13 @@ class Catalogue:
         """Whether the run of that row is there and was opened by this command. From any thread."""
         return row_id in self.runs and self.runs[row_id].opened
 
-    def opened(self, row_id: str) -> Run:
+    def get_opened(self, row_id: str) -> Run:
         """The run of that row. Raises RuntimeError where MLflow refused to open it."""
         if not self.is_open(row_id):
             raise RuntimeError(f"{row_id} has no run, its opening was refused")
         return self.runs[row_id]
 
-    def view_key(self, title: str) -> str:
+    def make_view_key(self, title: str) -> str:
         """Of the view of that title; the same for ever, so that a link that was given out leads to what is there."""
         return digest_of([self.origin, self.name, title])
 
@@ -111,12 +111,12 @@ class Catalogue:
         """Imports MLflow (seconds), opens the database or finds the server, and finds or makes the experiment."""
         self.ask()
         if is_database(self.uri):
-            make_database(database_of(self.uri), default_cache())
+            make_database(find_database(self.uri), find_default_cache())
         self.client = connect(self.uri)
         experiment = self.client.get_experiment_by_name(self.name)
         if experiment is None:
             self.experiment_id = self.client.create_experiment(self.name, self._artifacts)
-            if self._kept():
+            if self._read_kept():
                 self._lost.append("the experiment")
             return
         self.experiment_id, self._shared = experiment.experiment_id, set(experiment.tags)
@@ -136,7 +136,7 @@ class Catalogue:
             self.storage.write_sealed(self._state_path, state)
             self.is_changed, self._saved_at = False, time.monotonic()
 
-    def _kept(self) -> dict[str, Run]:
+    def _read_kept(self) -> dict[str, Run]:
         """What the storage knows of the runs here."""
         state = self.storage.read_sealed(self._state_path) or {}
         return {row_id: Run(**entry) for row_id, entry in state.get(self._state_key, {}).items()}
@@ -147,7 +147,7 @@ class Catalogue:
 
         if self._is_listed:
             return
-        known = self._kept() | self.runs
+        known = self._read_kept() | self.runs
         by_id: dict[str, Any] = {}
         token = None
         while page := self.client.search_runs(
@@ -198,13 +198,15 @@ class Catalogue:
 
     def sees_all(self, trials: Collection[str], candidate: Candidate | None) -> bool:
         """Whether a look at the database itself finds all that `Tracker.lacks` asks for. From any thread."""
-        kept = self._kept()
+        kept = self._read_kept()
         if not {SWEEP, *trials} <= kept.keys():
             return False
-        runs, view = [kept[row_id].run_id for row_id in (SWEEP, *trials)], f"{VIEW}{self.view_key('all trials')}"
-        tags = models.tags_of(candidate, self.origin) if candidate else None
+        runs, view = [kept[row_id].run_id for row_id in (SWEEP, *trials)], f"{VIEW}{self.make_view_key('all trials')}"
+        tags = models.make_tags(candidate, self.origin) if candidate else None
         parent_id = kept[SWEEP].run_id
-        return sees_all(database_of(self.uri), self.name, runs, parent_id, view=view, alias=models.CANDIDATE, tags=tags)
+        return sees_all(
+            find_database(self.uri), self.name, runs, parent_id, view=view, alias=models.CANDIDATE, tags=tags
+        )
 
     def is_without(self, trials: Collection[str], candidate: Candidate | None) -> bool:
         """Whether MLflow itself is without something that `Tracker.lacks` asks for, which is noted to be said."""
@@ -221,7 +223,7 @@ class Catalogue:
             for run in self.runs.values():
                 run.lines, run.last, run.artifacts = 0, "", {}
             self.is_changed = True
-        if f"{VIEW}{self.view_key('all trials')}" not in self._shared:
+        if f"{VIEW}{self.make_view_key('all trials')}" not in self._shared:
             self._lost.append("the comparison")
         here = self.client, self.experiment_id, self.name
         if candidate and not models.is_registered(*here, candidate, self.origin):

@@ -5,7 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from orchestrator.tracking.server import kind_of, reason
+from orchestrator.tracking.server import classify_failure, shorten_failure
 
 SAID = 3  # refused calls that are told one by one: where the first is refused, so may all be
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class CallLine:
             try:
                 call()
             except Exception as error:  # whatever it is: kept, said, and the next call gets its turn
-                text, kind = reason(error), kind_of(error)
+                text, kind = shorten_failure(error), classify_failure(error)
                 # Nothing works without the first call, the connection: it is never given up.
                 lasts = kind == "standing" or (kind == "passing" and not (attempts >= 5 and self._is_up()))
                 if lasts or not self.done:

@@ -23,7 +23,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from workers.config import FIDConfig, Mistake, SamplerConfig
 from workers.evaluation.blocks import SAMPLES
-from workers.evaluation.make import LoadedModel, images_of_block, on_device
+from workers.evaluation.make import LoadedModel, draw_images, move_to_device
 from workers.network import checkpoint as checkpoints
 
 MOST = 100_000  # images a row of a request: whoever asks may be anybody
@@ -43,7 +43,7 @@ class ImageModel(PythonModel):
         network, process = checkpoints.load(checkpoint)
         if settings["variance"]:
             process = replace(process, variance=settings["variance"])
-        self.model = LoadedModel(on_device(network, device), process, device, settings["precision"])
+        self.model = LoadedModel(move_to_device(network, device), process, device, settings["precision"])
         self.shape = checkpoints.describe(checkpoint).shape
         self.levels, self.fid = settings["levels"], FIDConfig.model_validate(settings["fid"])
 
@@ -54,15 +54,15 @@ class ImageModel(PythonModel):
         """
         parts = [np.zeros((0, *self.shape), np.uint8)]
         for row in model_input.to_dict("records"):
-            n, seed, fid = int(row["n"]), int(row["seed"]), self._as_asked(row)
+            n, seed, fid = int(row["n"]), int(row["seed"]), self._read_request(row)
             if not 0 <= n <= MOST:
                 raise ValueError(f"n = {n} images were asked for; give 0 to {MOST:,}")
             for block in range(math.ceil(n / SAMPLES)):
-                images = images_of_block(self.model, fid, seed, block, self.shape, self.levels)
+                images = draw_images(self.model, fid, seed, block, self.shape, self.levels)
                 parts.append(images[: n - block * SAMPLES])
         return np.concatenate(parts)
 
-    def _as_asked(self, row: dict[Any, Any]) -> FIDConfig:
+    def _read_request(self, row: dict[Any, Any]) -> FIDConfig:
         """The evaluation's way of drawing with the row's sampler and steps."""
         own = self.fid.sampler
         kind = row.get("sampler") or own.kind

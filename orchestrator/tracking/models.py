@@ -23,8 +23,8 @@ from typing import Any
 
 import workers
 from workers.config import FIDConfig
-from workers.identity import settings_read
-from workers.layout import trial_of_row
+from workers.identity import collect_settings_read
+from workers.layout import get_trial_of_row
 from workers.network import checkpoint as checkpoints
 from workers.network.manifest import Checkpoint
 
@@ -55,7 +55,7 @@ class Candidate:
     @property
     def draws(self) -> str:
         """All that its images depend on besides the checkpoint, the number and the seed, as JSON."""
-        sampler = settings_read(self.fid.sampler)
+        sampler = collect_settings_read(self.fid.sampler)
         own = {"variance": self.variance, "precision": self.precision}
         return json.dumps({"sampler": sampler, "quantise": self.fid.quantise, **own})
 
@@ -102,13 +102,13 @@ def register(client: Any, experiment_id: str, name: str, run_id: str, *, candida
 
     It can be cut off anywhere and made again. `run_id` is the trial's run, `origin` the storage.
     """
-    tags = tags_of(candidate, origin)
+    tags = make_tags(candidate, origin)
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description=f"The best trial of the sweep `{name}`.\n\n{USE % name}")
-    version = _version(client, experiment_id, name, tags)
+    version = _find_version(client, experiment_id, name, tags)
     if version is None:
         # By its place: MLflow would look up `models:/<id>` at the process's own tracking URI and not at the client's.
-        model = _logged(client, experiment_id, name, run_id, candidate=candidate, tags=tags)
+        model = _log_model(client, experiment_id, name, run_id, candidate=candidate, tags=tags)
         place, said = model.artifact_location, candidate.description
         version = client.create_model_version(name, place, run_id, tags, description=said, model_id=model.model_id)
         linked = json.dumps([{"name": name, "version": version.version}])
@@ -120,24 +120,24 @@ def register(client: Any, experiment_id: str, name: str, run_id: str, *, candida
 def is_registered(client: Any, experiment_id: str, name: str, candidate: Candidate, origin: str) -> bool:
     """Whether the alias leads to the candidate's version, and that to its files."""
     found = client.search_registered_models(f"name = '{name}'")
-    version = _version(client, experiment_id, name, tags_of(candidate, origin)) if found else None
+    version = _find_version(client, experiment_id, name, make_tags(candidate, origin)) if found else None
     return version is not None and str(found[0].aliases.get(CANDIDATE)) == str(version.version)
 
 
-def tags_of(candidate: Candidate, origin: str) -> dict[str, str]:
+def make_tags(candidate: Candidate, origin: str) -> dict[str, str]:
     """The tags of the candidate's version."""
-    tags = {TRIAL: trial_of_row(candidate.trial), CHECKPOINT: candidate.checkpoint.digest}
+    tags = {TRIAL: get_trial_of_row(candidate.trial), CHECKPOINT: candidate.checkpoint.digest}
     return tags | {PATH: candidate.checkpoint.path, STORAGE: origin, DRAWS: candidate.draws}
 
 
-def _version(client: Any, experiment_id: str, name: str, tags: dict[str, str]) -> Any | None:
+def _find_version(client: Any, experiment_id: str, name: str, tags: dict[str, str]) -> Any | None:
     """The version that has these tags, and whose files are there."""
-    places = {m.artifact_location for m in _models(client, experiment_id, tags) if _is_whole(client, m)}
+    places = {m.artifact_location for m in _find_models(client, experiment_id, tags) if _is_whole(client, m)}
     found = client.search_model_versions(f"name = '{name}'")
     return next((v for v in found if tags.items() <= v.tags.items() and v.source in places), None)
 
 
-def _models(client: Any, experiment_id: str, tags: dict[str, str]) -> list[Any]:
+def _find_models(client: Any, experiment_id: str, tags: dict[str, str]) -> list[Any]:
     """The models in the experiment (LoggedModels) that have these tags."""
     found = client.search_logged_models([experiment_id], f"tags.`{CHECKPOINT}` = '{tags[CHECKPOINT]}'")
     return [model for model in found if tags.items() <= model.tags.items()]
@@ -149,14 +149,14 @@ def _is_whole(client: Any, model: Any) -> bool:
     return model.status == LoggedModelStatus.READY and bool(client.list_logged_model_artifacts(model.model_id))
 
 
-def _logged(
+def _log_model(
     client: Any, experiment_id: str, name: str, run_id: str, *, candidate: Candidate, tags: dict[str, str]
 ) -> Any:
     """The candidate's model in the experiment (a LoggedModel), with all its files; one that was cut off is removed."""
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
 
-    for found in _models(client, experiment_id, tags):
+    for found in _find_models(client, experiment_id, tags):
         if _is_whole(client, found):
             return found
         client.delete_logged_model(found.model_id)

@@ -14,11 +14,11 @@ from functools import cached_property
 from typing import Any
 
 from orchestrator.execution.measurements import Measured
-from orchestrator.experiment.load import resolved, to_yaml
+from orchestrator.experiment.load import resolve, to_yaml
 from orchestrator.experiment.records import Experiment, Variant
-from orchestrator.experiment.settings import leaves, write_yaml
+from orchestrator.experiment.settings import list_leaves, write_yaml
 from orchestrator.measuring.seeds import are_over_seeds, group_rows
-from orchestrator.measuring.subjects import Subject, checkpoint_of
+from orchestrator.measuring.subjects import Subject, find_checkpoint
 from orchestrator.output import page as report
 from orchestrator.output.findings import gather
 from orchestrator.output.table import (
@@ -29,18 +29,28 @@ from orchestrator.output.table import (
     make_frame,
     make_markdown,
 )
-from orchestrator.state.rows import SEED, Row, join_repetitions, name_variant, without_seed
+from orchestrator.state.rows import SEED, Row, drop_seed, join_repetitions, name_variant
 from orchestrator.state.saved import list_sharing, open_sweep
 from orchestrator.tracking.models import Candidate
-from orchestrator.tracking.provenance import provenance
+from orchestrator.tracking.provenance import collect_provenance
 from orchestrator.tracking.shipment import LoggedDataset, Status
 from orchestrator.tracking.tracker import Tracker
-from orchestrator.tracking.views import COLOUR, FRONT, PARETO, PART, SETTING, ComparisonView, colour, pareto_tags, part
+from orchestrator.tracking.views import (
+    COLOUR,
+    FRONT,
+    PARETO,
+    PART,
+    SETTING,
+    ComparisonView,
+    choose_colour,
+    make_pareto_tags,
+    name_part,
+)
 from workers.config import DataConfig, FIDConfig, Measurement, Mistake
 from workers.data.sources import Source
-from workers.evaluation.blocks import Images, distance_name, protocol_key
-from workers.identity import digest
-from workers.layout import SWEEPS, RowId, sweep_file, sweep_folder, trial_of_row
+from workers.evaluation.blocks import Images, make_protocol_key, name_distance
+from workers.identity import compute_digest
+from workers.layout import SWEEPS, RowId, get_trial_of_row, name_sweep_file, name_sweep_folder
 from workers.network import manifest
 from workers.storage import Storage, tell_damage
 
@@ -67,7 +77,7 @@ class SweepRuns:
 
     @property
     def folder(self) -> str:
-        return sweep_folder(self.experiment.name)
+        return name_sweep_folder(self.experiment.name)
 
     @cached_property
     def tracker(self) -> Tracker:
@@ -80,7 +90,7 @@ class SweepRuns:
         experiment, search = self.experiment, self.experiment.search
         trials = search.samples if search.algorithm == "optuna" else len(self.trials)  # of which some are still unknown
         self.tracker.open_sweep(
-            {"trials": trials, **_flat(experiment.search.model_dump(mode="json"), "search")},
+            {"trials": trials, **_flatten(experiment.search.model_dump(mode="json"), "search")},
             self.tags,
             f"Sweep `{experiment.name}`: {trials} trials.",
             self.compare,
@@ -92,10 +102,10 @@ class SweepRuns:
         """The objectives of the search, where it has several; else the bound and the distances that the trials
         measure, the one that ranks them first."""
         trials, search, best = self.trials.values(), self.experiment.search, self.experiment.search.metric
-        names = {f"eval/{distance_name(fid)}" for v in trials if (fid := v.trial.evaluation.fid)}
+        names = {f"eval/{name_distance(fid)}" for v in trials if (fid := v.trial.evaluation.fid)}
         names |= {"eval/nll_bpd" for v in trials if v.trial.evaluation.nll}
         return ComparisonView(
-            params=tuple(sorted({leaf for v in trials for p, x in v.params.items() for leaf in leaves(p, x)})),
+            params=tuple(sorted({leaf for v in trials for p, x in v.params.items() for leaf in list_leaves(p, x)})),
             metrics=search.objectives
             if search.also
             else tuple(sorted(names, key=lambda name: (name != best, name != "eval/nll_bpd", name))) or (CURVE,),
@@ -112,7 +122,7 @@ class SweepRuns:
             self._joined = len(self.trials), join_repetitions(self.trials.items())
         return self._joined[1]
 
-    def trial_went_on(self, row_id: RowId, name: str) -> None:
+    def continue_trial(self, row_id: RowId, name: str) -> None:
         """Opens the trial's run the first time; then ships what its journal has got since."""
         if row_id in self._opened:
             self.tracker.ship(row_id)
@@ -127,19 +137,19 @@ class SweepRuns:
                     profile=profile, context=context)
             for context in ("training", "evaluation")
         ]  # fmt: skip
-        params = _flat(trial.model_dump(mode="json"))
+        params = _flatten(trial.model_dump(mode="json"))
         tags = {**self.tags, "trial.digest": row_id, "data.digest": source.digest}
-        tags[PART] = part(list(self.trials).index(row_id))
+        tags[PART] = name_part(list(self.trials).index(row_id))
         if SEED in (variant := self.trials[row_id]).params:
-            tags[SETTING] = name_variant(without_seed(variant))
+            tags[SETTING] = name_variant(drop_seed(variant))
         hue = next(i for i, group in enumerate(self._repetitions) if row_id in group)
-        self._standing[row_id] = {COLOUR: colour(hue)}
+        self._standing[row_id] = {COLOUR: choose_colour(hue)}
         self.tracker.open_trial(row_id, name, params, tags | self._standing[row_id], images)
         self.tracker.log_artifact(row_id, write_yaml(trial.model_dump(mode="json")).encode(), "trial.yaml")
 
-    def trial_ended(self, row: Row) -> None:
+    def end_trial(self, row: Row) -> None:
         """The evaluation's metrics, its passports and a note; then the trial's run ends."""
-        self.trial_went_on(row.digest, row.name)
+        self.continue_trial(row.digest, row.name)
         self._ended.add(row.digest)
         status = row.found.status or {}
         measured = {name: value for name, value in row.metrics.items() if name.startswith("eval/")}
@@ -150,9 +160,9 @@ class SweepRuns:
             content = json.dumps(row.found.summary, indent=2).encode()
             self.tracker.log_artifact(row.digest, content, "evaluation.json")
             self.tracker.set_tags(row.digest, {"evaluation.hash": row.found.summary.get("hash", "")})
-        self.tracker.close_trial(row.digest, STATUS.get(row.state, "FAILED"), _trial_note(row))
+        self.tracker.close_trial(row.digest, STATUS.get(row.state, "FAILED"), _write_trial_note(row))
 
-    def stands(self, rows: Sequence[Row]) -> None:
+    def show_standing(self, rows: Sequence[Row]) -> None:
         """Shows how the trials stand, best first: the Pareto front in their colours, the differences from the best."""
         names, first = self.compare.metrics, {row_id: group[0] for group in self._repetitions for row_id in group}
         points: dict[str, list[float]] = {
@@ -160,7 +170,7 @@ class SweepRuns:
             for group in group_rows(rows)
             if all(math.isfinite(group.metrics.get(name, math.nan)) for name in names)
         }
-        standing = pareto_tags(self._repetitions, points)
+        standing = make_pareto_tags(self._repetitions, points)
         for row_id, tags in standing.items():
             if row_id in self._opened and tags != self._standing[row_id]:
                 self._standing[row_id] = tags
@@ -169,21 +179,23 @@ class SweepRuns:
         front = sum(tags.get(PARETO) == FRONT for tags in standing.values())
         self.tracker.show(replace(self.compare, best=best, front=front))
 
-    def sweep_ended(self, rows: Sequence[Row]) -> None:
+    def end_sweep(self, rows: Sequence[Row]) -> None:
         """Writes the results beside the sweep and ships them, unless just these were shipped before."""
-        key = digest([resolved(self.experiment), [[r.digest, r.state, r.metrics, r.found.checkpoint] for r in rows]])
+        key = compute_digest(
+            [resolve(self.experiment), [[r.digest, r.state, r.metrics, r.found.checkpoint] for r in rows]]
+        )
         published = self.storage.read_sealed(self._published) or {}
         is_whole = published.get("key") == key and self._are_whole(published["files"])
         if is_whole and published["uri"] == self.tracker.uri and not self._is_lost(rows):
             return
-        from orchestrator.output.curves import png_files  # matplotlib takes half a second
+        from orchestrator.output.curves import draw_png_files  # matplotlib takes half a second
 
         frame, found = make_frame(rows), gather(self.storage, self.experiment.name)
         written = {
             "experiment.yaml": to_yaml(self.experiment).encode(),
-            "results.parquet": _parquet(frame),
+            "results.parquet": _write_parquet(frame),
             "results.csv": frame.to_csv(index=False).encode(),
-            **png_files(found),
+            **draw_png_files(found),
         }
         for name, content in written.items():
             self.storage.write(f"{self.folder}/{name}", content)
@@ -191,34 +203,34 @@ class SweepRuns:
             self.open()
         for row in rows:  # what a command before this one may have been cut off from telling
             if row.found.status and row.digest not in self._ended:
-                self.trial_ended(row)
-        self.stands(rows)
-        if (candidate := self._candidate(rows)) is not None:
+                self.end_trial(row)
+        self.show_standing(rows)
+        if (candidate := self._choose_candidate(rows)) is not None:
             self.tracker.register(candidate)
-        written["report.html"] = report.page(found).encode()
-        self.storage.write(report.path(self.experiment.name), written["report.html"])
+        written["report.html"] = report.render_report(found).encode()
+        self.storage.write(report.name_path(self.experiment.name), written["report.html"])
         for name, content in written.items():
             self.tracker.log_artifact(None, content, name)
         done = all(row.state in ENDED for row in rows)
-        self.tracker.close_sweep("FINISHED" if done else "FAILED", _sweep_note(self.experiment, rows))
+        self.tracker.close_sweep("FINISHED" if done else "FAILED", _write_sweep_note(self.experiment, rows))
         shipment = self.tracker.flush(FLUSH_S)
         self.left = "" if shipment.complete else str(shipment)
-        link = self.tracker.link()
+        link = self.tracker.find_link()
         if shipment.complete:
             sums = {name: hashlib.sha256(content).hexdigest() for name, content in written.items()}
             told = {"key": key, "uri": self.tracker.uri, "link": link, "files": sums}
             self.storage.write_sealed(self._published, told)
         self.link = link
 
-    def _candidate(self, rows: Sequence[Row]) -> Candidate | None:
+    def _choose_candidate(self, rows: Sequence[Row]) -> Candidate | None:
         """The best of the rows, which come best first; None while some trial has still to be made."""
         best = next((row for row in rows if row.state == "done" and self.experiment.search.metric in row.metrics), None)
         if best is None or not all(row.state in (*ENDED, "failed") for row in rows):
             return None
         trial = self.trials[best.digest].trial
-        checkpoint = checkpoint_of(self.storage, best.digest, trial)
+        checkpoint = find_checkpoint(self.storage, best.digest, trial)
         assert checkpoint, best.digest
-        checkpoint = manifest.averaged(checkpoint, Measurement.of(trial).evaluation.ema)
+        checkpoint = manifest.choose_average(checkpoint, Measurement.of(trial).evaluation.ema)
         levels, fid = self.sources[trial.data].levels, trial.evaluation.fid or FIDConfig()
         asked = Measurement.of(trial).evaluation
         said = f"{best.name}: {describe_row(best)}"
@@ -236,7 +248,7 @@ class SweepRuns:
     def link(self) -> str:
         """Where a browser shows the trials side by side."""
         published = self.storage.read_sealed(self._published)
-        return str(published["link"]) if published else self.tracker.link()
+        return str(published["link"]) if published else self.tracker.find_link()
 
     @property
     def _published(self) -> str:
@@ -252,13 +264,15 @@ class SweepRuns:
             elif hashlib.sha256(self.storage.read(path)).hexdigest() != sha256:
                 wrong[path] = "has changed"
         for path, how in wrong.items():
-            tell_damage(self.storage.url(path), how, "it is written again")
+            tell_damage(self.storage.find_url(path), how, "it is written again")
         return not wrong
 
     def _is_lost(self, rows: Sequence[Row]) -> bool:
         """Whether something that was published is no longer in MLflow; where that cannot be asked, it is told."""
         try:
-            if not self.tracker.lacks([row.digest for row in rows if row.found.status], self._candidate(rows), ASK_S):
+            if not self.tracker.is_missing(
+                [row.digest for row in rows if row.found.status], self._choose_candidate(rows), ASK_S
+            ):
                 return False
             self.storage.delete(self._published)  # until all of it is there again
             return True
@@ -268,7 +282,7 @@ class SweepRuns:
 
     @cached_property
     def tags(self) -> dict[str, str]:
-        return provenance()
+        return collect_provenance()
 
 
 def record_measurement(
@@ -284,23 +298,23 @@ def record_measurement(
         subject, source, summary = m.subject, sources[m.subject.m.data], m.summary
         if summary is None:
             continue
-        sweep, own_uri = _sweep_of(storage, subject.trial)
+        sweep, own_uri = _find_sweep(storage, subject.trial)
         if uri is not None and uri != own_uri:  # the run of the trial is not there
             sweep, own_uri = ELSEWHERE, uri
         if sweep not in trackers:
             tracker = trackers[sweep] = Tracker(storage, sweep, own_uri)
             tracker.check()
             if sweep == ELSEWHERE:
-                tracker.open_sweep({}, provenance(), "Checkpoints that no sweep of this storage has trained.")
+                tracker.open_sweep({}, collect_provenance(), "Checkpoints that no sweep of this storage has trained.")
         tracker = trackers[sweep]
-        key = protocol_key(subject.m, Images.of(source))
+        key = make_protocol_key(subject.m, Images.of(source))
         tags = {f"protocol.{key}": json.dumps(summary["passports"]), f"hash.{key}": summary["hash"]}
         if subject.trial and sweep != ELSEWHERE:
             row_id, prefix = subject.trial, "eval" if subject.m == subject.own else f"eval.{key}"
             tracker.open_trial(row_id, subject.name, {}, tags)
         else:  # a run for each protocol
             row_id, prefix = f"{subject.checkpoint.digest}-{key}", "eval"
-            tracker.open_trial(row_id, subject.name, _flat(subject.m.model_dump(mode="json")), tags)
+            tracker.open_trial(row_id, subject.name, _flatten(subject.m.model_dump(mode="json")), tags)
         metrics = {f"{prefix}/{name.removeprefix('eval/')}": value for name, value in summary["metrics"].items()}
         tracker.log_metrics(row_id, metrics, subject.checkpoint.step or 0)
         tracker.log_artifact(row_id, json.dumps(summary, indent=2).encode(), f"evaluation-{key}.json")
@@ -318,14 +332,14 @@ def record_pictures(storage: Storage, uri: str | None, subject: Subject, paths: 
 
     Returns what MLflow did not take, in words. Raises Mistake where it cannot be reached.
     """
-    sweep, own_uri = _sweep_of(storage, subject.trial)
+    sweep, own_uri = _find_sweep(storage, subject.trial)
     if uri is not None and uri != own_uri:
         sweep, own_uri = ELSEWHERE, uri
     tracker = Tracker(storage, sweep, own_uri)
     tracker.check()
     row_id = subject.trial if subject.trial and sweep != ELSEWHERE else f"{subject.checkpoint.digest}-pictures"
     if sweep == ELSEWHERE:
-        tracker.open_sweep({}, provenance(), "Checkpoints that no sweep of this storage has trained.")
+        tracker.open_sweep({}, collect_provenance(), "Checkpoints that no sweep of this storage has trained.")
     tracker.open_trial(row_id, subject.name, {}, {})
     for name, path in paths.items():
         tracker.log_image(row_id, f"pictures/{name}", path, subject.checkpoint.step or 0)
@@ -336,33 +350,33 @@ def record_pictures(storage: Storage, uri: str | None, subject: Subject, paths: 
     return "" if shipment.complete else str(shipment)
 
 
-def _sweep_of(storage: Storage, trial: str | None) -> tuple[str, str | None]:
+def _find_sweep(storage: Storage, trial: str | None) -> tuple[str, str | None]:
     """The sweep in whose MLflow experiment the trial has a run, and the tracking URI of that."""
     for name in storage.list(SWEEPS) if trial else []:
-        for key, runs in (storage.read_sealed(sweep_file(name, "mlflow.json")) or {}).items():
-            if trial in runs or any(trial_of_row(run) == trial for run in runs):
+        for key, runs in (storage.read_sealed(name_sweep_file(name, "mlflow.json")) or {}).items():
+            if trial in runs or any(get_trial_of_row(run) == trial for run in runs):
                 return name, None if key == "mlflow.db" else str(key)
     for name in list_sharing(storage, "").get(trial or "", ()):  # its map of runs is lost; their tags are not
         return name, open_sweep(storage, name).experiment["tracking"]["uri"]
     return ELSEWHERE, None
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted path; lists and empty mappings stay whole."""
     flat: dict[str, Any] = {}
     for name, value in content.items():
         path = f"{prefix}.{name}" if prefix else name
-        flat |= _flat(value, path) if isinstance(value, Mapping) and value else {path: value}
+        flat |= _flatten(value, path) if isinstance(value, Mapping) and value else {path: value}
     return flat
 
 
-def _parquet(frame: Any) -> bytes:
+def _write_parquet(frame: Any) -> bytes:
     stream = io.BytesIO()
     frame.to_parquet(stream, index=False)
     return stream.getvalue()
 
 
-def _trial_note(row: Row) -> str:
+def _write_trial_note(row: Row) -> str:
     status = row.found.status or {}
     measured = describe_row(row)
     lines = [f"**{row.name}**: {row.state}{f', {measured}' if measured else ''}", ""]
@@ -374,7 +388,7 @@ def _trial_note(row: Row) -> str:
     return "\n".join(lines)
 
 
-def _sweep_note(experiment: Experiment, rows: Sequence[Row]) -> str:
+def _write_sweep_note(experiment: Experiment, rows: Sequence[Row]) -> str:
     metric, groups = experiment.search.metric, group_rows(rows)
     best = groups[0] if groups and metric in groups[0].metrics else None
     head = f"Sweep `{experiment.name}`: {len(rows)} trials, ranked by `{metric}`."

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, unquote, urlsplit
 
-from workers.config import Mistake, without_secrets
-from workers.data.cache import default_cache
+from workers.config import Mistake, hide_secrets
+from workers.data.cache import find_default_cache
 from workers.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -68,9 +68,9 @@ def resolve_uri(storage: Storage, uri: str | None) -> tuple[str, str | None]:
             f"tracking.uri is null, and the storage {storage.root} is remote: MLflow's database cannot lie in it. "
             "Give the address of an MLflow server: tracking.uri=http://HOST:5000"
         )
-    uri = uri or database_uri(Path(storage.root, "mlflow.db"))
-    if is_database(uri) and database_of(uri).is_absolute():
-        return uri, (database_of(uri).parent / "mlartifacts").as_uri()
+    uri = uri or make_database_uri(Path(storage.root, "mlflow.db"))
+    if is_database(uri) and find_database(uri).is_absolute():
+        return uri, (find_database(uri).parent / "mlartifacts").as_uri()
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc:
         return uri.rstrip("/"), None
@@ -91,7 +91,7 @@ def is_database(uri: str) -> bool:
     return uri.startswith(("sqlite:///", "sqlite+pysqlite:///"))
 
 
-def database_uri(path: Path) -> str:
+def make_database_uri(path: Path) -> str:
     """The URI of a database file. SQLAlchemy takes what follows a ? for options, and decodes %20.
 
     With a name to be decoded the driver stands in it, too: from one that begins with `sqlite:` MLflow would make an
@@ -101,28 +101,28 @@ def database_uri(path: Path) -> str:
     return f"sqlite:///{text}" if text == str(path) else f"sqlite+pysqlite:///{text}"
 
 
-def database_of(uri: str) -> Path:
+def find_database(uri: str) -> Path:
     """The file of a database's URI."""
     return Path(unquote(uri.partition(":///")[2].partition("?")[0]))
 
 
-def origin(storage: Storage) -> str:
+def name_origin(storage: Storage) -> str:
     """What names a storage in MLflow, where others may record as well."""
-    return without_secrets(f"{socket.gethostname()}:{storage.root}" if storage.is_local else storage.root)
+    return hide_secrets(f"{socket.gethostname()}:{storage.root}" if storage.is_local else storage.root)
 
 
-def client(storage: Storage, uri: str | None) -> Any:
+def make_client(storage: Storage, uri: str | None) -> Any:
     """MLflow's own client, for questions that are asked once. Raises Mistake where the URI cannot be used."""
     place = resolve_uri(storage, uri)[0]
     if is_database(place):
-        check_database(database_of(place), default_cache())
+        check_database(find_database(place), find_default_cache())
     say_unused(place)
     return connect(place)
 
 
 def connect(uri: str) -> Any:
     """MLflow's own client of what is at the URI, its registry too, whatever the environment names."""
-    settle()
+    set_defaults()
     from mlflow import MlflowClient
 
     # It would write a traceback for each error that it raises as well.
@@ -138,27 +138,27 @@ def connect(uri: str) -> Any:
 @lru_cache
 def say_unused(uri: str) -> None:
     """Says, once a process, what the environment names and this program does not use."""
-    for text in unused(uri, os.environ):
+    for text in find_unused(uri, os.environ):
         log.warning("%s", text)
 
 
-def unused(uri: str, environment: Mapping[str, str]) -> list[str]:
+def find_unused(uri: str, environment: Mapping[str, str]) -> list[str]:
     """The addresses that the environment names for MLflow, other than that which the file and the command line name."""
 
-    def same(named: str) -> bool:
+    def is_same(named: str) -> bool:
         if is_database(named) and is_database(uri):
-            return database_of(named).absolute() == database_of(uri)
+            return find_database(named).absolute() == find_database(uri)
         return named.rstrip("/") == uri
 
     return [
-        f"{name}={without_secrets(named)} of the environment is not used: runs and models go to {uri}, as tracking.uri "
+        f"{name}={hide_secrets(named)} of the environment is not used: runs and models go to {uri}, as tracking.uri "
         "(--tracking-uri) says"
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
-        if (named := environment.get(name)) and not same(named)
+        if (named := environment.get(name)) and not is_same(named)
     ]
 
 
-def settle() -> None:
+def set_defaults() -> None:
     """MLflow's settings that a user may replace."""
     for variable, value in (
         ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),  # repeating is this module's business, and interruptible
@@ -191,7 +191,7 @@ def check_database(path: Path, cache: Path) -> None:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=30)) as database:
             [found] = database.execute("PRAGMA quick_check(1)").fetchone()
             tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            version = _schema(database) if "alembic_version" in tables else ""
+            version = _read_schema(database) if "alembic_version" in tables else ""
     except sqlite3.DatabaseError as error:
         if re.search("locked", str(error)):  # by somebody who writes to it: it can be used in a moment
             return
@@ -203,17 +203,17 @@ def check_database(path: Path, cache: Path) -> None:
             f"{path} is a database, but none of MLflow's: it has tables such as {min(tables)}. Move it away, or name "
             "another place by --storage or tracking.uri=sqlite:////ABSOLUTE/mlflow.db"
         )
-    with closing(sqlite3.connect(_template(cache))) as template:
-        wanted = _schema(template)
+    with closing(sqlite3.connect(_make_template(cache))) as template:
+        wanted = _read_schema(template)
     if tables and version != wanted:
         raise Mistake(
             f"MLflow's database {path} has the schema {version}, MLflow {metadata.version('mlflow')} wants {wanted}. "
-            f"Where an older MLflow made it, `mlflow db upgrade {database_uri(path)}` brings it up to date (copy the "
+            f"Where an older MLflow made it, `mlflow db upgrade {make_database_uri(path)}` brings it up to date (copy the "
             f"file first); where a newer one did, install that. Or begin another. {MENDING.format(path=path)}"
         )
 
 
-def _schema(database: sqlite3.Connection) -> str:
+def _read_schema(database: sqlite3.Connection) -> str:
     return ", ".join(sorted(version for (version,) in database.execute("SELECT version_num FROM alembic_version")))
 
 
@@ -224,7 +224,7 @@ def make_database(path: Path, cache: Path) -> None:
     """
     if _has_content(path):
         return
-    template = _template(cache)
+    template = _make_template(cache)
     if not _has_content(path):
         path.unlink(missing_ok=True)  # empty, as SQLite leaves it where it looks for one that was moved away
         for suffix in ("-journal", "-wal", "-shm"):  # of one that was killed and moved away: they would spoil this one
@@ -236,7 +236,7 @@ def _has_content(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
-def _template(cache: Path) -> Path:
+def _make_template(cache: Path) -> Path:
     """An empty database of this version of MLflow."""
     template = cache / "mlflow" / f"{metadata.version('mlflow')}.db"
     if not template.exists():
@@ -244,7 +244,7 @@ def _template(cache: Path) -> Path:
 
         with tempfile.TemporaryDirectory() as temporary:
             fresh = Path(temporary, "mlflow.db")
-            MlflowClient(database_uri(fresh)).search_experiments(max_results=1)
+            MlflowClient(make_database_uri(fresh)).search_experiments(max_results=1)
             # The default experiment holds this folder's name: MLflow makes another where it finds none.
             with closing(sqlite3.connect(fresh)) as database, database:
                 database.execute("DELETE FROM experiments")
@@ -265,7 +265,7 @@ def _copy_database(source: Path, target: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def kind_of(error: Exception) -> Kind:
+def classify_failure(error: Exception) -> Kind:
     """Whether the same call may succeed in a moment, or when somebody has mended something, or not at all."""
     from mlflow.exceptions import MlflowException
     from requests import HTTPError
@@ -282,7 +282,7 @@ def kind_of(error: Exception) -> Kind:
     return "passing" if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else "refusal"
 
 
-def reason(error: Exception) -> str:
+def shorten_failure(error: Exception) -> str:
     """One line: what the system said, where requests, SQLAlchemy and MLflow wrap it in four layers."""
     text = str(error)
     for pattern, meaning in STANDING:
@@ -303,15 +303,15 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(text.split())[:500]}"
 
 
-def patiently(call: Callable[[], Any], timeout_s: float = 60) -> Any:
+def call_patiently(call: Callable[[], Any], timeout_s: float = 60) -> Any:
     """What `call` returns, made again while its failures may pass, for so long."""
     deadline, pause_s = time.monotonic() + timeout_s, 0.25
     while True:
         try:
             return call()
         except Exception as error:  # of any kind: what does not pass in time is raised
-            if kind_of(error) != "passing" or time.monotonic() + pause_s > deadline:
+            if classify_failure(error) != "passing" or time.monotonic() + pause_s > deadline:
                 raise
-            log.info("MLflow: made again: %s", reason(error))
+            log.info("MLflow: made again: %s", shorten_failure(error))
         time.sleep(pause_s)
         pause_s = min(5.0, 2 * pause_s)

@@ -66,6 +66,6 @@ class Shipment:
         )
 
 
-def param_text(value: Value) -> str:
+def format_param(value: Value) -> str:
     """Numbers as the UI's charts parse them (50, 0.0001), lists and mappings as JSON, null as `null`."""
     return value if isinstance(value, str) else json.dumps(value)

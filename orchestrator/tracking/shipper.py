@@ -17,14 +17,14 @@ from orchestrator.tracking.models import Candidate
 from orchestrator.tracking.shipment import Opening, Status
 from orchestrator.tracking.views import PARENT, ComparisonView
 from orchestrator.tracking.writer import BATCH, TAG_LIMIT, Writer
-from workers.identity import digest as digest_of
+from workers.identity import compute_digest as digest_of
 from workers.journal import read_points
-from workers.layout import trial_folder, trial_of_row
+from workers.layout import get_trial_of_row, name_trial_folder
 
 log = logging.getLogger(__name__)
 
 
-def of_another_training(entries: Sequence[Mapping[str, Any]], points: Mapping[tuple[int, str], float]) -> bool:
+def is_of_another_training(entries: Sequence[Mapping[str, Any]], points: Mapping[tuple[int, str], float]) -> bool:
     """Whether lines of a journal differ from points by (step, metric) that were shipped; speeds always do."""
     return any(
         key in points and not math.isclose(value, points[key], rel_tol=1e-12) and not name.endswith("_per_s")
@@ -34,11 +34,11 @@ def of_another_training(entries: Sequence[Mapping[str, Any]], points: Mapping[tu
     )
 
 
-def _line_digest(entry: Mapping[str, Any]) -> str:
+def _digest_line(entry: Mapping[str, Any]) -> str:
     return digest_of(json.dumps(entry))  # which may hold NaN
 
 
-def now_ms() -> int:
+def read_clock_ms() -> int:
     return int(time.time() * 1000)
 
 
@@ -58,15 +58,15 @@ class Shipper:
         catalogue, row_id, tags = self._catalogue, opening.row_id, opening.tags
         catalogue.list_runs()
         catalogue.say_restored()
-        entries = [] if row_id == SWEEP else self._journal(row_id)
-        run = self._found(row_id, entries)
+        entries = [] if row_id == SWEEP else self._read_journal(row_id)
+        run = self._find_run(row_id, entries)
         own = {ROW: row_id, STORAGE: catalogue.origin}
         if row_id != SWEEP:
             if SWEEP not in catalogue.runs:  # deleted, and the command is none of the sweep, which opens it first
                 self.open(Opening(row_id=SWEEP, name=catalogue.name))
             own[PARENT] = catalogue.runs[SWEEP].run_id
         if run is None:
-            start = opening.start_ms or (entries[0]["time_ms"] if entries else now_ms())
+            start = opening.start_ms or (entries[0]["time_ms"] if entries else read_clock_ms())
             run = catalogue.make_run(row_id, opening.name, own, start)
         run.opened = True
         if row_id != SWEEP and run.status == "RUNNING":
@@ -76,7 +76,7 @@ class Shipper:
         for used in opening.datasets:
             self._writer.log_input(run, used)
 
-    def _found(self, row_id: str, entries: Sequence[Mapping[str, Any]]) -> Run | None:
+    def _find_run(self, row_id: str, entries: Sequence[Mapping[str, Any]]) -> Run | None:
         """The run that MLflow has of that row, unless it is of another training."""
         run = self._catalogue.runs.get(row_id)
         if run is None:
@@ -84,14 +84,14 @@ class Shipper:
         self._catalogue.take_from_bin(run)
         if row_id != SWEEP and not run.opened:
             self._recall(run, entries)
-            if of_another_training(entries, run.points):
+            if is_of_another_training(entries, run.points):
                 self._set_aside(row_id, run)
                 return None
         return run
 
     def _recall(self, run: Run, entries: Sequence[Mapping[str, Any]]) -> None:
         """Reads which points and images a run has, unless the count of shipped lines says exactly that."""
-        if run.lines and not (run.lines <= len(entries) and run.last == _line_digest(entries[run.lines - 1])):
+        if run.lines and not (run.lines <= len(entries) and run.last == _digest_line(entries[run.lines - 1])):
             run.lines = 0  # the journal was restored, or begun again
         if run.lines and run.lines == len(entries):
             return
@@ -105,7 +105,7 @@ class Shipper:
         for entry in entries[run.lines :]:  # a run that has all of it is not opened again
             if not run.has(entry):
                 break
-            run.lines, run.last, self._catalogue.is_changed = run.lines + 1, _line_digest(entry), True
+            run.lines, run.last, self._catalogue.is_changed = run.lines + 1, _digest_line(entry), True
 
     def _set_aside(self, row_id: str, run: Run) -> None:
         """The journal is of another training: the old run stays in MLflow, outside of the sweep's tree."""
@@ -119,19 +119,19 @@ class Shipper:
                 del run.tags[key]
         del self._catalogue.runs[row_id]
 
-    def _journal(self, digest: str) -> list[dict[str, Any]]:
+    def _read_journal(self, digest: str) -> list[dict[str, Any]]:
         """The points of a row: those of its trial's journal that are whole, in their order, up to the row's step."""
-        points = read_points(self._catalogue.storage, trial_folder(trial_of_row(digest)))
+        points = read_points(self._catalogue.storage, name_trial_folder(get_trial_of_row(digest)))
         last = self.last_steps.get(digest)
         return [point for point in points if last is None or point["step"] <= last]
 
     def ship(self, digest: str) -> None:
         """Sends what the journal of a trial has beyond what is shipped."""
-        run, entries = self._catalogue.opened(digest), self._journal(digest)
-        if of_another_training(entries[run.lines :], run.points):  # there was none yet when the run was opened
+        run, entries = self._catalogue.get_opened(digest), self._read_journal(digest)
+        if is_of_another_training(entries[run.lines :], run.points):  # there was none yet when the run was opened
             self._set_aside(digest, run)
             self.open(self.openings[digest])
-            run = self._catalogue.opened(digest)
+            run = self._catalogue.get_opened(digest)
         images = {entry["step"] for entry in entries if "image" in entry}
         if len(entries) <= run.lines:
             run.images = images
@@ -140,13 +140,13 @@ class Shipper:
         self._writer.resume(self._catalogue.runs[SWEEP])
         points: list[Any] = []
         for number, entry in enumerate(entries[run.lines :], start=run.lines + 1):
-            points += self._writer.points(run, entry)
+            points += self._writer.list_points(run, entry)
             if "image" in entry:
                 self._writer.log_image(run, entry)
             if len(points) >= BATCH or number == len(entries):
                 self._writer.log_points(run, points)
                 points = []
-                run.lines, run.last, self._catalogue.is_changed = number, _line_digest(entry), True
+                run.lines, run.last, self._catalogue.is_changed = number, _digest_line(entry), True
                 self.save()
         if run.images != images:
             run.images = images
@@ -163,14 +163,14 @@ class Shipper:
             best = trials.get(self.compare.best)
             parent_id, best_id = here.runs[SWEEP].run_id, best.run_id if best else ""
             links = []
-            for view in views.views(self.compare, parent_id, views.common_step(going), best_id):
-                key = here.view_key(view.title)
+            for view in views.make_views(self.compare, parent_id, views.find_common_step(going), best_id):
+                key = here.make_view_key(view.title)
                 text = json.dumps(view.state)
                 if self._shown.get(key) != text:
-                    tag = views.tag(f"{here.name}: {view.title}", view.state, now_ms())
+                    tag = views.make_tag(f"{here.name}: {view.title}", view.state, read_clock_ms())
                     here.client.set_experiment_tag(here.experiment_id, f"{VIEW}{key}", tag)
                     self._shown[key] = text
-                links.append(f"[{view.title}]({views.page(here.experiment_id, key)})")
+                links.append(f"[{view.title}]({views.address_page(here.experiment_id, key)})")
             note.append(f"Compare {', '.join(links)}.")
         text = "\n\n".join(note)[:TAG_LIMIT]
         if note and self._shown.get("note") != text:
@@ -179,7 +179,7 @@ class Shipper:
 
     def register(self, candidate: Candidate) -> None:
         """Makes the candidate the one of the registered model of the sweep's name."""
-        here, run = self._catalogue, self._catalogue.opened(candidate.trial)
+        here, run = self._catalogue, self._catalogue.get_opened(candidate.trial)
         models.register(here.client, here.experiment_id, here.name, run.run_id, candidate=candidate, origin=here.origin)
 
     def close_sweep(self, status: Status, note: str) -> None:
@@ -189,16 +189,16 @@ class Shipper:
                 log.warning("Trial %s was still open in MLflow: its run ends as KILLED.", row_id)
                 run.opened = True
                 self._writer.close(run, "KILLED")
-        self._writer.close(self._catalogue.opened(SWEEP), status, note)
+        self._writer.close(self._catalogue.get_opened(SWEEP), status, note)
 
     def save(self) -> None:
         """Writes how much is shipped: at once where no other call waits."""
         self._catalogue.save(now=len(self._line) <= 1)
 
-    def unsent(self) -> int:
+    def count_unsent(self) -> int:
         """How many points and images of the journals are not shipped. From any thread."""
         runs, count = self._catalogue.runs, 0
         for row_id in self.openings:
             sent = runs[row_id].lines if row_id in runs else 0
-            count += sum(len(entry.get("metrics", ())) or 1 for entry in self._journal(row_id)[sent:])
+            count += sum(len(entry.get("metrics", ())) or 1 for entry in self._read_journal(row_id)[sent:])
         return count

@@ -20,13 +20,20 @@ from orchestrator.tracking import views
 from orchestrator.tracking.catalogue import SWEEP, Catalogue
 from orchestrator.tracking.line import CallLine
 from orchestrator.tracking.models import Candidate
-from orchestrator.tracking.server import check_database, check_writable, database_of, is_database, say_unused, settle
+from orchestrator.tracking.server import (
+    check_database,
+    check_writable,
+    find_database,
+    is_database,
+    say_unused,
+    set_defaults,
+)
 from orchestrator.tracking.shipment import LoggedDataset, Opening, Shipment, Status, Value
-from orchestrator.tracking.shipper import Shipper, now_ms
+from orchestrator.tracking.shipper import Shipper, read_clock_ms
 from orchestrator.tracking.views import ComparisonView
 from orchestrator.tracking.writer import Writer
 from workers.config import Mistake
-from workers.data.cache import default_cache
+from workers.data.cache import find_default_cache
 from workers.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -42,7 +49,7 @@ class Tracker:
 
         The state is kept in `folder` of the storage, by default sweeps/<name>.
         """
-        settle()
+        set_defaults()
         self._catalogue = Catalogue(storage, name, uri, folder)
         self.uri, self.storage, self.name = self._catalogue.uri, storage, name
         say_unused(self.uri)
@@ -58,8 +65,8 @@ class Tracker:
     def check(self, timeout_s: float = 60) -> None:
         """Raises Mistake where the server does not answer: to be called before anything costly starts."""
         if is_database(self.uri):
-            check_writable(database_of(self.uri))
-            check_database(database_of(self.uri), default_cache())
+            check_writable(find_database(self.uri))
+            check_database(find_database(self.uri), find_default_cache())
             return
         line = self._line
         self._begin()
@@ -76,7 +83,7 @@ class Tracker:
                 "null to record into the storage itself."
             )
 
-    def lacks(self, trials: Collection[str], candidate: Candidate | None, timeout_s: float = 60) -> bool:
+    def is_missing(self, trials: Collection[str], candidate: Candidate | None, timeout_s: float = 60) -> bool:
         """Whether MLflow is without something that this sweep has shipped: its experiment, a run of it or of `trials`,
         the files, the comparison, or the registered model. What was put into MLflow's bin is taken out of it.
 
@@ -84,10 +91,10 @@ class Tracker:
         cannot be asked.
         """
         if is_database(self.uri):
-            check_database(database_of(self.uri), default_cache())
+            check_database(find_database(self.uri), find_default_cache())
             if self._catalogue.sees_all(trials, candidate):
                 return False
-            check_writable(database_of(self.uri))
+            check_writable(find_database(self.uri))
         line, found = self._line, list[bool]()
         self._put("what is there", lambda: found.append(self._catalogue.is_without(trials, candidate)))
         since = time.monotonic()
@@ -145,22 +152,22 @@ class Tracker:
         self, digest: str | None, metrics: Mapping[str, float], step: int = 0, time_ms: int | None = None
     ) -> None:
         """Points that are in no journal, such as those of the evaluation. Given again, they are not logged again."""
-        at = time_ms or now_ms()
+        at = time_ms or read_clock_ms()
         self._put(
             f"metrics {', '.join(metrics)}",
-            lambda: self._writer.log_metrics(self._catalogue.opened(digest or SWEEP), metrics, step, at),
+            lambda: self._writer.log_metrics(self._catalogue.get_opened(digest or SWEEP), metrics, step, at),
         )
 
     def log_image(self, digest: str, name: str, path: str, step: int) -> None:
         """A PNG file of the storage, beside the images of the trial's journal; given again, it takes its own place."""
         entry = {"image": name, "path": path, "step": step, "time_ms": step}
-        self._put(f"image {name}", lambda: self._writer.log_image(self._catalogue.opened(digest), entry))
+        self._put(f"image {name}", lambda: self._writer.log_image(self._catalogue.get_opened(digest), entry))
 
     def log_artifact(self, digest: str | None, content: bytes | Path, path: str) -> None:
         """A file, given by its bytes or its local path, as the artifact `path` (folders by forward slashes)."""
         self._put(
             f"artifact {path}",
-            lambda: self._writer.log_artifact(self._catalogue.opened(digest or SWEEP), content, path),
+            lambda: self._writer.log_artifact(self._catalogue.get_opened(digest or SWEEP), content, path),
         )
 
     def set_tags(self, digest: str, tags: Mapping[str, str]) -> None:
@@ -175,7 +182,8 @@ class Tracker:
         """Ends the run after the rest of its journal; `note` is markdown."""
         self.ship(digest)
         self._put(
-            f"closing trial {digest}", lambda: self._writer.close(self._catalogue.opened(digest), status, note, end_ms)
+            f"closing trial {digest}",
+            lambda: self._writer.close(self._catalogue.get_opened(digest), status, note, end_ms),
         )
 
     def close_sweep(self, status: Status, note: str = "") -> None:
@@ -189,7 +197,7 @@ class Tracker:
         left = Shipment(
             uri=self.uri,
             calls=len(line),
-            points=self._shipper.unsent() if len(line) or line.refused else 0,
+            points=self._shipper.count_unsent() if len(line) or line.refused else 0,
             failing=line.failing,
             standing=line.standing,
             refused=tuple(line.refused),
@@ -198,7 +206,7 @@ class Tracker:
             log.info("%s", left)  # a warning has said why, and whoever asks says the rest
         return left
 
-    def link(self, timeout_s: float = 60) -> str:
+    def find_link(self, timeout_s: float = 60) -> str:
         """Where a browser shows the trials side by side; the server's front page while the runs are not there yet."""
         base = "http://127.0.0.1:5000" if is_database(self.uri) else self.uri
         line = self._line
@@ -207,17 +215,17 @@ class Tracker:
         if not self.is_open:
             return f"{base}/#/experiments?workflowType=machine_learning"
         here, compare = self._catalogue, self._shipper.compare
-        key = here.view_key(compare.title) if compare else ""
-        return f"{base}/{views.page(here.experiment_id, key, here.runs[SWEEP].run_id)}"
+        key = here.make_view_key(compare.title) if compare else ""
+        return f"{base}/{views.address_page(here.experiment_id, key, here.runs[SWEEP].run_id)}"
 
     @property
     def is_open(self) -> bool:
         """Whether the sweep has its run, so that the link leads to it."""
         return self._catalogue.is_open(SWEEP)
 
-    def chart_link(self, timeout_s: float = 60) -> str:
-        """Where a browser shows the points of the parent run itself, a chart a metric; else as `link`."""
-        front = self.link(timeout_s).partition("?")[0]
+    def find_chart_link(self, timeout_s: float = 60) -> str:
+        """Where a browser shows the points of the parent run itself, a chart a metric; else as `find_link`."""
+        front = self.find_link(timeout_s).partition("?")[0]
         run = self._catalogue.runs.get(SWEEP)
         return f"{front}/{run.run_id}/model-metrics?workflowType=machine_learning" if run and run.opened else front
 

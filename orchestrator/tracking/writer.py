@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestrator.tracking.catalogue import Catalogue, Run
 from orchestrator.tracking.line import CallLine
-from orchestrator.tracking.shipment import LoggedDataset, Status, Value, param_text
+from orchestrator.tracking.shipment import LoggedDataset, Status, Value, format_param
 from workers.journal import read_image
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Writer:
         from mlflow.entities import Param
 
         changed = {}
-        wanted = {key: self._fitted(run, key, param_text(value), PARAM_LIMIT) for key, value in params.items()}
+        wanted = {key: self._fit_text(run, key, format_param(value), PARAM_LIMIT) for key, value in params.items()}
         for key in wanted.keys() & run.params.keys():
             if wanted[key] != run.params[key]:  # a param cannot be changed once it is logged
                 log.warning("%s: MLflow keeps %s=%s; it is now %s", name, key, run.params[key], wanted[key])
@@ -53,13 +53,13 @@ class Writer:
         """Sets the tags that have other values there."""
         from mlflow.entities import RunTag
 
-        texts = {key: self._fitted(run, key, text, TAG_LIMIT) for key, text in tags.items()}
+        texts = {key: self._fit_text(run, key, text, TAG_LIMIT) for key, text in tags.items()}
         new = [RunTag(key, text) for key, text in texts.items() if run.tags.get(key) != text]
         for start in range(0, len(new), BATCH):
             self._catalogue.client.log_batch(run.run_id, tags=new[start : start + BATCH])
         run.tags |= texts
 
-    def _fitted(self, run: Run, key: str, text: str, limit: int) -> str:
+    def _fit_text(self, run: Run, key: str, text: str, limit: int) -> str:
         """`text`, or where MLflow would cut it without a word: its beginning, and the whole of it as an artifact."""
         if len(text) <= limit:
             return text
@@ -88,12 +88,12 @@ class Writer:
         )
         run.datasets.add((used.name, digest))
 
-    def points(self, run: Run, entry: Mapping[str, Any]) -> list[Any]:
+    def list_points(self, run: Run, entry: Mapping[str, Any]) -> list[Any]:
         """The points (Metrics of MLflow) of a line of the journal that the run was not found to have."""
         from mlflow.entities import Metric
 
         step, at = entry["step"], entry["time_ms"]
-        finite = self._finite(run, entry.get("metrics", {}), step)
+        finite = self._keep_finite(run, entry.get("metrics", {}), step)
         return [Metric(name, value, at, step) for name, value in finite.items() if (step, name) not in run.points]
 
     def log_points(self, run: Run, points: list[Any]) -> None:
@@ -103,7 +103,7 @@ class Writer:
         """Points that are in no journal. Those that the run has already are not logged again."""
         from mlflow.entities import Metric
 
-        finite = self._finite(run, metrics, step)
+        finite = self._keep_finite(run, metrics, step)
         logged = {
             (point.key, point.step, point.value)
             for key in finite.keys() & run.metrics
@@ -114,7 +114,7 @@ class Writer:
             self._catalogue.client.log_batch(run.run_id, metrics=new)
             run.metrics |= finite.keys()
 
-    def _finite(self, run: Run, metrics: Mapping[str, Any], step: int) -> dict[str, float]:
+    def _keep_finite(self, run: Run, metrics: Mapping[str, Any], step: int) -> dict[str, float]:
         """MLflow would turn infinity into 1.8e308: what is not finite becomes a tag, the first time it happens."""
         values = {key: math.nan if value is None else float(value) for key, value in metrics.items()}
         odd = {
@@ -130,12 +130,12 @@ class Writer:
         from mlflow.tracking.multimedia import compress_image_size
         from PIL import Image
 
-        unique = run.image_id(entry)
+        unique = run.make_image_id(entry)
         if unique in run.files:
             return
         png = read_image(self._catalogue.storage, entry)
         if png is None:  # told, and no reason to hold back the points after it
-            self._line.refuse(f"image {entry['path']}: it is gone or damaged in {self._catalogue.storage.url()}")
+            self._line.refuse(f"image {entry['path']}: it is gone or damaged in {self._catalogue.storage.find_url()}")
             return
         key = re.sub(r"[^\w\-. ]", "~", entry["image"], flags=re.ASCII)
         stem = f"images/{key}+step+{entry['step']}+timestamp+{entry['time_ms']}+{unique}"

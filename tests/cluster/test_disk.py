@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment, needs_root, on_small_disk, statuses, trials_of, undisturbed
 
-from orchestrator.execution.session import SOCKET, SOCKET_BYTES, fit_folder
+from orchestrator.execution.session import SOCKET, SOCKET_BYTES, find_folder
 
 pytestmark = [pytest.mark.faults, needs_root]
 SWEEP = f"{sys.executable} -m orchestrator.sweep"
@@ -93,9 +93,9 @@ def test_a_storage_that_cannot_be_written_is_refused_before_any_work(own: tuple[
 def test_the_first_folder_that_ray_can_work_in_is_taken(tmp_path: Path) -> None:
     good, blocked, long = tmp_path / "ray", tmp_path / "file/ray", tmp_path / ("x" * 100)
     (tmp_path / "file").write_text("")
-    folder, unfit = fit_folder([long, blocked, good])
+    folder, unfit = find_folder([long, blocked, good])
     if len(str(good / SOCKET)) <= SOCKET_BYTES:
         assert folder == good and len(unfit) == 2
         assert "bytes too long for the sockets of Ray" in unfit[0] and "cannot be written" in unfit[1]
-    assert fit_folder([long])[0] is None
+    assert find_folder([long])[0] is None
     shutil.rmtree(tmp_path / "ray", ignore_errors=True)

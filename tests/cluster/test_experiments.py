@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from orchestrator.execution.session import session
+from orchestrator.execution.session import open_session
 from orchestrator.experiment.load import load
 from orchestrator.sweep import main
 
@@ -18,7 +18,7 @@ FILES = [f for f in sorted((ROOT / "experiments").glob("*.yaml")) if "orchestrat
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A storage for all of them, while a Ray of this process is up."""
-    with session(None):
+    with open_session(None):
         yield tmp_path_factory.mktemp("smoke")
 
 

@@ -117,8 +117,8 @@ def test_out_of_memory_with_a_whole_gpu_fails(tmp_path: Path) -> None:
 # As on a GPU of which a trial of this kind takes 0.2 of the memory, and 0.3 of the time.
 MEASURED = """
 import workers.sharing
-workers.sharing.peak_memory = lambda device: (2**30, 10 * 2**30)
-workers.sharing.utilisation = lambda device: 0.3
+workers.sharing.read_peak_memory = lambda device: (2**30, 10 * 2**30)
+workers.sharing.read_utilisation = lambda device: 0.3
 """
 
 

@@ -9,7 +9,7 @@ import pytest
 import ray
 from ray import tune
 
-from orchestrator.execution.session import session
+from orchestrator.execution.session import open_session
 from orchestrator.execution.trials import train
 from orchestrator.experiment.records import SearchConfig
 from orchestrator.planning.decide import Turn
@@ -44,22 +44,22 @@ class Told:
     def __init__(self) -> None:
         self.events: list[tuple[str, str]] = []
 
-    def begins(self, digest: str) -> None:
+    def begin_trial(self, digest: str) -> None:
         self.events.append(("begins", ""))
 
-    def progress(self, digest: str, result: dict[str, Any]) -> None:
+    def note_progress(self, digest: str, result: dict[str, Any]) -> None:
         pass
 
-    def trained(self, digest: str, result: dict[str, Any]) -> None:
+    def end_training(self, digest: str, result: dict[str, Any]) -> None:
         self.events.append(("trained", result["state"]))
 
-    def restarted(self, digest: str, why: str) -> None:
+    def restart_trial(self, digest: str, why: str) -> None:
         self.events.append(("restarted", why))
 
-    def failed(self, digest: str, why: str) -> None:
+    def fail_trial(self, digest: str, why: str) -> None:
         self.events.append(("failed", why))
 
-    def resized(self, digest: str, result: dict[str, Any]) -> None:
+    def resize_trial(self, digest: str, result: dict[str, Any]) -> None:
         pass
 
     def tick(self, wait_s: float = 0) -> None:
@@ -68,10 +68,10 @@ class Told:
     def say(self, text: str) -> None:
         pass
 
-    def evaluating(self) -> bool:
+    def is_evaluating(self) -> bool:
         return False
 
-    def turn(self, digest: str) -> Turn:
+    def decide_turn(self, digest: str) -> Turn:
         return "train"
 
 
@@ -92,7 +92,7 @@ def test_a_trial_that_fills_its_machine_starts_again(
     (tmp_path / where).touch()
     told = Told()
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import tests
-    with session(None, cpus=2):
+    with open_session(None, cpus=2):
         train([job], SearchConfig(), told, hosts={"one_worker": Hungry})
     names = [name for name, _ in told.events]
     assert names == ["begins", "restarted", "begins", "trained"][-len(names) :] and "restarted" in names, told.events

@@ -68,13 +68,13 @@ class Registry:
         self.better, self.worse = (self._register(trial) for trial in by_nll)
 
     def _nll_bpd(self, trial: str) -> float:
-        checkpoint = manifest.newest(Storage(self.storage), f"trials/{trial}/checkpoints")
+        checkpoint = manifest.find_newest(Storage(self.storage), f"trials/{trial}/checkpoints")
         assert checkpoint
         [summary] = self.storage.glob(f"evaluations/{checkpoint.digest}/summary-*.json")
         return float(json.loads(summary.read_text())["metrics"]["eval/nll_bpd"])
 
     def _register(self, trial: str) -> str:
-        checkpoint = manifest.newest(Storage(self.storage), f"trials/{trial}/checkpoints")
+        checkpoint = manifest.find_newest(Storage(self.storage), f"trials/{trial}/checkpoints")
         assert checkpoint
         tags = {
             "orchestrator.trial": trial,

@@ -10,7 +10,7 @@ from conftest import Started, runs, state_of, sweep
 from orchestrator import report, status
 from orchestrator.experiment.load import load
 from orchestrator.experiment.records import Variant
-from orchestrator.planning.search import HeardTrial, next_round, tell
+from orchestrator.planning.search import HeardTrial, make_heard, suggest_round
 from orchestrator.state.saved import open_sweep, read_asked, read_rows
 from workers.data.sources import describe
 from workers.storage import Storage
@@ -59,9 +59,9 @@ def test_a_search_that_is_killed_in_its_second_round_resumes_to_the_same_trials(
 
     def hear(variant: Variant) -> HeardTrial | None:
         row = rows[str(variant)]
-        return tell(e.search, row.variant, row.state, row.metrics)
+        return make_heard(e.search, row.variant, row.state, row.metrics)
 
-    assert next_round(e, before[:3], hear, describe) == before[3:]
+    assert suggest_round(e, before[:3], hear, describe) == before[3:]
 
     # Every reader knows the trials of both rounds, and the front of the search's objectives.
     frame = pd.read_parquet(root / "sweeps/tiny/results.parquet")

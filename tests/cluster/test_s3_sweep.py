@@ -73,7 +73,7 @@ def test_a_killed_sweep_on_s3_resumes_and_is_measured_there(
 ) -> None:
     storage.write("data/digits.parquet", digits_as_parquet())
     arguments = (
-        tiny, f"data.source={storage.url('data/digits.parquet')}", "--storage", storage.root, "--tracking-uri", mlflow,
+        tiny, f"data.source={storage.find_url('data/digits.parquet')}", "--storage", storage.root, "--tracking-uri", mlflow,
         "training.steps=300", "training.validate_every=100", "training.checkpoint_every=50",
     )  # fmt: skip
 
@@ -127,7 +127,7 @@ def test_a_killed_sweep_on_s3_resumes_and_is_measured_there(
     print(measured)
     [step] = storage.list(f"trials/{trial}/checkpoints")
     by_folder = run(
-        "orchestrator.evaluate", storage.url(f"trials/{trial}/checkpoints/{step}"), "--storage", storage.root,
+        "orchestrator.evaluate", storage.find_url(f"trials/{trial}/checkpoints/{step}"), "--storage", storage.root,
         "evaluation.fid.samples=200", "--json", "--tracking-uri", mlflow,
     )  # fmt: skip
     assert by_folder.returncode == 0, by_folder.stdout + by_folder.stderr

@@ -17,7 +17,7 @@ from orchestrator.output.terminal import Display
 from orchestrator.standing import Standing
 from orchestrator.state.events import read_events
 from orchestrator.state.saved import keep_sweep
-from orchestrator.sweep import trials_of as rows_of
+from orchestrator.sweep import list_trials as rows_of
 from workers.locks import lock
 from workers.storage import Storage
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import sweep, trials_of, undisturbed
 
 from orchestrator.state.events import read_events
-from workers.layout import checkpoints_folder, trial_of_row
+from workers.layout import get_trial_of_row, name_checkpoints_folder
 from workers.network import manifest
 from workers.storage import Storage
 
@@ -16,8 +16,8 @@ SHORT = ("search.space.loss.weighting=null", "training.validate_every=10", "trai
 
 def digests(storage: Path, trial: str) -> dict[int, str]:
     """The checkpoints that are there, by step."""
-    place, folder = Storage(storage), checkpoints_folder(trial)
-    found = [manifest.committed(place, f"{folder}/{name}") for name in place.list(folder)]
+    place, folder = Storage(storage), name_checkpoints_folder(trial)
+    found = [manifest.open_committed(place, f"{folder}/{name}") for name in place.list(folder)]
     return {checkpoint.step or 0: checkpoint.digest for checkpoint in found}
 
 
@@ -41,7 +41,7 @@ def test_a_sweep_over_steps_trains_once_and_measures_each(tiny: Path, tmp_path: 
 
     run("[5, 20]")
     first = results(storage)
-    [trial] = {trial_of_row(row) for row in first["trial"]}
+    [trial] = {get_trial_of_row(row) for row in first["trial"]}
     assert list(first.index) == [5, 20] and list(first["state"]) == ["done", "done"] and begun(storage) == 1
     before = digests(storage, trial)
     assert list(before) == [5, 20]

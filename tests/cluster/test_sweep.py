@@ -22,7 +22,7 @@ from scipy.stats import ttest_rel
 
 from orchestrator.experiment.load import load
 from orchestrator.standing import Standing
-from orchestrator.sweep import trials_of
+from orchestrator.sweep import list_trials
 from workers.storage import Storage
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -246,7 +246,7 @@ def test_measurements_of_one_trial_train_it_once(tiny: Path, tmp_path: Path) -> 
     again = sweep(tiny, *words, "--storage", storage)
     assert again.returncode == 0 and "train" not in again.stdout.partition("trial")[0]
 
-    trials, sources, _ = trials_of(load(tiny, words))
+    trials, sources, _ = list_trials(load(tiny, words))
     standing = Standing(load(tiny, words), dict(sources), Storage(storage), print)
     standing.add(trials)
     standing.forget()  # what --fresh does first

@@ -11,10 +11,10 @@ from workers.data.tree import Files, Split
 
 DIGITS_SHA256 = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"
 GAUSSIAN_SHA256 = "f1df631486df9f08144835587ecb45fbe11f06b659dfeba209c4645379ddc467"
-GAUSSIAN_SD = 0.2  # of the source `gaussian`, on the [-1, 1] scale
+GAUSSIAN_SD = 0.2  # of the source `open_gaussian`, on the [-1, 1] scale
 
 
-def digits() -> Files:
+def open_digits() -> Files:
     """scikit-learn's embedded 1,797 handwritten digits, 8x8 in 17 levels; 300 are held out."""
 
     def read() -> Iterator[Item]:
@@ -31,7 +31,7 @@ def digits() -> Files:
     return Files([], Split(1797, True, read), held_out=300, levels=17, like=like, sha256=DIGITS_SHA256, classes=10)
 
 
-def gaussian() -> Files:
+def open_gaussian() -> Files:
     """2,500 images of 8x8 independent pixels from N(0, GAUSSIAN_SD^2) on [-1, 1], in 256 levels; 500 held out.
 
     Their best denoiser and its bound are known exactly (`workers.diffusion.gaussian`). The ends of the scale lie five
@@ -39,7 +39,9 @@ def gaussian() -> Files:
     """
 
     def read() -> Iterator[Item]:
-        x = GAUSSIAN_SD * np.random.RandomState(0).standard_normal((2500, 8, 8, 1))  # frozen, as in `dataset._rows`
+        x = GAUSSIAN_SD * np.random.RandomState(0).standard_normal(
+            (2500, 8, 8, 1)
+        )  # frozen, as in `dataset._number_rows`
         images = np.rint((x.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
         if hashlib.sha256(images.tobytes()).hexdigest() != GAUSSIAN_SHA256:
             raise DataError("this version of NumPy draws other normal numbers from RandomState; install NumPy 2")
@@ -50,4 +52,4 @@ def gaussian() -> Files:
     return Files([], Split(2500, False, read), held_out=500, like=like, sha256=GAUSSIAN_SHA256, classes=0)
 
 
-BUILT_IN: dict[str, Callable[[], Files]] = {"digits": digits, "gaussian": gaussian}
+BUILT_IN: dict[str, Callable[[], Files]] = {"digits": open_digits, "gaussian": open_gaussian}

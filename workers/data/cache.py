@@ -9,12 +9,12 @@ from pathlib import Path
 from workers.data.splits import DataError
 
 
-def default_cache() -> Path:
+def find_default_cache() -> Path:
     return Path(os.environ.get("ORCHESTRATOR_CACHE") or "~/.cache/diffusion-orchestrator").expanduser().absolute()
 
 
 @contextmanager
-def cache_lock(path: Path) -> Iterator[None]:
+def lock_cache(path: Path) -> Iterator[None]:
     """Held by one process at a time on a machine; the kernel frees it when its holder dies."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

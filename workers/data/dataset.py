@@ -36,14 +36,14 @@ from numpy.typing import NDArray
 
 from workers import memos
 from workers.config import DataConfig
-from workers.data.cache import cache_lock, default_cache
-from workers.data.decoding import Item, Pixels, check_size, decode, whole
-from workers.data.locate import about, name_of
+from workers.data.cache import find_default_cache, lock_cache
+from workers.data.decoding import Item, Pixels, check_size, decode, explain_damage
+from workers.data.locate import find_name, name_source
 from workers.data.proofs import is_whole, note_whole
-from workers.data.sources import Source, described
+from workers.data.sources import Source, describe_with_files
 from workers.data.splits import DataError
 from workers.data.tree import CHUNK, PIECE, Files, Split
-from workers.memos import remembered, sha256_of, state_of
+from workers.memos import hash_file, read_state, recall
 
 SPLIT_SEED = 20_200_619  # of every shuffle and split: each trial holds out the same images
 log = logging.getLogger(__name__)
@@ -71,21 +71,21 @@ def prepare(config: DataConfig, cache: Path | None = None) -> Dataset:
 
     Safe to call from any number of processes: one decodes, the others wait for it. Raises DataError.
     """
-    cache = cache or default_cache()
-    with about(config):
-        source, files = described(config, cache)
+    cache = cache or find_default_cache()
+    with name_source(config):
+        source, files = describe_with_files(config, cache)
         folder = cache / "data" / source.digest
         if not is_whole(folder, tell=False):
-            with cache_lock(cache / "data" / f"{source.digest}.lock"):
+            with lock_cache(cache / "data" / f"{source.digest}.lock"):
                 if not is_whole(folder):
                     _build(config, files, source, folder, cache)
-        return _open(folder, name_of(config))
+        return _open(folder, find_name(config))
 
 
 # ---- The order of images ---------------------------------------------------------------------------------------
 
 
-def _rows(held_out: int, train: int, own_split: bool) -> NDArray[np.int64]:
+def _number_rows(held_out: int, train: int, own_split: bool) -> NDArray[np.int64]:
     """The row of each item, items being the test split then the training split, or the one undivided split.
 
     Rows 0 .. held_out - 1 are the held-out images. RandomState's stream is frozen for good (NEP 19), so the split
@@ -108,10 +108,10 @@ def _build(config: DataConfig, files: Files, source: Source, folder: Path, cache
     try:
         temporary.mkdir()
         _decode_all(config, files, source, temporary)
-        if described(config, cache)[0].digest != source.digest:
+        if describe_with_files(config, cache)[0].digest != source.digest:
             raise DataError("its files changed while they were decoded; run it again when they are complete")
-        sums = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
-        states = {name: state_of(temporary / name) for name in sums}
+        sums = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
+        states = {name: read_state(temporary / name) for name in sums}
         memos.write(temporary / "meta.json", {**asdict(source), "files": sums})
         shutil.rmtree(folder, ignore_errors=True)  # damaged, or of a process that was killed
         temporary.rename(folder)
@@ -124,8 +124,8 @@ def _decode_all(config: DataConfig, files: Files, source: Source, folder: Path) 
     """Writes images.npy and, where there are labels, labels.npy. Raises DataError."""
     test = files.held_out if isinstance(files.held_out, Split) else None
     items = chain(test.read(), files.train.read()) if test else files.train.read()
-    rows = _rows(source.held_out, source.train, test is not None)
-    file = _reserved(folder / "images.npy", (len(rows), *source.shape))
+    rows = _number_rows(source.held_out, source.train, test is not None)
+    file = _reserve_file(folder / "images.npy", (len(rows), *source.shape))
     images = np.asarray(file)  # the same memory, twice as quick to write into
     labels = np.zeros(len(rows), np.int64)
 
@@ -138,14 +138,14 @@ def _decode_all(config: DataConfig, files: Files, source: Source, folder: Path) 
 
     threads = min(8, os.cpu_count() or 1)  # Pillow frees the GIL while it decodes
     with ThreadPoolExecutor(threads) as pool:
-        for chunk in _chunks(zip(rows, items, strict=True)):
+        for chunk in _split_into_chunks(zip(rows, items, strict=True)):
             list(pool.map(store, (chunk[i::threads] for i in range(threads))))
     file.flush()
     if source.labelled:
         np.save(folder / "labels.npy", labels)
 
 
-def _reserved(path: Path, shape: tuple[int, ...]) -> np.memmap:
+def _reserve_file(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """A new file of bytes to write into. Its room on the disk is taken first: a map that finds none dies of it."""
     needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
     remedy = "make room, or set the environment variable ORCHESTRATOR_CACHE to a folder on a larger disk"
@@ -166,7 +166,7 @@ def _reserved(path: Path, shape: tuple[int, ...]) -> np.memmap:
     return images
 
 
-def _chunks(pairs: Iterable[tuple[np.int64, Item]]) -> Iterator[list[tuple[np.int64, Item]]]:
+def _split_into_chunks(pairs: Iterable[tuple[np.int64, Item]]) -> Iterator[list[tuple[np.int64, Item]]]:
     """So many at a time that their encoded bytes fit into memory."""
     chunk, size = list[tuple[np.int64, Item]](), 0
     for row, item in pairs:
@@ -182,9 +182,9 @@ def _chunks(pairs: Iterable[tuple[np.int64, Item]]) -> Iterator[list[tuple[np.in
 
 
 def _open(folder: Path, name: str) -> Dataset:
-    meta = remembered(folder / "meta.json")
+    meta = recall(folder / "meta.json")
     n, shape = meta["held_out"], tuple(meta["shape"])
-    with whole(f"the prepared folder {folder}"):
+    with explain_damage(f"the prepared folder {folder}"):
         images = np.load(folder / "images.npy", mmap_mode="r")
         labels = np.load(folder / "labels.npy", mmap_mode="r") if meta["labelled"] else None
     assert images.shape == (n + meta["train"], *shape), f"{folder}: {images.shape}"

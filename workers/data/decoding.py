@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from workers.data.splits import DataError, shown
+from workers.data.splits import DataError, show_name
 
 VERSION = 2  # of what encoded images become; 1: transparent pixels showed what is hidden under them
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # as Pillow calls them
@@ -60,7 +60,7 @@ class Look(NamedTuple):
 
 
 @contextmanager
-def whole(name: str) -> Iterator[None]:
+def explain_damage(name: str) -> Iterator[None]:
     """What PIL, pyarrow and gzip raise on damaged content becomes a message that names the file or row."""
     try:
         yield
@@ -69,17 +69,17 @@ def whole(name: str) -> Iterator[None]:
     except DAMAGE as error:
         reason = " ".join(str(error).split(" <_io.")[0].split())  # PIL shows the address of the stream
         raise DataError(
-            f"{shown(name)} is damaged or cut off ({reason or type(error).__name__}); copy it again or remove it"
+            f"{show_name(name)} is damaged or cut off ({reason or type(error).__name__}); copy it again or remove it"
         ) from error
 
 
 def look(item: Item) -> Look:
     """Raises DataError where the image cannot be decoded as far as its header tells."""
-    with _opened(item) as image, whole(item.name):
+    with _open_image(item) as image, explain_damage(item.name):
         turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5
         width, height = image.size[::-1] if turned else image.size
         animated = image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1
-        return Look(width, height, _colour(image), image.has_transparency_data, animated)
+        return Look(width, height, _is_coloured(image), image.has_transparency_data, animated)
 
 
 def decode(item: Item, channels: int, resolution: int | None, background: Colour) -> Pixels:
@@ -101,7 +101,7 @@ def check_resolution(name: str, width: int, height: int, resolution: int) -> Non
     """Raises DataError where an image would have to be enlarged."""
     if min(width, height) < resolution:
         raise DataError(
-            f"{shown(name)} is {width}x{height}, smaller than data.resolution = {resolution}; enlarging adds no "
+            f"{show_name(name)} is {width}x{height}, smaller than data.resolution = {resolution}; enlarging adds no "
             f"detail: set data.resolution to {min(width, height)} or less, or leave such images out"
         )
 
@@ -115,15 +115,15 @@ def check_size(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> 
 
 
 @contextmanager
-def _opened(item: Item) -> Iterator[Image.Image]:
+def _open_image(item: Item) -> Iterator[Image.Image]:
     """The image by its header, of a format that is supported and a size that can be decoded. Raises DataError."""
     assert not isinstance(item.image, np.ndarray)
-    name = shown(item.name)
-    with whole(item.name):
+    name = show_name(item.name)
+    with explain_damage(item.name):
         stream = io.BytesIO(item.image) if isinstance(item.image, bytes) else item.image.open("rb")
     with stream:
         try:
-            with whole(item.name):
+            with explain_damage(item.name):
                 head = stream.read(8)
                 if not head:
                     raise EOFError("it is empty")
@@ -153,7 +153,11 @@ def _load(item: Item, background: Colour) -> Image.Image:
     """The image of 8 bits a channel, upright, all of it opaque."""
     if isinstance(item.image, np.ndarray):
         return Image.fromarray(item.image[:, :, 0] if item.image.shape[2] == 1 else item.image)
-    with _opened(item) as image, _alone if image.width * image.height > BIG else nullcontext(), whole(item.name):
+    with (
+        _open_image(item) as image,
+        _alone if image.width * image.height > BIG else nullcontext(),
+        explain_damage(item.name),
+    ):
         ImageOps.exif_transpose(image, in_place=True)
         image.load()
         if not image.has_transparency_data:
@@ -164,7 +168,7 @@ def _load(item: Item, background: Colour) -> Image.Image:
         return base.convert(mode)
 
 
-def _colour(image: Image.Image) -> bool:
+def _is_coloured(image: Image.Image) -> bool:
     """Whether an image has colours by its mode; one with a palette, by what can be seen of it."""
     if image.mode not in ("P", "PA"):
         return image.mode not in ("1", "L", "LA", "La")

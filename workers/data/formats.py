@@ -13,21 +13,23 @@ from collections.abc import Callable, Iterator, Mapping
 
 from workers.data import splits as layouts
 from workers.data.built_in import BUILT_IN
-from workers.data.cifar10 import of_cifar10
+from workers.data.cifar10 import find_cifar10
 from workers.data.decoding import SUFFIXES, Item
-from workers.data.idx import of_idx
-from workers.data.parquet_files import of_parquet
+from workers.data.idx import find_idx
+from workers.data.parquet_files import find_parquet
 from workers.data.tree import Files, Split, Tree
 
 
-def of_images(tree: Tree) -> Files | None:
-    """Images at any depth: `workers.data.splits.of_images` says which are held out, and of which class each is."""
-    names = tree.matching(*SUFFIXES)
+def find_images(tree: Tree) -> Files | None:
+    """Images at any depth: `workers.data.splits.arrange_images` says which are held out, and of which class each is."""
+    names = tree.list_matching(*SUFFIXES)
     if not names:
         return None
-    layout = layouts.of_images(names)
-    used = [(name, tree.path(name)) for name in layout.train + (layout.held_out or [])]
-    splits = [_image_split(tree, some, layout.labels) for some in (layout.train, layout.held_out) if some is not None]
+    layout = layouts.arrange_images(names)
+    used = [(name, tree.get_path(name)) for name in layout.train + (layout.held_out or [])]
+    splits = [
+        _make_image_split(tree, some, layout.labels) for some in (layout.train, layout.held_out) if some is not None
+    ]
     classes = len(set(layout.labels.values()))
     known = frozenset(names)
     return Files(
@@ -41,19 +43,19 @@ def of_images(tree: Tree) -> Files | None:
     )
 
 
-def _image_split(tree: Tree, names: list[str], labels: Mapping[str, int]) -> Split:
+def _make_image_split(tree: Tree, names: list[str], labels: Mapping[str, int]) -> Split:
     def read() -> Iterator[Item]:
         for name in names:
-            yield Item(name, tree.path(name), labels.get(name))
+            yield Item(name, tree.get_path(name), labels.get(name))
 
     return Split(len(names), bool(labels), read)
 
 
 FORMATS: dict[str, Callable[[Tree], Files | None]] = {
-    "parquet": of_parquet,
-    "cifar10-binary": of_cifar10,
-    "idx": of_idx,
-    "images": of_images,
+    "parquet": find_parquet,
+    "cifar10-binary": find_cifar10,
+    "idx": find_idx,
+    "images": find_images,
 }
 CHOICES = (
     f"Give {', '.join(map(repr, BUILT_IN))} or a path: a Parquet file or a folder of them, with a column img or image; "

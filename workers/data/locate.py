@@ -7,24 +7,24 @@ from pathlib import Path
 
 from workers.config import DataConfig
 from workers.data.built_in import BUILT_IN
-from workers.data.cache import cache_lock
+from workers.data.cache import lock_cache
 from workers.data.formats import CHOICES, FORMATS
 from workers.data.splits import DataError
-from workers.data.tree import Files, Split, left_out, list_files
-from workers.identity import digest
+from workers.data.tree import Files, Split, describe_left_out, list_files
+from workers.identity import compute_digest
 
 MOST_IMAGES = 2**28  # that a source may have: the order of so many takes 4 GB
 
 
-def absolute(config: DataConfig) -> DataConfig:
+def make_absolute(config: DataConfig) -> DataConfig:
     """`config` with an absolute path, for processes that have another current directory."""
     if config.source in BUILT_IN or is_remote(config):
         return config
-    return config.model_copy(update={"source": str(Path(path_of(config)).expanduser().absolute())})
+    return config.model_copy(update={"source": str(Path(find_path(config)).expanduser().absolute())})
 
 
 @contextmanager
-def about(config: DataConfig) -> Iterator[None]:
+def name_source(config: DataConfig) -> Iterator[None]:
     try:
         yield
     except (DataError, OSError) as error:
@@ -32,15 +32,15 @@ def about(config: DataConfig) -> Iterator[None]:
 
 
 def is_remote(config: DataConfig) -> bool:
-    return "://" in path_of(config)
+    return "://" in find_path(config)
 
 
-def path_of(config: DataConfig) -> str:
+def find_path(config: DataConfig) -> str:
     return config.source.removeprefix("file://")
 
 
-def name_of(config: DataConfig) -> str:
-    path = absolute(config).source
+def find_name(config: DataConfig) -> str:
+    path = make_absolute(config).source
     return Path(path.partition("?")[0] if is_remote(config) else path).name.removesuffix(".parquet")
 
 
@@ -49,13 +49,13 @@ def locate(config: DataConfig, cache: Path) -> tuple[str, Files, str, list[str]]
     if config.source in BUILT_IN:
         return config.source, BUILT_IN[config.source](), "", []
     if is_remote(config):
-        from workers.data.mirror import mirror  # with pyarrow, which a dry run on other data does without
+        from workers.data.mirror import mirror_uri  # with pyarrow, which a dry run on other data does without
 
-        key = digest(config.source)
-        with cache_lock(cache / "sources" / f"{key}.lock"):
-            path = mirror(config.source, cache / "sources" / key)
+        key = compute_digest(config.source)
+        with lock_cache(cache / "sources" / f"{key}.lock"):
+            path = mirror_uri(config.source, cache / "sources" / key)
     else:
-        path = Path(path_of(config)).expanduser()
+        path = Path(find_path(config)).expanduser()
     if not config.source:
         raise DataError(f"it is empty. {CHOICES}")
     if not path.exists():
@@ -72,7 +72,7 @@ def locate(config: DataConfig, cache: Path) -> tuple[str, Files, str, list[str]]
         if (count := sum(split.count for split in splits)) > MOST_IMAGES:
             raise DataError(f"it claims {count:,} images, of which at most {MOST_IMAGES:,} are read; take fewer")
         if files:
-            return kind, files, *left_out(tree, files)
+            return kind, files, *describe_left_out(tree, files)
     if path.is_file():
         raise DataError(f"it is a file of {path.stat().st_size:,} bytes in no format known here. {CHOICES}")
     names = sorted(p.name for p in path.iterdir())

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from pyarrow import NativeFile, fs
 
 from workers.disk import StorageError
-from workers.memos import remember, remembered, state_of
+from workers.memos import read_state, recall, remember
 from workers.remote import open_uri
 
 THREADS = 8  # downloads at once
@@ -35,7 +35,7 @@ class Note(NamedTuple):
     state: list[int]
 
 
-def mirror(uri: str, folder: Path) -> Path:
+def mirror_uri(uri: str, folder: Path) -> Path:
     """Brings the file or folder at `uri` into `folder` and gives its path there, which has the same last name.
 
     What is there as it was copied is not read again; what the original no longer has is removed. A file appears whole.
@@ -44,7 +44,7 @@ def mirror(uri: str, folder: Path) -> Path:
     """
     store, base = open_uri(uri)
     memo = folder.with_name(f"{folder.name}.json")
-    notes = {path: Note(*note) for path, note in (remembered(memo) or {}).items()}
+    notes = {path: Note(*note) for path, note in (recall(memo) or {}).items()}
     try:
         top = store.get_file_info(base)
         if top.type == fs.FileType.NotFound:
@@ -57,14 +57,14 @@ def mirror(uri: str, folder: Path) -> Path:
             raise OSError(f"{outside!r} would lead out of the folder of the copy; rename it")
         wanted = {target / info.path[len(base) :].lstrip("/"): info for info in infos}
         with ThreadPoolExecutor(THREADS) as pool:
-            found = pool.map(lambda path: _checked(store, path, wanted[path], notes.get(str(path))), wanted)
+            found = pool.map(lambda path: _check_note(store, path, wanted[path], notes.get(str(path))), wanted)
             kept = {str(path): note for path, note in zip(wanted, found, strict=True) if note}
         missing = [(path, info) for path, info in wanted.items() if str(path) not in kept]
         for path in [p for p in folder.rglob("*") if p.is_file() and p not in wanted]:
             path.unlink()
         if missing:
             log.info("copying %d files from %s to %s", len(missing), uri, target)
-            needed, free = sum(info.size for _, info in missing), shutil.disk_usage(_existing(folder)).free
+            needed, free = sum(info.size for _, info in missing), shutil.disk_usage(_find_existing(folder)).free
             if needed > free:
                 raise OSError(f"a copy of {needed / 1e9:.1f} GB does not fit {folder}, with {free / 1e9:.1f} GB free")
             with ThreadPoolExecutor(THREADS) as pool:
@@ -79,9 +79,9 @@ def mirror(uri: str, folder: Path) -> Path:
     return target
 
 
-def _checked(store: fs.FileSystem, path: Path, info: fs.FileInfo, note: Note | None) -> Note | None:
+def _check_note(store: fs.FileSystem, path: Path, info: fs.FileInfo, note: Note | None) -> Note | None:
     """The note of a copy that is as it was made, of an object that is as it was; else None."""
-    if note is None or not path.is_file() or note.state != state_of(path):
+    if note is None or not path.is_file() or note.state != read_state(path):
         return None
     if (note.size, note.mtime_ns) != (info.size, info.mtime_ns):
         return None
@@ -89,7 +89,7 @@ def _checked(store: fs.FileSystem, path: Path, info: fs.FileInfo, note: Note | N
         return note
     settled = _is_settled(info)  # before the version is asked for
     with store.open_input_stream(info.path) as source:
-        same = note.version and note.version == _version(source)
+        same = note.version and note.version == _read_version(source)
     return note._replace(settled=settled) if same else None
 
 
@@ -97,7 +97,7 @@ def _is_settled(info: fs.FileInfo) -> bool:
     return time.time_ns() - int(info.mtime_ns) > SETTLED_NS
 
 
-def _version(source: NativeFile) -> str:
+def _read_version(source: NativeFile) -> str:
     """The ETag of an open object; empty where the store has none."""
     return (source.metadata() or {}).get("ETag", b"").decode(errors="replace")
 
@@ -107,7 +107,7 @@ def _copy(store: fs.FileSystem, path: Path, info: fs.FileInfo) -> Note:
     temporary = path.with_name(f".{path.name}.partial")
     settled = _is_settled(info)
     with store.open_input_stream(info.path) as source, temporary.open("wb") as file:
-        version = _version(source)
+        version = _read_version(source)
         while piece := source.read(PIECE):
             file.write(piece)
         written = file.tell()
@@ -115,9 +115,9 @@ def _copy(store: fs.FileSystem, path: Path, info: fs.FileInfo) -> Note:
         raise OSError(f"{info.path} has {info.size:,} bytes, of which {written:,} came")
     os.utime(temporary, ns=(info.mtime_ns, info.mtime_ns))
     temporary.replace(path)
-    return Note(info.size, info.mtime_ns, version, settled, state_of(path))
+    return Note(info.size, info.mtime_ns, version, settled, read_state(path))
 
 
-def _existing(folder: Path) -> Path:
+def _find_existing(folder: Path) -> Path:
     """The folder, or the nearest above it that is there."""
     return next(p for p in (folder, *folder.parents) if p.exists())

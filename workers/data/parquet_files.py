@@ -5,31 +5,31 @@ from pathlib import Path
 from typing import Any
 
 from workers.data import splits as layouts
-from workers.data.decoding import SUFFIXES, Item, whole
-from workers.data.splits import DataError, shown
-from workers.data.tree import CHUNK, PIECE, Files, Split, Tree, labels_missing
+from workers.data.decoding import SUFFIXES, Item, explain_damage
+from workers.data.splits import DataError, show_name
+from workers.data.tree import CHUNK, PIECE, Files, Split, Tree, warn_of_missing_labels
 
 UNPACKED = 200  # times its size that a column of images may claim to be unpacked, above PIECE: images don't compress
 
 
-def of_parquet(tree: Tree) -> Files | None:
+def find_parquet(tree: Tree) -> Files | None:
     """The Hugging Face layout: a struct column `img` or `image` of (bytes, path), or one of plain bytes, and, perhaps,
     an integer `label`.
 
-    In a folder, names say which files are which split: `workers.data.splits.of_parquet`.
+    In a folder, names say which files are which split: `workers.data.splits.arrange_parquet`.
     """
-    names = tree.matching(".parquet")
+    names = tree.list_matching(".parquet")
     if tree.is_file and not names:
-        with tree.path(tree.names[0]).open("rb") as file:
+        with tree.get_path(tree.names[0]).open("rb") as file:
             names = tree.names if file.read(4) == b"PAR1" else []
-    if tree.matching(*SUFFIXES):  # beside images, a table of something else is no data
-        names = [name for name in names if _image_column(_schema(tree.path(name)))]
+    if tree.list_matching(*SUFFIXES):  # beside images, a table of something else is no data
+        names = [name for name in names if _find_image_column(_read_schema(tree.get_path(name)))]
     if not names:
         return None
-    layout = layouts.Layout(names, None, {}, (names[0], "")) if tree.is_file else layouts.of_parquet(names)
-    train, held_out = ([tree.path(name) for name in some or []] for some in (layout.train, layout.held_out))
-    splits = [_split(some) for some in (train, held_out) if some]
-    warnings = [*layout.warnings, *labels_missing(splits, layout.where, "integer column label")]
+    layout = layouts.Layout(names, None, {}, (names[0], "")) if tree.is_file else layouts.arrange_parquet(names)
+    train, held_out = ([tree.get_path(name) for name in some or []] for some in (layout.train, layout.held_out))
+    splits = [_make_split(some) for some in (train, held_out) if some]
+    warnings = [*layout.warnings, *warn_of_missing_labels(splits, layout.where, "integer column label")]
     paths = [("train", p) for p in train] + [("held_out", p) for p in held_out]
     return Files(
         paths,
@@ -41,14 +41,14 @@ def of_parquet(tree: Tree) -> Files | None:
     )
 
 
-def _schema(path: Path) -> Any:
+def _read_schema(path: Path) -> Any:
     from pyarrow import parquet
 
-    with whole(path.name), parquet.ParquetFile(path) as file:
+    with explain_damage(path.name), parquet.ParquetFile(path) as file:
         return file.schema_arrow
 
 
-def _image_column(schema: Any) -> tuple[str, str] | None:
+def _find_image_column(schema: Any) -> tuple[str, str] | None:
     """The column of images and the path in it to their bytes; None where there is none."""
     from pyarrow import types
 
@@ -65,17 +65,17 @@ def _image_column(schema: Any) -> tuple[str, str] | None:
     return None
 
 
-def _split(paths: list[Path]) -> Split:
+def _make_split(paths: list[Path]) -> Split:
     from pyarrow import parquet, types
 
     columns, labelled, count = [], True, 0
     for path in paths:
-        with whole(path.name), parquet.ParquetFile(path) as file:
+        with explain_damage(path.name), parquet.ParquetFile(path) as file:
             schema, count = file.schema_arrow, count + file.metadata.num_rows
-        if (column := _image_column(schema)) is None:
-            found = ", ".join(f"{shown(field.name)} ({field.type})" for field in schema)
+        if (column := _find_image_column(schema)) is None:
+            found = ", ".join(f"{show_name(field.name)} ({field.type})" for field in schema)
             raise DataError(
-                f"{shown(path.name)} has no column img or image of struct<bytes: binary, path> or of binary; its "
+                f"{show_name(path.name)} has no column img or image of struct<bytes: binary, path> or of binary; its "
                 f"columns: {found}"
             )
         columns.append(column)
@@ -83,18 +83,18 @@ def _split(paths: list[Path]) -> Split:
 
     def read() -> Iterator[Item]:
         for path, (column, inner) in zip(paths, columns, strict=True):
-            rows = _rows(path, [inner, "label"] if labelled else [inner])
+            rows = _read_rows(path, [inner, "label"] if labelled else [inner])
             for number, row in enumerate(rows):
                 name, image, label = f"{path.name} row {number}", row[column], row.get("label")
                 image = image["bytes"] if isinstance(image, dict) else image
                 if not image or (labelled and label is None):
-                    raise DataError(f"{shown(name)} has no {'label' if image else inner}; every row needs one")
+                    raise DataError(f"{show_name(name)} has no {'label' if image else inner}; every row needs one")
                 yield Item(name, image, label)
 
     return Split(count, labelled, read)
 
 
-def _rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+def _read_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
     """The rows of a file, PIECE bytes of images in memory at a time or one image. Raises DataError.
 
     A value of a dictionary is stored once, however many rows have it: so a batch is held to what its column's header
@@ -102,7 +102,7 @@ def _rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
     """
     from pyarrow import parquet
 
-    with whole(path.name), parquet.ParquetFile(path) as file:
+    with explain_damage(path.name), parquet.ParquetFile(path) as file:
         for group in range(file.metadata.num_row_groups):
             header = file.metadata.row_group(group)
             chunks = [header.column(k) for k in range(header.num_columns)]
@@ -110,7 +110,7 @@ def _rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
             size, packed = images.total_uncompressed_size, images.total_compressed_size
             if size > max(PIECE, UNPACKED * packed):
                 raise DataError(
-                    f"{shown(path.name)} claims to hold {size / 1e9:.1f} GB of images in {packed:,} bytes (row group "
+                    f"{show_name(path.name)} claims to hold {size / 1e9:.1f} GB of images in {packed:,} bytes (row group "
                     f"{group}), and encoded images do not compress so far; export it again"
                 )
             at_once = max(1, min(CHUNK, PIECE // max(size, 1)))

@@ -17,22 +17,22 @@ def to_model(images: Tensor, levels: int) -> Tensor:
 
 def to_levels(x: Tensor, levels: int) -> Tensor:
     """float NCHW -> uint8 NHWC: clipped to [-1, 1] and rounded to the nearest of the `levels`."""
-    return _scaled(x, levels).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return _scale(x, levels).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def to_levels_truncated(x: Tensor, levels: int) -> Tensor:
     """As `to_levels`, but rounded towards 0, as the code of several papers casts to bytes: half a level darker."""
-    return _scaled(x, levels).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return _scale(x, levels).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _scaled(x: Tensor, levels: int) -> Tensor:
+def _scale(x: Tensor, levels: int) -> Tensor:
     return (x.clamp(-1, 1) + 1) * ((levels - 1) / 2)
 
 
 QUANTISERS: dict[str, Callable[[Tensor, int], Tensor]] = {"round": to_levels, "truncate": to_levels_truncated}
 
 
-def grid_png(images: Tensor, levels: int, side: int = 400, columns: int | None = None) -> bytes:
+def draw_grid(images: Tensor, levels: int, side: int = 400, columns: int | None = None) -> bytes:
     """A grid of uint8 NHWC images, square unless `columns` are given, a grey line between them, as PNG.
 
     A last row that the images do not fill ends in grey. Enlarged by a whole factor of at least 3, to about `side`

@@ -1,7 +1,7 @@
 """A data set before it is decoded: its address, its counts, and what a person should know of it.
 
-`describe` and `fingerprint` answer the dry run: they read names, headers and bytes, and import neither torch nor ray
-nor scikit-learn. `source_text` is the line that every command prints of them.
+`describe` and `compute_fingerprint` answer the dry run: they read names, headers and bytes, and import neither torch nor ray
+nor scikit-learn. `describe_source` is the line that every command prints of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,13 +11,13 @@ from typing import Any
 
 from workers.config import DataConfig
 from workers.data import decoding
-from workers.data.cache import default_cache
+from workers.data.cache import find_default_cache
 from workers.data.decoding import check_resolution, check_size
-from workers.data.locate import about, locate, name_of
-from workers.data.splits import DataError, shown
-from workers.data.survey import Survey, hashes_of, survey_of
+from workers.data.locate import find_name, locate, name_source
+from workers.data.splits import DataError, show_name
+from workers.data.survey import Survey, hash_files, survey_files
 from workers.data.tree import Files, Split
-from workers.identity import digest
+from workers.identity import compute_digest
 
 VERSION = 1  # of the storing below: raise it when the same files would give other bytes, and caches are rebuilt
 
@@ -42,23 +42,23 @@ class Source:
     warnings: tuple[str, ...] = ()
 
 
-def fingerprint(config: DataConfig, cache: Path | None = None) -> str:
+def compute_fingerprint(config: DataConfig, cache: Path | None = None) -> str:
     """The id of the decoded data set, 16 hex digits: it follows from the bytes at the source, not their path."""
     return describe(config, cache).digest
 
 
 def describe(config: DataConfig, cache: Path | None = None) -> Source:
     """Counts, shape and id, from names and headers. Raises DataError."""
-    cache = cache or default_cache()
-    with about(config):
-        return described(config, cache)[0]
+    cache = cache or find_default_cache()
+    with name_source(config):
+        return describe_with_files(config, cache)[0]
 
 
-def described(config: DataConfig, cache: Path) -> tuple[Source, Files]:
+def describe_with_files(config: DataConfig, cache: Path) -> tuple[Source, Files]:
     kind, files, others, warnings = locate(config, cache)
-    hashes = files.sha256 or hashes_of(config, files, cache)
-    survey = survey_of(kind, files, hashes, cache)
-    own, counts = isinstance(files.held_out, Split), _counts(config, files)
+    hashes = files.sha256 or hash_files(config, files, cache)
+    survey = survey_files(kind, files, hashes, cache)
+    own, counts = isinstance(files.held_out, Split), _count_images(config, files)
     content: dict[str, Any] = {
         "version": VERSION,
         "format": kind,
@@ -73,25 +73,25 @@ def described(config: DataConfig, cache: Path) -> tuple[Source, Files]:
     labelled = files.train.labelled and (not isinstance(files.held_out, Split) or files.held_out.labelled)
     labelled = labelled and not survey.unlabelled
     source = Source(
-        digest=digest(content),
-        name=name_of(config),
+        digest=compute_digest(content),
+        name=find_name(config),
         format=kind,
         train=counts[1],
         held_out=counts[0],
         labelled=labelled,
         levels=files.levels,
-        shape=_shape(config, files, survey),
+        shape=_find_shape(config, files, survey),
         classes=survey.classes if labelled else 0,
         where=files.where,
         own_split=files.held_out is not None,
         left_out=others,
-        composited=_composited(config, survey),
-        warnings=(*files.warnings, *warnings, *_findings(config, kind, files, hashes, survey)),
+        composited=_describe_composited(config, survey),
+        warnings=(*files.warnings, *warnings, *_list_findings(config, kind, files, hashes, survey)),
     )
     return source, files
 
 
-def _counts(config: DataConfig, files: Files) -> tuple[int, int]:
+def _count_images(config: DataConfig, files: Files) -> tuple[int, int]:
     """How many images are held out, and how many are left to train on."""
     count = files.train.count
     if isinstance(files.held_out, Split):
@@ -102,14 +102,14 @@ def _counts(config: DataConfig, files: Files) -> tuple[int, int]:
     return held_out, count - held_out
 
 
-def _composited(config: DataConfig, survey: Survey) -> str:
+def _describe_composited(config: DataConfig, survey: Survey) -> str:
     if not survey.transparent:
         return ""
     number = "all" if survey.transparent == survey.images else f"{survey.transparent:,}"
     return f"{number} with an alpha channel, on {list(config.background)}"
 
 
-def _shape(config: DataConfig, files: Files, survey: Survey) -> tuple[int, int, int]:
+def _find_shape(config: DataConfig, files: Files, survey: Survey) -> tuple[int, int, int]:
     """H, W, C of a decoded image. Raises DataError where the images do not go into one array."""
     (name, width, height), other = survey.first, survey.other
     grey = not survey.colour and not (survey.transparent and len(set(config.background)) > 1)
@@ -118,17 +118,17 @@ def _shape(config: DataConfig, files: Files, survey: Survey) -> tuple[int, int, 
         check_resolution(*survey.smallest, config.resolution)
         return config.resolution, config.resolution, channels
     if height != width:
-        raise DataError(f"{shown(name)} is {width}x{height}, not square; set data.resolution to crop and resize")
+        raise DataError(f"{show_name(name)} is {width}x{height}, not square; set data.resolution to crop and resize")
     if other:
         check_size(other[0], (other[2], other[1], channels), (height, width, channels))
     return height, width, channels
 
 
-def _findings(config: DataConfig, kind: str, files: Files, hashes: Sequence[Any], survey: Survey) -> Iterator[str]:
+def _list_findings(config: DataConfig, kind: str, files: Files, hashes: Sequence[Any], survey: Survey) -> Iterator[str]:
     """What a person should know of the data and of the settings for them."""
     default = {name: field.default for name, field in DataConfig.model_fields.items()}
     if files.held_out is not None and config.held_out != default["held_out"]:
-        yield held_out_text(config)
+        yield describe_held_out(config)
     if config.background != default["background"] and not survey.transparent:
         yield f"data.background = {list(config.background)} is without effect: no image has transparent pixels"
     if survey.animated:
@@ -141,19 +141,19 @@ def _findings(config: DataConfig, kind: str, files: Files, hashes: Sequence[Any]
             yield f"{count:,} of the held-out files are among those to train on as well, byte for byte"
 
 
-def held_out_text(config: DataConfig) -> str:
+def describe_held_out(config: DataConfig) -> str:
     """That a source does not read the setting."""
     return f"data.held_out = {config.held_out:g} is without effect: the data have a split of their own"
 
 
-def source_text(source: Source) -> str:
+def describe_source(source: Source) -> str:
     """What was found at a source, in a line: for every command that reads it."""
     height, width, channels = source.shape
     colour = "in colour" if channels == 3 else "grey"
-    train, held_out = (shown(place) for place in source.where)
+    train, held_out = (show_name(place) for place in source.where)
     built_in = source.name == source.format
     parts = [
-        f"{shown(source.name)}: {'built in' if built_in else source.format}",
+        f"{show_name(source.name)}: {'built in' if built_in else source.format}",
         f"{source.train:,} to train on" + f" ({train})" * bool(train),
         f"{source.held_out:,} held out ({held_out or 'of the same images, by a fixed shuffle'})",
         f"{source.classes:,} class{'es' * (source.classes != 1)}" if source.labelled else "no labels",

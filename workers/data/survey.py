@@ -8,11 +8,11 @@ from typing import Any
 from workers.config import DataConfig
 from workers.data import decoding
 from workers.data.decoding import look
-from workers.data.locate import absolute
-from workers.data.splits import DataError, shown
+from workers.data.locate import make_absolute
+from workers.data.splits import DataError, show_name
 from workers.data.tree import Files, Split
-from workers.identity import digest
-from workers.memos import remember, remembered, sha256_of, state_of
+from workers.identity import compute_digest
+from workers.memos import hash_file, read_state, recall, remember
 
 SURVEYED = 1  # the version of what a survey holds
 SETTLED_NS = 2_000_000_000  # a file that changed less than this ago may change again within a tick of its clock
@@ -33,39 +33,39 @@ class Survey:
     unlabelled: bool  # all labels of a split are negative, which says that there are none
 
 
-def hashes_of(config: DataConfig, files: Files, cache: Path) -> list[tuple[str, str]]:
+def hash_files(config: DataConfig, files: Files, cache: Path) -> list[tuple[str, str]]:
     """Names and sha256 of the files, remembered by path and state: asking again is a stat a file."""
-    memo = cache / "hashes" / f"{digest(absolute(config).source)}.json"
-    known = remembered(memo) or {}
+    memo = cache / "hashes" / f"{compute_digest(make_absolute(config).source)}.json"
+    known = recall(memo) or {}
     entries: dict[str, list[Any]] = {}
     for _, path in files.paths:
-        state, key = state_of(path), str(path.absolute())
+        state, key = read_state(path), str(path.absolute())
         entries[key] = known.get(key, [])
         if entries[key][:-1] != state:
-            entries[key] = [*state, sha256_of(path)]
+            entries[key] = [*state, hash_file(path)]
     settled = {key: entry for key, entry in entries.items() if time.time_ns() - entry[2] > SETTLED_NS}
     if settled != known:
         remember(memo, settled)
     return [(name, entries[str(path.absolute())][-1]) for name, path in files.paths]
 
 
-def survey_of(kind: str, files: Files, hashes: str | list[tuple[str, str]], cache: Path) -> Survey:
+def survey_files(kind: str, files: Files, hashes: str | list[tuple[str, str]], cache: Path) -> Survey:
     """What headers and labels say, remembered by the content of the files. Raises DataError where one is damaged."""
     if files.sha256 and files.like is not None:
         height, width, _ = files.like.shape
         size = "an image", width, height
         return Survey(False, files.train.count, 0, 0, size, None, size, files.classes or 0, unlabelled=False)
-    memo = cache / "surveys" / f"{digest([SURVEYED, decoding.VERSION, kind, hashes])}.json"
-    if found := remembered(memo):
+    memo = cache / "surveys" / f"{compute_digest([SURVEYED, decoding.VERSION, kind, hashes])}.json"
+    if found := recall(memo):
         sizes = {name: found[name] and tuple(found[name]) for name in ("first", "other", "smallest")}
         return Survey(**(found | sizes))
     splits = [split for split in (files.train, files.held_out) if isinstance(split, Split)]
-    survey = _surveyed(files, splits)
+    survey = _read_survey(files, splits)
     remember(memo, asdict(survey))
     return survey
 
 
-def _surveyed(files: Files, splits: list[Split]) -> Survey:
+def _read_survey(files: Files, splits: list[Split]) -> Survey:
     colour, transparent, animated, labels, unlabelled = False, 0, 0, set[int](), False
     first = other = smallest = None
     if files.like is not None:
@@ -77,7 +77,7 @@ def _surveyed(files: Files, splits: list[Split]) -> Survey:
             count += 1
             if item.label is not None:
                 if item.label < 0:
-                    negative, told = negative + 1, told or f"{shown(item.name)} has the label {item.label}"
+                    negative, told = negative + 1, told or f"{show_name(item.name)} has the label {item.label}"
                 labels.add(item.label)
             if files.like is not None:
                 continue

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workers.data.decoding import SUFFIXES, Item, Pixels
-from workers.data.splits import DataError, listed, shown
+from workers.data.splits import DataError, list_names, show_name
 
 CHUNK = 128  # encoded images in memory at a time
 PIECE = 2**27  # bytes of encoded images in memory at a time, as far as a Parquet file's header tells
@@ -51,10 +51,10 @@ class Tree:
     names: list[str]
     is_file: bool = False  # what was given is the path of its one file
 
-    def path(self, name: str) -> Path:
+    def get_path(self, name: str) -> Path:
         return self.root / name
 
-    def matching(self, *ends: str) -> list[str]:
+    def list_matching(self, *ends: str) -> list[str]:
         return [name for name in self.names if name.lower().endswith(ends)]
 
 
@@ -81,44 +81,44 @@ def list_files(path: Path) -> Tree:
                         continue
                     visits[key] += 1
                     if visits[key] > MOST_VISITS:
-                        raise DataError(f"links lead to {shown(name)}/ more than {MOST_VISITS} times; remove some")
+                        raise DataError(f"links lead to {show_name(name)}/ more than {MOST_VISITS} times; remove some")
                     waiting.append((Path(entry.path), f"{name}/", above | {key}))
                 elif entry.is_file():
                     names.append(name)
                 elif entry.is_symlink() and Path(entry.name).suffix.lower() in ("", ".parquet", *SUFFIXES):
                     raise DataError(
-                        f"{shown(name)} is a link to nowhere ({Path(entry.path).readlink()}); mend or remove it"
+                        f"{show_name(name)} is a link to nowhere ({Path(entry.path).readlink()}); mend or remove it"
                     )
     return Tree(path, sorted(names))
 
 
-def left_out(tree: Tree, files: Files) -> tuple[str, list[str]]:
+def describe_left_out(tree: Tree, files: Files) -> tuple[str, list[str]]:
     """What lies at a source and was not read, by suffix: all of it in words, and warnings of what may be data."""
     used = {path for _, path in files.paths}
-    others = [name for name in tree.names if name not in files.known and tree.path(name) not in used]
+    others = [name for name in tree.names if name not in files.known and tree.get_path(name) not in used]
     kinds: dict[str, list[str]] = {}
     for name in others:
         kinds.setdefault(Path(name).suffix.lower(), []).append(name)
-    counts = ", ".join(f"{len(some):,} {shown(kind) or 'without suffix'}" for kind, some in sorted(kinds.items()))
+    counts = ", ".join(f"{len(some):,} {show_name(kind) or 'without suffix'}" for kind, some in sorted(kinds.items()))
     return counts, [
-        f"left out: {len(some):,} {shown(kind)} ({listed(some, 2)})"
+        f"left out: {len(some):,} {show_name(kind)} ({list_names(some, 2)})"
         + f"; convert {'it' if len(some) == 1 else 'them'} to PNG" * (kind in OTHER_IMAGES)
         for kind, some in sorted(kinds.items())
         if kind not in COMPANIONS
     ]
 
 
-def in_one_folder(names: list[str]) -> list[str]:
+def check_in_one_folder(names: list[str]) -> list[str]:
     """The names, if they lie in one folder. Raises DataError where they do not."""
     if len(folders := {name.rpartition("/")[0] for name in names}) > 1:
-        where = listed(f"{folder or '.'}/" for folder in sorted(folders))
+        where = list_names(f"{folder or '.'}/" for folder in sorted(folders))
         raise DataError(f"there are data sets in several folders, {where}; give the path of one")
     return names
 
 
-def labels_missing(splits: Sequence[Split], where: Sequence[str], what: str) -> list[str]:
+def warn_of_missing_labels(splits: Sequence[Split], where: Sequence[str], what: str) -> list[str]:
     """A warning where one split has labels and the other has not."""
-    without = [shown(place) for split, place in zip(splits, where, strict=False) if not split.labelled]
+    without = [show_name(place) for split, place in zip(splits, where, strict=False) if not split.labelled]
     if len(without) != 1 or len(splits) < 2:
         return []
     return [f"no labels are used, as {without[0]} has no {what} and the other split has"]

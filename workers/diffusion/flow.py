@@ -93,9 +93,9 @@ def integrate(derivative: Derivative, norm: Norm, y: Rows, start: float, end: fl
         step = torch.where(ends, end - u[open_], h[open_])
         stages = [slope[open_]]
         for time, row in zip(pair.times, pair.rows, strict=True):
-            reached = y[open_] + step[:, None] * _weighted(row, stages)
+            reached = y[open_] + step[:, None] * _add_weighted(row, stages)
             stages.append(derivative(open_, u[open_] + time * step, reached))
-        error = norm(u[open_] + step, step[:, None] * _weighted(pair.error, stages))
+        error = norm(u[open_] + step, step[:, None] * _add_weighted(pair.error, stages))
         evaluations[open_] += len(pair.rows)
         if not torch.isfinite(error).all():
             raise FloatingPointError("the network is not finite along the probability-flow ODE")
@@ -110,7 +110,7 @@ def integrate(derivative: Derivative, norm: Norm, y: Rows, start: float, end: fl
     return Solution(y, evaluations)
 
 
-def _weighted(weights: tuple[float, ...], stages: list[Rows]) -> Rows:
+def _add_weighted(weights: tuple[float, ...], stages: list[Rows]) -> Rows:
     total = torch.zeros_like(stages[0])
     for weight, stage in zip(weights, stages, strict=True):
         if weight:
@@ -124,7 +124,7 @@ def eps_at(process: Process, model: Model, y: NCHW64, sigma: PerImage64) -> NCHW
     return model(x_t, process.time_at(sigma)).eps.double()
 
 
-def _ends(process: Process) -> tuple[float, float]:
+def _find_ends(process: Process) -> tuple[float, float]:
     """log sigma_1 and log sigma_T."""
     return math.log(float(process.noise_level[0])), math.log(float(process.noise_level[-1]))
 
@@ -135,7 +135,7 @@ def solve(process: Process, model: Model, y: NCHW, tolerance: float) -> Solution
     `tolerance` is the root mean square of a step's error over the pixels of x_t = y / sqrt(1 + sigma^2), the scale on
     which all times have pixels of about 1.
     """
-    shape, (low, high) = y.shape[1:], _ends(process)
+    shape, (low, high) = y.shape[1:], _find_ends(process)
 
     def derivative(_: Counts, u: PerImage64, y: Rows) -> Rows:
         sigma = u.exp()
@@ -154,7 +154,7 @@ class Density:
     evaluations: Counts  # of the network; each goes with a backward pass for each probe
 
 
-def log_density(process: Process, model: Model, x: NCHW, probes: Probes, tolerance: float) -> Density:
+def integrate_log_density(process: Process, model: Model, x: NCHW, probes: Probes, tolerance: float) -> Density:
     """log p(x) of the images that the flow makes of x_T ~ N(0, I), stopped at sigma_1: Song et al. 2021, eq. 39.
 
     log p_1(y) = log p_T(y_T) + integral of tr(d eps_theta / dy) dsigma along the flow from sigma_1 to sigma_T, the
@@ -162,7 +162,7 @@ def log_density(process: Process, model: Model, x: NCHW, probes: Probes, toleran
     probes v are the same all the way. `tolerance` is the root mean square of a step's error over the pixels of x_t, and
     that in nats a dimension of log p. By Dormand and Prince's pair.
     """
-    shape, D, (low, high) = x.shape[1:], x[0].numel(), _ends(process)
+    shape, D, (low, high) = x.shape[1:], x[0].numel(), _find_ends(process)
 
     def derivative(images: Counts, u: PerImage64, state: Rows) -> Rows:
         sigma = u.exp()

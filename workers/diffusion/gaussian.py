@@ -17,7 +17,7 @@ from workers.diffusion.process import Process, spread
 from workers.shapes import NCHW, RealTimes
 
 
-def denoiser_config(standard_deviation: float, size: int, channels: int) -> dict[str, Any]:
+def make_denoiser_config(standard_deviation: float, size: int, channels: int) -> dict[str, Any]:
     """What a checkpoint holds of the denoiser beside its process: it has no weights."""
     return {
         "_class_name": "GaussianDenoiser",
@@ -31,7 +31,7 @@ def denoiser_config(standard_deviation: float, size: int, channels: int) -> dict
 class GaussianDenoiser(nn.Module):
     """eps_theta(x_t, t) = E[eps | x_t] for pixels from N(0, s^2): it stands where a `UNet` would, without weights.
 
-    `config` is what `denoiser_config` makes; `process` the one whose times t are meant. Raises ValueError where the
+    `config` is what `make_denoiser_config` makes; `process` the one whose times t are meant. Raises ValueError where the
     standard deviation is not positive.
     """
 

@@ -50,7 +50,7 @@ class Ledger:
         order = np.lexsort((rows["t"], rows["image"]))
         return Ledger(**{name: column[order] for name, column in rows.items()}, decoder_nats=decoder_nats[first])
 
-    def of_first(self, images: int) -> "Ledger":
+    def take_first(self, images: int) -> "Ledger":
         """The rows of the images 0 .. images - 1."""
         keep, first = self.image < images, self.image[self.t == 1] < images
         rows = {name: getattr(self, name)[keep] for name in self.rows}
@@ -81,11 +81,11 @@ class Ledger:
     def images(self) -> int:
         return int(np.count_nonzero(self.t == 1))
 
-    def errors(self) -> Float64[np.ndarray, "images T"]:
+    def list_errors(self) -> Float64[np.ndarray, "images T"]:
         """|x_0 - x_0_hat|^2 of a joined ledger with every t."""
         return self.squared_error.reshape(self.images, -1)
 
-    def table(self) -> pa.Table:
+    def make_table(self) -> pa.Table:
         """A row a pair; the decoder's terms as a list that is empty for t > 1."""
         lengths = np.where(self.t == 1, len(DECODER_FACTORS), 0)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
@@ -93,7 +93,7 @@ class Ledger:
         return pa.table({**{name: getattr(self, name) for name in self.rows}, "decoder_nats": nats})
 
     @staticmethod
-    def of_table(table: pa.Table) -> "Ledger":
+    def from_table(table: pa.Table) -> "Ledger":
         rows = {name: table[name].to_numpy() for name in (*ROWS, "own_nats") if name in table.column_names}
         nats = table["decoder_nats"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return Ledger(**rows, decoder_nats=nats.reshape(-1, len(DECODER_FACTORS)))
@@ -122,7 +122,7 @@ class Bound:
         return float(self.total.std(ddof=1) / n**0.5) if n > 1 else 0.0
 
 
-def bound(process: Process, ledger: Ledger, squared_norm: PerImage, dimensions: int) -> Bound:
+def compute_bound(process: Process, ledger: Ledger, squared_norm: PerImage, dimensions: int) -> Bound:
     """The bound of each image from its pairs: every t of 1..T, or t = 1 and a weighted sample of 2..T.
 
     `squared_norm` is |x_0|^2 of the images in ascending order of their names in the ledger.
@@ -133,10 +133,10 @@ def bound(process: Process, ledger: Ledger, squared_norm: PerImage, dimensions: 
     terms = ledger.diffusion_nats(process, dimensions)
     diffusion = np.bincount(row[later], weights=terms * ledger.weight[later], minlength=len(names))
     diffusion = diffusion.astype(np.float64)  # of no terms at all, where T = 1, bincount makes int64
-    return _in_bits(process, squared_norm, diffusion, ledger.own_decoder_nats(process), dimensions)
+    return _convert_to_bits(process, squared_norm, diffusion, ledger.own_decoder_nats(process), dimensions)
 
 
-def chain_bound(
+def compute_chain_bound(
     process: Process, ledger: Ledger, squared_norm: PerImage, dimensions: int, variance: str, steps: int | None = None
 ) -> Bound:
     """The bound of p_theta with a fixed `variance` instead, along `steps` of the times, from a ledger with every t.
@@ -148,7 +148,7 @@ def chain_bound(
     """
     own = process if variance == OPTIMAL else replace(process, variance=variance)
     chain = own.strided(steps)
-    error = torch.from_numpy(ledger.errors()[:, chain.times.numpy() - 1])
+    error = torch.from_numpy(ledger.list_errors()[:, chain.times.numpy() - 1])
     if variance == OPTIMAL:
         excess = chain.posterior_x_0.square() * error.mean(0) / dimensions
         sigma_squared, factor = chain.beta_tilde + excess, int(ledger.decoder_nats.mean(0).argmin())
@@ -156,10 +156,10 @@ def chain_bound(
         sigma_squared, factor = chain.sigma_squared, OWN_FACTOR
     t = torch.arange(2, chain.T + 1).expand(len(error), -1)
     diffusion = diffusion_terms(chain, t, error[:, 1:], dimensions, sigma_squared).sum(1).numpy()
-    return _in_bits(process, squared_norm, diffusion, ledger.decoder_nats[:, factor], dimensions)
+    return _convert_to_bits(process, squared_norm, diffusion, ledger.decoder_nats[:, factor], dimensions)
 
 
-def bits_by_t(process: Process, ledger: Ledger, squared_norm: PerImage, dimensions: int) -> ByTerm:
+def compute_bits_by_t(process: Process, ledger: Ledger, squared_norm: PerImage, dimensions: int) -> ByTerm:
     """L_0, L_1, ..., L_T in bits/dim, each the mean over the images of a ledger with every t."""
     diffusion = ledger.diffusion_nats(process, dimensions).reshape(ledger.images, process.T - 1).mean(0)
     prior = prior_term(process, torch.from_numpy(squared_norm), dimensions).numpy().mean()
@@ -167,23 +167,25 @@ def bits_by_t(process: Process, ledger: Ledger, squared_norm: PerImage, dimensio
     return np.asarray([decoder, *diffusion, prior]) / (dimensions * np.log(2))
 
 
-def rate_distortion(process: Process, ledger: Ledger, squared_norm: PerImage, dimensions: int) -> tuple[ByTime, ByTime]:
+def compute_rate_distortion(
+    process: Process, ledger: Ledger, squared_norm: PerImage, dimensions: int
+) -> tuple[ByTime, ByTime]:
     """(rate, distortion) of progressive lossy coding after x_T, x_{T-1}, ..., x_1 are sent.
 
     The rate in bits/dim is the sum of the terms L_T ... L_t, the distortion the root of the mean square of
     x_0 - x_0_hat(x_t) on the 0..255 scale: section 4.3 and appendix C of Ho et al. 2020.
     """
-    terms = bits_by_t(process, ledger, squared_norm, dimensions)
+    terms = compute_bits_by_t(process, ledger, squared_norm, dimensions)
     rate = np.cumsum(terms[:0:-1])
-    return rate, 127.5 * np.sqrt(ledger.errors().mean(0)[::-1] / dimensions)
+    return rate, 127.5 * np.sqrt(ledger.list_errors().mean(0)[::-1] / dimensions)
 
 
-def shorter_chains(T: int) -> list[int]:
+def list_shorter_chains(T: int) -> list[int]:
     """T, T/2, T/5, ...: the numbers of steps that are worth telling, from the longest."""
     return sorted({max(2, T // k) for k in SHORTER if 2 * k <= T} | {T}, reverse=True)
 
 
-def _in_bits(
+def _convert_to_bits(
     process: Process, squared_norm: PerImage, diffusion: PerImage, decoder: PerImage, dimensions: int
 ) -> Bound:
     """Nats an image -> bits a dimension, with the prior's term."""

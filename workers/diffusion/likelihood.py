@@ -1,6 +1,6 @@
 """Likelihood: the network's errors on (image, t) pairs, which `workers.diffusion.ledger` turns into bits/dim.
 
-`pair_errors` is the only part that evaluates the network: it turns (image, t) pairs into |x_0 - x_0_hat|^2, the pairs
+`measure_pairs` is the only part that evaluates the network: it turns (image, t) pairs into |x_0 - x_0_hat|^2, the pairs
 at t = 1 into decoder terms, and where the variance is learned every pair into its own term of the bound. Pairs of any t
 are batched together. Which t are measured is a proposal's choice.
 """
@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float64, Int64
 
 from workers.diffusion.bound import decoder_term, model_terms
-from workers.diffusion.ledger import DECODER_FACTORS, Bound, Ledger, bound
+from workers.diffusion.ledger import DECODER_FACTORS, Bound, Ledger, compute_bound
 from workers.diffusion.process import Model, Prediction, Process
-from workers.noise import generator
+from workers.noise import make_generator
 from workers.shapes import NCHW
 
 Ints = Int64[np.ndarray, "n"]
@@ -29,13 +29,13 @@ Weighted = tuple[Int64[np.ndarray, "images times"], Float64[np.ndarray, "images 
 PIXELS = {"cpu": 2**16, "cuda": 2**21}
 
 
-def pairs_at_once(x_0: NCHW) -> int:
+def count_pairs_at_once(x_0: NCHW) -> int:
     """How many pairs of such images are in a batch of the network, on their device."""
     return max(1, PIXELS[x_0.device.type] // x_0[0, 0].numel())
 
 
 @torch.no_grad()
-def pair_errors(
+def measure_pairs(
     process: Process,
     model: Model,
     x_0: NCHW,
@@ -54,7 +54,7 @@ def pair_errors(
     times = torch.from_numpy(t).to(x_0.device)
     sigmas = (process.decoder_sigma_squared * torch.from_numpy(DECODER_FACTORS)).sqrt().tolist()
     errors, nats, own = [], [], []
-    batch = pairs_at_once(x_0)
+    batch = count_pairs_at_once(x_0)
     for k in range(0, len(t), batch):
         part = slice(k, k + batch)
         x_t = process.q_sample(x_0[part], times[part], eps[part])
@@ -74,7 +74,7 @@ def pair_errors(
     )
 
 
-def all_times(T: int, images: int) -> Weighted:
+def list_all_times(T: int, images: int) -> Weighted:
     """Every t for each image."""
     return np.tile(np.arange(1, T + 1), (images, 1)), np.ones((images, T))
 
@@ -99,7 +99,7 @@ PROPOSALS: dict[str, Callable[[int, Units], Drawn]] = {
 }
 
 
-def stratified_times(T: int, strata: int, images: int, noise: torch.Generator, proposal: str) -> Weighted:
+def draw_stratified_times(T: int, strata: int, images: int, noise: torch.Generator, proposal: str) -> Weighted:
     """t = 1, and one draw from each of `strata` equally likely parts of 2..T for each image.
 
     A term weighs 1 / (strata p(t)), so the weighted sum over t is unbiased for any network and proposal. Within a part
@@ -107,7 +107,7 @@ def stratified_times(T: int, strata: int, images: int, noise: torch.Generator, p
     once.
     """
     if strata >= T - 1:
-        return all_times(T, images)
+        return list_all_times(T, images)
     order = torch.stack([torch.randperm(images, generator=noise) for _ in range(strata)], dim=1)
     u = (order + torch.rand((images, strata), generator=noise, dtype=torch.float64)).numpy() / images
     t, probability = PROPOSALS[proposal](T, (np.arange(strata) + u) / strata)
@@ -117,13 +117,13 @@ def stratified_times(T: int, strata: int, images: int, noise: torch.Generator, p
 
 def estimate(process: Process, model: Model, x_0: NCHW, strata: int, levels: int, *where: int | str) -> Bound:
     """The bound of each of x_0 from `strata` timesteps per image; its noise lies at the address `where`."""
-    t, weight = stratified_times(process.T, strata, len(x_0), generator(*where, "t"), "log_uniform")
+    t, weight = draw_stratified_times(process.T, strata, len(x_0), make_generator(*where, "t"), "log_uniform")
     image = np.repeat(np.arange(len(x_0)), t.shape[1])
-    noise = generator(*where, "eps", device=x_0.device)
-    ledger = pair_errors(process, model, x_0[image], image, t.reshape(-1), weight.reshape(-1), noise, levels)
-    return bound(process, ledger, squared_norms(x_0), x_0[0].numel())
+    noise = make_generator(*where, "eps", device=x_0.device)
+    ledger = measure_pairs(process, model, x_0[image], image, t.reshape(-1), weight.reshape(-1), noise, levels)
+    return compute_bound(process, ledger, compute_squared_norms(x_0), x_0[0].numel())
 
 
-def squared_norms(x_0: NCHW) -> Doubles:
+def compute_squared_norms(x_0: NCHW) -> Doubles:
     """|x_0|^2."""
     return np.asarray(x_0.double().square().flatten(1).sum(1).cpu().numpy())

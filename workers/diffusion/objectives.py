@@ -12,7 +12,7 @@ import torch
 
 from workers.config import DiffusionConfig, LossConfig
 from workers.diffusion.bound import model_terms
-from workers.diffusion.predictions import heads, interpret, target_of
+from workers.diffusion.predictions import find_target, interpret, split_heads
 from workers.diffusion.process import Prediction, Process
 from workers.kinds import OBJECTIVES, WEIGHTINGS
 from workers.shapes import NCHW, Heads, PerImage, PerTime, Times
@@ -61,7 +61,7 @@ def weights(process: Process, loss: LossConfig, prediction: str = "eps") -> PerT
 
     The scale leaves the minimum where it is and lets one learning rate and one gradient clip serve all weightings.
     """
-    scale = target_of(prediction).scale(process)
+    scale = find_target(prediction).scale(process)
     w: PerTime = WEIGHTINGS[loss.weighting].load()(process, loss, 1 / scale) * scale
     return w / w.mean()
 
@@ -106,9 +106,9 @@ class Objective:
     def __call__(self, network: Callable[[NCHW, Times], Heads], x_0: NCHW, t: Times, eps: NCHW) -> Loss:
         x_t = self.process.q_sample(x_0, t, eps)
         raw = network(x_t, t).to(eps.dtype)
-        target = target_of(self.prediction).of(self.process, x_0, x_t, t, eps)
+        target = find_target(self.prediction).of(self.process, x_0, x_t, t, eps)
         prediction = interpret(self.process, self.prediction, x_t, t, raw)
-        batch = Batch(x_0, t, target, heads(self.process, raw)[0], prediction)
+        batch = Batch(x_0, t, target, split_heads(self.process, raw)[0], prediction)
         return Loss(OBJECTIVES[self.loss.objective].load()(self, batch), _mean_square(eps - prediction.eps).detach())
 
 

@@ -80,13 +80,13 @@ def _eps_by_v(process: Process, x_t: NCHW, t: RealTimes, output: NCHW) -> NCHW:
 V = Target(of=_v, x_0=_x_0_by_v, eps=_eps_by_v, scale=lambda process: 1 - process.alpha_bar)
 
 
-def target_of(prediction: str) -> Target:
+def find_target(prediction: str) -> Target:
     """The target that is called so."""
     target: Target = PREDICTIONS[prediction].load()
     return target
 
 
-def heads(process: Process, output: Heads) -> tuple[NCHW, NCHW | None]:
+def split_heads(process: Process, output: Heads) -> tuple[NCHW, NCHW | None]:
     """What the network says of its target and, where it learns one, of the variance: the two halves of its channels."""
     if not process.learned:
         return output, None
@@ -96,7 +96,7 @@ def heads(process: Process, output: Heads) -> tuple[NCHW, NCHW | None]:
 
 def interpret(process: Process, prediction: str, x_t: NCHW, t: RealTimes, output: Heads) -> Prediction:
     """The output of a network trained to predict `prediction`, in the dtype of x_t."""
-    target, (target_output, variance) = target_of(prediction), heads(process, output.to(x_t.dtype))
+    target, (target_output, variance) = find_target(prediction), split_heads(process, output.to(x_t.dtype))
     return Prediction(target.x_0(process, x_t, t, target_output), target.eps(process, x_t, t, target_output), variance)
 
 

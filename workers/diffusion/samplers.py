@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from workers.config import SamplerConfig, planned_evaluations
+from workers.config import SamplerConfig, plan_evaluations
 from workers.diffusion import flow
 from workers.diffusion.process import Model, Prediction, Process, at, spread
 from workers.kinds import SAMPLERS, load
@@ -49,11 +49,11 @@ def draw(
         drawn: Drawn = function(process, model, config, x_T, generator)
         return drawn
     if entry.form == "step":
-        x_0 = _chain(process.strided(config.steps), model, function, config, x_T, generator, clip)
+        x_0 = _run_chain(process.strided(config.steps), model, function, config, x_T, generator, clip)
     else:
-        ladder = Ladder.of(process.kept(nearest_times(process, load(entry.levels), config.steps)), model, clip)
+        ladder = Ladder.of(process.kept(find_nearest_times(process, load(entry.levels), config.steps)), model, clip)
         x_0 = function(ladder, config, x_T.double() * float((1 + ladder.sigma[-1] ** 2).sqrt()), generator).float()
-    return Drawn(x_0, torch.full((len(x_T),), planned_evaluations(config, process.T)))
+    return Drawn(x_0, torch.full((len(x_T),), plan_evaluations(config, process.T)))
 
 
 def sample(
@@ -80,7 +80,7 @@ def ancestral(
     mean = process.posterior_mean(prediction.x_0, x_t, t)
     if int(t[0]) == 1:
         return mean
-    return mean + process.sigma(prediction, t) * _normal_like(x_t, generator)
+    return mean + process.sigma(prediction, t) * _draw_normal_like(x_t, generator)
 
 
 def ddim(
@@ -95,7 +95,7 @@ def ddim(
     eps = (x_t - at(now.sqrt(), t, x_t) * prediction.x_0) / at((1 - now).sqrt(), t, x_t)
     sigma = config.eta * ((1 - before) / (1 - now) * (1 - now / before)).sqrt()
     x_s = at(before.sqrt(), t, x_t) * prediction.x_0 + at((1 - before - sigma**2).clamp(min=0).sqrt(), t, x_t) * eps
-    return x_s if config.eta == 0 else x_s + at(sigma, t, x_t) * _normal_like(x_t, generator)
+    return x_s if config.eta == 0 else x_s + at(sigma, t, x_t) * _draw_normal_like(x_t, generator)
 
 
 def euler_maruyama(
@@ -109,14 +109,14 @@ def euler_maruyama(
     B = -torch.log1p(-process.beta)
     score = -prediction.eps / at((1 - process.alpha_bar).sqrt(), t, x_t)
     mean = x_t + at(B, t, x_t) * (x_t / 2 + score)
-    return mean if int(t[0]) == 1 else mean + at(B.sqrt(), t, x_t) * _normal_like(x_t, generator)
+    return mean if int(t[0]) == 1 else mean + at(B.sqrt(), t, x_t) * _draw_normal_like(x_t, generator)
 
 
 # The prediction that a step is given has x_0 clipped where that is asked for; its eps is the network's own.
 Step = Callable[[Process, SamplerConfig, NCHW, Prediction, Times, torch.Generator], NCHW]
 
 
-def _chain(
+def _run_chain(
     process: Process,
     model: Model,
     step: Step,
@@ -174,7 +174,7 @@ def power(low: float, high: float, steps: int) -> Sigmas:
 Levels = Callable[[float, float, int], Sigmas]
 
 
-def nearest_times(process: Process, levels: Levels, steps: int | None) -> Int64[Tensor, "S"]:
+def find_nearest_times(process: Process, levels: Levels, steps: int | None) -> Int64[Tensor, "S"]:
     """The times, rising in 1..T, whose noise levels are nearest to `steps` levels between sigma_1 and sigma_T.
 
     No two are the same: where a chain is too coarse for that, the next time above is taken. All T steps are all times.
@@ -229,7 +229,7 @@ def langevin(ladder: Ladder, config: SamplerConfig, y: NCHW, generator: torch.Ge
         a = config.step_size * float(ladder.sigma[level - 1]) ** 2
         for _ in range(config.repeats):
             score = -ladder.eps(y, level) / float(ladder.sigma[level - 1])
-            y = y + a / 2 * score + a**0.5 * _normal_like(y, generator)
+            y = y + a / 2 * score + a**0.5 * _draw_normal_like(y, generator)
     return ladder.x_0_hat(y, 1)
 
 
@@ -241,5 +241,5 @@ def ode(process: Process, model: Model, config: SamplerConfig, x_T: NCHW, genera
     return Drawn(x_0.float(), solution.evaluations.cpu() + 1)
 
 
-def _normal_like(x: NCHW, generator: torch.Generator) -> NCHW:
+def _draw_normal_like(x: NCHW, generator: torch.Generator) -> NCHW:
     return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)

@@ -14,7 +14,7 @@ from workers.kinds import SCHEDULES
 Betas = Float64[np.ndarray, "T"]  # index t-1
 
 
-def _range(schedule: ScheduleConfig, T: int) -> tuple[float, float]:
+def _scale_range(schedule: ScheduleConfig, T: int) -> tuple[float, float]:
     """beta_1 and beta_T after the scaling that the schedule names."""
     factor = 1000 / T if schedule.scale == "per_1000" else 1.0
     return schedule.beta_start * factor, schedule.beta_end * factor
@@ -22,19 +22,19 @@ def _range(schedule: ScheduleConfig, T: int) -> tuple[float, float]:
 
 def linear(schedule: ScheduleConfig, T: int) -> Betas:
     """beta_t linear in t from beta_start to beta_end (Ho et al. 2020, section 4)."""
-    start, end = _range(schedule, T)
+    start, end = _scale_range(schedule, T)
     return np.linspace(start, end, T, dtype=np.float64)
 
 
 def quadratic(schedule: ScheduleConfig, T: int) -> Betas:
     """sqrt(beta_t) linear in t (Song et al. 2020a; "scaled_linear" in diffusers)."""
-    start, end = _range(schedule, T)
+    start, end = _scale_range(schedule, T)
     return np.linspace(start**0.5, end**0.5, T, dtype=np.float64) ** 2
 
 
 def constant(schedule: ScheduleConfig, T: int) -> Betas:
     """beta_t = beta_end."""
-    return np.full(T, _range(schedule, T)[1], dtype=np.float64)
+    return np.full(T, _scale_range(schedule, T)[1], dtype=np.float64)
 
 
 def cosine(schedule: ScheduleConfig, T: int) -> Betas:
@@ -49,26 +49,26 @@ def jsd(schedule: ScheduleConfig, T: int) -> Betas:
     return 1 / np.arange(T, 0, -1, dtype=np.float64)
 
 
-def _warmup(schedule: ScheduleConfig, T: int, fraction: float) -> Betas:
+def _warm_up(schedule: ScheduleConfig, T: int, fraction: float) -> Betas:
     """beta_end, but for a linear rise from beta_start to it over a fraction of the times."""
-    start, end = _range(schedule, T)
+    start, end = _scale_range(schedule, T)
     rise = int(T * fraction)
     return np.concatenate([np.linspace(start, end, rise, dtype=np.float64), np.full(T - rise, end)])
 
 
 def warmup10(schedule: ScheduleConfig, T: int) -> Betas:
     """A linear rise over the first tenth of the times, then beta_end (the code of Ho et al. 2020)."""
-    return _warmup(schedule, T, 0.1)
+    return _warm_up(schedule, T, 0.1)
 
 
 def warmup50(schedule: ScheduleConfig, T: int) -> Betas:
     """A linear rise over the first half of the times, then beta_end (the code of Ho et al. 2020)."""
-    return _warmup(schedule, T, 0.5)
+    return _warm_up(schedule, T, 0.5)
 
 
 def sigmoid(schedule: ScheduleConfig, T: int) -> Betas:
     """beta_t = beta_start + (beta_end - beta_start) / (1 + exp(-s)), s even from -6 to 6 (GeoDiff, Xu et al. 2022)."""
-    start, end = _range(schedule, T)
+    start, end = _scale_range(schedule, T)
     return start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, T, dtype=np.float64)))
 
 
@@ -77,7 +77,7 @@ def given(schedule: ScheduleConfig, T: int) -> Betas:
     return np.array(schedule.betas, dtype=np.float64)
 
 
-def given_mistakes(schedule: ScheduleConfig, T: int) -> Iterator[str]:
+def find_given_mistakes(schedule: ScheduleConfig, T: int) -> Iterator[str]:
     """What is wrong with the betas of the file."""
     betas = schedule.betas or ()
     if len(betas) != T:
@@ -96,7 +96,7 @@ def log_snr(schedule: ScheduleConfig, T: int) -> Betas:
     return 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
 
 
-def log_snr_mistakes(schedule: ScheduleConfig, T: int) -> Iterator[str]:
+def find_log_snr_mistakes(schedule: ScheduleConfig, T: int) -> Iterator[str]:
     """Ends in the wrong order."""
     if schedule.log_snr_start <= schedule.log_snr_end:
         yield (

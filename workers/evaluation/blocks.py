@@ -17,9 +17,9 @@ from typing import NamedTuple
 from workers.config import Count, FIDConfig, Measurement
 from workers.data.dataset import Dataset
 from workers.data.sources import Source
-from workers.identity import digest, settings_read
+from workers.identity import collect_settings_read, compute_digest
 from workers.kinds import MEASURES, SAMPLERS
-from workers.layout import evaluation_folder, reference_file, summary_file
+from workers.layout import name_evaluation_folder, name_reference_file, name_summary_file
 
 VERSION = 3  # of what blocks hold: raise it when the same checkpoint would give other numbers
 IMAGES, TIMES = 25, 100  # an NLL block: so many images times so many timesteps
@@ -42,7 +42,7 @@ class Images(NamedTuple):
             return Images(data.digest, data.train, data.held_out, data.levels)
         return Images(data.digest, len(data.train), len(data.held_out), data.levels)
 
-    def count(self, split: str) -> int:
+    def get_count(self, split: str) -> int:
         return int(getattr(self, split))
 
 
@@ -64,133 +64,131 @@ class Block:
         return f"{self.folder}/{self.name}"
 
 
-def _in_precision(m: Measurement) -> list[str]:
+def _describe_precision(m: Measurement) -> list[str]:
     """What of an id says in which precision the network computes."""
     return [] if m.evaluation.precision == "float32" else [m.evaluation.precision]
 
 
-def asked(count: Count, available: int) -> int:
+def count_asked(count: Count, available: int) -> int:
     return available if count == "all" else min(count, available)
 
 
-def nll_images(m: Measurement, images: Images) -> int:
+def count_nll_images(m: Measurement, images: Images) -> int:
     """How many held-out images the bound is measured on."""
-    return asked(m.evaluation.nll.images, images.held_out) if m.evaluation.nll else 0
+    return count_asked(m.evaluation.nll.images, images.held_out) if m.evaluation.nll else 0
 
 
-def strata(m: Measurement) -> int | None:
+def count_strata(m: Measurement) -> int | None:
     """Timesteps sampled an image, besides t = 1; None where every t is measured."""
     assert m.evaluation.nll
     timesteps = m.evaluation.nll.timesteps
     return None if timesteps == "all" or timesteps >= m.T else max(1, timesteps - 1)
 
 
-def time_blocks(m: Measurement) -> int:
+def count_time_blocks(m: Measurement) -> int:
     """Blocks that share the same images."""
-    return 1 if strata(m) is not None else math.ceil(m.T / TIMES)
+    return 1 if count_strata(m) is not None else math.ceil(m.T / TIMES)
 
 
-def nll_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
+def list_nll_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
     """The blocks that hold the first `nll.images` of the held-out split; numbers grow by image, then by t."""
     if m.evaluation.nll is None:
         return []
-    sampled = None if strata(m) is None else [strata(m), m.evaluation.nll.proposal]
-    content = [VERSION, images.digest, m.seed, sampled, *_in_precision(m)]
-    folder = f"{evaluation_folder(checkpoint)}/nll-{digest(content)}"
-    rows = math.ceil(nll_images(m, images) / IMAGES)
-    return [Block("nll", folder, k) for k in range(rows * time_blocks(m))]
+    sampled = None if count_strata(m) is None else [count_strata(m), m.evaluation.nll.proposal]
+    content = [VERSION, images.digest, m.seed, sampled, *_describe_precision(m)]
+    folder = f"{name_evaluation_folder(checkpoint)}/nll-{compute_digest(content)}"
+    rows = math.ceil(count_nll_images(m, images) / IMAGES)
+    return [Block("nll", folder, k) for k in range(rows * count_time_blocks(m))]
 
 
-def ode_nll_images(m: Measurement, images: Images) -> int:
-    return asked(m.evaluation.ode_nll.images, images.held_out) if m.evaluation.ode_nll else 0
+def count_ode_nll_images(m: Measurement, images: Images) -> int:
+    return count_asked(m.evaluation.ode_nll.images, images.held_out) if m.evaluation.ode_nll else 0
 
 
-def ode_nll_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
+def list_ode_nll_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
     """The blocks that hold the first `ode_nll.images` of the held-out split."""
     ode = m.evaluation.ode_nll
     if ode is None:
         return []
-    folder = (
-        f"{evaluation_folder(checkpoint)}/ode_nll-{digest([VERSION, images.digest, m.seed, ode.probes, ode.tolerance])}"
-    )
-    return [Block("ode_nll", folder, k) for k in range(math.ceil(ode_nll_images(m, images) / IMAGES))]
+    folder = f"{name_evaluation_folder(checkpoint)}/ode_nll-{compute_digest([VERSION, images.digest, m.seed, ode.probes, ode.tolerance])}"
+    return [Block("ode_nll", folder, k) for k in range(math.ceil(count_ode_nll_images(m, images) / IMAGES))]
 
 
-def sample_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
+def list_sample_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
     fid = m.evaluation.fid
     if fid is None:
         return []
-    what = [VERSION, m.seed, settings_read(fid.sampler, only_set=True), fid.quantise, images.levels]
+    what = [VERSION, m.seed, collect_settings_read(fid.sampler, only_set=True), fid.quantise, images.levels]
     if SAMPLERS[fid.sampler.kind].reads_variance and m.evaluation.variance:
         what.append(m.evaluation.variance)
-    what += _in_precision(m)
-    folder = f"{evaluation_folder(checkpoint)}/samples-{digest(what)}"
+    what += _describe_precision(m)
+    folder = f"{name_evaluation_folder(checkpoint)}/samples-{compute_digest(what)}"
     return [Block("samples", folder, k) for k in range(math.ceil(fid.samples / SAMPLES))]
 
 
-def feature_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
+def list_feature_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
     """The features of the samples. Those of the classifier belong to the data it was trained on."""
     fid = m.evaluation.fid
     if fid is None:
         return []
-    space = f"{fid.features}-{images.digest}" if fid.features == "classifier" else _network_space(m, fid)
-    return [Block("features", f"{b.folder}-{space}", b.number, (b,)) for b in sample_blocks(m, checkpoint, images)]
+    space = f"{fid.features}-{images.digest}" if fid.features == "classifier" else _name_network_space(m, fid)
+    return [Block("features", f"{b.folder}-{space}", b.number, (b,)) for b in list_sample_blocks(m, checkpoint, images)]
 
 
-def reference_blocks(m: Measurement, images: Images) -> list[Block]:
+def list_reference_blocks(m: Measurement, images: Images) -> list[Block]:
     """The features of the real images that the samples are held against."""
     fid = m.evaluation.fid
     if fid is None:
         return []
-    folder = reference_folder(m, fid, images)
-    return [Block("reference", folder, k) for k in range(math.ceil(reference_images(fid, images) / REAL))]
+    folder = name_reference_folder(m, fid, images)
+    return [Block("reference", folder, k) for k in range(math.ceil(count_reference_images(fid, images) / REAL))]
 
 
-def reference_folder(m: Measurement, fid: FIDConfig, images: Images) -> str:
-    space = fid.features if fid.features == "classifier" else _network_space(m, fid)
-    return reference_file(f"{images.digest}-{fid.reference}-{space}-v{VERSION}")
+def name_reference_folder(m: Measurement, fid: FIDConfig, images: Images) -> str:
+    space = fid.features if fid.features == "classifier" else _name_network_space(m, fid)
+    return name_reference_file(f"{images.digest}-{fid.reference}-{space}-v{VERSION}")
 
 
-def _network_space(m: Measurement, fid: FIDConfig) -> str:
-    """The name of the space of a feature network, which is coarser where TF32 is allowed (`features.feature_space`)."""
+def _name_network_space(m: Measurement, fid: FIDConfig) -> str:
+    """The name of the space of a feature network, which is coarser where TF32 is allowed (`features.load_feature_space`)."""
     return fid.features if m.evaluation.precision == "float32" else f"{fid.features}-tf32"
 
 
-def reference_images(fid: FIDConfig, images: Images) -> int:
-    return asked(fid.reference_images, images.count(fid.reference))
+def count_reference_images(fid: FIDConfig, images: Images) -> int:
+    return count_asked(fid.reference_images, images.get_count(fid.reference))
 
 
-def blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
+def list_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
     """All blocks of an evaluation, each after those that it needs."""
     return [
-        *nll_blocks(m, checkpoint, images),
-        *ode_nll_blocks(m, checkpoint, images),
-        *reference_blocks(m, images),
-        *sample_blocks(m, checkpoint, images),
-        *feature_blocks(m, checkpoint, images),
+        *list_nll_blocks(m, checkpoint, images),
+        *list_ode_nll_blocks(m, checkpoint, images),
+        *list_reference_blocks(m, images),
+        *list_sample_blocks(m, checkpoint, images),
+        *list_feature_blocks(m, checkpoint, images),
     ]
 
 
-def number_of_blocks(m: Measurement, images: Images) -> int:
-    """How many `blocks` has, without making them."""
-    fid, rows = m.evaluation.fid, math.ceil(nll_images(m, images) / IMAGES)
+def count_blocks(m: Measurement, images: Images) -> int:
+    """How many `list_blocks` has, without making them."""
+    fid, rows = m.evaluation.fid, math.ceil(count_nll_images(m, images) / IMAGES)
     return (
-        (rows * time_blocks(m) if m.evaluation.nll else 0)
-        + math.ceil(ode_nll_images(m, images) / IMAGES)
-        + (math.ceil(reference_images(fid, images) / REAL) + 2 * math.ceil(fid.samples / SAMPLES) if fid else 0)
+        (rows * count_time_blocks(m) if m.evaluation.nll else 0)
+        + math.ceil(count_ode_nll_images(m, images) / IMAGES)
+        + (math.ceil(count_reference_images(fid, images) / REAL) + 2 * math.ceil(fid.samples / SAMPLES) if fid else 0)
     )
 
 
-def summary_path(m: Measurement, checkpoint: str, images: Images) -> str:
-    return summary_file(checkpoint, protocol_key(m, images))
+def name_summary(m: Measurement, checkpoint: str, images: Images) -> str:
+    return name_summary_file(checkpoint, make_protocol_key(m, images))
 
 
-def protocol_key(m: Measurement, images: Images) -> str:
+def make_protocol_key(m: Measurement, images: Images) -> str:
     """What names a way of measuring: the same key, the same protocol."""
-    return digest([VERSION, images.digest, m.seed, settings_read(m.evaluation, only_set=True)])
+    return compute_digest([VERSION, images.digest, m.seed, collect_settings_read(m.evaluation, only_set=True)])
 
 
-def distance_name(fid: FIDConfig) -> str:
+def name_distance(fid: FIDConfig) -> str:
     """`fid` is Inception against all of the training split, and nothing else is."""
     if fid.features == "inception" and fid.reference == "train" and fid.reference_images == "all":
         return "fid"
@@ -198,13 +196,13 @@ def distance_name(fid: FIDConfig) -> str:
     return name if fid.reference == "train" else f"{name}_{fid.reference}"
 
 
-def measure_suffix(fid: FIDConfig, measure: str) -> str:
+def make_measure_suffix(fid: FIDConfig, measure: str) -> str:
     """What the names of a measure of samples end with: as the distance's do, unless it is for one feature space."""
-    name = distance_name(fid)
+    name = name_distance(fid)
     return "" if name == "fid" or MEASURES[measure].needs else name.removeprefix("fd")
 
 
-def comparable_metrics(fid: FIDConfig) -> list[str]:
+def list_comparable_metrics(fid: FIDConfig) -> list[str]:
     """The metrics of samples of which lower is better, the distance first."""
-    others = [f"eval/{key}{measure_suffix(fid, name)}" for name in fid.also for key in MEASURES[name].lower]
-    return [f"eval/{distance_name(fid)}", *others]
+    others = [f"eval/{key}{make_measure_suffix(fid, name)}" for name in fid.also for key in MEASURES[name].lower]
+    return [f"eval/{name_distance(fid)}", *others]

@@ -31,14 +31,14 @@ from workers.config import (
 from workers.data.built_in import GAUSSIAN_SD
 from workers.data.dataset import prepare
 from workers.data.pixels import to_model
-from workers.diffusion.gaussian import GaussianDenoiser, denoiser_config
+from workers.diffusion.gaussian import GaussianDenoiser, make_denoiser_config
 from workers.diffusion.likelihood import estimate
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Process
 from workers.diffusion.samplers import sample
 from workers.evaluation.features import train_classifier
-from workers.evaluation.frechet import Moments, frechet_distance
-from workers.noise import generator
+from workers.evaluation.frechet import Moments, compute_distance
+from workers.noise import make_generator
 
 # What is measured of the Gaussian pixels. A checkpoint of DENOISER, evaluated as this trial says, has the
 # `eval/nll_bpd` of the canary gaussian/nll_bpd wherever its blocks run; only the noise is other. T is small because
@@ -49,7 +49,7 @@ GAUSSIAN = Trial(
     training=TrainingConfig(steps=1),
     evaluation=EvaluationConfig(nll=NLLConfig(images="all", timesteps="all"), fid=None),
 )
-DENOISER = denoiser_config(GAUSSIAN_SD, size=8, channels=1)
+DENOISER = make_denoiser_config(GAUSSIAN_SD, size=8, channels=1)
 SAMPLED_T = 16  # timesteps per image, besides t = 1, of the canary with sampled timesteps
 SAMPLES = 4000  # Gaussian images a sampler
 SAMPLERS = {
@@ -200,7 +200,7 @@ def measure_gaussian(cache: Path | None = None) -> dict[str, float]:
     }
     shape = (SAMPLES, *x_0.shape[1:])
     for name, sampler in SAMPLERS.items():
-        x = sample(process, model, sampler, shape, generator("canary", name))
+        x = sample(process, model, sampler, shape, make_generator("canary", name))
         measured[f"gaussian/{name}_variance"] = float(x.double().square().mean())  # the mean is 0 by symmetry
     return measured
 
@@ -209,9 +209,9 @@ def measure_digits(cache: Path | None = None) -> dict[str, float]:
     """The classifier of the digits, and the Fréchet distance of their training split's halves in its features."""
     dataset = prepare(DataConfig(source="digits"), cache)
     space = train_classifier(dataset)
-    features = space.features(dataset.train)
+    features = space.compute_features(dataset.train)
     first, second = np.split(features, [len(features) // 2])  # fair halves: the split is stored shuffled
-    distance = frechet_distance(Moments.of(first), Moments.of(second))
+    distance = compute_distance(Moments.of(first), Moments.of(second))
     return {"digits/classifier_accuracy": space.accuracy, "digits/fd_classifier_halves": distance}
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Float64
 from workers.config import FIDConfig
 from workers.data.dataset import Dataset
 from workers.evaluation.inception import Inception, find_weights, load_inception
-from workers.layout import reference_file
+from workers.layout import name_reference_file
 from workers.seals import open_bytes, seal_bytes
 from workers.shapes import NHWC, Features
 from workers.storage import Storage
@@ -38,7 +38,7 @@ class FeatureSpace(Protocol):
         """The id of the space: of the extractor's weights."""
         ...
 
-    def features(self, images: NHWC) -> Features: ...
+    def compute_features(self, images: NHWC) -> Features: ...
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Classifier:
     def digest(self) -> str:
         return hashlib.sha256(self.weights.tobytes() + self.bias.tobytes()).hexdigest()[:16]
 
-    def features(self, images: NHWC) -> Float64[np.ndarray, "n hidden"]:
+    def compute_features(self, images: NHWC) -> Float64[np.ndarray, "n hidden"]:
         """The hidden layer's activations."""
-        return np.maximum(_flat(images, self.levels) @ self.weights + self.bias, 0)
+        return np.maximum(_flatten(images, self.levels) @ self.weights + self.bias, 0)
 
     def to_bytes(self) -> bytes:
         stream = io.BytesIO()
@@ -78,13 +78,13 @@ def train_classifier(dataset: Dataset) -> Classifier:
     model = MLPClassifier((HIDDEN,), max_iter=epochs, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a fixed number of epochs is the recipe
-        model.fit(_flat(dataset.train, dataset.levels), dataset.train_labels)
-    accuracy = model.score(_flat(dataset.held_out, dataset.levels), dataset.held_out_labels)
+        model.fit(_flatten(dataset.train, dataset.levels), dataset.train_labels)
+    accuracy = model.score(_flatten(dataset.held_out, dataset.levels), dataset.held_out_labels)
     return Classifier(model.coefs_[0], model.intercepts_[0], dataset.levels, float(accuracy))
 
 
-def _classifier(storage: Storage, dataset: Dataset, device: torch.device, tf32: bool) -> Classifier:
-    path = classifier_path(dataset.digest)
+def _load_classifier(storage: Storage, dataset: Dataset, device: torch.device, tf32: bool) -> Classifier:
+    path = name_classifier(dataset.digest)
     if (content := storage.read_checked(path, open_bytes, "it is trained again")) is not None:
         return Classifier.from_bytes(content)
     trained = train_classifier(dataset)
@@ -92,17 +92,17 @@ def _classifier(storage: Storage, dataset: Dataset, device: torch.device, tf32: 
     return trained
 
 
-def classifier_path(data: str) -> str:
-    return reference_file(f"{data}-classifier.npz")
+def name_classifier(data: str) -> str:
+    return name_reference_file(f"{data}-classifier.npz")
 
 
-def _inception(storage: Storage, dataset: Dataset, device: torch.device, tf32: bool) -> Inception:
+def _load_inception(storage: Storage, dataset: Dataset, device: torch.device, tf32: bool) -> Inception:
     return load_inception(dataset.levels, device=device, tf32=tf32)
 
 
 SPACES: dict[str, Callable[[Storage, Dataset, torch.device, bool], FeatureSpace]] = {
-    "classifier": _classifier,
-    "inception": _inception,
+    "classifier": _load_classifier,
+    "inception": _load_inception,
 }
 
 
@@ -110,12 +110,12 @@ def check_spaces(wanted: Iterable[FIDConfig | None]) -> None:
     """Raises Mistake where what these measurements need of the Inception network is not installed."""
     fids = [fid for fid in wanted if fid and fid.features == "inception"]
     if any("inception_score" in fid.also for fid in fids):
-        load_inception().logits(np.zeros((1, Inception.dimensions), np.float32))
+        load_inception().compute_logits(np.zeros((1, Inception.dimensions), np.float32))
     elif fids:
         find_weights()
 
 
-def feature_space(
+def load_feature_space(
     storage: Storage, dataset: Dataset, name: str, device: torch.device, precision: str = "float32"
 ) -> FeatureSpace:
     """The space `name` for `dataset`: trained and stored on the first call where it is learned from the data.
@@ -128,6 +128,6 @@ def feature_space(
     return SPACES[name](storage, dataset, device, precision != "float32")
 
 
-def _flat(images: NHWC, levels: int) -> Float64[np.ndarray, "n pixels"]:
+def _flatten(images: NHWC, levels: int) -> Float64[np.ndarray, "n pixels"]:
     """In [0, 1]."""
     return images.reshape(len(images), -1).astype(np.float64) / (levels - 1)

@@ -39,7 +39,7 @@ class KID:
     subset_size: int
 
 
-def kid(a: Features, b: Others, *, subsets: int = 100, subset_size: int = 1000, seed: int = SEED) -> KID:
+def compute_kid(a: Features, b: Others, *, subsets: int = 100, subset_size: int = 1000, seed: int = SEED) -> KID:
     """The kernel distance of two sets of features: squared MMD with the kernel (x.y / d + 1)^3.
 
     Unbiased at any n, so it may be negative where the distributions are close (Binkowski et al. 2018, section 4).
@@ -54,11 +54,11 @@ def kid(a: Features, b: Others, *, subsets: int = 100, subset_size: int = 1000, 
     estimates = []
     for _ in range(subsets):
         of_a, of_b = (random.choice(len(x), size, replace=False) for x in (a, b))
-        estimates.append(mmd2(a[of_a].astype(np.float64), b[of_b].astype(np.float64)))
+        estimates.append(compute_mmd2(a[of_a].astype(np.float64), b[of_b].astype(np.float64)))
     return KID(float(np.mean(estimates)), float(np.std(estimates)), subsets, size)
 
 
-def kid_error(a: Features, b: Others) -> float | None:
+def estimate_kid_error(a: Features, b: Others) -> float | None:
     """A standard error of KID over draws of both sets: that of the mean over PARTS disjoint parts of them.
 
     The parts are independent, and each is an unbiased estimate by fewer images than there are, so it is no less than
@@ -67,20 +67,20 @@ def kid_error(a: Features, b: Others) -> float | None:
     if min(len(a), len(b)) < 2 * PARTS:
         return None
     parts = zip(np.array_split(a, PARTS), np.array_split(b, PARTS), strict=True)
-    estimates = [mmd2(x[:MOST].astype(np.float64), y[:MOST].astype(np.float64)) for x, y in parts]
+    estimates = [compute_mmd2(x[:MOST].astype(np.float64), y[:MOST].astype(np.float64)) for x, y in parts]
     return float(np.std(estimates, ddof=1) / PARTS**0.5)
 
 
-def mmd2(a: X, b: Y) -> float:
+def compute_mmd2(a: X, b: Y) -> float:
     """Unbiased squared maximum mean discrepancy (Gretton et al. 2012, equation 3)."""
     n, m = len(a), len(b)
-    within_a, within_b = _kernel(a, a), _kernel(b, b)
+    within_a, within_b = _compute_kernel(a, a), _compute_kernel(b, b)
     mean_a = (within_a.sum() - np.trace(within_a)) / (n * (n - 1))
     mean_b = (within_b.sum() - np.trace(within_b)) / (m * (m - 1))
-    return float(mean_a + mean_b - 2 * _kernel(a, b).mean())
+    return float(mean_a + mean_b - 2 * _compute_kernel(a, b).mean())
 
 
-def _kernel(x: X, y: Y) -> Pairs:
+def _compute_kernel(x: X, y: Y) -> Pairs:
     return np.asarray((x @ y.T / x.shape[1] + 1) ** 3)
 
 
@@ -92,7 +92,7 @@ class PrecisionRecall:
     recall: float
 
 
-def precision_recall(samples: Features, data: Others, *, k: int = 3, rows: int = 500) -> PrecisionRecall:
+def compute_precision_recall(samples: Features, data: Others, *, k: int = 3, rows: int = 500) -> PrecisionRecall:
     """Improved precision and recall of two sets of features (Kynkäänniemi et al. 2019, equation 2).
 
     A set's manifold is the union of balls about its points, each out to the point's k-th nearest neighbour in the set.
@@ -105,11 +105,11 @@ def precision_recall(samples: Features, data: Others, *, k: int = 3, rows: int =
             f"precision and recall with k = {k} need more than {k} features in each set, "
             f"but they have {len(samples)} and {len(data)}"
         )
-    x, y = _whole(samples, data)
-    return PrecisionRecall(_covered(x, y, k, rows), _covered(y, x, k, rows))
+    x, y = _make_whole(samples, data)
+    return PrecisionRecall(_measure_covered(x, y, k, rows), _measure_covered(y, x, k, rows))
 
 
-def _whole(a: Features, b: Others) -> tuple[X, Y]:
+def _make_whole(a: Features, b: Others) -> tuple[X, Y]:
     """Both in the same units, as whole numbers in float64, such that |x|^2 + |y|^2 - 2 x.y is exact in any order.
 
     With |x_i| <= 2^p no partial sum is above 4 d 2^(2p), which must be at most 2^53.
@@ -120,16 +120,18 @@ def _whole(a: Features, b: Others) -> tuple[X, Y]:
     return np.rint(a.astype(np.float64) * scale), np.rint(b.astype(np.float64) * scale)
 
 
-def _covered(points: X, manifold: Y, k: int, rows: int) -> float:
+def _measure_covered(points: X, manifold: Y, k: int, rows: int) -> float:
     """The share of `points` inside a ball of `manifold`."""
     blocks = [manifold[i : i + rows] for i in range(0, len(manifold), rows)]
     # The nearest of all is the point itself, at distance 0.
-    radii = np.concatenate([np.partition(_squared(block, manifold), k, axis=1)[:, k] for block in blocks])
-    inside = [(_squared(points[i : i + rows], manifold) <= radii).any(axis=1) for i in range(0, len(points), rows)]
+    radii = np.concatenate([np.partition(_compute_squared(block, manifold), k, axis=1)[:, k] for block in blocks])
+    inside = [
+        (_compute_squared(points[i : i + rows], manifold) <= radii).any(axis=1) for i in range(0, len(points), rows)
+    ]
     return float(np.concatenate(inside).mean())
 
 
-def _squared(x: X, y: Y) -> Pairs:
+def _compute_squared(x: X, y: Y) -> Pairs:
     """Squared distances of whole numbers."""
     return np.asarray(np.square(x).sum(axis=1)[:, None] + np.square(y).sum(axis=1) - 2 * (x @ y.T))
 
@@ -142,7 +144,7 @@ class InceptionScore:
     std: float
 
 
-def inception_score(logits: Logits, *, splits: int = 10, seed: int = SEED) -> InceptionScore:
+def compute_inception_score(logits: Logits, *, splits: int = 10, seed: int = SEED) -> InceptionScore:
     """exp E KL(p(y|x) || p(y)), from a classifier's logits (Salimans et al. 2016, section 4).
 
     Images are shuffled first, as each split must hold of everything; p(y) is the split's own mean. In 1..classes,
@@ -154,11 +156,11 @@ def inception_score(logits: Logits, *, splits: int = 10, seed: int = SEED) -> In
     log_p -= log_p.max(axis=1, keepdims=True)
     log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
     edges = [i * len(logits) // splits for i in range(splits + 1)]
-    scores = [_score(log_p[start:end]) for start, end in pairwise(edges)]
+    scores = [_compute_score(log_p[start:end]) for start, end in pairwise(edges)]
     return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
 
 
-def _score(log_p: Logits) -> float:
+def _compute_score(log_p: Logits) -> float:
     """exp E KL of one split's log-probabilities."""
     p = np.exp(log_p)
     # Where a class's probability underflows in every image, its summand is 0 and must not be 0 times infinity.

@@ -29,7 +29,7 @@ from jaxtyping import Float, Float32, Float64, UInt8
 from torch import Tensor, nn
 
 from workers.config import Mistake
-from workers.evaluation.precision import computing, known_precisions
+from workers.evaluation.precision import compute_in, list_precisions
 from workers.shapes import NCHW, NHWC
 
 Joined = Float[Tensor, "n out height width"]
@@ -61,73 +61,73 @@ class Branches(nn.ModuleList):
         return torch.cat([branch(x) for branch in self], dim=1)
 
 
-def conv(c_in: int, c_out: int, kernel: int | tuple[int, int], stride: int = 1, pad: bool = True) -> nn.Module:
+def make_conv(c_in: int, c_out: int, kernel: int | tuple[int, int], stride: int = 1, pad: bool = True) -> nn.Module:
     """Convolution, with the batch normalisation folded in, and ReLU; padded to keep the size, or not at all."""
     height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
     padding = (height // 2, width // 2) if pad else (0, 0)
     return nn.Sequential(nn.Conv2d(c_in, c_out, (height, width), stride, padding), nn.ReLU(inplace=True))
 
 
-def average_pool() -> nn.Module:
+def make_average_pool() -> nn.Module:
     return nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 
 
-def block_a(c: int, pooled: int) -> nn.Module:
+def make_block_a(c: int, pooled: int) -> nn.Module:
     return Branches([
-        conv(c, 64, 1),
-        nn.Sequential(conv(c, 48, 1), conv(48, 64, 5)),
-        nn.Sequential(conv(c, 64, 1), conv(64, 96, 3), conv(96, 96, 3)),
-        nn.Sequential(average_pool(), conv(c, pooled, 1)),
+        make_conv(c, 64, 1),
+        nn.Sequential(make_conv(c, 48, 1), make_conv(48, 64, 5)),
+        nn.Sequential(make_conv(c, 64, 1), make_conv(64, 96, 3), make_conv(96, 96, 3)),
+        nn.Sequential(make_average_pool(), make_conv(c, pooled, 1)),
     ])  # fmt: skip
 
 
-def block_b(c: int) -> nn.Module:
+def make_block_b(c: int) -> nn.Module:
     return Branches([
-        conv(c, 384, 3, stride=2, pad=False),
-        nn.Sequential(conv(c, 64, 1), conv(64, 96, 3), conv(96, 96, 3, stride=2, pad=False)),
+        make_conv(c, 384, 3, stride=2, pad=False),
+        nn.Sequential(make_conv(c, 64, 1), make_conv(64, 96, 3), make_conv(96, 96, 3, stride=2, pad=False)),
         nn.MaxPool2d(3, stride=2),
     ])  # fmt: skip
 
 
-def block_c(c: int, m: int) -> nn.Module:
+def make_block_c(c: int, m: int) -> nn.Module:
     wide, high = (1, 7), (7, 1)
     return Branches([
-        conv(c, 192, 1),
-        nn.Sequential(conv(c, m, 1), conv(m, m, wide), conv(m, 192, high)),
-        nn.Sequential(conv(c, m, 1), conv(m, m, high), conv(m, m, wide), conv(m, m, high), conv(m, 192, wide)),
-        nn.Sequential(average_pool(), conv(c, 192, 1)),
+        make_conv(c, 192, 1),
+        nn.Sequential(make_conv(c, m, 1), make_conv(m, m, wide), make_conv(m, 192, high)),
+        nn.Sequential(make_conv(c, m, 1), make_conv(m, m, high), make_conv(m, m, wide), make_conv(m, m, high), make_conv(m, 192, wide)),
+        nn.Sequential(make_average_pool(), make_conv(c, 192, 1)),
     ])  # fmt: skip
 
 
-def block_d(c: int) -> nn.Module:
-    last = conv(192, 192, 3, stride=2, pad=False)
+def make_block_d(c: int) -> nn.Module:
+    last = make_conv(192, 192, 3, stride=2, pad=False)
     return Branches([
-        nn.Sequential(conv(c, 192, 1), conv(192, 320, 3, stride=2, pad=False)),
-        nn.Sequential(conv(c, 192, 1), conv(192, 192, (1, 7)), conv(192, 192, (7, 1)), last),
+        nn.Sequential(make_conv(c, 192, 1), make_conv(192, 320, 3, stride=2, pad=False)),
+        nn.Sequential(make_conv(c, 192, 1), make_conv(192, 192, (1, 7)), make_conv(192, 192, (7, 1)), last),
         nn.MaxPool2d(3, stride=2),
     ])  # fmt: skip
 
 
-def block_e(c: int, pool: nn.Module) -> nn.Module:
-    def fork() -> nn.Module:
-        return Branches([conv(384, 384, (1, 3)), conv(384, 384, (3, 1))])
+def make_block_e(c: int, pool: nn.Module) -> nn.Module:
+    def make_fork() -> nn.Module:
+        return Branches([make_conv(384, 384, (1, 3)), make_conv(384, 384, (3, 1))])
 
     return Branches([
-        conv(c, 320, 1),
-        nn.Sequential(conv(c, 384, 1), fork()),
-        nn.Sequential(conv(c, 448, 1), conv(448, 384, 3), fork()),
-        nn.Sequential(pool, conv(c, 192, 1)),
+        make_conv(c, 320, 1),
+        nn.Sequential(make_conv(c, 384, 1), make_fork()),
+        nn.Sequential(make_conv(c, 448, 1), make_conv(448, 384, 3), make_fork()),
+        nn.Sequential(pool, make_conv(c, 192, 1)),
     ])  # fmt: skip
 
 
-def network() -> nn.Sequential:
+def make_network() -> nn.Sequential:
     """From images (n, 3, 299, 299) in [-1, 1) to vectors (n, 2048). Weights are still to be filled in."""
     return nn.Sequential(
-        conv(3, 32, 3, stride=2, pad=False), conv(32, 32, 3, pad=False), conv(32, 64, 3), nn.MaxPool2d(3, stride=2),
-        conv(64, 80, 1), conv(80, 192, 3, pad=False), nn.MaxPool2d(3, stride=2),
-        block_a(192, 32), block_a(256, 64), block_a(288, 64), block_b(288),
-        block_c(768, 128), block_c(768, 160), block_c(768, 160), block_c(768, 192), block_d(768),
-        block_e(1280, average_pool()), block_e(2048, nn.MaxPool2d(3, stride=1, padding=1)),
+        make_conv(3, 32, 3, stride=2, pad=False), make_conv(32, 32, 3, pad=False), make_conv(32, 64, 3), nn.MaxPool2d(3, stride=2),
+        make_conv(64, 80, 1), make_conv(80, 192, 3, pad=False), nn.MaxPool2d(3, stride=2),
+        make_block_a(192, 32), make_block_a(256, 64), make_block_a(288, 64), make_block_b(288),
+        make_block_c(768, 128), make_block_c(768, 160), make_block_c(768, 160), make_block_c(768, 192), make_block_d(768),
+        make_block_e(1280, make_average_pool()), make_block_e(2048, nn.MaxPool2d(3, stride=1, padding=1)),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(),
     )  # fmt: skip
 
@@ -156,28 +156,28 @@ def _read_torchscript(content: bytes, shapes: Shapes) -> tuple[Iterator[Layer], 
     """Tensor 4k + j of the archive is weight, beta, mean or variance of convolution k, little-endian float32."""
     archive = zipfile.ZipFile(io.BytesIO(content))
 
-    def tensor(number: int, shape: tuple[int, ...]) -> Tensor:
+    def read_tensor(number: int, shape: tuple[int, ...]) -> Tensor:
         raw = archive.read(f"out_jit_module/data/{number}")
         return torch.from_numpy(np.frombuffer(raw, "<f4").reshape(shape).astype(np.float64))
 
-    def layer(k: int, shape: torch.Size) -> Layer:
-        beta, mean, variance = (tensor(4 * k + j, (shape[0],)) for j in (1, 2, 3))
-        return tensor(4 * k, shape), beta, mean, variance
+    def read_layer(k: int, shape: torch.Size) -> Layer:
+        beta, mean, variance = (read_tensor(4 * k + j, (shape[0],)) for j in (1, 2, 3))
+        return read_tensor(4 * k, shape), beta, mean, variance
 
-    return (layer(k, shape) for k, shape in enumerate(shapes)), None
+    return (read_layer(k, shape) for k, shape in enumerate(shapes)), None
 
 
 def _read_state_dict(content: bytes, shapes: Shapes) -> tuple[Iterator[Layer], Tensor | None]:
     """torch-fidelity's names. A batch normalisation may have a factor, which goes into the variance's place."""
     state: dict[str, Tensor] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
-    def layer(name: str) -> Layer:
+    def read_layer(name: str) -> Layer:
         factor, beta, mean, variance = (
             state[f"{name}.bn.{part}"].double() for part in ("weight", "bias", "running_mean", "running_var")
         )
         return state[f"{name}.conv.weight"].double(), beta, mean, (variance + EPSILON) / factor**2 - EPSILON
 
-    return (layer(name) for name in NAMES), state["fc.weight"].float()
+    return (read_layer(name) for name in NAMES), state["fc.weight"].float()
 
 
 # The files there are, by sha256.
@@ -193,7 +193,7 @@ def find_weights(path: str | Path | None = None) -> Path:
     Those of the cache come before the package's, as they have the classifier as well. Raises `Mistake` without any.
     """
     hub, path = Path(torch.hub.get_dir()) / "checkpoints", path or os.environ.get("ORCHESTRATOR_INCEPTION")
-    candidates = [Path(path).expanduser()] if path else [*(hub / name for name in HUB_FILES), *_in_package()]
+    candidates = [Path(path).expanduser()] if path else [*(hub / name for name in HUB_FILES), *_find_in_package()]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
@@ -205,7 +205,7 @@ def find_weights(path: str | Path | None = None) -> Path:
     )
 
 
-def _in_package() -> list[Path]:
+def _find_in_package() -> list[Path]:
     try:
         return [Path(str(distribution(PACKAGE).locate_file(PACKAGE_FILE)))]
     except PackageNotFoundError:
@@ -234,7 +234,7 @@ class Inception:
         """The id of the feature space."""
         return self.weights_sha256[:16] + ("-tf32" if self.tf32 else "")
 
-    def features(self, images: NHWC) -> Vectors:
+    def compute_features(self, images: NHWC) -> Vectors:
         """Of images of 1 or 3 channels.
 
         An image's features do not depend on the images beside it nor on their number: every batch has `BATCH`
@@ -243,16 +243,16 @@ class Inception:
         assert images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in (1, 3), (images.dtype, images.shape)
         assert not images.size or images.max() < self.levels, (images.max(), self.levels)
         found = np.empty((len(images), self.dimensions), np.float32)
-        precision = "tf32" if self.tf32 and "tf32" in known_precisions(self.device) else "float32"
+        precision = "tf32" if self.tf32 and "tf32" in list_precisions(self.device) else "float32"
         for start in range(0, len(images), BATCH):
             batch = to_bytes(images[start : start + BATCH], self.levels)
             filled = np.concatenate([batch, np.repeat(batch[-1:], BATCH - len(batch), axis=0)])
-            with torch.inference_mode(), computing(precision, self.device):
+            with torch.inference_mode(), compute_in(precision, self.device):
                 x = prepare(torch.from_numpy(filled).to(self.device))
                 found[start : start + len(batch)] = self.network(x)[: len(batch)].cpu().numpy()
         return found
 
-    def logits(self, features: Vectors) -> Logits:
+    def compute_logits(self, features: Vectors) -> Logits:
         """The classifier without its bias, as the Inception score takes it.
 
         Without the bias as in torch-fidelity's `logits_unbiased` and the first implementation (Salimans et al. 2016).
@@ -282,7 +282,7 @@ def load_inception(
             f"{file}: sha256 {sha256} is of no known Inception weights ({', '.join(READERS)}); "
             "the file is damaged or another one: remove it and fetch it again"
         )
-    model = network()
+    model = make_network()
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     layers, classes = READERS[sha256](content, [module.weight.shape for module in convolutions])
     for module, layer in zip(convolutions, layers, strict=True):

@@ -16,20 +16,20 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Int64
 
-from workers.config import FIDConfig, Measurement, evaluations
+from workers.config import FIDConfig, Measurement, count_evaluations
 from workers.data.dataset import Dataset
 from workers.data.pixels import QUANTISERS, to_model
-from workers.diffusion.flow import log_density
-from workers.diffusion.likelihood import all_times, pair_errors, stratified_times
+from workers.diffusion.flow import integrate_log_density
+from workers.diffusion.likelihood import draw_stratified_times, list_all_times, measure_pairs
 from workers.diffusion.process import Prediction, Process
 from workers.diffusion.samplers import draw
 from workers.evaluation import blocks
-from workers.evaluation.blocks import Block, strata, time_blocks
-from workers.evaluation.features import FeatureSpace, feature_space
-from workers.evaluation.precision import computing
+from workers.evaluation.blocks import Block, count_strata, count_time_blocks
+from workers.evaluation.features import FeatureSpace, load_feature_space
+from workers.evaluation.precision import compute_in
 from workers.network import checkpoint as checkpoints
 from workers.network.manifest import Checkpoint
-from workers.noise import generator
+from workers.noise import make_generator
 from workers.seals import Damage, open_parquet, seal_parquet
 from workers.shapes import NCHW, NHWC, RealTimes
 from workers.storage import Storage
@@ -49,7 +49,7 @@ class LoadedModel:
 
     def predict(self, x_t: NCHW, t: RealTimes) -> Prediction:
         """In the dtype of x_t, whatever the network computes in."""
-        with computing(self.precision, self.device):
+        with compute_in(self.precision, self.device):
             said: Prediction = self.network(x_t, t)
         return said
 
@@ -67,47 +67,49 @@ class Bench:
     @cached_property
     def model(self) -> LoadedModel:
         network, process = checkpoints.load(self.checkpoint)
-        return LoadedModel(on_device(network, self.device), process, self.device, self.m.evaluation.precision)
+        return LoadedModel(move_to_device(network, self.device), process, self.device, self.m.evaluation.precision)
 
     @cached_property
     def space(self) -> FeatureSpace:
         assert self.m.evaluation.fid
         name, precision = self.m.evaluation.fid.features, self.m.evaluation.precision
-        return feature_space(self.storage, self.dataset, name, self.device, precision)
+        return load_feature_space(self.storage, self.dataset, name, self.device, precision)
 
 
-def on_device(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+def move_to_device(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """The network there, its weights in the order in which the convolutions take them."""
     moved: torch.nn.Module = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return moved
 
 
-def measured_process(m: Measurement, process: Process) -> Process:
+def make_measured_process(m: Measurement, process: Process) -> Process:
     """The checkpoint's process with the variance that the measurement asks for."""
     return replace(process, variance=m.evaluation.variance) if m.evaluation.variance else process
 
 
-def nll_block(bench: Bench, block: Block) -> pa.Table:
+def make_nll_block(bench: Bench, block: Block) -> pa.Table:
     """|x_0 - x_0_hat|^2 and decoder terms of IMAGES x TIMES pairs: a row a pair."""
     m, dataset, model = bench.m, bench.dataset, bench.model
     assert m.evaluation.nll and m.T == model.process.T, (m.T, model.process.T)
-    i, j = divmod(block.number, time_blocks(m))
+    i, j = divmod(block.number, count_time_blocks(m))
     image = np.arange(i * blocks.IMAGES, min((i + 1) * blocks.IMAGES, len(dataset.held_out)))
     where = (m.seed, "nll", i, j)
-    sampled = strata(m)
+    sampled = count_strata(m)
     if sampled is None:
         span = slice(j * blocks.TIMES, (j + 1) * blocks.TIMES)
-        t, weight = (a[:, span] for a in all_times(m.T, len(image)))
+        t, weight = (a[:, span] for a in list_all_times(m.T, len(image)))
     else:
-        t, weight = stratified_times(m.T, sampled, len(image), generator(*where, "t"), m.evaluation.nll.proposal)
+        t, weight = draw_stratified_times(
+            m.T, sampled, len(image), make_generator(*where, "t"), m.evaluation.nll.proposal
+        )
     pairs = np.repeat(image, t.shape[1])
     x_0 = to_model(torch.from_numpy(dataset.held_out[pairs]), dataset.levels).to(model.device)
-    noise = generator(*where, "eps")  # on the CPU, as a GPU's generator would draw other numbers
+    noise = make_generator(*where, "eps")  # on the CPU, as a GPU's generator would draw other numbers
     rows = pairs, t.reshape(-1), weight.reshape(-1)
-    return pair_errors(model.process, model.predict, x_0, *rows, noise, dataset.levels).table()
+    return measure_pairs(model.process, model.predict, x_0, *rows, noise, dataset.levels).make_table()
 
 
-def ode_nll_block(bench: Bench, block: Block) -> pa.Table:
+def make_ode_nll_block(bench: Bench, block: Block) -> pa.Table:
     """-log P of IMAGES images in nats by the probability-flow ODE: a row an image.
 
     A level's probability is bounded by the density over its bin: -log P(x) <= -E log p(x + u) - D log(bin), with u
@@ -120,15 +122,15 @@ def ode_nll_block(bench: Bench, block: Block) -> pa.Table:
     image = np.arange(first, min(first + blocks.IMAGES, len(dataset.held_out)))
     x_0 = to_model(torch.from_numpy(np.array(dataset.held_out[image])), dataset.levels).double()
     where, bin_ = (m.seed, "ode_nll", block.number), 2 / (dataset.levels - 1)
-    u = torch.rand(x_0.shape, generator=generator(*where, "u"), dtype=torch.float64) - 0.5
-    probes = 2 * torch.randint(0, 2, (ode.probes, *x_0.shape), generator=generator(*where, "probes")) - 1
+    u = torch.rand(x_0.shape, generator=make_generator(*where, "u"), dtype=torch.float64) - 0.5
+    probes = 2 * torch.randint(0, 2, (ode.probes, *x_0.shape), generator=make_generator(*where, "probes")) - 1
     x, probes = (x_0 + bin_ * u).to(model.device), probes.to(model.device)
-    density = log_density(model.process, model.predict, x, probes, ode.tolerance)
+    density = integrate_log_density(model.process, model.predict, x, probes, ode.tolerance)
     nats = -density.log_p.cpu().numpy() - x_0[0].numel() * np.log(bin_)
     return pa.table({"image": image, "nats": nats, "evaluations": density.evaluations.cpu().numpy()})
 
 
-def sample_block(bench: Bench, block: Block) -> pa.Table:
+def make_sample_block(bench: Bench, block: Block) -> pa.Table:
     """SAMPLES samples by their seed, quantised to the data's levels: a row a sample.
 
     Where the sampler decides on the number of evaluations itself, each row has its own beside it.
@@ -136,63 +138,63 @@ def sample_block(bench: Bench, block: Block) -> pa.Table:
     m, dataset, model = bench.m, bench.dataset, bench.model
     fid = m.evaluation.fid
     assert fid
-    model = replace(model, process=measured_process(m, model.process))
-    images, counts = drawn_block(model, fid, m.seed, block.number, dataset.shape, dataset.levels)
+    model = replace(model, process=make_measured_process(m, model.process))
+    images, counts = draw_block(model, fid, m.seed, block.number, dataset.shape, dataset.levels)
     first = block.number * blocks.SAMPLES
     rows = {"sample": np.arange(first, first + len(images)), "image": [row.tobytes() for row in images]}
-    counted = {} if evaluations(fid.sampler, m.T) else {"evaluations": counts}
+    counted = {} if count_evaluations(fid.sampler, m.T) else {"evaluations": counts}
     return pa.table(rows | counted)
 
 
-def images_of_block(
+def draw_images(
     model: LoadedModel, fid: FIDConfig, seed: int, block: int, shape: tuple[int, int, int], levels: int
 ) -> NHWC:
     """The SAMPLES images of a block, drawn as `fid` says; shape is (h, w, c).
 
     They are a function of (seed, block) alone, here and in a registered model.
     """
-    return drawn_block(model, fid, seed, block, shape, levels)[0]
+    return draw_block(model, fid, seed, block, shape, levels)[0]
 
 
-def drawn_block(
+def draw_block(
     model: LoadedModel, fid: FIDConfig, seed: int, block: int, shape: tuple[int, int, int], levels: int
 ) -> tuple[NHWC, Int64[np.ndarray, "n"]]:
-    """`images_of_block`, and the network's evaluations that each image took."""
+    """`draw_images`, and the network's evaluations that each image took."""
     height, width, channels = shape
-    noise = generator(seed, "samples", block)
+    noise = make_generator(seed, "samples", block)
     x_T = torch.randn((blocks.SAMPLES, channels, height, width), generator=noise).to(model.device)
     drawn = draw(model.process, model.predict, fid.sampler, x_T, noise, clip=True)
     return QUANTISERS[fid.quantise](drawn.x_0, levels).cpu().numpy(), drawn.evaluations.numpy()
 
 
-def feature_block(bench: Bench, block: Block) -> pa.Table:
+def make_feature_block(bench: Bench, block: Block) -> pa.Table:
     """The features of a block of samples: a row a sample."""
     [samples] = block.needs
     images = read_block(bench.storage, samples)["image"].to_pylist()
     pixels = np.stack([np.frombuffer(image, np.uint8) for image in images]).reshape(-1, *bench.dataset.shape)
-    return _featurised(bench, pixels)
+    return _make_feature_table(bench, pixels)
 
 
-def reference_block(bench: Bench, block: Block) -> pa.Table:
+def make_reference_block(bench: Bench, block: Block) -> pa.Table:
     """The features of REAL real images of the split that the samples are held against: a row an image."""
     assert bench.m.evaluation.fid
     images = getattr(bench.dataset, bench.m.evaluation.fid.reference)
     part = images[block.number * blocks.REAL : (block.number + 1) * blocks.REAL]
-    return _featurised(bench, np.asarray(part))
+    return _make_feature_table(bench, np.asarray(part))
 
 
-def _featurised(bench: Bench, images: NHWC) -> pa.Table:
+def _make_feature_table(bench: Bench, images: NHWC) -> pa.Table:
     """Features, stamped with the space they are in: those of another are no use beside them."""
-    table = pa.table({"features": list(bench.space.features(images))})
+    table = pa.table({"features": list(bench.space.compute_features(images))})
     return table.replace_schema_metadata({SPACE: bench.space.digest})
 
 
 KINDS: dict[str, Callable[[Bench, Block], pa.Table]] = {
-    "nll": nll_block,
-    "ode_nll": ode_nll_block,
-    "samples": sample_block,
-    "features": feature_block,
-    "reference": reference_block,
+    "nll": make_nll_block,
+    "ode_nll": make_ode_nll_block,
+    "samples": make_sample_block,
+    "features": make_feature_block,
+    "reference": make_reference_block,
 }
 
 
@@ -204,7 +206,7 @@ def make(bench: Bench, block: Block) -> dict[Block, str]:
     """
     if bench.storage.exists(block.path):
         return {}
-    again = unusable(bench.storage, list(block.needs), None)
+    again = find_unusable(bench.storage, list(block.needs), None)
     for needed in again:
         make(bench, needed)
     table = KINDS[block.kind](bench, block)
@@ -220,7 +222,7 @@ def read_block(storage: Storage, block: Block) -> pa.Table:
     try:
         content = open_parquet(storage.read(block.path), block.path)
     except Damage as damage:
-        raise DamagedBlock(f"{storage.url(block.path)} is damaged: {damage}") from damage
+        raise DamagedBlock(f"{storage.find_url(block.path)} is damaged: {damage}") from damage
     return pq.read_table(io.BytesIO(content))
 
 
@@ -228,7 +230,7 @@ class DamagedBlock(ValueError):
     """The bytes of a block are not those that were written."""
 
 
-def unusable(storage: Storage, wanted: list[Block], space: FeatureSpace | None) -> dict[Block, str]:
+def find_unusable(storage: Storage, wanted: list[Block], space: FeatureSpace | None) -> dict[Block, str]:
     """The blocks that are not there, cannot be read, or hold features of another `space` than today's, and why.
 
     What is there of them is removed, so that it can be made again.
@@ -238,9 +240,9 @@ def unusable(storage: Storage, wanted: list[Block], space: FeatureSpace | None) 
         try:
             stamp = (read_block(storage, block).schema.metadata or {}).get(SPACE)
             if stamp is not None and space and stamp.decode() != space.digest:
-                raise DamagedBlock(f"{storage.url(block.path)} has features of another space, {stamp.decode()}")
+                raise DamagedBlock(f"{storage.find_url(block.path)} has features of another space, {stamp.decode()}")
         except FileNotFoundError:
-            found[block] = f"{storage.url(block.path)} is not there"
+            found[block] = f"{storage.find_url(block.path)} is not there"
         except DamagedBlock as error:
             storage.delete(block.path)
             found[block] = str(error)

@@ -9,8 +9,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from workers.config import SamplerConfig
-from workers.diffusion.ledger import rate_distortion
-from workers.diffusion.likelihood import all_times, pair_errors, squared_norms
+from workers.diffusion.ledger import compute_rate_distortion
+from workers.diffusion.likelihood import compute_squared_norms, list_all_times, measure_pairs
 from workers.diffusion.process import Model, Prediction, Process, at
 from workers.diffusion.samplers import draw
 from workers.shapes import NCHW, RealTimes
@@ -22,24 +22,24 @@ ByTime = Float64[np.ndarray, "T"]
 
 
 @torch.no_grad()
-def progressive(
+def draw_progressive(
     process: Process, model: Model, config: SamplerConfig, x_T: NCHW, generator: torch.Generator, frames: int
 ) -> Frames:
     """x_0_hat along the chain of each sample, evenly spaced, the sample last (figure 6)."""
     seen: list[Tensor] = []
 
-    def watched(x_t: NCHW, t: RealTimes) -> Prediction:
+    def predict_watched(x_t: NCHW, t: RealTimes) -> Prediction:
         prediction = model(x_t, t)
         seen.append(prediction.x_0.clamp(-1, 1))
         return prediction
 
-    x_0 = draw(process, watched, config, x_T, generator, clip=True).x_0.clamp(-1, 1)
+    x_0 = draw(process, predict_watched, config, x_T, generator, clip=True).x_0.clamp(-1, 1)
     kept = np.linspace(0, len(seen), min(frames, len(seen) + 1)).round().astype(int)
     return torch.stack([[*seen, x_0][k] for k in kept], dim=1)
 
 
 @torch.no_grad()
-def interpolated(
+def interpolate(
     process: Process, model: Model, ends: Two, t: int, weights: Weights, generator: torch.Generator
 ) -> NCHW:
     """Images between two: x_0 ~ p_theta(x_0 | x_t) of blends of their x_t (section 5).
@@ -61,7 +61,7 @@ def interpolated(
 
 
 @torch.no_grad()
-def decoded(process: Process, model: Model, x_0: NCHW, times: list[int], generator: torch.Generator) -> Frames:
+def decode_at(process: Process, model: Model, x_0: NCHW, times: list[int], generator: torch.Generator) -> Frames:
     """x_0_hat(x_t) of each image at each of `times`: what a receiver of x_t can show."""
     shown = []
     for time in times:
@@ -71,11 +71,11 @@ def decoded(process: Process, model: Model, x_0: NCHW, times: list[int], generat
     return torch.stack(shown, dim=1)
 
 
-def coding_curve(
+def compute_coding_curve(
     process: Process, model: Model, x_0: NCHW, levels: int, generator: torch.Generator
 ) -> tuple[ByTime, ByTime]:
     """(rate in bits/dim, RMSE on the 0..255 scale) after x_T, ..., x_1 are sent, from every t of x_0."""
-    t, weight = all_times(process.T, len(x_0))
+    t, weight = list_all_times(process.T, len(x_0))
     image = np.repeat(np.arange(len(x_0)), process.T)
-    ledger = pair_errors(process, model, x_0[image], image, t.reshape(-1), weight.reshape(-1), generator, levels)
-    return rate_distortion(process, ledger, squared_norms(x_0), x_0[0].numel())
+    ledger = measure_pairs(process, model, x_0[image], image, t.reshape(-1), weight.reshape(-1), generator, levels)
+    return compute_rate_distortion(process, ledger, compute_squared_norms(x_0), x_0[0].numel())

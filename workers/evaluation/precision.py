@@ -13,16 +13,16 @@ import torch
 from workers.config import Mistake
 
 
-def known_precisions(device: torch.device) -> list[str]:
+def list_precisions(device: torch.device) -> list[str]:
     """Those that the device computes in."""
     tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return ["float32", *(["tf32"] if tf32 else []), "bf16"]
 
 
 @contextmanager
-def computing(precision: str, device: torch.device) -> Iterator[None]:
+def compute_in(precision: str, device: torch.device) -> Iterator[None]:
     """Networks on the device compute in the precision within the block. Raises Mistake where it has no such one."""
-    if precision not in known_precisions(device):
+    if precision not in list_precisions(device):
         raise Mistake(f"evaluation.precision: {precision} is not known to {device.type}; take float32 or bf16")
     tf32, before = precision == "tf32", torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32

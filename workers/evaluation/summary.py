@@ -18,33 +18,41 @@ import pyarrow as pa
 import torch
 from jaxtyping import Float
 
-from workers.config import FIDConfig, Measurement, evaluations
+from workers.config import FIDConfig, Measurement, count_evaluations
 from workers.data.dataset import Dataset
 from workers.data.pixels import to_model
-from workers.diffusion.ledger import OPTIMAL, Ledger, bits_by_t, bound, chain_bound, rate_distortion, shorter_chains
-from workers.diffusion.likelihood import squared_norms
+from workers.diffusion.ledger import (
+    OPTIMAL,
+    Ledger,
+    compute_bits_by_t,
+    compute_bound,
+    compute_chain_bound,
+    compute_rate_distortion,
+    list_shorter_chains,
+)
+from workers.diffusion.likelihood import compute_squared_norms
 from workers.diffusion.process import VARIANCES, Process
 from workers.evaluation import blocks, fidelity
 from workers.evaluation.blocks import (
     Block,
     Images,
-    distance_name,
-    measure_suffix,
-    reference_blocks,
-    reference_images,
-    strata,
+    count_reference_images,
+    count_strata,
+    list_reference_blocks,
+    make_measure_suffix,
+    name_distance,
 )
 from workers.evaluation.features import FeatureSpace
 from workers.evaluation.frechet import (
-    extrapolated_distance,
-    frechet_distance,
-    least_to_extrapolate,
-    merged,
-    sampling_error,
+    compute_distance,
+    estimate_sampling_error,
+    extrapolate_distance,
+    find_least_to_extrapolate,
+    merge_moments,
 )
 from workers.evaluation.inception import Inception
-from workers.evaluation.make import measured_process, read_block
-from workers.identity import settings_read
+from workers.evaluation.make import make_measured_process, read_block
+from workers.identity import collect_settings_read
 from workers.kinds import MEASURES, SAMPLERS
 from workers.shapes import Features
 from workers.storage import Storage
@@ -66,34 +74,36 @@ def summarise(
 
     def read(block: Block) -> pa.Table:
         table = read_block(storage, block)
-        _digest_into(sha256, table)
+        _add_to_digest(sha256, table)
         return table
 
-    process, ema = measured_process(m, process), m.ema if m.evaluation.ema is None else m.evaluation.ema
+    process, ema = make_measured_process(m, process), m.ema if m.evaluation.ema is None else m.evaluation.ema
     subject = {"checkpoint": checkpoint, "ema": ema, "T": process.T, "variance": process.variance, "seed": m.seed}
     summary: dict[str, Any] = {"metrics": {}, "passports": {}}
     images = Images.of(dataset)
     if m.evaluation.nll:
-        tables = [read(block) for block in blocks.nll_blocks(m, checkpoint, images)]
-        _add(summary, _likelihood(m, dataset, process, Ledger.join([Ledger.of_table(t) for t in tables])))
+        tables = [read(block) for block in blocks.list_nll_blocks(m, checkpoint, images)]
+        _add(summary, _summarise_likelihood(m, dataset, process, Ledger.join([Ledger.from_table(t) for t in tables])))
         summary["passports"]["nll"]["subject"] = subject
     if m.evaluation.ode_nll:
-        n = blocks.ode_nll_images(m, images)
-        tables = [read(block) for block in blocks.ode_nll_blocks(m, checkpoint, images)]
-        _add(summary, _ode_likelihood(m, dataset, pa.concat_tables(tables).slice(0, n)))
-        mean = _mean_evaluations(tables, n)
+        n = blocks.count_ode_nll_images(m, images)
+        tables = [read(block) for block in blocks.list_ode_nll_blocks(m, checkpoint, images)]
+        _add(summary, _summarise_ode_likelihood(m, dataset, pa.concat_tables(tables).slice(0, n)))
+        mean = _average_evaluations(tables, n)
         summary["passports"]["ode_nll"]["subject"] = {**subject, "network_evaluations": mean}
     if fid := m.evaluation.fid:
         assert space
-        samples = [_features(read(b)) for b in blocks.feature_blocks(m, checkpoint, images)]
-        real = [_features(read(b)) for b in reference_blocks(m, images)]
+        samples = [_stack_features(read(b)) for b in blocks.list_feature_blocks(m, checkpoint, images)]
+        real = [_stack_features(read(b)) for b in list_reference_blocks(m, images)]
         last = fid.samples - (len(samples) - 1) * blocks.SAMPLES
-        last_real = reference_images(fid, images) - (len(real) - 1) * blocks.REAL
+        last_real = count_reference_images(fid, images) - (len(real) - 1) * blocks.REAL
         samples[-1], real[-1] = samples[-1][:last], real[-1][:last_real]
-        _add(summary, _fidelity(m, fid, dataset, space, samples, real))
-        count: float | None = evaluations(fid.sampler, process.T)
+        _add(summary, _summarise_fidelity(m, fid, dataset, space, samples, real))
+        count: float | None = count_evaluations(fid.sampler, process.T)
         if count is None:
-            count = _mean_evaluations([read(b) for b in blocks.sample_blocks(m, checkpoint, images)], fid.samples)
+            count = _average_evaluations(
+                [read(b) for b in blocks.list_sample_blocks(m, checkpoint, images)], fid.samples
+            )
         summary["passports"]["samples"]["subject"] = {**subject, "network_evaluations": count}
         summary["metrics"]["eval/network_evaluations"] = count
     if not m.evaluation.measures:
@@ -104,7 +114,7 @@ def summarise(
     return {**summary, "hash": sha256.hexdigest()[:16]}
 
 
-def _digest_into(sha256: Any, table: pa.Table) -> None:
+def _add_to_digest(sha256: Any, table: pa.Table) -> None:
     """The values of a table, and not how Parquet happened to encode them."""
     for name in table.column_names:
         column = table[name].combine_chunks()
@@ -121,11 +131,11 @@ def _add(summary: dict[str, Any], part: dict[str, Any]) -> None:
         summary[name] = {**summary[name], **value} if name in ("metrics", "passports") else value
 
 
-def _likelihood(m: Measurement, dataset: Dataset, process: Process, whole: Ledger) -> dict[str, Any]:
-    n = blocks.nll_images(m, Images.of(dataset))
+def _summarise_likelihood(m: Measurement, dataset: Dataset, process: Process, whole: Ledger) -> dict[str, Any]:
+    n = blocks.count_nll_images(m, Images.of(dataset))
     x_0 = to_model(torch.from_numpy(np.array(dataset.held_out[:n])), dataset.levels)
-    ledger, norms, dimensions = whole.of_first(n), squared_norms(x_0), x_0[0].numel()
-    result = bound(process, ledger, norms, dimensions)
+    ledger, norms, dimensions = whole.take_first(n), compute_squared_norms(x_0), x_0[0].numel()
+    result = compute_bound(process, ledger, norms, dimensions)
     metrics = {
         "eval/nll_bpd": result.mean,
         "eval/nll_bpd_se": result.standard_error,
@@ -133,7 +143,7 @@ def _likelihood(m: Measurement, dataset: Dataset, process: Process, whole: Ledge
         "eval/nll_diffusion_bpd": float(result.diffusion.mean()),
         "eval/nll_decoder_bpd": float(result.decoder.mean()),
     }
-    sampled, nll = strata(m), m.evaluation.nll
+    sampled, nll = count_strata(m), m.evaluation.nll
     assert nll
     protocol = {
         "version": blocks.VERSION, "data": dataset.digest, "split": "held_out", "images": n, "levels": dataset.levels,
@@ -148,25 +158,25 @@ def _likelihood(m: Measurement, dataset: Dataset, process: Process, whole: Ledge
     chains = {
         variance: [
             {"steps": steps, "bpd": b.mean, "bpd_se": b.standard_error}
-            for steps in shorter_chains(process.T)
-            for b in [chain_bound(process, ledger, norms, dimensions, variance, steps)]
+            for steps in list_shorter_chains(process.T)
+            for b in [compute_chain_bound(process, ledger, norms, dimensions, variance, steps)]
         ]
         for variance in (*VARIANCES, OPTIMAL)
     }
     if process.learned:
         whole_chain = {"steps": process.T, "bpd": result.mean, "bpd_se": result.standard_error}
         chains = {process.variance: [whole_chain], **chains}
-    rate, distortion = rate_distortion(process, ledger, norms, dimensions)
+    rate, distortion = compute_rate_distortion(process, ledger, norms, dimensions)
     best = chains[OPTIMAL][0]
     metrics |= {"eval/nll_optimal_variance_bpd": best["bpd"], "eval/nll_optimal_variance_bpd_se": best["bpd_se"]}
     return found | {
-        "nll_by_t": bits_by_t(process, ledger, norms, dimensions).tolist(),
+        "nll_by_t": compute_bits_by_t(process, ledger, norms, dimensions).tolist(),
         "ledger": chains,
         "rate_distortion": {"rate_bpd": rate.tolist(), "rmse_255": distortion.tolist()},
     }
 
 
-def _ode_likelihood(m: Measurement, dataset: Dataset, table: pa.Table) -> dict[str, Any]:
+def _summarise_ode_likelihood(m: Measurement, dataset: Dataset, table: pa.Table) -> dict[str, Any]:
     ode, n = m.evaluation.ode_nll, len(table)
     assert ode
     bits = table["nats"].to_numpy() / (np.prod(dataset.shape) * np.log(2))
@@ -183,23 +193,23 @@ def _ode_likelihood(m: Measurement, dataset: Dataset, table: pa.Table) -> dict[s
     return {"metrics": metrics, "passports": {"ode_nll": {"protocol": protocol}}, "ode_nll_per_image": bits.tolist()}
 
 
-def _mean_evaluations(tables: list[pa.Table], n: int) -> float:
+def _average_evaluations(tables: list[pa.Table], n: int) -> float:
     """Evaluations of the network an image, over the first n rows."""
     return float(np.concatenate([table["evaluations"].to_numpy() for table in tables])[:n].mean())
 
 
-def _fidelity(
+def _summarise_fidelity(
     m: Measurement, fid: FIDConfig, dataset: Dataset, space: FeatureSpace, samples: Blocks, real: Blocks
 ) -> dict[str, Any]:
-    ours, theirs, name = merged(samples), merged(real), distance_name(fid)
+    ours, theirs, name = merge_moments(samples), merge_moments(real), name_distance(fid)
     features, sampler = np.concatenate(samples), SAMPLERS[fid.sampler.kind]
-    metrics = {f"eval/{name}": frechet_distance(ours, theirs)}
-    assert (ours.n, theirs.n) == (fid.samples, reference_images(fid, Images.of(dataset))), (ours.n, theirs.n)
+    metrics = {f"eval/{name}": compute_distance(ours, theirs)}
+    assert (ours.n, theirs.n) == (fid.samples, count_reference_images(fid, Images.of(dataset))), (ours.n, theirs.n)
     protocol = {
         "version": blocks.VERSION, "features": fid.features, "features_digest": space.digest,
         "dimensions": len(ours.mean),
         "reference": f"{dataset.digest} {fid.reference}", "reference_images": theirs.n, "samples": ours.n,
-        "sampler": settings_read(fid.sampler), "precision": m.evaluation.precision,
+        "sampler": collect_settings_read(fid.sampler), "precision": m.evaluation.precision,
         "x_0_hat": "clipped to [-1, 1]" if sampler.clips else "not clipped",
         "quantised": f"{fid.quantise} to {dataset.levels} levels", "dropped": 0,
     }  # fmt: skip
@@ -216,15 +226,15 @@ def _fidelity(
         "passports": {"samples": {"protocol": protocol, "also": {}, "warnings": warnings}},
     }
     if not ours.singular:
-        metrics[f"eval/{name}_se"] = sampling_error(features, theirs)
-    if ours.n >= least_to_extrapolate(len(ours.mean)):
-        curve = extrapolated_distance(features, theirs)
+        metrics[f"eval/{name}_se"] = estimate_sampling_error(features, theirs)
+    if ours.n >= find_least_to_extrapolate(len(ours.mean)):
+        curve = extrapolate_distance(features, theirs)
         metrics |= {f"eval/{name}_infinity": curve.distance, f"eval/{name}_infinity_se": curve.standard_error}
         found["curve"] = asdict(curve)
     if fid.features == "inception":
         protocol["resize"] = "to 299, bilinear, as TensorFlow 1 does"
     for other in fid.also:
-        suffix = measure_suffix(fid, other)
+        suffix = make_measure_suffix(fid, other)
         values, how = MEASURES[other].load()(space, features, real)
         for key, (value, error) in values.items():
             metrics |= {f"eval/{key}{suffix}": value} | ({f"eval/{key}{suffix}_se": error} if error else {})
@@ -236,26 +246,26 @@ def _fidelity(
 Found = tuple[dict[str, tuple[float, float | None]], str]
 
 
-def kid(space: FeatureSpace, samples: Features, real: Blocks) -> Found:
+def measure_kid(space: FeatureSpace, samples: Features, real: Blocks) -> Found:
     data = np.concatenate(real)
-    found = fidelity.kid(samples, data)
-    values = {"kid": (found.mean, fidelity.kid_error(samples, data))}
+    found = fidelity.compute_kid(samples, data)
+    values = {"kid": (found.mean, fidelity.estimate_kid_error(samples, data))}
     return values, f"{found.subsets} subsets of {found.subset_size}, error by {fidelity.PARTS} disjoint parts"
 
 
-def precision_recall(space: FeatureSpace, samples: Features, real: Blocks) -> Found:
+def measure_precision_recall(space: FeatureSpace, samples: Features, real: Blocks) -> Found:
     data = np.concatenate(real)[:NEIGHBOURS]
-    found = fidelity.precision_recall(samples[:NEIGHBOURS], data)
+    found = fidelity.compute_precision_recall(samples[:NEIGHBOURS], data)
     how = f"k = 3, first {min(len(samples), NEIGHBOURS)} samples and {len(data)} images"
     return {"precision": (found.precision, None), "recall": (found.recall, None)}, how
 
 
-def inception_score(space: FeatureSpace, samples: Features, real: Blocks) -> Found:
+def measure_inception_score(space: FeatureSpace, samples: Features, real: Blocks) -> Found:
     assert isinstance(space, Inception)
-    score = fidelity.inception_score(space.logits(samples))
+    score = fidelity.compute_inception_score(space.compute_logits(samples))
     return {"inception_score": (score.mean, None)}, f"10 splits, standard deviation over them {score.std:.4f}"
 
 
-def _features(table: pa.Table) -> Features:
+def _stack_features(table: pa.Table) -> Features:
     column = table["features"].combine_chunks()
     return np.asarray(column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1))

@@ -33,11 +33,11 @@ from workers.diffusion.process import Process
 from workers.network.diffusers_config import (
     VERSION,
     Scheduler,
+    make_scheduler_config,
     read_gaussian,
     read_index,
     read_network,
     read_scheduler,
-    scheduler_config,
 )
 from workers.network.manifest import (
     EVALUATED,
@@ -52,16 +52,16 @@ from workers.network.manifest import (
     WEIGHTS,
     Checkpoint,
     CheckpointError,
-    average_name,
-    committed,
+    find_url,
+    hash_bytes,
     is_kept,
     make_checkpoint,
+    name_average,
+    name_step,
+    open_committed,
     read_bytes,
     read_file,
     read_object,
-    sha256_of,
-    step_name,
-    url_of,
     write_manifest,
 )
 from workers.network.unet import UNet
@@ -106,23 +106,23 @@ def save(storage: Storage, folder: str, snapshot: Snapshot, kept: bool = False) 
 
     A checkpoint is kept whose step is asked for by a row of a sweep.
     """
-    path = f"{folder}/{step_name(snapshot.step)}"
+    path = f"{folder}/{name_step(snapshot.step)}"
     files = {
-        INDEX: _index(),
-        UNET: _json(snapshot.unet_config),
-        WEIGHTS: _tensors(snapshot.ema),
-        SCHEDULER: _json(scheduler_config(snapshot.process, snapshot.prediction)),
-        STATE: _tensors(snapshot.state),
-        PROGRESS: _json({**snapshot.progress, "step": snapshot.step}),
+        INDEX: _make_index(),
+        UNET: _write_json(snapshot.unet_config),
+        WEIGHTS: _write_tensors(snapshot.ema),
+        SCHEDULER: _write_json(make_scheduler_config(snapshot.process, snapshot.prediction)),
+        STATE: _write_tensors(snapshot.state),
+        PROGRESS: _write_json({**snapshot.progress, "step": snapshot.step}),
         JOURNAL: snapshot.journal,
-        **{average_name(decay): _tensors(weights) for decay, weights in snapshot.averages.items()},
+        **{name_average(decay): _write_tensors(weights) for decay, weights in snapshot.averages.items()},
     }
     for name, content in files.items():
         storage.write(f"{path}/{name}", content)
-    sums = {name: sha256_of(content) for name, content in files.items()}
+    sums = {name: hash_bytes(content) for name, content in files.items()}
     write_manifest(storage, path, snapshot.step, sums, kept)
     for other in storage.list(folder):
-        if other < step_name(snapshot.step) and not is_kept(storage, f"{folder}/{other}"):
+        if other < name_step(snapshot.step) and not is_kept(storage, f"{folder}/{other}"):
             storage.delete(f"{folder}/{other}")
     return make_checkpoint(storage.root, path, snapshot.step, sums, kept=kept)
 
@@ -144,24 +144,26 @@ def open_folder(folder: str | Path) -> Checkpoint:
             f"{folder} cannot be opened ({error}); give a folder, or a URI such as s3://bucket/path"
         ) from error
     if MANIFEST in parts[""]:
-        return committed(storage, "")
+        return open_committed(storage, "")
     if not parts[""]:
         raise CheckpointError(
             f"{folder} is not a folder, or an empty one; give the folder that holds model_index.json or config.json. "
             "A repository of the Hugging Face hub is downloaded first: hf download NAME --local-dir FOLDER"
         )
     if INDEX in parts[""]:
-        _meant(storage.url(INDEX), read_index, read_object(read_bytes(storage, INDEX), storage.url(INDEX)))
-    weights = _beside("unet", _named(storage.root, parts.get("unet", parts[""])), parts)
-    names = [_beside("unet", "config.json", parts), weights]
-    names.append(_beside("scheduler", PurePosixPath(SCHEDULER).name, parts))
+        _read_meant(
+            storage.find_url(INDEX), read_index, read_object(read_bytes(storage, INDEX), storage.find_url(INDEX))
+        )
+    weights = _place_in_folder("unet", _find_weights(storage.root, parts.get("unet", parts[""])), parts)
+    names = [_place_in_folder("unet", "config.json", parts), weights]
+    names.append(_place_in_folder("scheduler", PurePosixPath(SCHEDULER).name, parts))
     there = {f"{part}/{name}".lstrip("/") for part, inside in parts.items() for name in inside}
     if weights in there and weights.endswith(".json"):
-        shards = _shards(read_bytes(storage, weights), storage.url(weights))
-        names += [_beside("unet", shard, parts) for shard in sorted(set(shards.values()))]
+        shards = _read_shards(read_bytes(storage, weights), storage.find_url(weights))
+        names += [_place_in_folder("unet", shard, parts) for shard in sorted(set(shards.values()))]
     if missing := [name for name in names if name not in there]:
-        raise CheckpointError(f"{storage.root} lacks {' and '.join(missing)}: {_advice(there)}")
-    sums = {name: sha256_of(read_bytes(storage, name)) for name in names}
+        raise CheckpointError(f"{storage.root} lacks {' and '.join(missing)}: {_advise(there)}")
+    sums = {name: hash_bytes(read_bytes(storage, name)) for name in names}
     checkpoint = make_checkpoint(storage.root, "", None, sums, weights)
     load(checkpoint)
     return checkpoint
@@ -169,12 +171,12 @@ def open_folder(folder: str | Path) -> Checkpoint:
 
 def load_averages(checkpoint: Checkpoint, decays: Iterable[float]) -> dict[float, dict[str, Tensor]]:
     """The further averages, to resume from. Raises CheckpointError where bytes are damaged."""
-    return {decay: _weights(checkpoint, average_name(decay)) for decay in decays}
+    return {decay: _load_weights(checkpoint, name_average(decay)) for decay in decays}
 
 
 def describe(checkpoint: Checkpoint) -> Description:
     """What the checkpoint holds, from its config files alone. Raises CheckpointError as `load` does."""
-    unet, scheduler, shape = _configured(checkpoint)
+    unet, scheduler, shape = _load_configured(checkpoint)
     process = scheduler.process
     parameters = sum(p.numel() for p in unet.parameters())
     return Description(shape, process.T, scheduler.prediction, process.variance, scheduler.clip, parameters)
@@ -186,10 +188,10 @@ def load(checkpoint: Checkpoint) -> tuple[Denoiser, Process]:
     The module is called as a `Model` is, with t in 1..T, and gives a `Prediction` whatever its network predicts; its
     weights are float32. Raises CheckpointError where bytes are damaged or of another kind of model.
     """
-    unet, scheduler, _ = _configured(checkpoint)
+    unet, scheduler, _ = _load_configured(checkpoint)
     if isinstance(unet, GaussianDenoiser):
         return Denoiser(unet, scheduler.process, "eps").eval(), scheduler.process
-    where, weights = url_of(checkpoint, checkpoint.weights), _weights(checkpoint, checkpoint.weights)
+    where, weights = find_url(checkpoint, checkpoint.weights), _load_weights(checkpoint, checkpoint.weights)
     for name, w in weights.items():
         if w.dtype not in FLOATS or not torch.isfinite(w.float()).all():
             raise CheckpointError(f"{where}: {name} ({w.dtype}) holds other things than finite numbers: save it again")
@@ -210,28 +212,28 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
     """
     for name in (INDEX, *EVALUATED):
         if name == INDEX:
-            content = _index()
+            content = _make_index()
         elif name == WEIGHTS and checkpoint.weights.endswith(".json"):
-            content = _tensors(_weights(checkpoint, checkpoint.weights))
+            content = _write_tensors(_load_weights(checkpoint, checkpoint.weights))
         else:
             content = read_file(checkpoint, checkpoint.weights if name == WEIGHTS else name)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
 
 
-def process_of(checkpoint: Checkpoint) -> Process:
+def load_process(checkpoint: Checkpoint) -> Process:
     """The process alone, from the config files. Raises CheckpointError as `load` does."""
-    return _configured(checkpoint)[1].process
+    return _load_configured(checkpoint)[1].process
 
 
 def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """(EMA weights, training state, progress), to resume from. Raises CheckpointError where bytes are damaged."""
-    progress = read_object(read_file(checkpoint, PROGRESS), url_of(checkpoint, PROGRESS))
-    return _weights(checkpoint, WEIGHTS), _weights(checkpoint, STATE), progress
+    progress = read_object(read_file(checkpoint, PROGRESS), find_url(checkpoint, PROGRESS))
+    return _load_weights(checkpoint, WEIGHTS), _load_weights(checkpoint, STATE), progress
 
 
-def _index() -> bytes:
-    return _json(
+def _make_index() -> bytes:
+    return _write_json(
         {
             "_class_name": "DDPMPipeline",
             "_diffusers_version": VERSION,
@@ -241,21 +243,21 @@ def _index() -> bytes:
     )
 
 
-def _configured(checkpoint: Checkpoint) -> tuple[nn.Module, Scheduler, tuple[int, int, int]]:
+def _load_configured(checkpoint: Checkpoint) -> tuple[nn.Module, Scheduler, tuple[int, int, int]]:
     """(network, scheduler, image shape) of the config files. A U-Net is on the meta device: without memory."""
-    config, where = read_object(read_file(checkpoint, UNET), url_of(checkpoint, UNET)), url_of(checkpoint, UNET)
+    config, where = read_object(read_file(checkpoint, UNET), find_url(checkpoint, UNET)), find_url(checkpoint, UNET)
     if config.get("_class_name") == "GaussianDenoiser":  # the canary's
-        shape, beside = _meant(where, read_gaussian, config), url_of(checkpoint, SCHEDULER)
-        scheduler = _meant(beside, read_scheduler, read_object(read_file(checkpoint, SCHEDULER), beside))
+        shape, beside = _read_meant(where, read_gaussian, config), find_url(checkpoint, SCHEDULER)
+        scheduler = _read_meant(beside, read_scheduler, read_object(read_file(checkpoint, SCHEDULER), beside))
         return GaussianDenoiser(config, scheduler.process), scheduler, shape
-    shape = _meant(where, read_network, config)
+    shape = _read_meant(where, read_network, config)
     try:
         with torch.device("meta"):
             unet = UNet(config)
     except (ValueError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{where} does not describe a network that can be built here: {error}") from error
-    where = url_of(checkpoint, SCHEDULER)
-    scheduler = _meant(where, read_scheduler, read_object(read_file(checkpoint, SCHEDULER), where))
+    where = find_url(checkpoint, SCHEDULER)
+    scheduler = _read_meant(where, read_scheduler, read_object(read_file(checkpoint, SCHEDULER), where))
     if (config["out_channels"] == 2 * config["in_channels"]) != scheduler.process.learned:
         raise CheckpointError(
             f"{where}: the variance is {scheduler.process.variance}, but the network beside it has out_channels "
@@ -265,19 +267,19 @@ def _configured(checkpoint: Checkpoint) -> tuple[nn.Module, Scheduler, tuple[int
     return unet, scheduler, shape
 
 
-def _meant(where: str, read: Callable[[dict[str, Any]], R], content: dict[str, Any]) -> R:
+def _read_meant(where: str, read: Callable[[dict[str, Any]], R], content: dict[str, Any]) -> R:
     try:
         return read(content)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
 
 
-def _beside(part: str, name: str, parts: dict[str, list[str]]) -> str:
+def _place_in_folder(part: str, name: str, parts: dict[str, list[str]]) -> str:
     """Where diffusers looks for a file of `part`: in the folder of that name, or in the root if there is none."""
     return f"{part}/{name}" if part in parts else name
 
 
-def _named(root: str, inside: list[str]) -> str:
+def _find_weights(root: str, inside: list[str]) -> str:
     """Which of the files in a network's folder holds its weights, or is the index of those that do; the usual name
     where there is none. The weights themselves go before variants of them."""
     usual = PurePosixPath(WEIGHTS).name
@@ -288,7 +290,7 @@ def _named(root: str, inside: list[str]) -> str:
     return [*whole, *variants, usual][0]
 
 
-def _shards(index: bytes, where: str) -> dict[str, str]:
+def _read_shards(index: bytes, where: str) -> dict[str, str]:
     """The file of each tensor, by an index of several files with weights. Raises CheckpointError."""
     found = read_object(index, where).get("weight_map")
     files = list(found.values()) if isinstance(found, dict) else []
@@ -297,7 +299,7 @@ def _shards(index: bytes, where: str) -> dict[str, str]:
     return dict(found or {})
 
 
-def _advice(there: set[str]) -> str:
+def _advise(there: set[str]) -> str:
     if pickles := sorted(name for name in there if name.endswith(PICKLES)):
         return (
             f"{', '.join(pickles)} may be weights as a pickle, which can run code and is not opened here; where you "
@@ -309,10 +311,10 @@ def _advice(there: set[str]) -> str:
     )
 
 
-def _weights(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
-    content, where = read_file(checkpoint, name), url_of(checkpoint, name)
+def _load_weights(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    content, where = read_file(checkpoint, name), find_url(checkpoint, name)
     if name.endswith(".json"):
-        return _joined(checkpoint, _shards(content, where), where)
+        return _join_weights(checkpoint, _read_shards(content, where), where)
     if content.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{where} is a pointer of Git LFS in the place of the weights: run git lfs pull there")
     try:
@@ -323,23 +325,23 @@ def _weights(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
         ) from error
 
 
-def _joined(checkpoint: Checkpoint, files: Mapping[str, str], where: str) -> dict[str, Tensor]:
+def _join_weights(checkpoint: Checkpoint, files: Mapping[str, str], where: str) -> dict[str, Tensor]:
     """Weights from several files, each of which holds what the index at `where` says."""
     weights: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
-        found = _weights(checkpoint, file)
+        found = _load_weights(checkpoint, file)
         if wrong := sorted(found.keys() ^ {name for name, of in files.items() if of == file}):
             raise CheckpointError(
-                f"{url_of(checkpoint, file)} does not hold what {where} says: they differ in {', '.join(wrong[:3])}"
+                f"{find_url(checkpoint, file)} does not hold what {where} says: they differ in {', '.join(wrong[:3])}"
                 f"{', ...' * (len(wrong) > 3)}. Download or save the folder again"
             )
         weights |= found
     return weights
 
 
-def _json(content: Any) -> bytes:
+def _write_json(content: Any) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _tensors(tensors: Mapping[str, Tensor]) -> bytes:
+def _write_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     return safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})

@@ -165,7 +165,7 @@ def read_network(config: dict[str, Any]) -> tuple[int, int, int]:
         )
     if config.get("sample_size") is None:
         raise ValueError("sample_size is missing: set it to the side, in pixels, of the images it was trained on")
-    network = _checked(_Network, {**DEFAULTS, **config})
+    network = _check_config(_Network, {**DEFAULTS, **config})
     if network.out_channels not in (network.in_channels, 2 * network.in_channels):
         raise ValueError(
             f"out_channels {network.out_channels} for in_channels {network.in_channels}: there must be as many, or "
@@ -186,7 +186,7 @@ def read_network(config: dict[str, Any]) -> tuple[int, int, int]:
 
 def read_gaussian(config: dict[str, Any]) -> tuple[int, int, int]:
     """Image shape (height, width, channels) of a `GaussianDenoiser`'s config. Raises ValueError."""
-    denoiser = _checked(_Gaussian, config)
+    denoiser = _check_config(_Gaussian, config)
     return denoiser.sample_size, denoiser.sample_size, denoiser.in_channels
 
 
@@ -196,7 +196,7 @@ def read_scheduler(config: dict[str, Any]) -> Scheduler:
     if not isinstance(name, str) or name not in SCHEDULERS:
         what = OTHER_SCHEDULERS.get(str(name), "not known here as a scheduler of the process of Ho et al. 2020")
         raise ValueError(f"_class_name: {name!r} is {what}; choose from {list(SCHEDULERS)}")
-    s = _checked(_Scheduler, {**SCHEDULERS[name], **config})
+    s = _check_config(_Scheduler, {**SCHEDULERS[name], **config})
     variance = s.variance_type or "fixed_small"  # most schedulers have none; it is DDPMScheduler's default
     mistakes = [
         f"{field}: {value!r} is not supported; choose from {list(known)}"
@@ -238,7 +238,7 @@ def read_scheduler(config: dict[str, Any]) -> Scheduler:
     return Scheduler(process, PREDICTION_TYPES[s.prediction_type], s.clip_sample)
 
 
-def scheduler_config(process: Process, prediction: str = "eps") -> dict[str, Any]:
+def make_scheduler_config(process: Process, prediction: str = "eps") -> dict[str, Any]:
     """The config of a diffusers DDPMScheduler that samples the same process.
 
     With the prediction `mu` it raises an error at its first step, and so does its sampling with a learned diagonal.
@@ -258,7 +258,7 @@ def scheduler_config(process: Process, prediction: str = "eps") -> dict[str, Any
 C = TypeVar("C", bound=_Config)
 
 
-def _checked(kind: type[C], config: dict[str, Any]) -> C:
+def _check_config(kind: type[C], config: dict[str, Any]) -> C:
     try:
         return kind.model_validate(config)
     except ValidationError as error:

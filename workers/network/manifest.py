@@ -13,7 +13,7 @@ from typing import Any
 
 from workers import seals
 from workers.config import Mistake
-from workers.identity import digest
+from workers.identity import compute_digest
 from workers.storage import Storage
 
 UNET, WEIGHTS = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
@@ -47,15 +47,15 @@ class Checkpoint:
     @property
     def url(self) -> str:
         """Where a person finds it."""
-        return Storage(self.root).url(self.path)
+        return Storage(self.root).find_url(self.path)
 
 
-def step_name(step: int) -> str:
+def name_step(step: int) -> str:
     """The name of a checkpoint's folder; names sort as steps do."""
     return f"step-{step:08}"
 
 
-def newest(storage: Storage, folder: str, up_to: int | None = None) -> Checkpoint | None:
+def find_newest(storage: Storage, folder: str, up_to: int | None = None) -> Checkpoint | None:
     """The complete checkpoint of the highest step in `folder`, or of the highest `up_to` a step.
 
     One without a manifest does not count.
@@ -63,23 +63,23 @@ def newest(storage: Storage, folder: str, up_to: int | None = None) -> Checkpoin
     Raises CheckpointError where its manifest is damaged.
     """
     for name in reversed(storage.list(folder)):
-        if up_to is not None and name > step_name(up_to):
+        if up_to is not None and name > name_step(up_to):
             continue
-        if found := _committed_or_gone(storage, f"{folder}/{name}"):
+        if found := _open_unless_gone(storage, f"{folder}/{name}"):
             return found
     return None
 
 
-def at_step(storage: Storage, folder: str, step: int) -> Checkpoint | None:
-    """The complete checkpoint of that step; None where there is none. Raises CheckpointError as `newest` does."""
-    return _committed_or_gone(storage, f"{folder}/{step_name(step)}")
+def find_at_step(storage: Storage, folder: str, step: int) -> Checkpoint | None:
+    """The complete checkpoint of that step; None where there is none. Raises CheckpointError as `find_newest` does."""
+    return _open_unless_gone(storage, f"{folder}/{name_step(step)}")
 
 
-def _committed_or_gone(storage: Storage, path: str) -> Checkpoint | None:
+def _open_unless_gone(storage: Storage, path: str) -> Checkpoint | None:
     if not storage.exists(f"{path}/{MANIFEST}"):
         return None
     try:
-        return committed(storage, path)
+        return open_committed(storage, path)
     except CheckpointError:
         if storage.exists(f"{path}/{MANIFEST}"):
             raise
@@ -109,7 +109,7 @@ def keep(storage: Storage, checkpoint: Checkpoint) -> None:
         write_manifest(storage, checkpoint.path, checkpoint.step, dict(checkpoint.sums), kept=True)
 
 
-def averaged(checkpoint: Checkpoint, ema: float | None) -> Checkpoint:
+def choose_average(checkpoint: Checkpoint, ema: float | None) -> Checkpoint:
     """The same checkpoint with another of its averages to be loaded: another model, with a digest of its own.
 
     None is the average that the checkpoint was written for. Raises CheckpointError where it holds no such average.
@@ -117,26 +117,26 @@ def averaged(checkpoint: Checkpoint, ema: float | None) -> Checkpoint:
     if ema is None:
         return checkpoint
     sums = dict(checkpoint.sums)
-    if average_name(ema) not in sums:
+    if name_average(ema) not in sums:
         held = ", ".join(name.removeprefix(AVERAGES).removesuffix(SAFE) for name in sums if name.startswith(AVERAGES))
         raise CheckpointError(f"{checkpoint.url} holds no average of evaluation.ema = {ema}; it has {held or 'none'}")
-    files = {name: sums[find_name(sums, name)] for name in EVALUATED} | {WEIGHTS: sums[average_name(ema)]}
-    return replace(checkpoint, digest=digest(files), weights=average_name(ema))
+    files = {name: sums[find_name(sums, name)] for name in EVALUATED} | {WEIGHTS: sums[name_average(ema)]}
+    return replace(checkpoint, digest=compute_digest(files), weights=name_average(ema))
 
 
-def models(checkpoint: Checkpoint) -> list[Checkpoint]:
+def list_models(checkpoint: Checkpoint) -> list[Checkpoint]:
     """The checkpoint, and what each of its averages makes of it."""
     kept = [name.removeprefix(AVERAGES) for name, _ in checkpoint.sums if name.startswith(AVERAGES)]
-    return [checkpoint, *(averaged(checkpoint, float(name.removesuffix(SAFE))) for name in kept)]
+    return [checkpoint, *(choose_average(checkpoint, float(name.removesuffix(SAFE))) for name in kept)]
 
 
-def average_name(decay: float) -> str:
+def name_average(decay: float) -> str:
     return f"{AVERAGES}{decay}{SAFE}"
 
 
 def check_average_name(name: str) -> str:
     """The name of an average's file, which a manifest gives. Raises ValueError where it is that of anything else."""
-    if name != average_name(float(name.removeprefix(AVERAGES).removesuffix(SAFE))):
+    if name != name_average(float(name.removeprefix(AVERAGES).removesuffix(SAFE))):
         raise ValueError(f"{name!r} is no average")
     return name
 
@@ -149,7 +149,7 @@ def load_journal(checkpoint: Checkpoint) -> bytes | None:
     return read_file(checkpoint, JOURNAL) if JOURNAL in dict(checkpoint.sums) else None
 
 
-def committed(storage: Storage, path: str) -> Checkpoint:
+def open_committed(storage: Storage, path: str) -> Checkpoint:
     """The checkpoint of ours at `path`, from its manifest. Raises CheckpointError."""
     manifest = _read_manifest(storage, path)
     try:
@@ -161,20 +161,24 @@ def committed(storage: Storage, path: str) -> Checkpoint:
             storage.root, path, int(manifest["step"]), sums | more, kept=manifest.get("kept") is True
         )
     except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise _damaged(storage, path, error) from error
+        raise _make_error(storage, path, error) from error
 
 
 def _read_manifest(storage: Storage, path: str) -> dict[str, Any]:
     where = join(path, MANIFEST)
     content = read_bytes(storage, where)
     try:
-        return read_object(content, storage.url(where)) if _is_unsealed(content) else seals.open_json(content, MANIFEST)
+        return (
+            read_object(content, storage.find_url(where))
+            if _is_unsealed(content)
+            else seals.open_json(content, MANIFEST)
+        )
     except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise _damaged(storage, path, error) from error
+        raise _make_error(storage, path, error) from error
 
 
-def _damaged(storage: Storage, path: str, error: Exception) -> CheckpointError:
-    where = storage.url(join(path, MANIFEST))
+def _make_error(storage: Storage, path: str, error: Exception) -> CheckpointError:
+    where = storage.find_url(join(path, MANIFEST))
     return CheckpointError(f"{where} is damaged ({error}): restore or delete the folder")
 
 
@@ -192,16 +196,16 @@ def make_checkpoint(
     files = {name: sums[find_name(sums, weights if name == WEIGHTS else name)] for name in EVALUATED}
     if weights.endswith(".json"):
         files |= {PurePosixPath(name).name: sha for name, sha in sums.items() if name.endswith(SAFE)}
-    return Checkpoint(root, path, step, digest(files), tuple(sorted(sums.items())), weights, kept)
+    return Checkpoint(root, path, step, compute_digest(files), tuple(sorted(sums.items())), weights, kept)
 
 
 def read_file(checkpoint: Checkpoint, name: str) -> bytes:
     """A file's content, checked against its sum before anything is made of it."""
     sums = dict(checkpoint.sums)
     content = read_bytes(Storage(checkpoint.root), join(checkpoint.path, find_name(sums, name)))
-    if sha256_of(content) != sums[find_name(sums, name)]:
+    if hash_bytes(content) != sums[find_name(sums, name)]:
         raise CheckpointError(
-            f"{url_of(checkpoint, name)} is damaged: its sha256 differs from "
+            f"{find_url(checkpoint, name)} is damaged: its sha256 differs from "
             + (
                 "that of the moment it was opened; run the command again when nothing writes to it"
                 if checkpoint.step is None
@@ -217,7 +221,7 @@ def find_name(names: Iterable[str], name: str) -> str:
     return found
 
 
-def url_of(checkpoint: Checkpoint, name: str) -> str:
+def find_url(checkpoint: Checkpoint, name: str) -> str:
     return f"{checkpoint.url}/{find_name(dict(checkpoint.sums), name)}"
 
 
@@ -229,15 +233,15 @@ def read_bytes(storage: Storage, path: str) -> bytes:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     most = MOST_JSON if path.endswith(".json") else memory // 2
     try:
-        if (size := storage.size(path)) > most:
+        if (size := storage.get_size(path)) > most:
             raise CheckpointError(
-                f"{storage.url(path)} has {size:,} bytes, more than the {most:,} that can be read here"
+                f"{storage.find_url(path)} has {size:,} bytes, more than the {most:,} that can be read here"
             )
         return storage.read(path)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{storage.url(path)} is missing: restore it, or delete the folder") from error
+        raise CheckpointError(f"{storage.find_url(path)} is missing: restore it, or delete the folder") from error
     except OSError as error:
-        raise CheckpointError(f"{storage.url(path)} cannot be read: {error}") from error
+        raise CheckpointError(f"{storage.find_url(path)} cannot be read: {error}") from error
 
 
 def read_object(content: bytes, where: str) -> dict[str, Any]:
@@ -250,5 +254,5 @@ def read_object(content: bytes, where: str) -> dict[str, Any]:
     return found
 
 
-def sha256_of(content: bytes) -> str:
+def hash_bytes(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()

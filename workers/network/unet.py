@@ -42,7 +42,7 @@ DOWN = {"DownBlock2D": False, "AttnDownBlock2D": True}  # name -> whether it has
 UP = {"UpBlock2D": False, "AttnUpBlock2D": True}
 
 
-def checked(config: dict[str, Any]) -> dict[str, Any]:
+def check_config(config: dict[str, Any]) -> dict[str, Any]:
     """`config` with diffusers' default for each field left out; ValueError naming every field not supported here."""
     full = {**DEFAULTS, **{name: value for name, value in config.items() if not name.startswith("_")}}
     mistakes = [
@@ -270,7 +270,7 @@ class UNet(nn.Module):
 
     def __init__(self, config: dict[str, Any], generator: torch.Generator | None = None) -> None:
         super().__init__()
-        c = checked(config)
+        c = check_config(config)
         widths, blocks, final = c["block_out_channels"], c["layers_per_block"], len(c["block_out_channels"]) - 1
         self.config = dict(config)
         self.conv_in = nn.Conv2d(c["in_channels"], widths[0], 3, padding=1)

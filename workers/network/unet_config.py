@@ -41,7 +41,7 @@ DEFAULTS: dict[str, Any] = {
 MOST_WEIGHTS = 20e9  # 80 GB in float32, and four times that in training
 
 
-def norm_groups(model: ModelConfig) -> int:
+def choose_norm_groups(model: ModelConfig) -> int:
     """Groups of the group norms: `model.norm_groups`, but at least 4 channels a group, as in the paper (128 in 32).
 
     A group of one channel would subtract the time embedding, which is constant over the image, right after it is
@@ -50,10 +50,10 @@ def norm_groups(model: ModelConfig) -> int:
     return max(1, min(model.norm_groups, model.channels // 4))
 
 
-def unet_mistakes(model: ModelConfig, *, resolution: int) -> list[str]:
+def find_unet_mistakes(model: ModelConfig, *, resolution: int) -> list[str]:
     """What keeps `model` from being built for resolution x resolution images, and what to do; empty if nothing does."""
     mistakes = []
-    groups, levels = norm_groups(model), len(model.multipliers)
+    groups, levels = choose_norm_groups(model), len(model.multipliers)
     if model.channels < 4 or model.channels % 2:
         mistakes.append(
             f"model.channels: {model.channels} must be even and at least 4, "
@@ -85,7 +85,7 @@ def unet_mistakes(model: ModelConfig, *, resolution: int) -> list[str]:
                 f"model.attention: {absent} is at none of the network's resolutions; "
                 f"choose from {present}, or [] for attention in the middle only"
             )
-    if not mistakes and (n := weights(model, resolution=resolution)) > MOST_WEIGHTS:
+    if not mistakes and (n := count_weights(model, resolution=resolution)) > MOST_WEIGHTS:
         mistakes.append(
             f"model: channels {model.channels}, multipliers {list(model.multipliers)} and blocks {model.blocks} make "
             f"about {n:.2g} weights, more than {MOST_WEIGHTS:.2g}; take fewer"
@@ -93,40 +93,42 @@ def unet_mistakes(model: ModelConfig, *, resolution: int) -> list[str]:
     return mistakes
 
 
-def weights(model: ModelConfig, *, resolution: int) -> int:
+def count_weights(model: ModelConfig, *, resolution: int) -> int:
     """How many weights the matrices and kernels of the network have: all but some in a thousand."""
     c, levels = model.channels, len(model.multipliers)
     widths = [c * multiplier for multiplier in model.multipliers]
     attends = [resolution >> level in model.attention for level in range(levels)]
 
-    def block(before: int, width: int) -> int:
+    def count_block(before: int, width: int) -> int:
         return 9 * width * (before + width) + 4 * c * width + before * width * (before != width)
 
     total, before, skips = 4 * c * c + 16 * c * c, c, [c]
     for level, width in enumerate(widths):
         last = level == levels - 1
-        total += sum(block(before if k == 0 else width, width) for k in range(model.blocks))
+        total += sum(count_block(before if k == 0 else width, width) for k in range(model.blocks))
         total += 4 * width**2 * model.blocks * attends[level] + 9 * width**2 * (not last)
         skips += [width] * (model.blocks + (not last))
         before = width
-    total += 2 * block(before, before) + 4 * before**2
+    total += 2 * count_block(before, before) + 4 * before**2
     for level in reversed(range(levels)):
         width = widths[level]
-        total += sum(block((before if k == 0 else width) + skips.pop(), width) for k in range(model.blocks + 1))
+        total += sum(count_block((before if k == 0 else width) + skips.pop(), width) for k in range(model.blocks + 1))
         total += 4 * width**2 * (model.blocks + 1) * attends[level] + 9 * width**2 * (level > 0)
         before = width
     return total
 
 
-def unet_config(model: ModelConfig, *, image_channels: int, resolution: int, learned: bool = False) -> dict[str, Any]:
+def make_unet_config(
+    model: ModelConfig, *, image_channels: int, resolution: int, learned: bool = False
+) -> dict[str, Any]:
     """The config.json of the UNet2DModel that `model` means for resolution x resolution images.
 
     With a `learned` variance the last convolution has twice the channels: the second head is its second half.
 
     `ModelConfig()` with 3 channels at 32 x 32 gives google/ddpm-cifar10-32 (Ho et al. 2020, appendix B). Raises
-    ValueError with all that `unet_mistakes` finds.
+    ValueError with all that `find_unet_mistakes` finds.
     """
-    if mistakes := unet_mistakes(model, resolution=resolution):
+    if mistakes := find_unet_mistakes(model, resolution=resolution):
         raise ValueError("\n".join(mistakes))
     attends = [resolution >> level in model.attention for level in range(len(model.multipliers))]
     return {
@@ -144,6 +146,6 @@ def unet_config(model: ModelConfig, *, image_channels: int, resolution: int, lea
         "downsample_padding": 0,
         "dropout": model.dropout,
         "attention_head_dim": None,  # one head of the full width
-        "norm_num_groups": norm_groups(model),
+        "norm_num_groups": choose_norm_groups(model),
         "norm_eps": 1e-6,
     }
