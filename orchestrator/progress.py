@@ -268,7 +268,7 @@ class RowsInProgress:
         """Keeps what work of the trial took, for the plans of later sweeps."""
         trial = self.standing.get_trial(row)
         for hardware, spent in spents.items():
-            cost.learn(self.storage, trial, self.standing.sources[trial.data], hardware, spent, row[:8])
+            cost.learn(self.storage, trial, self.standing.sources[trial.data], hardware, spent, said_by=row[:8])
 
     def _end_measurement(self, row: RowId, spents: Mapping[str, Spent]) -> None:
         trial = self.standing.get_trial(row)

@@ -157,7 +157,7 @@ def test_a_step_of_diffusers_is_ours(storage, prediction, variance):
             said, output = model(x, t), pipeline.unet(x, time - 1).sample
         theirs = pipeline.scheduler.step(output, time - 1, x, generator=make_generator("z")).prev_sample
         said = replace(said, x_0=said.x_0.clamp(-1, 1))
-        ours = ancestral(p, SamplerConfig(), x, said, t, make_generator("z"))
+        ours = ancestral(p, SamplerConfig(), x, said, t, generator=make_generator("z"))
         torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=1e-4)
     image = pipeline(batch_size=1, num_inference_steps=p.T, output_type="np").images
     assert image.shape == (1, 8, 8, 1)

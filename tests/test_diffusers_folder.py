@@ -108,7 +108,7 @@ def test_a_step_is_that_of_diffusers(unet, folder, scheduler):
         # x_0_hat is a difference over sqrt(alpha_bar_t): late in the chain eps in float32 allows no more.
         atol = max(1e-5, 1e-6 / float(process.alpha_bar[t - 1].sqrt()))
         torch.testing.assert_close(said.x_0, step.pred_original_sample, rtol=0, atol=atol)
-        found = ancestral(process, SamplerConfig(), x_t, said, time, make_generator("z"))
+        found = ancestral(process, SamplerConfig(), x_t, said, time, generator=make_generator("z"))
         torch.testing.assert_close(found, step.prev_sample, rtol=0, atol=1e-5)
 
 

@@ -383,8 +383,8 @@ def test_ddim_with_eta_1_is_ancestral_with_fixed_small(kind):
     for k in range(p.T):
         one = slice(k, k + 1)
         of = said(p, x_0[one], x_t[one], t[one])
-        a = ancestral(p, ANCESTRAL, x_t[one], of, t[one], make_generator("z", k))
-        torch.testing.assert_close(ddim(p, eta_1, x_t[one], of, t[one], make_generator("z", k)), a)
+        a = ancestral(p, ANCESTRAL, x_t[one], of, t[one], generator=make_generator("z", k))
+        torch.testing.assert_close(ddim(p, eta_1, x_t[one], of, t[one], generator=make_generator("z", k)), a)
     chains = [
         sample(p, from_eps(p, lambda x, t: x.sin()), SamplerConfig(steps=9, **c), (3, 1, 2, 2), make_generator("chain"))
         for c in ({"kind": "ancestral"}, {"kind": "ddim", "eta": 1.0})
@@ -495,7 +495,7 @@ def test_ancestral_steps_are_those_of_diffusers(schedulers, variance, clip, step
     for step in (q.T, q.T // 2, 2, 1):
         t, time = torch.full((4,), step), int(q.times[step - 1]) - 1
         of = Prediction(q.predict_x_0(x_t, t, eps, clip), eps)
-        ours = ancestral(q, ANCESTRAL, x_t, of, t, make_generator("z"))
+        ours = ancestral(q, ANCESTRAL, x_t, of, t, generator=make_generator("z"))
         theirs = scheduler.step(eps, time, x_t, generator=make_generator("z")).prev_sample
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
 
@@ -516,7 +516,7 @@ def test_ddim_steps_are_those_of_diffusers(schedulers, eta, clip, steps):
     for step in (q.T, q.T // 2, 2, 1):
         t, time = torch.full((4,), step), int(q.times[step - 1]) - 1
         of = Prediction(q.predict_x_0(x_t, t, eps, clip), eps)
-        ours = ddim(q, SamplerConfig(kind="ddim", eta=eta), x_t, of, t, make_generator("z"))
+        ours = ddim(q, SamplerConfig(kind="ddim", eta=eta), x_t, of, t, generator=make_generator("z"))
         theirs = scheduler.step(eps, time, x_t, eta=eta, use_clipped_model_output=True, generator=make_generator("z"))
         torch.testing.assert_close(ours, theirs.prev_sample, rtol=2e-4, atol=2e-4)
 

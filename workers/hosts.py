@@ -45,7 +45,7 @@ def report_results(job: Job, world: World) -> Generator[dict[str, Any], None, No
     trial, storage, folder = read_trial(job), Storage(job["storage"]), name_trial_folder(job["digest"])
     if world.rank == 0:
         storage.remove_leftovers(folder)
-    loop = training_loop(trial, prepare(trial.data), storage, folder, world, job["also_keep"])
+    loop = training_loop(trial, prepare(trial.data), storage, folder, world, also_keep=job["also_keep"])
     for progress in loop:
         yield {
             "valid/nll_bpd": PENALTY_BPD,

@@ -95,26 +95,26 @@ class ScheduleEntry(Entry):
     more_noise: str = "take a larger T"  # what closes its prior gap, where it has no range to scale
 
 
-def _add_schedule(name: str, about: str, *reads: str, **more: Any) -> ScheduleEntry:
+def _make_schedule(name: str, about: str, *reads: str, **more: Any) -> ScheduleEntry:
     return ScheduleEntry(function=f"workers.diffusion.schedules:{name}", about=about, reads=reads, **more)
 
 
 _RANGE = ("beta_start", "beta_end", "scale")
 SCHEDULES = Kinds(
     {
-        "linear": _add_schedule("linear", "beta_t linear in t (Ho et al. 2020)", *_RANGE),
-        "quadratic": _add_schedule("quadratic", "sqrt(beta_t) linear in t (Song et al. 2020a)", *_RANGE),
-        "constant": _add_schedule("constant", "beta_t = beta_end", "beta_end", "scale"),
-        "jsd": _add_schedule("jsd", "beta_t = 1 / (T - t + 1) (Sohl-Dickstein et al. 2015)", ends_at_zero=True),
-        "warmup10": _add_schedule("warmup10", "a linear rise over a tenth of the times, then beta_end", *_RANGE),
-        "warmup50": _add_schedule("warmup50", "a linear rise over half of the times, then beta_end", *_RANGE),
-        "cosine": _add_schedule("cosine", "alpha_bar_t a squared cosine (Nichol & Dhariwal 2021)"),
-        "sigmoid": _add_schedule("sigmoid", "beta_t a sigmoid in t (Xu et al. 2022)", *_RANGE),
-        "list": _add_schedule(
+        "linear": _make_schedule("linear", "beta_t linear in t (Ho et al. 2020)", *_RANGE),
+        "quadratic": _make_schedule("quadratic", "sqrt(beta_t) linear in t (Song et al. 2020a)", *_RANGE),
+        "constant": _make_schedule("constant", "beta_t = beta_end", "beta_end", "scale"),
+        "jsd": _make_schedule("jsd", "beta_t = 1 / (T - t + 1) (Sohl-Dickstein et al. 2015)", ends_at_zero=True),
+        "warmup10": _make_schedule("warmup10", "a linear rise over a tenth of the times, then beta_end", *_RANGE),
+        "warmup50": _make_schedule("warmup50", "a linear rise over half of the times, then beta_end", *_RANGE),
+        "cosine": _make_schedule("cosine", "alpha_bar_t a squared cosine (Nichol & Dhariwal 2021)"),
+        "sigmoid": _make_schedule("sigmoid", "beta_t a sigmoid in t (Xu et al. 2022)", *_RANGE),
+        "list": _make_schedule(
             "given", "the betas of the file", "betas",
             check="workers.diffusion.schedules:find_given_mistakes", more_noise="take larger betas",
         ),
-        "log_snr": _add_schedule(
+        "log_snr": _make_schedule(
             "log_snr", "log SNR_t linear in t (Kingma et al. 2021)", "log_snr_start", "log_snr_end",
             check="workers.diffusion.schedules:find_log_snr_mistakes", more_noise="take a smaller log_snr_end",
         ),
@@ -133,16 +133,16 @@ class PredictionEntry(Entry):
     diffusers: str = ""  # diffusers' name of it; its own where empty
 
 
-def _add_prediction(name: str, about: str, **more: Any) -> PredictionEntry:
+def _make_prediction(name: str, about: str, **more: Any) -> PredictionEntry:
     return PredictionEntry(function=f"workers.diffusion.predictions:{name}", about=about, **more)
 
 
 PREDICTIONS = Kinds(
     {
-        "eps": _add_prediction("EPS", "the noise (Ho et al. 2020, eq. 14)", without_signal=False, diffusers="epsilon"),
-        "x_0": _add_prediction("X_0", "the image", diffusers="sample"),
-        "mu": _add_prediction("MU", "the mean of the posterior (eq. 7)", between_times=False, in_bf16=False),
-        "v": _add_prediction("V", "the velocity (Salimans & Ho 2022)", diffusers="v_prediction"),
+        "eps": _make_prediction("EPS", "the noise (Ho et al. 2020, eq. 14)", without_signal=False, diffusers="epsilon"),
+        "x_0": _make_prediction("X_0", "the image", diffusers="sample"),
+        "mu": _make_prediction("MU", "the mean of the posterior (eq. 7)", between_times=False, in_bf16=False),
+        "v": _make_prediction("V", "the velocity (Salimans & Ho 2022)", diffusers="v_prediction"),
     }
 )
 
@@ -161,19 +161,21 @@ class WeightingEntry(Entry):
     needs_fixed: bool = False  # whether it is stated with a fixed sigma_t^2
 
 
-def _add_objective(name: str, about: str, *reads: str, **more: Any) -> ObjectiveEntry:
+def _make_objective(name: str, about: str, *reads: str, **more: Any) -> ObjectiveEntry:
     return ObjectiveEntry(function=f"workers.diffusion.objectives:{name}", about=about, reads=reads, **more)
 
 
-def _add_weighting(name: str, about: str, *reads: str, **more: Any) -> WeightingEntry:
+def _make_weighting(name: str, about: str, *reads: str, **more: Any) -> WeightingEntry:
     return WeightingEntry(function=f"workers.diffusion.objectives:{name}", about=about, reads=reads, **more)
 
 
 OBJECTIVES = Kinds(
     {
-        "mse": _add_objective("mse", "the weighted squared error of the prediction", "weighting", teaches_variance=False),
-        "kl": _add_objective("kl", "the bound in bits/dim (eq. 5)", teaches_variance=True),
-        "hybrid": _add_objective(
+        "mse": _make_objective(
+            "mse", "the weighted squared error of the prediction", "weighting", teaches_variance=False
+        ),
+        "kl": _make_objective("kl", "the bound in bits/dim (eq. 5)", teaches_variance=True),
+        "hybrid": _make_objective(
             "hybrid", "mse, and the bound for the variance (Nichol & Dhariwal 2021)", "weighting", "vlb_weight",
             teaches_variance=True, needs_learned=True,
         ),
@@ -181,12 +183,12 @@ OBJECTIVES = Kinds(
 )  # fmt: skip
 WEIGHTINGS = Kinds(
     {
-        "simple": _add_weighting("simple", "the prediction's own error, L_simple (eq. 14)"),
-        "vlb": _add_weighting("vlb", "the bound's own (eq. 8)", needs_fixed=True),
-        "snr": _add_weighting("snr", "SNR_t for the error of x_0 (Salimans & Ho 2022)"),
-        "truncated_snr": _add_weighting("truncated_snr", "max(SNR_t, 1) (Salimans & Ho 2022)"),
-        "min_snr": _add_weighting("min_snr", "min(SNR_t, gamma) (Hang et al. 2023)", "gamma"),
-        "p2": _add_weighting("p2", "SNR_t / (k + SNR_t)^gamma (Choi et al. 2022)", "p2_gamma", "p2_k"),
+        "simple": _make_weighting("simple", "the prediction's own error, L_simple (eq. 14)"),
+        "vlb": _make_weighting("vlb", "the bound's own (eq. 8)", needs_fixed=True),
+        "snr": _make_weighting("snr", "SNR_t for the error of x_0 (Salimans & Ho 2022)"),
+        "truncated_snr": _make_weighting("truncated_snr", "max(SNR_t, 1) (Salimans & Ho 2022)"),
+        "min_snr": _make_weighting("min_snr", "min(SNR_t, gamma) (Hang et al. 2023)", "gamma"),
+        "p2": _make_weighting("p2", "SNR_t / (k + SNR_t)^gamma (Choi et al. 2022)", "p2_gamma", "p2_k"),
     }
 )
 
@@ -199,16 +201,16 @@ class DrawEntry(Entry):
     remembers: bool = False  # whether p_t comes of the losses so far (`timesteps.History`), and weighs them
 
 
-def _add_draw(name: str, about: str, **more: Any) -> DrawEntry:
+def _make_draw(name: str, about: str, **more: Any) -> DrawEntry:
     return DrawEntry(function=f"workers.diffusion.timesteps:{name}", about=about, **more)
 
 
 TIMESTEPS = Kinds(
     {
-        "uniform": _add_draw("uniform", "each by itself (Ho et al. 2020)"),
-        "stratified": _add_draw("stratified", "one from each of as many parts of 1..T as there are images"),
-        "antithetic": _add_draw("antithetic", "pairs t and T + 1 - t"),
-        "importance": _add_draw(
+        "uniform": _make_draw("uniform", "each by itself (Ho et al. 2020)"),
+        "stratified": _make_draw("stratified", "one from each of as many parts of 1..T as there are images"),
+        "antithetic": _make_draw("antithetic", "pairs t and T + 1 - t"),
+        "importance": _make_draw(
             "importance", "by the second moment of the loss (Nichol & Dhariwal 2021)", remembers=True
         ),
     }
@@ -248,7 +250,7 @@ class SamplerEntry(Entry):
     without_signal: bool = False  # whether it can begin where alpha_bar_T = 0
 
 
-def _add_sampler(form: str, name: str, about: str, *reads: str, levels: str = "", **more: Any) -> SamplerEntry:
+def _make_sampler(form: str, name: str, about: str, *reads: str, levels: str = "", **more: Any) -> SamplerEntry:
     home = "workers.diffusion.samplers:"
     levels = levels and home + levels
     return SamplerEntry(form=form, function=home + name, about=about, reads=reads, levels=levels, **more)
@@ -256,26 +258,26 @@ def _add_sampler(form: str, name: str, about: str, *reads: str, levels: str = ""
 
 SAMPLERS = Kinds(
     {
-        "ancestral": _add_sampler(
+        "ancestral": _make_sampler(
             "step", "ancestral", "a draw of p_theta a step (Ho et al. 2020, Algorithm 2)", "steps",
             clips=True, reads_variance=True, without_signal=True,
         ),
-        "ddim": _add_sampler(
+        "ddim": _make_sampler(
             "step", "ddim", "DDIM (Song et al. 2020a)", "steps", "eta", clips=True, without_signal=True,
         ),
-        "euler_maruyama": _add_sampler("step", "euler_maruyama", "the reverse SDE (Song et al. 2021)", "steps"),
-        "langevin": _add_sampler(
+        "euler_maruyama": _make_sampler("step", "euler_maruyama", "the reverse SDE (Song et al. 2021)", "steps"),
+        "langevin": _make_sampler(
             "levels", "langevin", "annealed Langevin dynamics (Song & Ermon 2019)", "steps", "repeats", "step_size",
             levels="geometric", evaluations=lambda config, steps: steps * config.repeats + 1,  # and one to denoise
         ),
-        "heun": _add_sampler(
+        "heun": _make_sampler(
             "levels", "heun", "the flow by Heun's rule (Karras et al. 2022)", "steps",
             levels="power", evaluations=lambda config, steps: 2 * steps - 1,  # two a step, but for the last
         ),
-        "dpmpp": _add_sampler(
+        "dpmpp": _make_sampler(
             "levels", "dpmpp", "DPM-Solver++(2M) (Lu et al. 2022b)", "steps", levels="geometric", clips=True,
         ),
-        "ode": _add_sampler(
+        "ode": _make_sampler(
             "whole", "ode", "the flow by a solver with error control", "tolerance",
             evaluations=lambda config, steps: guess_adaptive_evaluations("samples", config.tolerance), exact=False,
         ),
@@ -300,17 +302,17 @@ class MeasureEntry(Entry):
     of_real: bool = True  # whether it compares with real images
 
 
-def _add_measure(name: str, about: str, **more: Any) -> MeasureEntry:
+def _make_measure(name: str, about: str, **more: Any) -> MeasureEntry:
     return MeasureEntry(function=f"workers.evaluation.summary:{name}", about=about, **more)
 
 
 MEASURES = Kinds(
     {
-        "kid": _add_measure("kid", "the kernel distance (Binkowski et al. 2018)", lower=("kid",)),
-        "precision_recall": _add_measure(
+        "kid": _make_measure("kid", "the kernel distance (Binkowski et al. 2018)", lower=("kid",)),
+        "precision_recall": _make_measure(
             "precision_recall", "precision and recall (Kynkäänniemi et al. 2019)", least=4,
         ),
-        "inception_score": _add_measure(
+        "inception_score": _make_measure(
             "inception_score", "the Inception score (Salimans et al. 2016)", needs="inception", least=10, of_real=False,
         ),
     }

@@ -91,6 +91,7 @@ def train(
     storage: Storage,
     folder: str,
     world: World | None = None,
+    *,
     also_keep: Collection[int] = (),
 ) -> Iterator[Progress]:
     """Trains `trial` in `folder` of the storage until the checkpoints of its last step, and of the steps to
@@ -102,11 +103,11 @@ def train(
     world, asked = world or World(), sorted({*also_keep, trial.training.steps})
     there = [step for step in asked if manifest.find_at_step(storage, name_checkpoints_folder(folder), step)]
     missing = [step for step in asked if step not in there] or asked[-1:]
-    loop, told = _Loop(trial, dataset, storage, folder, world, asked), -1
+    loop, told = _Loop(trial, dataset, storage, folder, world, asked=asked), -1
     try:
         for target in missing:
             if not loop.leads_to(target):
-                loop, told = _Loop(trial, dataset, storage, folder, world, asked), -1
+                loop, told = _Loop(trial, dataset, storage, folder, world, asked=asked), -1
             loop.resume(target)
             while True:
                 if loop.is_due(trial.training.validate_every) and loop.step != told:
@@ -125,7 +126,7 @@ def train(
 
 def repeat_steps(trial: Trial, dataset: Dataset, storage: Storage, device: torch.device) -> Iterator[None]:
     """Steps of a training that is neither validated nor kept, without end: what they take can be measured."""
-    loop = _Loop(trial, dataset, storage, "steps", World(device=device), [])
+    loop = _Loop(trial, dataset, storage, "steps", World(device=device), asked=[])
     loop.network.train()
     while True:
         loop._train_step()
@@ -137,7 +138,7 @@ class _Loop:
     """The state of one training run, and its transitions."""
 
     def __init__(
-        self, trial: Trial, dataset: Dataset, storage: Storage, folder: str, world: World, asked: Sequence[int]
+        self, trial: Trial, dataset: Dataset, storage: Storage, folder: str, world: World, *, asked: Sequence[int]
     ) -> None:
         """At step 0. The checkpoints of the steps that are `asked` for stay."""
         self.trial, self.dataset, self.storage, self.folder, self.world = trial, dataset, storage, folder, world
@@ -328,7 +329,7 @@ class _Loop:
             self.journal.flush()
             speed = {"spent": self.meter.spent, "seconds": self.clock.seconds, "peak": self.peak}
             of = self.storage, self.folder, progress, self.trial.training.steps, self.checkpoint
-            write_status(*of, {"hardware": self.meter.hardware, **speed})
+            write_status(*of, speed={"hardware": self.meter.hardware, **speed})
         return progress
 
     @cached_property
@@ -464,6 +465,7 @@ def write_status(
     progress: Progress,
     steps: int,
     checkpoint: manifest.Checkpoint | None,
+    *,
     speed: Mapping[str, Any],
 ) -> None:
     """`status.json`: where the trial stands, for the driver that comes next and for a person.

@@ -41,7 +41,7 @@ FAMILIES = {
 # ---- Speeds ----------------------------------------------------------------------------------------------------
 
 
-def learn(storage: Storage, trial: Trial, source: Source, hardware: str, spent: Spent, said_by: str) -> None:
+def learn(storage: Storage, trial: Trial, source: Source, hardware: str, spent: Spent, *, said_by: str) -> None:
     """Keeps what work of each kind took; of a kind that was known the newer counts."""
     if not spent:
         return
@@ -248,9 +248,9 @@ def describe_cost(
         )
     unit = "core" if found.hardware.endswith(CORE) else "GPU"
     lines = [
-        f"Time: about {format_duration(found.wall_s)} on {_describe_place(machines, unit)}: {_format_hours(found.training_s, unit)} of "
-        f"training and {_format_hours(found.evaluation_s, unit)} of evaluation, at the throughput of {found.hardware}, "
-        f"measured by {found.said_by}."
+        f"Time: about {format_duration(found.wall_s)} on {_describe_place(machines, unit)}: "
+        f"{_format_hours(found.training_s, unit)} of training and {_format_hours(found.evaluation_s, unit)} of "
+        f"evaluation, at the throughput of {found.hardware}, measured by {found.said_by}."
     ]
     if found.scaled:
         lines.append("Data-parallel training of this size was not measured: it is taken to be as fast a worker.")

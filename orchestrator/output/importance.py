@@ -1,8 +1,9 @@
 """How much of a metric's spread over the trials each searched setting explains.
 
-By one-way analysis of variance (`compute_importance`): on a full grid the shares of all settings and what is left (their
-interplay) add up to 1. Where settings are drawn they are confounded by chance, and with few trials a share is large by
-chance alone: `Share.chance` says how large. There a random forest says more (`grow_forest`): it sees all settings at once.
+By one-way analysis of variance (`compute_importance`): on a full grid the shares of all settings and what is left
+(their interplay) add up to 1. Where settings are drawn they are confounded by chance, and with few trials a share is
+large by chance alone: `Share.chance` says how large. There a random forest says more (`grow_forest`): it sees all
+settings at once.
 """
 
 import math

@@ -58,7 +58,7 @@ class ImageModel(PythonModel):
             if not 0 <= n <= MOST:
                 raise ValueError(f"n = {n} images were asked for; give 0 to {MOST:,}")
             for block in range(math.ceil(n / SAMPLES)):
-                images = draw_images(self.model, fid, seed, block, self.shape, self.levels)
+                images = draw_images(self.model, fid, seed, block, shape=self.shape, levels=self.levels)
                 parts.append(images[: n - block * SAMPLES])
         return np.concatenate(parts)
 

@@ -181,9 +181,8 @@ class SweepRuns:
 
     def end_sweep(self, rows: Sequence[Row]) -> None:
         """Writes the results beside the sweep and ships them, unless just these were shipped before."""
-        key = compute_digest(
-            [resolve(self.experiment), [[r.digest, r.state, r.metrics, r.found.checkpoint] for r in rows]]
-        )
+        results = [[r.digest, r.state, r.metrics, r.found.checkpoint] for r in rows]
+        key = compute_digest([resolve(self.experiment), results])
         published = self.storage.read_sealed(self._published) or {}
         is_whole = published.get("key") == key and self._are_whole(published["files"])
         if is_whole and published["uri"] == self.tracker.uri and not self._is_lost(rows):
@@ -270,9 +269,8 @@ class SweepRuns:
     def _is_lost(self, rows: Sequence[Row]) -> bool:
         """Whether something that was published is no longer in MLflow; where that cannot be asked, it is told."""
         try:
-            if not self.tracker.is_missing(
-                [row.digest for row in rows if row.found.status], self._choose_candidate(rows), ASK_S
-            ):
+            trained = [row.digest for row in rows if row.found.status]
+            if not self.tracker.is_missing(trained, self._choose_candidate(rows), ASK_S):
                 return False
             self.storage.delete(self._published)  # until all of it is there again
             return True
