@@ -94,7 +94,7 @@ class Watch:
     def __init__(self, cluster: Cluster, trials: int, lose_a_node: bool) -> None:
         self.cluster, self.trials, self.lose = cluster, trials, lose_a_node
         self.ended: dict[str, dict[str, Any]] = {}
-        self.restarts, self.failures, self.said = 0, [], []  # type: ignore[var-annotated]
+        self.restarts, self.failures, self.messages = 0, [], []  # type: ignore[var-annotated]
         self.blocks: list[Any] = []
         self.block_times: list[tuple[float, float]] = []
         self.memory_gb, self.looked = 0.0, 0.0
@@ -124,7 +124,7 @@ class Watch:
         self.failures.append(f"{digest}: {why}")
 
     def say(self, text: str) -> None:
-        self.said.append(text)
+        self.messages.append(text)
 
     def is_evaluating(self) -> bool:
         return bool(self.blocks)
@@ -246,7 +246,7 @@ def figures(watch: Watch, work: list[dict[str, Any]], wall: float, cpu_s: float,
         "blocks": len(watch.block_times),
         "blocks_while_others_train": sum(among),
         "memory_gb": watch.memory_gb,
-        "said": watch.said,
+        "messages": watch.messages,
     }
 
 

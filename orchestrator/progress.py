@@ -116,7 +116,7 @@ class RowsInProgress:
         rows = [row for row in self.standing.sharing[trial] if row in self.training]
         return sorted(rows, key=lambda row: self.standing.get_trial(row).training.steps)
 
-    # What the training tells of a trial goes to the rows that wait for it, and is said of the first.
+    # What the training tells of a trial goes to the rows that wait for it, and is printed for the first.
 
     def begin_trial(self, trial: TrialId) -> None:
         training, [row, *_] = (

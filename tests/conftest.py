@@ -115,7 +115,7 @@ class Started:
             preexec_fn=in_child,
         )
 
-    def said(self) -> str:
+    def read_output(self) -> str:
         """All that it has written until now."""
         self.output.seek(0)
         return self.output.read()
@@ -125,7 +125,7 @@ class Started:
         while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
-                raise AssertionError(f"ended or hung before the condition held:\n{self.said()}")
+                raise AssertionError(f"ended or hung before the condition held:\n{self.read_output()}")
             time.sleep(0.05)
 
     def kill(self) -> None:

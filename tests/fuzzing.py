@@ -184,7 +184,7 @@ def edited(text: str, rng: random.Random) -> tuple[str, bytes]:
 @dataclass
 class Outcome:
     status: int
-    said: str = ""
+    output: str = ""
     numbers: Any = None  # what must not change without a word; None where nothing is compared
     names: list[str] = field(
         default_factory=list
@@ -300,15 +300,15 @@ def checkpoint_folder(rng: random.Random, here: Path, prepared: Prepared) -> tup
     def ran() -> Outcome:
         from workers.config import Mistake
 
-        said = io.StringIO()
-        with listened(said):
+        output = io.StringIO()
+        with listened(output):
             try:
                 numbers: dict[str, Any] | None = drawn(folder)
             except Mistake as mistake:
-                return Outcome(2, str(mistake) + said.getvalue())
+                return Outcome(2, str(mistake) + output.getvalue())
         if kind == "diffusers" or numbers["digest"] != prepared.numbers[kind]["digest"]:
             numbers = None  # what has another address may be another model
-        return Outcome(0, said.getvalue() + "drawn", numbers, [path.name])
+        return Outcome(0, output.getvalue() + "drawn", numbers, [path.name])
 
     return f"checkpoint {kind}: {path.relative_to(folder)}: {how}", ran
 
@@ -430,15 +430,15 @@ def data_file(rng: random.Random, here: Path, prepared: Prepared) -> tuple[str, 
     def ran() -> Outcome:
         from workers.config import Mistake
 
-        said = io.StringIO()
-        with listened(said):
+        output = io.StringIO()
+        with listened(output):
             try:
                 numbers: dict[str, Any] | None = pictured(source, cache)
             except Mistake as mistake:
-                return Outcome(2, str(mistake) + said.getvalue())
+                return Outcome(2, str(mistake) + output.getvalue())
         if numbers["digest"] != prepared.numbers[f"data-{kind}"]["digest"]:
             numbers = None  # other data under another address
-        return Outcome(0, said.getvalue() + "read", numbers, [path.name, path.parent.name])
+        return Outcome(0, output.getvalue() + "read", numbers, [path.name, path.parent.name])
 
     return f"data {kind}{' decoded' * decoded}: {path.relative_to(here)}: {how}", ran
 
@@ -491,16 +491,16 @@ def loaded(storage: Path) -> Outcome:
     from orchestrator import load_results
     from workers.config import Mistake
 
-    said = io.StringIO()
-    with listened(said):
+    output = io.StringIO()
+    with listened(output):
         try:
             frame = load_results("tiny", storage=storage)
         except Mistake as mistake:
-            return Outcome(2, str(mistake) + said.getvalue())
+            return Outcome(2, str(mistake) + output.getvalue())
     metrics = [name for name in frame.columns if name.startswith(("eval/", "valid/"))]
     done = [row for row in frame.to_dict("records") if row["state"] == "done"]
     rows = {row["trial"]: {name: row[name] for name in metrics if row[name] == row[name]} for row in done}  # no NaN
-    return Outcome(0, said.getvalue() + "loaded", rows)
+    return Outcome(0, output.getvalue() + "loaded", rows)
 
 
 @reader
@@ -508,15 +508,15 @@ def model(storage: Path) -> Outcome:
     from orchestrator import open_model
     from workers.config import Mistake
 
-    said = io.StringIO()
-    with listened(said), warnings.catch_warnings(record=True) as warned:
+    output = io.StringIO()
+    with listened(output), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UserWarning)
         try:
             images = open_model("tiny", storage=storage).sample(1, seed=0, steps=2)
         except Mistake as mistake:
-            return Outcome(2, str(mistake) + said.getvalue())
-    said.writelines(str(warning.message) for warning in warned if "best of the others" in str(warning.message))
-    return Outcome(0, said.getvalue() + "drawn", hashlib.sha256(images.tobytes()).hexdigest())
+            return Outcome(2, str(mistake) + output.getvalue())
+    output.writelines(str(warning.message) for warning in warned if "best of the others" in str(warning.message))
+    return Outcome(0, output.getvalue() + "drawn", hashlib.sha256(images.tobytes()).hexdigest())
 
 
 @reader
@@ -541,7 +541,7 @@ def stored(
 
     def ran() -> Outcome:
         outcome = read(storage)
-        return Outcome(outcome.status, outcome.said, outcome.numbers, [path.name])
+        return Outcome(outcome.status, outcome.output, outcome.numbers, [path.name])
 
     return f"{name} after {path.relative_to(storage)}: {how}", ran
 
@@ -707,9 +707,9 @@ def one(seed: int, number: int, prepared: Prepared, kind: str = "", aloud: bool 
 def wrong(outcome: Outcome, numbers: dict[str, Any], what: str) -> str:
     if outcome.status not in (0, 1, 2):
         return f"status {outcome.status}"
-    if "Traceback (most recent call last)" in outcome.said:
-        return f"a traceback is told: {outcome.said[-300:]}"
-    if outcome.status and not outcome.said.strip():
+    if "Traceback (most recent call last)" in outcome.output:
+        return f"a traceback is told: {outcome.output[-300:]}"
+    if outcome.status and not outcome.output.strip():
         return f"status {outcome.status} without a word"
     expected = numbers.get(what.split(" after ")[0]) if " after " in what else numbers.get(_subject(what))
     if isinstance(outcome.numbers, dict) and isinstance(expected, dict):
@@ -718,7 +718,7 @@ def wrong(outcome: Outcome, numbers: dict[str, Any], what: str) -> str:
         )  # a trial that isn't there, or isn't done, says so
     else:
         same = outcome.numbers is None or outcome.numbers == expected
-    if not same and not any(name in outcome.said for name in outcome.names):
+    if not same and not any(name in outcome.output for name in outcome.names):
         return f"other numbers without a word: {str(outcome.numbers)[:300]} for {str(expected)[:300]}"
     return ""
 
@@ -802,8 +802,8 @@ def rerun(prepared: Prepared, seed: int, number: int) -> tuple[str, str]:
         command = [sys.executable, "-m", "orchestrator.sweep", str(file), "--storage", str(storage)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
-        said = done.stdout + done.stderr
-        outcome = Outcome(done.returncode, said, loaded(storage).numbers, [what.partition(":")[0].rpartition("/")[2]])
+        output = done.stdout + done.stderr
+        outcome = Outcome(done.returncode, output, loaded(storage).numbers, [what.partition(":")[0].rpartition("/")[2]])
     return what, wrong(outcome, {"loaded": prepared.numbers["loaded"]}, f"loaded after {what}")
 
 

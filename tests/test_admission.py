@@ -27,12 +27,12 @@ class Listener:
     """`admission.Events`, as far as admission speaks to it."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.open = False
         self.turns: dict[str, Turn] = {}
 
     def say(self, text: str) -> None:
-        self.said.append(text)
+        self.messages.append(text)
 
     def evaluating(self) -> bool:
         return self.open
@@ -211,7 +211,7 @@ def test_what_waits_for_a_node_is_said(nodes: list[Node]) -> None:
     nodes.clear()
     listener = Listener()
     assert started(admission(8, listener=listener))
-    assert "waits for a node that holds 8 workers of 1 CPU and 1 GPU" in listener.said[0]
+    assert "waits for a node that holds 8 workers of 1 CPU and 1 GPU" in listener.messages[0]
 
 
 def test_a_trial_that_tune_gave_up_comes_again_until_it_has_failed_too_often() -> None:

@@ -47,9 +47,9 @@ def test_a_part_that_fails_is_told_and_the_others_go_on(
     monkeypatch.setattr(speed, "parts", lambda device: {"broken": broken, "works": works})
     monkeypatch.setattr(sys, "argv", ["speed.py", "--device", "cpu", "--output", str(tmp_path / "speed.json")])
     assert speed.main() == 1
-    written, said = json.loads((tmp_path / "speed.json").read_text()), capsys.readouterr()
+    written, output = json.loads((tmp_path / "speed.json").read_text()), capsys.readouterr()
     assert written["failed"] == ["broken"] and [line["part"] for line in written["lines"]] == ["works"]
-    assert "no kernel image" in said.err and "failed: broken" in said.out
+    assert "no kernel image" in output.err and "failed: broken" in output.out
 
 
 def test_peers_have_our_weights() -> None:

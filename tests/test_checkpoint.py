@@ -132,9 +132,9 @@ def test_prediction_and_variance_are_part_of_it(storage, prediction, variance):
     x, t = images()
     with torch.no_grad():
         output = (learner() if variance in LEARNED else network())(x, t)
-        said, expected = model(x, t + 1), interpret(process(variance), prediction, x, t + 1, output)
-    assert torch.equal(said.x_0, expected.x_0) and torch.equal(said.eps, expected.eps)
-    assert torch.equal(read.sigma(said, t + 1), process(variance).sigma(expected, t + 1))
+        predicted, expected = model(x, t + 1), interpret(process(variance), prediction, x, t + 1, output)
+    assert torch.equal(predicted.x_0, expected.x_0) and torch.equal(predicted.eps, expected.eps)
+    assert torch.equal(read.sigma(predicted, t + 1), process(variance).sigma(expected, t + 1))
     found = describe(checkpoint)
     assert (found.prediction, found.variance, found.shape) == (prediction, variance, (8, 8, 1))
 
@@ -154,10 +154,10 @@ def test_a_step_of_diffusers_is_ours(storage, prediction, variance):
     for time in (1, 2, 25, 50):
         t = torch.full((3,), time)
         with torch.no_grad():
-            said, output = model(x, t), pipeline.unet(x, time - 1).sample
+            predicted, output = model(x, t), pipeline.unet(x, time - 1).sample
         theirs = pipeline.scheduler.step(output, time - 1, x, generator=make_generator("z")).prev_sample
-        said = replace(said, x_0=said.x_0.clamp(-1, 1))
-        ours = ancestral(p, SamplerConfig(), x, said, t, generator=make_generator("z"))
+        predicted = replace(predicted, x_0=predicted.x_0.clamp(-1, 1))
+        ours = ancestral(p, SamplerConfig(), x, predicted, t, generator=make_generator("z"))
         torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=1e-4)
     image = pipeline(batch_size=1, num_inference_steps=p.T, output_type="np").images
     assert image.shape == (1, 8, 8, 1)

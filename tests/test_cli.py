@@ -71,9 +71,9 @@ def test_comparing_tells_of_data_that_both_share_once(own: tuple[Path, Path]) ->
 
 def test_signs_that_a_terminal_lacks_are_written_otherwise(own: tuple[Path, Path], tmp_path: Path) -> None:
     storage = own[1].rename(tmp_path / "rüns ≈")
-    said = run("sweep", own[0], "--storage", storage)
-    assert said.returncode == 0 and b" +- 0." in said.stdout, said.stderr
-    assert rf"{tmp_path}/r\xfcns ~/sweeps/tiny/results.parquet".encode() in said.stdout
+    output = run("sweep", own[0], "--storage", storage)
+    assert output.returncode == 0 and b" +- 0." in output.stdout, output.stderr
+    assert rf"{tmp_path}/r\xfcns ~/sweeps/tiny/results.parquet".encode() in output.stdout
     markdown = run("report", "tiny", "--markdown", "--storage", storage)
     assert markdown.returncode == 0 and b" +- 0." in markdown.stdout, markdown.stderr
     assert json.loads(run("schema").stdout) == json.loads((ROOT / "experiments/schema.json").read_text("utf-8"))

@@ -100,15 +100,15 @@ def test_a_step_is_that_of_diffusers(unet, folder, scheduler):
     for t in (1, 2, T // 2, T - 1, T):
         time = torch.full((3,), t)
         with torch.no_grad():
-            output, said = unet(x_t, t - 1).sample, network(x_t, time)
+            output, predicted = unet(x_t, t - 1).sample, network(x_t, time)
         if saved.config.prediction_type == "epsilon":
-            torch.testing.assert_close(said.eps, output, rtol=0, atol=1e-5)
+            torch.testing.assert_close(predicted.eps, output, rtol=0, atol=1e-5)
         step = theirs.step(output, t - 1, x_t, generator=make_generator("z"))
-        said = replace(said, x_0=said.x_0.clamp(-1, 1))
+        predicted = replace(predicted, x_0=predicted.x_0.clamp(-1, 1))
         # x_0_hat is a difference over sqrt(alpha_bar_t): late in the chain eps in float32 allows no more.
         atol = max(1e-5, 1e-6 / float(process.alpha_bar[t - 1].sqrt()))
-        torch.testing.assert_close(said.x_0, step.pred_original_sample, rtol=0, atol=atol)
-        found = ancestral(process, SamplerConfig(), x_t, said, time, generator=make_generator("z"))
+        torch.testing.assert_close(predicted.x_0, step.pred_original_sample, rtol=0, atol=atol)
+        found = ancestral(process, SamplerConfig(), x_t, predicted, time, generator=make_generator("z"))
         torch.testing.assert_close(found, step.prev_sample, rtol=0, atol=1e-5)
 
 

@@ -89,13 +89,13 @@ def test_a_stopped_process_that_was_never_heard_is_told_and_ended(monkeypatch: p
     clock = [0.0]
     monkeypatch.setattr(hangs, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        watchdog, said = Watchdog(LIMIT_S, lambda: False, _looked=0), list[str]()
+        watchdog, output = Watchdog(LIMIT_S, lambda: False, _looked=0), list[str]()
 
         def look(times: int, passed_s: float = 4.0) -> None:
             for _ in range(times):
                 clock[0] += passed_s
                 watchdog.look_for_stopped(lambda: [process.pid])
-                said.extend(text for _, text in watchdog.take())
+                output.extend(text for _, text in watchdog.take())
 
         def stop() -> None:
             process.send_signal(signal.SIGSTOP)
@@ -105,7 +105,7 @@ def test_a_stopped_process_that_was_never_heard_is_told_and_ended(monkeypatch: p
         look(13)
         look(1, 1e6)  # in which the driver was stopped itself
         assert process.poll() is None
-        [notice] = said
+        [notice] = output
         assert notice.endswith(f"(process {process.pid}) has been stopped for 32 s; at 60 s it is ended")
         process.send_signal(signal.SIGCONT)
         os.waitid(os.P_PID, process.pid, os.WCONTINUED)
@@ -115,4 +115,4 @@ def test_a_stopped_process_that_was_never_heard_is_told_and_ended(monkeypatch: p
         assert process.poll() is None, "it begins anew after it went on"
         look(1)
         assert process.wait(timeout=30) == -signal.SIGKILL
-        assert said[-1].endswith("has been stopped for 60 s: it is ended")
+        assert output[-1].endswith("has been stopped for 60 s: it is ended")

@@ -216,8 +216,8 @@ def python(code: str) -> str:
 
 def test_commands_may_print_what_they_like_and_need_not_read() -> None:
     assert python("import sys; sys.stdout.buffer.write(bytes(range(256)) * 4)") == ""
-    said = python(r"import sys; sys.stdout.buffer.write(b'a\n\xff\xe4 off\n'); sys.exit(3)")
-    assert "status 3: \ufffd\ufffd off" in said
+    output = python(r"import sys; sys.stdout.buffer.write(b'a\n\xff\xe4 off\n'); sys.exit(3)")
+    assert "status 3: \ufffd\ufffd off" in output
     assert "status 3: xxx" in python("import sys; sys.stdout.write('x' * 50_000_000); sys.exit(3)")
     assert python("import os; os.close(0)") == ""
     assert "by the signal 9" in command("/bin/sh", "-c", "kill -9 $$")

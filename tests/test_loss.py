@@ -149,7 +149,7 @@ def test_what_is_left_of_a_session_is_ended_and_nothing_else() -> None:
 
 def test_a_lost_ray_is_brought_up_again_so_many_times_and_another_ones_never() -> None:
     calls: list[Any] = []
-    said: list[str] = []
+    output: list[str] = []
 
     def work() -> str:
         calls.append(1)
@@ -157,9 +157,9 @@ def test_a_lost_ray_is_brought_up_again_so_many_times_and_another_ones_never() -
             raise ClusterLost("gone")
         return "done"
 
-    assert repeat_where_lost(work, said.append, may=True, times=2) == "done"
-    assert len(said) == 2 and "starts again" in said[0]
+    assert repeat_where_lost(work, output.append, may=True, times=2) == "done"
+    assert len(output) == 2 and "starts again" in output[0]
     for may, times in ((True, 1), (False, 9)):
         calls.clear()
         with pytest.raises(ClusterLost):
-            repeat_where_lost(work, said.append, may=may, times=times)
+            repeat_where_lost(work, output.append, may=may, times=times)

@@ -173,10 +173,10 @@ def test_it_brings_its_own_code_and_names_all_that_it_imports(saved: Path, loade
         [sys.executable, "-c", LOAD, str(saved)], capture_output=True, text=True, cwd=tmp_path, env=environment
     )
     assert result.returncode == 0, result.stderr
-    said = json.loads(result.stdout.splitlines()[-1])
-    assert np.array_equal(np.array(said["images"], np.uint8), loaded.predict(asked(n=3, seed=0)))
-    assert said["unused"] == []
-    files = [Path(file) for file in said["workers"].values() if file]
+    message = json.loads(result.stdout.splitlines()[-1])
+    assert np.array_equal(np.array(message["images"], np.uint8), loaded.predict(asked(n=3, seed=0)))
+    assert message["unused"] == []
+    files = [Path(file) for file in message["workers"].values() if file]
     assert files and all(file.is_relative_to(saved / "code") for file in files)
     imported = {name for file in [*files, saved / "model_code.py"] for name in _imported_at_once(file)}
     named = {line.partition("==")[0] for line in (saved / "requirements.txt").read_text().splitlines()}

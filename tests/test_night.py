@@ -284,12 +284,12 @@ def test_the_report_says_the_night_in_both_forms_and_needs_nothing_beside_it() -
         findings=(NightFinding(kind="regression", model="<b>@candidate", text="worse", alarm=True),),
     )  # fmt: skip
     page, text = to_html(last, history), to_markdown(last)
-    for said in (
+    for output in (
         "due at 02:30 UTC", "2 missed nights as well: 2026-02-27 to 2026-02-28",
         "Compared with the night of 2026-02-26",
         "gaussian/nll_bpd: 7.5, expected 6.9", "fd_classifier", "torch 2.13.0", "alarm",
     ):  # fmt: skip
-        assert said in page and said in text
+        assert output in page and output in text
     assert "<b>@candidate" in text and "<b>" not in page and "&lt;b&gt;@candidate" in page
     assert "<svg" in page and "<script" not in page and "src=" not in page
     assert "alarm. regression: <b>@candidate: worse" in format_headline(last)

@@ -139,8 +139,8 @@ def test_each_term_is_that_of_an_independent_loop(variance, prediction):
     said_of_target = find_target(prediction).of(p, x_0, x_t, t, eps) + 0.05 * normal(*x_0.shape, seed=2)
     head = 0.7 * normal(*x_0.shape, seed=3)
     output = torch.cat([said_of_target, head], 1) if p.learned else said_of_target
-    said = interpret(p, prediction, x_t, t, output)
-    found = model_terms(p, said, x_0, t, LEVELS)
+    predicted = interpret(p, prediction, x_t, t, output)
+    found = model_terms(p, predicted, x_0, t, LEVELS)
 
     beta, bar = p.beta.numpy(), np.concatenate([[1.0], np.cumprod(1 - p.beta.numpy())])
     tilde = [(1 - bar[k - 1]) / (1 - bar[k]) * beta[k - 1] for k in range(1, 7)]
@@ -151,7 +151,7 @@ def test_each_term_is_that_of_an_independent_loop(variance, prediction):
             np.sqrt(1 - beta[k - 1]) * (1 - bar[k - 1]) / (1 - bar[k]),
         )
         total, small, large = 0.0, tilde[k - 1], beta[k - 1] if k > 1 else tilde[1]
-        pixels = (v[k - 1].flatten().tolist() for v in (x_0, x_t, said.x_0, head))
+        pixels = (v[k - 1].flatten().tolist() for v in (x_0, x_t, predicted.x_0, head))
         for true, noisy, guess, h in zip(*pixels, strict=True):
             sigma_squared = {
                 "fixed_small": small,
@@ -230,8 +230,8 @@ def test_kl_of_the_record_is_that_of_its_formula():
     """model_terms by gaussian_kl of the two laws' moments, for t > 1."""
     p = process("learned")
     t, x_0, x_t, _ = every_t(p)
-    said = interpret(p, "v", x_t, t, normal(T, 2, 2, 3, seed=5))
-    mean, mean_hat = (p.posterior_mean(x, x_t, t) for x in (x_0, said.x_0))
+    predicted = interpret(p, "v", x_t, t, normal(T, 2, 2, 3, seed=5))
+    mean, mean_hat = (p.posterior_mean(x, x_t, t) for x in (x_0, predicted.x_0))
     true = p.beta_tilde.reshape(-1, 1, 1, 1)
-    expected = gaussian_kl(mean, true, mean_hat, p.sigma(said, t).square()).flatten(1).sum(1)
-    torch.testing.assert_close(model_terms(p, said, x_0, t, LEVELS)[1:], expected[1:], rtol=1e-9, atol=0)
+    expected = gaussian_kl(mean, true, mean_hat, p.sigma(predicted, t).square()).flatten(1).sum(1)
+    torch.testing.assert_close(model_terms(p, predicted, x_0, t, LEVELS)[1:], expected[1:], rtol=1e-9, atol=0)

@@ -56,10 +56,10 @@ def test_the_exact_target_gives_x_0_and_the_noise_back(name, kind):
 
     model = Denoiser(torch.nn.Module(), p, name)
     model.network.forward = network
-    said = model(x_t, t)
-    torch.testing.assert_close(said.eps, eps, rtol=0, atol=1e-9)
-    torch.testing.assert_close(said.x_0, x_0, rtol=0, atol=1e-7)
-    assert said.variance is None
+    predicted = model(x_t, t)
+    torch.testing.assert_close(predicted.eps, eps, rtol=0, atol=1e-9)
+    torch.testing.assert_close(predicted.x_0, x_0, rtol=0, atol=1e-7)
+    assert predicted.variance is None
     [(x, s)] = seen
     assert torch.equal(x, x_t) and torch.equal(s, t - 1)
 
@@ -71,11 +71,11 @@ def test_an_error_of_the_target_is_an_error_of_x_0_times_its_scale(name):
     t, x_0, x_t, eps = every_t(p)
     target = find_target(name)
     output = normal(*x_0.shape, seed=2)
-    said = interpret(p, name, x_t, t, output)
-    of_x_0 = (x_0 - said.x_0).square().flatten(1).sum(1)
+    predicted = interpret(p, name, x_t, t, output)
+    of_x_0 = (x_0 - predicted.x_0).square().flatten(1).sum(1)
     of_target = (target.of(p, x_0, x_t, t, eps) - output).square().flatten(1).sum(1)
     torch.testing.assert_close(of_x_0, target.scale(p) * of_target, rtol=1e-9, atol=0)
-    torch.testing.assert_close(of_x_0, (eps - said.eps).square().flatten(1).sum(1) / p.snr, rtol=1e-8, atol=0)
+    torch.testing.assert_close(of_x_0, (eps - predicted.eps).square().flatten(1).sum(1) / p.snr, rtol=1e-8, atol=0)
 
 
 @pytest.mark.parametrize("name", ["x_0", "v"])
@@ -83,16 +83,16 @@ def test_where_nothing_of_x_0_is_left_x_0_and_v_still_say_what_it_is(name):
     p = process("jsd")
     t, x_0, x_t, eps = every_t(p)
     assert p.alpha_bar[-1] == 0
-    said = interpret(p, name, x_t, t, TARGETS[name](p, x_0, x_t, t, eps))
-    torch.testing.assert_close(said.x_0, x_0, rtol=0, atol=1e-9)
-    torch.testing.assert_close(said.eps, eps, rtol=0, atol=1e-9)
+    predicted = interpret(p, name, x_t, t, TARGETS[name](p, x_0, x_t, t, eps))
+    torch.testing.assert_close(predicted.x_0, x_0, rtol=0, atol=1e-9)
+    torch.testing.assert_close(predicted.eps, eps, rtol=0, atol=1e-9)
 
 
 def test_low_precision_of_the_network_ends_at_its_output():
     p = process()
     t, _, x_t, eps = every_t(p)
-    said = interpret(p, "eps", x_t.float(), t, eps.bfloat16())
-    assert said.eps.dtype == said.x_0.dtype == torch.float32
+    predicted = interpret(p, "eps", x_t.float(), t, eps.bfloat16())
+    assert predicted.eps.dtype == predicted.x_0.dtype == torch.float32
 
 
 # ---- Learned variances -----------------------------------------------------------------------------------------
@@ -104,9 +104,9 @@ def test_the_second_half_of_the_channels_is_the_variance(name, variance):
     p = process(variance=variance)
     t, x_0, x_t, eps = every_t(p)
     head = normal(*x_0.shape, seed=3)
-    said = interpret(p, name, x_t, t, torch.cat([TARGETS[name](p, x_0, x_t, t, eps), head], dim=1))
-    torch.testing.assert_close(said.eps, eps, rtol=0, atol=1e-9)
-    assert said.variance is not None and torch.equal(said.variance, head)
+    predicted = interpret(p, name, x_t, t, torch.cat([TARGETS[name](p, x_0, x_t, t, eps), head], dim=1))
+    torch.testing.assert_close(predicted.eps, eps, rtol=0, atol=1e-9)
+    assert predicted.variance is not None and torch.equal(predicted.variance, head)
 
 
 @pytest.mark.parametrize("steps", [None, 10, 1])

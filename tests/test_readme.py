@@ -69,8 +69,8 @@ def test_commands_of_ray_are_understood(command: str) -> None:
 @pytest.mark.parametrize("command", BENCHMARKS)
 def test_benchmarks_know_their_options(command: str) -> None:
     _, file, *words = shlex.split(command)
-    said = subprocess.run([sys.executable, file, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert all(word in said.stdout for word in words if word.startswith("--"))
+    output = subprocess.run([sys.executable, file, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert all(word in output.stdout for word in words if word.startswith("--"))
 
 
 @pytest.mark.parametrize("command", OF_FILES)

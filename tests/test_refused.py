@@ -40,8 +40,8 @@ def test_an_edit_that_is_refused_leaves_the_sweep_as_it_was(
     assert kept(storage) == before
     capsys.readouterr()
     assert status.main(["--storage", str(storage)]) == 0
-    said = capsys.readouterr().out
-    assert "2 done" in said and "ended" in said and "gone" not in said
+    output = capsys.readouterr().out
+    assert "2 done" in output and "ended" in output and "gone" not in output
 
 
 def test_one_that_is_refused_after_its_beginning_says_so() -> None:

@@ -143,10 +143,10 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
     assert not re.search(r"url\((?!#)", content) and "@import" not in content
     for address in addresses:
         assert address[:8] in text
-    for said in ("Trials", "What matters", "NLL against distance", "Where the bits go", "Noise schedules",
+    for message in ("Trials", "What matters", "NLL against distance", "Where the bits go", "Noise schedules",
                  "Rate and distortion", "Fewer steps", "Validation while training", "Samples", "Cost",
                  "Faults and retries", "How it was measured", "few samples", "2.400 ± 0.050", "≈ best"):  # fmt: skip
-        assert said in text, said
+        assert message in text, message
     assert content.count("<svg") == len(curves.PLOTS) - 2 and content.count("data:image/png") == 4
     assert "samples-1/block-00007.parquet; its process died" in text
     assert "<script" not in content and "&lt;script&gt;alert(1)" in content
@@ -194,8 +194,8 @@ def test_a_sweep_that_is_not_there_is_a_mistake_that_names_those_that_are(tmp_pa
     stored(tmp_path, {})
     for command in (verb, status):
         assert command.main(["smal", "--storage", str(tmp_path)]) == 2
-        said = capsys.readouterr().err
-        assert "did you mean 'small'" in said and "Sweeps there: small" in said
+        message = capsys.readouterr().err
+        assert "did you mean 'small'" in message and "Sweeps there: small" in message
         assert command.main(["../small", "--storage", str(tmp_path)]) == 2
     assert status.main(["--storage", str(tmp_path / "nothing")]) == 2
     assert not (tmp_path / "nothing").exists()
@@ -216,15 +216,17 @@ def test_a_sweep_of_an_older_version_is_told_with_what_to_do(tmp_path: Path, cap
     storage.write("sweeps/locked/lock", b"")  # of a sweep that only begins
     for command in (verb, status):
         assert command.main(["early", "--storage", str(tmp_path)]) == 2
-        assert "older version" in (said := capsys.readouterr().err) and "Run the sweep command with --fresh" in said
+        assert (
+            "older version" in (message := capsys.readouterr().err) and "Run the sweep command with --fresh" in message
+        )
         assert command.main(["locked", "--storage", str(tmp_path)]) == 2
         assert "Sweeps there: early" in capsys.readouterr().err
     assert status.main(["--storage", str(tmp_path)]) == 0
     assert "early: made by an older version" in capsys.readouterr().out
     stored(tmp_path, {})
     assert status.main(["--storage", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    assert "early: made by an older version" in said and "4 not begun" in said and "locked" not in said
+    message = capsys.readouterr().out
+    assert "early: made by an older version" in message and "4 not begun" in message and "locked" not in message
 
 
 # ---- What matters ----------------------------------------------------------------------------------------------
@@ -401,12 +403,14 @@ def test_status_shows_sweeps_and_trials(tmp_path: Path, capsys: Any) -> None:
     events.flush()
     with lock(storage, "sweeps/small/lock"):
         assert status.main(["--storage", str(tmp_path)]) == 0
-        said = capsys.readouterr().out
-        assert "small" in said and "1 done, 3 waiting" in said and "runs on h (process 1)" in said
+        message = capsys.readouterr().out
+        assert "small" in message and "1 done, 3 waiting" in message and "runs on h (process 1)" in message
     assert status.main(["small", "--storage", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    assert "1 + 2 blocks" in said and "10/10" in said and "0/10" in said and "the same command resumes" in said
-    assert all(address[:8] in said for address in addresses)
+    message = capsys.readouterr().out
+    assert (
+        "1 + 2 blocks" in message and "10/10" in message and "0/10" in message and "the same command resumes" in message
+    )
+    assert all(address[:8] in message for address in addresses)
     assert status.main(["small", "--json", "--storage", str(tmp_path)]) == 0
     [sweep] = json.loads(capsys.readouterr().out)["sweeps"]
     assert [t["state"] for t in sweep["trials"]] == ["done", "not begun", "not begun", "not begun"]

@@ -271,8 +271,8 @@ def test_of_two_that_take_a_lease_in_the_same_moment_one_gets_it(own: Storage, b
         return ""
 
     with ThreadPoolExecutor(2) as pool:
-        said = list(pool.map(take, "ab"))
-    assert len(got) == 1 and sum("in use by" in text for text in said) == 1
+        output = list(pool.map(take, "ab"))
+    assert len(got) == 1 and sum("in use by" in text for text in output) == 1
 
 
 def test_a_damaged_lease_is_taken_over_where_nobody_writes_it_again(own: Storage, brisk: None, caplog) -> None:

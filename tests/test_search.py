@@ -327,15 +327,15 @@ def decisions(values: Mapping[str, Sequence[float]], **settings: Any) -> dict[st
     rule = make_scheduler(SearchConfig(scheduler=SchedulerConfig(kind="median", grace=20, **settings)), 1000)
     trials = {name: Reporting(name, {"job": {"digest": name, "trial": trial}}) for name in values}
     controller = SimpleNamespace(get_live_trials=lambda: [SimpleNamespace(status="PENDING")])
-    said: dict[str, list[str]] = {name: [] for name in values}
+    message: dict[str, list[str]] = {name: [] for name in values}
     for step in range(len(next(iter(values.values())))):
         for name, own in values.items():
-            if "STOP" not in said[name]:
+            if "STOP" not in message[name]:
                 result = {"step": 10 * (step + 1), "valid/nll_bpd": own[step], "state": "running"}
-                said[name].append(rule.on_trial_result(controller, trials[name], result))
+                message[name].append(rule.on_trial_result(controller, trials[name], result))
     for t in trials.values():  # the last result of a program's fault has no step
         rule.on_trial_complete(controller, t, {"valid/nll_bpd": 100.0, "state": "failed"})
-    return said
+    return message
 
 
 def test_the_median_rule_ends_whoever_was_never_below_the_others_mean() -> None:
@@ -345,8 +345,8 @@ def test_the_median_rule_ends_whoever_was_never_below_the_others_mean() -> None:
         "c": [4, 3.2, 2.2, 2],
         "bad": [4, 3.9, 3.9, 3.9],
     }
-    said = decisions(values)
-    assert said["bad"] == ["CONTINUE", "STOP"] and all(said[n] == ["CONTINUE"] * 4 for n in "abc")
+    message = decisions(values)
+    assert message["bad"] == ["CONTINUE", "STOP"] and all(message[n] == ["CONTINUE"] * 4 for n in "abc")
     # One that was good once goes on: its best counts, and no trial is ever paused.
     assert "STOP" not in decisions({**values, "bad": [4, 1.5, 3.9, 3.9]})["bad"]
     assert all(set(s) == {"CONTINUE"} for s in decisions(values, others=4).values())

@@ -41,8 +41,8 @@ def test_no_number_of_an_experiment_takes_the_memory_that_it_names(
     """It is refused with its path, or it is a factor."""
     more = ["evaluation.ode_nll={images: 5}"] if path.startswith("evaluation.ode_nll.") else []
     for value in ("10000000000", "1" + "0" * 400):
-        status, said = dry(capsys, tiny, *more, f"{path}={value}", "--storage", tmp_path / "runs")
-        assert status == 0 or (status == 2 and path in said), said
+        status, output = dry(capsys, tiny, *more, f"{path}={value}", "--storage", tmp_path / "runs")
+        assert status == 0 or (status == 2 and path in output), output
         assert status == 2 or path in FACTORS, f"{path} has no bound"
 
 
@@ -59,8 +59,8 @@ def test_no_number_of_an_experiment_takes_the_memory_that_it_names(
 def test_the_largest_that_is_taken_is_planned_in_little_memory(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str
 ) -> None:
-    status, said = dry(capsys, tiny, override, "--storage", tmp_path / "runs")
-    assert status in (0, 2) and "Traceback" not in said
+    status, output = dry(capsys, tiny, override, "--storage", tmp_path / "runs")
+    assert status in (0, 2) and "Traceback" not in output
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_the_largest_that_is_taken_is_planned_in_little_memory(
 def test_what_multiplies_is_counted_before_it_is_made(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, told: str
 ) -> None:
-    status, said = dry(capsys, tiny, override, "--storage", tmp_path / "runs")
-    assert status == 2 and told in said, said
+    status, output = dry(capsys, tiny, override, "--storage", tmp_path / "runs")
+    assert status == 2 and told in output, output
 
 
 def test_an_evaluation_of_too_many_blocks_is_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,8 +92,8 @@ def test_an_evaluation_of_too_many_blocks_is_refused(tiny: Path, capsys: pytest.
     assert count_blocks(m, images) == len(list_blocks(m, "c", images))
     sampled = m.model_copy(update={"evaluation": EvaluationConfig(nll=NLLConfig(timesteps=10), fid=None)})
     assert count_blocks(sampled, images) == len(list_blocks(sampled, "c", images))
-    status, said = dry(capsys, tiny, "evaluation.fid.samples=10000000", "diffusion.T=50")
-    assert status == 0, said
+    status, output = dry(capsys, tiny, "evaluation.fid.samples=10000000", "diffusion.T=50")
+    assert status == 0, output
     from orchestrator.experiment.preflight import check_evaluation
     from workers.data.sources import describe
 
@@ -118,8 +118,8 @@ def test_a_file_that_multiplies_itself_is_refused(tmp_path: Path, capsys: pytest
         with pytest.raises(NotYAML, match=r"anchors|recursive"):
             read_yaml(text)
         (file := tmp_path / "bomb.yaml").write_text(text)
-        status, said = dry(capsys, file)
-        assert status == 2 and str(file) in said
+        status, output = dry(capsys, file)
+        assert status == 2 and str(file) in output
         for read, word in ((read_cluster, "--cluster"), (read_prices, "--prices")):
             with pytest.raises(Mistake, match=f"{word} {file}"):
                 read(file)
@@ -141,8 +141,8 @@ def test_an_endless_file_is_not_read_to_its_end(
 
 def test_neither_prices_nor_clusters_are_read_without_end(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--prices", "/dev/zero"], ["--cluster", "/dev/zero"]):
-        status, said = dry(capsys, tiny, *words)
-        assert status == 2 and words[0] in said and "not a file of settings" in said
+        status, output = dry(capsys, tiny, *words)
+        assert status == 2 and words[0] in output and "not a file of settings" in output
 
 
 def test_a_cluster_of_a_billion_nodes_is_refused(tmp_path: Path) -> None:

@@ -313,9 +313,9 @@ def with_speeds(root: Path) -> Storage:
 def test_the_report_has_a_table_of_speeds_and_tells_who_is_slow(tmp_path: Path) -> None:
     made = findings.gather(with_speeds(tmp_path), "small")
     text = " ".join(" ".join(Page(page.render_report(made)).text).split())
-    for said in ("Speed", "of peak", "checkpoints", "1:30", "100 GFLOP/s, a matrix product in float32",
+    for message in ("Speed", "of peak", "checkpoints", "1:30", "100 GFLOP/s, a matrix product in float32",
                  "on <b>here</b>: 1 images/s, 25% of the median 4 of 4 trials of its size"):  # fmt: skip
-        assert said in text, said
+        assert message in text, message
     lines = write_markdown(made).splitlines()
     head = "| trial | images/s | of peak | training | validation | checkpoints | waiting | nll | samples |"
     assert lines.count(head) == 1 and sum(line.startswith("- slow: ") for line in lines) == 1

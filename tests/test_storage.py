@@ -269,8 +269,8 @@ def test_no_command_falls_over_an_odd_name(
         (compare.main, "--", name, name),
     ):
         assert main(words) == 2
-        said = capsys.readouterr().err
-        assert said.strip() and "Traceback" not in said
+        output = capsys.readouterr().err
+        assert output.strip() and "Traceback" not in output
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,6 @@ def test_no_command_repeats_a_secret_that_it_was_given(
     words = [str(tiny) if word == "FILE" else word for word in arguments[1:]]
     words += [] if "--storage" in words else ["--storage", str(tmp_path / "runs")]
     assert import_module(arguments[0]).main(words) == 2
-    said = "".join(capsys.readouterr())
-    assert said and "planted" not in said
+    output = "".join(capsys.readouterr())
+    assert output and "planted" not in output
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"planted" in path.read_bytes()]

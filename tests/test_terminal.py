@@ -40,9 +40,9 @@ def shown(lines: dict[str, Line], width: int = 120, height: int = 24, **options:
 
 def test_the_live_table_says_how_each_trial_stands() -> None:
     text = shown(LINES)
-    for said in ("1 training, 1 evaluating, 1 waiting, 1 done", "training ends in about 1:13", "2.9 of 3 CPUs busy",
+    for message in ("1 training, 1 evaluating, 1 waiting, 1 done", "training ends in about 1:13", "2.9 of 3 CPUs busy",
                  "aaaaaaaa", "evaluating 7/12", "150/300", "2.900", "1,011", "0:30"):  # fmt: skip
-        assert said in text, said
+        assert message in text, message
 
 
 def test_more_trials_than_the_window_is_high_leave_out_those_that_rest() -> None:
@@ -112,11 +112,11 @@ def test_libraries_are_heard_where_it_matters(verbose: bool, expected: list[str]
         logging.getLogger("somelibrary.runtime").warning("a library's")
         logging.getLogger("lib.loop").error("broken")
         warnings.warn("deprecated", UserWarning, stacklevel=1)
-    said = text.getvalue().splitlines()
+    message = text.getvalue().splitlines()
     if expected is not None:
-        assert said == expected
+        assert message == expected
     else:
-        assert "warning: somelibrary: a library's" in said and any("deprecated" in line for line in said)
+        assert "warning: somelibrary: a library's" in message and any("deprecated" in line for line in message)
     assert logging.getLogger().handlers == before, "afterwards all is as it was"
 
 

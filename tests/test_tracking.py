@@ -921,8 +921,8 @@ def test_addresses_of_the_environment_are_not_used_and_that_is_said(
     tracker = run_sweep(storage, "environment", ("v0",))
     assert "v0" in runs_of(tracker)
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
-        said = f"{name}=http://***@127.0.0.1:1 of the environment is not used: runs and models go to {tracker.uri},"
-        assert caplog.text.count(said) == 1
+        output = f"{name}=http://***@127.0.0.1:1 of the environment is not used: runs and models go to {tracker.uri},"
+        assert caplog.text.count(output) == 1
     assert connect(tracker.uri)._registry_uri == tracker.uri and "secret" not in caplog.text
 
 

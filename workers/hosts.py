@@ -156,7 +156,7 @@ def ask_to_stop(job: Job) -> None:
 
 
 def free_workers(result: dict[str, Any]) -> None:
-    """Gives back the cores of a data-parallel trial whose actor died, from its last result.
+    """Frees the cores of a data-parallel trial whose actor died, from its last result.
 
     Ray Train's cleaner should do it, but asks the dashboard who is still there, and a local Ray has none.
     """

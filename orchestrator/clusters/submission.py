@@ -246,7 +246,7 @@ async def _print_output(client: JobSubmissionClient, submission_id: str) -> None
 
 
 def _await_end(client: JobSubmissionClient, submission_id: str) -> int:
-    """Waits for the end that the job's output has announced; gives its exit status, and its reason where it has one."""
+    """Waits for the end that the job's output has announced. Returns its exit status, and prints the reason if any."""
     while (info := client.get_job_info(submission_id)).status not in ENDED:
         time.sleep(0.5)
     if info.status == "SUCCEEDED":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 BINS = 4  # of a setting whose numbers have fewer than so many trials each; as equal in size as can be
-LEAST = 4  # trials with the metric, below which nothing is said
+LEAST = 4  # trials with the metric, below which no share is computed
 LEAST_DRAWN = 20  # the same for a forest
 FOLDS, TREES, SHUFFLES = 5, 100, 10
 

@@ -8,7 +8,7 @@ diffusers keeps it (the artifact `diffusers`). A table asks for images, a row a 
     sampler   a name of workers.kinds.SAMPLERS; without the column, that of the sweep's evaluation
     steps     network evaluations per image; without the column, the evaluation's
 
-`predict` gives the images of all rows one after the other: uint8 (N, H, W, C) in 0..levels-1, the data's own levels.
+`predict` returns the images of all rows one after the other: uint8 (N, H, W, C) in 0..levels-1, the data's own levels.
 """
 
 import math

@@ -283,7 +283,7 @@ def classify_failure(error: Exception) -> Kind:
 
 
 def shorten_failure(error: Exception) -> str:
-    """One line: what the system said, where requests, SQLAlchemy and MLflow wrap it in four layers."""
+    """One line: the system's own reason, which requests, SQLAlchemy and MLflow wrap in four layers."""
     text = str(error)
     for pattern, meaning in STANDING:
         if found := re.search(pattern, text):

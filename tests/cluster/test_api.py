@@ -35,8 +35,8 @@ def test_the_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     assert small != LINES and LINES.count("\n") < 12
     names: dict[str, Any] = {}
     exec(small, names)  # the test is of these very lines
-    said = capfd.readouterr().out
-    assert "NLL bits/dim" in said and "[4 rows x" in said and "  train  " not in said, said
+    output = capfd.readouterr().out
+    assert "NLL bits/dim" in output and "[4 rows x" in output and "  train  " not in output, output
 
     file, changes, done, trials, model = (names[n] for n in ("file", "changes", "done", "trials", "model"))
     storage = tmp_path / "runs"

@@ -51,8 +51,8 @@ def test_questions_about_a_cluster_that_is_gone_end_in_a_line_and_not_in_an_abor
         assert gcs.send(9)
         head.process.wait()
         head.tend()
-        said = driver.stdout.read()
-        assert driver.wait() == 4 and "has not answered" in said and len(said.splitlines()) == 1, said
+        output = driver.stdout.read()
+        assert driver.wait() == 4 and "has not answered" in output and len(output.splitlines()) == 1, output
     finally:
         for process in soak.family(mark):
             process.send(9)

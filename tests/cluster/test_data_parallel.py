@@ -41,7 +41,7 @@ def test_two_workers_one_of_them_killed_end_where_plain_python_does(tiny: Path, 
         started.wait_until(lambda: any(storage.glob("trials/*/checkpoints/step-*/manifest.json")))
         [victim, *_] = [pid for pid in started.family() if "RayTrainWorker" in title(pid)]
         os.kill(victim, signal.SIGKILL)
-        assert started.process.wait(timeout=600) == 0, started.said()
+        assert started.process.wait(timeout=600) == 0, started.read_output()
     finally:
         started.end()
     [(digest, trial)] = trials_of(tiny, *settings).items()

@@ -30,18 +30,18 @@ def test_a_sweep_whose_disk_is_full_says_so_once_and_ends_in_the_same_bits_when_
     place, out, long = tmp_path / "small", tmp_path / "out", tmp_path / ("x" * 100)
     long.mkdir()
     sweep = f"{SWEEP} {tiny} --storage $PLACE/runs"
-    said = inside(
+    output = inside(
         place,
         "3300k",  # holds what is written first, and not two checkpoints of each trial beside it
         f"{sweep} 2>&1; echo status $?; echo left $(find $PLACE -name '*.tmp');"
         f"mount -o remount,size=64m $PLACE; TMPDIR={long} {sweep} 2>&1; echo status $?;"
         f"echo left $(find $PLACE -name '*.tmp'); cp -r $PLACE/runs {out}",
     )
-    assert [line for line in said if line.startswith(("status", "left"))] == ["status 2", "left", "status 0", "left"]
-    full = [line for line in said if "cannot be written" in line]
+    assert [line for line in output if line.startswith(("status", "left"))] == ["status 2", "left", "status 0", "left"]
+    full = [line for line in output if "cannot be written" in line]
     assert len(full) == 1 and full[0].startswith(f"{place}/runs/") and "No space left on device, of which" in full[0]
-    assert "Traceback" not in "\n".join(said)
-    [moved] = [line for line in said if "too long for the sockets of Ray" in line]
+    assert "Traceback" not in "\n".join(output)
+    [moved] = [line for line in output if "too long for the sockets of Ray" in line]
     assert moved.endswith("Ray uses /tmp/ray instead")
     for digest, trial in trials_of(tiny).items():
         assert statuses(out)[digest]["checkpoint"] == undisturbed(trial, tmp_path / "plain")
@@ -51,16 +51,16 @@ def test_an_evaluation_whose_disk_is_full_says_so_once(own: tuple[Path, Path], t
     place = tmp_path / "small"
     evaluate = f"{sys.executable} -m orchestrator.evaluate tiny seed=1 --storage $PLACE/runs"
     fill = "head -c $(( $(df --output=avail -B1 $PLACE | tail -1) - 102400 )) /dev/zero > $PLACE/filler"
-    said = inside(
+    output = inside(
         place,
         "16m",
         f"cp -r {own[1]} $PLACE/runs && {fill}; {evaluate} 2>&1; echo status $?;"
         f"echo left $(find $PLACE -name '*.tmp');"
         f"rm $PLACE/filler; {evaluate} 2>&1; echo status $?",
     )
-    assert [line for line in said if line.startswith(("status", "left"))] == ["status 2", "left", "status 0"]
-    full = [line for line in said if "cannot be written" in line]
-    assert len(full) == 1 and full[0].startswith(f"{place}/runs/evaluations/") and "Traceback" not in "\n".join(said)
+    assert [line for line in output if line.startswith(("status", "left"))] == ["status 2", "left", "status 0"]
+    full = [line for line in output if "cannot be written" in line]
+    assert len(full) == 1 and full[0].startswith(f"{place}/runs/evaluations/") and "Traceback" not in "\n".join(output)
 
 
 def test_a_storage_that_cannot_be_written_is_refused_before_any_work(own: tuple[Path, Path], tmp_path: Path) -> None:
@@ -78,9 +78,9 @@ def test_a_storage_that_cannot_be_written_is_refused_before_any_work(own: tuple[
         f"echo {name}; {sys.executable} -m orchestrator.{name} {words} --storage $PLACE/runs 2>&1; echo status $?;"
         for name, words in commands.items()
     )
-    said = inside(tmp_path / "small", "16m", f"cp -r {storage} $PLACE/runs; mount -o remount,ro $PLACE; {script}")
+    output = inside(tmp_path / "small", "16m", f"cp -r {storage} $PLACE/runs; mount -o remount,ro $PLACE; {script}")
     for name in commands:
-        told = said[said.index(name) + 1 :]
+        told = output[output.index(name) + 1 :]
         told = told[: next(i for i, line in enumerate(told) if line.startswith("status ")) + 1]
         if name == "compare":  # which writes nothing
             assert told[-1] == "status 0" and "95 % of 30 pairs of images" in "\n".join(told)

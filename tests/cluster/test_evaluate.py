@@ -46,8 +46,8 @@ def test_one_two_and_four_tasks_a_kill_and_half_a_cache_give_the_same_bits(
         started.wait_until(lambda: any(pid for pid in started.family() if "make_block" in title(pid)))
         [victim, *_] = [pid for pid in started.family() if "make_block" in title(pid)]
         os.kill(victim, signal.SIGKILL)
-        assert started.process.wait(timeout=600) == 0, started.said()
-        assert one["hash"] in started.said() and "Ray ran it again" in started.said()
+        assert started.process.wait(timeout=600) == 0, started.read_output()
+        assert one["hash"] in started.read_output() and "Ray ran it again" in started.read_output()
     finally:
         started.end()
 

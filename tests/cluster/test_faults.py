@@ -57,8 +57,11 @@ def test_a_killed_worker_is_replaced_and_its_trial_goes_on(tiny: Path, tmp_path:
         started.wait_until(lambda: any(storage.glob("trials/*/checkpoints/step-*/manifest.json")))
         [victim, *_] = [pid for pid in started.family() if "OneWorker" in title(pid)]
         os.kill(victim, signal.SIGKILL)
-        assert started.process.wait(timeout=600) == 0, started.said()
-        assert "starts again from its last checkpoint" in started.said() and "Traceback" not in started.said()
+        assert started.process.wait(timeout=600) == 0, started.read_output()
+        assert (
+            "starts again from its last checkpoint" in started.read_output()
+            and "Traceback" not in started.read_output()
+        )
         assert set(state_of(storage).values()) == {("finished", 400)}
         happened = read_events(Storage(storage), "tiny")
         [restart] = [event for event in happened if event["event"] == "restarted"]
@@ -90,14 +93,14 @@ def test_blocks_that_are_made_again_are_told(own: tuple[Path, Path]) -> None:
             lambda: bool(making.extend(p for p in started.family() if "make_block" in title(p)) or making)
         )
         os.kill(making[0], signal.SIGKILL)
-        assert started.process.wait(timeout=600) == 0, started.said()
+        assert started.process.wait(timeout=600) == 0, started.read_output()
     finally:
         started.end()
     told = [event for event in read_events(Storage(storage), "tiny") if event["event"] == "retried"]
     again, remade = ([e for e in told if text in e["why"]] for text in ("Ray ran it again", "it is made again"))
     assert again and len(told) == len(again) + len(remade)
     assert [(e["trial"], e["piece"]) for e in remade] == [(damaged, str(samples.relative_to(storage)))]
-    assert "Ray ran it again" in started.said() and "is made again" in started.said()
+    assert "Ray ran it again" in started.read_output() and "is made again" in started.read_output()
     assert (storage / "sweeps/tiny/report.html").read_text().count('<span class="tag retried">') == len(told)
     found = json.loads(run("orchestrator.status", "tiny", "--json", "--storage", storage).stdout)
     assert sum(trial["retried_blocks"] for trial in found["sweeps"][0]["trials"]) == len(told)
@@ -182,10 +185,14 @@ def test_an_interrupt_leaves_no_process_and_says_how_to_resume(
         for number in signals:
             started.process.send_signal(number)
             time.sleep(0.35)
-        assert started.process.wait(timeout=300) == 130, started.said()
-        assert "The same command resumes." in started.said()
-        assert "Traceback" not in started.said() and "warning" not in started.said() and "rror" not in started.said()
-        assert started.said().count("It is ending") == len(signals) - 1
+        assert started.process.wait(timeout=300) == 130, started.read_output()
+        assert "The same command resumes." in started.read_output()
+        assert (
+            "Traceback" not in started.read_output()
+            and "warning" not in started.read_output()
+            and "rror" not in started.read_output()
+        )
+        assert started.read_output().count("It is ending") == len(signals) - 1
         assert started.family() == []
         assert {run.info.status for run in runs(storage)[1]} == {"KILLED"}
     finally:
@@ -205,9 +212,14 @@ def test_ctrl_c_before_there_is_anything_to_end(tiny: Path, tmp_path: Path) -> N
             for _ in range(3):
                 started.process.send_signal(signal.SIGINT)
                 time.sleep(0.2)
-            assert started.process.wait(timeout=300) == 130, started.said()
-            said = started.said()
-            assert "Interrupted." in said and "Traceback" not in said and "warning" not in said and "rror" not in said
+            assert started.process.wait(timeout=300) == 130, started.read_output()
+            output = started.read_output()
+            assert (
+                "Interrupted." in output
+                and "Traceback" not in output
+                and "warning" not in output
+                and "rror" not in output
+            )
             assert started.family() == []
         finally:
             started.end()
@@ -225,13 +237,13 @@ def test_a_part_of_ray_that_is_killed_is_replaced_and_the_sweep_goes_on(tiny: Pa
         [victim] = [pid for pid in started.family() if title(pid).partition("\0")[0].endswith(f"/{part}")]
         os.kill(victim, signal.SIGKILL)
         status = started.process.wait(timeout=600)
-        said = started.said()
-        assert f"(process {victim}) was killed by signal 9" in said and "Traceback" not in said, said
+        output = started.read_output()
+        assert f"(process {victim}) was killed by signal 9" in output and "Traceback" not in output, output
         assert started.family() == [], [title(pid) for pid in started.family()]
         if status == 4 and part == "gcs_server":
-            assert "The same command resumes." in said
+            assert "The same command resumes." in output
             status = sweep(*arguments).returncode
-        assert status == 0, said
+        assert status == 0, output
         assert set(state_of(storage).values()) == {("finished", 400)}
         assert {run.info.status for run in runs(storage)[1]} == {"FINISHED"}
     finally:
@@ -265,15 +277,15 @@ def test_a_worker_that_hangs_is_told_ended_and_replaced(
         started.wait_until(lambda: any(storage.glob("trials/*/checkpoints/step-*/manifest.json")))
         victims = [stop(name)]
         if name == "OneWorker":
-            started.wait_until(lambda: "evaluating" in started.said())
+            started.wait_until(lambda: "evaluating" in started.read_output())
             victims.append(stop("make_block"))
-        assert started.process.wait(timeout=600) == 0, started.said()
-        said = started.said()
+        assert started.process.wait(timeout=600) == 0, started.read_output()
+        output = started.read_output()
         for victim in victims:
-            assert re.search(rf"\(process {victim}\) has (not been heard|been stopped) for \d+ s: it is ended", said), (
-                said
-            )
-        assert "again from its last checkpoint" in said and "Traceback" not in said, said
+            assert re.search(
+                rf"\(process {victim}\) has (not been heard|been stopped) for \d+ s: it is ended", output
+            ), output
+        assert "again from its last checkpoint" in output and "Traceback" not in output, output
         assert set(state_of(storage).values()) == {("finished", 400)}
         hangs = [e["why"] for e in read_events(Storage(storage), "tiny") if e["event"] == "hangs"]
         assert sum("it is ended" in why for why in hangs) >= len(victims)

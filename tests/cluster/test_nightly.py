@@ -119,20 +119,20 @@ def test_nights_with_a_promotion_a_regression_a_gap_and_repeats(
 
     registry.set("champion", registry.worse)
     registry.set("candidate", registry.better)
-    status, said = night("2026-03-01")
-    assert status == 0 and "all measured already" in said and "promotion was not asked for" in said, said
-    assert "CET" in said  # lines of the log are in the suite's zone
+    status, output = night("2026-03-01")
+    assert status == 0 and "all measured already" in output and "promotion was not asked for" in output, output
+    assert "CET" in output  # lines of the log are in the suite's zone
 
-    status, said = night("2026-03-02", "--promote")
-    assert status == 0 and webhook == [], said
+    status, output = night("2026-03-02", "--promote")
+    assert status == 0 and webhook == [], output
     champion = registry.client.get_model_version_by_alias("tiny", "champion")
     assert str(champion.version) == registry.better
     assert "nightly-small 2026-03-02: clearly better" in champion.tags["orchestrator.promoted"]
 
     # Somebody registers a worse checkpoint as the candidate, and the machine was off for two nights.
     registry.set("candidate", registry.worse)
-    status, said = night("2026-03-05", "--promote")
-    assert status == 3 and "webhook called" in said, said
+    status, output = night("2026-03-05", "--promote")
+    assert status == 3 and "webhook called" in output, output
     [message] = webhook
     assert message["date"] == "2026-03-05" and message["status"] == 3 and "tiny@candidate" in message["findings"][0]
     assert str(registry.client.get_model_version_by_alias("tiny", "champion").version) == registry.better
@@ -164,8 +164,8 @@ def test_nights_with_a_promotion_a_regression_a_gap_and_repeats(
         storage.write_sealed(
             "nightly/small/running.json", {"day": "2026-03-06", "started": "now", "process": 7, "host": "there"}
         )
-        status, said = night("2026-03-06")
-    assert status == 2 and "is skipped: that of 2026-03-06 is still running, since now, as process 7 on there" in said
+        status, output = night("2026-03-06")
+    assert status == 2 and "is skipped: that of 2026-03-06 is still running, since now, as process 7 on there" in output
 
 
 def test_a_canary_that_is_off_stops_the_night_which_can_be_run_again(
@@ -238,6 +238,6 @@ def test_a_mistake_is_told_before_anything_is_measured(
     for alias in registry.client.get_registered_model("tiny").aliases:
         registry.client.delete_registered_model_alias("tiny", alias)
     assert main([str(suite), *arguments, "--storage", str(registry.storage)]) == 2
-    said = capsys.readouterr().err
-    assert all(text in said for text in expected), said
+    output = capsys.readouterr().err
+    assert all(text in output for text in expected), output
     assert not list((registry.storage / "nightly").glob("small/*/result.json"))

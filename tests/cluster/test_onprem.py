@@ -95,8 +95,8 @@ def test_a_sweep_on_three_machines_outlives_its_client_and_one_of_them(hosts: Ne
     told = (tmp_path / "unseen.log").read_text()
     assert all(worker.address in told for worker in workers) and "folder that all nodes share" in told, told
     say("a storage that the workers do not see is refused")
-    said = tmp_path / "said.log"
-    client = laptop.start(sweep, said, RAY_AUTH_MODE="token")
+    log = tmp_path / "said.log"
+    client = laptop.start(sweep, log, RAY_AUTH_MODE="token")
 
     def victims() -> list[tuple[str, int, Host]]:
         """Trials under way on a worker, with a checkpoint to go on from."""
@@ -108,13 +108,13 @@ def test_a_sweep_on_three_machines_outlives_its_client_and_one_of_them(hosts: Ne
 
     found: list[tuple[str, int, Host]] = []
     until(lambda: bool(found.extend(victims()) or found) or client.process.poll() is not None, "a trial on a worker")
-    assert found, said.read_text()
+    assert found, log.read_text()
     digest, step, victim = found[0]
     victim.kill()
     say(f"{victim.name} is dead; trial {digest} was at step {step} there")
     client.signal(signal.SIGINT)
-    assert client.process.wait(timeout=60) == 130, said.read_text()
-    assert "the job goes on" in said.read_text() and "Traceback" not in said.read_text()
+    assert client.process.wait(timeout=60) == 130, log.read_text()
+    assert "the job goes on" in log.read_text() and "Traceback" not in log.read_text()
     status = laptop.run(["python", "-m", "orchestrator.status", "beta_schedule", "--storage", storage])
     assert digest[:8] in status
     say("ctrl-C on the laptop; the same command again:")

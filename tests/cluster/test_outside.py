@@ -25,7 +25,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{OUTSIDE}")
 
 
-def said(*arguments: object) -> tuple[int, str]:
+def run_command(*arguments: object) -> tuple[int, str]:
     done = run("orchestrator.sweep", *arguments)
     return done.returncode, done.stdout + done.stderr
 
@@ -36,14 +36,14 @@ def test_a_sweep_names_one_of_each(tiny: Path, tmp_path: Path) -> None:
     def begun() -> int:
         return sum(event["event"] == "began" for event in read_events(Storage(storage), "tiny"))
 
-    status, text = said(tiny, "--storage", storage, *SETTINGS)
+    status, text = run_command(tiny, "--storage", storage, *SETTINGS)
     assert status == 0, text
     [row] = pd.read_parquet(storage / "sweeps/tiny/results.parquet").to_dict("records")
     assert row["state"] == "done" and row["eval/network_evaluations"] == 5 and 0 < row["eval/energy_classifier"] < 100
-    status, text = said(tiny, "--storage", storage, *SETTINGS)
+    status, text = run_command(tiny, "--storage", storage, *SETTINGS)
     assert status == 0 and begun() == 1, text
     again = [*SETTINGS[:4], "evaluation.fid.sampler={kind: adams_bashforth, steps: 5, order: 2}", *SETTINGS[5:]]
-    status, text = said(tiny, "--storage", storage, *again)
+    status, text = run_command(tiny, "--storage", storage, *again)
     [other] = pd.read_parquet(storage / "sweeps/tiny/results.parquet").to_dict("records")
     assert status == 0 and begun() == 1 and other["eval/nll_bpd"] == row["eval/nll_bpd"]
     assert other["eval/energy_classifier"] != row["eval/energy_classifier"]
@@ -64,7 +64,7 @@ def test_a_sweep_names_one_of_each(tiny: Path, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_with_them_are_told_as_with_ours(tiny: Path, setting: str, wanted: str) -> None:
-    status, text = said(tiny, "--dry-run", setting)
+    status, text = run_command(tiny, "--dry-run", setting)
     assert status == 2 and wanted in text and "Traceback" not in text, text
 
 

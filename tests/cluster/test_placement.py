@@ -22,4 +22,4 @@ def test_trials_of_mixed_sizes_share_128_gpus_and_one_node_is_lost() -> None:
     assert result["most_gpus_at_once"] <= 128
     assert result["blocks"] == 12 and result["blocks_while_others_train"] > 0
     assert result["sizes_at_once"] > 1
-    assert "16 nodes of 10 CPUs and 8 GPUs" in result["said"][0]
+    assert "16 nodes of 10 CPUs and 8 GPUs" in result["messages"][0]

@@ -42,7 +42,7 @@ def test_a_search_that_is_killed_in_its_second_round_resumes_to_the_same_trials(
         started.kill()
     finally:
         started.end()
-    assert "asks for 3 trials after 3 of 6, by what 3 of them say" in started.said()
+    assert "asks for 3 trials after 3 of 6, by what 3 of them say" in started.read_output()
     before, asked = read_asked(storage, e), record.read_text()
     assert len(before) == 6 and len(open_sweep(storage, "tiny").trials) in (3, 6)
 

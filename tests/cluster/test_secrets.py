@@ -57,8 +57,8 @@ def test_secrets_are_told_nobody_and_only_this_machine_is_listened_to(
             commands |= set(ours.values())
             addresses |= {(address, title) for pid, title in ours.items() for address in listening(pid)}
             time.sleep(0.2)
-        assert started.process.returncode == 0, started.said()
-        assert MARK not in started.said()
+        assert started.process.returncode == 0, started.read_output()
+        assert MARK not in started.read_output()
     finally:
         started.end()
     assert [state for state, _ in state_of(storage).values()] == ["finished", "finished"]

@@ -38,8 +38,8 @@ def test_two_sweeps_of_the_same_trials_train_each_once(tiny: Path, tmp_path: Pat
     both = [Started(tiny, *words, f"name={name}") for name in ("one", "two")]
     try:
         for started in both:
-            assert started.process.wait(timeout=600) == 0, started.said()
-            assert "Traceback" not in started.said(), started.said()
+            assert started.process.wait(timeout=600) == 0, started.read_output()
+            assert "Traceback" not in started.read_output(), started.read_output()
     finally:
         for started in both:
             started.end()
@@ -48,7 +48,7 @@ def test_two_sweeps_of_the_same_trials_train_each_once(tiny: Path, tmp_path: Pat
     for frame in frames:
         assert list(frame["state"]) == ["done", "done"] and set(frame["trial"]) == set(trials)
     assert list(frames[0]["eval/nll_bpd"]) == list(frames[1]["eval/nll_bpd"])
-    assert any("was trained by" in started.said() or "waits for it" in started.said() for started in both)
+    assert any("was trained by" in started.read_output() or "waits for it" in started.read_output() for started in both)
     for digest, trial in trials.items():
         assert statuses(storage)[digest]["checkpoint"] == undisturbed(trial, tmp_path / "plain")
     assert leftovers(storage) == []
@@ -64,10 +64,10 @@ def test_a_sweep_takes_over_what_another_one_leaves(tiny: Path, tmp_path: Path) 
     try:
         one.wait_until(lambda: any(storage.glob("trials/*/checkpoints/step-*/manifest.json")))
         two = Started(tiny, *words, "name=two")
-        two.wait_until(lambda: "(sweep one); waits for it" in two.said())
+        two.wait_until(lambda: "(sweep one); waits for it" in two.read_output())
         one.end()
-        assert two.process.wait(timeout=600) == 0, two.said()
-        assert "it is trained here" in two.said() and "Traceback" not in two.said()
+        assert two.process.wait(timeout=600) == 0, two.read_output()
+        assert "it is trained here" in two.read_output() and "Traceback" not in two.read_output()
     finally:
         for started in filter(None, (one, two)):
             started.end()
@@ -108,7 +108,10 @@ def test_fresh_keeps_what_another_sweep_has_or_trains(own: tuple[Path, Path], ca
     keep_sweep(storage, other, trials, sources)
     [shared] = trials
     assert forget() == [shared]
-    assert f"keeps {shared[:8]}: other sweeps share it" in (said := capsys.readouterr().out) and "sweeps/other" in said
+    assert (
+        f"keeps {shared[:8]}: other sweeps share it" in (message := capsys.readouterr().out)
+        and "sweeps/other" in message
+    )
     shutil.rmtree(own[1] / "sweeps/other")
     with lock(storage, f"locks/{shared}", "sweep other"):
         assert forget() == [shared]

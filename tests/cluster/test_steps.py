@@ -45,8 +45,10 @@ def test_a_sweep_over_steps_trains_once_and_measures_each(tiny: Path, tmp_path: 
     assert list(first.index) == [5, 20] and list(first["state"]) == ["done", "done"] and begun(storage) == 1
     before = digests(storage, trial)
     assert list(before) == [5, 20]
-    said = run("[5, 12, 20, 30]")
-    assert "goes on from step 20 to 30" in said and "its checkpoint of step 12 is not there: it is made again" in said
+    output = run("[5, 12, 20, 30]")
+    assert (
+        "goes on from step 20 to 30" in output and "its checkpoint of step 12 is not there: it is made again" in output
+    )
     second, after = results(storage), digests(storage, trial)
     assert list(second.index) == [5, 12, 20, 30] and set(second["state"]) == {"done"} and begun(storage) == 2
     assert {step: after[step] for step in before} == before and list(after) == [5, 12, 20, 30]
@@ -55,7 +57,7 @@ def test_a_sweep_over_steps_trains_once_and_measures_each(tiny: Path, tmp_path: 
     for step, digest in after.items():
         [alone] = trials_of(tiny, *SHORT, f"training.steps={step}").values()
         assert digest == undisturbed(alone, tmp_path / f"plain-{step}"), step
-    said = run("[30]")
+    output = run("[30]")
     assert begun(storage) == 2 and list(digests(storage, trial)) == [5, 12, 20, 30]
 
 

@@ -11,7 +11,7 @@ al. 2022 do for discrete models (appendix C.3), and all arithmetic is with the l
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ def draw(
 ) -> Drawn:
     """Images x_0 from x_T, float32. `clip` allows the kinds that do so to clip x_0_hat.
 
-    Noise is drawn where the generator is, so that one on the CPU gives the same noise for every device.
+    Noise is drawn where the generator is, so that one on the CPU makes the same noise for every device.
     """
     entry = SAMPLERS[config.kind]
     function, clip = entry.load(), clip and entry.clips
@@ -114,6 +114,7 @@ def euler_maruyama(
     return mean if int(t[0]) == 1 else mean + at(B.sqrt(), t, x_t) * _draw_normal_like(x_t, generator)
 
 
+@runtime_checkable
 class Step(Protocol):
     """The x_0 of the prediction is clipped where that is asked for; its eps is the network's own."""
 

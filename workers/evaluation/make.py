@@ -50,8 +50,8 @@ class LoadedModel:
     def predict(self, x_t: NCHW, t: RealTimes) -> Prediction:
         """In the dtype of x_t, whatever the network computes in."""
         with compute_in(self.precision, self.device):
-            said: Prediction = self.network(x_t, t)
-        return said
+            prediction: Prediction = self.network(x_t, t)
+        return prediction
 
 
 @dataclass(frozen=True)
