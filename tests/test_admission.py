@@ -34,10 +34,10 @@ class Listener:
     def say(self, text: str) -> None:
         self.messages.append(text)
 
-    def evaluating(self) -> bool:
+    def is_evaluating(self) -> bool:
         return self.open
 
-    def turn(self, digest: str) -> Turn:
+    def decide_turn(self, digest: str) -> Turn:
         return self.turns.get(digest, "train")
 
 
@@ -63,7 +63,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> list[Node]:
     """What there is now: two machines, of which a test may take one."""
     there = TWO_MACHINES.nodes()
     for module in (session, admissions):
-        monkeypatch.setattr(module, "nodes_now", lambda: there)
+        monkeypatch.setattr(module, "list_nodes_now", lambda: there)
     monkeypatch.setattr(admissions, "LOOK_AGAIN_S", 1e9)  # there is no Ray to ask for placement groups
     monkeypatch.setattr(admissions, "list_gpu_types", set)
     monkeypatch.setattr(admissions, "is_on_this_machine", lambda: True)  # nor where it is

@@ -96,7 +96,7 @@ def test_what_is_saved_is_loaded(storage, variance, kind):
 def test_diffusers_opens_it_as_a_pipeline(storage, variance):
     diffusers = pytest.importorskip("diffusers")
     checkpoint = saved(storage, process=process(variance))
-    pipeline = diffusers.DDPMPipeline.from_pretrained(storage.url(checkpoint.path))
+    pipeline = diffusers.DDPMPipeline.from_pretrained(storage.find_url(checkpoint.path))
     x, t = images()
     with torch.no_grad():
         torch.testing.assert_close(pipeline.unet(x, t).sample, network()(x, t), rtol=1e-4, atol=1e-5)
@@ -145,7 +145,7 @@ def test_a_step_of_diffusers_is_ours(storage, prediction, variance):
     """DDPMScheduler's step by the network's output, from the same x_t and with the same noise."""
     diffusers = pytest.importorskip("diffusers")
     checkpoint = of_kind(storage, prediction, variance)
-    pipeline = diffusers.DDPMPipeline.from_pretrained(storage.url(checkpoint.path))
+    pipeline = diffusers.DDPMPipeline.from_pretrained(storage.find_url(checkpoint.path))
     model, p = load(checkpoint)
     pipeline.scheduler.set_timesteps(p.T)
     # In diffusers 1 - alpha_bar_t is a difference in float32, which at small t has few digits left.
@@ -168,7 +168,7 @@ def test_what_diffusers_cannot_sample_it_refuses_to(storage, prediction, varianc
     """It opens the folder and fails at a step, instead of sampling from another model."""
     diffusers = pytest.importorskip("diffusers")
     checkpoint = of_kind(storage, prediction, variance)
-    pipeline = diffusers.DDPMPipeline.from_pretrained(storage.url(checkpoint.path))
+    pipeline = diffusers.DDPMPipeline.from_pretrained(storage.find_url(checkpoint.path))
     with pytest.raises((ValueError, RuntimeError)):
         pipeline(batch_size=1, num_inference_steps=50, output_type="np")
 
@@ -187,7 +187,7 @@ def truncate(file: Path) -> None:
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, Path.unlink])
 def test_damage_is_told_with_the_file_s_name(storage, name, damage):
     checkpoint = saved(storage)
-    damage(Path(storage.url(checkpoint.path), name))
+    damage(Path(storage.find_url(checkpoint.path), name))
     read = load_journal if name.endswith("journal.jsonl") else load_state if name.startswith("state/") else load
     with pytest.raises(CheckpointError, match=name):
         read(checkpoint)
@@ -229,7 +229,7 @@ def test_opened_by_its_folder_it_is_the_same(storage):
 )
 def test_a_damaged_manifest_is_told(storage, content):
     checkpoint = saved(storage)
-    Path(storage.url(checkpoint.path), "manifest.json").write_text(content)
+    Path(storage.find_url(checkpoint.path), "manifest.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
         find_newest(storage, FOLDER)
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
@@ -331,7 +331,7 @@ def test_the_digest_is_of_what_an_evaluation_sees(storage):
 def test_no_pickle_and_no_foreign_names(storage):
     """The layout is diffusers' own, and JSON and safetensors are all there is."""
     checkpoint = saved(storage)
-    root = Path(storage.url(checkpoint.path))
+    root = Path(storage.find_url(checkpoint.path))
     names = sorted(str(file.relative_to(root)) for file in root.rglob("*") if file.is_file())
     assert names == sorted([*FILES, "manifest.json", "model_index.json"])
     manifest = json.loads((root / "manifest.json").read_text())
@@ -372,7 +372,7 @@ def test_a_manifest_names_its_own_averages_and_no_other_files(storage, name):
     manifest = json.loads(storage.read(f"{checkpoint.path}/manifest.json"))
     manifest = {"step": 10, "sha256": {**manifest["sha256"], name: "0" * 64}}  # of a version that had no seal
     storage.write(f"{checkpoint.path}/manifest.json", json.dumps(manifest).encode())
-    for use in (lambda: find_newest(storage, FOLDER), lambda: open_folder(storage.url(checkpoint.path))):
+    for use in (lambda: find_newest(storage, FOLDER), lambda: open_folder(storage.find_url(checkpoint.path))):
         with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
             use()
 

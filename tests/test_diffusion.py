@@ -360,7 +360,7 @@ def test_the_noise_of_a_step_has_sigma_for_its_standard_deviation(kind):
     p, n = process(40, "fixed_small"), 20_000
     zero, t = torch.zeros(n, 1, 1, 1, dtype=F64), torch.full((n,), 25)
     x = SAMPLERS[kind].load()(
-        p, SamplerConfig(kind=kind, eta=1.0), zero, make_prediction(p, zero, zero, t), t, make_generator(kind)
+        p, SamplerConfig(kind=kind, eta=1.0), zero, make_prediction(p, zero, zero, t), t, generator=make_generator(kind)
     )
     assert float(x.std()) == pytest.approx(float(p.beta_tilde[24]) ** 0.5, rel=4 / (2 * n) ** 0.5)
 
@@ -370,7 +370,9 @@ def test_the_last_step_shows_the_mean_without_noise():
     t, x_0, x_t, _ = every_t(p)
     for kind in ("ancestral", "ddim"):
         of = make_prediction(p, x_0[:1], x_t[:1], t[:1])
-        x = SAMPLERS[kind].load()(p, SamplerConfig(kind=kind, eta=1.0), x_t[:1], of, t[:1], make_generator("last"))
+        x = SAMPLERS[kind].load()(
+            p, SamplerConfig(kind=kind, eta=1.0), x_t[:1], of, t[:1], generator=make_generator("last")
+        )
         torch.testing.assert_close(x, x_0[:1], msg=kind)
 
 

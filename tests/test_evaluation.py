@@ -208,7 +208,7 @@ def test_any_damage_to_a_block_is_noticed(whole):
         ]
         damaged += [content[:k] for k in (0, 1, 7, 8, 40, len(content) // 2, len(content) - 1)]
         damaged += [content + b"\0", content + content, bytes(len(content))]
-        file = Path(whole.storage.url(block.path))
+        file = Path(whole.storage.find_url(block.path))
         for k, bad in enumerate(damaged):
             file.write_bytes(bad)
             with pytest.raises(DamagedBlock, match=block.name):

@@ -28,20 +28,20 @@ def space(digits) -> Classifier:
 
 def test_the_classifier_knows_held_out_digits(digits, space):
     assert space.accuracy > 0.9
-    found = space.features(digits.train)
+    found = space.compute_features(digits.train)
     assert found.shape == (len(digits.train), 64) and (found >= 0).all()
 
 
 def test_the_distance_tells_digits_from_noise(digits, space):
     noise = np.random.RandomState(0).randint(0, 17, digits.held_out.shape).astype(np.uint8)
-    train, held_out, other = (Moments.of(space.features(i)) for i in (digits.train, digits.held_out, noise))
+    train, held_out, other = (Moments.of(space.compute_features(i)) for i in (digits.train, digits.held_out, noise))
     assert 0 < compute_distance(held_out, train) < compute_distance(other, train) / 10
 
 
 def test_features_do_not_depend_on_how_many_images_a_call_has(digits, space):
     """Up to the order in which a matrix product sums."""
-    one_by_one = np.concatenate([space.features(digits.held_out[k : k + 1]) for k in range(20)])
-    np.testing.assert_allclose(one_by_one, space.features(digits.held_out)[:20], rtol=1e-10, atol=1e-12)
+    one_by_one = np.concatenate([space.compute_features(digits.held_out[k : k + 1]) for k in range(20)])
+    np.testing.assert_allclose(one_by_one, space.compute_features(digits.held_out)[:20], rtol=1e-10, atol=1e-12)
 
 
 def test_the_space_is_made_once_and_read_back_equal(digits, tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ def images() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def features(space, images) -> np.ndarray:
-    return space.features(images)
+    return space.compute_features(images)
 
 
 # ---- Features --------------------------------------------------------------------------------------------------
@@ -61,14 +61,14 @@ def test_torch_fidelity_agrees(features):
 def test_an_image_s_features_do_not_depend_on_its_company(space, images, features):
     """Bit for bit, at another place in a batch and in a smaller call."""
     chosen = [11, 3, 15]
-    assert (space.features(images[chosen]) == features[chosen]).all()
-    assert space.features(images[:0]).shape == (0, 2048)
+    assert (space.compute_features(images[chosen]) == features[chosen]).all()
+    assert space.compute_features(images[:0]).shape == (0, 2048)
 
 
 def test_the_weights_stop_at_the_features(space, features):
     assert space.name == "inception" and space.dimensions == 2048 and space.digest == "7ff4a85c3a6378f0"
     with pytest.raises(Mistake, match=r"weights-inception-2015-12-05-6726825d\.pth"):
-        space.logits(features)
+        space.compute_logits(features)
 
 
 # ---- Pixels ----------------------------------------------------------------------------------------------------

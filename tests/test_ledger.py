@@ -138,7 +138,7 @@ def test_a_chain_s_bound_is_what_a_slow_loop_finds(times, variance, ledger):
 def test_the_optimal_variance_is_the_best_of_any(steps, ledger):
     """At every t no other sigma_t^2, from a ten-thousandth to ten thousand times as large, has a smaller mean term."""
     chain = process().strided(steps)
-    error = torch.from_numpy(ledger.errors()[:, chain.times.numpy() - 1])
+    error = torch.from_numpy(ledger.list_errors()[:, chain.times.numpy() - 1])
     t = torch.arange(2, chain.T + 1).expand(N, -1)
     best = chain.beta_tilde + chain.posterior_x_0**2 * error.mean(0) / D
 
@@ -194,7 +194,7 @@ def test_the_rate_grows_to_the_bound_without_the_decoder(ledger):
     assert rate.shape == distortion.shape == (T,) and terms.shape == (T + 1,)
     assert (np.diff(rate) >= 0).all() and rate[0] == pytest.approx(whole.prior.mean(), rel=1e-12)
     assert rate[-1] + terms[0] == pytest.approx(whole.mean, rel=1e-12) == terms.sum()
-    np.testing.assert_allclose(distortion, 127.5 * np.sqrt(ledger.errors().mean(0)[::-1] / D), rtol=1e-12)
+    np.testing.assert_allclose(distortion, 127.5 * np.sqrt(ledger.list_errors().mean(0)[::-1] / D), rtol=1e-12)
 
 
 def test_a_perfect_network_has_no_distortion_and_the_rate_of_the_prior():
@@ -241,7 +241,7 @@ def test_parts_join_to_the_same_ledger_in_any_order(ledger):
 def test_the_first_images_are_those_measured_alone(ledger):
     for n in range(1, N + 1):
         first = ledger.take_first(n)
-        assert same(first, rows(ledger, np.arange(n * T))) and first.images == n and first.errors().shape == (n, T)
+        assert same(first, rows(ledger, np.arange(n * T))) and first.images == n and first.list_errors().shape == (n, T)
         np.testing.assert_array_equal(
             compute_bound(process(), first, NORMS[:n], D).total, compute_bound(process(), ledger, NORMS, D).total[:n]
         )

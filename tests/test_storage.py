@@ -33,7 +33,7 @@ def test_what_is_written_is_read_and_listed(storage):
     assert storage.read("a/b/c.bin") == b"\x00\xff" * 1000
     assert storage.list("a/b") == ["c.bin"] and storage.list("a") == ["b"] and storage.list("nowhere") == []
     assert storage.exists("a/b/c.bin") and storage.exists("a") and not storage.exists("a/c.bin")
-    assert storage.url("a/b/c.bin").endswith("root/a/b/c.bin")
+    assert storage.find_url("a/b/c.bin").endswith("root/a/b/c.bin")
 
 
 def test_json_round_trip_and_nothing_where_nothing_is(storage):

@@ -250,10 +250,10 @@ class FakeInception:
     """A space with logits, which the network that FID is defined by would have."""
 
     digest = "fake"
-    features = staticmethod(SPACE.compute_features)
+    compute_features = staticmethod(SPACE.compute_features)
 
     @staticmethod
-    def logits(features: np.ndarray) -> np.ndarray:
+    def compute_logits(features: np.ndarray) -> np.ndarray:
         return features[:, :3] / 10
 
 
@@ -271,7 +271,7 @@ def test_in_inception_s_space_against_all_of_train_names_are_plain(tmp_path, mon
     names = {f"eval/{distance}", f"eval/{distance}_se", f"eval/kid{suffix}"}
     names |= {f"eval/precision{suffix}", f"eval/recall{suffix}", "eval/inception_score", "eval/network_evaluations"}
     assert {name for name in metrics if "nll" not in name and name != f"eval/kid{suffix}_se"} == names
-    expected = compute_inception_score(FakeInception.logits(features_of(b)))
+    expected = compute_inception_score(FakeInception.compute_logits(features_of(b)))
     assert metrics["eval/inception_score"] == expected.mean
     assert f"{expected.std:.4f}" in summary_of(b)["passports"]["samples"]["also"]["inception_score"]
 

@@ -958,7 +958,7 @@ def test_where_runs_go(tmp_path: Path) -> None:
 
 def test_the_link_shows_the_trials_of_the_sweep_side_by_side(done: Any) -> None:
     tracker, _ = done
-    page, _, query = tracker.link().partition("?")
+    page, _, query = tracker.find_link().partition("?")
     experiment = client_of(tracker).get_experiment_by_name("done")
     assert page == f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs"
     options = {key: value for key, (value,) in parse_qs(query).items()}

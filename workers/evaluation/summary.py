@@ -246,21 +246,21 @@ def _summarise_fidelity(
 Found = tuple[dict[str, tuple[float, float | None]], str]
 
 
-def measure_kid(space: FeatureSpace, samples: Features, real: Blocks) -> Found:
+def kid(space: FeatureSpace, samples: Features, real: Blocks) -> Found:
     data = np.concatenate(real)
     found = fidelity.compute_kid(samples, data)
     values = {"kid": (found.mean, fidelity.estimate_kid_error(samples, data))}
     return values, f"{found.subsets} subsets of {found.subset_size}, error by {fidelity.PARTS} disjoint parts"
 
 
-def measure_precision_recall(space: FeatureSpace, samples: Features, real: Blocks) -> Found:
+def precision_recall(space: FeatureSpace, samples: Features, real: Blocks) -> Found:
     data = np.concatenate(real)[:NEIGHBOURS]
     found = fidelity.compute_precision_recall(samples[:NEIGHBOURS], data)
     how = f"k = 3, first {min(len(samples), NEIGHBOURS)} samples and {len(data)} images"
     return {"precision": (found.precision, None), "recall": (found.recall, None)}, how
 
 
-def measure_inception_score(space: FeatureSpace, samples: Features, real: Blocks) -> Found:
+def inception_score(space: FeatureSpace, samples: Features, real: Blocks) -> Found:
     assert isinstance(space, Inception)
     score = fidelity.compute_inception_score(space.compute_logits(samples))
     return {"inception_score": (score.mean, None)}, f"10 splits, standard deviation over them {score.std:.4f}"
