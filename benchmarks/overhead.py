@@ -69,7 +69,7 @@ def bare(steps: int, seeds: list[int], root: str) -> list[float]:
         bench = Bench(storage, Measurement.of(trial), dataset, checkpoint, torch.device("cpu"))
         for block in list_blocks(bench.m, checkpoint.digest, Images.of(dataset)):
             make(bench, block)
-        summarise(storage, bench.m, dataset, bench.model.process, checkpoint.digest, bench.space)
+        summarise(storage, bench.m, dataset, bench.model.process, checkpoint.digest, space=bench.space)
         found.append(time.monotonic() - began)
     return found
 
@@ -111,9 +111,9 @@ def main() -> int:
         "first_trial_after_s": first / 1000 - began_at,
     }  # fmt: skip
     print(
-        f"{options.trials} trials of {trial:.1f} s on {count_cores()} cores: ideal {ideal:.1f} s, the sweep {took:.1f} s, "
-        f"{took / ideal:.2f} times as long; {found['above_a_trial_s']:.2f} s of a core a trial above its bare work; "
-        f"the first trial began {found['first_trial_after_s']:.1f} s after the command"
+        f"{options.trials} trials of {trial:.1f} s on {count_cores()} cores: ideal {ideal:.1f} s, the sweep "
+        f"{took:.1f} s, {took / ideal:.2f} times as long; {found['above_a_trial_s']:.2f} s of a core a "
+        f"trial above its bare work; the first trial began {found['first_trial_after_s']:.1f} s after the command"
     )
     if options.output:
         options.output.write_text(json.dumps(found, indent=2) + "\n")

@@ -217,7 +217,9 @@ def nll(setting: Setting, name: str, images: int, T: int) -> Iterator[Line]:
 
         def work() -> None:
             noise = make_generator("speed", "nll")
-            ledger = measure_pairs(process, loaded.predict, x_0[pairs], pairs, t, weight, noise, LEVELS)
+            ledger = measure_pairs(
+                process, loaded.predict, x_0[pairs], pairs, t, weight=weight, noise=noise, levels=LEVELS
+            )
             found[kind] = torch.from_numpy(ledger.squared_error)
 
         return work

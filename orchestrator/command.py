@@ -7,7 +7,7 @@ from orchestrator.clusters.cluster import Cluster
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """Where, by what means, and how much is said meanwhile."""
+    """Where a command works, by what means, and how much it prints meanwhile."""
 
     storage: str
     ray_address: str | None = None  # None: a Ray of this machine alone

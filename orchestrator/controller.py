@@ -260,10 +260,10 @@ class Sweep:
         )
         return found
 
-    def lose(self, said: str) -> None:
+    def lose(self, why: str) -> None:
         """Ray was lost: what stands in the storage is read again, and all that is missing there is made."""
-        self.say(said)
-        self.telling.record_event("lost", why=said)
+        self.say(why)
+        self.telling.record_event("lost", why=why)
         self.progress, self.telling.started = None, False
         self.standing.errors.clear()
         self.standing.look_at_all()

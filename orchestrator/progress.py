@@ -116,7 +116,7 @@ class RowsInProgress:
         rows = [row for row in self.standing.sharing[trial] if row in self.training]
         return sorted(rows, key=lambda row: self.standing.get_trial(row).training.steps)
 
-    # What the training tells of a trial goes to the rows that wait for it, and is said of the first.
+    # What the training tells of a trial goes to the rows that wait for it, and is printed for the first.
 
     def begin_trial(self, trial: TrialId) -> None:
         training, [row, *_] = (
@@ -268,7 +268,7 @@ class RowsInProgress:
         """Keeps what work of the trial took, for the plans of later sweeps."""
         trial = self.standing.get_trial(row)
         for hardware, spent in spents.items():
-            cost.learn(self.storage, trial, self.standing.sources[trial.data], hardware, spent, row[:8])
+            cost.learn(self.storage, trial, self.standing.sources[trial.data], hardware, spent, said_by=row[:8])
 
     def _end_measurement(self, row: RowId, spents: Mapping[str, Spent]) -> None:
         trial = self.standing.get_trial(row)

@@ -106,6 +106,7 @@ def make_pictures(
     from workers.noise import make_generator
 
     m, dataset = subject.m, prepare(subject.m.data)
+    levels = dataset.levels
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network, process = checkpoints.load(subject.checkpoint)
     model, process = network.to(device), make_measured_process(m, process)
@@ -113,10 +114,10 @@ def make_pictures(
     height, width, channels = dataset.shape
 
     def take_held_out(rows: Sequence[int]) -> torch.Tensor:
-        return to_model(torch.from_numpy(np.array(dataset.held_out[list(rows)])), dataset.levels).to(device)
+        return to_model(torch.from_numpy(np.array(dataset.held_out[list(rows)])), levels).to(device)
 
     def tabulate(x: torch.Tensor, heads: Sequence[str], sides: Sequence[str], title: str) -> bytes:
-        return draw_labelled(to_levels(x, dataset.levels).cpu().numpy(), dataset.levels, heads, sides, title)
+        return draw_labelled(to_levels(x, levels).cpu().numpy(), levels, heads, sides, title)
 
     def draw_x_T(count: int, noise: torch.Generator) -> torch.Tensor:
         return torch.randn((count, channels, height, width), generator=noise).to(device)
@@ -124,37 +125,36 @@ def make_pictures(
     noise = make_generator(m.seed, "pictures", "samples")
     samples = draw(process, model, sampler, draw_x_T(n, noise), noise, clip=True).x_0
     noise = make_generator(m.seed, "pictures", "progressive")
-    strip = draw_progressive(process, model, SamplerConfig(), draw_x_T(ROWS, noise), noise, FRAMES)
+    strip = draw_progressive(process, model, SamplerConfig(), draw_x_T(ROWS, noise), noise, frames=FRAMES)
     ends, weights, rows = take_held_out(between), torch.linspace(0, 1, BLENDS), []
     for t in times:
         noise = make_generator(m.seed, "pictures", "interpolation", t)
-        rows += [ends[:1], interpolate(process, model, ends, t, weights, noise), ends[1:]]
+        rows += [ends[:1], interpolate(process, model, ends, t, weights, generator=noise), ends[1:]]
     summary = storage.read_sealed(name_summary(m, subject.checkpoint.digest, Images.of(dataset))) or {}
     if curve := summary.get("rate_distortion"):
         rate, rmse = np.array(curve["rate_bpd"]), np.array(curve["rmse_255"])
     else:
         some = take_held_out(range(min(CURVE_IMAGES, len(dataset.held_out))))
-        noise = make_generator(m.seed, "pictures", "curve")
-        rate, rmse = compute_coding_curve(process, model, some, dataset.levels, noise)
-    # Evenly spaced in what is seen: most of the bits are spent where the eye finds no difference any more.
-    wanted = np.linspace(rmse[0], rmse[-1], RATES)
-    sent = sorted({int(np.abs(rmse - error).argmin()) for error in wanted})
-    originals, noise = (
-        take_held_out(range(min(ROWS, len(dataset.held_out)))),
-        make_generator(m.seed, "pictures", "coding"),
-    )
-    shown = decode_at(process, model, originals, [process.T - k for k in sent], noise)
-    coded = torch.cat([shown, originals[:, None]], dim=1)
+        rate, rmse = compute_coding_curve(process, model, some, levels, make_generator(m.seed, "pictures", "curve"))
+    sent = _choose_steps(rmse)
+    real, noise = take_held_out(range(min(ROWS, len(dataset.held_out)))), make_generator(m.seed, "pictures", "coding")
+    shown = decode_at(process, model, real, [process.T - k for k in sent], noise)
+    coded = torch.cat([shown, real[:, None]], dim=1)
     blends = [f"image {between[0]}", *(f"{w:.3g}" for w in weights.tolist()), f"image {between[1]}"]
     return {
-        "samples": draw_grid(to_levels(samples, dataset.levels), dataset.levels),
-        "progressive": draw_grid(
-            to_levels(strip.flatten(0, 1), dataset.levels), dataset.levels, columns=strip.shape[1]
-        ),
+        "samples": draw_grid(to_levels(samples, levels), levels),
+        "progressive": draw_grid(to_levels(strip.flatten(0, 1), levels), levels, columns=strip.shape[1]),
         "interpolation": tabulate(torch.cat(rows), blends, [f"t = {t}" for t in times], "share of the second image"),
         "coding": tabulate(coded.flatten(0, 1), [*(f"{rate[k]:.3g}" for k in sent), "image"], (), "bits/dim received"),
         "coding_curve": draw_curve(rate, rmse),
     }
+
+
+def _choose_steps(rmse: Any) -> list[int]:
+    """Steps evenly spaced in what is seen: most of the bits are spent where the eye finds no difference any more."""
+    import numpy as np
+
+    return sorted({int(np.abs(rmse - error).argmin()) for error in np.linspace(rmse[0], rmse[-1], RATES)})
 
 
 def draw_labelled(images: Any, levels: int, heads: Sequence[str], sides: Sequence[str] = (), title: str = "") -> bytes:

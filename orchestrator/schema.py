@@ -1,8 +1,8 @@
 """`python -m orchestrator.schema`: the settings of an experiment or nightly file, for editors and for people.
 
-The JSON schema is made of the records that check the file, so what an editor underlines the command refuses too; what
-spans several settings (a reversed range, a chain short of noise) is said by `--dry-run` alone. With `--markdown` the
-same settings, and the kinds that they can name, are tables, which docs/ shows between two markers.
+The JSON schema is made of the records that check the file, so what an editor underlines the command refuses too. What
+spans several settings (a reversed range, a chain short of noise) is reported by `--dry-run` alone. With `--markdown`
+the same settings, and the kinds that they can name, are tables, which docs/ shows between two markers.
 """
 
 import argparse

@@ -263,15 +263,15 @@ def _format_retries(trial: Mapping[str, Any]) -> str:
 def _describe_driver(sweep: Mapping[str, Any]) -> str:
     driver, ago = sweep["driver"], _format_ago(sweep["now_ms"], sweep["driver"]["heard_ms"])
     where = f"{driver['host']} (process {driver['pid']})" if driver["host"] else "somewhere"
-    said = {
+    by_state = {
         "running": f"runs on {where}, heard {ago}",
         "ended": f"ended {ago}",
         "interrupted": f"interrupted {ago}; the same command resumes it",
-        "refused": f"refused {ago} for a mistake, which its command told",
+        "refused": f"refused {ago} for a mistake that its command has named",
         "gone": f"its command is gone, heard last {ago}; the same command resumes it",
         "silent": f"{where} was heard last {ago}: too long ago to be at work",
     }
-    return said[driver["state"]]
+    return by_state[driver["state"]]
 
 
 def _format_counts(trials: Sequence[Mapping[str, Any]]) -> str:

@@ -33,7 +33,7 @@ class Telling:
         standing.evaluation_s = sum_evaluation_seconds(self.events.events)
         self.record = SweepRuns(standing.experiment, standing.variants, standing.sources, self.storage)
         self.started, self._looked_at = False, 0.0
-        self._linked = False  # whether it was said where the comparison is
+        self._linked = False  # whether the comparison's link was printed
         self._stale, self._stands_at = (
             False,
             0.0,

@@ -101,7 +101,7 @@ def make_all(b: Bench, wanted: Iterable[Block]) -> None:
 def summary_of(b: Bench) -> dict[str, Any]:
     """The summary of blocks that are there."""
     space = b.space if b.m.evaluation.fid else None
-    return summarise(b.storage, b.m, DATASET, PROCESS, b.checkpoint.digest, space)
+    return summarise(b.storage, b.m, DATASET, PROCESS, b.checkpoint.digest, space=space)
 
 
 def evaluated(root: Path, m: Measurement, weights: str = "a") -> dict[str, Any]:

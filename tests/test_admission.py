@@ -34,10 +34,10 @@ class Listener:
     def say(self, text: str) -> None:
         self.messages.append(text)
 
-    def evaluating(self) -> bool:
+    def is_evaluating(self) -> bool:
         return self.open
 
-    def turn(self, digest: str) -> Turn:
+    def decide_turn(self, digest: str) -> Turn:
         return self.turns.get(digest, "train")
 
 

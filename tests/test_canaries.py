@@ -173,8 +173,8 @@ def variance_for_deviation(monkeypatch):
     """Ancestral sampling adds sigma_t^2 z."""
     right = samplers.ancestral
 
-    def wrong(p, config, x_t, x_0_hat, t, noise):
-        return right(replace(p, variance="squared"), config, x_t, x_0_hat, t, noise)
+    def wrong(p, config, x_t, x_0_hat, t, *, generator):
+        return right(replace(p, variance="squared"), config, x_t, x_0_hat, t, generator=generator)
 
     monkeypatch.setattr(samplers, "ancestral", wrong)
     monkeypatch.setitem(VARIANCES, "squared", lambda p: fixed_large(p) ** 2)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_process import ANCESTRAL, DDIM, F64, denoiser_of_gaussian, every_t, process, output
+from small_process import ANCESTRAL, DDIM, F64, denoiser_of_gaussian, every_t, make_prediction, process
 
 from workers.config import SamplerConfig
 from workers.diffusion.predictions import from_eps
@@ -65,7 +65,7 @@ def test_the_noise_of_a_step_has_sigma_for_its_standard_deviation(kind):
     p, n = process(40, "fixed_small"), 20_000
     zero, t = torch.zeros(n, 1, 1, 1, dtype=F64), torch.full((n,), 25)
     x = SAMPLERS[kind].load()(
-        p, SamplerConfig(kind=kind, eta=1.0), zero, output(p, zero, zero, t), t, generator=make_generator(kind)
+        p, SamplerConfig(kind=kind, eta=1.0), zero, make_prediction(p, zero, zero, t), t, generator=make_generator(kind)
     )
     assert float(x.std()) == pytest.approx(float(p.beta_tilde[24]) ** 0.5, rel=4 / (2 * n) ** 0.5)
 
@@ -74,7 +74,7 @@ def test_the_last_step_shows_the_mean_without_noise():
     p = process(40, "fixed_large")
     t, x_0, x_t, _ = every_t(p)
     for kind in ("ancestral", "ddim"):
-        of = output(p, x_0[:1], x_t[:1], t[:1])
+        of = make_prediction(p, x_0[:1], x_t[:1], t[:1])
         x = SAMPLERS[kind].load()(
             p, SamplerConfig(kind=kind, eta=1.0), x_t[:1], of, t[:1], generator=make_generator("last")
         )
@@ -89,7 +89,7 @@ def test_ddim_with_eta_1_is_ancestral_with_fixed_small(kind):
     eta_1 = SamplerConfig(kind="ddim", eta=1.0)
     for k in range(p.T):
         one = slice(k, k + 1)
-        of = output(p, x_0[one], x_t[one], t[one])
+        of = make_prediction(p, x_0[one], x_t[one], t[one])
         a = ancestral(p, ANCESTRAL, x_t[one], of, t[one], generator=make_generator("z", k))
         torch.testing.assert_close(ddim(p, eta_1, x_t[one], of, t[one], generator=make_generator("z", k)), a)
     chains = [

@@ -153,12 +153,12 @@ def test_no_speed_no_number(trial: Trial) -> None:
 
 def test_what_a_sweep_learns_is_what_a_plan_reads(trial: Trial, tmp_path: Path) -> None:
     storage, source = Storage(tmp_path), SOURCE[DIGITS]
-    learn(storage, trial, source, "A core", {name_training_kind(trial.training): (640, 2.0)}, "trial abc")
+    learn(storage, trial, source, "A core", {name_training_kind(trial.training): (640, 2.0)}, said_by="trial abc")
     blocks = {"nll": (1.0, 3.0), "samples": (1.0, 4.0), "features": (1.0, 0.1), "reference": (3.0, 0.9)}
     spent = split_spent(blocks, trial, source)
     assert spent["nll"] == (pytest.approx(750), 3.0)  # one of the two blocks of 30 images and 50 timesteps
     assert spent["samples"] == (pytest.approx(500), 4.0)
-    learn(storage, trial, source, "A core", spent, "trial abc")
+    learn(storage, trial, source, "A core", spent, said_by="trial abc")
     [path] = [f"speeds/{name}" for name in storage.list("speeds")]
     plan = estimate([trial], SOURCE, {path: storage.read_sealed(path) or {}}, "A core", LAPTOP, cores=2, most=None)
     assert isinstance(plan, Plan) and "trial abc" in plan.said_by
@@ -172,7 +172,7 @@ def test_a_calibration_measures_all_that_a_plan_asks_for(
     name, spent = calibration.measure_speed(trial, str(tmp_path))
     assert name == name_hardware() and all(count > 0 and seconds > 0 for count, seconds in spent.values())
     storage = Storage(tmp_path)
-    learn(storage, trial, SOURCE[DIGITS], name, spent, "a calibration")
+    learn(storage, trial, SOURCE[DIGITS], name, spent, said_by="a calibration")
     [file] = storage.list("speeds")
     known = {f"speeds/{file}": storage.read_sealed(f"speeds/{file}") or {}}
     assert isinstance(estimate([trial], SOURCE, known, name, LAPTOP, cores=2, most=None), Plan)

@@ -75,7 +75,7 @@ def test_an_oscillation_is_followed_to_the_tolerance(pair, way):
         return error.square().mean(1).sqrt() / tolerance
 
     for tolerance in (1e-4, 1e-8):
-        found = integrate(derivative, partial(norm, tolerance), exact(way[0]), way[0], way[1], pair)
+        found = integrate(derivative, partial(norm, tolerance), exact(way[0]), way[0], way[1], pair=pair)
         assert (found.y - exact(way[1])).abs().max() < 200 * tolerance
         assert (found.evaluations.diff() > 0).all()
 
@@ -91,7 +91,9 @@ def test_a_jump_that_no_step_can_pass_is_an_error():
         return 1e12 * torch.where(u > 0.5, 1.0, -1.0).to(F64)[:, None] * torch.ones_like(y)
 
     with pytest.raises(FloatingPointError, match="larger"):
-        integrate(derivative, lambda u, e: e.abs().mean(1) / 1e-6, torch.zeros(1, 1, dtype=F64), 0, 1, DORMAND_PRINCE)
+        integrate(
+            derivative, lambda u, e: e.abs().mean(1) / 1e-6, torch.zeros(1, 1, dtype=F64), 0, 1, pair=DORMAND_PRINCE
+        )
 
 
 # ---- The density -----------------------------------------------------------------------------------------------

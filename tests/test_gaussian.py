@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import gaussian_pixels
 import numpy as np
@@ -37,7 +38,15 @@ def measured(p: Process, eps_theta, images: np.ndarray, clip: bool = True):
     x_0 = to_model(torch.from_numpy(np.array(images)), 256)
     noise = make_generator("measured")
     ledger = measure_pairs(
-        p, from_eps(p, eps_theta), x_0[image], image, t.reshape(-1), weight.reshape(-1), noise, 256, clip
+        p,
+        from_eps(p, eps_theta),
+        x_0[image],
+        image,
+        t.reshape(-1),
+        weight=weight.reshape(-1),
+        noise=noise,
+        levels=256,
+        clip=clip,
     )
     return ledger, compute_bound(p, ledger, compute_squared_norms(x_0), 64)
 
@@ -278,8 +287,8 @@ def test_the_bound_with_a_learned_variance_is_the_exact_one(data, head, monkeypa
     n = len(images)
     t, weight = list_all_times(p.T, n)
     image, x_0 = np.repeat(np.arange(n), p.T), to_model(torch.from_numpy(np.array(images)), 256)
-    rows = image, t.reshape(-1), weight.reshape(-1)
-    ledger = measure_pairs(p, with_head(p, head), x_0[image], *rows, make_generator("learned"), 256)
+    rows, more = (image, t.reshape(-1)), dict[str, Any](weight=weight.reshape(-1), levels=256)
+    ledger = measure_pairs(p, with_head(p, head), x_0[image], *rows, noise=make_generator("learned"), **more)
     found = compute_bound(p, ledger, compute_squared_norms(x_0), 64)
     exact = exact_bound(replace(p, variance="between"), S, images, 256)
     assert abs(found.mean - float(exact.mean.sum(1).mean())) < 4 * exact.standard_error()
@@ -288,7 +297,7 @@ def test_the_bound_with_a_learned_variance_is_the_exact_one(data, head, monkeypa
     assert (np.abs(by_t - exact.mean.mean(0).numpy()) < 5 * errors + 1e-9).all()
     # What follows for fixed variances is as without the second head.
     plain = measure_pairs(
-        process(50), from_eps(process(50), network(p)), x_0[image], *rows, make_generator("learned"), 256
+        process(50), from_eps(process(50), network(p)), x_0[image], *rows, noise=make_generator("learned"), **more
     )
     for variance in ("fixed_small", "fixed_large"):
         ours, theirs = (

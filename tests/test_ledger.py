@@ -52,8 +52,10 @@ def images() -> torch.Tensor:
 def measured(p: Process, network=eps_theta) -> Ledger:
     t, weight = list_all_times(T, N)
     image = np.repeat(np.arange(N), T)
-    rows = image, t.reshape(-1), weight.reshape(-1)
-    return measure_pairs(p, from_eps(p, network), images()[image], *rows, make_generator("measured"), LEVELS)
+    rows, noise = (image, t.reshape(-1)), make_generator("measured")
+    return measure_pairs(
+        p, from_eps(p, network), images()[image], *rows, weight=weight.reshape(-1), noise=noise, levels=LEVELS
+    )
 
 
 NORMS = compute_squared_norms(images())
@@ -87,7 +89,7 @@ def test_along_all_times_a_fixed_variance_s_chain_is_its_process(own, variance, 
     """Whichever variance the ledger was measured under, which is no part of it."""
     expected = compute_bound(process(variance), measured(process(variance)), NORMS, D)
     for steps in (None, T, T + 1):
-        found = compute_chain_bound(process(own), ledger, NORMS, D, variance, steps)
+        found = compute_chain_bound(process(own), ledger, NORMS, D, variance, steps=steps)
         np.testing.assert_allclose(found.total, expected.total, rtol=1e-13)
     assert same(ledger, measured(process(variance)))
 
@@ -127,7 +129,7 @@ def slow_bound(times: list[int], variance: str) -> np.ndarray:
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("times", [[1, 9], [1, 5, 9], [1, 3, 5, 7, 9], list(range(1, 10))])
 def test_a_chain_s_bound_is_what_a_slow_loop_finds(times, variance, ledger):
-    found = compute_chain_bound(process(), ledger, NORMS, D, variance, len(times))
+    found = compute_chain_bound(process(), ledger, NORMS, D, variance, steps=len(times))
     parts = np.stack([found.prior, found.diffusion, found.decoder], axis=1)
     np.testing.assert_allclose(parts, slow_bound(times, variance), rtol=1e-9)
 
@@ -143,12 +145,12 @@ def test_the_optimal_variance_is_the_best_of_any(steps, ledger):
     def terms(sigma_squared: torch.Tensor) -> torch.Tensor:
         return diffusion_terms(chain, t, error[:, 1:], D, sigma_squared).mean(0)
 
-    found = compute_chain_bound(process(), ledger, NORMS, D, OPTIMAL, steps)
+    found = compute_chain_bound(process(), ledger, NORMS, D, OPTIMAL, steps=steps)
     assert found.diffusion.mean() == pytest.approx(float(terms(best).sum()) / (D * math.log(2)), rel=1e-12)
     for factor in np.logspace(-4, 4, 81):
         assert (terms(best) <= terms(best * factor) + 1e-12).all()
     for variance in VARIANCES:
-        fixed = compute_chain_bound(process(), ledger, NORMS, D, variance, steps)
+        fixed = compute_chain_bound(process(), ledger, NORMS, D, variance, steps=steps)
         assert found.diffusion.mean() < fixed.diffusion.mean() and found.mean < fixed.mean
         assert (found.prior == fixed.prior).all()
 

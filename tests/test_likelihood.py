@@ -58,8 +58,10 @@ def measured(p: Process, network, x_0: torch.Tensor, seed: int, clip: bool = Tru
     t, weight = list_all_times(p.T, len(x_0))
     image = np.repeat(np.arange(len(x_0)), p.T)
     noise = make_generator("measured", seed)
-    rows = image, t.reshape(-1), weight.reshape(-1)
-    return measure_pairs(p, from_eps(p, network), x_0[image], *rows, noise, LEVELS, clip)
+    rows, weight = (image, t.reshape(-1)), weight.reshape(-1)
+    return measure_pairs(
+        p, from_eps(p, network), x_0[image], *rows, weight=weight, noise=noise, levels=LEVELS, clip=clip
+    )
 
 
 def full(p: Process, network, x_0: torch.Tensor, seed: int, clip: bool = True) -> Bound:
@@ -304,7 +306,14 @@ def test_the_estimate_of_all_strata_is_the_full_sum():
     image = np.repeat(np.arange(3), 6)
     noise = make_generator(0, "valid", "eps")
     ledger = measure_pairs(
-        p, from_eps(p, eps_theta), x_0[image], image, t.reshape(-1), weight.reshape(-1), noise, LEVELS
+        p,
+        from_eps(p, eps_theta),
+        x_0[image],
+        image,
+        t.reshape(-1),
+        weight=weight.reshape(-1),
+        noise=noise,
+        levels=LEVELS,
     )
     expected = compute_bound(p, ledger, compute_squared_norms(x_0), 4).total
     assert (estimate(p, from_eps(p, eps_theta), x_0, 5, LEVELS, 0, "valid").total == expected).all()

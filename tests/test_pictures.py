@@ -57,12 +57,12 @@ def test_interpolation_near_the_data_is_a_blend_and_from_noise_forgets_both():
     """At t = 1 x_t holds nearly all of x_0; from t = T what comes out has little to do with the ends."""
     ends = S * noise(2, "ends")
     weights = torch.linspace(0, 1, 5)
-    near = interpolate(P, best(), ends, 1, weights, make_generator("near"))
+    near = interpolate(P, best(), ends, 1, weights, generator=make_generator("near"))
     blend = (1 - weights)[:, None, None, None] * ends[:1] + weights[:, None, None, None] * ends[1:]
     torch.testing.assert_close(near, blend, rtol=0, atol=4 * float(P.noise_level[0]))
-    far = interpolate(P, best(), ends, P.T, weights, make_generator("far"))
+    far = interpolate(P, best(), ends, P.T, weights, generator=make_generator("far"))
     assert (far[0] - ends[0]).square().mean() > S**2 / 4
-    again = interpolate(P, best(), ends, P.T, weights[:1], make_generator("far"))
+    again = interpolate(P, best(), ends, P.T, weights[:1], generator=make_generator("far"))
     torch.testing.assert_close(again[0], far[0])  # the noise is one for all weights
 
 

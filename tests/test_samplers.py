@@ -175,7 +175,9 @@ def test_the_adaptive_solver_reaches_its_tolerance():
     """A hundredth of the tolerance costs 100^(1/3) = 4.6 times the steps, of a pair of the third order."""
     p, errors, costs = process(1000), [], []
     for tolerance in (1e-3, 1e-5):
-        drawn = draw(p, best(p), SamplerConfig(kind="ode", tolerance=tolerance), noise(4), make_generator("n"), False)
+        drawn = draw(
+            p, best(p), SamplerConfig(kind="ode", tolerance=tolerance), noise(4), make_generator("n"), clip=False
+        )
         errors.append(error(p, SamplerConfig(kind="ode", tolerance=tolerance)))
         costs.append(float(drawn.evaluations.double().mean()))
         assert errors[-1] * S < 10 * tolerance  # some ten steps add up
@@ -185,9 +187,9 @@ def test_the_adaptive_solver_reaches_its_tolerance():
 def test_an_image_is_solved_alike_in_any_company():
     p = process(200)
     sampler, x_T = SamplerConfig(kind="ode"), noise(5) * torch.tensor([0.1, 1, 1, 1, 30]).reshape(-1, 1, 1, 1)
-    together = draw(p, best(p), sampler, x_T, make_generator("n"), False)
+    together = draw(p, best(p), sampler, x_T, make_generator("n"), clip=False)
     for k in range(5):
-        alone = draw(p, best(p), sampler, x_T[k : k + 1], make_generator("n"), False)
+        alone = draw(p, best(p), sampler, x_T[k : k + 1], make_generator("n"), clip=False)
         assert torch.equal(alone.x_0, together.x_0[k : k + 1])
         assert torch.equal(alone.evaluations, together.evaluations[k : k + 1])
     assert len(set(together.evaluations.tolist())) > 1
@@ -204,7 +206,7 @@ def test_the_reverse_sde_by_all_steps_has_the_law_of_the_ancestral_chain():
     """Both are discretisations of one SDE; a pixel's variance differs by O(1 / T)."""
     p = process(1000)
     found = variance(
-        draw(p, best(p), SamplerConfig(kind="euler_maruyama"), noise(2000), make_generator("z"), False).x_0
+        draw(p, best(p), SamplerConfig(kind="euler_maruyama"), noise(2000), make_generator("z"), clip=False).x_0
     )
     assert found == pytest.approx(S**2, rel=0.03)
 
@@ -227,7 +229,7 @@ def test_langevin_is_stationary_at_its_own_variance(step_size):
 def test_annealing_follows_the_recursion_of_the_variance():
     p = process(40)
     config = SamplerConfig(kind="langevin", steps=12, repeats=3)
-    x_0 = draw(p, best(p), config, noise(6000), make_generator("z"), False).x_0
+    x_0 = draw(p, best(p), config, noise(6000), make_generator("z"), clip=False).x_0
     sigma = p.noise_level[find_nearest_times(p, geometric, 12) - 1].flip(0).tolist()
     expected = 1 + sigma[0] ** 2
     for s in sigma:
@@ -262,7 +264,9 @@ def test_dpmpp_is_that_of_diffusers(steps, clip):
     x = x_T = noise(3)
     for t in scheduler.timesteps:
         x = scheduler.step(eps_theta(x, (t + 1).expand(3)), t, x).prev_sample
-    ours = draw(p, from_eps(p, eps_theta), SamplerConfig(kind="dpmpp", steps=steps), x_T, make_generator("n"), clip).x_0
+    ours = draw(
+        p, from_eps(p, eps_theta), SamplerConfig(kind="dpmpp", steps=steps), x_T, make_generator("n"), clip=clip
+    ).x_0
     torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)
 
 
@@ -285,7 +289,7 @@ def test_heun_is_that_of_diffusers():
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(y, t)
         y = scheduler.step(eps_theta(scaled.float(), (t + 1).expand(3)), t, y).prev_sample
-    ours = draw(p, from_eps(p, eps_theta), SamplerConfig(kind="heun", steps=9), x_T, make_generator("n"), True).x_0
+    ours = draw(p, from_eps(p, eps_theta), SamplerConfig(kind="heun", steps=9), x_T, make_generator("n"), clip=True).x_0
     torch.testing.assert_close(ours, y.float(), rtol=1e-3, atol=1e-3)
     assert len(scheduler.timesteps) == count_evaluations(SamplerConfig(kind="heun", steps=9), 100)
 

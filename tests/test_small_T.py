@@ -63,7 +63,7 @@ def measured(
     m = Measurement(data=DataConfig(source="digits"), T=diffusion.T, evaluation=evaluation)
     bench = Bench(storage, m, DATASET, checkpoint, CPU)
     make_all(bench, blocks_of(bench))
-    summary = summarise(storage, m, DATASET, process, checkpoint.digest, bench.space)
+    summary = summarise(storage, m, DATASET, process, checkpoint.digest, space=bench.space)
     return Subject("a", m, checkpoint), summary
 
 

@@ -62,13 +62,6 @@ ROOMS = {
 }
 MOST_LINES = {"file": 400, "function": 60, "class": 250}
 MOST_POSITIONAL = 5  # arguments of a function, beside self; what is beyond that is keyword-only
-# Modules with functions of more positional arguments: nothing is to be added here, and a name goes as it has fewer.
-STILL_MANY = {
-    "orchestrator.clusters.cost",  # `learn`
-    "workers.training",
-    *(f"workers.diffusion.{name}" for name in ("flow", "ledger", "likelihood", "samplers")),
-    *(f"workers.evaluation.{name}" for name in ("make", "pictures", "summary")),
-}
 OF_RAY = {"workers.ray_private", "workers.ray_train", "orchestrator.ray_internals"}  # what is private of it
 
 
@@ -134,8 +127,7 @@ def test_nothing_is_too_large_to_be_read_at_a_glance(name: str) -> None:
             names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
             positional.append((node.name, len([n for n in names if n not in ("self", "cls")])))
     assert not [each for each in sizes if each[2] > MOST_LINES[each[0]]]
-    if name not in STILL_MANY:
-        assert not [each for each in positional if each[1] > MOST_POSITIONAL]
+    assert not [each for each in positional if each[1] > MOST_POSITIONAL]
 
 
 def test_no_file_of_the_tests_and_benchmarks_is_too_long() -> None:

@@ -123,7 +123,7 @@ def test_a_learned_variance_is_measured_by_its_own_terms(root, head):
     )
     b = Bench(storage, m, DATASET, saved, CPU)
     make_all(b, blocks_of(b))
-    summary = summarise(storage, b.m, DATASET, process, saved.digest, None)
+    summary = summarise(storage, b.m, DATASET, process, saved.digest, space=None)
     bpd, ledger = summary["metrics"]["eval/nll_bpd"], summary["ledger"]
     assert [(row["steps"], row["bpd"]) for row in ledger["learned_range"]] == [(T, bpd)]
     assert sum(summary["nll_by_t"]) == pytest.approx(bpd)
@@ -241,7 +241,7 @@ class FakeInception:
     compute_features = staticmethod(SPACE.compute_features)
 
     @staticmethod
-    def logits(features: np.ndarray) -> np.ndarray:
+    def compute_logits(features: np.ndarray) -> np.ndarray:
         return features[:, :3] / 10
 
 

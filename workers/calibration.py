@@ -55,7 +55,7 @@ def measure_speed(trial: Trial, storage_root: str) -> tuple[str, Spent]:
     t, noise = np.arange(batch) % trial.diffusion.T + 1, make_generator(0)
 
     def pairs() -> object:
-        return measure_pairs(process, model, x_0, rows, t, np.ones(batch), noise, dataset.levels)
+        return measure_pairs(process, model, x_0, rows, t, weight=np.ones(batch), noise=noise, levels=dataset.levels)
 
     _repeat(meter, "nll", batch, pairs)
     if fid := trial.evaluation.fid:

@@ -46,7 +46,7 @@ def report_results(job: Job, world: World) -> Generator[dict[str, Any], None, No
     trial, storage, folder = read_trial(job), Storage(job["storage"]), name_trial_folder(job["digest"])
     if world.rank == 0:
         storage.remove_leftovers(folder)
-    loop = training_loop(trial, prepare(trial.data), storage, folder, world, job["also_keep"])
+    loop = training_loop(trial, prepare(trial.data), storage, folder, world, also_keep=job["also_keep"])
     for progress in loop:
         yield {
             "valid/nll_bpd": PENALTY_BPD,
@@ -157,7 +157,7 @@ def ask_to_stop(job: Job) -> None:
 
 
 def free_workers(result: dict[str, Any]) -> None:
-    """Gives back the cores of a data-parallel trial whose actor died, from its last result.
+    """Frees the cores of a data-parallel trial whose actor died, from its last result.
 
     Ray Train's cleaner should do it, but asks the dashboard who is still there, and a local Ray has none.
     """

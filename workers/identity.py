@@ -2,9 +2,9 @@
 
 A record declares, for each field that chooses, which of its other fields each choice reads (`Record.READS`). That one
 declaration decides everywhere: a setting that nothing reads is refused (`orchestrator.experiment.check`), counts in no
-id, and is not shown. One serializer (`collect_settings_read`) makes ids. A setting counts in an id from the first value on that
-is not its default, so a setting that comes later moves no id; where a default or what the code computes changes,
-`TRAINING_VERSION` or `evaluation.blocks.VERSION` is raised.
+id, and is not shown. One serializer (`collect_settings_read`) makes ids. A setting counts in an id from the first
+value on that is not its default, so a setting that comes later moves no id; where a default or what the code computes
+changes, `TRAINING_VERSION` or `evaluation.blocks.VERSION` is raised.
 """
 
 import hashlib

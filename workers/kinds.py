@@ -171,7 +171,9 @@ def _make_weighting(name: str, about: str, *reads: str, **more: Any) -> Weightin
 
 OBJECTIVES = Kinds(
     {
-        "mse": _make_objective("mse", "the weighted squared error of the prediction", "weighting", teaches_variance=False),
+        "mse": _make_objective(
+            "mse", "the weighted squared error of the prediction", "weighting", teaches_variance=False
+        ),
         "kl": _make_objective("kl", "the bound in bits/dim (eq. 5)", teaches_variance=True),
         "hybrid": _make_objective(
             "hybrid", "mse, and the bound for the variance (Nichol & Dhariwal 2021)", "weighting", "vlb_weight",

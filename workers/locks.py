@@ -194,5 +194,6 @@ class Leases:
 def _read_lock(content: bytes) -> dict[str, Any]:
     """What a lock that is held says; it may be just being written."""
     with suppress(ValueError, KeyError, TypeError):
-        return {"who": str((said := json.loads(content))["who"]), "owner": str(said["owner"])}
+        holder = json.loads(content)
+        return {"who": str(holder["who"]), "owner": str(holder["owner"])}
     return {"who": "another process", "owner": ""}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 # Of a batch. Images are on the scale of [-1, 1], but for what a network says of them.
 NCHW = Float[Tensor, "n c h w"]
-Heads = Float[Tensor, "n heads h w"]  # what a network gives: c channels, or 2 c where it learns a variance
+Heads = Float[Tensor, "n heads h w"]  # a network's output: c channels, or 2 c where it learns a variance
 Times = Int64[Tensor, "n"]  # t in 1..T
 RealTimes = Int64[Tensor, "n"] | Float64[Tensor, "n"]  # t in [1, T]: between the trained times too
 PerImage = Float[Tensor, "n"]

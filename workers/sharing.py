@@ -94,8 +94,8 @@ def read_share(storage: Storage, path: str, types: Collection[str]) -> float | N
 def note_share(storage: Storage, path: str, name: str, share: float, **measured: Any) -> None:
     """Notes what a trial on the GPU of that name needs."""
     noted = storage.read_sealed(path, REMEASURED) or {}
-    said = {"share": share, "date": time.strftime("%Y-%m-%d"), **measured}
-    storage.write_sealed(path, {**noted, name: {**noted.get(name, {}), **said}})
+    entry = {"share": share, "date": time.strftime("%Y-%m-%d"), **measured}
+    storage.write_sealed(path, {**noted, name: {**noted.get(name, {}), **entry}})
 
 
 def correct_share(storage: Storage, path: str, name: str, share: float) -> None:
@@ -142,7 +142,7 @@ def read_utilisation(device: Any) -> float | None:
 
 
 def free_memory() -> None:
-    """Gives back what the allocator keeps for the next tensors: the process may wait while others need it."""
+    """Frees what the allocator keeps for the next tensors: the process may wait while others need it."""
     import torch
 
     torch.cuda.empty_cache()  # does nothing where no GPU was used

@@ -59,8 +59,8 @@ class Storage:
                 why = os.strerror(error.errno) if error.errno else str(error)
                 raise StorageError(f"{self.find_url(path)} cannot be read: {why}; make it readable") from error
             raise StorageError(
-                f"{self.find_url(path)} cannot be reached ({str(error).split('; Details')[0]}). Look whether the bucket is "
-                "there, this machine may use it (AWS_ACCESS_KEY_ID, ... or its role), and the address is right"
+                f"{self.find_url(path)} cannot be reached ({str(error).split('; Details')[0]}). Check that the "
+                "bucket is there, that this machine may use it (AWS_ACCESS_KEY_ID, ... or its role), and the address"
             ) from error
 
     def find_url(self, path: str = "") -> str:

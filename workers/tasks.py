@@ -107,9 +107,9 @@ def make_summary(order: Order, *after: Any) -> tuple[int, dict[Block, str]]:
         bench = _load_bench(order)
         images, digest = Images.of(bench.dataset), order.checkpoint.digest
         space = bench.space if bench.m.evaluation.fid else None
-        if lacking := find_unusable(bench.storage, list_blocks(bench.m, digest, images), space):
-            return count_attempts(), lacking
-        summary = summarise(bench.storage, bench.m, bench.dataset, load_process(order.checkpoint), digest, space)
+        if unusable := find_unusable(bench.storage, list_blocks(bench.m, digest, images), space):
+            return count_attempts(), unusable
+        summary = summarise(bench.storage, bench.m, bench.dataset, load_process(order.checkpoint), digest, space=space)
         bench.storage.write_sealed(name_summary(bench.m, digest, images), summary)
         for folder in (name_evaluation_folder(digest), REFERENCES):
             bench.storage.remove_leftovers(folder)

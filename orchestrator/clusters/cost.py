@@ -41,7 +41,7 @@ FAMILIES = {
 # ---- Speeds ----------------------------------------------------------------------------------------------------
 
 
-def learn(storage: Storage, trial: Trial, source: Source, hardware: str, spent: Spent, said_by: str) -> None:
+def learn(storage: Storage, trial: Trial, source: Source, hardware: str, spent: Spent, *, said_by: str) -> None:
     """Keeps what work of each kind took; of a kind that was known the newer counts."""
     if not spent:
         return
@@ -164,9 +164,9 @@ def estimate(
         kind = _find_similar(name_training_kind(trial.training), work)
         price = count_cost(trial, source)
         wanted = _count_evaluation(trial, source, price, first=(trial.data, trial.evaluation.fid) not in referenced)
-        lacking = [name for name in wanted if name not in work] + ["training"] * (kind is None)
-        if lacking or kind is None:
-            return Unknown(f"no throughput is known of {', '.join(sorted(set(lacking)))} on {hardware}")
+        missing = [name for name in wanted if name not in work] + ["training"] * (kind is None)
+        if missing or kind is None:
+            return Unknown(f"no throughput is known of {', '.join(sorted(set(missing)))} on {hardware}")
         referenced.add((trial.data, trial.evaluation.fid))
         scaled |= kind != name_training_kind(trial.training)
         checkpoint = trained, trial.training.steps
@@ -226,7 +226,7 @@ def _divide(counted: Sequence[float]) -> float:
     return counted[1] / counted[0]
 
 
-# ---- What is said of it ----------------------------------------------------------------------------------------
+# ---- In words --------------------------------------------------------------------------------------------------
 
 
 def describe_cost(
@@ -248,9 +248,9 @@ def describe_cost(
         )
     unit = "core" if found.hardware.endswith(CORE) else "GPU"
     lines = [
-        f"Time: about {format_duration(found.wall_s)} on {_describe_place(machines, unit)}: {_format_hours(found.training_s, unit)} of "
-        f"training and {_format_hours(found.evaluation_s, unit)} of evaluation, at the throughput of {found.hardware}, "
-        f"measured by {found.said_by}."
+        f"Time: about {format_duration(found.wall_s)} on {_describe_place(machines, unit)}: "
+        f"{_format_hours(found.training_s, unit)} of training and {_format_hours(found.evaluation_s, unit)} of "
+        f"evaluation, at the throughput of {found.hardware}, measured by {found.said_by}."
     ]
     if found.scaled:
         lines.append("Data-parallel training of this size was not measured: it is taken to be as fast a worker.")
@@ -291,8 +291,8 @@ def list_machines(trials: Mapping[RowId, Variant], search: SearchConfig, cluster
     kinds, nodes = cluster.kinds(), cluster.nodes()
     there = any(node.gpus for node in nodes)
     sizes = [Size.of(v.trial.training, _count_gpus(v.trial, there)) for v in trials.values()]
-    if said := list_never_fitting(sizes, nodes):
-        raise Mistake("\n".join(said))
+    if problems := list_never_fitting(sizes, nodes):
+        raise Mistake("\n".join(problems))
     return [kinds[0], *(kinds[i] for i in find_nodes_in_use(sizes, nodes, _count_machines(search)) if i)]
 
 
@@ -324,19 +324,19 @@ def describe_price(machines: Sequence[NodeType], wall_s: float, prices: Prices |
     """What the machines cost for the whole time."""
     if prices is None:
         return "Price: not given; write hourly prices by instance type into prices.yaml beside the cluster file."
-    total, terms, lacking = 0.0, list[str](), list[str]()
+    total, terms, missing = 0.0, list[str](), list[str]()
     for kind, n in Counter(machines).items():
         name = kind.instance or kind.name
         spot = prices.spot.get(name) if kind.spot else None
         hourly = prices.hourly.get(name) if spot is None else spot
         if hourly is None:
-            lacking.append(name)
+            missing.append(name)
             continue
         how = "" if not kind.spot else " (spot)" if spot is not None else " (on demand, as no spot price is given)"
         total += n * hourly * wall_s / 3600
         terms.append(f"{n} {name} at {hourly:g}{how}")
-    if lacking:
-        return f"Price: not known, as the price file does not give {', '.join(dict.fromkeys(lacking))}."
+    if missing:
+        return f"Price: not known, as the price file does not give {', '.join(dict.fromkeys(missing))}."
     return (
         f"Price: about {prices.currency} {total:,.2f} with {', '.join(terms)} an hour, all of the time "
         f"({prices.source}, {prices.date})."

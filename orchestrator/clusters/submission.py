@@ -185,10 +185,10 @@ def submit(ray_address: str, job: Job) -> int:
 
 
 def submit_again(ray_address: str, name: str, file: Path, words: Sequence[str], most: int) -> str | None:
-    """Sends a command with its file and does not follow it, as its next attempt (see `name_next_attempt`); gives its id.
+    """Sends a command with its file as its next attempt (see `name_next_attempt`), and does not follow it.
 
-    None where there is no attempt to make now, or another process made it in the same moment: Ray refuses an id that
-    it knows. Raises Mistake where `ray_address` cannot be used.
+    Returns the submission id; None where there is no attempt to make now, or another process made it in the same
+    moment: Ray refuses an id that it knows. Raises Mistake where `ray_address` cannot be used.
     """
     if mistakes := find_secrets(file, words):
         raise Mistake("\n".join(mistakes))
@@ -246,7 +246,7 @@ async def _print_output(client: JobSubmissionClient, submission_id: str) -> None
 
 
 def _await_end(client: JobSubmissionClient, submission_id: str) -> int:
-    """Waits for the end that the job's output has announced; gives its exit status, and its reason where it has one."""
+    """Waits for the end that the job's output has announced. Returns its exit status, and prints the reason if any."""
     while (info := client.get_job_info(submission_id)).status not in ENDED:
         time.sleep(0.5)
     if info.status == "SUCCEEDED":

@@ -34,4 +34,4 @@ def calibrate(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig, Sour
         hardware, spent = measured[0]
         for _, other in measured[1:]:
             spent = add_spent(spent, other)
-        learn(storage, trial, sources[trial.data], hardware, spent, "a calibration")
+        learn(storage, trial, sources[trial.data], hardware, spent, said_by="a calibration")

@@ -46,7 +46,7 @@ def get_trial_id(trial: Any) -> TrialId:
 
 
 class Admission(SearchAlgorithm):
-    """Gives Tune its next trial as soon as `place.admit` finds room for it.
+    """Hands Tune its next trial as soon as `place.admit` finds room for it.
 
     So the drivers that exist are those that fit, whatever the sizes. Tune keeps the actor of a trial that has ended
     for the next one until it hears that there is no next one: see `is_finished`.
@@ -177,7 +177,7 @@ class Admission(SearchAlgorithm):
         self._line_up()
 
     def put_back(self, trial: Trial) -> bool:
-        """Puts a trial that Tune gave up back into the queue, unless it has failed too often: then it gives False.
+        """Puts a trial that Tune gave up back into the queue. Returns False where it has failed too often for that.
 
         Tune does not retry a trial whose actor dies as it is handed over from another trial.
         """

@@ -102,7 +102,7 @@ class Evaluations:
         return [(name, e.failed) for name, e in ended.items()]
 
     def _hear_spaces(self) -> None:
-        """Notes what was said as feature spaces were made; that one could not be is told by the blocks that need it."""
+        """Notes what happened as feature spaces were made. The blocks that need one tell that it could not be made."""
         for ref in ray.wait(list(self._asking), num_returns=len(self._asking), timeout=0)[0] if self._asking else []:
             name = self._asking.pop(ref)
             with suppress(ray.exceptions.RayError):
@@ -128,12 +128,12 @@ class Evaluations:
             spents[result.hardware] = add_spent(spents.get(result.hardware, {}), result.spent)
             self._note_redone(name, evaluation.blocks[ref], result.attempts, result.again)
             return
-        attempts, lacking = result
-        self._note_redone(name, "the summary", attempts, lacking)
-        if lacking:  # blocks that the summary found damaged
-            for block in lacking:
+        attempts, damaged = result
+        self._note_redone(name, "the summary", attempts, damaged)
+        if damaged:
+            for block in damaged:
                 self._shared.pop(block.path, None)
-            self.submit(name, evaluation.order, evaluation.planned, list(lacking))
+            self.submit(name, evaluation.order, evaluation.planned, list(damaged))
 
     def _note_redone(self, name: str, piece: str, attempts: int, again: Mapping[Block, str]) -> None:
         """Notes what a task says of faults: Ray began it more than once, or blocks were damaged."""

@@ -32,7 +32,7 @@ TO_ANSWER_S = 30.0  # for a node that is asked for a process
 
 @dataclass
 class Heard:
-    """What was heard of a process last, and for how long it has said nothing, or made no step."""
+    """What was heard of a process last, and for how long it has been silent, or made no step."""
 
     told: Mapping[str, Any]
     silent_s: float = 0.0
@@ -105,7 +105,7 @@ class Watchdog:
     def _run(self, closing: threading.Event) -> None:
         looked, pause_s = time.monotonic(), LOOK_S
         while not closing.wait(pause_s):
-            # A driver that was stopped itself has missed what was said: its own pauses do not count.
+            # A driver that was stopped itself has missed what others told: its own pauses do not count.
             passed_s, looked = min(time.monotonic() - looked, 2 * pause_s), time.monotonic()
             try:
                 if not self.lost():

@@ -108,12 +108,12 @@ def _open_session(ray_address: str | None, cpus: int | None, hang_s: float) -> I
             try:
                 ray.init(ray_address or "local", **options)
             except Exception as error:
-                said = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 if ray_address is None:  # whatever Ray raises, where a part of it died or hung as it started
-                    raise ClusterLost(f"Ray did not start ({said})") from error
+                    raise ClusterLost(f"Ray did not start ({reason})") from error
                 if isinstance(error, ConnectionError):
                     raise Mistake(
-                        f"--address {ray_address}: no Ray cluster answers there ({said}); "
+                        f"--address {ray_address}: no Ray cluster answers there ({reason}); "
                         f"where it wants a token, {TOKEN}"
                     ) from error
                 raise

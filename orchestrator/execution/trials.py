@@ -43,8 +43,8 @@ def choose_hosts(sizes: Iterable[Size]) -> dict[str, Any]:
 def measure_sizes(jobs: Sequence[Job], cluster: Cluster | None) -> dict[str, Size]:
     """What each trial takes, by its id. Raises Mistake where the cluster can never hold one."""
     sizes = {job["digest"]: Size.of(read_trial(job).training, job["gpus"]) for job in jobs}
-    if said := list_never_fitting(sizes.values(), list_nodes_ever(cluster)):
-        raise Mistake("\n".join(said) + ("" if cluster else "; if it can grow, name its file by --cluster"))
+    if problems := list_never_fitting(sizes.values(), list_nodes_ever(cluster)):
+        raise Mistake("\n".join(problems) + ("" if cluster else "; if it can grow, name its file by --cluster"))
     return sizes
 
 

@@ -118,9 +118,9 @@ def group_by_row(
     """The rows of a sweep in order, each variant by the id of its row, and warnings.
 
     Variants that differ only in how far they are trained and in how they are measured share a trial, which is trained
-    once: the id of each is the trial's with a suffix for its step and measurement (`trial_of_row` takes it off), and so
-    `always` that of each row, where variants that are still to come may share its trial. Variants that are alike in
-    both are one row: the first stands for all, and a warning names how many and why.
+    once: the id of each is the trial's with a suffix for its step and measurement (`get_trial_of_row` takes it off).
+    `always` gives every row such an id, for where variants that are still to come may share its trial. Variants that
+    are alike in both are one row: the first stands for all, and a warning names how many and why.
     """
     trained: dict[TrialId, dict[str, list[Variant]]] = {}
     for variant in variants:

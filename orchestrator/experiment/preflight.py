@@ -94,10 +94,10 @@ def list_source_warnings(sources: Iterable[Source]) -> list[str]:
 def _warn_of_held_out(
     experiment: Experiment, variants: Sequence[Variant], sources: Mapping[DataConfig, Source]
 ) -> list[str]:
-    """Warnings where the file says data.held_out, and be it the default, to data with a split of their own."""
+    """Warnings where the file sets data.held_out, even to its default, for data with a split of their own."""
     default = DataConfig.model_fields["held_out"].default
-    said = "held_out" in experiment.data.model_fields_set or "data.held_out" in experiment.search.space
-    configs = dict.fromkeys(v.trial.data for v in variants if said and v.trial.data.held_out == default)
+    is_set = "held_out" in experiment.data.model_fields_set or "data.held_out" in experiment.search.space
+    configs = dict.fromkeys(v.trial.data for v in variants if is_set and v.trial.data.held_out == default)
     return [f"{sources[c].name}: {describe_held_out(c)}" for c in configs if sources[c].own_split]
 
 

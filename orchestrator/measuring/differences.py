@@ -48,8 +48,8 @@ def compute_student_reach(freedom: float) -> float:
 def compare_paired(first: Mapping[str, Any], second: Mapping[str, Any], metric: str = "eval/nll_bpd") -> Difference:
     """The difference of two bounds in bits/dim, image by image: what all images have in common drops out of its error.
 
-    Both summaries have the same NLL protocol (`list_protocol_differences` is empty), and so the same images; with the same
-    seed and T they share their noise as well. Raises ValueError for a single image.
+    Both summaries have the same NLL protocol (`list_protocol_differences` is empty), and so the same images; with
+    the same seed and T they share their noise as well. Raises ValueError for a single image.
     """
     values, _ = BY_IMAGE[metric]
     difference = np.array(first[values]) - np.array(second[values])

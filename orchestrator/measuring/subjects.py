@@ -201,8 +201,8 @@ def check(subjects: Sequence[Subject]) -> tuple[dict[DataConfig, Source], list[s
         problems += find_flow_mistakes(subject.m.evaluation, described.prediction)
         if shape != source.shape:
             problems.append(
-                f"{subject.name}: the model makes images of {_describe_size(shape)}, {source.name} has {_describe_size(source.shape)}; "
-                "give the data it was trained on, or set data.resolution"
+                f"{subject.name}: the model makes images of {_describe_size(shape)}, {source.name} has "
+                f"{_describe_size(source.shape)}; give the data it was trained on, or set data.resolution"
             )
         for finding in check_evaluation(subject.m, source):
             (problems if finding.refused else warnings).append(finding.text)

@@ -158,7 +158,7 @@ class Wanted:
 
 
 def select(models: Sequence[str], versions: Sequence[Version]) -> tuple[list[Wanted], list[str], list[str]]:
-    """The models that the suite names, what is said of those that * leaves out, and all mistakes."""
+    """Returns the models that the suite names, a note on each that * leaves out, and all mistakes."""
     wanted: dict[str, Wanted] = {}
     notes, problems = [], []
     sweeps = sorted({version.sweep for version in versions})

@@ -71,11 +71,11 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def _call_webhook(url: str, content: bytes) -> str:
     """Says nothing of the address but its host: the rest may be a secret."""
-    said: list[str] = []
-    calling = threading.Thread(target=lambda: said.append(_post(url, content)), name="webhook", daemon=True)
+    answers: list[str] = []
+    calling = threading.Thread(target=lambda: answers.append(_post(url, content)), name="webhook", daemon=True)
     calling.start()
     calling.join(TIMEOUT_S)
-    return said[0] if said else f"{_find_host(url)} did not answer within {TIMEOUT_S:g} s"
+    return answers[0] if answers else f"{_find_host(url)} did not answer within {TIMEOUT_S:g} s"
 
 
 def _post(url: str, content: bytes) -> str:
@@ -148,8 +148,8 @@ def _run_command(words: tuple[str, ...], given: bytes) -> str:
     if status == 0:
         return ""
     how = f"by the signal {-status}" if status < 0 else f"with status {status}"
-    said = [line for line in bytes(tail).decode(errors="replace").splitlines() if line.strip()]
-    return f"{words[0]} ended {how}" + "".join(f": {_make_readable(line)}" for line in said[-1:])
+    lines = [line for line in bytes(tail).decode(errors="replace").splitlines() if line.strip()]
+    return f"{words[0]} ended {how}" + "".join(f": {_make_readable(line)}" for line in lines[-1:])
 
 
 def _keep_tail(stream: IO[bytes], tail: bytearray) -> None:

@@ -53,19 +53,19 @@ def format_headline(night: Night) -> str:
 
 
 def make_sections(night: Night) -> list[Section]:
-    said: list[str | tuple[str, ...] | Table] = [
+    summary: list[str | tuple[str, ...] | Table] = [
         f"The night of {night.day}, due at {night.schedule}. Times are of the zone {night.zone}: "
         f"begun {night.started}, ended {night.ended or 'not yet'}."
     ]
     if night.missed:
-        said.append(
+        summary.append(
             f"It covers {len(night.missed)} missed night{'s' * (len(night.missed) > 1)} as well: {night.missed[0]}"
             + (f" to {night.missed[-1]}." if len(night.missed) > 1 else ".")
         )
-    said.append(f"Compared with the night of {night.previous}." if night.previous else "There is no earlier night.")
+    summary.append(f"Compared with the night of {night.previous}." if night.previous else "There is no earlier night.")
     if night.state == "not believed":
-        said.append("A canary is off: what is known beforehand was measured otherwise. So no model was measured.")
-    found = [Section("", tuple(said))]
+        summary.append("A canary is off: what is known beforehand was measured otherwise. So no model was measured.")
+    found = [Section("", tuple(summary))]
     if night.findings:
         found.append(Section("Findings", (tuple(str(finding) for finding in night.findings),)))
     if night.entries:
@@ -120,13 +120,13 @@ def _make_comparisons(night: Night) -> Table:
 
 def _list_protocols(entries: Sequence[ModelNumbers]) -> tuple[str, ...]:
     """Each protocol once."""
-    told: dict[str, None] = {}
+    found: dict[str, None] = {}
     for entry in entries:
         for kind, passport in entry.passports.items():
-            said = ", ".join(f"{key} {value}" for key, value in passport["protocol"].items())
-            told[f"{kind}: {said}"] = None
-            told |= {f"warning: {text}": None for text in passport.get("warnings", ())}
-    return tuple(told)
+            protocol = ", ".join(f"{key} {value}" for key, value in passport["protocol"].items())
+            found[f"{kind}: {protocol}"] = None
+            found |= {f"warning: {text}": None for text in passport.get("warnings", ())}
+    return tuple(found)
 
 
 # ---- Renderings ------------------------------------------------------------------------------------------------

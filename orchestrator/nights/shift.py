@@ -306,7 +306,7 @@ def _promote_models(
 
 
 def _keep(storage: Storage, night: Night, history: Sequence[Night]) -> dict[str, bytes]:
-    """Writes a night and its report, and gives the files of the latter by name."""
+    """Writes a night and its report. Returns the files of the report by name."""
     files = {"report.md": to_markdown(night).encode(), "report.html": to_html(night, history).encode()}
     for name, content in files.items():
         storage.write(f"{_name_place(night)}/{name}", content)

@@ -166,8 +166,8 @@ def _find_contradictions(suite: Suite) -> list[str]:
         where = f"regression.rules[{i}]"
         if rule.metric not in metrics:
             found.append(
-                f"{where}.metric: {rule.metric!r} is not measured by this evaluation{suggest_choice(rule.metric, metrics)}; "
-                f"valid: {', '.join(metrics) or 'none'}"
+                f"{where}.metric: {rule.metric!r} is not measured by this evaluation"
+                f"{suggest_choice(rule.metric, metrics)}; valid: {', '.join(metrics) or 'none'}"
             )
         elif rule.standard_errors and not metrics[rule.metric]:
             found.append(

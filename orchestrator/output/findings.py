@@ -178,23 +178,25 @@ def write_verdict(report: Report) -> str:
         return "No trial is measured yet."
     best, metric = report.measured_groups[0], report.kept.metric
     what, value = head_metric(metric), format_means(metric, best)
-    said = f"Best of {len(report.measured)} measured trials: {best.name}, {what} {value}."
+    finding = f"Best of {len(report.measured)} measured trials: {best.name}, {what} {value}."
     if report.over_seeds:
         n, seeds = len(report.measured_groups), best.count_seeds(metric)
-        said = (
+        finding = (
             f"Best of {n} settings by the mean over seeds ({len(report.measured)} measured trials): {best.name}, "
             f"{what} {value} (± over seeds / over {'images' if metric in BY_IMAGE else 'samples'}, {seeds} seeds)."
         )
     first, differences = report.against_best
     if first != best.digest or not differences:
-        return said
+        return finding
     paired, kind = report.compared in BY_IMAGE, "setting" if report.over_seeds else "trial"
     ways = ("by these seeds and images", "over seeds and images") if report.over_seeds else ("on these images", "")
     if same := [d for d in differences.values() if not d.clear]:
         others = f"one other {kind}" if len(same) == 1 else f"{len(same)} other {kind}s"
-        return f"{said} {(ways[0] if paired else 'by their error bars').capitalize()} it cannot be told from {others}."
+        return (
+            f"{finding} {(ways[0] if paired else 'by their error bars').capitalize()} it cannot be told from {others}."
+        )
     how = (ways[1] or "paired over images") if paired else "by error bars"
-    return f"{said} All others are clearly worse (95 % each, {how})."
+    return f"{finding} All others are clearly worse (95 % each, {how})."
 
 
 def format_hours(seconds: float) -> str:

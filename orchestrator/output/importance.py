@@ -1,8 +1,9 @@
 """How much of a metric's spread over the trials each searched setting explains.
 
-By one-way analysis of variance (`compute_importance`): on a full grid the shares of all settings and what is left (their
-interplay) add up to 1. Where settings are drawn they are confounded by chance, and with few trials a share is large by
-chance alone: `Share.chance` says how large. There a random forest says more (`grow_forest`): it sees all settings at once.
+By one-way analysis of variance (`compute_importance`): on a full grid the shares of all settings and what is left
+(their interplay) add up to 1. Where settings are drawn they are confounded by chance, and with few trials a share is
+large by chance alone: `Share.chance` says how large. There a random forest says more (`grow_forest`): it sees all
+settings at once.
 """
 
 import math
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 BINS = 4  # of a setting whose numbers have fewer than so many trials each; as equal in size as can be
-LEAST = 4  # trials with the metric, below which nothing is said
+LEAST = 4  # trials with the metric, below which no share is computed
 LEAST_DRAWN = 20  # the same for a forest
 FOLDS, TREES, SHUFFLES = 5, 100, 10
 

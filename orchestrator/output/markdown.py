@@ -46,8 +46,8 @@ def write_markdown(report: Report) -> str:
         )
         lines += ["", f"Front of {', '.join(map(head_metric, report.objectives))}: {names}."]
     if use.capacity:
-        lines += ["", f"Cost: {format_hours(use.busy)} {use.slot}-hours in {format_clock(use.wall_s)}; {use.utilisation:.0%} of "
-                  f"{use.slots:g} {use.slot}s held."]  # fmt: skip
+        lines += ["", f"Cost: {format_hours(use.busy)} {use.slot}-hours in {format_clock(use.wall_s)}; "
+                  f"{use.utilisation:.0%} of {use.slots:g} {use.slot}s held."]  # fmt: skip
     lines += _write_speed(report)
     wrong = [tell_event(event) for event in list_faults(report.happened)]
     lines += ["", f"Faults and retries: {len(wrong) or 'none'}.", ""]

@@ -52,7 +52,8 @@ def render(template: str, **values: Any) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "clock": format_clock, "utc": format_utc, "hours": format_hours, "plain": format_value, "metric": head_metric, "zip": zip,
+        "clock": format_clock, "utc": format_utc, "hours": format_hours, "plain": format_value,
+        "metric": head_metric, "zip": zip,
     }  # fmt: skip
     environment.globals |= {"colour": name_colour}
     return environment.get_template(template).render(**values)

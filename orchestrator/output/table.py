@@ -62,7 +62,7 @@ def _make_seed_columns(group: Group) -> dict[str, float]:
 
 
 def _make_cost_columns(group: Group) -> dict[str, Any]:
-    """How far the rows came, the fewest steps of several; their rate; and what is to be said of them."""
+    """How far the rows came, the fewest steps of several; their rate; and remarks on them."""
     statuses = [row.found.status or {} for row in group.rows]
     steps = [row.found.step for row in group.rows if row.found.status]
     details = [row.error or status.get("detail") or "" for row, status in zip(group.rows, statuses, strict=True)]
@@ -200,17 +200,17 @@ def make_footnote(rows: Sequence[Row], metric: str = NLL, each: bool = False) ->
     labels: dict[str, str] = {group.digest: group.label for group in groups}
     over_seeds = are_over_seeds(groups)
     name, same = labels.get(str(best), ""), [d for d in differences.values() if not d.clear]
-    said = [OVER_SEEDS] if over_seeds else []
+    remarks = [OVER_SEEDS] if over_seeds else []
     also = ", and over seeds by Welch's test" if over_seeds else ""
     what, how = head_metric(compared), "by the errors of both"
     if compared in BY_IMAGE:
         what, how = "bits/dim", f"paired over {same[0].n if same else 0} images"
     if same:
-        said.append(f"≈ not distinguishable from {name} in {what} (95 % each, {how}{also})")
+        remarks.append(f"≈ not distinguishable from {name} in {what} (95 % each, {how}{also})")
     measured = [g.digest for g in groups if compared in g.metrics and g.summary]
     if apart := [labels[digest] for digest in measured if best and digest != best and digest not in differences]:
-        said.append(f"measured by another protocol than {name}, and not held against it: {', '.join(apart)}")
-    return "\n".join(said)
+        remarks.append(f"measured by another protocol than {name}, and not held against it: {', '.join(apart)}")
+    return "\n".join(remarks)
 
 
 def make_markdown(rows: Sequence[Row], metric: str = NLL, each: bool = False) -> str:

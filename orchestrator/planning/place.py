@@ -101,11 +101,11 @@ def list_never_fitting(sizes: Iterable[Size], nodes: Sequence[Node]) -> list[str
 
 def describe_nodes(nodes: Sequence[Node]) -> str:
     """4 nodes of 32 CPUs and 8 GPUs, 1 node of 4 CPUs."""
-    said = []
+    texts = []
     for node, n in Counter(nodes).items():
         gpus = f" and {node.gpus:g} GPU{'s' * (node.gpus != 1)}" if node.gpus else ""
-        said.append(f"{n} node{'s' * (n != 1)} of {node.cpus:g} CPU{'s' * (node.cpus != 1)}{gpus}")
-    return ", ".join(said) or "no nodes"
+        texts.append(f"{n} node{'s' * (n != 1)} of {node.cpus:g} CPU{'s' * (node.cpus != 1)}{gpus}")
+    return ", ".join(texts) or "no nodes"
 
 
 def admit(

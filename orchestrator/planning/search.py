@@ -1,6 +1,6 @@
 """An adaptive search: rounds of trials, each asked of Optuna by what the rounds before it were measured at.
 
-    first round (a Sobol sequence: `experiment.expand`) -> measured -> `suggest_round` -> measured -> ... `samples` in all
+    first round (a Sobol sequence: `experiment.expand`) -> measured -> `suggest_round` -> measured -> ... `samples`
 
 A round is a pure function of the experiment and of the outcomes of whole rounds before it, in the order in which they
 were asked for, whatever the order they ended in. So the trials are the same at any size of the cluster, after a kill

@@ -1,7 +1,7 @@
 """Which runs MLflow has of a sweep: its experiment, the runs by their rows, and how much of each is shipped.
 
 The map of the runs is kept in the storage and held against what MLflow itself says once a command: what was deleted
-there is noted, to be said and to be made again.
+there is noted, to be reported and to be made again.
 """
 
 import logging
@@ -76,7 +76,7 @@ class Catalogue:
         self.experiment_id = ""
         self._shared: set[str] = set()  # names of the experiment's tags, as they were found
         self.runs: dict[str, Run] = {}
-        self._lost: list[str] = []  # what MLflow had and has no more, until it is said
+        self._lost: list[str] = []  # what MLflow had and has no more, until it is reported
         self.is_changed = False  # whether the map of runs differs from the one in the storage
         self._is_listed = False
         self._saved_at = self._save_pause_s = 0.0  # when the map was written, and how long not again
@@ -216,7 +216,7 @@ class Catalogue:
         )
 
     def is_without(self, trials: Collection[str], candidate: Candidate | None) -> bool:
-        """Whether MLflow itself is without something that `Tracker.lacks` asks for, which is noted to be said."""
+        """Whether MLflow itself lacks something that `Tracker.is_missing` asks for. It is noted, to be reported."""
         self.list_runs()
         wanted = {SWEEP, *trials}
         binned = sum(run.is_in_bin for row_id, run in self.runs.items() if row_id in wanted)

@@ -8,7 +8,7 @@ diffusers keeps it (the artifact `diffusers`). A table asks for images, a row a 
     sampler   a name of workers.kinds.SAMPLERS; without the column, that of the sweep's evaluation
     steps     network evaluations per image; without the column, the evaluation's
 
-`predict` gives the images of all rows one after the other: uint8 (N, H, W, C) in 0..levels-1, the data's own levels.
+`predict` returns the images of all rows one after the other: uint8 (N, H, W, C) in 0..levels-1, the data's own levels.
 """
 
 import math
@@ -58,7 +58,7 @@ class ImageModel(PythonModel):
             if not 0 <= n <= MOST:
                 raise ValueError(f"n = {n} images were asked for; give 0 to {MOST:,}")
             for block in range(math.ceil(n / SAMPLES)):
-                images = draw_images(self.model, fid, seed, block, self.shape, self.levels)
+                images = draw_images(self.model, fid, seed, block, shape=self.shape, levels=self.levels)
                 parts.append(images[: n - block * SAMPLES])
         return np.concatenate(parts)
 

@@ -109,8 +109,8 @@ def register(client: Any, experiment_id: str, name: str, run_id: str, *, candida
     if version is None:
         # By its place: MLflow would look up `models:/<id>` at the process's own tracking URI and not at the client's.
         model = _log_model(client, experiment_id, name, run_id, candidate=candidate, tags=tags)
-        place, said = model.artifact_location, candidate.description
-        version = client.create_model_version(name, place, run_id, tags, description=said, model_id=model.model_id)
+        place, text = model.artifact_location, candidate.description
+        version = client.create_model_version(name, place, run_id, tags, description=text, model_id=model.model_id)
         linked = json.dumps([{"name": name, "version": version.version}])
         client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": linked})  # the page's link to it
     if str(client.get_registered_model(name).aliases.get(CANDIDATE)) != str(version.version):

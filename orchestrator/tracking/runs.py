@@ -241,7 +241,6 @@ class SweepRuns:
         checkpoint = manifest.choose_average(checkpoint, Measurement.of(trial).evaluation.ema)
         levels, fid = self.sources[trial.data].levels, trial.evaluation.fid or FIDConfig()
         asked = Measurement.of(trial).evaluation
-        said = f"{best.name}: {describe_row(best)}"
         return Candidate(
             trial=best.digest,
             checkpoint=checkpoint,
@@ -249,7 +248,7 @@ class SweepRuns:
             fid=fid,
             variance=asked.variance,
             precision=asked.precision,
-            description=said,
+            description=f"{best.name}: {describe_row(best)}",
         )
 
     @cached_property
@@ -400,11 +399,10 @@ def _write_sweep_note(experiment: Experiment, rows: Sequence[Row]) -> str:
     metric, groups = experiment.search.metric, group_rows(rows)
     best = groups[0] if groups and metric in groups[0].metrics else None
     head = f"Sweep `{experiment.name}`: {len(rows)} trials, ranked by `{metric}`."
-    said = f"Best: **{best.name}**, {format_means(metric, best)}." if best else "No trial is done yet."
+    verdict = f"Best: **{best.name}**, {format_means(metric, best)}." if best else "No trial is done yet."
     table = make_markdown(rows, metric)
     note = make_footnote(rows, metric).replace("\n", "  \n")
     if are_over_seeds(groups):
         note += "  \nEach seed has a run of its own below."
-    return (
-        f"{head} {said}\n\n{table}\n\nNumbers are ± their standard errors; NLL is of held-out images.  \n{note}".strip()
-    )
+    errors = "Numbers are ± their standard errors; NLL is of held-out images."
+    return f"{head} {verdict}\n\n{table}\n\n{errors}  \n{note}".strip()

@@ -208,8 +208,8 @@ def check_database(path: Path, cache: Path) -> None:
     if tables and version != wanted:
         raise Mistake(
             f"MLflow's database {path} has the schema {version}, MLflow {metadata.version('mlflow')} wants {wanted}. "
-            f"Where an older MLflow made it, `mlflow db upgrade {make_database_uri(path)}` brings it up to date (copy the "
-            f"file first); where a newer one did, install that. Or begin another. {MENDING.format(path=path)}"
+            f"Where an older MLflow made it, `mlflow db upgrade {make_database_uri(path)}` brings it up to date "
+            f"(copy the file first); where a newer one did, install that. Or begin another. {MENDING.format(path=path)}"
         )
 
 
@@ -283,7 +283,7 @@ def classify_failure(error: Exception) -> Kind:
 
 
 def shorten_failure(error: Exception) -> str:
-    """One line: what the system said, where requests, SQLAlchemy and MLflow wrap it in four layers."""
+    """One line: the system's own reason, which requests, SQLAlchemy and MLflow wrap in four layers."""
     text = str(error)
     for pattern, meaning in STANDING:
         if found := re.search(pattern, text):

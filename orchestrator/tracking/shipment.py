@@ -53,15 +53,15 @@ class Shipment:
     def __str__(self) -> str:
         if self.complete:
             return f"MLflow at {self.uri} has everything."
-        said = [f"MLflow at {self.uri} is without {text}" for text in self.refused[:SAID]]
+        parts = [f"MLflow at {self.uri} is without {text}" for text in self.refused[:SAID]]
         if len(self.refused) > SAID:
-            said.append(f"and {len(self.refused) - SAID} calls more.")
+            parts.append(f"and {len(self.refused) - SAID} calls more.")
         if self.calls:
             how = "takes nothing" if self.standing else "did not answer"
             why = f"{how} ({self.failing})" if self.failing else "is still at it"
-            said.append(f"MLflow at {self.uri} {why}; {self.calls} calls wait.")
+            parts.append(f"MLflow at {self.uri} {why}; {self.calls} calls wait.")
         then = "mend that, then run" if self.standing else "run"
-        return "\n".join(said) + (
+        return "\n".join(parts) + (
             f"\n{self.points} points are safe in the journal; {then} the same command again to ship them."
         )
 

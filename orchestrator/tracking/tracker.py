@@ -87,8 +87,8 @@ class Tracker:
         """Whether MLflow is without something that this sweep has shipped: its experiment, a run of it or of `trials`,
         the files, the comparison, or the registered model. What was put into MLflow's bin is taken out of it.
 
-        What is missing is said, and ships again, when the sweep and its trials are opened. Raises Mistake where MLflow
-        cannot be asked.
+        What is missing is reported, and shipped again, when the sweep and its trials are opened. Raises Mistake where
+        MLflow cannot be asked.
         """
         if is_database(self.uri):
             check_database(find_database(self.uri), find_default_cache())
@@ -212,7 +212,7 @@ class Tracker:
             refused=tuple(line.refused),
         )
         if not left.complete:
-            log.info("%s", left)  # a warning has said why, and whoever asks says the rest
+            log.info("%s", left)  # a warning has told why, and whoever asks tells the rest
         return left
 
     def find_link(self, timeout_s: float = 60) -> str:

@@ -73,7 +73,8 @@ def test_a_killed_sweep_on_s3_resumes_and_is_measured_there(
 ) -> None:
     storage.write("data/digits.parquet", digits_as_parquet())
     arguments = (
-        tiny, f"data.source={storage.find_url('data/digits.parquet')}", "--storage", storage.root, "--tracking-uri", mlflow,
+        tiny, f"data.source={storage.find_url('data/digits.parquet')}", "--storage", storage.root,
+        "--tracking-uri", mlflow,
         "training.steps=300", "training.validate_every=100", "training.checkpoint_every=50",
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 Only FORMATS are ever opened, told by the content, whatever the name says: Pillow knows others, some of which start
 programs (PostScript: Ghostscript). A header's size is held against MOST_PIXELS before memory is asked for.
 
-`look` reads headers, and pixels only where a palette leaves it open whether they are grey. `decode` gives the image
+`look` reads headers, and pixels only where a palette leaves it open whether they are grey. `decode` returns the image
 upright by its EXIF orientation (as Hugging Face's datasets does), transparent pixels composited on a colour, in 8 bits
 a channel, and cropped and resized where that is asked for.
 """

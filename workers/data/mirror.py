@@ -1,8 +1,8 @@
 """A copy on this machine of files on an object store, brought up to date as rsync does: by size and time of change.
 
-Beside the copy lies a memo of what each file was copied from and what the file system said of the copy then. So a copy
-that somebody touched is made again, also where its size and time are as they were. Stores tell times in seconds: of an
-object that was young when it was copied its version (S3's ETag) is asked for once more.
+Beside the copy lies a memo of what each file was copied from and the size and times that the copy had
+then. So a copy that somebody touched is made again, also where its size and time are as they were. Stores tell times in
+seconds: of an object that was young when it was copied its version (S3's ETag) is asked for once more.
 """
 
 import logging
@@ -36,7 +36,7 @@ class Note(NamedTuple):
 
 
 def mirror_uri(uri: str, folder: Path) -> Path:
-    """Brings the file or folder at `uri` into `folder` and gives its path there, which has the same last name.
+    """Brings the file or folder at `uri` into `folder`. Returns its path there, which has the same last name.
 
     What is there as it was copied is not read again; what the original no longer has is removed. A file appears whole.
     One process at a time: the caller holds a lock. Raises FileNotFoundError, and StorageError where the store does not

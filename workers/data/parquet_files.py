@@ -110,8 +110,8 @@ def _read_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
             size, packed = images.total_uncompressed_size, images.total_compressed_size
             if size > max(PIECE, UNPACKED * packed):
                 raise DataError(
-                    f"{show_name(path.name)} claims to hold {size / 1e9:.1f} GB of images in {packed:,} bytes (row group "
-                    f"{group}), and encoded images do not compress so far; export it again"
+                    f"{show_name(path.name)} claims to hold {size / 1e9:.1f} GB of images in {packed:,} bytes "
+                    f"(row group {group}), and encoded images do not compress so far; export it again"
                 )
             at_once = max(1, min(CHUNK, PIECE // max(size, 1)))
             for batch in file.iter_batches(at_once, row_groups=[group], columns=columns):

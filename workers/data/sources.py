@@ -1,7 +1,7 @@
 """A data set before it is decoded: its address, its counts, and what a person should know of it.
 
-`describe` and `compute_fingerprint` answer the dry run: they read names, headers and bytes, and import neither torch nor ray
-nor scikit-learn. `describe_source` is the line that every command prints of them.
+`describe` and `compute_fingerprint` answer the dry run: they read names, headers and bytes, and import neither torch
+nor ray nor scikit-learn. `describe_source` is the line that every command prints of them.
 """
 
 from collections.abc import Iterator, Sequence

@@ -133,8 +133,8 @@ def _find_pair(folders: Sequence[str], place: str = "") -> tuple[str, str] | Non
     if len(whole) > 1 or any(len(found) > 1 for found in whole[0].values()):
         found = [f"{folder}/" for group in whole for some in group.values() for folder in some]
         raise DataError(
-            f"{list_names(sorted(found), 9)}{f' in {show_name(place)}/' if place else ''} are more than one folder to train "
-            "on and one to hold out; give the path of a folder that holds one of each"
+            f"{list_names(sorted(found), 9)}{f' in {show_name(place)}/' if place else ''} are more than one "
+            "folder to train on and one to hold out; give the path of a folder that holds one of each"
         )
     [group] = whole
     return group["train"][0], next(group[split][0] for split in HELD_OUT if split in group)
@@ -164,8 +164,8 @@ def _arrange_undivided(parts: dict[str, list[str]], depth: int, tops: Sequence[s
     if held := _find_held_out(parts, parts, depth):
         others = [f"{top}/" for top in tops if not held.startswith(f"{top}/")] or ["images"]
         raise DataError(
-            f"there is {show_name(held)} but no train/ beside it, only {list_names(others)}; call what is to be trained on "
-            "train/ and put it beside, or give its path"
+            f"there is {show_name(held)} but no train/ beside it, only {list_names(others)}; call what is to be "
+            "trained on train/ and put it beside, or give its path"
         )
     labels, warnings = _label_classes(parts, list(parts), depth)
     if alike := [f"{top}/" for top in tops if split_name(top)[0]]:

@@ -76,7 +76,7 @@ class Solution:
     evaluations: Counts  # of the derivative, for each image
 
 
-def integrate(derivative: Derivative, norm: Norm, y: Rows, start: float, end: float, pair: Pair) -> Solution:
+def integrate(derivative: Derivative, norm: Norm, y: Rows, start: float, end: float, *, pair: Pair) -> Solution:
     """y from u = start to u = end, each row with steps of its own.
 
     Raises FloatingPointError where the derivative is not finite, or an error stays above the tolerance in the smallest
@@ -144,7 +144,7 @@ def solve(process: Process, model: Model, y: NCHW, tolerance: float) -> Solution
     def norm(u: PerImage64, error: Rows) -> PerImage64:
         return error.square().mean(1).sqrt() / (1 + (2 * u).exp()).sqrt() / tolerance
 
-    solution = integrate(derivative, norm, y.double().flatten(1), high, low, BOGACKI_SHAMPINE)
+    solution = integrate(derivative, norm, y.double().flatten(1), high, low, pair=BOGACKI_SHAMPINE)
     return Solution(solution.y.unflatten(1, shape), solution.evaluations)
 
 
@@ -182,7 +182,7 @@ def integrate_log_density(process: Process, model: Model, x: NCHW, probes: Probe
         return torch.maximum(pixels, error[:, D].abs() / D) / tolerance
 
     state = torch.cat([x.double().flatten(1), torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)], 1)
-    solution = integrate(derivative, norm, state, low, high, DORMAND_PRINCE)
+    solution = integrate(derivative, norm, state, low, high, pair=DORMAND_PRINCE)
     scale = 1 + math.exp(2 * high)  # of the variance of y_T = sqrt(scale) x_T
     squared_norm = solution.y[:, :D].square().sum(1) / scale
     prior = -0.5 * (squared_norm + D * math.log(2 * math.pi * scale))

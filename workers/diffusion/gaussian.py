@@ -31,8 +31,8 @@ def make_denoiser_config(standard_deviation: float, size: int, channels: int) ->
 class GaussianDenoiser(nn.Module):
     """eps_theta(x_t, t) = E[eps | x_t] for pixels from N(0, s^2): it stands where a `UNet` would, without weights.
 
-    `config` is what `make_denoiser_config` makes; `process` the one whose times t are meant. Raises ValueError where the
-    standard deviation is not positive.
+    `config` is what `make_denoiser_config` makes; `process` the one whose times t are meant. Raises ValueError where
+    the standard deviation is not positive.
     """
 
     def __init__(self, config: dict[str, Any], process: Process) -> None:

@@ -137,7 +137,13 @@ def compute_bound(process: Process, ledger: Ledger, squared_norm: PerImage, dime
 
 
 def compute_chain_bound(
-    process: Process, ledger: Ledger, squared_norm: PerImage, dimensions: int, variance: str, steps: int | None = None
+    process: Process,
+    ledger: Ledger,
+    squared_norm: PerImage,
+    dimensions: int,
+    variance: str,
+    *,
+    steps: int | None = None,
 ) -> Bound:
     """The bound of p_theta with a fixed `variance` instead, along `steps` of the times, from a ledger with every t.
 

@@ -41,6 +41,7 @@ def measure_pairs(
     x_0: NCHW,
     image: Ints,
     t: Ints,
+    *,
     weight: Doubles,
     noise: torch.Generator,
     levels: int,
@@ -120,7 +121,9 @@ def estimate(process: Process, model: Model, x_0: NCHW, strata: int, levels: int
     t, weight = draw_stratified_times(process.T, strata, len(x_0), make_generator(*where, "t"), "log_uniform")
     image = np.repeat(np.arange(len(x_0)), t.shape[1])
     noise = make_generator(*where, "eps", device=x_0.device)
-    ledger = measure_pairs(process, model, x_0[image], image, t.reshape(-1), weight.reshape(-1), noise, levels)
+    ledger = measure_pairs(
+        process, model, x_0[image], image, t.reshape(-1), weight=weight.reshape(-1), noise=noise, levels=levels
+    )
     return compute_bound(process, ledger, compute_squared_norms(x_0), x_0[0].numel())
 
 

@@ -88,7 +88,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Objective:
-    """What one trial minimises. `network` of a call takes (x_t, t) and gives its heads, as `interpret` reads them."""
+    """What one trial minimises. `network` of a call takes (x_t, t) and returns its heads, as `interpret` reads them."""
 
     process: Process
     prediction: str

@@ -185,8 +185,8 @@ def fixed_small(process: Process) -> PerTime:
 def learned(process: Process, t: Times, head: NCHW) -> NCHW:
     """log sigma_t^2 = log beta_t + head, a pixel each: the learned diagonal of table 2 (Ho et al. 2020).
 
-    Their network gives log sigma_t^2 itself. From beta_t it starts, with a head of 0, at the fixed large variance, and
-    means the same along a strided chain.
+    Their network outputs log sigma_t^2 itself. From beta_t it starts, with a head of 0, at the fixed large variance,
+    and means the same along a strided chain.
     """
     return at(process.beta.log(), t, head) + head
 

@@ -11,6 +11,7 @@ al. 2022 do for discrete models (appendix C.3), and all arithmetic is with the l
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,11 +38,11 @@ class Drawn:
 
 @torch.no_grad()
 def draw(
-    process: Process, model: Model, config: SamplerConfig, x_T: NCHW, generator: torch.Generator, clip: bool
+    process: Process, model: Model, config: SamplerConfig, x_T: NCHW, generator: torch.Generator, *, clip: bool
 ) -> Drawn:
     """Images x_0 from x_T, float32. `clip` allows the kinds that do so to clip x_0_hat.
 
-    Noise is drawn where the generator is, so that one on the CPU gives the same noise for every device.
+    Noise is drawn where the generator is, so that one on the CPU makes the same noise for every device.
     """
     entry = SAMPLERS[config.kind]
     function, clip = entry.load(), clip and entry.clips
@@ -49,7 +50,7 @@ def draw(
         drawn: Drawn = function(process, model, config, x_T, generator)
         return drawn
     if entry.form == "step":
-        x_0 = _run_chain(process.strided(config.steps), model, function, config, x_T, generator, clip)
+        x_0 = _run_chain(process.strided(config.steps), model, function, config, x_T, generator=generator, clip=clip)
     else:
         ladder = Ladder.of(process.kept(find_nearest_times(process, load(entry.levels), config.steps)), model, clip)
         x_0 = function(ladder, config, x_T.double() * float((1 + ladder.sigma[-1] ** 2).sqrt()), generator).float()
@@ -62,19 +63,20 @@ def sample(
     config: SamplerConfig,
     shape: tuple[int, ...],
     generator: torch.Generator,
+    *,
     clip: bool = True,
     device: torch.device | None = None,
 ) -> NCHW:
     """Images x_0 of `shape` (n, c, h, w), float32, from x_T ~ N(0, I), on `device` or else the generator's."""
     x_T = torch.randn(shape, generator=generator, device=generator.device).to(device or generator.device)
-    return draw(process, model, config, x_T, generator, clip).x_0
+    return draw(process, model, config, x_T, generator, clip=clip).x_0
 
 
 # ---- One step of a chain ---------------------------------------------------------------------------------------
 
 
 def ancestral(
-    process: Process, config: SamplerConfig, x_t: NCHW, prediction: Prediction, t: Times, generator: torch.Generator
+    process: Process, config: SamplerConfig, x_t: NCHW, prediction: Prediction, t: Times, *, generator: torch.Generator
 ) -> NCHW:
     """x_{t-1} = mu_theta(x_t, t) + sigma_t z, with z = 0 at t = 1: Algorithm 2. sigma_t is a standard deviation."""
     mean = process.posterior_mean(prediction.x_0, x_t, t)
@@ -84,7 +86,7 @@ def ancestral(
 
 
 def ddim(
-    process: Process, config: SamplerConfig, x_t: NCHW, prediction: Prediction, t: Times, generator: torch.Generator
+    process: Process, config: SamplerConfig, x_t: NCHW, prediction: Prediction, t: Times, *, generator: torch.Generator
 ) -> NCHW:
     """x_s = sqrt(alpha_bar_s) x_0_hat + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z (Song et al. 2020a, eq. 12, 16).
 
@@ -99,7 +101,7 @@ def ddim(
 
 
 def euler_maruyama(
-    process: Process, config: SamplerConfig, x_t: NCHW, prediction: Prediction, t: Times, generator: torch.Generator
+    process: Process, config: SamplerConfig, x_t: NCHW, prediction: Prediction, t: Times, *, generator: torch.Generator
 ) -> NCHW:
     """x_s = x_t + B x_t / 2 + B score + sqrt(B) z: dx = (f - g^2 score) dt + g dw backwards (Song et al. 2021, eq. 6).
 
@@ -112,8 +114,20 @@ def euler_maruyama(
     return mean if int(t[0]) == 1 else mean + at(B.sqrt(), t, x_t) * _draw_normal_like(x_t, generator)
 
 
-# The prediction that a step is given has x_0 clipped where that is asked for; its eps is the network's own.
-Step = Callable[[Process, SamplerConfig, NCHW, Prediction, Times, torch.Generator], NCHW]
+@runtime_checkable
+class Step(Protocol):
+    """The x_0 of the prediction is clipped where that is asked for; its eps is the network's own."""
+
+    def __call__(
+        self,
+        process: Process,
+        config: SamplerConfig,
+        x_t: NCHW,
+        prediction: Prediction,
+        t: Times,
+        *,
+        generator: torch.Generator,
+    ) -> NCHW: ...
 
 
 def _run_chain(
@@ -122,6 +136,7 @@ def _run_chain(
     step: Step,
     config: SamplerConfig,
     x: NCHW,
+    *,
     generator: torch.Generator,
     clip: bool,
 ) -> NCHW:
@@ -129,7 +144,7 @@ def _run_chain(
         t = torch.full((len(x),), time, device=x.device)
         prediction = model(x, at(process.times, t, t))
         prediction = replace(prediction, x_0=prediction.x_0.clamp(-1, 1)) if clip else prediction
-        x = step(process, config, x, prediction, t, generator)
+        x = step(process, config, x, prediction, t, generator=generator)
     return x
 
 

@@ -110,7 +110,8 @@ def list_ode_nll_blocks(m: Measurement, checkpoint: str, images: Images) -> list
     ode = m.evaluation.ode_nll
     if ode is None:
         return []
-    folder = f"{name_evaluation_folder(checkpoint)}/ode_nll-{compute_digest([VERSION, images.digest, m.seed, ode.probes, ode.tolerance])}"
+    content = compute_digest([VERSION, images.digest, m.seed, ode.probes, ode.tolerance])
+    folder = f"{name_evaluation_folder(checkpoint)}/ode_nll-{content}"
     return [Block("ode_nll", folder, k) for k in range(math.ceil(count_ode_nll_images(m, images) / IMAGES))]
 
 
@@ -150,7 +151,7 @@ def name_reference_folder(m: Measurement, fid: FIDConfig, images: Images) -> str
 
 
 def _name_network_space(m: Measurement, fid: FIDConfig) -> str:
-    """The name of the space of a feature network, which is coarser where TF32 is allowed (`features.load_feature_space`)."""
+    """The name of a feature network's space, which is coarser where TF32 is allowed (`features.load_feature_space`)."""
     return fid.features if m.evaluation.precision == "float32" else f"{fid.features}-tf32"
 
 

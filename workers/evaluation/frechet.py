@@ -3,8 +3,8 @@
 FD^2 = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1^{1/2} S_2 S_1^{1/2})^{1/2})  (Dowson & Landau 1982; Heusel et al. 2017).
 The number means nothing without its features (see `features`), so it is called `fd_<features>`; only with
 Inception's it is FID. Nor does it mean much without n: few samples look farther from the data than they are.
-`extrapolate_distance` takes that away to first order, and `estimate_sampling_error` says how far another draw of samples would
-move the number.
+`extrapolate_distance` takes that away to first order, and `estimate_sampling_error` says how far another draw of
+samples would move the number.
 """
 
 from collections.abc import Iterable
@@ -115,8 +115,8 @@ def extrapolate_distance(features: Features, reference: Moments, *, seed: int = 
 
     The distance is linear in 1 / n to first order. The features, in an order drawn from `seed`, are cut into k = 1..5
     disjoint parts, whose mean distance is a point, and a line is fitted by least squares. Every point has all features
-    in it, so the draw moves all of them alike: the standard error is `estimate_sampling_error` and the fit's own, added in
-    squares. The reference counts as exact; it has an n of its own, which is not extrapolated.
+    in it, so the draw moves all of them alike: the standard error is `estimate_sampling_error` and the fit's own, added
+    in squares. The reference counts as exact; it has an n of its own, which is not extrapolated.
 
     Raises ValueError where n is too small for three sizes of 1.5 d or more.
     """

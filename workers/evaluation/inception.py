@@ -94,7 +94,10 @@ def make_block_c(c: int, m: int) -> nn.Module:
     return Branches([
         make_conv(c, 192, 1),
         nn.Sequential(make_conv(c, m, 1), make_conv(m, m, wide), make_conv(m, 192, high)),
-        nn.Sequential(make_conv(c, m, 1), make_conv(m, m, high), make_conv(m, m, wide), make_conv(m, m, high), make_conv(m, 192, wide)),
+        nn.Sequential(
+            make_conv(c, m, 1), make_conv(m, m, high), make_conv(m, m, wide), make_conv(m, m, high),
+            make_conv(m, 192, wide),
+        ),
         nn.Sequential(make_average_pool(), make_conv(c, 192, 1)),
     ])  # fmt: skip
 
@@ -123,11 +126,12 @@ def make_block_e(c: int, pool: nn.Module) -> nn.Module:
 def make_network() -> nn.Sequential:
     """From images (n, 3, 299, 299) in [-1, 1) to vectors (n, 2048). Weights are still to be filled in."""
     return nn.Sequential(
-        make_conv(3, 32, 3, stride=2, pad=False), make_conv(32, 32, 3, pad=False), make_conv(32, 64, 3), nn.MaxPool2d(3, stride=2),
-        make_conv(64, 80, 1), make_conv(80, 192, 3, pad=False), nn.MaxPool2d(3, stride=2),
+        make_conv(3, 32, 3, stride=2, pad=False), make_conv(32, 32, 3, pad=False), make_conv(32, 64, 3),
+        nn.MaxPool2d(3, stride=2), make_conv(64, 80, 1), make_conv(80, 192, 3, pad=False), nn.MaxPool2d(3, stride=2),
         make_block_a(192, 32), make_block_a(256, 64), make_block_a(288, 64), make_block_b(288),
-        make_block_c(768, 128), make_block_c(768, 160), make_block_c(768, 160), make_block_c(768, 192), make_block_d(768),
-        make_block_e(1280, make_average_pool()), make_block_e(2048, nn.MaxPool2d(3, stride=1, padding=1)),
+        make_block_c(768, 128), make_block_c(768, 160), make_block_c(768, 160), make_block_c(768, 192),
+        make_block_d(768), make_block_e(1280, make_average_pool()),
+        make_block_e(2048, nn.MaxPool2d(3, stride=1, padding=1)),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(),
     )  # fmt: skip
 

@@ -50,8 +50,8 @@ class LoadedModel:
     def predict(self, x_t: NCHW, t: RealTimes) -> Prediction:
         """In the dtype of x_t, whatever the network computes in."""
         with compute_in(self.precision, self.device):
-            said: Prediction = self.network(x_t, t)
-        return said
+            prediction: Prediction = self.network(x_t, t)
+        return prediction
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,9 @@ def make_nll_block(bench: Bench, block: Block) -> pa.Table:
     pairs = np.repeat(image, t.shape[1])
     x_0 = to_model(torch.from_numpy(dataset.held_out[pairs]), dataset.levels).to(model.device)
     noise = make_generator(*where, "eps")  # on the CPU, as a GPU's generator would draw other numbers
-    rows = pairs, t.reshape(-1), weight.reshape(-1)
-    return measure_pairs(model.process, model.predict, x_0, *rows, noise, dataset.levels).make_table()
+    rows, weight = (pairs, t.reshape(-1)), weight.reshape(-1)
+    ledger = measure_pairs(model.process, model.predict, x_0, *rows, weight=weight, noise=noise, levels=dataset.levels)
+    return ledger.make_table()
 
 
 def make_ode_nll_block(bench: Bench, block: Block) -> pa.Table:
@@ -139,7 +140,7 @@ def make_sample_block(bench: Bench, block: Block) -> pa.Table:
     fid = m.evaluation.fid
     assert fid
     model = replace(model, process=make_measured_process(m, model.process))
-    images, counts = draw_block(model, fid, m.seed, block.number, dataset.shape, dataset.levels)
+    images, counts = draw_block(model, fid, m.seed, block.number, shape=dataset.shape, levels=dataset.levels)
     first = block.number * blocks.SAMPLES
     rows = {"sample": np.arange(first, first + len(images)), "image": [row.tobytes() for row in images]}
     counted = {} if count_evaluations(fid.sampler, m.T) else {"evaluations": counts}
@@ -147,17 +148,17 @@ def make_sample_block(bench: Bench, block: Block) -> pa.Table:
 
 
 def draw_images(
-    model: LoadedModel, fid: FIDConfig, seed: int, block: int, shape: tuple[int, int, int], levels: int
+    model: LoadedModel, fid: FIDConfig, seed: int, block: int, *, shape: tuple[int, int, int], levels: int
 ) -> NHWC:
     """The SAMPLES images of a block, drawn as `fid` says; shape is (h, w, c).
 
     They are a function of (seed, block) alone, here and in a registered model.
     """
-    return draw_block(model, fid, seed, block, shape, levels)[0]
+    return draw_block(model, fid, seed, block, shape=shape, levels=levels)[0]
 
 
 def draw_block(
-    model: LoadedModel, fid: FIDConfig, seed: int, block: int, shape: tuple[int, int, int], levels: int
+    model: LoadedModel, fid: FIDConfig, seed: int, block: int, *, shape: tuple[int, int, int], levels: int
 ) -> tuple[NHWC, Int64[np.ndarray, "n"]]:
     """`draw_images`, and the network's evaluations that each image took."""
     height, width, channels = shape

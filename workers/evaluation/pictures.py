@@ -23,7 +23,7 @@ ByTime = Float64[np.ndarray, "T"]
 
 @torch.no_grad()
 def draw_progressive(
-    process: Process, model: Model, config: SamplerConfig, x_T: NCHW, generator: torch.Generator, frames: int
+    process: Process, model: Model, config: SamplerConfig, x_T: NCHW, generator: torch.Generator, *, frames: int
 ) -> Frames:
     """x_0_hat along the chain of each sample, evenly spaced, the sample last (figure 6)."""
     seen: list[Tensor] = []
@@ -40,7 +40,7 @@ def draw_progressive(
 
 @torch.no_grad()
 def interpolate(
-    process: Process, model: Model, ends: Two, t: int, weights: Weights, generator: torch.Generator
+    process: Process, model: Model, ends: Two, t: int, weights: Weights, *, generator: torch.Generator
 ) -> NCHW:
     """Images between two: x_0 ~ p_theta(x_0 | x_t) of blends of their x_t (section 5).
 
@@ -77,5 +77,7 @@ def compute_coding_curve(
     """(rate in bits/dim, RMSE on the 0..255 scale) after x_T, ..., x_1 are sent, from every t of x_0."""
     t, weight = list_all_times(process.T, len(x_0))
     image = np.repeat(np.arange(len(x_0)), process.T)
-    ledger = measure_pairs(process, model, x_0[image], image, t.reshape(-1), weight.reshape(-1), generator, levels)
+    ledger = measure_pairs(
+        process, model, x_0[image], image, t.reshape(-1), weight=weight.reshape(-1), noise=generator, levels=levels
+    )
     return compute_rate_distortion(process, ledger, compute_squared_norms(x_0), x_0[0].numel())

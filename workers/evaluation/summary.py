@@ -64,7 +64,7 @@ NEIGHBOURS = 10_000  # samples and images that precision and recall take at most
 
 
 def summarise(
-    storage: Storage, m: Measurement, dataset: Dataset, process: Process, checkpoint: str, space: FeatureSpace | None
+    storage: Storage, m: Measurement, dataset: Dataset, process: Process, checkpoint: str, *, space: FeatureSpace | None
 ) -> dict[str, Any]:
     """The metrics of a checkpoint from its blocks, all of which must be there. Raises DamagedBlock.
 
@@ -98,7 +98,7 @@ def summarise(
         last = fid.samples - (len(samples) - 1) * blocks.SAMPLES
         last_real = count_reference_images(fid, images) - (len(real) - 1) * blocks.REAL
         samples[-1], real[-1] = samples[-1][:last], real[-1][:last_real]
-        _add(summary, _summarise_fidelity(m, fid, dataset, space, samples, real))
+        _add(summary, _summarise_fidelity(m, fid, dataset, space, samples=samples, real=real))
         count: float | None = count_evaluations(fid.sampler, process.T)
         if count is None:
             count = _average_evaluations(
@@ -159,7 +159,7 @@ def _summarise_likelihood(m: Measurement, dataset: Dataset, process: Process, wh
         variance: [
             {"steps": steps, "bpd": b.mean, "bpd_se": b.standard_error}
             for steps in list_shorter_chains(process.T)
-            for b in [compute_chain_bound(process, ledger, norms, dimensions, variance, steps)]
+            for b in [compute_chain_bound(process, ledger, norms, dimensions, variance, steps=steps)]
         ]
         for variance in (*VARIANCES, OPTIMAL)
     }
@@ -199,7 +199,7 @@ def _average_evaluations(tables: list[pa.Table], n: int) -> float:
 
 
 def _summarise_fidelity(
-    m: Measurement, fid: FIDConfig, dataset: Dataset, space: FeatureSpace, samples: Blocks, real: Blocks
+    m: Measurement, fid: FIDConfig, dataset: Dataset, space: FeatureSpace, *, samples: Blocks, real: Blocks
 ) -> dict[str, Any]:
     ours, theirs, name = merge_moments(samples), merge_moments(real), name_distance(fid)
     features, sampler = np.concatenate(samples), SAMPLERS[fid.sampler.kind]

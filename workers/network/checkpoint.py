@@ -185,7 +185,7 @@ def describe(checkpoint: Checkpoint) -> Description:
 def load(checkpoint: Checkpoint) -> tuple[Denoiser, Process]:
     """The model as a module in eval mode, and its process.
 
-    The module is called as a `Model` is, with t in 1..T, and gives a `Prediction` whatever its network predicts; its
+    The module is called as a `Model` is, with t in 1..T, and returns a `Prediction` whatever its network predicts; its
     weights are float32. Raises CheckpointError where bytes are damaged or of another kind of model.
     """
     unet, scheduler, _ = _load_configured(checkpoint)

@@ -135,7 +135,7 @@ def name_average(decay: float) -> str:
 
 
 def check_average_name(name: str) -> str:
-    """The name of an average's file, which a manifest gives. Raises ValueError where it is that of anything else."""
+    """Returns the name of an average's file, as a manifest has it. Raises ValueError for that of any other file."""
     if name != name_average(float(name.removeprefix(AVERAGES).removesuffix(SAFE))):
         raise ValueError(f"{name!r} is no average")
     return name
