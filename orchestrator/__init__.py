@@ -17,7 +17,8 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
-if sys.argv[:1] == ["-m"]:  # a command is on its way: Python looks for its module
+_COMMANDS = ("-m", "diffusion-orchestrator")  # Python looks for the module of a command, or its script has begun
+if sys.argv and sys.argv[0].replace("\\", "/").rpartition("/")[2] in _COMMANDS:
     from orchestrator import interrupts
 
     interrupts.arm()

@@ -36,6 +36,9 @@ if TYPE_CHECKING:  # torch and pandas take seconds: each function loads what it 
     from workers.network.manifest import Checkpoint
 
 
+DRAWN_AT_ONCE = 256  # images of `DiffusionModel.sample`
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a sweep ended."""
@@ -159,10 +162,12 @@ class DiffusionModel:
 
     def sample(self, n: int, *, seed: int = 0, steps: int | None = None, eta: float = 0.0) -> "np.ndarray":
         """n samples, uint8 (n, H, W, C) in 0..255: ancestral, or by DDIM where `steps` are given."""
+        import numpy as np
         import torch
 
         from workers.data.pixels import to_levels
         from workers.diffusion.samplers import sample
+        from workers.network.manifest import get_most_bytes
         from workers.noise import make_generator
 
         if n < 1 or (steps is not None and not 1 <= steps <= self.process.T):
@@ -170,12 +175,20 @@ class DiffusionModel:
                 f"sample({n}, steps={steps}): n is at least 1, and steps are 1 to T = {self.process.T} or None"
             )
         height, width, channels = self.shape
-        config = SamplerConfig(kind="ddim", steps=steps, eta=eta) if steps else SamplerConfig()
-        with torch.no_grad():
-            x_0 = sample(
-                self.process, self.network, config, (n, channels, height, width), make_generator(seed, "model")
+        if (size := n * height * width * channels) > get_most_bytes():
+            raise Mistake(
+                f"sample({n}): {n:,} images of {height}x{width} are {size / 1e9:,.1f} GB, more than the "
+                f"{get_most_bytes() / 1e9:.1f} GB that are taken here at once; ask for fewer, by several seeds"
             )
-        return to_levels(x_0, 256).numpy()
+        config = SamplerConfig(kind="ddim", steps=steps, eta=eta) if steps else SamplerConfig()
+        found = np.empty((n, height, width, channels), np.uint8)
+        for first in range(0, n, DRAWN_AT_ONCE):  # the network's memory is that of so many, whatever n is
+            shape = (min(DRAWN_AT_ONCE, n - first), channels, height, width)
+            noise = make_generator(seed, "model", *([first] if first else []))
+            with torch.no_grad():
+                x_0 = sample(self.process, self.network, config, shape, noise)
+            found[first : first + len(x_0)] = to_levels(x_0, 256).numpy()
+        return found
 
 
 def open_model(target: str | Path, storage: str | Path = "runs") -> DiffusionModel:

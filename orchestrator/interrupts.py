@@ -34,7 +34,7 @@ _state = _State()
 
 
 def arm() -> None:
-    """Takes the signals for the rest of this process, and has an interrupt that nobody catches told in a line."""
+    """Takes the signals for the rest of this process. What ends an import, an interrupt or a package, is a line."""
     if threading.current_thread() is not threading.main_thread():
         return
     for number in SIGNALS:
@@ -143,5 +143,8 @@ def _is_importing(frame: FrameType | None) -> bool:
 def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
         write("\nInterrupted.")
+    elif status := getattr(error, "import_status", None):  # `workers.kinds.BrokenPackage`: nothing has begun
+        write(str(error))
+        os._exit(status)
     else:
         sys.__excepthook__(kind, error, trace)

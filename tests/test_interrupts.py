@@ -18,7 +18,7 @@ if sys.argv[1] == "ignored":
 interrupts.arm()
 PATIENCE = interrupts.PATIENCE_S = float(sys.argv[2])
 try:
-    with interrupts.working(at_once=lambda: print("at once", flush=True)):
+    with interrupts.allow_interrupts(at_once=lambda: print("at once", flush=True)):
         try:
             print("works", flush=True)
             time.sleep(60)
@@ -71,7 +71,7 @@ import signal
 from orchestrator import interrupts
 interrupts.arm()
 try:
-    with interrupts.deferred():
+    with interrupts.defer_interrupts():
         signal.raise_signal(signal.SIGINT)
         print("whole")
     print("not here")
@@ -108,7 +108,7 @@ sys.path.insert(0, {str(tmp_path)!r})
 from orchestrator import interrupts
 interrupts.arm()
 try:
-    with interrupts.working():
+    with interrupts.allow_interrupts():
         import slow
         print("imported")
         time.sleep(60)

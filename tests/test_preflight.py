@@ -319,6 +319,6 @@ def test_a_background_is_three_levels() -> None:
 
 def test_a_bound_of_one_image_has_no_error() -> None:
     (warning,) = check(evaluation={"nll": {"images": 1}})
-    assert warning.startswith("evaluation.nll: the bound of a single image of digits has no error")
+    assert warning.startswith("evaluation.nll: the bound of a single image of digits has no standard error")
     (warning,) = check(replace(DIGITS, held_out=1))
     assert warning.startswith("evaluation.nll: the bound of a single image")

@@ -74,6 +74,7 @@ def test_every_sampler_draws_and_the_bound_adds_up(tmp_path: Path, kind: Any, T:
     _, summary = measured(tmp_path, chain, SamplerConfig(kind=kind), ode=kind == "ode")
     assert all(map(math.isfinite, summary["metrics"].values()))
     assert len(summary["nll_by_t"]) == T + 1
+    assert ("sigma_1^2" in summary["passports"]["nll"]["subject"]) == (T == 1)
     assert sum(summary["nll_by_t"]) == pytest.approx(summary["metrics"]["eval/nll_bpd"])
     json.dumps(summary, allow_nan=False)
 

@@ -11,12 +11,22 @@ these tables as it is imported. docs/architecture.md shows one whole.
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, create_model
 
 POINTS = "diffusion_orchestrator.kinds"
+
+
+class BrokenPackage(ValueError):
+    """An installed package brings kinds and cannot be used; without it, what a file names would be something else.
+
+    It is raised by the import of this module or of `workers.config`, where no command can catch it yet:
+    `orchestrator.interrupts` prints it and ends the command with this status.
+    """
+
+    import_status = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +74,20 @@ class Kinds(dict[str, E], Generic[E]):
 
 
 def add_settings_of(*tables: Kinds[Any]) -> Callable[[type[M]], type[M]]:
-    """Adds to a record the settings that entries of these tables declare. Raises ValueError where two say one name."""
+    """Adds to a record the settings that entries of these tables declare. Raises BrokenPackage where that cannot be."""
 
     def add(record: type[M]) -> type[M]:
         found: dict[str, Any] = {}
         for name, entry in (item for table in tables for item in table.items()):
             for setting, form in (entry.settings or {}).items():
                 if setting in record.model_fields or setting in found:
-                    raise ValueError(
+                    raise BrokenPackage(
                         f"{entry.function}: {record.__name__} has a setting {setting!r} already; rename it"
                     )
                 found[setting] = form
             if unknown := set(entry.reads) - set(record.model_fields):
-                raise ValueError(f"{entry.function} ({name}) reads {sorted(unknown)}, which {record.__name__} lacks")
+                lacking = f"reads {sorted(unknown)}, which {record.__name__} lacks"
+                raise BrokenPackage(f"{entry.function} ({name}) {lacking}; mend or uninstall its package")
         if not found:
             return record
         more: dict[str, Any] = {"__doc__": record.__doc__, "__module__": record.__module__, **found}
@@ -329,5 +340,17 @@ NAMED_AT: dict[str, Kinds[Any]] = {
     "evaluation.fid.also": MEASURES,
 }
 
+
+def _load_package(point: EntryPoint) -> None:
+    try:
+        point.load()
+    except (Exception, SystemExit) as error:
+        package = f"the installed package {point.dist.name}" if point.dist else "an installed package"
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BrokenPackage(
+            f"{package} brings kinds by {point.value}, which cannot be imported ({why}); mend or uninstall it"
+        ) from error
+
+
 for _point in entry_points(group=POINTS):
-    _point.load()
+    _load_package(_point)

@@ -56,6 +56,8 @@ class Storage:
             raise
         except OSError as error:
             if self.is_local:
+                if Path(self.resolve(path)).is_dir():
+                    raise StorageError(f"{self.find_url(path)} is a folder, where a file belongs; remove it") from error
                 why = os.strerror(error.errno) if error.errno else str(error)
                 raise StorageError(f"{self.find_url(path)} cannot be read: {why}; make it readable") from error
             raise StorageError(

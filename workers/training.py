@@ -203,7 +203,8 @@ class _Loop:
                 images = sample(process, model, sampler, (SAMPLE_GRID, *x_0.shape[1:]), noise)
             nll_bpd[0] = bound.mean
             if math.isfinite(bound.mean):
-                values = {"valid/nll_bpd": bound.mean, "valid/nll_bpd_se": bound.standard_error}
+                error = bound.standard_error  # of a single image there is none
+                values = {"valid/nll_bpd": bound.mean} | ({} if error is None else {"valid/nll_bpd_se": error})
                 self.journal.add_metrics(self.step, {**values, "train/images_per_s": self.images_per_s})
                 self.journal.add_image(self.step, "samples", draw_grid(to_levels(images, levels), levels))
         if self.world.size > 1:

@@ -164,7 +164,9 @@ def format_measured(measured: Measured) -> str:
         if not name.endswith("_se")
     ]
     for variance, chains in summary.get("ledger", {}).items():
-        told = ", ".join(f"{c['steps']}: {c['bpd']:.3f} ± {c['bpd_se']:.3f}" for c in chains)
+        each = ({"bpd": c["bpd"]} | ({} if c["bpd_se"] is None else {"bpd_se": c["bpd_se"]}) for c in chains)
+        values = zip((c["steps"] for c in chains), each, strict=True)
+        told = ", ".join(f"{steps}: {format_metric('bpd', value)}" for steps, value in values)
         lines.append(f"  bits/dim by steps, {variance:<12} {told}")
     for kind, passport in summary["passports"].items():
         protocol = ", ".join(f"{name} {format_value(value)}" for name, value in passport["protocol"].items())

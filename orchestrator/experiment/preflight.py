@@ -214,8 +214,8 @@ def check_evaluation(m: Measurement, source: Source) -> Iterator[Finding]:
             )
         elif part and 1 in (part.images, source.held_out):
             yield Finding(
-                f"evaluation.{name}: the bound of a single image of {source.name} has no error, and ± 0 does not mean "
-                "that there is none; measure more",
+                f"evaluation.{name}: the bound of a single image of {source.name} has no standard error, so that no "
+                "difference can be told from chance; measure more",
                 refused=False,
             )
     if fid and fid.features == "classifier" and not source.labelled:

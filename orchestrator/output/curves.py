@@ -67,7 +67,7 @@ def draw_chains(report: Report) -> list[Plot]:
     series = []
     for row in report.rows:
         if chains := (row.found.summary or {}).get("ledger", {}).get("optimal"):
-            x, y, e = zip(*((c["steps"], c["bpd"], c["bpd_se"]) for c in chains), strict=True)
+            x, y, e = zip(*((c["steps"], c["bpd"], c["bpd_se"] or 0.0) for c in chains), strict=True)
             low, high = [[b + s * Z * d for b, d in zip(y, e, strict=True)] for s in (-1, 1)]
             series.append(_make_series(report, row, x, y, low=low, high=high))
     label = "bits/dim, optimal variance"

@@ -176,7 +176,7 @@ def _split_commands(happened: Sequence[Event]) -> list[list[Event]]:
 class Driver:
     """The command that works on a sweep, as far as a reader can tell."""
 
-    state: str  # running, ended, interrupted, refused, gone, or silent where it may run on another machine
+    state: str  # running, ended, interrupted, refused, gone, silent where it may run on another machine, or unknown
     host: str = ""
     pid: int = 0
     heard_ms: int | None = None
@@ -188,7 +188,7 @@ def find_driver(
     """Whether a command is at work. `locked` is None where the storage cannot say (it is remote)."""
     last = _split_commands(happened)[-1] if happened else []
     if not last:
-        return Driver("running" if locked else "gone")
+        return Driver("running" if locked else "unknown")
     heard = max([e["time_ms"] for e in last] + [s["updated_ms"] for s in statuses if "updated_ms" in s])
     ended = last[-1]["event"]
     state = ended if ended in ("ended", "interrupted", "refused") else "running"

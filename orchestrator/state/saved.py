@@ -23,11 +23,12 @@ from orchestrator.experiment.expand import make_variants
 from orchestrator.experiment.load import resolve
 from orchestrator.experiment.records import Experiment, Variant
 from orchestrator.experiment.settings import read_yaml, suggest_choice, write_yaml
-from orchestrator.state.events import Event, list_failures, sum_evaluation_seconds
+from orchestrator.state.events import Event, list_failures, read_events, sum_evaluation_seconds
 from orchestrator.state.rows import Found, Row
 from workers.config import DataConfig, Measurement, Mistake, Trial
 from workers.data.locate import make_absolute
 from workers.data.sources import Source
+from workers.disk import StorageError
 from workers.evaluation.blocks import Images, make_protocol_key
 from workers.identity import PLACING, collect_settings_read, compute_digest
 from workers.journal import read_points
@@ -123,8 +124,10 @@ def _digest_search(experiment: Experiment) -> str:
 
 
 def list_sweeps(storage: Storage) -> list[str]:
-    """The sweeps of a storage, those of older kinds among them."""
-    return [name for name in storage.list(SWEEPS) if storage.exists(name_sweep_file(name, SWEEP))]
+    """The sweeps of a storage, those of older kinds among them, and those whose `sweep.json` is gone."""
+    return [
+        name for name in storage.list(SWEEPS) if storage.exists(name_sweep_file(name, SWEEP)) or _is_gone(storage, name)
+    ]
 
 
 def list_sharing(storage: Storage, name: str) -> dict[str, list[str]]:
@@ -139,14 +142,25 @@ def list_sharing(storage: Storage, name: str) -> dict[str, list[str]]:
 
 def list_older(storage: Storage) -> list[str]:
     """The sweeps whose trials have ids of an older kind, or that a version before `sweep.json` has left."""
-    return [name for name in storage.list(SWEEPS) if is_older(storage, name)]
+    found = []
+    for name in storage.list(SWEEPS):
+        with suppress(StorageError):  # whoever opens that one is told; it hides no other
+            found += [name] if is_older(storage, name) else []
+    return found
 
 
 def is_older(storage: Storage, name: str) -> bool:
     if storage.exists(name_sweep_file(name, SWEEP)):
         content = storage.read_sealed(name_sweep_file(name, SWEEP), RERUN)
         return content is not None and content.get("ids") != IDS
-    return any(storage.exists(name_sweep_file(name, file)) for file in ("experiment.yaml", "results.parquet"))
+    there = any(storage.exists(name_sweep_file(name, file)) for file in ("experiment.yaml", "results.parquet"))
+    return there and not _is_gone(storage, name)
+
+
+def _is_gone(storage: Storage, name: str) -> bool:
+    """Whether `sweep.json` was there: a version that keeps none seals nothing beside it either."""
+    files = (name_sweep_file(name, file) for file in ("published.json", "mlflow.json"))
+    return any(storage.read_sealed(file, RERUN) for file in files) or bool(read_events(storage, name))
 
 
 def explain_opening(name: str) -> str:
@@ -174,7 +188,7 @@ def open_sweep(storage: Storage, name: str) -> SavedSweep:
     if (content is None or content.get("ids") != IDS) and name in (older := list_older(storage)):
         raise Mistake(explain_opening(name))
     if content is None and name in list_sweeps(storage):
-        raise Mistake(f"{storage.find_url(path)} is damaged; {RERUN}")
+        raise Mistake(f"{storage.find_url(path)} is {'damaged' if storage.exists(path) else 'gone'}; {RERUN}")
     if content is None:
         there = dict.fromkeys([*list_sweeps(storage), *older])
         raise Mistake(

@@ -29,7 +29,8 @@ def find_parquet(tree: Tree) -> Files | None:
     layout = layouts.Layout(names, None, {}, (names[0], "")) if tree.is_file else layouts.arrange_parquet(names)
     train, held_out = ([tree.get_path(name) for name in some or []] for some in (layout.train, layout.held_out))
     splits = [_make_split(some) for some in (train, held_out) if some]
-    warnings = [*layout.warnings, *warn_of_missing_labels(splits, layout.where, "integer column label")]
+    missing = warn_of_missing_labels(splits, layout.where, "integer column label")
+    warnings = [*layout.warnings, *missing, *_warn_of_columns_left_out(_read_schema(train[0]))]
     paths = [("train", p) for p in train] + [("held_out", p) for p in held_out]
     return Files(
         paths,
@@ -48,8 +49,24 @@ def _read_schema(path: Path) -> Any:
         return file.schema_arrow
 
 
+def _warn_of_columns_left_out(schema: Any) -> Iterator[str]:
+    """What its columns seem to hold, and what is not read of it."""
+    from pyarrow import types
+
+    taken, *others = _list_image_columns(schema)
+    if others:
+        yield f"left out: column {others[0][0]}, as {taken[0]} is taken for the images"
+    for field in schema:
+        if field.name == "label" and not types.is_integer(field.type):
+            yield f"no labels are used, as column label is of {field.type}; integers are"
+
+
 def _find_image_column(schema: Any) -> tuple[str, str] | None:
     """The column of images and the path in it to their bytes; None where there is none."""
+    return next(_list_image_columns(schema), None)
+
+
+def _list_image_columns(schema: Any) -> Iterator[tuple[str, str]]:
     from pyarrow import types
 
     def holds_bytes(kind: Any) -> bool:
@@ -59,10 +76,9 @@ def _find_image_column(schema: Any) -> tuple[str, str] | None:
     for field in schema:
         if field.name in ("img", "image"):
             if holds_bytes(field.type):
-                return field.name, field.name
+                yield field.name, field.name
             if types.is_struct(field.type) and any(f.name == "bytes" and holds_bytes(f.type) for f in field.type):
-                return field.name, f"{field.name}.bytes"
-    return None
+                yield field.name, f"{field.name}.bytes"
 
 
 def _make_split(paths: list[Path]) -> Split:

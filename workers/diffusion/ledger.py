@@ -116,10 +116,15 @@ class Bound:
         return float(self.total.mean())
 
     @property
-    def standard_error(self) -> float:
-        """Of the mean over images; it contains the error from sampled timesteps. 0 for a single image."""
-        n = len(self.total)
-        return float(self.total.std(ddof=1) / n**0.5) if n > 1 else 0.0
+    def standard_error(self) -> float | None:
+        """Of the mean over images; it contains the error from sampled timesteps."""
+        return compute_standard_error(self.total)
+
+
+def compute_standard_error(by_image: PerImage) -> float | None:
+    """Of the mean over images; of a single one there is none."""
+    n = len(by_image)
+    return float(by_image.std(ddof=1) / n**0.5) if n > 1 else None
 
 
 def compute_bound(process: Process, ledger: Ledger, squared_norm: PerImage, dimensions: int) -> Bound:

@@ -28,6 +28,7 @@ from workers.diffusion.ledger import (
     compute_bound,
     compute_chain_bound,
     compute_rate_distortion,
+    compute_standard_error,
     list_shorter_chains,
 )
 from workers.diffusion.likelihood import compute_squared_norms
@@ -84,7 +85,8 @@ def summarise(
     if m.evaluation.nll:
         tables = [read(block) for block in blocks.list_nll_blocks(m, checkpoint, images)]
         _add(summary, _summarise_likelihood(m, dataset, process, Ledger.join([Ledger.from_table(t) for t in tables])))
-        summary["passports"]["nll"]["subject"] = subject
+        one_step = {"sigma_1^2": "beta_1: there is no beta_tilde_2"} if process.T == 1 else {}
+        summary["passports"]["nll"]["subject"] = subject | ({} if process.learned else one_step)
     if m.evaluation.ode_nll:
         n = blocks.count_ode_nll_images(m, images)
         tables = [read(block) for block in blocks.list_ode_nll_blocks(m, checkpoint, images)]
@@ -126,6 +128,11 @@ def _add_to_digest(sha256: Any, table: pa.Table) -> None:
             sha256.update(values.to_numpy(zero_copy_only=False).tobytes())
 
 
+def _name_with_error(name: str, value: float, error: float | None) -> dict[str, float]:
+    """A metric and its standard error, where it has one."""
+    return {name: value} if error is None else {name: value, f"{name}_se": error}
+
+
 def _add(summary: dict[str, Any], part: dict[str, Any]) -> None:
     for name, value in part.items():
         summary[name] = {**summary[name], **value} if name in ("metrics", "passports") else value
@@ -137,8 +144,7 @@ def _summarise_likelihood(m: Measurement, dataset: Dataset, process: Process, wh
     ledger, norms, dimensions = whole.take_first(n), compute_squared_norms(x_0), x_0[0].numel()
     result = compute_bound(process, ledger, norms, dimensions)
     metrics = {
-        "eval/nll_bpd": result.mean,
-        "eval/nll_bpd_se": result.standard_error,
+        **_name_with_error("eval/nll_bpd", result.mean, result.standard_error),
         "eval/nll_prior_bpd": float(result.prior.mean()),
         "eval/nll_diffusion_bpd": float(result.diffusion.mean()),
         "eval/nll_decoder_bpd": float(result.decoder.mean()),
@@ -155,7 +161,7 @@ def _summarise_likelihood(m: Measurement, dataset: Dataset, process: Process, wh
     found = {"metrics": metrics, "passports": {"nll": {"protocol": protocol}}, "nll_per_image": result.total.tolist()}
     if sampled is not None:
         return found
-    chains = {
+    chains: dict[str, list[dict[str, Any]]] = {
         variance: [
             {"steps": steps, "bpd": b.mean, "bpd_se": b.standard_error}
             for steps in list_shorter_chains(process.T)
@@ -168,7 +174,7 @@ def _summarise_likelihood(m: Measurement, dataset: Dataset, process: Process, wh
         chains = {process.variance: [whole_chain], **chains}
     rate, distortion = compute_rate_distortion(process, ledger, norms, dimensions)
     best = chains[OPTIMAL][0]
-    metrics |= {"eval/nll_optimal_variance_bpd": best["bpd"], "eval/nll_optimal_variance_bpd_se": best["bpd_se"]}
+    metrics |= _name_with_error("eval/nll_optimal_variance_bpd", best["bpd"], best["bpd_se"])
     return found | {
         "nll_by_t": compute_bits_by_t(process, ledger, norms, dimensions).tolist(),
         "ledger": chains,
@@ -180,10 +186,7 @@ def _summarise_ode_likelihood(m: Measurement, dataset: Dataset, table: pa.Table)
     ode, n = m.evaluation.ode_nll, len(table)
     assert ode
     bits = table["nats"].to_numpy() / (np.prod(dataset.shape) * np.log(2))
-    metrics = {
-        "eval/ode_nll_bpd": float(bits.mean()),
-        "eval/ode_nll_bpd_se": float(bits.std(ddof=1) / n**0.5) if n > 1 else 0.0,
-    }
+    metrics = _name_with_error("eval/ode_nll_bpd", float(bits.mean()), compute_standard_error(bits))
     protocol = {
         "version": blocks.VERSION, "data": dataset.digest, "split": "held_out", "images": n, "levels": dataset.levels,
         "dropped": 0, "dequantised": "uniformly over a level's bin", "trace": f"Hutchinson's, {ode.probes} of +-1",
@@ -237,7 +240,7 @@ def _summarise_fidelity(
         suffix = make_measure_suffix(fid, other)
         values, how = MEASURES[other].load()(space, features, real)
         for key, (value, error) in values.items():
-            metrics |= {f"eval/{key}{suffix}": value} | ({f"eval/{key}{suffix}_se": error} if error else {})
+            metrics |= _name_with_error(f"eval/{key}{suffix}", value, error)
         found["passports"]["samples"]["also"][other] = how
     return found
 

@@ -229,9 +229,13 @@ def join(path: str, name: str) -> str:
     return f"{path}/{name}" if path else name
 
 
+def get_most_bytes() -> int:
+    """Half of this machine's memory: the most that is taken at once."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
 def read_bytes(storage: Storage, path: str) -> bytes:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    most = MOST_JSON if path.endswith(".json") else memory // 2
+    most = MOST_JSON if path.endswith(".json") else get_most_bytes()
     try:
         if (size := storage.get_size(path)) > most:
             raise CheckpointError(
