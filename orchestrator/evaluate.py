@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     from orchestrator.experiment.preflight import describe_data
     from orchestrator.measuring import subjects
     from orchestrator.output.terminal import Display, show_messages
-    from orchestrator.tracking.runs import record_measurement
+    from orchestrator.tracking.outside import record_measurement
     from workers.storage import Storage
 
     storage = Storage(options.storage)

@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     """Raises Mistake."""
     from orchestrator.experiment.preflight import describe_data
     from orchestrator.measuring import subjects  # torch loads here: --help does without
-    from orchestrator.tracking.runs import record_pictures
+    from orchestrator.tracking.outside import record_pictures
     from workers.storage import Storage
 
     storage = Storage(options.storage)

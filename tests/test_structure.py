@@ -28,7 +28,7 @@ ORDER = """
     orchestrator.execution: loss hangs session
     orchestrator.execution: scratch admission early_stopping trials evaluations measurements
     orchestrator.tracking: provenance glance server line views model_code models shipment catalogue
-    orchestrator.tracking: writer shipper tracker registry runs
+    orchestrator.tracking: writer shipper tracker registry runs outside
     orchestrator: canary
     orchestrator.nights: calendar suite hooks decisions night_page shift
     orchestrator: standing telling progress controller

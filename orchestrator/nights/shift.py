@@ -31,9 +31,10 @@ from orchestrator.nights.night_page import format_headline, to_html, to_markdown
 from orchestrator.nights.suite import CANDIDATE, CHAMPION, Suite
 from orchestrator.output.terminal import Display
 from orchestrator.tracking import registry
+from orchestrator.tracking.outside import record_measurement
 from orchestrator.tracking.provenance import collect_provenance
 from orchestrator.tracking.registry import Version
-from orchestrator.tracking.runs import FLUSH_S, record_measurement
+from orchestrator.tracking.runs import FLUSH_S
 from orchestrator.tracking.server import name_origin
 from orchestrator.tracking.tracker import Tracker
 from workers.config import DataConfig, Mistake
