@@ -106,7 +106,7 @@ def kill():
 os.environ["STARTING"] = str(os.getpid())
 threading.Thread(target=kill, daemon=True).start()
 try:
-    with session.session(None):
+    with session.open_session(None):
         print("started")
 except loss.ClusterLost as lost:
     print("lost:", lost)
@@ -127,7 +127,7 @@ from orchestrator.execution import loss
 loss.TO_LEAVE_S = 0.5
 part = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
 watch = loss.Watch({"GCS": part}, {}, {}, "none", threading.Event())
-with interrupts.working(at_once=lambda: print("closed", flush=True)), watch.looking():
+with interrupts.allow_interrupts(at_once=lambda: print("closed", flush=True)), watch.keep_looking():
     part.kill()
     time.sleep(60)  # as a call that waits for Ray's GCS
 """

@@ -55,7 +55,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_a_finished_sweep_is_read_th
     assert tracker.flush(120).complete
     code = (
         "import sys; from orchestrator.tracking.tracker import Tracker; from workers.storage import Storage\n"
-        "tracker = Tracker(Storage(sys.argv[1]), 'kept'); print(tracker.lacks(['r0'], None))\n"
+        "tracker = Tracker(Storage(sys.argv[1]), 'kept'); print(tracker.is_missing(['r0'], None))\n"
         "try: tracker.check()\nexcept ValueError as error: print(error)"
     )
     folder = shlex.quote(str(tmp_path / "runs"))

@@ -12,8 +12,8 @@ from orchestrator.execution.scratch import make_scratch_folder
 
 HOLDER = """
 import sys
-from orchestrator.execution.scratch import scratch_folder
-with scratch_folder() as folder:
+from orchestrator.execution.scratch import make_scratch_folder
+with make_scratch_folder() as folder:
     print(folder, flush=True)
     sys.stdin.read()
 """

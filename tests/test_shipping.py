@@ -148,7 +148,7 @@ journal, tracker = Journal(storage, "trials/k"), Tracker(storage, "killed_often"
 tracker.open_sweep({}, {})
 tracker.open_trial("k", "k", {"T": 5}, {})
 for step in range(300):  # those that are there stand, as in a trial that resumes
-    journal.metrics(step, {"valid/nll_bpd": 3 + 1 / (step + 1), "train/images_per_s": 1.0 + step})
+    journal.add_metrics(step, {"valid/nll_bpd": 3 + 1 / (step + 1), "train/images_per_s": 1.0 + step})
     journal.flush()
     tracker.ship("k")
     if step % 30 == 9:

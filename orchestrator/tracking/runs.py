@@ -59,7 +59,8 @@ ASK_S = 10.0  # and how long a command that finds all published waits to hear wh
 ELSEWHERE = "evaluations"  # the experiment of checkpoints that come from elsewhere
 CURVE = "valid/nll_bpd"
 ENDED = ("done", "pruned", "diverged")  # as a trial of a sweep should
-STATUS: dict[str, Status] = {"done": "FINISHED", "pruned": "KILLED", "running": "KILLED"}  # else FAILED
+STATUS: dict[str, Status] = {"done": "FINISHED", "pruned": "KILLED", "running": "KILLED", "paused": "KILLED"}
+# else FAILED
 
 
 @dataclass

@@ -19,10 +19,10 @@ import sys
 from orchestrator.execution import loss, session
 loss.SILENT_S = 5.0
 try:
-    with session.session(sys.argv[1]):
+    with session.open_session(sys.argv[1]):
         print("attached", flush=True)
         while True:
-            session.use()
+            session.describe_use()
             session.check()
 except loss.ClusterLost as lost:
     print(lost)
