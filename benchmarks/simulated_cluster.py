@@ -120,6 +120,12 @@ class Watch:
     def resize_trial(self, digest: str, result: dict[str, Any]) -> None:
         pass
 
+    def paused(self, digest: str, result: dict[str, Any]) -> None:
+        pass
+
+    def halts(self) -> bool:
+        return False
+
     def fail_trial(self, digest: str, why: str) -> None:
         self.failures.append(f"{digest}: {why}")
 

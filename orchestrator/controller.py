@@ -15,9 +15,11 @@ from rich.console import Console
 
 from orchestrator import cli, interrupts
 from orchestrator.clusters import cost
+from orchestrator.clusters.allocation import find_allocation
 from orchestrator.clusters.cluster import Cluster, find_cluster_of_head
 from orchestrator.command import Command
 from orchestrator.execution import session, trials
+from orchestrator.execution.halt import Halt
 from orchestrator.execution.loss import ClusterLost, repeat_where_lost
 from orchestrator.experiment.expand import expand
 from orchestrator.experiment.records import Experiment, Variant
@@ -81,7 +83,8 @@ def run(
             telling.end("interrupted")
             if telling.started:
                 telling.publish()
-            console.print("\nInterrupted. The same command resumes.", markup=False)
+            how = "Paused" if interrupts.is_asked_to_pause() else "Interrupted"
+            console.print(f"\n{how}. The same command resumes.", markup=False)
             return cli.INTERRUPTED
         except ClusterLost as lost:
             telling.end("interrupted")
@@ -203,19 +206,25 @@ class Sweep:
         for row in missing:
             if decisions[row].action == "evaluate":
                 progress.evaluate(row)
-        while to_train:
-            to_train = trials.train(to_train, self.experiment.search, progress, cluster)
-            to_train = progress.wait_for_others(to_train)
-        while progress.evaluations:
-            session.check_room()
-            progress.tick(wait_s=0.5)
+        with interrupts.pausable():
+            while to_train:
+                to_train = trials.train(to_train, self.experiment.search, progress, cluster)
+                progress.halt.end(is_left=bool(progress.training))
+                to_train = progress.wait_for_others(to_train)
+            while progress.evaluations:
+                session.check_room()
+                progress.halt.end(is_left=False)
+                progress.tick(wait_s=0.5)
+            progress.halt.end(is_left=bool(progress.evaluations.late))
 
     def _bring_up(self, opened: ExitStack) -> RowsInProgress:
         """Ray, as long as `opened` is; and who hears what it tells."""
         opened.enter_context(self.telling.display)
         hang_s = self.experiment.search.hang_s
         watchdog = opened.enter_context(session.open_session(self.command.ray_address, hang_s=hang_s))
-        self.progress = RowsInProgress(self.standing, self.telling, watchdog)
+        allocation = find_allocation() if self.command.ray_address else None
+        halt = Halt(allocation.pauses_at if allocation else None, self.say)
+        self.progress = RowsInProgress(self.standing, self.telling, watchdog, halt)
         opened.callback(self.progress.evaluations.forget)
         session.check_seen(self.storage)
         return self.progress
@@ -242,7 +251,9 @@ class Sweep:
         self.telling.started = True
         rows, slots = len(self.standing.variants), session.count_slots()
         if first:
-            self.telling.record_event("started", host=socket.gethostname(), pid=os.getpid(), trials=rows)
+            allocation = find_allocation()
+            job = {"slurm_job": allocation.job} if allocation else {}
+            self.telling.record_event("started", host=socket.gethostname(), pid=os.getpid(), trials=rows, **job)
         for row, decision in decisions.items():
             self.telling.record_event("decided", row, action=decision.action, why=decision.why)
         if first:

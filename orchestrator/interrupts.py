@@ -2,6 +2,9 @@
 
 A command (`python -m orchestrator.X`) takes them from its first import on, however it inherited SIGINT: a shell has
 what a script starts in the background ignore it. A SIGHUP that is ignored (nohup) stays so.
+
+SIGUSR2 says that the time of the command is over soon (SIGUSR1 is Ray Tune's). Work that can pause does so in its own
+time (see `pausable`); whatever else is under way ends as by ctrl-C.
 """
 
 import os
@@ -17,7 +20,8 @@ from typing import Any
 INTERRUPTED = 128 + signal.SIGINT  # the exit status
 PATIENCE_S = 10.0  # so long after the first, another one ends the process at once
 AGAIN_S = 0.2  # an interrupt within an import comes again so much later: few libraries bear one there
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR2") if hasattr(signal, name))
+SIGUSR2 = getattr(signal, "SIGUSR2", None)
 
 
 class _State:  # no dataclass: a command imports this before it is safe from interrupts, so little is imported here
@@ -25,6 +29,8 @@ class _State:  # no dataclass: a command imports this before it is safe from int
     ending = False  # it was heard, and the command is on its way out
     put_off = 0  # blocks of `defer_interrupts` under way
     work = 0  # blocks of `allow_interrupts` under way
+    pausable = 0  # blocks of `pausable` under way
+    asked_to_pause = False
 
     def __init__(self) -> None:
         self.at_once: list[Callable[[], object]] = []  # what even an end at once has to do
@@ -55,7 +61,7 @@ def allow_interrupts(at_once: Callable[[], object] | None = None) -> Iterator[No
         excepthook = sys.excepthook
         arm()
         sys.excepthook = excepthook
-        _state.came_at, _state.ending = None, False
+        _state.came_at, _state.ending, _state.asked_to_pause = None, False, False
     _state.work += 1
     if at_once:
         _state.at_once.append(at_once)
@@ -67,6 +73,20 @@ def allow_interrupts(at_once: Callable[[], object] | None = None) -> Iterator[No
             _state.at_once.remove(at_once)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def pausable() -> Iterator[None]:
+    """Work that looks at `is_asked_to_pause`, and pauses by itself on SIGUSR2."""
+    _state.pausable += 1
+    try:
+        yield
+    finally:
+        _state.pausable -= 1
+
+
+def is_asked_to_pause() -> bool:
+    return _state.asked_to_pause
 
 
 @contextmanager
@@ -114,6 +134,9 @@ def write(line: str) -> None:
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
+    if number == SIGUSR2 and _state.pausable:
+        _state.asked_to_pause = True
+        return
     if _state.came_at is None and _is_importing(frame):
         if not _state.work:  # there is nothing yet that would have to be put in order
             write("\nInterrupted.")

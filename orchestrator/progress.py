@@ -11,6 +11,7 @@ from orchestrator.clusters import cost
 from orchestrator.clusters.cluster import Cluster
 from orchestrator.execution import session
 from orchestrator.execution.evaluations import Evaluations
+from orchestrator.execution.halt import Halt
 from orchestrator.execution.hangs import Watchdog
 from orchestrator.planning.decide import Turn, decide, decide_turn, find_missing_blocks
 from orchestrator.standing import Standing
@@ -36,8 +37,8 @@ LOOK_S = 0.5  # at the trials that other sweeps train, where nothing else is lef
 class RowsInProgress:
     """The rows of a sweep while they are made. One for each session of Ray."""
 
-    def __init__(self, standing: Standing, telling: Telling, watchdog: Watchdog) -> None:
-        self.standing, self.telling, self.watchdog = standing, telling, watchdog
+    def __init__(self, standing: Standing, telling: Telling, watchdog: Watchdog, halt: Halt) -> None:
+        self.standing, self.telling, self.watchdog, self.halt = standing, telling, watchdog, halt
         self.storage = standing.storage
         self.evaluations = Evaluations()
         self.jobs: dict[TrialId, Job] = {}
@@ -59,24 +60,17 @@ class RowsInProgress:
             gpus = session.count_gpus_a_worker(config.training, nodes)
             session.check_precision(config.evaluation, nodes)
             steps = self.standing.list_further_steps(trial)
-            share = self._name_share_file(config) if gpus else ""
+            share = _share_file(config, self.standing) if gpus else ""
             job = make_job(self.storage, trial, config, gpus, self.standing.owner, also_keep=steps, share=share)
             self.jobs[trial] = job
             if any(row in self.training for row in self.standing.sharing[trial]):
                 to_train.append(job)
         return to_train
 
-    def _name_share_file(self, trial: Trial) -> str:
-        """Where what part of a GPU the trial needs is noted; empty where its experiment says it, or it has workers."""
-        training = trial.training
-        if training.gpus != "auto" or training.workers > 1:
-            return ""
-        model = make_model_key(trial.model, training, self.standing.sources[trial.data].shape)
-        return name_share_file(model, training.batch_size)
-
     def wait_for_others(self, jobs: list[Job]) -> list[Job]:
         """Waits for trials that other sweeps train, until one is to be trained here after all; those that are left."""
         while jobs:
+            self.halt.end(is_left=True)
             turns = {job["digest"]: self.decide_turn(job["digest"]) for job in jobs}
             jobs = [job for job in jobs if turns[job["digest"]] != "take"]
             if "train" in turns.values():
@@ -204,6 +198,17 @@ class RowsInProgress:
         self.telling.record_event(event, row, step=self.telling.lines[row].step, why=result["detail"])
         self.telling.say_of(trial, result["detail"])
 
+    def halts(self) -> bool:
+        return self.halt.is_near
+
+    def paused(self, trial: TrialId, result: dict[str, Any]) -> None:
+        """The trial has written a checkpoint, from which the next command goes on."""
+        for row in (rows := self._list_waiting(trial)):
+            self.telling.lines[row].state = "paused"
+            self.standing.look(row)
+        self.telling.record_event("paused", rows[0], step=result["step"])
+        self.telling.say_of(trial, result["detail"])
+
     def fail_trial(self, trial: TrialId, why: str) -> None:
         session.check()
         for row in self._list_waiting(trial):
@@ -223,6 +228,7 @@ class RowsInProgress:
 
     def tick(self, wait_s: float = 0) -> None:
         session.check()
+        self.halt.tick()
         for name, why in self.evaluations.poll(wait_s):
             row = RowId(name)
             spents = self.evaluations.spent.pop(name, {})
@@ -258,7 +264,10 @@ class RowsInProgress:
         planned = list_blocks(m, checkpoint.digest, images)
         missing = find_missing_blocks(planned, self.storage.list)
         line.state, line.blocks, line.blocks_left, line.step = "evaluating", len(planned), len(missing), line.steps
-        order = make_order(self.storage, m, checkpoint, self.jobs[get_trial_of_row(row)]["gpus"])
+        gpus = self.jobs[get_trial_of_row(row)]["gpus"]
+        block_s = cost.longest_block_s(self.storage, trial, self.standing.sources[trial.data], on_gpu=gpus > 0)
+        until = self.halt.begins_blocks_until(block_s)
+        order = make_order(self.storage, m, checkpoint, gpus, until=until)
         self.evaluations.submit(row, order, planned, missing)
         self.telling.record_event("evaluating", row, blocks=len(planned), missing=len(missing))
         self.telling.say_of(row, f"evaluates: {len(missing)} of {len(planned)} blocks are missing", detail=True)
@@ -278,3 +287,12 @@ class RowsInProgress:
         self.telling.record_event("measured", row, **sum_seconds_used(spents))
         self.telling.lines[row].state = "done"
         self.telling.end_row(row)
+
+
+def _share_file(trial: Trial, standing: Standing) -> str:
+    """Where what part of a GPU the trial needs is noted; empty where its experiment says it, or it has workers."""
+    training = trial.training
+    if training.gpus != "auto" or training.workers > 1:
+        return ""
+    model = make_model_key(trial.model, training, standing.sources[trial.data].shape)
+    return name_share_file(model, training.batch_size)

@@ -15,6 +15,7 @@ from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants
 from ray._private import state as ray_state
 from ray._private import worker as ray_worker
+from ray._private.services import _thread_safe_find_gcs_addresses_cache_clear as forget_gcs_addresses
 from ray._private.services import find_gcs_addresses
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.core.generated.gcs_pb2 import AvailableResources, TotalResources
@@ -168,7 +169,8 @@ def hear_ray() -> None:
 
 
 def find_clusters() -> set[str]:
-    """The addresses of the clusters that this machine is a node of."""
+    """The addresses of the clusters that this machine is a node of, now: Ray keeps what it has found first."""
+    forget_gcs_addresses()
     return set(find_gcs_addresses())
 
 

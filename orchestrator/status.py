@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator import cli, streams
+from orchestrator.clusters.slurm import QueuedJob, list_jobs
 from orchestrator.experiment.metrics import head_metric
 from orchestrator.measuring.seeds import are_over_seeds, group_rows
 from orchestrator.measuring.slowness import SlowTrial, find_slow_trials
@@ -28,7 +29,7 @@ from orchestrator.state.events import Driver, Event, count_events, find_driver, 
 from orchestrator.state.rows import Row, rank_rows, shorten_params
 from orchestrator.state.saved import SavedSweep, explain_opening, list_older, list_sweeps, open_sweep, read_rows
 from workers.config import Mistake
-from workers.layout import name_sweep_lock
+from workers.layout import name_sweep_folder, name_sweep_lock
 from workers.locks import is_locked
 from workers.storage import Storage
 
@@ -93,6 +94,8 @@ def look(storage: Storage, sweep: str | None, each: bool = False) -> dict[str, A
     `each` trial is asked for.
     """
     older = [] if sweep is not None else list_older(storage)
+    if sweep is not None and sweep not in list_sweeps(storage) and (jobs := _jobs(storage, sweep)):
+        raise Mistake(f"{sweep} has not begun yet; " + "; ".join(map(str, jobs)))
     if sweep is None and not (there := list_sweeps(storage)) and not older:
         raise Mistake(
             f"{storage.root} has no sweep yet: run one (python -m orchestrator.sweep FILE), or give its --storage"
@@ -137,8 +140,16 @@ def _describe_sweep(storage: Storage, kept: SavedSweep, each: bool) -> dict[str,
     ]
     settings = {"settings": found} if (found := _join_trials(ranked, trials, kept.metric, each)) else {}
     head = {"name": kept.name, "metric": kept.metric, "now_ms": now_ms, "driver": asdict(driver)}
+    if jobs := _jobs(storage, kept.name, happened):
+        head["jobs"] = [asdict(job) for job in jobs]
     slow = [asdict(slow) for slow in find_slow_trials(rows)]
     return {**head, "trials": trials, **settings, "peaks": describe_peaks(rows), "slow": slow}
+
+
+def _jobs(storage: Storage, sweep: str, happened: Sequence[Event] = ()) -> list[QueuedJob]:
+    """The jobs in Slurm's queue that make the sweep: those sent for it, and the one that its last command ran in."""
+    last = next((event["slurm_job"] for event in reversed(happened) if "slurm_job" in event), "")
+    return [job for job in list_jobs() if job.of == storage.find_url(name_sweep_folder(sweep)) or job.id == last]
 
 
 def _join_trials(
@@ -181,6 +192,8 @@ def describe_standing(row: Row, driver: Driver, last: Event | None) -> str:
             return "training" if at_work and event in ("began", "restarted") else "waiting" if at_work else "not begun"
         case "running":
             return ("waiting" if event == "resized" else "training") if at_work else "cut off"
+        case "paused" if at_work:
+            return "training" if event in ("began", "restarted") else "waiting"
         case "finished":
             return "evaluating" if at_work and event == "evaluating" else "trained"
         case "failed" if at_work and event in ("began", "restarted"):
@@ -244,7 +257,8 @@ def _make_trials_table(sweep: Mapping[str, Any], width: int) -> Group:
     notes += [Text(f"peak: {text}", style="dim") for text in sweep["peaks"]]
     notes += [Text(f"slow: {SlowTrial(**slow)}", style="yellow") for slow in sweep["slow"]]
     head = Text(f"{sweep['name']}: {_format_counts(sweep['trials'])}; {_describe_driver(sweep)}", style="bold")
-    return Group(head, table, *notes, *details)
+    jobs = [Text(str(QueuedJob(**job))) for job in sweep.get("jobs", ())]
+    return Group(head, *jobs, table, *notes, *details)
 
 
 def _format(line: Mapping[str, Any], metric: str) -> str:

@@ -1,8 +1,8 @@
 """`python -m orchestrator.sweep FILE`: make everything that an experiment file implies and that is not there yet.
 
 After a lost Ray or an interrupt the same command resumes. A Ray of this machine that dies is started again, up to three
-times. With --submit the sweep runs as a job of a cluster, its exit status is the job's, and an interrupt leaves the job
-running; the same command then joins it.
+times. With --submit or --slurm the sweep runs as a job of a cluster, its exit status is the job's, and an interrupt
+leaves the job running; the same command then joins it.
 """
 
 import argparse
@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from orchestrator import cli
+from orchestrator.clusters import slurm
+from orchestrator.clusters.allocation import find_allocation
 from orchestrator.clusters.cluster import Cluster, read_cluster
-from orchestrator.clusters.cost import describe_cost, read_prices
+from orchestrator.clusters.cost import checkpoint_s, describe_cost, read_prices
 from orchestrator.command import Command
 from orchestrator.experiment.dry_run import format_dry_run
 from orchestrator.experiment.expand import expand
@@ -30,6 +32,7 @@ EXAMPLES = (
     "experiments/beta_schedule.yaml name=longer training.steps=2500",
     "experiments/beta_schedule.yaml 'search.space.diffusion.T.grid=[100, 1000]' --smoke",
     "FILE --submit --address http://127.0.0.1:8265 --storage s3://BUCKET/runs",
+    "FILE --slurm '--nodes=2 --gpus-per-node=4 --time=08:00:00'",
 )
 MORE = """Run it again to resume what was cut off; it does nothing where all is there, and trains only new trials after
 an edit of the file."""
@@ -59,6 +62,9 @@ def make_parser() -> argparse.ArgumentParser:
         result, "a Ray cluster: auto or HOST:PORT on a node of it; its Jobs API, http://HEAD:8265, with --submit"
     )
     result.add_argument("--submit", action="store_true", help="run as a job of the cluster, or join it where it runs")
+    result.add_argument(
+        "--slurm", metavar="OPTIONS", help="run as a job on Slurm with these options of sbatch, or join it where it is"
+    )
     result.add_argument("--cluster", type=Path, help="its file for `ray up`: what the cluster can grow to, and cost")
     result.add_argument("--prices", type=Path, help="prices of its machines; default: prices.yaml beside that file")
     cli.add_storage(result)
@@ -95,7 +101,16 @@ def _describe_cost(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return cli.execute(make_parser(), run, arguments)
+    return cli.execute(make_parser(), run, _joined(sys.argv[1:] if arguments is None else arguments))
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """The words with --slurm and what follows it as one: argparse takes `--nodes=2` for an option of ours."""
+    found = list(words)
+    if "--slurm" in found[:-1]:
+        at = found.index("--slurm")
+        found[at : at + 2] = [f"--slurm={found[at + 1]}"]
+    return found
 
 
 def run(options: argparse.Namespace) -> int:
@@ -103,16 +118,15 @@ def run(options: argparse.Namespace) -> int:
     overrides = add_tracking(options.overrides, options.tracking_uri)
     if options.submit and not options.ray_address:
         raise Mistake("--submit needs the cluster's Jobs API: --address http://HEAD:8265")
+    if options.slurm is not None and (options.submit or options.ray_address or options.cluster):
+        raise Mistake("--slurm goes without --submit, --address and --cluster: the job has a Ray of its own")
     if options.submit and options.cluster and not options.dry_run:
         raise Mistake("--cluster goes without --submit: the job finds the head's own copy of the file")
     experiment = load(options.file, overrides, options.smoke)
-    if options.submit and not options.dry_run:
-        from orchestrator.clusters.submission import make_command_job, submit
-
-        expand(experiment)  # what the data must be asked for is checked where they are
-        flags = [f"--{name}" for name in ("smoke", "fresh", "quiet", "verbose") if getattr(options, name)]
-        sent = make_command_job(experiment, options.file, overrides, options.storage, flags)
-        return submit(options.ray_address, sent)
+    if (options.submit or options.slurm is not None) and not options.dry_run:
+        return _send(options, experiment, overrides)
+    if allocation := find_allocation():
+        experiment = load(options.file, [*overrides, f"name={allocation.name(experiment.name)}"], options.smoke)
     trials, sources, warnings = list_trials(experiment)
     cluster = read_cluster(options.cluster) if options.cluster else None
     if cluster and not (options.dry_run or options.ray_address):
@@ -134,6 +148,22 @@ def run(options: argparse.Namespace) -> int:
         verbose=options.verbose,
     )
     return make(experiment, trials, sources, command)
+
+
+def _send(options: argparse.Namespace, experiment: Experiment, overrides: Sequence[str]) -> int:
+    """Has the sweep run as a job elsewhere, and follows it. Raises Mistake."""
+    variants = expand(experiment)  # what the data must be asked for is checked where they are
+    flags = [f"--{name}" for name in ("smoke", "fresh", "quiet", "verbose") if getattr(options, name)]
+    if options.submit:
+        from orchestrator.clusters import submission  # Ray loads here
+
+        sent = submission.make_command_job(experiment, options.file, overrides, options.storage, flags)
+        return submission.submit(options.ray_address, sent)
+    wish = slurm.read_wish(options.slurm)
+    batch = slurm.batch(experiment, options.file, overrides, options.storage, flags)
+    storage, trials = Storage(options.storage), [variant.trial for variant in variants]
+    units = [checkpoint_s(storage, trial, describe(trial.data)) for trial in trials]
+    return slurm.submit(batch, wish, max((s for s in units if s is not None), default=None))
 
 
 def add_tracking(overrides: Sequence[str], tracking_uri: str | None) -> list[str]:

@@ -28,7 +28,7 @@ class Listener:
 
     def __init__(self) -> None:
         self.messages: list[str] = []
-        self.open = False
+        self.open = self.near_the_end = False
         self.turns: dict[str, Turn] = {}
 
     def say(self, text: str) -> None:
@@ -36,6 +36,9 @@ class Listener:
 
     def is_evaluating(self) -> bool:
         return self.open
+
+    def halts(self) -> bool:
+        return self.near_the_end
 
     def decide_turn(self, digest: str) -> Turn:
         return self.turns.get(digest, "train")
@@ -87,6 +90,15 @@ def test_drivers_exist_only_of_trials_that_fit() -> None:
     assert not a.is_finished()
     assert [t.trainable_name for t in started(a)] == ["data_parallel", "data_parallel", "one_worker", "one_worker"]
     assert a.is_finished() and a.next_trial() is None
+
+
+def test_near_the_end_of_the_time_nothing_begins_and_what_runs_goes_on() -> None:
+    listener = Listener()
+    a = admission(8, 8, 8, listener=listener)
+    assert len(started(a)) == 2
+    a.on_trial_complete("", {})
+    listener.near_the_end = True
+    assert a.next_trial() is None and a.is_finished() and a.waits
 
 
 def test_no_driver_of_a_data_parallel_trial_is_handed_to_another() -> None:

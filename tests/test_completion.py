@@ -41,7 +41,7 @@ def test_a_line_is_split_as_a_shell_splits_it() -> None:
 
 def test_verbs_and_options() -> None:
     assert complete("x ") == list(cli.VERBS) and complete("x s") == ["sweep", "status", "sample", "schema"]
-    assert complete("x sweep --s") == ["--smoke", "--submit", "--storage"]
+    assert complete("x sweep --s") == ["--smoke", "--submit", "--slurm", "--storage"]
     assert complete("x schema ") == ["experiment", "nightly"] and complete("x completion z") == ["zsh"]
     assert complete("x evaluate t --profile a") == ["adm"]
     assert complete("x nothing ") == complete("x") == complete("") == complete("x ui ") == []

@@ -131,3 +131,20 @@ print("goes on")
 """
     with command(code=code) as process:
         assert process.communicate()[0] == "goes on\n"
+
+
+@pytest.mark.parametrize("pauses", [True, False])
+def test_a_request_to_pause_is_left_to_work_that_can_and_interrupts_all_other(pauses: bool) -> None:
+    code = f"""
+import contextlib, signal
+from orchestrator import interrupts
+interrupts.arm()
+try:
+    with interrupts.allow_interrupts(), interrupts.pausable() if {pauses} else contextlib.nullcontext():
+        signal.raise_signal(signal.SIGUSR2)
+        print("goes on", interrupts.is_asked_to_pause())
+except KeyboardInterrupt:
+    print("interrupted", interrupts.is_asked_to_pause())
+"""
+    with command(code=code) as process:
+        assert process.communicate()[0] == ("goes on True\n" if pauses else "interrupted False\n")

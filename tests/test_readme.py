@@ -14,6 +14,8 @@ from PIL import Image
 from ray.scripts.scripts import cli as ray_cli
 
 from orchestrator import completion, nightly, schema, ui
+from orchestrator import sweep as sweep_command
+from orchestrator.clusters import slurm
 from orchestrator.experiment.load import parse_assignment
 from orchestrator.experiment.settings import read_yaml
 from orchestrator.measuring import subjects
@@ -48,13 +50,24 @@ VERBS = (
 )
 RAY = [c for c in COMMANDS if c.startswith("ray ")]
 BENCHMARKS = [c for c in COMMANDS if c.startswith("python benchmarks/")]
+SBATCH = [c for c in COMMANDS if c.startswith("sbatch ")]
 OF_FILES = [c for c in COMMANDS if c.startswith(("kubectl ", ".venv/bin/python -m pytest "))]
 
 
 def test_every_command_is_of_a_kind_that_a_test_runs() -> None:
     kinds = ("make ", *(f"python -m orchestrator.{verb}" for verb in VERBS))
     assert COMMANDS and SWEEPS
-    assert [c for c in COMMANDS if not c.startswith(kinds) and c not in [*RAY, *OF_FILES, *BENCHMARKS]] == []
+    assert [c for c in COMMANDS if not c.startswith(kinds) and c not in [*RAY, *OF_FILES, *BENCHMARKS, *SBATCH]] == []
+
+
+@pytest.mark.parametrize("command", SBATCH)
+def test_jobs_are_of_our_script_and_our_words(command: str) -> None:
+    """Their options are asked of a real Slurm by cluster/test_slurm_cluster."""
+    words = shlex.split(command)
+    at = words.index("deploy/slurm.sbatch")
+    slurm.read_wish(shlex.join(word for word in words[1:at] if not word.startswith("--job-name")))
+    verb, arguments = (nightly, words[at + 2 :]) if words[at + 1] == "nightly" else (sweep_command, words[at + 1 :])
+    assert (ROOT / verb.parser().parse_intermixed_args(arguments).file).exists()
 
 
 @pytest.mark.parametrize("command", RAY)

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 # Each line is a room, `workers` or `orchestrator` themselves where it names none; state stands above what uses it.
 ORDER = """
     workers: seals kinds config layout identity speed signals disk remote storage sharing locks
-    workers: noise memos pulse journal shapes
+    workers: noise memos pulse journal shapes pausing
     workers.data: mirror splits cache decoding tree built_in parquet_files cifar10 idx formats locate survey
     workers.data: sources proofs dataset pixels
     workers.network: unet_config unet
@@ -20,12 +20,12 @@ ORDER = """
     orchestrator: interrupts streams cli ray_internals
     orchestrator.experiment: settings metrics records expand check load effort preflight dry_run profiles
     orchestrator.state: rows events saved
-    orchestrator.planning: decide packing place makespan search
+    orchestrator.planning: decide deadline packing place makespan search
     orchestrator.measuring: differences seeds slowness subjects
     orchestrator.output: terminal speed_table table importance findings markdown figures curves page
-    orchestrator.clusters: cluster cost throughput submission
+    orchestrator.clusters: cluster allocation cost throughput sending slurm submission
     orchestrator: command
-    orchestrator.execution: loss hangs session
+    orchestrator.execution: loss hangs session halt
     orchestrator.execution: scratch admission early_stopping trials evaluations measurements
     orchestrator.tracking: provenance glance server line views model_code models shipment catalogue
     orchestrator.tracking: writer shipper tracker registry runs outside

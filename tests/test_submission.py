@@ -14,6 +14,7 @@ from orchestrator.clusters import submission
 from orchestrator.clusters.submission import Job, check_attachable, choose_id, describe_environment, make_command_job
 from orchestrator.experiment.load import load
 from orchestrator.experiment.records import ExperimentError
+from orchestrator.ray_internals import find_clusters
 from orchestrator.sweep import main
 from workers.config import Mistake
 
@@ -145,6 +146,17 @@ def test_a_night_is_submitted_again_where_its_job_ended_without_it(
     statuses: dict[str, str], expected: str | None
 ) -> None:
     assert submission.name_next_attempt("n-2026-03-01", statuses, 3) == expected
+
+
+def test_a_cluster_is_found_that_comes_after_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where two jobs of Slurm share a node: Ray itself keeps what it has found first."""
+    there = {"10.0.0.1:10020"}
+    monkeypatch.setattr("ray._private.services._find_address_from_flag", lambda flag: set(there))
+    assert find_clusters() == there
+    there.add("10.0.0.1:10040")
+    assert find_clusters() == there
+    there.clear()
+    assert find_clusters() == set()
 
 
 def test_of_two_that_submit_the_same_at_once_one_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

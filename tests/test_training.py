@@ -27,6 +27,8 @@ from workers.journal import read_points
 from workers.learner import choose_autocast, compute_learning_rate, draw_batch_rows
 from workers.network import checkpoint as checkpoints
 from workers.network import manifest
+from workers.pausing import LOOK_S, next_interval
+from workers.pulse import Pulse
 from workers.seals import seal_lines
 from workers.storage import Storage
 from workers.training import train
@@ -95,6 +97,66 @@ def test_a_loop_that_was_stopped_and_resumed_ends_in_the_same_bits(tmp_path: Pat
     loop.close()
     assert trained(parts) == expected
     assert without_rates(points(parts)) == without_rates(points(whole))
+
+
+def paused_after(storage: Storage, steps: int, trial: Trial) -> list[str]:
+    """Trains until the driver asks for a pause in the midst of that step; gives the states that the host hears."""
+    pulse = Pulse()
+
+    def gauge() -> None:
+        pulse.is_asked_to_pause = pulse.steps == steps
+
+    world = World(pulse=pulse, gauge=gauge)
+    return [progress.state for progress in train(trial, prepare(trial.data), storage, "trials/a", world)]
+
+
+@pytest.mark.parametrize("steps", [1, 6, 11, 12, 23])
+def test_a_trial_that_pauses_goes_on_in_the_same_bits_and_leaves_no_point_out(tmp_path: Path, steps: int) -> None:
+    """Between checkpoints and between points of the journal (each second step), at a validation, and near the end."""
+    longer = TRIAL.training.model_copy(update={"steps": 24, "validate_every": 24, "checkpoint_every": 100})
+    trial = TRIAL.model_copy(update={"training": longer})
+    whole, parts = Storage(tmp_path / "whole"), Storage(tmp_path / "parts")
+    expected = trained(whole, trial)
+    assert paused_after(parts, steps, trial) == ["running", "paused"]
+    status = parts.read_sealed("trials/a/status.json")
+    assert status and (status["state"], status["step"]) == ("paused", steps)
+    assert parts.list("trials/a/checkpoints") == [f"step-{steps:08}"]
+    assert trained(parts, trial) == expected
+    assert without_rates(points(parts)) == without_rates(points(whole))
+    assert parts.list("trials/a/checkpoints") == ["step-00000024"]
+
+
+def _paused_worker(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    trial = varied(**VARIED[0], workers=size)
+    for turn, until in enumerate((5, 1000)):
+        store = FileStore(f"{folder}/store-{turn}", size)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        pulse = Pulse()
+
+        def gauge(pulse: Pulse = pulse, until: int = until) -> None:
+            pulse.is_asked_to_pause = rank == 1 and pulse.steps >= until
+
+        world = World(rank, size, pulse=pulse, gauge=gauge)
+        *_, last = train(trial, prepare(trial.data), Storage(f"{folder}/parts"), "trials/a", world)
+        if rank == 0:
+            Path(f"{folder}/turn-{turn}").write_text(f"{last.state} {last.step}")
+        torch.distributed.destroy_process_group()
+
+
+def test_workers_pause_after_the_same_step_whichever_hears_of_it_first(tmp_path: Path) -> None:
+    spawn(_worker, (2, str(tmp_path), VARIED[0]), nprocs=2)
+    spawn(_paused_worker, (2, str(tmp_path)), nprocs=2)
+    state, step = (tmp_path / "turn-0").read_text().split()
+    assert state == "paused" and 5 <= int(step) < 12
+    assert (tmp_path / "turn-1").read_text() == "finished 12"
+    whole, parts = (manifest.find_newest(Storage(tmp_path / name), "trials/a/checkpoints") for name in ("two", "parts"))
+    assert whole and parts and whole.digest == parts.digest
+
+
+def test_workers_look_the_more_rarely_the_faster_their_steps_are() -> None:
+    assert next_interval(1, LOOK_S / 100) == 2 and next_interval(64, LOOK_S / 2) == 128
+    assert next_interval(100, 4 * LOOK_S) == 25 and next_interval(1, 1e9) == 1
 
 
 def to(steps: int, trial: Trial = TRIAL) -> Trial:

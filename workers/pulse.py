@@ -17,6 +17,7 @@ class Pulse:
     steps: int = 0
     slowest_s: float = 0.0  # of the steps
     between: bool = True  # no step is under way, or how long one takes is not known yet
+    is_asked_to_pause: bool = False  # by the driver: what is under way is kept, and nothing begins
     _began: float = field(default_factory=time.monotonic)
 
     def begin_step(self) -> None:

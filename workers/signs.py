@@ -1,6 +1,7 @@
 """Signs of life: each process that works says so every few seconds, and what it is at.
 
-The driver hears them in Ray's store of keys (`orchestrator.execution.hangs`).
+The driver hears them in Ray's store of keys (`orchestrator.execution.hangs`). There a process also hears that it is to
+pause, as the time of the driver's job is over soon.
 """
 
 import json
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 5.0  # so often a process that works says that it runs
 PULSES = b"orchestrator-pulses"  # the namespace in Ray's own store of keys, which ends with the cluster
+PAUSES = b"orchestrator-pauses"  # that of the jobs whose processes are to pause
 PULSE = Pulse()  # this process's own
 _self: dict[str, Any] = {}  # which process it is
 AT_WORK: dict[str, str] = {}  # what it works at, and for which trial
@@ -54,6 +56,12 @@ def _tell() -> None:
         steps = {"steps": PULSE.steps, "slowest_s": PULSE.slowest_s, "between": PULSE.between}
         told = json.dumps({**_self, **AT_WORK, **steps, "beat": time.monotonic_ns()})
         put_key("{job}:{node}:{pid}".format(**_self), told, PULSES)
+        PULSE.is_asked_to_pause = bool(read_keys(f"{_self['job']}:", PAUSES))
+
+
+def ask_to_pause() -> None:
+    """All processes of this driver's job are to pause; they hear of it within a beat."""
+    put_key(f"{ray.get_runtime_context().get_job_id()}:", "now", PAUSES)
 
 
 def read_pulses() -> dict[bytes, dict[str, Any]]:
@@ -73,10 +81,10 @@ def send_signal(pid: int, its_birth: int, number: int) -> bool:
 
 
 @contextmanager
-def tell_within(what: str) -> Iterator[None]:
+def tell_within(what: str) -> Iterator[Pulse]:
     """This process is at `what` within the block, and at nothing after it."""
-    begin_telling(what)
+    pulse = begin_telling(what)
     try:
-        yield
+        yield pulse
     finally:
         begin_telling("")

@@ -4,6 +4,7 @@ Each finds its work in an `Order` and its files in the storage.
 """
 
 import logging
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -37,15 +38,18 @@ class Order:
     measurement: str  # as JSON
     checkpoint: Checkpoint
     gpus: float
+    until: float | None = None  # in seconds since the epoch: no block is begun later, as it would not be done in time
 
     @property
     def m(self) -> Measurement:
         return Measurement.model_validate_json(self.measurement)
 
 
-def make_order(storage: Storage, m: Measurement, checkpoint: Checkpoint, gpus: float) -> Order:
+def make_order(
+    storage: Storage, m: Measurement, checkpoint: Checkpoint, gpus: float, *, until: float | None = None
+) -> Order:
     m = m.model_copy(update={"data": make_absolute(m.data)})
-    return Order(storage.root, m.model_dump_json(), checkpoint, gpus)
+    return Order(storage.root, m.model_dump_json(), checkpoint, gpus, until)
 
 
 @ray.remote(max_retries=3)
@@ -86,9 +90,14 @@ class Made:
 
 
 @ray.remote(max_retries=3)
-def make_block(order: Order, block: Block, *after: Any) -> Made:
-    """Makes one block of an evaluation. A process that dies is retried; the block is then whole."""
-    with tell_within(block.path):
+def make_block(order: Order, block: Block, *after: Any) -> Made | None:
+    """Makes one block of an evaluation. A process that dies is retried; the block is then whole.
+
+    None where it was not begun, as the time of the driver's job is over soon.
+    """
+    with tell_within(block.path) as pulse:
+        if pulse.is_asked_to_pause or (order.until and time.time() > order.until) or None in after:
+            return None
         bench = _load_bench(order)
         meter = Meter(bench.device, share=BLOCK_GPUS)
         with meter.measure(block.kind, 1):
@@ -97,12 +106,14 @@ def make_block(order: Order, block: Block, *after: Any) -> Made:
 
 
 @ray.remote(max_retries=3)
-def make_summary(order: Order, *after: Any) -> tuple[int, dict[Block, str]]:
-    """Writes the summary of an evaluation whose blocks are there.
+def make_summary(order: Order, *after: Any) -> tuple[int, dict[Block, str]] | None:
+    """Writes the summary of an evaluation whose blocks are there; nothing where some were not begun.
 
     Returns how often Ray began it, and the blocks that turned out to be damaged, with what was wrong, and were removed:
     with them made again it can be called again.
     """
+    if None in after:
+        return None
     with tell_within("the summary of an evaluation"):
         bench = _load_bench(order)
         images, digest = Images.of(bench.dataset), order.checkpoint.digest

@@ -33,12 +33,13 @@ from workers.learner import Learner, compute_learning_rate
 from workers.network import checkpoint as checkpoints
 from workers.network import manifest
 from workers.noise import make_generator
+from workers.pausing import Lookout, Paused
 from workers.peak import describe_peak
 from workers.speed import Meter, name_training_kind
 from workers.storage import Storage
 from workers.world import World
 
-State = Literal["running", "finished", "diverged", "pruned"]
+State = Literal["running", "finished", "diverged", "pruned", "paused"]
 POINTS = 10  # training points in the journal between two validations
 
 
@@ -98,6 +99,8 @@ def train(
         yield loop.report_ended("diverged", f"diverged by step {loop.step}: {diverged}")
     except Pruned:
         yield loop.report_ended("pruned", f"pruned by step {loop.step}")
+    except Paused:
+        yield loop.report_ended("paused", f"paused at step {loop.step}")
 
 
 class _Loop:
@@ -115,6 +118,7 @@ class _Loop:
         self.meter = Meter(world.device, share=world.gpus)
         self.checkpoint: manifest.Checkpoint | None = None  # the newest that this training knows
         self.journal = Journal(storage, folder)
+        self.lookout = Lookout(world.pulse, world.size, world.device)
 
     @property
     def step(self) -> int:
@@ -136,7 +140,10 @@ class _Loop:
         return self.step % every == 0 or self.step in self.asked
 
     def advance(self) -> None:
-        """Trains up to the next validation, with a journal point now and then and checkpoints where they are due."""
+        """Trains up to the next validation, with a journal point now and then and checkpoints where they are due.
+
+        Raises Paused, after a checkpoint, where the trial is asked to pause.
+        """
         training = self.trial.training
         point_every = max(1, training.validate_every // POINTS)
         self.learner.network.train()
@@ -153,6 +160,11 @@ class _Loop:
                 self.clock.turn_to("checkpoints")
                 self._save()
                 self.clock.turn_to("training")
+            if self.lookout.sees_pause():
+                self.world.pulse.rest()
+                self.clock.turn_to("checkpoints")
+                self._save()
+                raise Paused
             if self.is_due(training.validate_every):
                 break
         self.world.pulse.rest()
@@ -242,6 +254,10 @@ class _Loop:
         return self.step * self.trial.training.batch_size / train_seconds if train_seconds else 0.0
 
     def _save(self) -> None:
+        sums = self.learner.sums
+        if self.world.size > 1 and sums[3]:  # between two points of the journal: rank 0 keeps what all have summed
+            torch.distributed.all_reduce(sums)
+            sums *= self.world.rank == 0
         if self.world.rank != 0:
             return
         self.journal.flush()
@@ -253,7 +269,7 @@ class _Loop:
             ema=self.learner.ema,
             averages=self.learner.averages,
             state=self.learner.collect_state(),
-            progress={"seconds": self.clock.seconds},
+            progress={"seconds": self.clock.seconds, "sums": sums.tolist()},
             journal=self.journal.make_content(),
         )
         self.checkpoint = checkpoints.save(
@@ -264,6 +280,8 @@ class _Loop:
         ema, state, progress = checkpoints.load_state(checkpoint)
         averages = checkpoints.load_averages(checkpoint, self.learner.averages)
         self.learner.restore(progress["step"], ema, averages, state)
+        if self.world.rank == 0 and "sums" in progress:
+            self.learner.sums.copy_(torch.tensor(progress["sums"], dtype=torch.float64))
         # A checkpoint of before knows the seconds of training alone.
         self.clock.resume(progress.get("seconds") or {"training": progress["train_seconds"]})
 

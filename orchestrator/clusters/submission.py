@@ -27,13 +27,14 @@ from ray.job_submission import JobSubmissionClient
 import orchestrator
 import workers
 from orchestrator import cli
-from orchestrator.experiment.load import resolve
+from orchestrator.clusters.allocation import find_allocation
+from orchestrator.clusters.sending import name_job, secrets
 from orchestrator.experiment.records import Experiment
 from orchestrator.ray_internals import find_clusters
-from workers.config import Mistake, hide_secrets
-from workers.identity import compute_digest
+from workers.config import Mistake
 
 ANSWER_S = 5.0  # for a connection to be made
+TO_START_S, LOOK_S = 180.0, 0.5  # for the Ray of a job, which starts beside its driver
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 OVERRULES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # Ray's client takes them before the address that it is given
 TOKEN = (
@@ -64,9 +65,14 @@ def check_attachable(ray_address: str) -> None:
         )
     if ray_address == "auto" and "RAY_ADDRESS" in os.environ:  # that of the cluster whose job this is
         return
-    found = find_clusters()
-    if found and (ray_address == "auto" or any(_is_same_node(ray_address, other) for other in found)):
-        return
+    deadline = time.monotonic() + (TO_START_S if find_allocation() else 0)
+    while True:
+        found = find_clusters()
+        if found and (ray_address == "auto" or any(_is_same_node(ray_address, other) for other in found)):
+            return
+        if time.monotonic() > deadline:
+            break
+        time.sleep(LOOK_S)
     here = f"it is one of {', '.join(sorted(found))}" if found else "no Ray runs here"
     raise Mistake(
         f"--address {ray_address}: this machine is no node of such a cluster ({here}). Attach on a node "
@@ -116,25 +122,12 @@ def make_command_job(
             f"--storage {storage!r} is relative to this machine: give a folder that every node of the cluster sees, by "
             "its absolute path, or a URI such as s3://bucket/path"
         )
-    mistakes += find_secrets(file, [*overrides, storage])
+    mistakes += secrets(file, [*overrides, storage])
     if mistakes:
         raise Mistake("\n".join(mistakes))
     words = ["python", "-m", "orchestrator.sweep", file.name, *overrides, "--address", "auto", "--storage", storage]
     words += flags
-    suffix = compute_digest([resolve(experiment), storage.rstrip("/")])[:8]
-    return Job(f"sweep-{experiment.name}-{suffix}", experiment.name, storage, file, shlex.join(words))
-
-
-def find_secrets(file: Path, words: Sequence[str]) -> list[str]:
-    """What is wrong with words of a command, and the file that goes with it, that show a secret."""
-    texts = {word: word for word in words} | {str(file): file.read_text(encoding="utf-8")}
-    return [
-        f"{name} holds a user's name, a password or a key, which the cluster's logs would show: leave them out and set "
-        "them in the environment of the head (MLFLOW_TRACKING_USERNAME, AWS_ACCESS_KEY_ID, ...) or give its machine a "
-        "role"
-        for name, text in texts.items()
-        if hide_secrets(text) != text
-    ]
+    return Job(name_job(experiment, storage), experiment.name, storage, file, shlex.join(words))
 
 
 def choose_id(name: str, statuses: Mapping[str, str]) -> tuple[str, bool]:
@@ -190,7 +183,7 @@ def submit_again(ray_address: str, name: str, file: Path, words: Sequence[str], 
     Returns the submission id; None where there is no attempt to make now, or another process made it in the same
     moment: Ray refuses an id that it knows. Raises Mistake where `ray_address` cannot be used.
     """
-    if mistakes := find_secrets(file, words):
+    if mistakes := secrets(file, words):
         raise Mistake("\n".join(mistakes))
     client = connect(ray_address)
     submission_id = name_next_attempt(

@@ -42,6 +42,7 @@ class Evaluations:
     _asking: dict[Any, str] = field(default_factory=dict)  # the evaluation that each space is made for first
     _shared: dict[str, Any] = field(default_factory=dict)  # blocks that several evaluations may need, by path
     spent: dict[str, dict[str, Spent]] = field(default_factory=dict)  # what blocks took, by evaluation and hardware
+    late: set[str] = field(default_factory=set)  # evaluations with blocks that were not begun, for want of time
     retried: list[tuple[str, str, str]] = field(default_factory=list)  # (name, piece of work, why) of what was redone
 
     def submit(self, name: str, order: Order, planned: list[Block], missing: list[Block]) -> None:
@@ -89,7 +90,8 @@ class Evaluations:
     def poll(self, timeout_s: float = 0) -> list[tuple[str, str]]:
         """(name, what failed or "") of each evaluation that has ended since, its summary written if nothing failed.
 
-        Raises Unwritable where the storage could not be written, which would fail all others, too.
+        Those that are `late` are not told. Raises Unwritable where the storage could not be written, which would fail
+        all others, too.
         """
         if self._owner:
             ready, _ = ray.wait(list(self._owner), num_returns=len(self._owner), timeout=timeout_s)
@@ -99,7 +101,7 @@ class Evaluations:
         ended = {name: e for name, e in self._open.items() if not e.left}
         for name in ended:
             del self._open[name]
-        return [(name, e.failed) for name, e in ended.items()]
+        return [(name, e.failed) for name, e in ended.items() if e.failed or name not in self.late]
 
     def _hear_spaces(self) -> None:
         """Notes what happened as feature spaces were made. The blocks that need one tell that it could not be made."""
@@ -122,6 +124,9 @@ class Evaluations:
             # The summary fails by itself, and others may wait for what is shared.
             for other in evaluation.left - {evaluation.summary} - set(self._shared.values()):
                 ray.cancel(other)
+            return
+        if result is None:
+            self.late.add(name)
             return
         if ref != evaluation.summary:
             spents = self.spent.setdefault(name, {})

@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator import interrupts
+from orchestrator.clusters.allocation import find_allocation
 from orchestrator.clusters.cluster import Cluster
 from orchestrator.clusters.submission import TOKEN, check_attachable, describe_environment, is_inside_job
 from orchestrator.execution.hangs import HANG_S, Watchdog
@@ -41,6 +43,7 @@ from workers.tasks import sees
 
 log = logging.getLogger(__name__)
 
+TO_JOIN_S, LOOK_S = 120.0, 0.5  # for the nodes of a job to join the Ray that they start together
 TO_ANSWER_S = 60.0  # for a node that is asked whether it sees the storage; one that is slower is believed
 # In its temporary folder Ray keeps sockets, whose paths Linux bounds, logs, and what Tune notes of a sweep.
 SOCKET, SOCKET_BYTES = "session_2026-11-26_15-21-23_069432_4194304/sockets/plasma_store", 107
@@ -133,7 +136,20 @@ def _open_session(ray_address: str | None, cpus: int | None, hang_s: float) -> I
         opened.enter_context(watch.keep_looking())
         opened.enter_context(ask_after(watch.wait))
         opened.enter_context(watchdog.keep_looking())
+        if allocation := find_allocation() if ray_address is not None else None:
+            _await_nodes(allocation.nodes)
         yield watchdog
+
+
+def _await_nodes(number: int) -> None:
+    """Returns when so many nodes have joined, or have had their time to."""
+    deadline = time.monotonic() + TO_JOIN_S
+    while (there := sum(node["Alive"] for node in ray.nodes())) < number:
+        check()
+        if time.monotonic() > deadline:
+            log.warning("%d of the job's %d nodes have joined its Ray in %g s", there, number, TO_JOIN_S)
+            return
+        time.sleep(LOOK_S)
 
 
 _watches: list[tuple[Watch, Watchdog]] = []  # those of the session under way

@@ -23,10 +23,10 @@ from rich.text import Text
 
 REFRESH_S = 0.5
 # What is under way comes first where the window is too low for all trials.
-STATES = ("failed", "evaluating", "training", "diverged", "waiting", "pruned", "done")
+STATES = ("failed", "evaluating", "training", "diverged", "paused", "waiting", "pruned", "done")
 COLOURS = {
     "training": "cyan", "evaluating": "magenta", "done": "green", "pruned": "yellow", "diverged": "yellow",
-    "failed": "bold red", "waiting": "dim",
+    "failed": "bold red", "waiting": "dim", "paused": "yellow",
 }  # fmt: skip
 
 SPARE = ("progress", "left", "images/s")  # columns that a narrow window does without, the first of them first

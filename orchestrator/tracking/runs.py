@@ -56,7 +56,8 @@ FLUSH_S = 60.0  # how long the end of a sweep waits for MLflow
 ASK_S = 10.0  # and how long a command that finds all published waits to hear whether it still is
 CURVE = "valid/nll_bpd"
 ENDED = ("done", "pruned", "diverged")  # as a trial of a sweep should
-STATUS: dict[str, Status] = {"done": "FINISHED", "pruned": "KILLED", "running": "KILLED"}  # else FAILED
+STATUS: dict[str, Status] = {"done": "FINISHED", "pruned": "KILLED", "running": "KILLED", "paused": "KILLED"}
+# else FAILED
 
 
 @dataclass

@@ -62,6 +62,12 @@ class Told:
     def resize_trial(self, digest: str, result: dict[str, Any]) -> None:
         pass
 
+    def paused(self, digest: str, result: dict[str, Any]) -> None:
+        pass
+
+    def halts(self) -> bool:
+        return False
+
     def tick(self, wait_s: float = 0) -> None:
         pass
 

@@ -1,0 +1,45 @@
+#!/bin/bash
+# Runs on each node of a job of deploy/slurm.sbatch: its part of Ray, with what Slurm gave the job there, until USR1.
+set -euo pipefail
+
+address=$(ip -4 route get "${HEAD%:*}" | sed -n 's/.* src \([0-9.]*\).*/\1/p')
+interface=$(ip -o -4 addr show | grep -F " $address/" | awk '{print $2; exit}')
+port=$(find_port "$address")
+cpus=$(env -u OMP_NUM_THREADS nproc) # those that Slurm binds the job to, where it does
+folder=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}
+[ ${#folder} -le 24 ] || folder=/tmp # Ray keeps sockets in it, whose paths Linux bounds
+if jobs=$(squeue --me --noheader --format=%A 2> /dev/null); then # else nobody knows which jobs there are
+    for old in "$folder"/ray-[0-9]*; do # of jobs to which a failure of this node left no time
+        [ ! -O "$old" ] || grep -qx "${old##*-}" <<< "$jobs" || rm -rf "$old"
+    done
+fi
+folder=$folder/ray-$SLURM_JOB_ID
+(umask 077 && mkdir -p "$folder")
+
+role=(--address="$HEAD")
+if [ "$SLURM_NODEID" = 0 ]; then
+    role=(--head --port="${HEAD#*:}" --ray-client-server-port=$((port + 3)) --include-dashboard=false)
+    trap 'kill -USR1 "$BATCH"' TERM # of a preemption Slurm tells these tasks, and not the batch script
+else
+    trap : TERM
+fi
+export GLOO_SOCKET_IFNAME="$interface" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-$interface}"
+export ORCHESTRATOR_CACHE="${ORCHESTRATOR_CACHE:-$folder/cache}" AUTOSCALER_METRIC_PORT=$((port + 9))
+export DASHBOARD_METRIC_PORT=$((port + 10))
+sheltered -m ray.scripts.scripts start --block --disable-usage-stats \
+    "${role[@]}" --node-ip-address="$address" \
+    --num-cpus=$((cpus < SLURM_CPUS_ON_NODE ? cpus : SLURM_CPUS_ON_NODE)) --num-gpus="${SLURM_GPUS_ON_NODE:-0}" \
+    --temp-dir="$folder" --object-store-memory=1000000000 --min-worker-port=0 --max-worker-port=0 \
+    --node-manager-port=$((port + 1)) --object-manager-port=$((port + 2)) \
+    --dashboard-agent-listen-port=$((port + 5)) --dashboard-agent-grpc-port=$((port + 6)) \
+    --runtime-env-agent-port=$((port + 7)) --metrics-export-port=$((port + 8)) > "$folder/start.log" 2>&1 &
+ray=$!
+trap : USR1 # its processes die of it
+while kill -0 "$ray" 2> /dev/null; do { wait "$ray" || status=$?; } 2> /dev/null; done
+if [ "${status:-0}" != $((128 + $(kill -l USR1))) ] || ! grep -q "Ray runtime started" "$folder/start.log"; then
+    say "Ray did not stay on $SLURMD_NODENAME:" && tail -n 20 "$folder/start.log"
+fi
+for _ in $(seq 50); do # what is left of its processes ends meanwhile
+    rm -rf "$folder" 2> /dev/null && break
+    sleep 0.2
+done
