@@ -120,10 +120,10 @@ class Watch:
     def resize_trial(self, digest: str, result: dict[str, Any]) -> None:
         pass
 
-    def paused(self, digest: str, result: dict[str, Any]) -> None:
+    def pause_trial(self, digest: str, result: dict[str, Any]) -> None:
         pass
 
-    def halts(self) -> bool:
+    def is_halting(self) -> bool:
         return False
 
     def fail_trial(self, digest: str, why: str) -> None:

@@ -146,7 +146,7 @@ class RowsInProgress:
     def end_training(self, trial: TrialId, result: dict[str, Any]) -> None:
         waiting = self._list_waiting(trial)
         if result["state"] in ("running", "pruned") and waiting:  # the scheduler stopped it, or had it stop
-            self._note_pruned(trial, self.telling.lines[waiting[0]])
+            _note_pruned(self.standing, trial, self.telling.lines[waiting[0]])
         for row in waiting:
             self.standing.look(row)
         status = self.standing.found[self.standing.find_furthest(trial)].status
@@ -155,12 +155,6 @@ class RowsInProgress:
             self._learn(waiting[-1], {status["hardware"]: spent})
         for row in waiting:
             self._end_row_training(row)
-
-    def _note_pruned(self, trial: TrialId, line: Any) -> None:
-        path, why = name_status_file(trial), PRUNED[self.standing.experiment.search.scheduler.kind]
-        detail = f"pruned at step {line.step}, with valid/nll_bpd {line.nll_bpd:.3f}: {why}"
-        pruned = {"state": "pruned", "scheduler": self.standing.scheduler, "detail": detail}
-        self.storage.write_sealed(path, {**(self.storage.read_sealed(path) or {}), **pruned})
 
     def _end_row_training(self, row: RowId) -> None:
         """A row's trial has come to its step, or has ended before: it is measured next, unless it did not work."""
@@ -198,10 +192,10 @@ class RowsInProgress:
         self.telling.record_event(event, row, step=self.telling.lines[row].step, why=result["detail"])
         self.telling.say_of(trial, result["detail"])
 
-    def halts(self) -> bool:
+    def is_halting(self) -> bool:
         return self.halt.is_near
 
-    def paused(self, trial: TrialId, result: dict[str, Any]) -> None:
+    def pause_trial(self, trial: TrialId, result: dict[str, Any]) -> None:
         """The trial has written a checkpoint, from which the next command goes on."""
         for row in (rows := self._list_waiting(trial)):
             self.telling.lines[row].state = "paused"
@@ -265,8 +259,8 @@ class RowsInProgress:
         missing = find_missing_blocks(planned, self.storage.list)
         line.state, line.blocks, line.blocks_left, line.step = "evaluating", len(planned), len(missing), line.steps
         gpus = self.jobs[get_trial_of_row(row)]["gpus"]
-        block_s = cost.longest_block_s(self.storage, trial, self.standing.sources[trial.data], on_gpu=gpus > 0)
-        until = self.halt.begins_blocks_until(block_s)
+        block_s = cost.estimate_longest_block_s(self.storage, trial, self.standing.sources[trial.data], on_gpu=gpus > 0)
+        until = self.halt.find_latest_block_begin(block_s)
         order = make_order(self.storage, m, checkpoint, gpus, until=until)
         self.evaluations.submit(row, order, planned, missing)
         self.telling.record_event("evaluating", row, blocks=len(planned), missing=len(missing))
@@ -296,3 +290,10 @@ def _share_file(trial: Trial, standing: Standing) -> str:
         return ""
     model = make_model_key(trial.model, training, standing.sources[trial.data].shape)
     return name_share_file(model, training.batch_size)
+
+
+def _note_pruned(standing: Standing, trial: TrialId, line: Any) -> None:
+    path, why = name_status_file(trial), PRUNED[standing.experiment.search.scheduler.kind]
+    detail = f"pruned at step {line.step}, with valid/nll_bpd {line.nll_bpd:.3f}: {why}"
+    pruned = {"state": "pruned", "scheduler": standing.scheduler, "detail": detail}
+    standing.storage.write_sealed(path, {**(standing.storage.read_sealed(path) or {}), **pruned})

@@ -14,7 +14,7 @@ from orchestrator import cli
 from orchestrator.clusters import slurm
 from orchestrator.clusters.allocation import find_allocation
 from orchestrator.clusters.cluster import Cluster, read_cluster
-from orchestrator.clusters.cost import checkpoint_s, describe_cost, read_prices
+from orchestrator.clusters.cost import describe_cost, estimate_checkpoint_s, read_prices
 from orchestrator.command import Command
 from orchestrator.experiment.dry_run import format_dry_run
 from orchestrator.experiment.expand import expand
@@ -160,9 +160,9 @@ def _send(options: argparse.Namespace, experiment: Experiment, overrides: Sequen
         sent = submission.make_command_job(experiment, options.file, overrides, options.storage, flags)
         return submission.submit(options.ray_address, sent)
     wish = slurm.read_wish(options.slurm)
-    batch = slurm.batch(experiment, options.file, overrides, options.storage, flags)
+    batch = slurm.make_batch(experiment, options.file, overrides, options.storage, flags)
     storage, trials = Storage(options.storage), [variant.trial for variant in variants]
-    units = [checkpoint_s(storage, trial, describe(trial.data)) for trial in trials]
+    units = [estimate_checkpoint_s(storage, trial, describe(trial.data)) for trial in trials]
     return slurm.submit(batch, wish, max((s for s in units if s is not None), default=None))
 
 

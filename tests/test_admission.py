@@ -37,7 +37,7 @@ class Listener:
     def is_evaluating(self) -> bool:
         return self.open
 
-    def halts(self) -> bool:
+    def is_halting(self) -> bool:
         return self.near_the_end
 
     def decide_turn(self, digest: str) -> Turn:

@@ -67,7 +67,7 @@ def test_jobs_are_of_our_script_and_our_words(command: str) -> None:
     at = words.index("deploy/slurm.sbatch")
     slurm.read_wish(shlex.join(word for word in words[1:at] if not word.startswith("--job-name")))
     verb, arguments = (nightly, words[at + 2 :]) if words[at + 1] == "nightly" else (sweep_command, words[at + 1 :])
-    assert (ROOT / verb.parser().parse_intermixed_args(arguments).file).exists()
+    assert (ROOT / verb.make_parser().parse_intermixed_args(arguments).file).exists()
 
 
 @pytest.mark.parametrize("command", RAY)

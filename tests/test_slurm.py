@@ -12,12 +12,12 @@ import pytest
 
 from orchestrator.clusters import slurm
 from orchestrator.clusters.allocation import Allocation, find_allocation
-from orchestrator.clusters.cost import checkpoint_s, longest_block_s
+from orchestrator.clusters.cost import estimate_checkpoint_s, estimate_longest_block_s
 from orchestrator.clusters.slurm import Partition, Wish
 from orchestrator.execution.halt import Halt
 from orchestrator.experiment.expand import expand
 from orchestrator.experiment.load import load
-from orchestrator.planning.deadline import TO_BEGIN_S, latest_begin, may_begin
+from orchestrator.planning.deadline import TO_BEGIN_S, compute_latest_begin, may_begin
 from orchestrator.state.saved import list_sweeps
 from orchestrator.sweep import main
 from workers.config import Mistake
@@ -112,7 +112,7 @@ def test_jobs_have_ports_of_their_own_below_those_of_connections() -> None:
     ],
 )  # fmt: skip
 def test_times_are_read_as_slurm_writes_them(text: str, seconds: float | None) -> None:
-    assert slurm.seconds_of(text) == seconds
+    assert slurm.parse_seconds(text) == seconds
 
 
 @pytest.mark.parametrize(
@@ -210,23 +210,23 @@ def test_a_storage_in_this_machine_s_memory_is_refused_and_a_password_is_not_rep
 ) -> None:
     mounts = tmp_path / "mounts"
     mounts.write_text("/dev/sda / ext4 rw 0 0\ntmpfs /dev/shm tmpfs rw 0 0\nhead:/home /home nfs4 rw 0 0\n")
-    assert [slurm.file_system_of(Path(p), mounts) for p in ("/dev/shm/a", "/home/ann/runs", "/x")] == [
+    assert [slurm.find_file_system(Path(p), mounts) for p in ("/dev/shm/a", "/home/ann/runs", "/x")] == [
         "tmpfs", "nfs4", "ext4",
     ]  # fmt: skip
-    monkeypatch.setattr(slurm, "file_system_of", lambda path: "tmpfs")
+    monkeypatch.setattr(slurm, "find_file_system", lambda path: "tmpfs")
     with pytest.raises(Mistake) as told:
-        slurm.batch(load(tiny), tiny, ["tracking.uri=http://ann:planted@host:5000"], "runs", [])
+        slurm.make_batch(load(tiny), tiny, ["tracking.uri=http://ann:planted@host:5000"], "runs", [])
     assert "lies on a tmpfs" in str(told.value) and "tracking.uri" in str(told.value)
     assert "planted" not in str(told.value)
 
 
 def test_a_batch_says_what_it_makes_by_its_name_and_where_by_its_comment(tiny: Path, tmp_path: Path) -> None:
-    sent = slurm.batch(load(tiny), tiny, ["seed=1"], str(tmp_path / "runs/"), ["--fresh"])
+    sent = slurm.make_batch(load(tiny), tiny, ["seed=1"], str(tmp_path / "runs/"), ["--fresh"])
     assert sent.name.startswith("sweep-tiny-") and sent.of == f"{tmp_path}/runs/sweeps/tiny"
     assert sent.words == ("seed=1", "--storage", str(tmp_path / "runs"), "--fresh")
     assert sent.output == tmp_path / f"runs/slurm/{sent.name}.out"
-    assert slurm.batch(load(tiny), tiny, [], f"{tmp_path}/runs", []).name == sent.name
-    remote = slurm.batch(load(tiny), tiny, [], "s3://bucket/runs", [])
+    assert slurm.make_batch(load(tiny), tiny, [], f"{tmp_path}/runs", []).name == sent.name
+    remote = slurm.make_batch(load(tiny), tiny, [], "s3://bucket/runs", [])
     assert remote.name != sent.name and remote.of == "s3://bucket/runs/sweeps/tiny" and remote.folder.is_absolute()
 
 
@@ -234,7 +234,7 @@ def test_without_sbatch_nothing_is_done(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(slurm, "file_system_of", lambda path: "nfs4")
+    monkeypatch.setattr(slurm, "find_file_system", lambda path: "nfs4")
     assert main([str(tiny), "--storage", str(tmp_path / "runs"), "--slurm", "--nodes=2"]) == 2
     assert "there is no sbatch here" in capsys.readouterr().err
     assert main([str(tiny), "--slurm", "--nodes=2", "--address", "auto"]) == 2
@@ -275,9 +275,9 @@ def test_what_would_not_be_done_in_the_rest_of_the_job_is_not_begun(
 
 def test_blocks_are_begun_as_long_as_they_can_end_and_always_where_no_job_is_long_enough() -> None:
     halt = Halt(pauses_at=5000.0, say=print, began=1000.0)
-    assert halt.begins_blocks_until(600) == latest_begin(5000.0, 600, can_resume=False) == 4400
-    assert halt.begins_blocks_until(4001) is None
-    assert Halt(pauses_at=None, say=print).begins_blocks_until(600) is None
+    assert halt.find_latest_block_begin(600) == compute_latest_begin(5000.0, 600, can_resume=False) == 4400
+    assert halt.find_latest_block_begin(4001) is None
+    assert Halt(pauses_at=None, say=print).find_latest_block_begin(600) is None
 
 
 def test_how_long_blocks_and_checkpoints_take_is_known_from_measured_speeds(tiny: Path, tmp_path: Path) -> None:
@@ -285,7 +285,8 @@ def test_how_long_blocks_and_checkpoints_take_is_known_from_measured_speeds(tiny
     trial = next(iter(expand(experiment))).trial
     source = describe(trial.data)
     assert (
-        longest_block_s(storage, trial, source, on_gpu=False) is None and checkpoint_s(storage, trial, source) is None
+        estimate_longest_block_s(storage, trial, source, on_gpu=False) is None
+        and estimate_checkpoint_s(storage, trial, source) is None
     )
     work = {
         name_training_kind(trial.training): [320.0, 32.0],
@@ -295,6 +296,6 @@ def test_how_long_blocks_and_checkpoints_take_is_known_from_measured_speeds(tiny
     }
     key = make_model_key(trial.model, trial.training, source.shape, trial.evaluation.precision)
     storage.write_sealed(name_speed_file(key), {f"a{CORE}": {"work": work}})
-    assert checkpoint_s(storage, trial, source) == pytest.approx(5 * 32 * 0.1)
-    found = longest_block_s(storage, trial, source, on_gpu=False)
-    assert found and found > 1 and longest_block_s(storage, trial, source, on_gpu=True) is None
+    assert estimate_checkpoint_s(storage, trial, source) == pytest.approx(5 * 32 * 0.1)
+    found = estimate_longest_block_s(storage, trial, source, on_gpu=False)
+    assert found and found > 1 and estimate_longest_block_s(storage, trial, source, on_gpu=True) is None

@@ -24,15 +24,14 @@ from workers.data.dataset import prepare
 from workers.diffusion.timesteps import KEPT
 from workers.identity import compute_trial_id
 from workers.journal import read_points
-from workers.learner import choose_autocast, compute_learning_rate, draw_batch_rows
 from workers.network import checkpoint as checkpoints
 from workers.network import manifest
-from workers.pausing import LOOK_S, next_interval
+from workers.pausing import LOOK_S, choose_interval
 from workers.pulse import Pulse
 from workers.seals import seal_lines
 from workers.storage import Storage
 from workers.training import train
-from workers.world import World, take_share
+from workers.world import World
 
 TRIAL = Trial(
     data=DataConfig(source="digits"),
@@ -155,8 +154,8 @@ def test_workers_pause_after_the_same_step_whichever_hears_of_it_first(tmp_path:
 
 
 def test_workers_look_the_more_rarely_the_faster_their_steps_are() -> None:
-    assert next_interval(1, LOOK_S / 100) == 2 and next_interval(64, LOOK_S / 2) == 128
-    assert next_interval(100, 4 * LOOK_S) == 25 and next_interval(1, 1e9) == 1
+    assert choose_interval(1, LOOK_S / 100) == 2 and choose_interval(64, LOOK_S / 2) == 128
+    assert choose_interval(100, 4 * LOOK_S) == 25 and choose_interval(1, 1e9) == 1
 
 
 def to(steps: int, trial: Trial = TRIAL) -> Trial:
@@ -309,24 +308,6 @@ def test_a_loss_that_is_not_finite_ends_the_trial_as_a_result(tmp_path: Path) ->
     assert status and status["state"] == "diverged"
 
 
-def test_every_epoch_holds_every_image_once() -> None:
-    n, batch_size = 23, 5
-    rows = np.concatenate([draw_batch_rows(3, step, batch_size, n, {}) for step in range(n)])
-    for epoch in rows.reshape(-1, n):
-        assert sorted(epoch) == list(range(n))
-    assert not np.array_equal(rows[:n], rows[n : 2 * n])
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 90, 127, 128])
-def test_a_batch_may_hold_many_epochs(n: int) -> None:
-    """Whatever permutations are kept, the rows are those of one step by itself; a loop keeps only those in use."""
-    kept: dict[int, np.ndarray] = {}
-    steps = [draw_batch_rows(3, step, 128, n, kept) for step in range(n)]
-    assert all(np.array_equal(rows, draw_batch_rows(3, step, 128, n, {})) for step, rows in enumerate(steps))
-    assert (np.bincount(np.concatenate(steps), minlength=n) == 128).all(), "every image as often"
-    assert len(kept) <= 128 // n + 2
-
-
 @pytest.mark.parametrize("n", [2, 3, 5, 90])
 def test_a_data_set_smaller_than_a_batch_trains_and_resumes_in_the_same_bits(tmp_path: Path, n: int) -> None:
     for row, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (n, 8, 8), dtype=np.uint8)):
@@ -342,20 +323,6 @@ def test_a_data_set_smaller_than_a_batch_trains_and_resumes_in_the_same_bits(tmp
     assert trained(parts, trial) == expected
     assert without_rates(points(parts)) == without_rates(points(whole))
     assert all(np.isfinite(value) for point in points(whole) for value in point.get("metrics", {}).values())
-
-
-def test_the_shares_of_all_workers_are_the_whole_in_order() -> None:
-    items = list(range(8))
-    for size in (1, 2, 4, 8):
-        assert [x for rank in range(size) for x in take_share(items, World(rank, size))] == items
-
-
-def test_learning_rate_warms_up_and_decays() -> None:
-    training = TrainingConfig(steps=100, lr=1.0, warmup=10)
-    assert [compute_learning_rate(training, s) for s in (0, 4, 9, 50, 99)] == [0.1, 0.5, 1.0, 1.0, 1.0]
-    cosine = training.model_copy(update={"decay": "cosine"})
-    assert compute_learning_rate(cosine, 50) == pytest.approx(0.5)
-    assert compute_learning_rate(cosine, 99) < 0.001
 
 
 def test_averages_of_other_lengths_are_kept_beside_the_trial_s_own(tmp_path: Path) -> None:
@@ -387,26 +354,3 @@ def test_averages_of_other_lengths_are_kept_beside_the_trial_s_own(tmp_path: Pat
         assert all(torch.equal(p, weights[name]) for name, p in model.network.state_dict().items())
     with pytest.raises(manifest.CheckpointError, match=r"no average of evaluation\.ema = 0\.5; it has none"):
         manifest.choose_average(newest("plain"), 0.5)
-
-
-@pytest.mark.parametrize(
-    ("amx", "avx512", "channels", "prediction", "is_bf16"),
-    [
-        (True, False, 32, "eps", True),
-        (False, True, 32, "eps", True),
-        (False, False, 32, "eps", False),
-        (True, True, 31, "eps", False),
-        (True, True, 32, "mu", False),
-    ],
-)
-def test_auto_takes_bf16_where_the_processor_has_it_and_it_pays(
-    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, channels: int, prediction: str, is_bf16: bool
-) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    trial = Trial(
-        data=DataConfig(source="digits"), model=ModelConfig(channels=channels), training=TrainingConfig(steps=1),
-        diffusion=DiffusionConfig(prediction=prediction),
-    )  # fmt: skip
-    with choose_autocast(trial, torch.device("cpu")):
-        assert torch.is_autocast_enabled("cpu") == is_bf16

@@ -40,11 +40,11 @@ class Lookout:
         told = torch.tensor([self.pulse.is_asked_to_pause, now - self.began], dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
         asked, took_s = told.tolist()
-        self.every = self.left = next_interval(self.every, took_s)
+        self.every = self.left = choose_interval(self.every, took_s)
         self.began = now
         return bool(asked)
 
 
-def next_interval(steps: int, took_s: float) -> int:
+def choose_interval(steps: int, took_s: float) -> int:
     """After how many steps to look again, where the last so many took `took_s` seconds."""
     return max(1, min(2 * steps, int(steps * LOOK_S / max(took_s, 1e-9))))

@@ -63,28 +63,28 @@ def _name_file(trial: Trial, source: Source) -> str:
 
 def split_spent(made: Spent, trial: Trial, source: Source) -> Spent:
     """What blocks took, by the kinds of work in a speed file: from a number of blocks to what they are made of."""
-    total, kinds = _amounts(trial, source), _count_blocks(trial, source)
+    total, kinds = _count_work(trial, source), _count_blocks(trial, source)
     spent: Spent = {}
     for kind, (count, seconds) in made.items():
-        spent = add_spent(spent, {_work_of(kind, trial): (count / kinds[kind] * total[kind], seconds)})
+        spent = add_spent(spent, {_name_work(kind, trial): (count / kinds[kind] * total[kind], seconds)})
     return spent
 
 
-def longest_block_s(storage: Storage, trial: Trial, source: Source, *, on_gpu: bool) -> float | None:
+def estimate_longest_block_s(storage: Storage, trial: Trial, source: Source, *, on_gpu: bool) -> float | None:
     """How long a block of the trial's evaluation takes: of the kind that takes longest, on the slowest known hardware.
 
     None where a speed is not known.
     """
     known = storage.read_sealed(_name_file(trial, source), RELEARNED) or {}
     works = [each["work"] for name, each in known.items() if name.endswith(CORE) != on_gpu]
-    total, kinds = _amounts(trial, source), _count_blocks(trial, source)
-    if not works or any(_work_of(kind, trial) not in work for kind in kinds for work in works):
+    total, kinds = _count_work(trial, source), _count_blocks(trial, source)
+    if not works or any(_name_work(kind, trial) not in work for kind in kinds for work in works):
         return None
-    slowest = {kind: max(_divide(work[_work_of(kind, trial)]) for work in works) for kind in kinds}
+    slowest = {kind: max(_divide(work[_name_work(kind, trial)]) for work in works) for kind in kinds}
     return max((total[kind] / count * slowest[kind] for kind, count in kinds.items()), default=0.0)
 
 
-def checkpoint_s(storage: Storage, trial: Trial, source: Source) -> float | None:
+def estimate_checkpoint_s(storage: Storage, trial: Trial, source: Source) -> float | None:
     """How long it takes from one checkpoint of the trial to the next, on the fastest hardware that was measured; None
     where no speed is known."""
     training = trial.training
@@ -98,14 +98,14 @@ def _count_blocks(trial: Trial, source: Source) -> Counter[str]:
     return Counter(block.kind for block in list_blocks(Measurement.of(trial), "", Images.of(source)))
 
 
-def _amounts(trial: Trial, source: Source) -> dict[str, float]:
+def _count_work(trial: Trial, source: Source) -> dict[str, float]:
     """How much work the blocks of each kind are together."""
     price = count_cost(trial, source)
     bounds = {"nll": price.nll_evaluations, "ode_nll": price.ode_nll_evaluations}
     return {**bounds, "samples": price.sampling_evaluations, **_count_feature_images(trial, source)}
 
 
-def _work_of(kind: str, trial: Trial) -> str:
+def _name_work(kind: str, trial: Trial) -> str:
     """The kind of work in a speed file that blocks of a kind are."""
     fid = trial.evaluation.fid
     return f"features-{fid.features}" if fid and kind in ("features", "reference") else kind

@@ -15,7 +15,7 @@ def name_job(experiment: Experiment, storage: str) -> str:
     return f"sweep-{experiment.name}-{suffix}"
 
 
-def secrets(file: Path, words: Sequence[str]) -> list[str]:
+def find_secrets(file: Path, words: Sequence[str]) -> list[str]:
     """What is wrong with words of a command, and the file that goes with it, that show a secret."""
     texts = {word: word for word in words} | {str(file): file.read_text(encoding="utf-8")}
     return [

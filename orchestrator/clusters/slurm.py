@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator import cli
-from orchestrator.clusters.sending import name_job, secrets
+from orchestrator.clusters.sending import find_secrets, name_job
 from orchestrator.experiment.records import Experiment
 from workers.config import Mistake
 
@@ -77,7 +77,7 @@ def read_wish(text: str) -> Wish:
             value = rest.pop(0)
         found[SHORT.get(name, name)] = value
     given = found.get("--time")
-    time_s = None if given is None else seconds_of(given)
+    time_s = None if given is None else parse_seconds(given)
     if given is not None and time_s is None and given.upper() not in UNLIMITED:
         raise Mistake(f"--slurm {text!r}: {given!r} is no time; write minutes, HH:MM:SS or D-HH:MM:SS")
     signal = found.get("--signal", f"B:USR1@{LEAD_S:g}")
@@ -96,7 +96,7 @@ def read_wish(text: str) -> Wish:
 UNLIMITED = ("UNLIMITED", "INFINITE")
 
 
-def seconds_of(text: str) -> float | None:
+def parse_seconds(text: str) -> float | None:
     """A time as Slurm writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. None where it is none, or has no limit."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if not found:
@@ -123,7 +123,7 @@ def read_partitions(lines: Iterable[str]) -> dict[str, Partition]:
     for line in lines:
         name, gres, limit, default = line.strip().split("|")
         gpus = max(count_gpus(gres), found[name].gpus if name in found else 0)
-        found[name] = Partition(name, gpus, seconds_of(limit), seconds_of(default))
+        found[name] = Partition(name, gpus, parse_seconds(limit), parse_seconds(default))
     return found
 
 
@@ -228,13 +228,13 @@ class SentBatch:
         return self.folder / f"{self.name}.out"
 
 
-def batch(
+def make_batch(
     experiment: Experiment, file: Path, overrides: Sequence[str], storage: str, flags: Sequence[str]
 ) -> SentBatch:
     """Raises Mistake for what would not work in a job, or show a secret: all users of a Slurm see its commands."""
     root = storage if "://" in storage else str(Path(storage).absolute())
-    mistakes = secrets(file, [*overrides, storage])
-    if "://" not in storage and (kind := file_system_of(Path(root))) in OWN_FILES:
+    mistakes = find_secrets(file, [*overrides, storage])
+    if "://" not in storage and (kind := find_file_system(Path(root))) in OWN_FILES:
         mistakes.append(
             f"--storage {storage}: {root} lies on a {kind} of this machine, which no node sees; give a folder on the "
             "file system that all nodes share, or a URI such as s3://bucket/path"
@@ -246,7 +246,7 @@ def batch(
     return SentBatch(name_job(experiment, root), f"{root.rstrip('/')}/sweeps/{experiment.name}", words, file, folder)
 
 
-def file_system_of(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
+def find_file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
     """The type of the file system that the path lies on; empty where the system does not say."""
     if not mounts.exists():
         return ""
@@ -310,7 +310,7 @@ def follow(job: str, sent: SentBatch) -> int:
     try:
         while True:
             if time.monotonic() - asked > ASK_S:
-                state, asked = _heard(job, state), time.monotonic()
+                state, asked = _ask_state(job, state), time.monotonic()
             at = _print_from(sent.output, at)
             if state.is_over:
                 break
@@ -332,7 +332,7 @@ def follow(job: str, sent: SentBatch) -> int:
     return state.exit_status or ENDED[state.state]
 
 
-def _heard(job: str, before: JobState) -> JobState:
+def _ask_state(job: str, before: JobState) -> JobState:
     """How the job stands; what is new of it is told. Where Slurm does not answer it is as it was."""
     done = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True)
     if done.returncode:

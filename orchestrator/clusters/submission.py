@@ -28,7 +28,7 @@ import orchestrator
 import workers
 from orchestrator import cli
 from orchestrator.clusters.allocation import find_allocation
-from orchestrator.clusters.sending import name_job, secrets
+from orchestrator.clusters.sending import find_secrets, name_job
 from orchestrator.experiment.records import Experiment
 from orchestrator.ray_internals import find_clusters
 from workers.config import Mistake
@@ -122,7 +122,7 @@ def make_command_job(
             f"--storage {storage!r} is relative to this machine: give a folder that every node of the cluster sees, by "
             "its absolute path, or a URI such as s3://bucket/path"
         )
-    mistakes += secrets(file, [*overrides, storage])
+    mistakes += find_secrets(file, [*overrides, storage])
     if mistakes:
         raise Mistake("\n".join(mistakes))
     words = ["python", "-m", "orchestrator.sweep", file.name, *overrides, "--address", "auto", "--storage", storage]
@@ -183,7 +183,7 @@ def submit_again(ray_address: str, name: str, file: Path, words: Sequence[str], 
     Returns the submission id; None where there is no attempt to make now, or another process made it in the same
     moment: Ray refuses an id that it knows. Raises Mistake where `ray_address` cannot be used.
     """
-    if mistakes := secrets(file, words):
+    if mistakes := find_secrets(file, words):
         raise Mistake("\n".join(mistakes))
     client = connect(ray_address)
     submission_id = name_next_attempt(

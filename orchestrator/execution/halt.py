@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from orchestrator import interrupts
-from orchestrator.planning.deadline import latest_begin, may_begin
+from orchestrator.planning.deadline import compute_latest_begin, may_begin
 from workers.signs import ask_to_pause
 
 TO_PAUSE_S = 75.0  # for all trials to have written a checkpoint; then they are cut off
@@ -25,14 +25,14 @@ class Halt:
         """Whether no trial is begun any more."""
         return interrupts.is_asked_to_pause() or not may_begin(time.time(), self.pauses_at, can_resume=True)
 
-    def begins_blocks_until(self, planned_s: float | None) -> float | None:
+    def find_latest_block_begin(self, planned_s: float | None) -> float | None:
         """Until when blocks are begun that take so long, in seconds since the epoch; None: at any time.
 
         Those that are longer than the whole job are begun, as no later job would have more time for them.
         """
         if self.pauses_at is None:
             return None
-        latest = latest_begin(self.pauses_at, planned_s, can_resume=False)
+        latest = compute_latest_begin(self.pauses_at, planned_s, can_resume=False)
         return latest if latest > self.began else None
 
     def tick(self) -> None:

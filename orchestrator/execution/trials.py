@@ -88,10 +88,10 @@ def train(
                     verbose=0,
                 ),
             ).fit()
-            if events.halts() or not admission.waits:
+            if events.is_halting() or not admission.waits:
                 break
             # It has ended since evaluation has its turn on the only GPU: Tune keeps an actor and what that holds.
-            while events.is_evaluating() and not events.halts():
+            while events.is_evaluating() and not events.is_halting():
                 check_room()
                 events.tick(wait_s=LOOK_S)
     return list(admission.aside)
@@ -151,7 +151,7 @@ class _Relay(tune.Callback):
             self._admission.resize(trial, float(result["gpus"]))
             self._tell(self._events.resize_trial, get_trial_id(trial), result)
         elif result.get("state") == "paused":
-            self._tell(self._events.paused, get_trial_id(trial), result)
+            self._tell(self._events.pause_trial, get_trial_id(trial), result)
         else:
             self._tell(self._events.end_training, get_trial_id(trial), result)
 

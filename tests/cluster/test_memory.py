@@ -62,10 +62,10 @@ class Told:
     def resize_trial(self, digest: str, result: dict[str, Any]) -> None:
         pass
 
-    def paused(self, digest: str, result: dict[str, Any]) -> None:
+    def pause_trial(self, digest: str, result: dict[str, Any]) -> None:
         pass
 
-    def halts(self) -> bool:
+    def is_halting(self) -> bool:
         return False
 
     def tick(self, wait_s: float = 0) -> None:
