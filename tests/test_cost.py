@@ -147,8 +147,8 @@ def test_no_speed_no_number(trial: Trial) -> None:
     assert isinstance(estimate([trial], SOURCE, {}, "A core", LAPTOP, cores=2, most=None), Unknown)
     [(path, file)] = speeds(trial).items()
     del file["A core"]["work"]["samples"]  # type: ignore[index]
-    lacking = estimate([trial], SOURCE, {path: file}, "A core", LAPTOP, cores=2, most=None)
-    assert isinstance(lacking, Unknown) and "samples" in lacking.why
+    unknown = estimate([trial], SOURCE, {path: file}, "A core", LAPTOP, cores=2, most=None)
+    assert isinstance(unknown, Unknown) and "samples" in unknown.why
 
 
 def test_what_a_sweep_learns_is_what_a_plan_reads(trial: Trial, tmp_path: Path) -> None:
@@ -214,8 +214,8 @@ def test_the_price_is_that_of_the_machines_that_the_trials_need(tmp_path: Path, 
 
 def test_no_price_is_made_up(tmp_path: Path, tiny: Path) -> None:
     assert "not given" in describe_price(machines(tmp_path, tiny, 1), 3600, None)
-    lacking = PRICES.model_copy(update={"hourly": {"m7i.xlarge": 0.2}})
-    assert "does not give g5.2xlarge" in describe_price(machines(tmp_path, tiny, 1), 3600, lacking)
+    unknown = PRICES.model_copy(update={"hourly": {"m7i.xlarge": 0.2}})
+    assert "does not give g5.2xlarge" in describe_price(machines(tmp_path, tiny, 1), 3600, unknown)
 
 
 def test_the_price_file_of_the_repository_is_one() -> None:

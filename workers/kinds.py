@@ -86,8 +86,8 @@ def add_settings_of(*tables: Kinds[Any]) -> Callable[[type[M]], type[M]]:
                     )
                 found[setting] = form
             if unknown := set(entry.reads) - set(record.model_fields):
-                lacking = f"reads {sorted(unknown)}, which {record.__name__} lacks"
-                raise BrokenPackage(f"{entry.function} ({name}) {lacking}; mend or uninstall its package")
+                missing = f"reads {sorted(unknown)}, which {record.__name__} lacks"
+                raise BrokenPackage(f"{entry.function} ({name}) {missing}; mend or uninstall its package")
         if not found:
             return record
         more: dict[str, Any] = {"__doc__": record.__doc__, "__module__": record.__module__, **found}

@@ -299,8 +299,8 @@ def _ask(*command: str, environment: dict[str, str] | None = None) -> str:
     """What a command of Slurm's answers. Raises Mistake with what it says where it fails."""
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        said = " ".join(line.removeprefix(f"{command[0]}: error: ") for line in done.stderr.strip().splitlines())
-        raise Mistake(f"--slurm: {command[0]} says: {said}")
+        answer = " ".join(line.removeprefix(f"{command[0]}: error: ") for line in done.stderr.strip().splitlines())
+        raise Mistake(f"--slurm: {command[0]} says: {answer}")
     return done.stdout
 
 
@@ -325,7 +325,7 @@ def follow(job: str, sent: SentBatch) -> int:
         return cli.INTERRUPTED
     if state.state == "FAILED" and not at:
         print(
-            f"slurm       it said nothing: does its first node see {sent.folder}? A storage has to be on the file "
+            f"slurm       it printed nothing: does its first node see {sent.folder}? A storage has to be on the file "
             "system that all nodes share",
             file=sys.stderr,
         )

@@ -75,7 +75,7 @@ class CallLine:
             failing, refused, kind = "", "", ""
             try:
                 call()
-            except Exception as error:  # whatever it is: kept, said, and the next call gets its turn
+            except Exception as error:  # whatever it is: kept, told, and the next call gets its turn
                 text, kind = shorten_failure(error), classify_failure(error)
                 # Nothing works without the first call, the connection: it is never given up.
                 lasts = kind == "standing" or (kind == "passing" and not (attempts >= 5 and self._is_up()))

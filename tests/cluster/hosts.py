@@ -64,7 +64,7 @@ PasswordAuthentication no
 """
 
 
-def lacking() -> str:
+def find_missing_tools() -> str:
     """Why there can be no hosts here, or ""."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         return "hosts as namespaces need Linux and root"

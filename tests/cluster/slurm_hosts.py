@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hosts import PATH, Host, Network, lacking, network, until
+from hosts import PATH, Host, Network, find_missing_tools, network, until
 
 NEEDED = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "munged", "munge")
 CONFIGURATION = """
@@ -48,11 +48,11 @@ munged --force --key-file="$1" --pid-file=/run/munge/pid --log-file=/run/munge/l
 """
 
 
-def lacking_slurm() -> str:
+def find_missing_slurm() -> str:
     """Why there can be no Slurm here, or ""."""
     if absent := [name for name in NEEDED if shutil.which(name, path=PATH) is None]:
         return f"not installed: {', '.join(absent)} (Debian: slurmctld slurmd slurm-client munge)"
-    return lacking()
+    return find_missing_tools()
 
 
 @dataclass

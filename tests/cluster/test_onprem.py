@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import statuses
-from hosts import ROOT, Host, Network, lacking, network, until
+from hosts import ROOT, Host, Network, find_missing_tools, network, until
 
 from workers.evaluation.make import HOST
 
-LACKING = lacking()
-pytestmark = [pytest.mark.clusters, pytest.mark.skipif(bool(LACKING), reason=LACKING)]
+MISSING = find_missing_tools()
+pytestmark = [pytest.mark.clusters, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
 
 FILE = ROOT / "experiments/beta_schedule.yaml"
 LOG = ROOT / "build/onprem.log"

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 from conftest import statuses, trials_of, undisturbed
 from hosts import ROOT, Command, until
-from slurm_hosts import Slurm, lacking_slurm, slurm
+from slurm_hosts import Slurm, find_missing_slurm, slurm
 
 from orchestrator.state.events import read_events
 from workers.storage import Storage
 
-LACKING = lacking_slurm()
-pytestmark = [pytest.mark.clusters, pytest.mark.skipif(bool(LACKING), reason=LACKING)]
+MISSING = find_missing_slurm()
+pytestmark = [pytest.mark.clusters, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
 LOG = ROOT / "build/slurm.log"
 TINY = """
 name: tiny
