@@ -43,7 +43,7 @@ from workers.tasks import sees
 
 log = logging.getLogger(__name__)
 
-TO_JOIN_S, LOOK_S = 120.0, 0.5  # for the nodes of a job to join the Ray that they start together
+TO_JOIN_S, LOOK_S = 180.0, 0.5  # for the nodes of a job to join the Ray that they start together
 TO_ANSWER_S = 60.0  # for a node that is asked whether it sees the storage; one that is slower is believed
 # In its temporary folder Ray keeps sockets, whose paths Linux bounds, logs, and what Tune notes of a sweep.
 SOCKET, SOCKET_BYTES = "session_2026-11-26_15-21-23_069432_4194304/sockets/plasma_store", 107
