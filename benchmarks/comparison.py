@@ -88,31 +88,29 @@ def journals(storage: Path) -> dict[str, Any]:
 
 def points(database: Path) -> dict[str, Any]:
     """The values of each metric's points, by trial and step: of each there must be one."""
-    query = (
-        "SELECT tags.value, metrics.key, metrics.step, metrics.value FROM metrics JOIN tags "
-        "ON tags.run_uuid = metrics.run_uuid AND tags.key = 'orchestrator.row'"
-    )
     found: dict[str, Any] = {}
-    with closing(sqlite3.connect(database)) as opened:
-        for address, name, step, value in opened.execute(query):
-            if name.startswith("perf/"):  # what clocks say, of the commands that came through
-                continue
+    for row, name, step, value in read_of_rows(database, "metrics", "key, step, value"):
+        if not name.startswith("perf/"):  # what clocks say, of the commands that came through
             timed = name == "train/images_per_s"
-            found.setdefault(f"{address} {step} {name}", []).append("" if timed else value)
+            found.setdefault(f"{row} {step} {name}", []).append("" if timed else value)
     return found
 
 
 def runs(database: Path) -> dict[str, Any]:
     """How the runs of each trial ended, of which there must be one."""
-    query = (
-        "SELECT tags.value, runs.status FROM runs JOIN tags "
-        "ON tags.run_uuid = runs.run_uuid AND tags.key = 'orchestrator.row' WHERE lifecycle_stage = 'active'"
-    )
     found: dict[str, Any] = {}
-    with closing(sqlite3.connect(database)) as opened:
-        for address, status in opened.execute(query):
-            found.setdefault(address, []).append(status)
+    for row, status, stage in read_of_rows(database, "runs", "status, lifecycle_stage"):
+        if stage == "active":
+            found.setdefault(row, []).append(status)
     return found
+
+
+def read_of_rows(database: Path, table: str, columns: str) -> list[tuple[Any, ...]]:
+    """Columns of a table of MLflow that is by runs, behind the row of the sweep that each run is of."""
+    named = ", ".join(f"{table}.{column.strip()}" for column in columns.split(","))
+    tags = f"JOIN tags ON tags.run_uuid = {table}.run_uuid AND tags.key = 'orchestrator.row'"
+    with closing(sqlite3.connect(database)) as opened:
+        return opened.execute(f"SELECT tags.value, {named} FROM {table} {tags}").fetchall()
 
 
 def progress(storage: Path) -> list[float]:

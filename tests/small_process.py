@@ -6,6 +6,8 @@ import numpy as np
 import torch
 
 from workers.config import DiffusionConfig, SamplerConfig, ScheduleConfig
+from workers.diffusion.ledger import Ledger
+from workers.diffusion.likelihood import list_all_times, measure_pairs
 from workers.diffusion.predictions import eps_by_x_0, from_eps
 from workers.diffusion.process import Model, Prediction, Process
 from workers.noise import make_generator
@@ -38,6 +40,16 @@ def denoiser_of_gaussian(p: Process, s: float) -> Model:
     """E[eps | x_t] for x_0 ~ N(0, s^2 I)."""
     slope = (1 - p.alpha_bar).sqrt() / (p.alpha_bar * s**2 + 1 - p.alpha_bar)
     return from_eps(p, lambda x, t: slope[t - 1].reshape(-1, 1, 1, 1) * x)
+
+
+def measure_all_times(
+    p: Process, model: Model, x_0: torch.Tensor, noise: torch.Generator, *, levels: int, clip: bool = True
+) -> Ledger:
+    """Every t of each image."""
+    t, weight = list_all_times(p.T, len(x_0))
+    image = np.repeat(np.arange(len(x_0)), p.T)
+    pairs = x_0[image], image, t.reshape(-1)
+    return measure_pairs(p, model, *pairs, weight=weight.reshape(-1), noise=noise, levels=levels, clip=clip)
 
 
 def make_prediction(p: Process, x_0_hat: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> Prediction:

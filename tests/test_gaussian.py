@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from typing import Any
 
 import gaussian_pixels
 import numpy as np
@@ -13,12 +12,13 @@ from exact import exact_bound, exact_decoder, gaussian_kl
 from gaussian_pixels import S, network, process, short, with_head
 from scipy.integrate import quad
 from scipy.stats import norm
+from small_process import measure_all_times
 
 from workers.data.pixels import to_model
 from workers.diffusion.bound import decoder_term, diffusion_terms
 from workers.diffusion.gaussian import GaussianDenoiser, make_denoiser_config
 from workers.diffusion.ledger import OWN_FACTOR, Ledger, compute_bits_by_t, compute_bound, compute_chain_bound
-from workers.diffusion.likelihood import compute_squared_norms, estimate, list_all_times, measure_pairs
+from workers.diffusion.likelihood import compute_squared_norms, estimate
 from workers.diffusion.predictions import from_eps
 from workers.diffusion.process import VARIANCES, Process
 from workers.noise import make_generator
@@ -32,22 +32,8 @@ data = gaussian_pixels.data
 
 def measured(p: Process, eps_theta, images: np.ndarray, clip: bool = True):
     """(Ledger, Bound) of every t of each image."""
-    n = len(images)
-    t, weight = list_all_times(p.T, n)
-    image = np.repeat(np.arange(n), p.T)
-    x_0 = to_model(torch.from_numpy(np.array(images)), 256)
-    noise = make_generator("measured")
-    ledger = measure_pairs(
-        p,
-        from_eps(p, eps_theta),
-        x_0[image],
-        image,
-        t.reshape(-1),
-        weight=weight.reshape(-1),
-        noise=noise,
-        levels=256,
-        clip=clip,
-    )
+    x_0, noise = to_model(torch.from_numpy(np.array(images)), 256), make_generator("measured")
+    ledger = measure_all_times(p, from_eps(p, eps_theta), x_0, noise, levels=256, clip=clip)
     return ledger, compute_bound(p, ledger, compute_squared_norms(x_0), 64)
 
 
@@ -284,11 +270,8 @@ def test_the_bound_with_a_learned_variance_is_the_exact_one(data, head, monkeypa
 
     monkeypatch.setitem(VARIANCES, "between", between)
     images = data.held_out[:100]
-    n = len(images)
-    t, weight = list_all_times(p.T, n)
-    image, x_0 = np.repeat(np.arange(n), p.T), to_model(torch.from_numpy(np.array(images)), 256)
-    rows, more = (image, t.reshape(-1)), dict[str, Any](weight=weight.reshape(-1), levels=256)
-    ledger = measure_pairs(p, with_head(p, head), x_0[image], *rows, noise=make_generator("learned"), **more)
+    n, x_0 = len(images), to_model(torch.from_numpy(np.array(images)), 256)
+    ledger = measure_all_times(p, with_head(p, head), x_0, make_generator("learned"), levels=256)
     found = compute_bound(p, ledger, compute_squared_norms(x_0), 64)
     exact = exact_bound(replace(p, variance="between"), S, images, 256)
     assert abs(found.mean - float(exact.mean.sum(1).mean())) < 4 * exact.standard_error()
@@ -296,9 +279,8 @@ def test_the_bound_with_a_learned_variance_is_the_exact_one(data, head, monkeypa
     errors = (exact.variance.sum(0).sqrt() / n).numpy()
     assert (np.abs(by_t - exact.mean.mean(0).numpy()) < 5 * errors + 1e-9).all()
     # What follows for fixed variances is as without the second head.
-    plain = measure_pairs(
-        process(50), from_eps(process(50), network(p)), x_0[image], *rows, noise=make_generator("learned"), **more
-    )
+    own = from_eps(process(50), network(p))
+    plain = measure_all_times(process(50), own, x_0, make_generator("learned"), levels=256)
     for variance in ("fixed_small", "fixed_large"):
         ours, theirs = (
             compute_chain_bound(process(50), x, compute_squared_norms(x_0), 64, variance) for x in (ledger, plain)

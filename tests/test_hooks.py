@@ -232,10 +232,11 @@ def test_a_command_that_hangs_is_ended_with_all_that_it_has_started(
     assert "did not end within 3 s" in command("/bin/sh", "-c", script)
     [parent, child] = (Path(f"/proc/{pid}/cmdline") for pid in (tmp_path / "pids").read_text().split())
     assert not parent.exists()
-    deadline = time.monotonic() + 30
-    while child.exists() and child.read_bytes():  # one that nobody has waited for is still there, without words
-        assert time.monotonic() < deadline
+    for _ in range(600):
+        if not (child.exists() and child.read_bytes()):  # one that nobody has waited for is there without words
+            return
         time.sleep(0.05)
+    pytest.fail("what it has started still runs")
 
 
 def test_what_a_command_leaves_behind_is_not_waited_for() -> None:

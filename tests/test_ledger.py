@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy.stats import norm
+from small_process import measure_all_times
 
 from workers.config import DiffusionConfig, ScheduleConfig
 from workers.data.pixels import to_model
@@ -25,7 +26,7 @@ from workers.diffusion.ledger import (
     compute_rate_distortion,
     list_shorter_chains,
 )
-from workers.diffusion.likelihood import compute_squared_norms, list_all_times, measure_pairs
+from workers.diffusion.likelihood import compute_squared_norms
 from workers.diffusion.predictions import from_eps
 from workers.diffusion.process import VARIANCES, Process
 from workers.noise import make_generator
@@ -50,12 +51,7 @@ def images() -> torch.Tensor:
 
 
 def measured(p: Process, network=eps_theta) -> Ledger:
-    t, weight = list_all_times(T, N)
-    image = np.repeat(np.arange(N), T)
-    rows, noise = (image, t.reshape(-1)), make_generator("measured")
-    return measure_pairs(
-        p, from_eps(p, network), images()[image], *rows, weight=weight.reshape(-1), noise=noise, levels=LEVELS
-    )
+    return measure_all_times(p, from_eps(p, network), images(), make_generator("measured"), levels=LEVELS)
 
 
 NORMS = compute_squared_norms(images())

@@ -35,7 +35,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_what_the_command_can_the_function_can() -> None:
     """All but what only prints, and sending a job to another machine."""
     options = {action.dest for action in sweep.make_parser()._actions} - {"help"}
-    assert set(inspect.signature(run_sweep).parameters) == options - {"dry_run", "calibrate", "prices", "submit", "slurm"}
+    assert set(inspect.signature(run_sweep).parameters) == options - {
+        "dry_run",
+        "calibrate",
+        "prices",
+        "submit",
+        "slurm",
+    }
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
+from small_process import measure_all_times
 
 from workers.config import DiffusionConfig, ModelConfig, ScheduleConfig
 from workers.data.pixels import to_model
@@ -19,7 +20,6 @@ from workers.diffusion.likelihood import (
     draw_stratified_times,
     estimate,
     list_all_times,
-    measure_pairs,
 )
 from workers.diffusion.predictions import from_eps
 from workers.diffusion.process import VARIANCES, Process
@@ -55,13 +55,8 @@ def digits_like(images: int, size: int = 2) -> torch.Tensor:
 
 def measured(p: Process, network, x_0: torch.Tensor, seed: int, clip: bool = True) -> Ledger:
     """Every t of each image, by the noise of `seed`."""
-    t, weight = list_all_times(p.T, len(x_0))
-    image = np.repeat(np.arange(len(x_0)), p.T)
     noise = make_generator("measured", seed)
-    rows, weight = (image, t.reshape(-1)), weight.reshape(-1)
-    return measure_pairs(
-        p, from_eps(p, network), x_0[image], *rows, weight=weight, noise=noise, levels=LEVELS, clip=clip
-    )
+    return measure_all_times(p, from_eps(p, network), x_0, noise, levels=LEVELS, clip=clip)
 
 
 def full(p: Process, network, x_0: torch.Tensor, seed: int, clip: bool = True) -> Bound:
@@ -302,19 +297,8 @@ def test_the_estimate_is_unbiased(strata):
 
 def test_the_estimate_of_all_strata_is_the_full_sum():
     p, x_0 = process(6), digits_like(3)
-    t, weight = list_all_times(6, 3)
-    image = np.repeat(np.arange(3), 6)
     noise = make_generator(0, "valid", "eps")
-    ledger = measure_pairs(
-        p,
-        from_eps(p, eps_theta),
-        x_0[image],
-        image,
-        t.reshape(-1),
-        weight=weight.reshape(-1),
-        noise=noise,
-        levels=LEVELS,
-    )
+    ledger = measure_all_times(p, from_eps(p, eps_theta), x_0, noise, levels=LEVELS)
     expected = compute_bound(p, ledger, compute_squared_norms(x_0), 4).total
     assert (estimate(p, from_eps(p, eps_theta), x_0, 5, LEVELS, 0, "valid").total == expected).all()
 
