@@ -9,12 +9,14 @@ cpus=$(env -u OMP_NUM_THREADS nproc) # those that Slurm binds the job to, where 
 folder=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}
 [ ${#folder} -le 24 ] || folder=/tmp # Ray keeps sockets in it, whose paths Linux bounds
 if jobs=$(squeue --me --noheader --format=%A 2> /dev/null); then # else nobody knows which jobs there are
-    for old in "$folder"/ray-[0-9]*; do # of jobs to which a failure of this node left no time
-        [ ! -O "$old" ] || grep -qx "${old##*-}" <<< "$jobs" || rm -rf "$old"
+    for old in "$folder"/ray-*; do # of jobs to which a failure of this node left no time
+        [[ ${old##*/} =~ ^ray-[0-9]+$ && -O $old && -f $old/start.log ]] || continue
+        grep -qx "${old##*-}" <<< "$jobs" || rm -rf "$old"
     done
 fi
 folder=$folder/ray-$SLURM_JOB_ID
-(umask 077 && mkdir -p "$folder")
+rm -rf "$folder" # of this job's start before
+(umask 077 && mkdir "$folder") # without -p: one that is another user's is an error
 
 role=(--address="$HEAD")
 if [ "$SLURM_NODEID" = 0 ]; then
@@ -36,7 +38,8 @@ start() {
         --runtime-env-agent-port=$((port + 7)) --metrics-export-port=$((port + 8)) > "$folder/start.log" 2>&1
 }
 by_usr1=$((128 + $(kill -l USR1))) stopped='' # Ray's processes die of it
-trap 'stopped=1' USR1
+ray=''
+trap 'stopped=1; kill -USR1 -- "-${ray:-0}" 2> /dev/null || true' USR1
 for _ in 1 2 3 4; do # Ray gives itself 30 s to start, and a busy node or file system may need more
     start &
     ray=$! status=0

@@ -28,6 +28,7 @@ from orchestrator.planning.decide import Decision
 from orchestrator.planning.search import HeardTrial, group_round_by_row, make_heard, suggest_round
 from orchestrator.progress import RowsInProgress
 from orchestrator.standing import Standing
+from orchestrator.state.events import was_begun_by
 from orchestrator.state.saved import (
     explain_opening,
     is_older,
@@ -45,6 +46,8 @@ from workers.evaluation.features import check_spaces
 from workers.layout import SHARES, SPEEDS, RowId, get_trial_of_row, name_sweep_folder, name_sweep_lock
 from workers.locks import lock
 from workers.storage import Storage
+
+TO_SHIP_S = 30.0  # so long an interrupted command waits for MLflow: the next one ships what is left
 
 
 def run(
@@ -71,7 +74,8 @@ def run(
                 raise Mistake(explain_opening(experiment.name))
             set_aside_older(storage, experiment.name)
         sweep = Sweep(experiment, variants, sources, console, command)
-        if command.fresh:
+        job = find_allocation()  # one that was put into the queue again has begun anew before
+        if command.fresh and not (job and was_begun_by(storage, experiment.name, job.job)):
             sweep.standing.forget()
             sweep = Sweep(experiment, variants, sources, console, command)
         opened.enter_context(interrupts.allow_interrupts(at_once=sweep.telling.end_at_once))
@@ -82,7 +86,7 @@ def run(
             interrupts.begin_ending()
             telling.end("interrupted")
             if telling.started:
-                telling.publish()
+                telling.publish(to_ship_s=TO_SHIP_S)
             how = "Paused" if interrupts.is_asked_to_pause() else "Interrupted"
             console.print(f"\n{how}. The same command resumes.", markup=False)
             return cli.INTERRUPTED
@@ -90,8 +94,14 @@ def run(
             telling.end("interrupted")
             telling.publish()
             raise ClusterLost(f"{lost}. The same command resumes.") from lost
-        telling.end("ended")
-        telling.publish()
+        try:
+            telling.end("ended")
+            telling.publish()
+        except KeyboardInterrupt:  # all is done; what MLflow lacks the same command ships
+            interrupts.begin_ending()
+            telling.conclude()
+            console.print("\nInterrupted. The same command ships to MLflow what it lacks.", markup=False)
+            return cli.INTERRUPTED
         telling.conclude()
         return cli.SOME_FAILED if sweep.standing.errors else cli.DONE
 
@@ -215,7 +225,8 @@ class Sweep:
                 session.check_room()
                 progress.halt.end(is_left=False)
                 progress.tick(wait_s=0.5)
-            progress.halt.end(is_left=bool(progress.evaluations.late))
+            if progress.evaluations.late:
+                progress.halt.leave()
 
     def _bring_up(self, opened: ExitStack) -> RowsInProgress:
         """Ray, as long as `opened` is; and who hears what it tells."""
@@ -223,7 +234,7 @@ class Sweep:
         hang_s = self.experiment.search.hang_s
         watchdog = opened.enter_context(session.open_session(self.command.ray_address, hang_s=hang_s))
         allocation = find_allocation() if self.command.ray_address else None
-        halt = Halt(allocation.pauses_at if allocation else None, self.say)
+        halt = Halt(allocation.pauses_at, self.say, allocation.lead_s) if allocation else Halt(None, self.say)
         self.progress = RowsInProgress(self.standing, self.telling, watchdog, halt)
         opened.callback(self.progress.evaluations.forget)
         session.check_seen(self.storage)

@@ -89,6 +89,11 @@ def is_asked_to_pause() -> bool:
     return _state.asked_to_pause
 
 
+def pause() -> None:
+    """What is under way pauses by itself, as nothing more fits into its time."""
+    _state.asked_to_pause = True
+
+
 @contextmanager
 def defer_interrupts() -> Iterator[None]:
     """What must not be cut off in the middle: an interrupt is raised at the end of the block."""
@@ -108,8 +113,10 @@ def check() -> None:
 
 
 def begin_ending() -> None:
-    """The interrupt was heard: from here on further ones are answered by a line."""
+    """The interrupt was heard, or the work pauses: from here on further ones are answered by a line."""
     _state.ending = True
+    if _state.came_at is None:
+        _state.came_at = time.monotonic()
 
 
 def end_at_once(line: str, status: int) -> None:
@@ -134,7 +141,7 @@ def write(line: str) -> None:
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    if number == SIGUSR2 and _state.pausable:
+    if number == SIGUSR2 and (_state.pausable or _state.came_at is not None):  # it comes again and again, to no harm
         _state.asked_to_pause = True
         return
     if _state.came_at is None and _is_importing(frame):

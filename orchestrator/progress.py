@@ -71,6 +71,7 @@ class RowsInProgress:
         """Waits for trials that other sweeps train, until one is to be trained here after all; those that are left."""
         while jobs:
             self.halt.end(is_left=True)
+            self.halt.has_worked = True  # as those have that it waits for
             turns = {job["digest"]: self.decide_turn(job["digest"]) for job in jobs}
             jobs = [job for job in jobs if turns[job["digest"]] != "take"]
             if "train" in turns.values():
@@ -120,6 +121,7 @@ class RowsInProgress:
         of_one = {"cpus": training.cpus, "gpus": self.jobs[trial]["gpus"]}
         step = int((self.storage.read_sealed(name_status_file(trial)) or {}).get("step", 0))
         held = {name: n * training.workers for name, n in of_one.items()}
+        self.halt.has_worked = True
         self.telling.record_event("began", row, step=step, **held)
         self.telling.lines[row].state = "training"
         self.telling.say_of(trial, f"begins at step {step}", detail=True)
@@ -263,6 +265,7 @@ class RowsInProgress:
         until = self.halt.find_latest_block_begin(block_s)
         order = make_order(self.storage, m, checkpoint, gpus, until=until)
         self.evaluations.submit(row, order, planned, missing)
+        self.halt.has_worked = True
         self.telling.record_event("evaluating", row, blocks=len(planned), missing=len(missing))
         self.telling.say_of(row, f"evaluates: {len(missing)} of {len(planned)} blocks are missing", detail=True)
         self.telling.display.show_change(row)

@@ -94,7 +94,8 @@ def look(storage: Storage, sweep: str | None, each: bool = False) -> dict[str, A
     `each` trial is asked for.
     """
     older = [] if sweep is not None else list_older(storage)
-    if sweep is not None and sweep not in list_sweeps(storage) and (jobs := _jobs(storage, sweep)):
+    queue = list_jobs()
+    if sweep is not None and sweep not in list_sweeps(storage) and (jobs := _choose_jobs(queue, storage, sweep)):
         raise Mistake(f"{sweep} has not begun yet; " + "; ".join(map(str, jobs)))
     if sweep is None and not (there := list_sweeps(storage)) and not older:
         raise Mistake(
@@ -103,7 +104,7 @@ def look(storage: Storage, sweep: str | None, each: bool = False) -> dict[str, A
     sweeps, damaged = [], []
     for name in [sweep] if sweep is not None else [name for name in there if name not in older]:
         try:
-            sweeps.append(_describe_sweep(storage, open_sweep(storage, name), each))
+            sweeps.append(_describe_sweep(storage, open_sweep(storage, name), queue, each))
         except Mistake as mistake:  # one that cannot be read hides no other
             if sweep is not None:
                 raise
@@ -111,7 +112,7 @@ def look(storage: Storage, sweep: str | None, each: bool = False) -> dict[str, A
     return {"storage": storage.root, "sweeps": sweeps, "older": older, "damaged": damaged}
 
 
-def _describe_sweep(storage: Storage, kept: SavedSweep, each: bool) -> dict[str, Any]:
+def _describe_sweep(storage: Storage, kept: SavedSweep, queue: Sequence[QueuedJob], each: bool) -> dict[str, Any]:
     happened = read_events(storage, kept.name)
     rows, now_ms = read_rows(storage, kept, happened), time.time_ns() // 1_000_000
     locked = is_locked(storage, name_sweep_lock(kept.name))
@@ -140,16 +141,18 @@ def _describe_sweep(storage: Storage, kept: SavedSweep, each: bool) -> dict[str,
     ]
     settings = {"settings": found} if (found := _join_trials(ranked, trials, kept.metric, each)) else {}
     head = {"name": kept.name, "metric": kept.metric, "now_ms": now_ms, "driver": asdict(driver)}
-    if jobs := _jobs(storage, kept.name, happened):
+    if jobs := _choose_jobs(queue, storage, kept.name, happened):
         head["jobs"] = [asdict(job) for job in jobs]
     slow = [asdict(slow) for slow in find_slow_trials(rows)]
     return {**head, "trials": trials, **settings, "peaks": describe_peaks(rows), "slow": slow}
 
 
-def _jobs(storage: Storage, sweep: str, happened: Sequence[Event] = ()) -> list[QueuedJob]:
+def _choose_jobs(
+    queue: Sequence[QueuedJob], storage: Storage, sweep: str, happened: Sequence[Event] = ()
+) -> list[QueuedJob]:
     """The jobs in Slurm's queue that make the sweep: those sent for it, and the one that its last command ran in."""
     last = next((event["slurm_job"] for event in reversed(happened) if "slurm_job" in event), "")
-    return [job for job in list_jobs() if job.of == storage.find_url(name_sweep_folder(sweep)) or job.id == last]
+    return [job for job in queue if job.of == storage.find_url(name_sweep_folder(sweep)) or job.id == last]
 
 
 def _join_trials(

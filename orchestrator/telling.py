@@ -101,12 +101,12 @@ class Telling:
             self.record.tracker.close_sweep("KILLED")
             self.record.tracker.flush(TO_CLOSE_S)
 
-    def publish(self) -> None:
-        """Writes the results, and ships to MLflow what it does not have yet."""
+    def publish(self, to_ship_s: float | None = None) -> None:
+        """Writes the results, and ships to MLflow what it does not have yet; `to_ship_s` bounds how long."""
         for row, line in self.lines.items():
             if line.state == "training":  # cut off: how far it came is known to its own files alone
                 self.standing.look(row)
-        self.record.end_sweep(self.standing.rank_rows())
+        self.record.end_sweep(self.standing.rank_rows(), to_ship_s)
 
     def conclude(self) -> None:
         """Prints the result."""

@@ -65,6 +65,18 @@ def test_one_that_comes_late_ends_the_process_at_once_after_what_has_to_be_done(
     assert err == "It ends at once. The same command resumes.\n"
 
 
+def test_a_request_to_pause_that_comes_again_changes_nothing() -> None:
+    with command("as usual", 0) as process:
+        assert process.stdout.readline() == "works\n"
+        process.send_signal(signal.SIGUSR2)
+        assert process.stdout.readline() == "ends\n"
+        for _ in range(3):
+            process.send_signal(signal.SIGUSR2)
+            time.sleep(0.1)
+        out, err = process.communicate()
+    assert (out, err) == ("ended\n", "") and process.returncode == 130
+
+
 def test_what_is_deferred_is_raised_at_the_end_of_the_block() -> None:
     code = """
 import signal

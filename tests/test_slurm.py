@@ -1,23 +1,28 @@
 """Slurm without a Slurm: what its answers mean, what is refused beforehand, the script. Jobs that run:
 cluster/test_slurm_cluster."""
 
+import math
 import os
 import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from orchestrator import interrupts
 from orchestrator.clusters import slurm
 from orchestrator.clusters.allocation import Allocation, find_allocation
 from orchestrator.clusters.cost import estimate_checkpoint_s, estimate_longest_block_s
 from orchestrator.clusters.slurm import Partition, Wish
-from orchestrator.execution.halt import Halt
+from orchestrator.execution import halt as halts
+from orchestrator.execution.halt import TO_END_S, Halt
 from orchestrator.experiment.expand import expand
 from orchestrator.experiment.load import load
 from orchestrator.planning.deadline import TO_BEGIN_S, compute_latest_begin, may_begin
+from orchestrator.state.events import EventLog, was_begun_by
 from orchestrator.state.saved import list_sweeps
 from orchestrator.sweep import main
 from workers.config import Mistake
@@ -131,7 +136,7 @@ def test_what_options_ask_for_is_read_however_they_are_written() -> None:
     assert (wish.partition, wish.gpus, wish.time_s, wish.lead_s, wish.is_array) == ("gpu", 4, 28800, 120, False)
     wish = slurm.read_wish("--nodes=2 --partition gpu --gres=gpu:2 --time 10 --array=0-3 --signal=B:USR1@300 -pfast")
     assert (wish.partition, wish.gpus, wish.time_s, wish.lead_s, wish.is_array) == ("fast", 2, 600, 300, True)
-    assert slurm.read_wish("") == Wish(()) and slurm.read_wish("--time=UNLIMITED").time_s is None
+    assert slurm.read_wish("") == Wish(()) and slurm.read_wish("--time=UNLIMITED").time_s == math.inf
 
 
 @pytest.mark.parametrize(
@@ -139,7 +144,10 @@ def test_what_options_ask_for_is_read_however_they_are_written() -> None:
     [
         ("nodes=2", "is no option of sbatch"),
         ("--output=x", "--output is not yours"),
-        ("-Jmine", "-J is not yours"),
+        ("-Jmine", "-J is not yours to give; the same command finds the job by it"),
+        ("--export=NONE", "the job has this command's environment"),
+        ("-e x", "-e is not yours"),
+        ("-M other", "the job is followed where it was submitted"),
         ("--time=soon", "'soon' is no time"),
         ("--nodes='2", "No closing quotation"),
         ("--signal=TERM@60", "B:USR1@SECONDS"),
@@ -163,8 +171,11 @@ SINFO = ["cpu|(null)|2-00:00:00|01:00:00", "gpu|gpu:a100:4(S:0-1)|1-00:00:00|n/a
         ("-p night", None, ["partition night: there is none of that name; there are cpu, gpu, debug"]),
         ("-p gpu,night", None, ["partition night: there is none"]),
         ("-p debug", None, []),
-        ("-t 2", None, ["a time of 120 s: the job pauses 120 s before its end"]),
-        ("-t 2 --signal=B:USR1@30", None, []),
+        ("-t 2", None, ["a time of 120 s: the job takes about 60 s to start, begins no trial 60 s before the pause"]),
+        ("-t 3", None, ["a time of 180 s"]),
+        ("-t 2 --signal=B:USR1@30", None, ["pauses 30 s before its end"]),
+        ("-t 3 --signal=B:USR1@30", None, []),
+        ("-t 0", 3600, []),
         ("-t 30", 3600, ["from one checkpoint to the next takes 60 min"]),
         ("-t 90", 3600, []),
         ("", 3600, ["a time of 60 min"]),
@@ -184,7 +195,7 @@ def test_partitions_have_the_gpus_of_their_best_node() -> None:
 
 
 def test_jobs_are_read_from_the_queue_whatever_their_comments_hold() -> None:
-    lines = ["7|sweep-a-1|RUNNING|1:02:03|None|/shared/runs/sweeps/a\n", "8_1|x|PENDING|2:00|Resources|a|b\n", "junk\n"]
+    lines = ["7|RUNNING|1:02:03|None|sweep-a-1|/shared/runs/sweeps/a\n", "8_1|PENDING|2:00|Resources|x|a|b\n", "junk\n"]
     one, other = slurm.read_queue(lines)
     assert str(one) == "Slurm job 7 is RUNNING, with 1:02:03 left of its time" and one.of == "/shared/runs/sweeps/a"
     assert str(other) == "Slurm job 8_1 is PENDING (Resources)" and other.of == "a|b"
@@ -220,14 +231,21 @@ def test_a_storage_in_this_machine_s_memory_is_refused_and_a_password_is_not_rep
     assert "planted" not in str(told.value)
 
 
-def test_a_batch_says_what_it_makes_by_its_name_and_where_by_its_comment(tiny: Path, tmp_path: Path) -> None:
+def test_a_batch_says_what_it_makes_by_its_name_and_where_by_its_comment(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sent = slurm.make_batch(load(tiny), tiny, ["seed=1"], str(tmp_path / "runs/"), ["--fresh"])
     assert sent.name.startswith("sweep-tiny-") and sent.of == f"{tmp_path}/runs/sweeps/tiny"
     assert sent.words == ("seed=1", "--storage", str(tmp_path / "runs"), "--fresh")
     assert sent.output == tmp_path / f"runs/slurm/{sent.name}.out"
     assert slurm.make_batch(load(tiny), tiny, [], f"{tmp_path}/runs", []).name == sent.name
-    remote = slurm.make_batch(load(tiny), tiny, [], "s3://bucket/runs", [])
-    assert remote.name != sent.name and remote.of == "s3://bucket/runs/sweeps/tiny" and remote.folder.is_absolute()
+    remote = slurm.make_batch(load(tiny), tiny, [], "s3://bucket/runs?region=eu-west-1", [])
+    assert remote.name != sent.name and remote.folder.is_absolute()
+    assert remote.of == "s3://bucket/runs/sweeps/tiny?region=eu-west-1"
+    for same in (f"file://{tmp_path}/runs", f"{tmp_path}/./runs"):
+        assert slurm.make_batch(load(tiny), tiny, [], same, []).name == sent.name
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert slurm.make_batch(load(tiny), tiny, [], "~/runs", []).name == sent.name
 
 
 def test_without_sbatch_nothing_is_done(
@@ -252,6 +270,7 @@ def test_a_job_is_told_by_its_environment() -> None:
     assert find_allocation({**script, "ORCHESTRATOR_PAUSES_AT": "1000"}) == Allocation("7", 2, 1000.0)
     tasks = [{**script, "SLURM_ARRAY_TASK_ID": n, "SLURM_ARRAY_TASK_MIN": "3"} for n in ("3", "4")]
     assert [found.name("a") for task in tasks if (found := find_allocation(task))] == ["a", "a-4"]
+    assert find_allocation({**script, "ORCHESTRATOR_LEAD": "300"}) == Allocation("7", 2, lead_s=300.0)
 
 
 @pytest.mark.parametrize(
@@ -276,8 +295,51 @@ def test_what_would_not_be_done_in_the_rest_of_the_job_is_not_begun(
 def test_blocks_are_begun_as_long_as_they_can_end_and_always_where_no_job_is_long_enough() -> None:
     halt = Halt(pauses_at=5000.0, say=print, began=1000.0)
     assert halt.find_latest_block_begin(600) == compute_latest_begin(5000.0, 600, can_resume=False) == 4400
-    assert halt.find_latest_block_begin(4001) is None
+    assert halt.find_latest_block_begin(3900) is None  # a job is not up at once
     assert Halt(pauses_at=None, say=print).find_latest_block_begin(600) is None
+
+
+def test_a_job_that_can_begin_nothing_is_a_mistake_and_one_that_has_begun_something_pauses() -> None:
+    """The first would go into the queue again and again."""
+    messages: list[str] = []
+    halt = Halt(time.time() + TO_BEGIN_S / 2, messages.append)
+    assert halt.is_near
+    with pytest.raises(Mistake, match=r"the job's time is too short .* it pauses (29|30) s after"):
+        halt.end(is_left=True)
+    halt.end(is_left=False)
+    halt.has_worked = True
+    with interrupts.allow_interrupts():
+        for leave in (lambda: halt.end(is_left=True), halt.leave):
+            with pytest.raises(KeyboardInterrupt):
+                leave()
+        assert interrupts.is_asked_to_pause()
+    assert len(messages) == 2 and "what is left is not begun" in messages[0]
+
+
+def test_the_trials_have_the_lead_of_the_job_but_for_what_its_end_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(halts, "ask_to_pause", lambda: None)  # of the processes of a Ray
+    with interrupts.allow_interrupts():
+        interrupts.pause()
+        halt = Halt(None, lambda text: None, lead_s=300)
+        halt.tick()
+        clock[0] += 300 - TO_END_S
+        halt.tick()
+        clock[0] += 1
+        with pytest.raises(KeyboardInterrupt):
+            halt.tick()
+
+
+def test_a_job_that_is_put_into_the_queue_again_knows_that_it_has_begun_the_sweep(tmp_path: Path) -> None:
+    """So that --fresh is done once."""
+    storage = Storage(tmp_path / "runs")
+    for job in ("7", "8_1"):
+        assert not was_begun_by(storage, "tiny", job)
+        events = EventLog(storage, "tiny")
+        events.add("started", slurm_job=job)
+        events.flush()
+        assert was_begun_by(storage, "tiny", job)
 
 
 def test_how_long_blocks_and_checkpoints_take_is_known_from_measured_speeds(tiny: Path, tmp_path: Path) -> None:

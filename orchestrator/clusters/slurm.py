@@ -3,6 +3,7 @@
 All that is asked of Slurm is asked by its own commands. What follows from their answers are pure functions of text.
 """
 
+import math
 import os
 import re
 import shlex
@@ -15,21 +16,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator import cli
+from orchestrator.clusters.allocation import LEAD, LEAD_S
 from orchestrator.clusters.sending import find_secrets, name_job
 from orchestrator.experiment.records import Experiment
+from orchestrator.planning.deadline import TO_BEGIN_S
 from workers.config import Mistake
+from workers.layout import name_sweep_folder
+from workers.storage import Storage
 
 PROJECT = Path(__file__).parent.parent.parent
 SCRIPT = PROJECT / "deploy/slurm.sbatch"
-LEAD_S = 120.0  # so long before its end the job pauses by itself: the --signal in the script
 START_S = 60.0  # until its Ray is up and the first trial trains, at the least
 LOOK_S, ASK_S = 1.0, 5.0  # at the job's output, and after its state
+TO_ANSWER_S = 30.0  # for a command of Slurm's
+FIELDS = "%i|%T|%L|%r|%j|%k"  # of a job in the queue; a comment may hold anything, so it comes last
 ENDED = {  # states of a job that has ended, and the exit status of a command that follows it; of FAILED it is the job's
     "COMPLETED": cli.DONE, "CANCELLED": cli.INTERRUPTED, "TIMEOUT": cli.INTERRUPTED, "PREEMPTED": cli.INTERRUPTED,
     "DEADLINE": cli.INTERRUPTED, "FAILED": cli.SOME_FAILED, "NODE_FAIL": cli.CLUSTER_LOST,
     "BOOT_FAIL": cli.CLUSTER_LOST, "OUT_OF_MEMORY": cli.SOME_FAILED,
 }  # fmt: skip
-OURS = ("--output", "-o", "--job-name", "-J", "--comment", "--wrap", "--parsable", "--test-only", "--wait", "-W")
+OURS = {  # options that are not the user's to give, and why
+    **dict.fromkeys(("--output", "-o", "--error", "-e", "--open-mode"), "the job's output is followed here"),
+    **dict.fromkeys(("--job-name", "-J", "--comment"), "the same command finds the job by it"),
+    **dict.fromkeys(("--wrap", "--parsable", "--test-only", "--wait", "-W"), "the job is submitted and followed here"),
+    "--export": "the job has this command's environment",
+    **dict.fromkeys(("--clusters", "-M"), "the job is followed where it was submitted"),
+}
 SHORT = {"-p": "--partition", "-t": "--time", "-a": "--array"}
 # Folders of file systems that a machine never shares with another one.
 OWN_FILES = ("tmpfs", "ramfs", "devtmpfs", "proc", "sysfs")
@@ -72,13 +84,13 @@ def read_wish(text: str) -> Wish:
         if not word.startswith("-") or word in ("-", "--"):
             raise Mistake(f"--slurm {text!r}: {word!r} is no option of sbatch; write --nodes=2 --time=08:00:00, say")
         if name in OURS:
-            raise Mistake(f"--slurm {text!r}: {name} is not yours to give; the job's output is followed here")
+            raise Mistake(f"--slurm {text!r}: {name} is not yours to give; {OURS[name]}")
         if not has_value and rest and not rest[0].startswith("-"):
             value = rest.pop(0)
         found[SHORT.get(name, name)] = value
     given = found.get("--time")
-    time_s = None if given is None else parse_seconds(given)
-    if given is not None and time_s is None and given.upper() not in UNLIMITED:
+    time_s = None if given is None else math.inf if given.upper() in UNLIMITED else parse_seconds(given)
+    if given is not None and time_s is None:
         raise Mistake(f"--slurm {text!r}: {given!r} is no time; write minutes, HH:MM:SS or D-HH:MM:SS")
     signal = found.get("--signal", f"B:USR1@{LEAD_S:g}")
     if not re.fullmatch(r"B:USR1@\d+", signal):
@@ -93,7 +105,7 @@ def read_wish(text: str) -> Wish:
     )
 
 
-UNLIMITED = ("UNLIMITED", "INFINITE")
+UNLIMITED = ("UNLIMITED", "INFINITE", "0")  # how a user asks for a job without a limit
 
 
 def parse_seconds(text: str) -> float | None:
@@ -143,10 +155,11 @@ def list_mistakes(wish: Wish, partitions: dict[str, Partition], default: str | N
     if time_s is None:
         return mistakes
     use_s = time_s - wish.lead_s
-    if use_s < START_S:
+    if use_s < START_S + TO_BEGIN_S:
         mistakes.append(
-            f"a time of {time_s:g} s: the job pauses {wish.lead_s:g} s before its end and takes about {START_S:g} s to "
-            "start, so nothing would be done; ask for 10 minutes or more (--time)"
+            f"a time of {time_s:g} s: the job takes about {START_S:g} s to start, begins no trial {TO_BEGIN_S:g} s "
+            f"before the pause, and pauses {wish.lead_s:g} s before its end, so nothing would be done; ask for 10 "
+            "minutes or more (--time)"
         )
     elif unit_s is not None and use_s < unit_s:
         mistakes.append(
@@ -164,10 +177,10 @@ class QueuedJob:
     """A job in Slurm's queue."""
 
     id: str
-    name: str
     state: str  # PENDING, RUNNING, ...
     left: str  # of its time, as Slurm writes it
     why: str  # it does not run
+    name: str
     of: str  # what its comment says it makes: the folder of a sweep
 
     def __str__(self) -> str:
@@ -177,7 +190,7 @@ class QueuedJob:
 
 
 def read_queue(lines: Iterable[str]) -> list[QueuedJob]:
-    """From `squeue --format=%i|%j|%T|%L|%r|%k`."""
+    """From `squeue` by these FIELDS."""
     return [QueuedJob(*line.rstrip("\n").split("|", 5)) for line in lines if line.count("|") >= 5]
 
 
@@ -186,7 +199,7 @@ def list_jobs() -> list[QueuedJob]:
     if not shutil.which("squeue"):
         return []
     try:
-        answer = _ask("squeue", "--me", "--noheader", "--format=%i|%j|%T|%L|%r|%k")
+        answer = _ask("squeue", "--me", "--noheader", f"--format={FIELDS}")
     except Mistake:
         return []
     return read_queue(answer.splitlines())
@@ -218,7 +231,9 @@ class SentBatch:
     """A sweep to be sent to Slurm. Its name says which one it is."""
 
     name: str
-    of: str  # the folder of the sweep in the storage
+    sweep: str
+    root: str  # of the storage
+    of: str  # the folder of the sweep in it
     words: tuple[str, ...]  # of the command, its file apart
     file: Path
     folder: Path  # for the job's output and its copy of the file, seen by all nodes
@@ -232,18 +247,20 @@ def make_batch(
     experiment: Experiment, file: Path, overrides: Sequence[str], storage: str, flags: Sequence[str]
 ) -> SentBatch:
     """Raises Mistake for what would not work in a job, or show a secret: all users of a Slurm see its commands."""
-    root = storage if "://" in storage else str(Path(storage).absolute())
     mistakes = find_secrets(file, [*overrides, storage])
-    if "://" not in storage and (kind := find_file_system(Path(root))) in OWN_FILES:
+    where = Storage(storage)
+    root = where.root
+    if where.is_local and (kind := find_file_system(Path(root))) in OWN_FILES:
         mistakes.append(
             f"--storage {storage}: {root} lies on a {kind} of this machine, which no node sees; give a folder on the "
             "file system that all nodes share, or a URI such as s3://bucket/path"
         )
     if mistakes:
         raise Mistake("\n".join(mistakes))
-    folder = Path.cwd() / "slurm" if "://" in storage else Path(root) / "slurm"
+    folder = (Path(root) if where.is_local else Path.cwd()) / "slurm"
     words = (*overrides, "--storage", root, *flags)
-    return SentBatch(name_job(experiment, root), f"{root.rstrip('/')}/sweeps/{experiment.name}", words, file, folder)
+    of = where.find_url(name_sweep_folder(experiment.name))
+    return SentBatch(name_job(experiment, root), experiment.name, root, of, words, file, folder)
 
 
 def find_file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
@@ -268,10 +285,13 @@ def submit(sent: SentBatch, wish: Wish, unit_s: float | None) -> int:
     if not SCRIPT.exists():
         raise Mistake(f"--slurm: {SCRIPT} is not there; run it from a checkout of the project")
     there = next((job for job in list_jobs() if job.name == sent.name), None)
+    if there and wish.is_array:
+        print(f"slurm       job {there.id} is in the queue already; its output: {_name_output(sent, wish)}", flush=True)
+        return cli.DONE
     if there:
         print(f"slurm       job {there.id} is in the queue already: its output from the start", flush=True)
         return follow(there.id, sent)
-    answer = _ask("sinfo", "--noheader", "--format=%R|%G|%l|%L|%P").splitlines()
+    answer = _ask("sinfo", "--all", "--noheader", "--format=%R|%G|%l|%L|%P").splitlines()
     default = next((line.split("|")[0] for line in answer if line.rstrip().endswith("*")), None)
     partitions = read_partitions(line.rpartition("|")[0] for line in answer)
     if mistakes := list_mistakes(wish, partitions, default, unit_s):
@@ -279,25 +299,32 @@ def submit(sent: SentBatch, wish: Wish, unit_s: float | None) -> int:
     sent.folder.mkdir(parents=True, exist_ok=True)
     copy = sent.folder / f"{sent.name}.yaml"
     copy.write_bytes(sent.file.read_bytes())
-    output = str(sent.output).replace("%", "%%")
-    if wish.is_array:
-        output = output.removesuffix(".out") + "-%a.out"
-    else:
-        sent.output.write_bytes(b"")
+    output = _name_output(sent, wish)
     words = [
         *wish.words, f"--job-name={sent.name}", f"--output={output}", f"--comment={sent.of}", f"--chdir={Path.cwd()}",
-        str(SCRIPT), str(copy), *sent.words,
+        "--export=ALL", str(SCRIPT), str(copy), *sent.words,
     ]  # fmt: skip
-    environment = {**os.environ, "ORCHESTRATOR_PROJECT": str(PROJECT), "ORCHESTRATOR_LEAD": f"{wish.lead_s:g}"}
+    environment = {**os.environ, "ORCHESTRATOR_PROJECT": str(PROJECT), LEAD: f"{wish.lead_s:g}"}
     _ask("sbatch", "--test-only", *words, environment=environment)
+    if not wish.is_array:
+        sent.output.write_bytes(b"")
     job = _ask("sbatch", "--parsable", *words, environment=environment).strip().partition(";")[0]
     print(f"slurm       job {job} is submitted; its output: {output}", flush=True)
     return cli.DONE if wish.is_array else follow(job, sent)
 
 
+def _name_output(sent: SentBatch, wish: Wish) -> str:
+    """The file of the job's output as sbatch takes it: a task of an array has its own, by its number."""
+    output = str(sent.output).replace("%", "%%")
+    return output.removesuffix(".out") + "-%a.out" if wish.is_array else output
+
+
 def _ask(*command: str, environment: dict[str, str] | None = None) -> str:
     """What a command of Slurm's answers. Raises Mistake with what it says where it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TO_ANSWER_S)
+    except subprocess.TimeoutExpired:
+        raise Mistake(f"--slurm: {command[0]} has not answered for {TO_ANSWER_S:g} s; try again later") from None
     if done.returncode:
         answer = " ".join(line.removeprefix(f"{command[0]}: error: ") for line in done.stderr.strip().splitlines())
         raise Mistake(f"--slurm: {command[0]} says: {answer}")
@@ -311,15 +338,15 @@ def follow(job: str, sent: SentBatch) -> int:
         while True:
             if time.monotonic() - asked > ASK_S:
                 state, asked = _ask_state(job, state), time.monotonic()
-            at = _print_from(sent.output, at)
+            at = _print_from(sent.output, at, is_whole=state.is_over)
             if state.is_over:
                 break
             time.sleep(LOOK_S)
     except KeyboardInterrupt:
         print(
             f"\nLeft; the job goes on. The same command joins it again; how it stands:\n"
-            f"  python -m orchestrator.status {sent.of.rpartition('/')[2]} --storage "
-            f"{shlex.quote(sent.of.rpartition('/sweeps/')[0])}\nTo stop it:\n  scancel {job}",
+            f"  python -m orchestrator.status {sent.sweep} --storage {shlex.quote(sent.root)}\n"
+            f"To stop it:\n  scancel {job}",
             file=sys.stderr,
         )
         return cli.INTERRUPTED
@@ -334,24 +361,26 @@ def follow(job: str, sent: SentBatch) -> int:
 
 def _ask_state(job: str, before: JobState) -> JobState:
     """How the job stands; what is new of it is told. Where Slurm does not answer it is as it was."""
-    done = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True)
-    if done.returncode:
-        if "Invalid job id" in done.stderr:
-            raise Mistake(f"slurm: job {job} is no longer known to Slurm; the same command resumes its sweep")
+    try:
+        state = read_state(_ask("scontrol", "--oneliner", "show", "job", job))
+    except Mistake as mistake:
+        if "Invalid job id" in str(mistake):
+            raise Mistake(f"slurm: job {job} is no longer known to Slurm; the same command resumes its sweep") from None
         return before
-    state = read_state(done.stdout)
     if (state.state, state.why) != (before.state, before.why) and state.state != "COMPLETING":
         why = f" ({state.why})" if state.why != "None" else ""
         print(f"slurm       job {job} is {state.state}{why}", file=sys.stderr, flush=True)
     return state
 
 
-def _print_from(output: Path, at: int) -> int:
-    """Prints what the file has from that byte on; returns where it ends."""
+def _print_from(output: Path, at: int, is_whole: bool) -> int:
+    """Prints the lines that the file has from that byte on, the last only where it `is_whole`; returns their end."""
     if not output.exists():
         return at
     with output.open("rb") as file:
         file.seek(at)
         content = file.read()
+    if not is_whole:
+        content = content[: content.rfind(b"\n") + 1]
     print(content.decode(errors="replace"), end="", flush=True)
     return at + len(content)

@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -145,15 +145,17 @@ def describe_death(name: str, process: subprocess.Popen[bytes]) -> str:
 
 
 def stop(marker: str, patience_s: float = TO_STOP_S) -> None:
-    """Waits until no process has the marker in its environment, and ends those that remain."""
+    """Waits until no process has the marker in its environment; ends those that remain, and sees them gone."""
     deadline = time.monotonic() + patience_s
     while (left := find_marked(marker)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    for pid in left:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    deadline = time.monotonic() + TO_STOP_S  # a killed process takes its time to end, and may have started another one
+    while left and time.monotonic() < deadline:
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+        left = find_marked(marker)
 
 
 def find_marked(marker: str) -> list[int]:

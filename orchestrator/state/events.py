@@ -53,6 +53,11 @@ def read_events(storage: Storage, name: str) -> list[dict[str, Any]]:
     return list(_read_event_lines(storage, name_sweep_file(name, EVENTS)).whole)
 
 
+def was_begun_by(storage: Storage, name: str, job: str) -> bool:
+    """Whether a command within that job of a batch system has begun the sweep."""
+    return any(event.get("slurm_job") == job for event in read_events(storage, name))
+
+
 def _read_event_lines(storage: Storage, path: str) -> Lines:
     try:
         lines = open_lines(storage.read(path), path)

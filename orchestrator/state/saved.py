@@ -177,7 +177,7 @@ def set_aside_older(storage: Storage, name: str) -> None:
     for file in storage.list(name_sweep_folder(name)):
         if file != "lock" and "." in file:
             storage.write(name_sweep_file(name, f"older/{file}"), storage.read(name_sweep_file(name, file)))
-    for file in (SWEEP, "published.json", "mlflow.json", "asked.json"):
+    for file in ("published.json", "mlflow.json", "asked.json", SWEEP):  # the last says that this is still to be done
         storage.delete(name_sweep_file(name, file))
 
 

@@ -126,7 +126,7 @@ class Catalogue:
             self._lost.append("the experiment (it was in its bin)")
 
     def save(self, when: Literal["now", "often", "now and then"]) -> None:
-        """Writes the map of runs where it has changed. What it lacks is sent again, to no harm.
+        """Writes the map of runs where it has changed. What it lacks is sent again, to no harm. From any thread.
 
         That takes the longer the more runs there are: `often` leaves a pause of many times as long, and `now and then`
         one of a second at least.
@@ -134,13 +134,18 @@ class Catalogue:
         began = time.monotonic()
         pause_s = {"now": 0.0, "often": self._save_pause_s, "now and then": max(1.0, self._save_pause_s)}[when]
         if self.is_changed and began >= self._saved_at + pause_s:
-            state = self.storage.read_sealed(self._state_path) or {}
-            state[self._state_key] = {
-                row_id: {"run_id": r.run_id, "lines": r.lines, "last": r.last, "artifacts": r.artifacts}
-                for row_id, r in self.runs.items()
-            }
-            self.storage.write_sealed(self._state_path, state)
-            self.is_changed, self._saved_at = False, time.monotonic()
+            self.is_changed = False  # before the runs are read: what changes from then on is written the next time
+            try:
+                state = self.storage.read_sealed(self._state_path) or {}
+                state[self._state_key] = {
+                    row_id: {"run_id": r.run_id, "lines": r.lines, "last": r.last, "artifacts": dict(r.artifacts)}
+                    for row_id, r in list(self.runs.items())
+                }
+                self.storage.write_sealed(self._state_path, state)
+            except BaseException:
+                self.is_changed = True
+                raise
+            self._saved_at = time.monotonic()
             self._save_pause_s = PAUSE * (self._saved_at - began)
 
     def _read_kept(self) -> dict[str, Run]:

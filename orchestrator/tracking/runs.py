@@ -56,8 +56,10 @@ FLUSH_S = 60.0  # how long the end of a sweep waits for MLflow
 ASK_S = 10.0  # and how long a command that finds all published waits to hear whether it still is
 CURVE = "valid/nll_bpd"
 ENDED = ("done", "pruned", "diverged")  # as a trial of a sweep should
-STATUS: dict[str, Status] = {"done": "FINISHED", "pruned": "KILLED", "running": "KILLED", "paused": "KILLED"}
-# else FAILED
+STATUS: dict[str, Status] = {  # else FAILED
+    "done": "FINISHED",
+    **dict.fromkeys(("pruned", "running", "paused", "finished"), "KILLED"),  # the last is trained, and not measured
+}
 
 
 @dataclass
@@ -185,8 +187,11 @@ class SweepRuns:
         front = sum(tags.get(PARETO) == FRONT for tags in standing.values())
         self.tracker.show(replace(self.compare, best=best, front=front))
 
-    def end_sweep(self, rows: Sequence[Row]) -> None:
-        """Writes the results beside the sweep and ships them, unless just these were shipped before."""
+    def end_sweep(self, rows: Sequence[Row], to_ship_s: float | None = None) -> None:
+        """Writes the results beside the sweep and ships them, unless just these were shipped before.
+
+        It waits for MLflow as long as calls get through, or no longer than `to_ship_s`.
+        """
         key = compute_digest(
             [resolve(self.experiment), [[r.digest, r.state, r.metrics, r.found.checkpoint] for r in rows]]
         )
@@ -219,7 +224,7 @@ class SweepRuns:
             self.tracker.log_artifact(None, content, name)
         done = all(row.state in ENDED for row in rows)
         self.tracker.close_sweep("FINISHED" if done else "FAILED", _write_sweep_note(self.experiment, rows))
-        shipment = self.tracker.flush(FLUSH_S, while_it_goes=True)
+        shipment = self.tracker.flush(to_ship_s or FLUSH_S, while_it_goes=to_ship_s is None)
         self.left = "" if shipment.complete else str(shipment)
         link = self.tracker.find_link()
         if shipment.complete:

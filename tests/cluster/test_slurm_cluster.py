@@ -169,7 +169,9 @@ def test_four_trials_on_two_nodes_outlive_their_client_and_a_node(site: Site, tm
 def test_one_trial_over_two_nodes_gives_way_to_an_urgent_job_and_goes_on(site: Site, tmp_path: Path) -> None:
     output, urgent = tmp_path / "said", site.folder / "urgent.out"
     words = ("name=wide", "training.workers=2", "training.gpus=0", "search.space={}", "seed=1")
-    client = site.start(output, "--nodes=2 --cpus-per-task=2 --time=20", *words)
+    client = site.start(
+        output, "--nodes=2 --cpus-per-task=2 --time=20", *words, "--fresh"
+    )  # once, and not at each start
     [(trial, _)] = trials_of(site.file, *words).items()
     site.wait(client, output, lambda: 0 < site.steps(trial) < 240, "its first checkpoint")
     job = job_of(output)
