@@ -141,8 +141,9 @@ def write(line: str) -> None:
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    if number == SIGUSR2 and (_state.pausable or _state.came_at is not None):  # it comes again and again, to no harm
+    if number == SIGUSR2 and (_state.pausable or _state.came_at is not None):
         _state.asked_to_pause = True
+        signal.signal(number, signal.SIG_IGN)  # it comes again and again, up to the end of the process
         return
     if _state.came_at is None and _is_importing(frame):
         if not _state.work:  # there is nothing yet that would have to be put in order
@@ -151,6 +152,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
         main = threading.main_thread().ident or 0
         threading.Timer(AGAIN_S, signal.pthread_kill, (main, number)).start()
         return
+    if number == SIGUSR2:
+        signal.signal(number, signal.SIG_IGN)
     now = time.monotonic()
     if _state.came_at is None:
         _state.came_at = now

@@ -145,6 +145,29 @@ print("goes on")
         assert process.communicate()[0] == "goes on\n"
 
 
+def test_a_request_to_pause_that_was_heard_is_no_interrupt_of_what_comes_after_the_work() -> None:
+    """Nor does it end the process where Python itself ends, and takes no signals any more."""
+    code = """
+import atexit, signal
+from orchestrator import interrupts
+interrupts.arm()
+class Late:
+    def __del__(self):
+        signal.raise_signal(signal.SIGUSR2)
+        print("whole")
+late = Late()
+atexit.register(print, "at the end")
+with interrupts.allow_interrupts():
+    with interrupts.pausable():
+        signal.raise_signal(signal.SIGUSR2)
+    signal.raise_signal(signal.SIGUSR2)
+    print("paused", interrupts.is_asked_to_pause())
+"""
+    with command(code=code) as process:
+        out, err = process.communicate()
+    assert (out, err) == ("paused True\nat the end\nwhole\n", "") and process.returncode == 0
+
+
 @pytest.mark.parametrize("pauses", [True, False])
 def test_a_request_to_pause_is_left_to_work_that_can_and_interrupts_all_other(pauses: bool) -> None:
     code = f"""
