@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ import torch
 from conftest import Started, run, runs, statuses, title
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
+from orchestrator.execution import session
+from orchestrator.execution.evaluations import Evaluations
+from orchestrator.measuring.subjects import find_checkpoint
+from orchestrator.planning.decide import find_missing_blocks
+from orchestrator.state.saved import open_trial
+from workers.config import Measurement
+from workers.data.sources import describe
+from workers.evaluation.blocks import Images, list_blocks
 from workers.storage import Storage
+from workers.tasks import make_order
 
 DATA = "data        digits: built in, 1,497 to train on, 300 held out"
 MORE = ("evaluation.nll.images=120", "evaluation.fid.samples=300", "seed=7")  # nothing of it is measured yet
@@ -82,6 +92,29 @@ def test_more_of_it_runs_only_what_is_missing_and_a_damaged_block_is_made_again(
     [again] = evaluate(trial, "--storage", storage)
     assert again["hash"] == before["hash"] and again["metrics"] == before["metrics"]
     assert not again["blocks_run"]  # the damage is found when the block is read
+
+
+def test_blocks_that_would_not_be_done_before_the_job_pauses_are_not_begun(trained: tuple[Path, str]) -> None:
+    storage, address = Storage(trained[0]), trained[1]
+    trial = open_trial(storage, address)
+    m, images = Measurement.of(trial), Images.of(describe(trial.data))
+    checkpoint = find_checkpoint(storage, address, trial)
+    assert checkpoint
+    planned = list_blocks(m, checkpoint.digest, images)
+    lost = [block for block in planned if block.kind == "nll"]
+    for block in lost:
+        storage.delete(block.path)
+    with session.open_session(None, cpus=1):
+        for until, made in ((time.time() - 1, False), (None, True)):
+            evaluations = Evaluations()
+            order = make_order(storage, m, checkpoint, 0, until=until)
+            evaluations.submit(address, order, planned, find_missing_blocks(planned, storage.list))
+            ended = []
+            while evaluations:
+                ended += evaluations.poll(0.2)
+            assert ended == ([(address, "")] if made else [])
+            assert evaluations.late == (set() if made else {address})
+            assert [storage.exists(block.path) for block in lost] == [made] * len(lost)
 
 
 def test_a_folder_of_diffusers_is_measured_and_recorded_in_an_experiment_of_its_own(tmp_path: Path) -> None:
