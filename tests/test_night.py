@@ -138,6 +138,12 @@ def test_pairs_of_images_tell_what_the_models_own_errors_could_not() -> None:
     assert c.standard_error is not None and c.standard_error < 0.01 < HARD.std() / 50**0.5
 
 
+def test_a_bound_of_a_single_image_has_no_error_to_judge_by() -> None:
+    single = [entry(name, name[0], worse, nll_per_image=(3.0 + worse,)) for name, worse in (("a@x", 0.1), ("b@y", 0.0))]
+    [found] = compare([NLL], [single[0]], {"a@x": (night("2026-01-01"), single[1])})
+    assert found.verdict == "unknown" and "without an error" in found.why
+
+
 def test_a_model_is_held_against_itself_last_night_and_against_its_own_champion() -> None:
     before = find_earlier_entries([night("2026-03-01", entry("a@candidate", "x"), entry("a@champion", "w"))])
     tonight = [entry("a@champion", "w"), entry("a@candidate", "y", 0.3), entry("b@candidate", "z")]

@@ -267,7 +267,7 @@ def _compare_with(rule: Rule, ours: ModelNumbers, theirs: ModelNumbers, against:
         return make_comparison("worse" if bad else "unknown", f"is {value:g}, against {base:g}")
     if ours.checkpoint == theirs.checkpoint:  # its noise is the same: what moved is the library, see `find_drifted`
         return make_comparison("unknown", f"{difference:+.4g}, of an unchanged checkpoint", difference)
-    if kind == "nll":
+    if kind == "nll" and len(ours.summary["nll_per_image"]) > 1:
         pair = compare_paired(ours.summary, theirs.summary)
         se: float | None = pair.standard_error
         text = f"{difference:+.4f} ± {se:.4f} bits/dim over {pair.n} images"
