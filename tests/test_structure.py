@@ -12,7 +12,7 @@ ORDER = """
     workers: noise memos pulse journal shapes pausing
     workers.data: mirror splits cache decoding tree built_in parquet_files cifar10 idx formats locate survey
     workers.data: sources proofs dataset pixels
-    workers.network: unet_config unet
+    workers.network: unet_config unet build
     workers.diffusion: schedules process predictions bound objectives timesteps flow samplers gaussian ledger likelihood
     workers.network: manifest diffusers_config checkpoint
     workers.evaluation: precision frechet fidelity inception features blocks make summary pictures canaries

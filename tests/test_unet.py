@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from workers.config import ModelConfig
+from workers.network.build import hand_noise
 from workers.network.unet import UNet
 from workers.network.unet_config import count_weights, find_unet_mistakes, make_unet_config
 from workers.noise import make_generator
@@ -150,7 +151,7 @@ def test_masks_do_not_depend_on_how_the_batch_is_spread() -> None:
     x, t = batch(DIGITS, 8)
 
     def forward(rows: slice, parts: range, step: int = 0) -> torch.Tensor:
-        unet.set_noise([make_generator("dropout", step, j) for j in parts])
+        hand_noise(unet, [make_generator("dropout", step, j) for j in parts])
         return unet(x[rows], t[rows])
 
     whole = forward(slice(0, 8), range(4))
@@ -162,7 +163,7 @@ def test_masks_do_not_depend_on_how_the_batch_is_spread() -> None:
 def test_a_mask_drops_its_share_and_keeps_the_mean() -> None:
     unet = UNet({**DIGITS, "dropout": 0.25}).train()
     dropout = unet.mid_block.resnets[0].dropout
-    unet.set_noise([make_generator("a"), make_generator("b")])
+    hand_noise(unet, [make_generator("a"), make_generator("b")])
     y = dropout(torch.ones(64, 8, 8, 8))
     assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
     assert abs(y.mean().item() - 1) < 0.02
@@ -171,13 +172,13 @@ def test_a_mask_drops_its_share_and_keeps_the_mean() -> None:
 def test_dropout_is_never_drawn_from_nowhere() -> None:
     unet = UNet(DIGITS).train()
     x, t = batch(DIGITS, 4)
-    with pytest.raises(AssertionError, match="set_noise"):
+    with pytest.raises(AssertionError, match="hand_noise"):
         unet(x, t)
     unet.eval()(x, t)
     draw = make_generator("dropout")
     before = draw.get_state()
     still = UNet({**DIGITS, "dropout": 0.0}).train()
-    still.set_noise([draw])
+    hand_noise(still, [draw])
     still(x, t)
     assert torch.equal(draw.get_state(), before)
     copy.deepcopy(unet)  # as an average of the weights would

@@ -17,8 +17,7 @@ from workers.evaluation.blocks import SAMPLES
 from workers.evaluation.features import load_feature_space
 from workers.evaluation.make import LoadedModel
 from workers.learner import repeat_steps
-from workers.network.unet import UNet
-from workers.network.unet_config import make_unet_config
+from workers.network.build import build_network, make_network_config
 from workers.noise import make_generator
 from workers.speed import Meter, Spent, name_training_kind
 from workers.storage import Storage
@@ -41,10 +40,9 @@ def measure_speed(trial: Trial, storage_root: str) -> tuple[str, Spent]:
     training = repeat_steps(trial.model_copy(update={"training": alone}), dataset, device)
     _repeat(meter, name_training_kind(trial.training), batch, lambda: next(training))
     torch.set_num_threads(1)  # as evaluation has it
-    process, height = Process.of(trial.diffusion), dataset.shape[0]
-    learned = trial.diffusion.learned
-    config = make_unet_config(trial.model, image_channels=dataset.shape[2], resolution=height, learned=learned)
-    network = UNet(config, make_generator(trial.seed, "weights")).to(device).eval()
+    process = Process.of(trial.diffusion)
+    config = make_network_config(trial.model, dataset.shape, trial.diffusion.learned)
+    network = build_network(config, make_generator(trial.seed, "weights")).to(device).eval()
     denoiser = Denoiser(network, process, trial.diffusion.prediction)
     model = LoadedModel(denoiser, process, device, trial.evaluation.precision).predict
 

@@ -22,6 +22,7 @@ from pydantic import (
 
 from workers.kinds import (
     MEASURES,
+    NETWORKS,
     OBJECTIVES,
     PREDICTIONS,
     SAMPLERS,
@@ -96,6 +97,7 @@ class Record(BaseModel):
 
 # The names of kinds are those of their tables; no type checker sees those that come from installed packages.
 if TYPE_CHECKING:
+    NetworkName = str
     ScheduleName = str
     PredictionName = str
     ObjectiveName = str
@@ -104,6 +106,7 @@ if TYPE_CHECKING:
     SamplerName = str
     MeasureName = str
 else:
+    NetworkName = Literal[tuple(NETWORKS)]
     ScheduleName = Literal[tuple(SCHEDULES)]
     PredictionName = Literal[tuple(PREDICTIONS)]
     ObjectiveName = Literal[tuple(OBJECTIVES)]
@@ -128,9 +131,14 @@ class DataConfig(Record):
     flip: bool = Field(default=False, description="mirror training images at random, left to right")
 
 
+@add_settings_of(NETWORKS)
 class ModelConfig(Record):
-    """eps_theta: the U-Net of Ho et al. 2020, appendix B. Defaults are the paper's for CIFAR-10 (35.7M parameters)."""
+    """eps_theta: the U-Net of Ho et al. 2020, appendix B, or a network of one's own. Defaults are the paper's for
+    CIFAR-10 (35.7M parameters)."""
 
+    READS: ClassVar = {"kind": NETWORKS.reads}
+
+    kind: NetworkName = Field(default="unet", description="the network")
     channels: int = Field(default=128, ge=1, le=8192, description="channels at the highest resolution")
     multipliers: tuple[int, ...] = Field(
         default=(1, 2, 2, 2),
@@ -352,7 +360,7 @@ class Trial(Record):
 
     seed: Seed = Field(default=0, description="of all noise: the first weights, training and evaluation")
     data: DataConfig = Field(description="which images")
-    model: ModelConfig = Field(default=ModelConfig(), description="the U-Net of Ho et al. 2020, appendix B")
+    model: ModelConfig = Field(default=ModelConfig(), description="the network")
     diffusion: DiffusionConfig = Field(
         default=DiffusionConfig(), description="the process, and what the network predicts of it"
     )

@@ -1,8 +1,9 @@
 """The kinds that an experiment file can name: one entry each, which names the function and says all else of it.
 
-A new schedule, prediction, objective, weighting, way of drawing t, sampler or metric of samples is one function and one
-entry here. Settings, checks, the JSON schema, the tables of docs/, plans of costs and dispatch follow from the entry. A
-function is named by "module:name" and imported where it is first used, so that a dry run imports no torch.
+A new network, schedule, prediction, objective, weighting, way of drawing t, sampler or metric of samples is one
+function and one entry here. Settings, checks, the JSON schema, the tables of docs/, plans of costs and dispatch follow
+from the entry. A function is named by "module:name" and imported where it is first used, so that a dry run imports no
+torch.
 
 An installed package brings kinds of its own by an entry point of the group POINTS: a module that puts entries into
 these tables as it is imported. docs/architecture.md shows one whole.
@@ -94,6 +95,25 @@ def add_settings_of(*tables: Kinds[Any]) -> Callable[[type[M]], type[M]]:
         return create_model(record.__name__, __base__=record, **more)
 
     return add
+
+
+# ---- Networks: (ModelConfig, Signature) -> module, which `workers.network.build` describes ---------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkEntry(Entry):
+    check: str = ""  # "module:name" of (ModelConfig, (height, width, channels)) -> what is wrong with its settings
+
+
+NETWORKS = Kinds(
+    {
+        "unet": NetworkEntry(
+            function="workers.network.unet:UNet", about="the U-Net of Ho et al. 2020, appendix B",
+            reads=("channels", "multipliers", "blocks", "attention", "dropout", "norm_groups"),
+            check="workers.network.unet_config:find_mistakes",
+        ),
+    }
+)  # fmt: skip
 
 
 # ---- Noise schedules: (ScheduleConfig, T) -> beta_1..beta_T -----------------------------------------------------
@@ -331,6 +351,7 @@ MEASURES = Kinds(
 
 # Where experiment files name them, for the tables of docs/.
 NAMED_AT: dict[str, Kinds[Any]] = {
+    "model.kind": NETWORKS,
     "diffusion.schedule.kind": SCHEDULES,
     "diffusion.prediction": PREDICTIONS,
     "loss.objective": OBJECTIVES,

@@ -25,8 +25,8 @@ from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Model
 from workers.diffusion.timesteps import History, Part
 from workers.kinds import PREDICTIONS, TIMESTEPS
-from workers.network.unet import UNet
-from workers.network.unet_config import make_unet_config
+from workers.network.build import build_network, hand_noise, make_network_config
+from workers.network.unet_config import UNET
 from workers.noise import make_generator
 from workers.world import World, take_share
 
@@ -37,12 +37,10 @@ class Learner:
     def __init__(self, trial: Trial, dataset: Dataset, world: World) -> None:
         """At step 0."""
         self.trial, self.dataset, self.world = trial, dataset, world
-        height, _, channels = dataset.shape
         self.objective = Objective.of(trial.diffusion, trial.loss, dataset.levels)
         self.process, self.history = self.objective.process, History.empty(trial.diffusion.T)
-        learned = trial.diffusion.learned
-        self.config = make_unet_config(trial.model, image_channels=channels, resolution=height, learned=learned)
-        self.unet = UNet(self.config, make_generator(trial.seed, "weights")).to(world.device)
+        self.config = make_network_config(trial.model, dataset.shape, trial.diffusion.learned)
+        self.unet = build_network(self.config, make_generator(trial.seed, "weights")).to(world.device)
         self.raw = list(self.unet.state_dict().values())  # views of the parameters, not copies
         self.ema = {name: p.clone() for name, p in self.unet.state_dict().items()}
         self.averages = {decay: {n: p.clone() for n, p in self.ema.items()} for decay in trial.training.averages}
@@ -63,7 +61,7 @@ class Learner:
         ]
         probability = self.history.probability()
         x_0, t, eps = self._make_batch(noises, probability)
-        self.unet.set_noise(noises)
+        hand_noise(self.unet, noises)
         with self.autocast:
             loss = self.objective(lambda x, s: self.network(x, s - 1), x_0, t, eps)
         weighted = loss.weighted
@@ -151,7 +149,7 @@ class Learner:
 class _Averaged:
     """Puts the EMA weights into the network for the length of a `with`, and gives the `model` that it is part of."""
 
-    def __init__(self, unet: UNet, ema: dict[str, Tensor], model: Denoiser) -> None:
+    def __init__(self, unet: nn.Module, ema: dict[str, Tensor], model: Denoiser) -> None:
         self.unet, self.ema, self.model = unet, ema, model
 
     def __enter__(self) -> Model:
@@ -200,14 +198,15 @@ def draw_batch_rows(seed: int, step: int, batch_size: int, n: int, orders: dict[
 def choose_autocast(trial: Trial, device: torch.device) -> AbstractContextManager[Any]:
     """bf16 where the trial asks for it, or `auto` finds it faster; parameters stay float32.
 
-    `auto` takes it on GPUs that have it, and on CPUs with AMX or AVX512-BF16 from a width of 32 channels on: below, it
-    measured no faster than float32. Never for the prediction mu, which differs from x_t in digits that bf16 has not.
+    `auto` takes it on GPUs that have it, and on CPUs with AMX or AVX512-BF16 for a U-Net from a width of 32 channels
+    on: below, it measured no faster than float32. Never for the prediction mu, which differs from x_t in digits that
+    bf16 has not.
     """
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported()
     else:
         has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        fast = has_bf16 and trial.model.channels >= 32
+        fast = has_bf16 and trial.model.kind == UNET and trial.model.channels >= 32
     fast = fast and PREDICTIONS[trial.diffusion.prediction].in_bf16
     enabled = trial.training.precision == "bf16" or (trial.training.precision == "auto" and fast)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

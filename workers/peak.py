@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from workers.identity import compute_digest
 from workers.layout import name_peak_file
-from workers.network.unet import UNet
+from workers.network.build import build_network, is_foreign
 from workers.noise import make_generator
 from workers.speed import name_hardware
 from workers.storage import Storage
@@ -64,14 +64,14 @@ def describe_peak(
 def count_training_flops(config: str) -> int:
     """The operations of a training step per image, an addition and a multiplication being two.
 
-    `config` is the network's config.json. The network is built without memory, so that nothing is computed and no
-    random number is drawn.
+    `config` is the network's config.json. A U-Net is built without memory, so that nothing is computed.
     """
     c = json.loads(config)
-    with torch.device("meta"), torch.no_grad():
-        network = UNet(c).eval()
+    height, width = size if isinstance(size := c["sample_size"], list) else (size, size)
+    with torch.device("cpu" if is_foreign(c) else "meta"), torch.no_grad():
+        network = build_network(c, make_generator(0)).eval()
         with FlopCounterMode(display=False) as counted:
-            network(torch.zeros(1, c["in_channels"], c["sample_size"], c["sample_size"]), torch.zeros(1))
+            network(torch.zeros(1, c["in_channels"], height, width), torch.zeros(1))
     return 3 * int(counted.get_total_flops())
 
 

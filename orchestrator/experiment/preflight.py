@@ -22,8 +22,8 @@ from workers.config import (
 from workers.data.sources import Source, describe_held_out, describe_source
 from workers.diffusion.schedules import alpha_bars, betas, log_snrs, prior_bpd
 from workers.evaluation.blocks import MOST_BLOCKS, Images, count_blocks
-from workers.kinds import MEASURES, PREDICTIONS, SCHEDULES
-from workers.network.unet_config import find_unet_mistakes
+from workers.kinds import MEASURES, NETWORKS, PREDICTIONS, SCHEDULES, load
+from workers.network.unet_config import UNET
 
 PHOTOGRAPHS = 0.25  # E[x_0^2] of photographs on the [-1, 1] scale, about
 WARN_AT = 0.1  # of the prior gap that is refused
@@ -31,6 +31,7 @@ DIMENSIONS = {
     "classifier": 64,
     "inception": 2048,
 }  # of the feature spaces; workers.evaluation.features needs torch to say so
+TRY = "workers.network.build:find_mistakes"  # which needs torch, and is asked of networks that are not ours alone
 FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -183,7 +184,11 @@ def _check_weighting(_: Experiment, trial: Trial, __: Source) -> Iterator[Findin
 
 
 def _check_network(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
-    yield from (Finding(mistake) for mistake in find_unet_mistakes(trial.model, resolution=source.shape[0]))
+    entry = NETWORKS[trial.model.kind]
+    mistakes = load(entry.check)(trial.model, source.shape) if entry.check else []
+    if not mistakes and trial.model.kind != UNET:
+        mistakes = load(TRY)(trial.model, source.shape, trial.diffusion.learned)
+    yield from map(Finding, mistakes)
 
 
 def _check_images(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:

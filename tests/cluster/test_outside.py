@@ -13,6 +13,7 @@ from workers.storage import Storage
 
 OUTSIDE = ROOT / "tests/outside"
 SETTINGS = (
+    "model={kind: plain, width: 8}",
     "diffusion.schedule={kind: cubic, beta_end: 0.2, scale: absolute}", "diffusion.prediction=minus_v",
     "training.timesteps=late", "search.space.loss.weighting.grid=[root_snr]",
     "evaluation.fid.sampler={kind: adams_bashforth, steps: 5, order: 1}", "evaluation.fid.also=[energy]",
@@ -42,7 +43,7 @@ def test_a_sweep_names_one_of_each(tiny: Path, tmp_path: Path) -> None:
     assert row["state"] == "done" and row["eval/network_evaluations"] == 5 and 0 < row["eval/energy_classifier"] < 100
     status, text = run_command(tiny, "--storage", storage, *SETTINGS)
     assert status == 0 and begun() == 1, text
-    again = [*SETTINGS[:4], "evaluation.fid.sampler={kind: adams_bashforth, steps: 5, order: 2}", *SETTINGS[5:]]
+    again = [*SETTINGS[:5], "evaluation.fid.sampler={kind: adams_bashforth, steps: 5, order: 2}", *SETTINGS[6:]]
     status, text = run_command(tiny, "--storage", storage, *again)
     [other] = pd.read_parquet(storage / "sweeps/tiny/results.parquet").to_dict("records")
     assert status == 0 and begun() == 1 and other["eval/nll_bpd"] == row["eval/nll_bpd"]

@@ -17,6 +17,7 @@ is ever loaded.
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -30,10 +31,12 @@ from workers.config import Mistake
 from workers.diffusion.gaussian import GaussianDenoiser
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Process
+from workers.network.build import CLASS, build_network, is_foreign
 from workers.network.diffusers_config import (
     VERSION,
     Scheduler,
     make_scheduler_config,
+    read_foreign,
     read_gaussian,
     read_index,
     read_network,
@@ -65,6 +68,7 @@ from workers.network.manifest import (
     write_manifest,
 )
 from workers.network.unet import UNet
+from workers.noise import make_generator
 from workers.storage import Storage
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -108,7 +112,7 @@ def save(storage: Storage, folder: str, snapshot: Snapshot, kept: bool = False) 
     """
     path = f"{folder}/{name_step(snapshot.step)}"
     files = {
-        INDEX: _make_index(),
+        INDEX: _make_index(snapshot.unet_config),
         UNET: _write_json(snapshot.unet_config),
         WEIGHTS: _write_tensors(snapshot.ema),
         SCHEDULER: _write_json(make_scheduler_config(snapshot.process, snapshot.prediction)),
@@ -195,13 +199,15 @@ def load(checkpoint: Checkpoint) -> tuple[Denoiser, Process]:
     for name, w in weights.items():
         if w.dtype not in FLOATS or not torch.isfinite(w.float()).all():
             raise CheckpointError(f"{where}: {name} ({w.dtype}) holds other things than finite numbers: save it again")
-    try:  # first without memory for what the config claims
-        unet.load_state_dict({name: w.to("meta") for name, w in weights.items()})
+    try:  # of a U-Net first without memory for what the config claims
+        is_built = isinstance(unet, UNet)
+        unet.load_state_dict({name: w.to("meta") if is_built else w for name, w in weights.items()})
     except RuntimeError as error:
         raise CheckpointError(
             f"{where} does not fit the config.json beside it, or one of the two is damaged: {error}"
         ) from error
-    unet.to_empty(device="cpu").load_state_dict(weights)
+    if isinstance(unet, UNet):
+        unet.to_empty(device="cpu").load_state_dict(weights)
     return Denoiser(unet, scheduler.process, scheduler.prediction).eval(), scheduler.process
 
 
@@ -212,7 +218,7 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
     """
     for name in (INDEX, *EVALUATED):
         if name == INDEX:
-            content = _make_index()
+            content = _make_index(read_object(read_file(checkpoint, UNET), find_url(checkpoint, UNET)))
         elif name == WEIGHTS and checkpoint.weights.endswith(".json"):
             content = _write_tensors(_load_weights(checkpoint, checkpoint.weights))
         else:
@@ -232,13 +238,15 @@ def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Ten
     return _load_weights(checkpoint, WEIGHTS), _load_weights(checkpoint, STATE), progress
 
 
-def _make_index() -> bytes:
+def _make_index(config: Mapping[str, Any]) -> bytes:
+    """What diffusers opens; of a network that is not ours it has no class."""
+    unet = [config[CLASS].partition(":")[0], config[CLASS]] if is_foreign(config) else ["diffusers", "UNet2DModel"]
     return _write_json(
         {
             "_class_name": "DDPMPipeline",
             "_diffusers_version": VERSION,
             "scheduler": ["diffusers", "DDPMScheduler"],
-            "unet": ["diffusers", "UNet2DModel"],
+            "unet": unet,
         }
     )
 
@@ -250,10 +258,10 @@ def _load_configured(checkpoint: Checkpoint) -> tuple[nn.Module, Scheduler, tupl
         shape, beside = _read_meant(where, read_gaussian, config), find_url(checkpoint, SCHEDULER)
         scheduler = _read_meant(beside, read_scheduler, read_object(read_file(checkpoint, SCHEDULER), beside))
         return GaussianDenoiser(config, scheduler.process), scheduler, shape
-    shape = _read_meant(where, read_network, config)
+    shape = _read_meant(where, read_foreign if is_foreign(config) else read_network, config)
     try:
-        with torch.device("meta"):
-            unet = UNet(config)
+        with nullcontext() if is_foreign(config) else torch.device("meta"):
+            unet = build_network(config, make_generator(0) if is_foreign(config) else None)
     except (ValueError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{where} does not describe a network that can be built here: {error}") from error
     where = find_url(checkpoint, SCHEDULER)

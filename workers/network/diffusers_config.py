@@ -102,6 +102,15 @@ class _Network(_Config):
     norm_eps: Annotated[float, Field(gt=0)]
 
 
+class _Foreign(_Config):
+    """The fields of the config of a network that is not ours, but for its own settings."""
+
+    sample_size: Annotated[list[Side], Field(min_length=2, max_length=2)]
+    in_channels: Colours
+    out_channels: Annotated[int, Field(ge=1, le=128)]
+    settings: dict[str, Any]
+
+
 class _Gaussian(_Config):
     """The fields of a `GaussianDenoiser`'s config."""
 
@@ -148,6 +157,12 @@ def read_index(index: dict[str, Any]) -> None:
         )
     if missing := sorted({"unet", "scheduler"} - present.keys()):
         raise ValueError(f"a {name} without {' and '.join(missing)}; give a pipeline such as a DDPMPipeline")
+
+
+def read_foreign(config: dict[str, Any]) -> tuple[int, int, int]:
+    """Image shape (height, width, channels) of the config of a network that is not ours. Raises ValueError."""
+    network = _check_config(_Foreign, config)
+    return network.sample_size[0], network.sample_size[1], network.in_channels
 
 
 def read_network(config: dict[str, Any]) -> tuple[int, int, int]:

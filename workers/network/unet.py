@@ -87,7 +87,7 @@ class Dropout(nn.Module):
     def forward(self, x: NCHW) -> NCHW:
         if not self.training or self.p == 0:
             return x
-        assert self.generators, "dropout in training needs UNet.set_noise(generators)"
+        assert self.generators, "dropout in training needs its generators: build.hand_noise"
         N, C, H, W = x.shape
         assert N % len(self.generators) == 0, f"a batch of {N} is not {len(self.generators)} equal sub-batches"
         # 16 random bits an element, four from each draw: on a CPU bernoulli_ takes three times as long, which is a
@@ -311,12 +311,6 @@ class UNet(nn.Module):
                     nn.init.zeros_(module.weight)
                 else:
                     nn.init.xavier_uniform_(module.weight, generator=generator)
-
-    def set_noise(self, generators: Sequence[torch.Generator] | None) -> None:
-        """Hand over the generators of the dropout masks, one a sub-batch, for the training steps that follow."""
-        for module in self.modules():
-            if isinstance(module, Dropout):
-                module.generators = generators
 
     def forward(self, x: NCHW, t: Steps) -> Heads:
         """t is counted from 0: the paper's t - 1.

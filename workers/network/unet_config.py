@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "num_class_embeds": None,
     "num_train_timesteps": None,
 }
+UNET = "unet"  # what it is called in an experiment file
 MOST_WEIGHTS = 20e9  # 80 GB in float32, and four times that in training
 
 
@@ -48,6 +49,11 @@ def choose_norm_groups(model: ModelConfig) -> int:
     added: the network would not know t.
     """
     return max(1, min(model.norm_groups, model.channels // 4))
+
+
+def find_mistakes(model: ModelConfig, shape: tuple[int, int, int]) -> list[str]:
+    """`find_unet_mistakes` of images of this shape (height, width, channels)."""
+    return find_unet_mistakes(model, resolution=shape[0])
 
 
 def find_unet_mistakes(model: ModelConfig, *, resolution: int) -> list[str]:

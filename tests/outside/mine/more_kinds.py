@@ -1,18 +1,27 @@
 """One of each other kind."""
 
+from pydantic import Field
+
 from workers.kinds import (
     MEASURES,
+    NETWORKS,
     PREDICTIONS,
     SCHEDULES,
     TIMESTEPS,
     WEIGHTINGS,
     DrawEntry,
     MeasureEntry,
+    NetworkEntry,
     PredictionEntry,
     ScheduleEntry,
     WeightingEntry,
 )
 
+NETWORKS["plain"] = NetworkEntry(
+    function="mine.network:Plain",
+    about="three convolutions",
+    settings={"width": (int, Field(default=16, ge=1, le=1024, description="channels between the convolutions"))},
+)
 SCHEDULES["cubic"] = ScheduleEntry(
     function="mine.functions:cubic", about="the cube root linear in t", reads=("beta_start", "beta_end")
 )

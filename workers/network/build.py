@@ -1,0 +1,107 @@
+"""The network of a trial, from its settings to its config.json, and from that to a module.
+
+Ours is the U-Net, whose config.json is that of diffusers' UNet2DModel. A network of another kind of `NETWORKS` is a
+function or class (ModelConfig, Signature) -> nn.Module; its config.json names it and holds its settings. What such a
+module has to do is said in docs/extending.md, and `orchestrator.conform` looks whether it does.
+"""
+
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from workers.config import ModelConfig
+from workers.identity import collect_settings_read
+from workers.kinds import NETWORKS
+from workers.network.unet import Dropout, UNet
+from workers.network.unet_config import UNET, make_unet_config
+from workers.noise import make_generator
+
+CLASS = "_class_name"  # in a config.json, diffusers' name for it
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a network takes and gives: images (n, channels, height, width), and as many `outputs` in their place."""
+
+    channels: int
+    height: int
+    width: int
+    outputs: int  # the channels, twice as many where a variance is learned
+
+
+def make_network_config(model: ModelConfig, shape: tuple[int, int, int], learned: bool) -> dict[str, Any]:
+    """The config.json of the network for images of this shape (height, width, channels). Raises ValueError."""
+    height, width, channels = shape
+    if model.kind == UNET:
+        return make_unet_config(model, image_channels=channels, resolution=height, learned=learned)
+    settings = {name: value for name, value in collect_settings_read(model).items() if name != "kind"}
+    return {
+        CLASS: model.kind,
+        "sample_size": [height, width],
+        "in_channels": channels,
+        "out_channels": channels * (1 + learned),
+        "settings": settings,
+    }
+
+
+def is_foreign(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of a network that is not ours."""
+    return config.get(CLASS) in NETWORKS and config[CLASS] != UNET
+
+
+def build_network(config: dict[str, Any], generator: torch.Generator | None = None) -> nn.Module:
+    """The network that a config.json describes, with initial weights from the `generator`, None being any.
+
+    One of another kind draws them from PyTorch's global generator, as its modules do by themselves; here that begins
+    at the seed of `generator`, and is as before afterwards.
+    """
+    if not is_foreign(config):
+        return UNet(config, generator)
+    model = ModelConfig.model_validate({"kind": config[CLASS], **config["settings"]})
+    height, width = config["sample_size"]
+    signature = Signature(config["in_channels"], height, width, config["out_channels"])
+    with torch.random.fork_rng(devices=[]) if generator else nullcontext():
+        if generator:
+            torch.manual_seed(generator.initial_seed())
+        network: nn.Module = NETWORKS[model.kind].load()(model, signature)
+    return network
+
+
+@lru_cache
+def find_mistakes(model: ModelConfig, shape: tuple[int, int, int], learned: bool) -> list[str]:
+    """What keeps a network that is not ours from being trained on images of this shape: it is built and called."""
+    height, width, channels = shape
+    expected = (2, channels * (1 + learned), height, width)
+    x, t = torch.zeros(2, channels, height, width), torch.zeros(2, dtype=torch.int64)
+    of = f"model.kind: {model.kind}, built for {height} x {width} images of {channels} channels,"
+    try:
+        network = build_network(make_network_config(model, shape, learned), make_generator(0)).eval()
+        with torch.no_grad():
+            output = network(x, t)
+    except Exception as error:  # noqa: BLE001 whatever the code of another one raises: told with its place
+        return [f"{of} fails: {' '.join(f'{type(error).__name__}: {error}'.split())}{_locate(error)}"]
+    if not isinstance(output, torch.Tensor) or output.shape != expected:
+        found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        return [f"{of} returns {found} for two images, where {expected} is expected"]
+    if fixed := [name for name, value in network.state_dict().items() if not value.is_floating_point()]:
+        return [f"{of} keeps {fixed[0]}, which is no floating-point tensor: its averages would mean nothing"]
+    return []
+
+
+def _locate(error: Exception) -> str:
+    """The file and line of its code in which a network failed."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename][1:]
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
+def hand_noise(network: nn.Module, generators: Sequence[torch.Generator] | None) -> None:
+    """Hands over the generators of the dropout masks, one a sub-batch, for the training steps that follow."""
+    for module in network.modules():
+        if isinstance(module, Dropout):
+            module.generators = generators
