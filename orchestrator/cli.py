@@ -50,6 +50,7 @@ VERBS = {
     "sample": Verb("Draw samples, interpolations and the progressive code of a checkpoint."),
     "nightly": Verb("Measure the models of a nightly file, and tell what became worse."),
     "canary": Verb("Measure what is known exactly, to see whether the numbers of this machine can be believed."),
+    "conform": Verb("Look whether a network of one's own keeps what training and evaluation rely on."),
     "ui": Verb("Serve MLflow's UI on the database of a local storage, at 127.0.0.1 alone."),
     "schema": Verb("Print the JSON schema of a file that people write.", prints=True),
     "completion": Verb("Print the script that has bash or zsh complete these commands.", prints=True),

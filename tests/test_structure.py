@@ -16,7 +16,8 @@ ORDER = """
     workers.diffusion: schedules process predictions bound objectives timesteps flow samplers gaussian ledger likelihood
     workers.network: manifest diffusers_config checkpoint
     workers.evaluation: precision frechet fidelity inception features blocks make summary pictures canaries
-    workers: peak world learner training calibration ray_private jobs signs hosts ray_train data_parallel tasks
+    workers: peak world learner conformity training calibration
+    workers: ray_private jobs signs hosts ray_train data_parallel tasks
     orchestrator: interrupts streams cli ray_internals
     orchestrator.experiment: settings metrics records expand check load effort preflight dry_run profiles
     orchestrator.state: rows events saved
@@ -32,7 +33,7 @@ ORDER = """
     orchestrator: canary
     orchestrator.nights: calendar suite hooks decisions night_page shift
     orchestrator: standing telling progress controller
-    orchestrator: sweep status report evaluate compare sample nightly ui schema completion api __main__
+    orchestrator: sweep status report evaluate compare sample nightly conform ui schema completion api __main__
 """
 MODULES = [
     f"{room}.{name}"

@@ -1,0 +1,62 @@
+"""`python -m orchestrator.conform NETWORK`: whether a network of one's own keeps the contract of docs/extending.md."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+
+from orchestrator import cli
+from orchestrator.experiment.load import parse_assignment
+from orchestrator.experiment.settings import find_invalid
+from workers.config import Mistake, ModelConfig
+
+EXAMPLES = ("my_networks:DIT width=64", "unet channels=16 multipliers=[1,2] --shape 28x28x1")
+MORE = """It builds the network twice, trains it on Gaussian pixels for some seconds, and holds it against what training
+and evaluation rely on: shapes, weights by the seed, noise from handed generators, a gradient everywhere, a state that
+is the network, images that do not depend on each other, and that it learns."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    endings = {cli.DONE: "the network keeps all of it", cli.ALARM: "the network breaks some of it"}
+    result = cli.make_parser("conform", "NETWORK [setting=value ...]", EXAMPLES, more=MORE, endings=endings)
+    result.add_argument("network", metavar="NETWORK", help="its kind, as model.kind names it")
+    cli.add_overrides(result, "its settings, as they stand beside model.kind")
+    result.add_argument("--shape", default="8x8x1", metavar="HxWxC", help="of images; default: 8x8x1")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return cli.execute(make_parser(), run, arguments, interrupted="")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Raises Mistake."""
+    model, shape = _read_model(options.network, options.overrides), _read_shape(options.shape)
+    from workers.conformity import check_network  # torch loads here
+
+    laws = []
+    for law in check_network(model, shape):
+        print(law, flush=True)
+        laws.append(law)
+    return cli.ALARM if any(law.broken for law in laws) else cli.DONE
+
+
+def _read_model(kind: str, settings: Sequence[str]) -> ModelConfig:
+    try:
+        content = {"kind": kind, **dict(map(parse_assignment, settings))}
+    except ValueError as error:
+        raise Mistake(str(error)) from None
+    if mistakes := [f"{path}: {text}" for path, text in find_invalid(ModelConfig, content)]:
+        raise Mistake("\n".join(mistakes))
+    return ModelConfig.model_validate(content)
+
+
+def _read_shape(text: str) -> tuple[int, int, int]:
+    if not re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}x[1-9]\d?", text):
+        raise Mistake(f"--shape {text[:40]}: write height, width and channels as 32x32x3")
+    height, width, channels = map(int, text.split("x"))
+    return height, width, channels
+
+
+if __name__ == "__main__":
+    sys.exit(cli.call("conform", main))
