@@ -25,6 +25,7 @@ from orchestrator.experiment.records import Experiment, Variant
 from orchestrator.experiment.settings import read_yaml, suggest_choice, write_yaml
 from orchestrator.state.events import Event, list_failures, read_events, sum_evaluation_seconds
 from orchestrator.state.rows import Found, Row
+from workers.bundles import look_in
 from workers.config import DataConfig, Measurement, Mistake, Trial
 from workers.data.locate import make_absolute
 from workers.data.sources import Source
@@ -195,6 +196,7 @@ def open_sweep(storage: Storage, name: str) -> SavedSweep:
             f"{name!r} is no sweep in {storage.root}{suggest_choice(name, there) or '.'} Sweeps there: "
             f"{', '.join(there) or 'none; run one first, or give its --storage'}"
         )
+    look_in(storage)
     trials = {}
     for row, kept in content["trials"].items():
         trial = TypeAdapter(Trial).validate_json(json.dumps(kept["trial"]))
@@ -235,6 +237,7 @@ def open_trial(storage: Storage, trial_id: str) -> Trial:
     content = storage.read_checked(path, open_text, RERUN)
     if content is None:
         raise Mistake(f"{storage.find_url(path)} is {'damaged' if storage.exists(path) else 'not there'}; {RERUN}")
+    look_in(storage)
     return Trial.model_validate(read_yaml(content)[0])
 
 
