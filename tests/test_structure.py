@@ -21,7 +21,7 @@ ORDER = """
     orchestrator: interrupts streams cli ray_internals
     orchestrator.experiment: settings metrics records expand check load effort preflight dry_run profiles
     orchestrator.state: rows events saved
-    orchestrator.planning: decide deadline packing place makespan search
+    orchestrator.planning: changes decide deadline packing place makespan search
     orchestrator.measuring: differences seeds slowness subjects
     orchestrator.output: terminal speed_table table importance findings markdown figures curves page
     orchestrator.clusters: cluster allocation cost throughput sending slurm submission

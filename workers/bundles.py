@@ -1,9 +1,12 @@
 """Code from outside in a storage: the text of its modules, by the digest that names are pinned to."""
 
+from collections.abc import Iterable
 from functools import partial
 
 from workers import code
-from workers.code import Bundle, CodeError, Module
+from workers.code import Bundle, CodeError, Module, is_digest
+from workers.config import Record
+from workers.identity import list_outside
 from workers.layout import name_code_file
 from workers.seals import open_text, seal_text
 from workers.storage import Storage
@@ -41,6 +44,13 @@ def find_bundle(storage: Storage, digest: str) -> Bundle | None:
     if bundle.digest != digest:
         raise CodeError(f"{storage.find_url(name_code_file(digest, ''))} holds the code {bundle.digest}; {GONE}")
     return bundle
+
+
+def collect_bundles(records: Iterable[Record]) -> dict[str, Bundle]:
+    """The bundles whose kinds these trials or measurements name, by their digests. Raises CodeError."""
+    names = {name for record in records for names in list_outside(record).values() for name in names}
+    digests = sorted({digest for name in names if is_digest(digest := name.partition("@")[2])})
+    return {digest: code.find_bundle(digest) for digest in digests}
 
 
 def look_in(storage: Storage) -> None:

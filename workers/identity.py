@@ -7,7 +7,7 @@ value on that is not its default, so a setting that comes later moves no id; whe
 changes, `TRAINING_VERSION` or `evaluation.blocks.VERSION` is raised.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from workers.code import drop_pin
 from workers.config import Record, Trial
+from workers.kinds import NAMED_AT
 from workers.layout import TrialId
 from workers.seals import compute_digest as compute_digest
 
@@ -25,6 +26,19 @@ TRAINING_VERSION = (
 # Settings of `training` that place or observe a run and leave its weights as they are. How far it is trained is in no
 # id either (`steps`): a trial is the whole sequence of its weights, unless the learning rate depends on the last step.
 PLACING = ("workers", "cpus", "gpus", "validate_every", "checkpoint_every")
+
+
+def list_outside(settings: Any) -> dict[str, tuple[str, ...]]:
+    """The pinned names of kinds that are not ours, by the setting that has them; of a record or of what one dumps."""
+    found = {}
+    for path in NAMED_AT:
+        value = settings
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+        names = tuple(name for name in ([value] if isinstance(value, str) else value or ()) if "@" in name)
+        if names:
+            found[path] = names
+    return found
 
 
 class Unread(NamedTuple):
