@@ -150,7 +150,7 @@ def _list_settings(verb: str) -> list[str]:
         searched = [f"search.space.{path}.{form}" for path in TRIAL_SETTINGS for form in Axis.model_fields]
         paths = [*load.SETTINGS, *searched]
     else:
-        paths = load.MEASUREMENT_SETTINGS
+        paths = load.list_measurement_settings()
     sections = {path.rpartition(".")[0] for path in paths}
     return [path for path in paths if path not in sections]
 

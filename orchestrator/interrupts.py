@@ -176,7 +176,7 @@ def _is_importing(frame: FrameType | None) -> bool:
 def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
         write("\nInterrupted.")
-    elif status := getattr(error, "import_status", None):  # `workers.kinds.BrokenPackage`: nothing has begun
+    elif status := getattr(error, "import_status", None):  # `workers.entries.BrokenPackage`: nothing has begun
         write(str(error))
         os._exit(status)
     else:

@@ -22,7 +22,7 @@ from orchestrator.experiment.records import Axis, ExperimentFile
 from orchestrator.experiment.settings import describe, list_fields
 from orchestrator.nights.suite import Rule, Suite
 from workers.config import Mistake, Record
-from workers.kinds import NAMED_AT
+from workers.kinds import NAMED_AT, SETTABLE
 
 EXAMPLES = ("--output experiments/schema.json", "nightly --markdown --output docs/nightly.md")
 MORE = "An editor with a YAML language server reads it where a file says:  # yaml-language-server: $schema=schema.json"
@@ -71,11 +71,27 @@ def make_schema() -> dict[str, Any]:
     del space["additionalProperties"]
     space |= {
         "properties": {path: {"$ref": "#/$defs/Axis"} for path in TRIAL_SETTINGS},
+        "patternProperties": {_OF_KINDS: {"$ref": "#/$defs/Axis"}},
         "additionalProperties": False,
     }
     del content["properties"]["smoke"]["additionalProperties"]
     content["properties"]["smoke"] |= _make_overrides(content)
+    _open_sections(kinds)
     return _add_head(content, "An experiment of diffusion-orchestrator")
+
+
+# Paths of settings that kinds from outside may have.
+_OF_KINDS = rf"^({'|'.join(dict.fromkeys(re.escape(path.rpartition('.')[0]) for path in SETTABLE))})\.\w+$"
+
+
+def _open_sections(kinds: dict[str, Any]) -> None:
+    """A section takes settings that it does not list where it names a kind from outside, and not otherwise."""
+    for form in kinds.values():
+        if form.get("additionalProperties") is True and "properties" in form:
+            choosers = [name for name, field in form["properties"].items() if "pattern" in str(field.get("anyOf"))]
+            named = [{"properties": {n: {"type": "string", "pattern": ":"}}, "required": [n]} for n in choosers]
+            del form["additionalProperties"]
+            form |= {"if": {"anyOf": named}, "else": {"propertyNames": {"enum": list(form["properties"])}}}
 
 
 def _make_overrides(content: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +100,7 @@ def _make_overrides(content: dict[str, Any]) -> dict[str, Any]:
     return {
         "properties": {path: {"$ref": place} for path, place in _list_places(content["$defs"], content["properties"])},
         "patternProperties": {
+            _OF_KINDS: {},
             rf"^(?!.*\.({'|'.join(Axis.model_fields)})$){searched}$": {
                 "anyOf": [{"$ref": "#/$defs/Axis"}, {"type": "null"}]
             },
@@ -107,7 +124,9 @@ def _list_places(
 
 def make_nightly_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a nightly file."""
-    return _add_head(Suite.model_json_schema(), "A nightly evaluation of diffusion-orchestrator")
+    content = Suite.model_json_schema()
+    _open_sections(content["$defs"])
+    return _add_head(content, "A nightly evaluation of diffusion-orchestrator")
 
 
 SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {"experiment": make_schema, "nightly": make_nightly_schema}

@@ -9,10 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from orchestrator.experiment.records import Experiment, Variant
+from orchestrator.planning.changes import CodeChange, list_changes
 from orchestrator.planning.decide import Decision, decide, make_scheduler_key
 from orchestrator.state.events import EVENTS
 from orchestrator.state.rows import Found, Row, rank_rows
-from orchestrator.state.saved import find, forget_asked, list_sharing
+from orchestrator.state.saved import find, forget_asked, list_sharing, read_code
+from workers.bundles import collect_bundles
 from workers.config import DataConfig, Measurement, Trial
 from workers.data.sources import Source, describe
 from workers.evaluation.blocks import Images, make_protocol_key
@@ -47,16 +49,22 @@ class Standing:
     found: dict[RowId, Found] = field(default_factory=dict)
     errors: dict[RowId, str] = field(default_factory=dict)  # why this command could not make a row
     sharing: dict[TrialId, list[RowId]] = field(default_factory=dict)
+    changes: dict[RowId, CodeChange] = field(default_factory=dict)  # of code from outside, since the command before
     evaluation_s: dict[str, dict[str, float]] = field(default_factory=dict)  # what blocks used, as events tell
 
     def __post_init__(self) -> None:
         self.scheduler = make_scheduler_key(self.experiment.search.scheduler)
         self.leases = Leases(self.storage)
         self.owner = f"sweep {self.experiment.name}"
+        self.code_before = read_code(self.storage, self.experiment.name)
 
     def add(self, variants: Mapping[RowId, Variant]) -> list[RowId]:
         """Takes in the rows that are not there yet. Returns their ids."""
         new = [row for row in variants if row not in self.variants]
+        files = {
+            digest: bundle.digests for digest, bundle in collect_bundles(v.trial for v in variants.values()).items()
+        }
+        self.changes |= list_changes({row: variants[row] for row in new}, files, self.code_before)
         for row in new:
             self.variants[row] = variants[row]
             self.sharing.setdefault(get_trial_of_row(row), []).append(row)
@@ -83,7 +91,7 @@ class Standing:
         return rank_rows(self.make_rows(), self.experiment.search.metric)
 
     def decide(self, row: RowId) -> Decision:
-        return decide(self.found[row], self.scheduler)
+        return decide(self.found[row], self.scheduler, str(self.changes.get(row, "")))
 
     # What the storage holds.
 

@@ -29,6 +29,7 @@ from orchestrator.state.events import Driver, Event, count_events, find_driver, 
 from orchestrator.state.rows import Row, rank_rows, shorten_params
 from orchestrator.state.saved import SavedSweep, explain_opening, list_older, list_sweeps, open_sweep, read_rows
 from workers.config import Mistake
+from workers.identity import list_outside
 from workers.layout import name_sweep_folder, name_sweep_lock
 from workers.locks import is_locked
 from workers.storage import Storage
@@ -135,6 +136,7 @@ def _describe_sweep(storage: Storage, kept: SavedSweep, queue: Sequence[QueuedJo
             "retried_blocks": retried[row.digest],
             "host": (row.found.status or {}).get("host"),
             "updated_ms": (row.found.status or {}).get("updated_ms"),
+            "code": list_outside(row.variant.trial),
             "detail": row.error or (row.found.status or {}).get("detail") or "",
         }
         for row in ranked

@@ -21,7 +21,10 @@ from orchestrator.experiment.expand import expand
 from orchestrator.experiment.load import load
 from orchestrator.experiment.preflight import check_before_start, describe_data
 from orchestrator.experiment.records import Experiment, Variant
+from orchestrator.planning.changes import list_changes
 from orchestrator.planning.search import describe_rounds, group_round_by_row
+from orchestrator.state.saved import read_code
+from workers.bundles import collect_bundles
 from workers.config import DataConfig, Mistake
 from workers.data.sources import Source, describe
 from workers.layout import RowId
@@ -100,6 +103,15 @@ def _describe_cost(
     return describe_cost(trials, sources, storage, experiment.search, cluster=cluster, prices=known)
 
 
+def _describe_changes(experiment: Experiment, trials: dict[RowId, Variant], storage: str) -> list[str]:
+    """What is made again as code from outside is another than when the sweep was begun last, and which."""
+    if not (bundles := collect_bundles(variant.trial for variant in trials.values())):
+        return []
+    files = {digest: bundle.digests for digest, bundle in bundles.items()}
+    changes = list_changes(trials, files, read_code(Storage(storage), experiment.name))
+    return [f"{row[:8]} {change.made}: {change}" for row, change in changes.items()]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     return cli.execute(make_parser(), run, _joined(sys.argv[1:] if arguments is None else arguments))
 
@@ -134,6 +146,8 @@ def run(options: argparse.Namespace) -> int:
     cli.tell(describe_data(sources.values()), warnings, quiet=options.quiet)
     if options.dry_run:
         print(format_dry_run(trials, sources))
+        for line in _describe_changes(experiment, trials, options.storage):
+            print(line)
         print()
         print(_describe_cost(options, experiment, trials, sources, cluster))
         if more := describe_rounds(experiment.search):

@@ -11,7 +11,8 @@ from workers.config import DiffusionConfig, SamplerConfig, ScheduleConfig, count
 from workers.diffusion.predictions import from_eps, interpret
 from workers.diffusion.process import Process
 from workers.diffusion.samplers import Ladder, draw, find_nearest_times, geometric, langevin, power
-from workers.kinds import SAMPLERS, load
+from workers.entries import load
+from workers.kinds import SAMPLERS
 from workers.noise import make_generator
 
 F64 = torch.float64

@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each line is a room, `workers` or `orchestrator` themselves where it names none; state stands above what uses it.
 ORDER = """
-    workers: seals kinds config layout identity speed signals disk remote storage sharing locks
+    workers: seals syntax code entries kinds sections config layout identity speed signals disk remote storage bundles
+    workers: sharing locks
     workers: noise memos pulse journal shapes pausing
     workers.data: mirror splits cache decoding tree built_in parquet_files cifar10 idx formats locate survey
     workers.data: sources proofs dataset pixels
@@ -21,7 +22,7 @@ ORDER = """
     orchestrator: interrupts streams cli ray_internals
     orchestrator.experiment: settings metrics records expand check load effort preflight dry_run profiles
     orchestrator.state: rows events saved
-    orchestrator.planning: decide deadline packing place makespan search
+    orchestrator.planning: changes decide deadline packing place makespan search
     orchestrator.measuring: differences seeds slowness subjects
     orchestrator.output: terminal speed_table table importance findings markdown figures curves page
     orchestrator.clusters: cluster allocation cost throughput sending slurm submission

@@ -6,20 +6,18 @@ digest of what changes its weights (`workers.identity`). Importing this module i
 
 import math
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
 )
 
+from workers.entries import add_settings_of
 from workers.kinds import (
     MEASURES,
     NETWORKS,
@@ -29,8 +27,9 @@ from workers.kinds import (
     SCHEDULES,
     TIMESTEPS,
     WEIGHTINGS,
-    add_settings_of,
 )
+from workers.sections import NameOf, OpenRecord
+from workers.sections import Record as Record
 
 Count = Literal["all"] | Annotated[int, Field(ge=1)]
 Level = Annotated[int, Field(ge=0, le=255)]
@@ -84,17 +83,6 @@ def _hide_values(text: str) -> str:
 Open = Annotated[str, AfterValidator(_hide_values)]  # a path or URI that anybody may read
 
 
-class Record(BaseModel):
-    """Settings that belong together. `READS` declares which of them each choice of another one reads.
-
-    By the field that chooses and by its choices ("null" and "a number" where it is none of a few words), in the order
-    in which they govern. A field that stands in none of the lists is always read.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-    READS: ClassVar[Mapping[str, Mapping[str, tuple[str, ...]]]] = {}
-
-
 # The names of kinds are those of their tables; no type checker sees those that come from installed packages.
 if TYPE_CHECKING:
     NetworkName = str
@@ -106,14 +94,14 @@ if TYPE_CHECKING:
     SamplerName = str
     MeasureName = str
 else:
-    NetworkName = Literal[tuple(NETWORKS)]
-    ScheduleName = Literal[tuple(SCHEDULES)]
-    PredictionName = Literal[tuple(PREDICTIONS)]
-    ObjectiveName = Literal[tuple(OBJECTIVES)]
-    WeightingName = Literal[tuple(WEIGHTINGS)]
-    TimestepsName = Literal[tuple(TIMESTEPS)]
-    SamplerName = Literal[tuple(SAMPLERS)]
-    MeasureName = Literal[tuple(MEASURES)]
+    NetworkName = Annotated[Literal[tuple(NETWORKS)], NameOf(NETWORKS, takes_settings=True)]
+    ScheduleName = Annotated[Literal[tuple(SCHEDULES)], NameOf(SCHEDULES, takes_settings=True)]
+    PredictionName = Annotated[Literal[tuple(PREDICTIONS)], NameOf(PREDICTIONS)]
+    ObjectiveName = Annotated[Literal[tuple(OBJECTIVES)], NameOf(OBJECTIVES, takes_settings=True)]
+    WeightingName = Annotated[Literal[tuple(WEIGHTINGS)], NameOf(WEIGHTINGS, takes_settings=True)]
+    TimestepsName = Annotated[Literal[tuple(TIMESTEPS)], NameOf(TIMESTEPS)]
+    SamplerName = Annotated[Literal[tuple(SAMPLERS)], NameOf(SAMPLERS, takes_settings=True)]
+    MeasureName = Annotated[Literal[tuple(MEASURES)], NameOf(MEASURES)]
 
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 MOST_STEPS = 10**9  # of anything that is only counted
@@ -132,7 +120,7 @@ class DataConfig(Record):
 
 
 @add_settings_of(NETWORKS)
-class ModelConfig(Record):
+class ModelConfig(OpenRecord):
     """eps_theta: the U-Net of Ho et al. 2020, appendix B, or a network of one's own. Defaults are the paper's for
     CIFAR-10 (35.7M parameters)."""
 
@@ -158,7 +146,7 @@ class ModelConfig(Record):
 
 
 @add_settings_of(SCHEDULES)
-class ScheduleConfig(Record):
+class ScheduleConfig(OpenRecord):
     """beta_1..beta_T. `per_1000` states the range for T = 1000 and multiplies it by 1000 / T; `absolute` does not."""
 
     READS: ClassVar = {"kind": SCHEDULES.reads}
@@ -193,7 +181,7 @@ class DiffusionConfig(Record):
 
 
 @add_settings_of(OBJECTIVES, WEIGHTINGS)
-class LossConfig(Record):
+class LossConfig(OpenRecord):
     """What is minimised: `mse` the weighted squared error of the target, `kl` the bound, `hybrid` both together."""
 
     READS: ClassVar = {"objective": OBJECTIVES.reads, "weighting": WEIGHTINGS.reads}
@@ -268,7 +256,7 @@ def count_sub_batches(batch_size: int) -> int:
 
 
 @add_settings_of(SAMPLERS)
-class SamplerConfig(Record):
+class SamplerConfig(OpenRecord):
     """How samples are drawn."""
 
     READS: ClassVar = {"kind": SAMPLERS.reads}

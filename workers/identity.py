@@ -7,16 +7,17 @@ value on that is not its default, so a setting that comes later moves no id; whe
 changes, `TRAINING_VERSION` or `evaluation.blocks.VERSION` is raised.
 """
 
-import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from workers.code import drop_pin
 from workers.config import Record, Trial
+from workers.kinds import NAMED_AT
 from workers.layout import TrialId
+from workers.seals import compute_digest as compute_digest
 
 TRAINING_VERSION = (
     1  # of what training computes from given settings; tests/test_recorded_losses.py says when to raise it
@@ -25,6 +26,19 @@ TRAINING_VERSION = (
 # Settings of `training` that place or observe a run and leave its weights as they are. How far it is trained is in no
 # id either (`steps`): a trial is the whole sequence of its weights, unless the learning rate depends on the last step.
 PLACING = ("workers", "cpus", "gpus", "validate_every", "checkpoint_every")
+
+
+def list_outside(settings: Any) -> dict[str, tuple[str, ...]]:
+    """The pinned names of kinds that are not ours, by the setting that has them; of a record or of what one dumps."""
+    found = {}
+    for path in NAMED_AT:
+        value = settings
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+        names = tuple(name for name in ([value] if isinstance(value, str) else value or ()) if "@" in name)
+        if names:
+            found[path] = names
+    return found
 
 
 class Unread(NamedTuple):
@@ -52,7 +66,7 @@ def find_unread(record: Record) -> list[Unread]:
         for name in dict.fromkeys(name for names in choices.values() for name in names):
             if name not in reads:
                 readers = tuple(other for other, names in choices.items() if name in names)
-                found[name] = Unread(name, field, choice, tuple(reads), readers)
+                found[name] = Unread(name, field, drop_pin(choice), tuple(reads), readers)
     return list(found.values())
 
 
@@ -75,7 +89,12 @@ def collect_settings_read(record: Record, only_set: bool = False) -> dict[str, A
     """The settings that are read, by name, in plain types; `only_set` leaves out those at their defaults."""
     left_out, content = {one.name for one in find_unread(record)}, {}
     defaults = _collect_defaults(type(record)) if only_set else {}
-    for name in type(record).model_fields:
+    own = record.model_extra or {}  # of kinds from outside
+    if own and only_set:
+        fields = {name: field for name, field in record.find_fields(record).items() if name in own}
+        values = {n: f.get_default(call_default_factory=True) for n, f in fields.items() if not f.is_required()}
+        defaults = {**defaults, **{name: _make_plain(value) for name, value in values.items()}}
+    for name in (*type(record).model_fields, *own):
         if name not in left_out:
             value = getattr(record, name)
             plain = _collect_section(value, only_set) if isinstance(value, Record) else _make_plain(value)
@@ -111,12 +130,6 @@ def _make_plain(value: Any) -> Any:
         case dict():
             return {name: _make_plain(item) for name, item in value.items()}
     return value
-
-
-def compute_digest(content: Any) -> str:
-    """16 hex digits of the sha256 of `content` (anything JSON can hold), independent of the order of its keys."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def compute_trial_id(trial: Trial, data_digest: str) -> TrialId:

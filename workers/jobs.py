@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
+from workers.bundles import look_in
 from workers.config import Trial
 from workers.data.locate import make_absolute
 from workers.storage import Storage
@@ -34,6 +35,7 @@ def make_job(
 
 
 def read_trial(job: Job) -> Trial:
+    look_in(Storage(job["storage"]))
     return TypeAdapter(Trial).validate_json(job["trial"])
 
 

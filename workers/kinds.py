@@ -5,96 +5,19 @@ function and one entry here. Settings, checks, the JSON schema, the tables of do
 from the entry. A function is named by "module:name" and imported where it is first used, so that a dry run imports no
 torch.
 
-An installed package brings kinds of its own by an entry point of the group POINTS: a module that puts entries into
-these tables as it is imported. docs/architecture.md shows one whole.
+A file of settings may name an entry from outside as `module:NAME` (`workers.code` says how it is found). An installed
+package may also bring kinds by an entry point of the group POINTS: a module that puts entries into these tables as it
+is imported. docs/extending.md shows both.
 """
 
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, create_model
+from workers.entries import BrokenPackage, Entry, Kinds, register_for
 
 POINTS = "diffusion_orchestrator.kinds"
-
-
-class BrokenPackage(ValueError):
-    """An installed package brings kinds and cannot be used; without it, what a file names would be something else.
-
-    It is raised by the import of this module or of `workers.config`, where no command can catch it yet:
-    `orchestrator.interrupts` prints it and ends the command with this status.
-    """
-
-    import_status = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A kind: its function, what it is in a phrase, and the settings of its section that it reads.
-
-    `settings` declares those that the section lacks without it, by name, each as (type, pydantic's Field).
-    """
-
-    function: str  # "module:name"
-    about: str
-    reads: tuple[str, ...] = ()
-    settings: Mapping[str, tuple[Any, Any]] | None = None
-
-    def load(self) -> Any:
-        return load(self.function)
-
-
-def load(function: str) -> Any:
-    """What "module:name" names."""
-    module, _, name = function.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-E = TypeVar("E", bound=Entry)
-M = TypeVar("M", bound=BaseModel)
-
-
-class Kinds(dict[str, E], Generic[E]):
-    """Entries by name. Raises ValueError where a name is taken."""
-
-    def __setitem__(self, name: str, entry: E) -> None:
-        if name in self:
-            raise ValueError(f"two kinds are called {name!r}: {self[name].function} and {entry.function}")
-        super().__setitem__(name, entry)
-
-    @property
-    def reads(self) -> dict[str, tuple[str, ...]]:
-        """The settings that each reads, as `Record.READS` has them."""
-        return {name: (*entry.reads, *(entry.settings or ())) for name, entry in self.items()}
-
-    def list_names(self, wanted: Callable[[E], bool]) -> str:
-        """The names of the entries that are wanted, as the end of an advice."""
-        return " or ".join(sorted(name for name, entry in self.items() if wanted(entry)))
-
-
-def add_settings_of(*tables: Kinds[Any]) -> Callable[[type[M]], type[M]]:
-    """Adds to a record the settings that entries of these tables declare. Raises BrokenPackage where that cannot be."""
-
-    def add(record: type[M]) -> type[M]:
-        found: dict[str, Any] = {}
-        for name, entry in (item for table in tables for item in table.items()):
-            for setting, form in (entry.settings or {}).items():
-                if setting in record.model_fields or setting in found:
-                    raise BrokenPackage(
-                        f"{entry.function}: {record.__name__} has a setting {setting!r} already; rename it"
-                    )
-                found[setting] = form
-            if unknown := set(entry.reads) - set(record.model_fields):
-                missing = f"reads {sorted(unknown)}, which {record.__name__} lacks"
-                raise BrokenPackage(f"{entry.function} ({name}) {missing}; mend or uninstall its package")
-        if not found:
-            return record
-        more: dict[str, Any] = {"__doc__": record.__doc__, "__module__": record.__module__, **found}
-        return create_model(record.__name__, __base__=record, **more)
-
-    return add
 
 
 # ---- Networks: (ModelConfig, Signature) -> module, which `workers.network.build` describes ---------------------
@@ -362,9 +285,14 @@ NAMED_AT: dict[str, Kinds[Any]] = {
 }
 
 
+# Those whose kinds may have settings of their own.
+SETTABLE = ("diffusion.schedule.kind", "loss.objective", "loss.weighting", "evaluation.fid.sampler.kind")
+
+
 def _load_package(point: EntryPoint) -> None:
     try:
-        point.load()
+        with register_for(f"{point.dist.name}-{point.dist.version}" if point.dist else ""):
+            point.load()
     except (Exception, SystemExit) as error:
         package = f"the installed package {point.dist.name}" if point.dist else "an installed package"
         why = " ".join(f"{type(error).__name__}: {error}".split())

@@ -3,6 +3,7 @@
     trials/<trial>/            trial.yaml, status.json, journal.jsonl, samples/, checkpoints/step-00002000/
     evaluations/<checkpoint>/  <what>-<how>/block-00007.parquet, summary-<how>.json
     references/                feature spaces, and moments of features of data
+    code/<digest>/             modules from outside that names are pinned to, and modules.json
     sweeps/<name>/             sweep.json, asked.json, events.jsonl, results.parquet, report.html, ...
     nightly/<suite>/<day>/     result.json, report.html; locks/, speeds/, shares/, pictures/, canaries/
 
@@ -86,6 +87,10 @@ def name_share_file(model: str, batch_size: int) -> str:
 
 def name_reference_file(name: str) -> str:
     return f"{REFERENCES}/{name}"
+
+
+def name_code_file(digest: str, name: str) -> str:
+    return f"code/{digest}/{name}"
 
 
 def name_pictures_folder(checkpoint: str) -> str:

@@ -28,6 +28,12 @@ class Damage(ValueError):
     """The bytes are not those that were sealed; the message says how that shows."""
 
 
+def compute_digest(content: Any) -> str:
+    """16 hex digits of the sha256 of `content` (anything JSON can hold), independent of the order of its keys."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 # ---- JSON ------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 import torch
 
+from workers.bundles import look_in
 from workers.config import BLOCK_GPUS, Measurement
 from workers.data.dataset import prepare
 from workers.data.locate import make_absolute
@@ -42,6 +43,7 @@ class Order:
 
     @property
     def m(self) -> Measurement:
+        look_in(Storage(self.storage))
         return Measurement.model_validate_json(self.measurement)
 
 

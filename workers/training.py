@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from workers.code import drop_pin
 from workers.config import (
     SAMPLE_GRID,
     SAMPLE_GRID_STEPS,
@@ -188,7 +189,7 @@ class _Loop:
         self.journal.add_metrics(
             self.step,
             {
-                f"train/loss_{loss.weighting if loss.objective == 'mse' else loss.objective}": weighted,
+                f"train/loss_{drop_pin(loss.weighting if loss.objective == 'mse' else loss.objective)}": weighted,
                 "train/eps_mse": mse,
                 "train/grad_norm": norm,
                 "train/lr": compute_learning_rate(self.trial.training, self.step - 1),

@@ -1,18 +1,35 @@
 """What is sent to another machine as a job: its name, and what must not be in it. Neither Ray nor torch is imported."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from orchestrator.experiment.expand import expand
 from orchestrator.experiment.load import resolve
 from orchestrator.experiment.records import Experiment
+from workers.bundles import collect_bundles
 from workers.config import hide_secrets
 from workers.identity import compute_digest
 
 
 def name_job(experiment: Experiment, storage: str) -> str:
     """Says what the job makes and where: the same command has the same name."""
-    suffix = compute_digest([resolve(experiment), storage.rstrip("/")])[:8]
+    code = list(collect_bundles(variant.trial for variant in expand(experiment)))
+    suffix = compute_digest([resolve(experiment), storage.rstrip("/"), *code])[:8]
     return f"sweep-{experiment.name}-{suffix}"
+
+
+def list_code(experiment: Experiment) -> dict[str, str]:
+    """The text of all modules from outside that the experiment needs, by their place under a folder of `code`."""
+    bundles = collect_bundles(variant.trial for variant in expand(experiment))
+    return {module.file: module.text for bundle in bundles.values() for module in bundle.modules.values()}
+
+
+def write_code(code: Mapping[str, str], folder: Path) -> None:
+    """Writes what `list_code` lists, for an experiment file whose `code` is that folder."""
+    for name, text in code.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
 
 
 def find_secrets(file: Path, words: Sequence[str]) -> list[str]:

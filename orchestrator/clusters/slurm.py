@@ -11,13 +11,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator import cli
 from orchestrator.clusters.allocation import LEAD, LEAD_S
-from orchestrator.clusters.sending import find_secrets, name_job
+from orchestrator.clusters.sending import find_secrets, list_code, name_job, write_code
 from orchestrator.experiment.records import Experiment
 from orchestrator.planning.deadline import TO_BEGIN_S
 from workers.config import Mistake
@@ -237,6 +237,7 @@ class SentBatch:
     words: tuple[str, ...]  # of the command, its file apart
     file: Path
     folder: Path  # for the job's output and its copy of the file, seen by all nodes
+    code: Mapping[str, str] = field(default_factory=dict)  # texts of modules from outside, by their place
 
     @property
     def output(self) -> Path:
@@ -258,9 +259,10 @@ def make_batch(
     if mistakes:
         raise Mistake("\n".join(mistakes))
     folder = (Path(root) if where.is_local else Path.cwd()) / "slurm"
-    words = (*overrides, "--storage", root, *flags)
+    name, code = name_job(experiment, root), list_code(experiment)
+    words = (*overrides, *([f"code=[{name}-code]"] if code else []), "--storage", root, *flags)
     of = where.find_url(name_sweep_folder(experiment.name))
-    return SentBatch(name_job(experiment, root), experiment.name, root, of, words, file, folder)
+    return SentBatch(name, experiment.name, root, of, words, file, folder, code)
 
 
 def find_file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
@@ -299,6 +301,7 @@ def submit(sent: SentBatch, wish: Wish, unit_s: float | None) -> int:
     sent.folder.mkdir(parents=True, exist_ok=True)
     copy = sent.folder / f"{sent.name}.yaml"
     copy.write_bytes(sent.file.read_bytes())
+    write_code(sent.code, sent.folder / f"{sent.name}-code")
     output = _name_output(sent, wish)
     words = [
         *wish.words, f"--job-name={sent.name}", f"--output={output}", f"--comment={sent.of}", f"--chdir={Path.cwd()}",

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,11 +28,12 @@ import orchestrator
 import workers
 from orchestrator import cli
 from orchestrator.clusters.allocation import find_allocation
-from orchestrator.clusters.sending import find_secrets, name_job
+from orchestrator.clusters.sending import find_secrets, list_code, name_job, write_code
 from orchestrator.experiment.records import Experiment
 from orchestrator.ray_internals import find_clusters
 from workers.config import Mistake
 
+CODE = "code"  # the folder of modules from outside, in that of a job
 ANSWER_S = 5.0  # for a connection to be made
 TO_START_S, LOOK_S = 180.0, 0.5  # for the Ray of a job, which starts beside its driver
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -110,6 +111,7 @@ class Job:
     storage: str
     file: Path
     command: str  # what the head runs
+    code: Mapping[str, str] = field(default_factory=dict)  # texts of modules from outside, by their place in CODE
 
 
 def make_command_job(
@@ -125,9 +127,10 @@ def make_command_job(
     mistakes += find_secrets(file, [*overrides, storage])
     if mistakes:
         raise Mistake("\n".join(mistakes))
-    words = ["python", "-m", "orchestrator.sweep", file.name, *overrides, "--address", "auto", "--storage", storage]
-    words += flags
-    return Job(name_job(experiment, storage), experiment.name, storage, file, shlex.join(words))
+    code = list_code(experiment)
+    words = ["python", "-m", "orchestrator.sweep", file.name, *overrides, *([f"code=[{CODE}]"] if code else [])]
+    words += ["--address", "auto", "--storage", storage, *flags]
+    return Job(name_job(experiment, storage), experiment.name, storage, file, shlex.join(words), code)
 
 
 def choose_id(name: str, statuses: Mapping[str, str]) -> tuple[str, bool]:
@@ -159,7 +162,7 @@ def submit(ray_address: str, job: Job) -> int:
     """
     client = connect(ray_address)
     submission_id, new = choose_id(job.name, {j.submission_id: j.status for j in client.list_jobs() if j.submission_id})
-    new = new and _send(client, ray_address, submission_id, job.file, job.command)
+    new = new and _send(client, ray_address, submission_id, job)
     print(f"job  {submission_id}  {'submitted' if new else 'runs already: its output from the start'}", flush=True)
     try:
         asyncio.run(_print_output(client, submission_id))
@@ -191,16 +194,18 @@ def submit_again(ray_address: str, name: str, file: Path, words: Sequence[str], 
     )
     if submission_id is None:
         return None
-    return submission_id if _send(client, ray_address, submission_id, file, shlex.join(words)) else None
+    job = Job(name, "", "", file, shlex.join(words))
+    return submission_id if _send(client, ray_address, submission_id, job) else None
 
 
-def _send(client: JobSubmissionClient, ray_address: str, submission_id: str, file: Path, command: str) -> bool:
-    """Submits the command with its file; False where the cluster knows a job of this id. Raises Mistake."""
+def _send(client: JobSubmissionClient, ray_address: str, submission_id: str, job: Job) -> bool:
+    """Submits the command with its file and code; False where the cluster knows a job of this id. Raises Mistake."""
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
-        shutil.copy(file, folder)
+        shutil.copy(job.file, folder)
+        write_code(job.code, Path(folder, CODE))
         environment = {"working_dir": folder, **describe_environment()}
         try:  # no resources are asked for: so it runs on the head, and not on a machine that may be reclaimed
-            client.submit_job(entrypoint=command, submission_id=submission_id, runtime_env=environment)
+            client.submit_job(entrypoint=job.command, submission_id=submission_id, runtime_env=environment)
         except RuntimeError as error:
             if f"{submission_id} already exists" in str(error):
                 return False

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orchestrator.experiment.expand import DRAWS, expand
-from orchestrator.experiment.metrics import EVALUATIONS, METRICS
+from orchestrator.experiment.metrics import EVALUATIONS, list_metrics
 from orchestrator.experiment.records import (
     MOST_VARIANTS,
     Axis,
@@ -35,9 +35,10 @@ from workers.config import (
     Trial,
     count_sub_batches,
 )
+from workers.entries import load
 from workers.evaluation.blocks import list_comparable_metrics
 from workers.identity import PLACING, Unread, list_own_unread, list_unread
-from workers.kinds import MEASURES, OBJECTIVES, PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS, load
+from workers.kinds import MEASURES, OBJECTIVES, PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS
 
 
 def find_experiment_mistakes(content: Mapping[str, Any]) -> list[str]:
@@ -103,8 +104,8 @@ def tell_once(found: Iterable[tuple[str, Variant]], total: int) -> list[str]:
 def _find_axis_mistakes(path: str, axis: Axis) -> list[str]:
     """What is wrong with a path of the search space and with each of its values, taken by itself."""
     where = f"search.space.{path}"
-    if path not in TRIAL_SETTINGS:
-        return [f"{where}: no such setting of a trial{suggest_path(path, TRIAL_SETTINGS)}"]
+    if path not in (known := list_paths(Trial)):
+        return [f"{where}: no such setting of a trial{suggest_path(path, known)}"]
     if all(re.match(NOT_TRAINED, leaf) for leaf in list_settings_set(path, axis)):
         return [f"{where}: does not change what is trained: all its values are one and the same trial; set it outside"]
     found = []
@@ -286,7 +287,7 @@ def _find_metric_mistakes(search: SearchConfig, trial: Trial) -> list[str]:
     found, fid = [], trial.evaluation.fid
     measured = list_comparable_metrics(fid) if fid else []
     for where, name in [("search.metric", search.metric), *(("search.also", name) for name in search.also)]:
-        part = METRICS[name].part if search.space else None
+        part = list_metrics()[name].part if search.space else None
         if part and getattr(trial.evaluation, part) is None:
             found.append(f"{where}: {name} is not measured, as evaluation.{part} is null; take another metric")
         elif part == "fid" and name not in (EVALUATIONS, *measured):

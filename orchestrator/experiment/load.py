@@ -6,7 +6,8 @@ A file may also say by which overrides it becomes small (`smoke`); what is loade
 `load` tells all mistakes at once. Everything but the reading of the file is a pure function.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from orchestrator.experiment.settings import (
     suggest_path,
     write_yaml,
 )
+from workers import code
 from workers.config import Measurement
+from workers.kinds import NAMED_AT
+from workers.syntax import NAMED
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), smoke: bool = False) -> Experiment:
@@ -39,13 +43,15 @@ def load(path: str | Path, overrides: Sequence[str] = (), smoke: bool = False) -
         raise ExperimentError([str(mistake)], str(path)) from None
     if smoke and not content.get("smoke"):
         problems.append("smoke: the file has no such section; add one, such as smoke: {training.steps: 4}")
-    changed, wrong = _apply_smoke(content) if smoke else (_read_whole(content), _find_smoke_mistakes(content))
     given: list[tuple[str, str, Any]] = []
     for text in overrides:
         try:
             given.append((f"override {text!r}", *parse_assignment(text)))
         except ValueError as mistake:
             problems.append(f"override {text!r}: {mistake}")
+    roots = {"code": content.get("code", ()), **{key: value for _, key, value in given if key == "code"}}["code"]
+    problems += open_code(roots, Path(path).parent, [content, [value for _, _, value in given]])
+    changed, wrong = _apply_smoke(content) if smoke else (_read_whole(content), _find_smoke_mistakes(content))
     changed, without = _apply_overrides(changed, given)
     if smoke and isinstance(changed.get("name"), str):
         changed["name"] += "-smoke"
@@ -64,12 +70,37 @@ def parse(content: Mapping[str, Any]) -> Experiment:
 def resolve(experiment: Experiment) -> dict[str, Any]:
     """Every setting with its value, in plain types, name first: `parse` makes an equal experiment of it."""
     content = experiment.model_dump(mode="json")
+    if not experiment.code:
+        del content["code"]
     return {"name": content.pop("name"), **content}
 
 
 def to_yaml(experiment: Experiment) -> str:
     """`resolve` as the text of an experiment file: `load` makes an equal experiment of it."""
     return write_yaml(resolve(experiment))
+
+
+def open_code(roots: object, folder: Path, content: object) -> list[str]:
+    """Has modules looked for under the `roots`, and takes note of the kinds that `content` names from there.
+
+    Returns which of the roots are no folders. What of a name is wrong, the setting that has it tells.
+    """
+    names = [name for name in roots if isinstance(name, str)] if isinstance(roots, list | tuple) else []
+    places = {name: (folder / name).resolve() for name in names}
+    code.open_roots([place for place in dict.fromkeys(places.values()) if place.is_dir()])
+    for name in filter(NAMED.fullmatch, map(code.drop_pin, _list_texts(content))):
+        for table in NAMED_AT.values():
+            with suppress(code.CodeError):
+                table.pin(name)
+    return [f"code[{i}]: {places[name]} is no folder" for i, name in enumerate(names) if not places[name].is_dir()]
+
+
+def _list_texts(content: object) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, Mapping | list):
+        for inner in content.values() if isinstance(content, Mapping) else content:
+            yield from _list_texts(inner)
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -120,8 +151,8 @@ def _override(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     """`content` with `value` at `path`, which may go through a key of search.space. Raises ValueError."""
     key = path.removeprefix("search.space.")
     if key == path:
-        if path not in SETTINGS:
-            raise ValueError(f"unknown path{suggest_path(path, SETTINGS)}")
+        if path not in (known := list_paths(Experiment)):
+            raise ValueError(f"unknown path{suggest_path(path, known)}")
         return dict(put(content, path.split("."), value))
     stem, _, kind = key.rpartition(".")
     if stem and kind in Axis.model_fields:
@@ -147,8 +178,9 @@ def _find_smoke_mistakes(content: Mapping[str, Any]) -> list[str]:
     return problems + [f"smoke: {text}" for text in find_experiment_mistakes(small) if text not in known]
 
 
+def list_measurement_settings() -> list[str]:
+    """Those of a measurement, which may be others than those of the trial that is measured."""
+    return [path for path in list_paths(Measurement) if path.split(".")[0] in ("seed", "data", "evaluation")]
+
+
 SETTINGS = list_paths(Experiment)
-# Those of a measurement, which may be others than those of the trial that is measured.
-MEASUREMENT_SETTINGS = [
-    path for path in list_paths(Measurement) if path.split(".")[0] in ("seed", "data", "evaluation")
-]

@@ -1,9 +1,9 @@
 """The metrics that trials can be ranked on or traded off in. Of all of them, lower is better."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from workers.kinds import MEASURES
+from workers.kinds import MEASURES, MeasureEntry
 
 NLL, EVALUATIONS = "eval/nll_bpd", "eval/network_evaluations"
 
@@ -16,9 +16,9 @@ class Metric:
     is_rank: bool = True  # whether trials can be ranked on it, and not only traded off
 
 
-def _list_measures() -> Iterator[tuple[str, Metric]]:
+def _list_measures(measures: Iterable[MeasureEntry]) -> Iterator[tuple[str, Metric]]:
     """Those of samples, in each feature space."""
-    for measure in MEASURES.values():
+    for measure in measures:
         for key in measure.lower:
             for name in (key,) if measure.needs else (key, f"{key}_classifier"):
                 yield f"eval/{name}", Metric(head=name, part="fid")
@@ -31,9 +31,14 @@ METRICS = {
     "eval/ode_nll_bpd": Metric(head="ODE NLL bits/dim", part="ode_nll", by_image="ode_nll_per_image"),
     "valid/nll_bpd": Metric(head="validation bits/dim", part=None),
     EVALUATIONS: Metric(head="network_evaluations", part="fid", is_rank=False),
-    **dict(_list_measures()),
+    **dict(_list_measures(MEASURES.values())),
 }
 RANKS = tuple(name for name, metric in METRICS.items() if metric.is_rank)
+
+
+def list_metrics() -> dict[str, Metric]:
+    """METRICS, with those of the measures from outside that were named."""
+    return METRICS | dict(_list_measures(entry for entry, _ in MEASURES.outside.values()))
 
 
 def head_metric(name: str) -> str:

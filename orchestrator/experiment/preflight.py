@@ -21,8 +21,9 @@ from workers.config import (
 )
 from workers.data.sources import Source, describe_held_out, describe_source
 from workers.diffusion.schedules import alpha_bars, betas, log_snrs, prior_bpd
+from workers.entries import load
 from workers.evaluation.blocks import MOST_BLOCKS, Images, count_blocks
-from workers.kinds import MEASURES, NETWORKS, PREDICTIONS, SCHEDULES, load
+from workers.kinds import MEASURES, NETWORKS, PREDICTIONS, SCHEDULES
 from workers.network.unet_config import UNET
 
 PHOTOGRAPHS = 0.25  # E[x_0^2] of photographs on the [-1, 1] scale, about

@@ -4,7 +4,7 @@ Neither torch nor Ray is imported by any module of this room.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -12,12 +12,14 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    WithJsonSchema,
+    WrapValidator,
     field_validator,
     model_serializer,
     model_validator,
 )
 
-from orchestrator.experiment.metrics import METRICS, RANKS
+from orchestrator.experiment.metrics import METRICS, RANKS, list_metrics
 from orchestrator.experiment.settings import show
 from workers.config import (
     MOST_STEPS,
@@ -65,13 +67,29 @@ def _refuse_loss(metric: object) -> object:
     return metric
 
 
+def _allow_own(metric: object, check: Callable[[object], object]) -> object:
+    """A metric of a measure from outside is as those of ours."""
+    return metric if metric in list_metrics().keys() - METRICS.keys() else check(metric)
+
+
+def _describe_names(names: Iterable[str]) -> WithJsonSchema:
+    """Of a metric's name in a file: an editor does not know those of measures from outside."""
+    return WithJsonSchema(
+        {"anyOf": [{"enum": list(names), "type": "string"}, {"pattern": r"^eval/\w+$", "type": "string"}]}
+    )
+
+
 # The names of metrics are those of their table.
 if TYPE_CHECKING:
     MetricName = str
     TradedName = str
 else:
-    MetricName = Annotated[Literal[RANKS], BeforeValidator(_refuse_loss)]
-    TradedName = Annotated[Literal[tuple(METRICS)], BeforeValidator(_refuse_loss)]
+    MetricName = Annotated[
+        Literal[RANKS], BeforeValidator(_refuse_loss), WrapValidator(_allow_own), _describe_names(RANKS)
+    ]
+    TradedName = Annotated[
+        Literal[tuple(METRICS)], BeforeValidator(_refuse_loss), WrapValidator(_allow_own), _describe_names(METRICS)
+    ]
 Values = Annotated[tuple[Any, ...], Field(strict=False)]
 Range = Annotated[tuple[float, float], Field(strict=False)]
 WholeRange = Annotated[tuple[int, int], Field(strict=False)]
@@ -239,6 +257,9 @@ class Experiment(Trial):
     """A trial, and what to make of it. `trial` is the part outside the search."""
 
     name: Name = Field(description="of the sweep: its folder in the storage and its experiment in MLflow")
+    code: tuple[str, ...] = Field(
+        default=(), strict=False, description="folders of modules of one's own, relative to this file"
+    )
     search: SearchConfig = Field(default=SearchConfig(), description="which trials to run; without it there is one")
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="where MLflow is")
     preflight: PreflightConfig = Field(default=PreflightConfig(), description="what is refused before anything starts")

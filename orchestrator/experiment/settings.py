@@ -153,7 +153,7 @@ def write_yaml(content: Any) -> str:
 
 def list_fields(record: type[Record], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """The dotted path and the field of every setting of a record, sections too."""
-    for name, field in record.model_fields.items():
+    for name, field in record.find_fields().items():
         yield prefix + name, field
         if section := _find_record(field.annotation):
             yield from list_fields(section, f"{prefix}{name}.")
@@ -213,7 +213,7 @@ def _explain(record: type[Record], content: Any, details: dict[str, Any]) -> tup
     """pydantic's error in our words: where, what, and what would be valid."""
     path, kind, value, location = "", record, content, list(details["loc"])
     # What of the location names no setting (a member of a union, an end of a range) is left over.
-    while location and (member := _find_member(kind, location[0])) is not None:
+    while location and (member := _find_member(kind, location[0], value)) is not None:
         kind, step = member, location.pop(0)
         path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
         value = value.get(step) if isinstance(value, Mapping) else value[step]
@@ -221,10 +221,8 @@ def _explain(record: type[Record], content: Any, details: dict[str, Any]) -> tup
         section = _find_record(kind)
         assert section is not None, details
         path = f"{path}.{location[0]}".lstrip(".")
-        return (
-            path,
-            f"unknown key{suggest_path(path, list_paths(record), section.model_fields)}; valid: {_list_names(section)}",
-        )
+        fields = section.find_fields(value)
+        return path, f"unknown key{suggest_path(path, list_paths(record), fields)}; valid: {', '.join(fields)}"
     if details["type"] == "missing" and not location:
         return path, f"missing; it is {describe(kind)}"
     if details["type"] == "value_error":
@@ -327,10 +325,10 @@ def _find_record(kind: Any) -> type[Record] | None:
     return next((k for k, _ in _list_members(kind) if isinstance(k, type) and issubclass(k, Record)), None)
 
 
-def _find_member(kind: Any, step: str | int) -> Any:
+def _find_member(kind: Any, step: str | int, content: Any) -> Any:
     """The type one step further into a section, a mapping or a list; None where nothing is."""
     if section := _find_record(kind):
-        return section.model_fields.get(str(step))
+        return section.find_fields(content).get(str(step))
     for plain, _ in _list_members(kind):
         if get_origin(plain) is dict:
             return get_args(plain)[1]

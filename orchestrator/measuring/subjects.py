@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from orchestrator.experiment.check import find_evaluation_mistakes, find_flow_mistakes, find_unread
-from orchestrator.experiment.load import MEASUREMENT_SETTINGS, parse_assignment
+from orchestrator.experiment.load import list_measurement_settings, parse_assignment
 from orchestrator.experiment.preflight import check_evaluation, list_source_warnings
 from orchestrator.experiment.profiles import PROFILES
 from orchestrator.experiment.records import ExperimentError
@@ -27,7 +27,7 @@ from workers.network.manifest import Checkpoint
 from workers.remote import explain_download
 from workers.storage import Storage
 
-SETTINGS = MEASUREMENT_SETTINGS
+SETTINGS = list_measurement_settings()
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def _parse_assignments(overrides: Sequence[str]) -> dict[str, Any]:
     for text in overrides:
         try:
             path, value = parse_assignment(text)
-            if path not in SETTINGS:
-                raise ValueError(f"unknown path{suggest_path(path, SETTINGS)}; of a checkpoint one sets "
+            if path not in (known := list_measurement_settings()):
+                raise ValueError(f"unknown path{suggest_path(path, known)}; of a checkpoint one sets "
                                  "seed, data... and evaluation...")  # fmt: skip
             settings[path] = value
         except ValueError as mistake:

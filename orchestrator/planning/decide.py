@@ -10,6 +10,7 @@ from workers.evaluation.blocks import Block
 from workers.identity import collect_settings_read, compute_digest
 
 Action = Literal["train", "evaluate", "nothing"]
+NEW, NOT_EVALUATED = "new", "trained, not evaluated"
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,17 @@ class Decision:
     why: str
 
 
-def decide(found: Found, scheduler: str) -> Decision:
-    """What to do about one trial. `scheduler` is the key of the rule that prunes, see `make_scheduler_key`."""
+def decide(found: Found, scheduler: str, changed: str = "") -> Decision:
+    """What to do about one trial. `scheduler` is the key of the rule that prunes, see `make_scheduler_key`.
+
+    `changed` says which code from outside is another than when the sweep was begun last (`planning.changes`).
+    """
+    decision = _decide(found, scheduler)
+    is_of_it = changed and decision.why in (NEW, NOT_EVALUATED)
+    return Decision(decision.action, f"{decision.why}: {changed}") if is_of_it else decision
+
+
+def _decide(found: Found, scheduler: str) -> Decision:
     status = found.status or {}
     if found.unread:
         return Decision("nothing", found.unread)
@@ -29,13 +39,13 @@ def decide(found: Found, scheduler: str) -> Decision:
         case "finished" if found.unfinished:
             return Decision("train", "the end of its journal is gone: its last step is validated again")
         case "finished" if found.summary is None:
-            return Decision("evaluate", "trained, not evaluated")
+            return Decision("evaluate", NOT_EVALUATED)
         case "finished":
             return Decision("nothing", "done")
         case "new" if found.begun:
             return Decision("train", "its status.json is gone: resumes from its last checkpoint")
         case "new":
-            return Decision("train", "new")
+            return Decision("train", NEW)
         case "diverged":
             return Decision("nothing", str(status.get("detail") or "diverged"))
         case "pruned" if status.get("scheduler") == scheduler:

@@ -15,22 +15,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
-from orchestrator.experiment.expand import make_variants
+from orchestrator.experiment.expand import expand, make_variants
 from orchestrator.experiment.load import resolve
 from orchestrator.experiment.records import Experiment, Variant
 from orchestrator.experiment.settings import read_yaml, suggest_choice, write_yaml
 from orchestrator.state.events import Event, list_failures, read_events, sum_evaluation_seconds
 from orchestrator.state.rows import Found, Row
+from workers.bundles import collect_bundles, keep_bundle, look_in
 from workers.config import DataConfig, Measurement, Mistake, Trial
 from workers.data.locate import make_absolute
 from workers.data.sources import Source
 from workers.disk import StorageError
 from workers.evaluation.blocks import Images, make_protocol_key
-from workers.identity import PLACING, collect_settings_read, compute_digest
+from workers.identity import PLACING, collect_settings_read, compute_digest, list_outside
 from workers.journal import read_points
 from workers.layout import (
     SWEEPS,
@@ -71,10 +72,20 @@ class SavedSweep:
         return name_sweep_folder(self.name)
 
 
+class SavedCode(NamedTuple):
+    """Of each variant of a sweep the pinned names from outside by setting, and of each pin the digests of its files."""
+
+    variants: Sequence[tuple[Mapping[str, Any], Mapping[str, Sequence[str]]]]  # each with its values by path
+    files: Mapping[str, Mapping[str, str]]
+
+
 def keep_sweep(
     storage: Storage, experiment: Experiment, trials: Mapping[RowId, Variant], sources: Mapping[DataConfig, Source]
 ) -> None:
     """Writes `sweep.json`, unless it says the same already; its trials and their settings in the file's order."""
+    bundles = collect_bundles(variant.trial for variant in trials.values())
+    for bundle in bundles.values():
+        keep_bundle(storage, bundle)
     content = {
         "ids": IDS,
         "name": experiment.name,
@@ -88,10 +99,18 @@ def keep_sweep(
             }
             for row, v in trials.items()
         },
+        **({"code": {digest: bundle.digests for digest, bundle in bundles.items()}} if bundles else {}),
     }
     path = name_sweep_file(experiment.name, SWEEP)
     if json.dumps(storage.read_sealed(path)) != json.dumps(content):
         storage.write_sealed(path, content, sort=False)
+
+
+def read_code(storage: Storage, name: str) -> SavedCode:
+    """The code from outside that a sweep had when it was begun last; none where there is no such sweep."""
+    content = storage.read_sealed(name_sweep_file(name, SWEEP), RERUN) or {}
+    trials = content.get("trials", {}).values()
+    return SavedCode([(kept["params"], list_outside(kept["trial"])) for kept in trials], content.get("code", {}))
 
 
 def keep_asked(storage: Storage, experiment: Experiment, asked: Sequence[Variant]) -> None:
@@ -119,8 +138,9 @@ def _digest_search(experiment: Experiment) -> str:
     """A digest of all that suggestions depend on."""
     trial, search = (collect_settings_read(part, only_set=True) for part in (experiment.trial, experiment.search))
     trial["training"] = {name: value for name, value in trial["training"].items() if name not in PLACING}
+    pins = sorted({name for v in expand(experiment) for names in list_outside(v.trial).values() for name in names})
     search = {n: v for n, v in search.items() if n not in ("samples", "max_concurrent", "max_failures", "hang_s")}
-    return compute_digest([trial, {**search, "batch": experiment.search.first}])
+    return compute_digest([trial, {**search, "batch": experiment.search.first}, *pins])
 
 
 def list_sweeps(storage: Storage) -> list[str]:
@@ -195,6 +215,7 @@ def open_sweep(storage: Storage, name: str) -> SavedSweep:
             f"{name!r} is no sweep in {storage.root}{suggest_choice(name, there) or '.'} Sweeps there: "
             f"{', '.join(there) or 'none; run one first, or give its --storage'}"
         )
+    look_in(storage)
     trials = {}
     for row, kept in content["trials"].items():
         trial = TypeAdapter(Trial).validate_json(json.dumps(kept["trial"]))
@@ -235,6 +256,7 @@ def open_trial(storage: Storage, trial_id: str) -> Trial:
     content = storage.read_checked(path, open_text, RERUN)
     if content is None:
         raise Mistake(f"{storage.find_url(path)} is {'damaged' if storage.exists(path) else 'not there'}; {RERUN}")
+    look_in(storage)
     return Trial.model_validate(read_yaml(content)[0])
 
 

@@ -44,10 +44,11 @@ from orchestrator.tracking.views import (
     make_pareto_tags,
     name_part,
 )
+from workers.bundles import collect_bundles
 from workers.config import DataConfig, FIDConfig, Measurement, Mistake
 from workers.data.sources import Source
 from workers.evaluation.blocks import name_distance
-from workers.identity import compute_digest
+from workers.identity import compute_digest, list_outside
 from workers.layout import RowId, name_sweep_folder
 from workers.network import manifest
 from workers.storage import Storage, tell_damage
@@ -97,6 +98,9 @@ class SweepRuns:
             self.compare,
         )
         self.tracker.log_artifact(None, to_yaml(experiment).encode(), "experiment.yaml")
+        for digest, bundle in collect_bundles(variant.trial for variant in self.trials.values()).items():
+            for module in bundle.modules.values():
+                self.tracker.log_artifact(None, module.text.encode(), f"code/{digest}/{module.file}")
 
     @property
     def compare(self) -> ComparisonView:
@@ -147,6 +151,7 @@ class SweepRuns:
         ]  # fmt: skip
         params = flatten_params(trial.model_dump(mode="json"))
         tags = {**self.tags, "trial.digest": row_id, "data.digest": source.digest}
+        tags |= {f"code.{path}": ", ".join(names) for path, names in list_outside(trial).items()}
         number, hue = self._number_and_hue(row_id)
         tags[PART] = name_part(number)
         if SEED in (variant := self.trials[row_id]).params:

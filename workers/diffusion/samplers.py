@@ -21,7 +21,8 @@ from torch import Tensor
 from workers.config import SamplerConfig, plan_evaluations
 from workers.diffusion import flow
 from workers.diffusion.process import Model, Prediction, Process, at, spread
-from workers.kinds import SAMPLERS, load
+from workers.entries import load
+from workers.kinds import SAMPLERS
 from workers.shapes import NCHW, Counts, Times
 
 Sigmas = Float64[np.ndarray, "S"]  # noise levels, rising

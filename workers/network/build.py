@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from workers.code import drop_pin
 from workers.config import ModelConfig
+from workers.entries import is_outside
 from workers.identity import collect_settings_read
 from workers.kinds import NETWORKS
 from workers.network.unet import Dropout, UNet
@@ -52,7 +54,8 @@ def make_network_config(model: ModelConfig, shape: tuple[int, int, int], learned
 
 def is_foreign(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of a network that is not ours."""
-    return config.get(CLASS) in NETWORKS and config[CLASS] != UNET
+    kind = config.get(CLASS)
+    return isinstance(kind, str) and kind != UNET and (is_outside(kind) or drop_pin(kind) in NETWORKS)
 
 
 def build_network(config: dict[str, Any], generator: torch.Generator | None = None) -> nn.Module:
@@ -79,7 +82,7 @@ def find_mistakes(model: ModelConfig, shape: tuple[int, int, int], learned: bool
     height, width, channels = shape
     expected = (2, channels * (1 + learned), height, width)
     x, t = torch.zeros(2, channels, height, width), torch.zeros(2, dtype=torch.int64)
-    of = f"model.kind: {model.kind}, built for {height} x {width} images of {channels} channels,"
+    of = f"model.kind: {drop_pin(model.kind)}, built for {height} x {width} images of {channels} channels,"
     try:
         network = build_network(make_network_config(model, shape, learned), make_generator(0)).eval()
         with torch.no_grad():

@@ -1,0 +1,114 @@
+"""The kinds of records that settings are: what is common to them, and how a kind from outside adds to one."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, InitErrorDetails, core_schema
+
+from workers.code import drop_pin
+from workers.entries import Entry, Kinds, Reads, is_outside
+from workers.syntax import NAMED
+
+
+class Record(BaseModel):
+    """Settings that belong together. `READS` declares which of them each choice of another one reads.
+
+    By the field that chooses and by its choices ("null" and "a number" where it is none of a few words), in the order
+    in which they govern. A field that stands in none of the lists is always read.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    READS: ClassVar[Mapping[str, Mapping[str, tuple[str, ...]]]] = {}
+
+    @classmethod
+    def find_fields(cls, content: object = None) -> dict[str, FieldInfo]:
+        """Its settings by name; `content` is what a file says of it, or a record."""
+        return dict(cls.model_fields)
+
+
+class OpenRecord(Record):
+    """A record to whose settings the kinds that it names from outside add their own, which stand beside the others.
+
+    Those of kinds that were named elsewhere, but are not chosen, are checked and left out: of a search over kinds each
+    takes what is its.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    @classmethod
+    def find_fields(cls, content: object = None) -> dict[str, FieldInfo]:
+        get = content.get if isinstance(content, Mapping) else lambda name: getattr(content, name, None)
+        found: dict[str, FieldInfo] = {}
+        for field, table in cls._list_tables():
+            chosen = [table.outside[name] for name in (get(field),) if isinstance(name, str) and name in table.outside]
+            for entry, _ in [*table.outside.values(), *chosen]:
+                found |= entry.own_fields
+        return {**found, **cls.model_fields}
+
+    @classmethod
+    def _list_tables(cls) -> list[tuple[str, Kinds[Entry]]]:
+        return [(field, reads.table) for field, reads in cls.READS.items() if isinstance(reads, Reads)]
+
+    @model_validator(mode="after")
+    def _take_own_settings(self) -> "OpenRecord":
+        extra = self.__pydantic_extra__
+        assert extra is not None
+        given, taken = dict(extra), dict[str, Any]()
+        tables = [table for _, table in self._list_tables()]
+        for field, table in self._list_tables():
+            if is_outside(name := getattr(self, field)):
+                entry = table[name]
+                _check_fits(entry, drop_pin(name), type(self))
+                content = {setting: given.pop(setting) for setting in entry.own_fields if setting in given}
+                taken |= dict(entry.own_record.model_validate(content)) if entry.settings else {}
+        for entry in [entry for table in tables for entry, _ in table.outside.values()]:
+            for setting in [setting for setting in entry.own_fields if setting in given]:
+                model = entry.own_record.model_construct()
+                entry.own_record.__pydantic_validator__.validate_assignment(model, setting, given.pop(setting))
+        if given:
+            lines = [
+                InitErrorDetails(type="extra_forbidden", loc=(name,), input=value) for name, value in given.items()
+            ]
+            raise ValidationError.from_exception_data(type(self).__name__, lines)
+        extra.clear()
+        extra.update(taken)
+        return self
+
+
+def _check_fits(entry: Entry, name: str, record: type[Record]) -> None:
+    """Raises ValueError where a kind declares settings that the record has, or reads some that it lacks."""
+    if twice := sorted(entry.own_fields.keys() & record.model_fields):
+        raise ValueError(f"{name}: {record.__name__} has a setting {twice[0]!r} already; rename it")
+    if unknown := sorted(set(entry.reads) - set(record.model_fields)):
+        raise ValueError(f"{name}: reads {unknown}, which {record.__name__} lacks; declare them in `settings`")
+
+
+class NameOf:
+    """Of a setting whose values are the names of a table's kinds: it also takes `module:NAME`, and pins names."""
+
+    def __init__(self, table: Kinds[Any], takes_settings: bool = False) -> None:
+        self.table, self.takes_settings = table, takes_settings
+
+    def check(self, name: Any, is_listed: Callable[[Any], Any]) -> str:
+        if isinstance(name, str) and is_outside(name):
+            pinned = self.table.pin(name)
+            if self.table[pinned].settings and not self.takes_settings:
+                raise ValueError(f"{name!r} has settings, which a {self.table.entry_type.__name__} cannot have")
+            return pinned
+        is_listed(drop_pin(name) if isinstance(name, str) else name)
+        return self.table.pin(name)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_wrap_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [handler(schema), {"type": "string", "pattern": f"^{NAMED.pattern}$"}]}
