@@ -4,13 +4,14 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from orchestrator import cli
-from orchestrator.experiment.load import parse_assignment
+from orchestrator.experiment.load import open_code, parse_assignment
 from orchestrator.experiment.settings import find_invalid
 from workers.config import Mistake, ModelConfig
 
-EXAMPLES = ("my_networks:DIT width=64", "unet channels=16 multipliers=[1,2] --shape 28x28x1")
+EXAMPLES = ("my_networks:DIT width=64 --code examples/dit", "unet channels=16 multipliers=[1,2] --shape 28x28x1")
 MORE = """It builds the network twice, trains it on Gaussian pixels for some seconds, and holds it against what training
 and evaluation rely on: shapes, weights by the seed, noise from handed generators, a gradient everywhere, a state that
 is the network, images that do not depend on each other, and that it learns."""
@@ -21,6 +22,13 @@ def make_parser() -> argparse.ArgumentParser:
     result = cli.make_parser("conform", "NETWORK [setting=value ...]", EXAMPLES, more=MORE, endings=endings)
     result.add_argument("network", metavar="NETWORK", help="its kind, as model.kind names it")
     cli.add_overrides(result, "its settings, as they stand beside model.kind")
+    result.add_argument(
+        "--code",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="where its module lies, as `code` in a file names it",
+    )
     result.add_argument("--shape", default="8x8x1", metavar="HxWxC", help="of images; default: 8x8x1")
     return result
 
@@ -31,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Raises Mistake."""
+    if missing := open_code(options.code, Path.cwd(), options.network):
+        raise Mistake("\n".join(missing))
     model, shape = _read_model(options.network, options.overrides), _read_shape(options.shape)
     from workers.conformity import check_network  # torch loads here
 
