@@ -19,7 +19,7 @@ is the network, images that do not depend on each other, and that it learns."""
 
 def make_parser() -> argparse.ArgumentParser:
     endings = {cli.DONE: "the network keeps all of it", cli.ALARM: "the network breaks some of it"}
-    result = cli.make_parser("conform", "NETWORK [setting=value ...]", EXAMPLES, more=MORE, endings=endings)
+    result = cli.make_parser("conform", "NETWORK [a.b=value ...]", EXAMPLES, more=MORE, endings=endings)
     result.add_argument("network", metavar="NETWORK", help="its kind, as model.kind names it")
     cli.add_overrides(result, "its settings, as they stand beside model.kind")
     result.add_argument(
