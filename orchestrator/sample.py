@@ -18,7 +18,7 @@ from typing import Any
 from orchestrator import cli
 from orchestrator.experiment.settings import show
 from workers.config import Mistake
-from workers.identity import collect_settings_read
+from workers.identity import describe_sampler
 from workers.layout import name_pictures_folder
 
 EXAMPLES = (
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         raise Mistake("\n".join(problems))
     storage.check_writable()
     times = options.at or sorted({max(1, subject.m.T * k // 8) for k in range(1, 9)}, reverse=True)
-    sampler = collect_settings_read(subject.m.evaluation.fid.sampler) if subject.m.evaluation.fid else "ancestral"
+    sampler = describe_sampler(subject.m.evaluation.fid.sampler) if subject.m.evaluation.fid else "ancestral"
     print(f"samples by evaluation.fid.sampler = {show(sampler)}", file=sys.stderr)
     folder = name_pictures_folder(subject.checkpoint.digest)
     storage.remove_leftovers(folder)

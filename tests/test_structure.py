@@ -9,11 +9,12 @@ ROOT = Path(__file__).parent.parent
 # Each line is a room, `workers` or `orchestrator` themselves where it names none; state stands above what uses it.
 ORDER = """
     workers: seals kinds config layout identity speed signals disk remote storage sharing locks
-    workers: noise memos pulse journal shapes pausing
+    workers: noise memos pulse journal shapes pausing passes classes
     workers.data: mirror splits cache decoding tree built_in parquet_files cifar10 idx formats locate survey
     workers.data: sources proofs dataset pixels
     workers.network: unet_config unet
-    workers.diffusion: schedules process predictions bound objectives timesteps flow samplers gaussian ledger likelihood
+    workers.diffusion: schedules process guidance predictions bound objectives timesteps flow samplers
+    workers.diffusion: gaussian ledger likelihood
     workers.network: manifest diffusers_config checkpoint
     workers.evaluation: precision frechet fidelity inception features blocks make summary pictures canaries
     workers: peak world learner training calibration ray_private jobs signs hosts ray_train data_parallel tasks

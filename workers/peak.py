@@ -71,7 +71,8 @@ def count_training_flops(config: str) -> int:
     with torch.device("meta"), torch.no_grad():
         network = UNet(c).eval()
         with FlopCounterMode(display=False) as counted:
-            network(torch.zeros(1, c["in_channels"], c["sample_size"], c["sample_size"]), torch.zeros(1))
+            x_t, one = torch.zeros(1, c["in_channels"], c["sample_size"], c["sample_size"]), torch.zeros(1)
+            network(x_t, one, one.long())
     return 3 * int(counted.get_total_flops())
 
 
