@@ -73,7 +73,12 @@ def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
 
     inputs = [ColSpec(DataType.long, "n"), ColSpec(DataType.long, "seed")]
     inputs += [ColSpec(DataType.string, "sampler", required=False), ColSpec(DataType.long, "steps", required=False)]
-    outputs = [TensorSpec(np.dtype(np.uint8), (-1, *checkpoints.describe(candidate.checkpoint).shape))]
+    described = checkpoints.describe(candidate.checkpoint)
+    if described.classes:
+        inputs += [ColSpec(DataType.string, "label", required=False)]
+    if described.takes_no_label:
+        inputs += [ColSpec(DataType.double, "guidance", required=False)]
+    outputs = [TensorSpec(np.dtype(np.uint8), (-1, *described.shape))]
     with tempfile.TemporaryDirectory() as temporary:
         checkpoints.export(candidate.checkpoint, Path(temporary, "diffusers"))
         save_model(

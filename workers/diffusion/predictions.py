@@ -118,6 +118,11 @@ class Denoiser(nn.Module):
         """The classes that the network is told; None where it is told none."""
         return getattr(self.network, "classes", None)
 
+    @property
+    def takes_no_label(self) -> bool:
+        """Whether it was trained without labels, too, so that it can be guided."""
+        return bool(getattr(self.network, "takes_no_label", False))
+
     def forward(self, x_t: NCHW, t: RealTimes, labels: Counts | None = None) -> Prediction:
         """The network itself counts t from 0."""
         told = () if labels is None else (labels,)
