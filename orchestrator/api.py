@@ -5,6 +5,7 @@ A user's mistake is raised as `Mistake`, with the text that the command prints. 
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,19 +154,62 @@ class DiffusionModel:
     shape: tuple[int, int, int]
     checkpoint: "Checkpoint"
 
-    def __call__(self, x_t: "torch.Tensor", t: "torch.Tensor") -> "torch.Tensor":
-        """eps_theta(x_t, t): x_t float32 (N, C, H, W), t int64 (N,) in 1..T."""
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By label: of a model that is told the class of each image; else none."""
+        return self.network.classes.names if self.network.classes else ()
+
+    def __call__(
+        self, x_t: "torch.Tensor", t: "torch.Tensor", *, labels: "torch.Tensor | None" = None
+    ) -> "torch.Tensor":
+        """eps_theta(x_t, t): x_t float32 (N, C, H, W), t int64 (N,) in 1..T.
+
+        A model that is told classes takes `labels`, int64 (N,): -1 tells none, where it was trained without, too.
+        """
         import torch
 
+        told = self._check_labels(labels, len(x_t))
+        if told is None and self.class_names:
+            raise Mistake("this model is told the class of each image; give labels=...")
         with torch.no_grad():
-            return torch.as_tensor(self.network(x_t, t).eps)
+            return torch.as_tensor(self.network(x_t, t, told).eps)
 
-    def sample(self, n: int, *, seed: int = 0, steps: int | None = None, eta: float = 0.0) -> "np.ndarray":
-        """n samples, uint8 (n, H, W, C) in 0..255: ancestral, or by DDIM where `steps` are given."""
+    def _check_labels(self, labels: Any, n: int) -> "torch.Tensor | None":
+        """int64 (n,): of one label for all, by name or number, or of one each. Raises Mistake."""
+        import torch
+
+        if labels is None:
+            return None
+        classes, least = self.network.classes, -1 if self.network.takes_no_label else 0
+        if classes is None:
+            raise Mistake("this model is told no classes; leave labels out")
+        listed = [labels] * n if isinstance(labels, str | int) else list(labels)
+        found = torch.tensor([classes.find(label) if isinstance(label, str) else int(label) for label in listed])
+        if len(found) != n or not ((found >= least) & (found < len(classes.names))).all():
+            most = len(classes.names) - 1
+            raise Mistake(f"labels: give one for all or one for each of {n} images, of {least} to {most} or by name")
+        return found
+
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        eta: float = 0.0,
+        labels: "int | str | Sequence[int | str] | None" = None,
+        guidance: float | None = None,
+    ) -> "np.ndarray":
+        """n samples, uint8 (n, H, W, C) in 0..255: ancestral, or by DDIM where `steps` are given.
+
+        Of a model that is told classes they are of `labels`, one for all or one each, by number or name, and else in
+        the proportions of the training images; `guidance` is the scale of `workers.diffusion.guidance`.
+        """
         import numpy as np
         import torch
 
         from workers.data.pixels import to_levels
+        from workers.diffusion.guidance import tell_labels
         from workers.diffusion.samplers import sample
         from workers.network.manifest import get_most_bytes
         from workers.noise import make_generator
@@ -180,13 +224,20 @@ class DiffusionModel:
                 f"sample({n}): {n:,} images of {height}x{width} are {size / 1e9:,.1f} GB, more than the "
                 f"{get_most_bytes() / 1e9:.1f} GB that are taken here at once; ask for fewer, by several seeds"
             )
+        if guidance is not None and (guidance < 0 or (guidance != 1 and not self.network.takes_no_label)):
+            needed = "at least 0" if guidance < 0 else "1 for a model that was not trained with training.label_dropout"
+            raise Mistake(f"guidance={guidance}: it is {needed}")
         config = SamplerConfig(kind="ddim", steps=steps, eta=eta) if steps else SamplerConfig()
+        told = self._check_labels(labels, n)
+        if told is None and self.network.classes:
+            told = torch.from_numpy(self.network.classes.assign(np.arange(n)))
         found = np.empty((n, height, width, channels), np.uint8)
         for first in range(0, n, DRAWN_AT_ONCE):  # the network's memory is that of so many, whatever n is
             shape = (min(DRAWN_AT_ONCE, n - first), channels, height, width)
             noise = make_generator(seed, "model", *([first] if first else []))
             with torch.no_grad():
-                x_0 = sample(self.process, self.network, config, shape, noise)
+                part = None if told is None else told[first : first + shape[0]]
+                x_0 = sample(self.process, tell_labels(self.network, part, guidance), config, shape, noise)
             found[first : first + len(x_0)] = to_levels(x_0, 256).numpy()
         return found
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator import cli
 from orchestrator.experiment.profiles import PROFILES
-from orchestrator.measuring.differences import compare_paired, list_protocol_differences
+from orchestrator.measuring.differences import compare_paired, list_differences_of_kind, list_protocol_differences
 from orchestrator.state.rows import is_distance
 from workers.config import Mistake
 
@@ -77,6 +77,7 @@ def compare_summaries(first: Mapping[str, Any], second: Mapping[str, Any]) -> tu
         ours = list_protocol_differences(first, second, kind)
         differing += ours
         lines += [f"not compared: {text}" for text in ours]
+        lines += [f"not of one kind: {text}" for text in list_differences_of_kind(first, second, kind)]
         if kind == "nll" and not ours and len(first["nll_per_image"]) < 2:
             lines.append("not compared: the nll of a single image has no error")
         elif kind == "nll" and not ours:

@@ -1,6 +1,6 @@
 """`python -m orchestrator.sample TARGET`: pictures of what a checkpoint makes, as PNG files and MLflow images.
 
-    samples.png          a grid of samples by the sampler of the evaluation
+    samples.png          a grid of samples by the sampler of the evaluation; a row a class where the model is told them
     progressive.png      x_0_hat along all T ancestral steps, a sample a row
     interpolation.png    two held-out images blended at several t and decoded, t a row with its number beside it
     coding.png           held-out images as x_0_hat(x_t) shows them, by the bits received
@@ -13,17 +13,18 @@ import argparse
 import io
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from orchestrator import cli
 from orchestrator.experiment.settings import show
 from workers.config import Mistake
-from workers.identity import collect_settings_read
+from workers.identity import describe_sampler
 from workers.layout import name_pictures_folder
 
 EXAMPLES = (
     "aca8d9a9 evaluation.fid.sampler.kind=heun evaluation.fid.sampler.steps=18 --n 100",
     "aca8d9a9 --between 3 7 --at 25 50 75",
+    "aca8d9a9 --label 3 evaluation.fid.sampler.guidance=2",
     "ddpm-cifar10-32 data.source=cifar10.parquet",
 )
 ROWS, FRAMES, BLENDS, RATES = 8, 11, 9, 8  # of the pictures
@@ -41,6 +42,8 @@ def make_parser() -> argparse.ArgumentParser:
     result.add_argument("--between", type=int, nargs=2, default=(0, 1), metavar=("A", "B"),
                         help="the held-out images to interpolate between, by their number (default: 0 1)")  # fmt: skip
     result.add_argument("--at", type=int, nargs="+", metavar="T", help="times to blend at (default: eighths of T)")
+    result.add_argument("--label", metavar="CLASS", help="draw samples of this class alone, by its number or name, "
+                        "where the model was trained with model.labels")  # fmt: skip
     cli.add_storage(result)
     cli.add_tracking_uri(result, "that of the trial's sweep, or the storage's")
     return result
@@ -72,14 +75,15 @@ def run(options: argparse.Namespace) -> int:
     problems += [f"--at {t}: the times are 1..{subject.m.T}" for t in options.at or () if not 1 <= t <= subject.m.T]
     if problems:
         raise Mistake("\n".join(problems))
+    label = None if options.label is None else find_label(subject.checkpoint, options.label)
     storage.check_writable()
     times = options.at or sorted({max(1, subject.m.T * k // 8) for k in range(1, 9)}, reverse=True)
-    sampler = collect_settings_read(subject.m.evaluation.fid.sampler) if subject.m.evaluation.fid else "ancestral"
+    sampler = describe_sampler(subject.m.evaluation.fid.sampler) if subject.m.evaluation.fid else "ancestral"
     print(f"samples by evaluation.fid.sampler = {show(sampler)}", file=sys.stderr)
     folder = name_pictures_folder(subject.checkpoint.digest)
     storage.remove_leftovers(folder)
     paths = {}
-    for name, content in make_pictures(storage, subject, options.n, tuple(options.between), times).items():
+    for name, content in make_pictures(storage, subject, options.n, tuple(options.between), times, label=label).items():
         paths[name] = f"{folder}/{name}.png"
         storage.write(paths[name], content)
         print(storage.find_url(paths[name]))
@@ -88,66 +92,149 @@ def run(options: argparse.Namespace) -> int:
     return cli.DONE
 
 
+def find_label(checkpoint: Any, text: str) -> int:
+    """The label of a class by its name or number. Raises Mistake where the checkpoint's network knows none such."""
+    from workers.network import checkpoint as checkpoints
+
+    classes = checkpoints.describe(checkpoint).classes
+    if classes is None:
+        raise Mistake(f"--label {text}: this model is told no classes; leave it out, or train one with model.labels")
+    try:
+        return int(classes.find(text))
+    except Mistake as mistake:
+        raise Mistake(f"--label: {mistake}") from None
+
+
+class _Opened:
+    """The model and the data of a `Subject` in memory, and the tensors that its pictures begin with."""
+
+    def __init__(self, subject: Any) -> None:
+        import torch
+
+        from workers.config import SamplerConfig
+        from workers.data.dataset import prepare
+        from workers.evaluation.make import make_measured_process
+        from workers.network import checkpoint as checkpoints
+
+        self.m = subject.m
+        self.dataset = prepare(self.m.data)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        network, process = checkpoints.load(subject.checkpoint)
+        self.network, self.process = network.to(self.device), make_measured_process(self.m, process)
+        self.sampler = self.m.evaluation.fid.sampler if self.m.evaluation.fid else SamplerConfig()
+
+    def tell(self, labels: Sequence[int], guidance: float | None = None) -> Any:
+        """The model of a batch of these classes, where it is told any."""
+        import torch
+
+        from workers.diffusion.guidance import tell_labels
+
+        told = torch.tensor(labels, device=self.device) if self.network.classes else None
+        return tell_labels(self.network, told, guidance)
+
+    def take_held_out(self, rows: Sequence[int]) -> tuple[Any, Any]:
+        """Held-out images, float32 NCHW, and the model of them."""
+        import numpy as np
+        import torch
+
+        from workers.data.pixels import to_model
+
+        images, labels = self.dataset.held_out[list(rows)], self.dataset.held_out_labels
+        told = self.tell([0] * len(rows) if labels is None else [int(labels[row]) for row in rows])
+        return to_model(torch.from_numpy(np.array(images)), self.dataset.levels).to(self.device), told
+
+    def draw_x_T(self, n: int, *where: str) -> tuple[Any, Any]:
+        """x_T, and the generator that it comes from, at an address of its own."""
+        import torch
+
+        from workers.noise import make_generator
+
+        height, width, channels = self.dataset.shape
+        noise = make_generator(self.m.seed, "pictures", *where)
+        return torch.randn((n, channels, height, width), generator=noise).to(self.device), noise
+
+
 def make_pictures(
-    storage: Any, subject: Any, n: int, between: tuple[int, int], times: Sequence[int]
+    storage: Any, subject: Any, n: int, between: tuple[int, int], times: Sequence[int], *, label: int | None = None
 ) -> dict[str, bytes]:
-    """The PNG files by name, of a `Subject`. Noise is addressed by its seed, so the same command draws the same."""
-    import numpy as np
+    """The PNG files by name, of a `Subject`. Noise is addressed by its seed, so the same command draws the same.
+
+    Samples are of the class `label` where it is given; real images are shown as those of their own class.
+    """
     import torch
 
     from workers.config import SamplerConfig
-    from workers.data.dataset import prepare
-    from workers.data.pixels import draw_grid, to_levels, to_model
+    from workers.data.pixels import draw_grid, to_levels
+    from workers.diffusion.guidance import take_rows
     from workers.diffusion.samplers import draw
-    from workers.evaluation.blocks import Images, name_summary
-    from workers.evaluation.make import make_measured_process
-    from workers.evaluation.pictures import compute_coding_curve, decode_at, draw_progressive, interpolate
-    from workers.network import checkpoint as checkpoints
+    from workers.evaluation.pictures import decode_at, draw_progressive, interpolate
     from workers.noise import make_generator
 
-    m, dataset = subject.m, prepare(subject.m.data)
-    levels = dataset.levels
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network, process = checkpoints.load(subject.checkpoint)
-    model, process = network.to(device), make_measured_process(m, process)
-    sampler = m.evaluation.fid.sampler if m.evaluation.fid else SamplerConfig()
-    height, width, channels = dataset.shape
-
-    def take_held_out(rows: Sequence[int]) -> torch.Tensor:
-        return to_model(torch.from_numpy(np.array(dataset.held_out[list(rows)])), levels).to(device)
+    opened = _Opened(subject)
+    m, process, sampler, levels = opened.m, opened.process, opened.sampler, opened.dataset.levels
 
     def tabulate(x: torch.Tensor, heads: Sequence[str], sides: Sequence[str], title: str) -> bytes:
         return draw_labelled(to_levels(x, levels).cpu().numpy(), levels, heads, sides, title)
 
-    def draw_x_T(count: int, noise: torch.Generator) -> torch.Tensor:
-        return torch.randn((count, channels, height, width), generator=noise).to(device)
-
-    noise = make_generator(m.seed, "pictures", "samples")
-    samples = draw(process, model, sampler, draw_x_T(n, noise), noise, clip=True).x_0
-    noise = make_generator(m.seed, "pictures", "progressive")
-    strip = draw_progressive(process, model, SamplerConfig(), draw_x_T(ROWS, noise), noise, frames=FRAMES)
-    ends, weights, rows = take_held_out(between), torch.linspace(0, 1, BLENDS), []
+    grid, strips = (_arrange_grid(opened.network.classes, count, label) for count in (n, ROWS))
+    x_T, noise = opened.draw_x_T(grid.n, "samples")
+    samples = draw(process, opened.tell(grid.labels, sampler.guidance), sampler, x_T, noise, clip=True).x_0
+    x_T, noise = opened.draw_x_T(strips.n, "progressive")
+    told = opened.tell(strips.labels, sampler.guidance)
+    strip = draw_progressive(process, told, SamplerConfig(), x_T, noise, frames=FRAMES)
+    (ends, told), weights, rows = opened.take_held_out(between), torch.linspace(0, 1, BLENDS), []
+    nearer = take_rows(told, (weights > 0.5).long())
     for t in times:
         noise = make_generator(m.seed, "pictures", "interpolation", t)
-        rows += [ends[:1], interpolate(process, model, ends, t, weights, generator=noise), ends[1:]]
-    summary = storage.read_sealed(name_summary(m, subject.checkpoint.digest, Images.of(dataset))) or {}
-    if curve := summary.get("rate_distortion"):
-        rate, rmse = np.array(curve["rate_bpd"]), np.array(curve["rmse_255"])
-    else:
-        some = take_held_out(range(min(CURVE_IMAGES, len(dataset.held_out))))
-        rate, rmse = compute_coding_curve(process, model, some, levels, make_generator(m.seed, "pictures", "curve"))
+        rows += [ends[:1], interpolate(process, nearer, ends, t, weights, generator=noise), ends[1:]]
+    rate, rmse = _find_curve(storage, subject, opened)
     sent = _choose_steps(rmse)
-    real, noise = take_held_out(range(min(ROWS, len(dataset.held_out)))), make_generator(m.seed, "pictures", "coding")
-    shown = decode_at(process, model, real, [process.T - k for k in sent], noise)
+    real, told = opened.take_held_out(range(min(ROWS, len(opened.dataset.held_out))))
+    noise = make_generator(m.seed, "pictures", "coding")
+    shown = decode_at(process, told, real, [process.T - k for k in sent], noise)
     coded = torch.cat([shown, real[:, None]], dim=1)
     blends = [f"image {between[0]}", *(f"{w:.3g}" for w in weights.tolist()), f"image {between[1]}"]
     return {
-        "samples": draw_grid(to_levels(samples, levels), levels),
+        "samples": draw_grid(to_levels(samples, levels), levels, columns=grid.columns, names=grid.names),
         "progressive": draw_grid(to_levels(strip.flatten(0, 1), levels), levels, columns=strip.shape[1]),
         "interpolation": tabulate(torch.cat(rows), blends, [f"t = {t}" for t in times], "share of the second image"),
         "coding": tabulate(coded.flatten(0, 1), [*(f"{rate[k]:.3g}" for k in sent), "image"], (), "bits/dim received"),
         "coding_curve": draw_curve(rate, rmse),
     }
+
+
+def _find_curve(storage: Any, subject: Any, opened: _Opened) -> tuple[Any, Any]:
+    """Rate and distortion by the steps of progressive coding, as they were measured or else of some images."""
+    import numpy as np
+
+    from workers.evaluation.blocks import Images, name_summary
+    from workers.evaluation.pictures import compute_coding_curve
+    from workers.noise import make_generator
+
+    m, dataset = opened.m, opened.dataset
+    summary = storage.read_sealed(name_summary(m, subject.checkpoint.digest, Images.of(dataset))) or {}
+    if curve := summary.get("rate_distortion"):
+        return np.array(curve["rate_bpd"]), np.array(curve["rmse_255"])
+    some, told = opened.take_held_out(range(min(CURVE_IMAGES, len(dataset.held_out))))
+    return compute_coding_curve(opened.process, told, some, dataset.levels, make_generator(m.seed, "pictures", "curve"))
+
+
+class _Grid(NamedTuple):
+    """Of which classes the samples of a grid are, and how they stand."""
+
+    n: int
+    labels: list[int]
+    columns: int | None = None  # None: as many as there are rows
+    names: Sequence[str] = ()  # of the rows
+
+
+def _arrange_grid(classes: Any, n: int, label: int | None) -> _Grid:
+    """About n samples: of one class where a `label` is given, else in rows of a class each, where there are any."""
+    if classes is None or label is not None:
+        return _Grid(n, [label or 0] * n)
+    rows = classes.list_trained()[:n]
+    labels = [row for row in rows for _ in range(n // len(rows))]
+    return _Grid(len(labels), labels, n // len(rows), [classes.names[row] for row in rows])
 
 
 def _choose_steps(rmse: Any) -> list[int]:

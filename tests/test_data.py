@@ -191,7 +191,8 @@ def test_the_line_says_what_was_found(tmp_path):
     write_images(tmp_path / "d/Train", COLOUR[:20], LABELS[:20])
     write_images(tmp_path / "d/valid", COLOUR[20:], LABELS[20:])
     assert line(tmp_path / "d") == (
-        "d: images, 20 to train on (Train/), 10 held out (valid/), 7 classes, 4x4 in colour"
+        "d: images, 20 to train on (Train/), 10 held out (valid/), "
+        "7 classes (class0, class1, class2, class3 and 3 more), 4x4 in colour"
     )
     assert line(write_images(tmp_path / "a\nb", GREY), resolution=2) == (
         r"'a\nb': images, 27 to train on, 3 held out (of the same images, by a fixed shuffle), no labels, 2x2 grey"

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from workers.config import DiffusionConfig, SamplerConfig, ScheduleConfig, count_evaluations
+from workers.config import DiffusionConfig, SamplerConfig, ScheduleConfig
 from workers.diffusion.predictions import from_eps, interpret
 from workers.diffusion.process import Process
 from workers.diffusion.samplers import Ladder, draw, find_nearest_times, geometric, langevin, power
 from workers.entries import load
 from workers.kinds import SAMPLERS
 from workers.noise import make_generator
+from workers.passes import count_evaluations
 
 F64 = torch.float64
 S = 0.2  # the pixels' standard deviation

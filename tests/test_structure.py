@@ -10,11 +10,12 @@ ROOT = Path(__file__).parent.parent
 ORDER = """
     workers: seals syntax code entries kinds sections config layout identity speed signals disk remote storage bundles
     workers: sharing locks
-    workers: noise memos pulse journal shapes pausing
+    workers: noise memos pulse journal shapes pausing passes classes
     workers.data: mirror splits cache decoding tree built_in parquet_files cifar10 idx formats locate survey
     workers.data: sources proofs dataset pixels
     workers.network: unet_config unet build
-    workers.diffusion: schedules process predictions bound objectives timesteps flow samplers gaussian ledger likelihood
+    workers.diffusion: schedules process guidance predictions bound objectives timesteps flow samplers
+    workers.diffusion: gaussian ledger likelihood
     workers.network: manifest diffusers_config checkpoint
     workers.evaluation: precision frechet fidelity inception features blocks make summary pictures canaries
     workers: peak world learner conformity training calibration

@@ -198,7 +198,7 @@ def test_bfloat16_autocast_stays_near_float32() -> None:
     [
         ("act_fn", "gelu"),
         ("class_embed_type", "timestep"),
-        ("num_class_embeds", 10),
+        ("num_class_embeds", 0),
         ("resnet_time_scale_shift", "scale_shift"),
         ("num_train_timesteps", 1000),
         ("time_embedding_type", "fourier"),

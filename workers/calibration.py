@@ -9,15 +9,16 @@ import torch
 from workers.config import SamplerConfig, Trial
 from workers.data.dataset import prepare
 from workers.data.pixels import to_model
+from workers.diffusion.guidance import tell_labels
 from workers.diffusion.likelihood import count_pairs_at_once, measure_pairs
 from workers.diffusion.predictions import Denoiser
-from workers.diffusion.process import Process
+from workers.diffusion.process import Model, Process
 from workers.diffusion.samplers import sample
 from workers.evaluation.blocks import SAMPLES
 from workers.evaluation.features import load_feature_space
 from workers.evaluation.make import LoadedModel
-from workers.learner import repeat_steps
-from workers.network.build import build_network, make_network_config
+from workers.learner import make_trial_config, repeat_steps
+from workers.network.build import build_network
 from workers.noise import make_generator
 from workers.speed import Meter, Spent, name_training_kind
 from workers.storage import Storage
@@ -41,10 +42,13 @@ def measure_speed(trial: Trial, storage_root: str) -> tuple[str, Spent]:
     _repeat(meter, name_training_kind(trial.training), batch, lambda: next(training))
     torch.set_num_threads(1)  # as evaluation has it
     process = Process.of(trial.diffusion)
-    config = make_network_config(trial.model, dataset.shape, trial.diffusion.learned)
+    config = make_trial_config(trial, dataset)
     network = build_network(config, make_generator(trial.seed, "weights")).to(device).eval()
     denoiser = Denoiser(network, process, trial.diffusion.prediction)
-    model = LoadedModel(denoiser, process, device, trial.evaluation.precision).predict
+    loaded = LoadedModel(denoiser, process, device, trial.evaluation.precision)
+
+    def tell_any(count: int) -> Model:
+        return tell_labels(loaded.predict, loaded.assign_labels(np.arange(count)))
 
     first = to_model(torch.from_numpy(np.array(dataset.held_out[:1])), dataset.levels).to(device)
     batch = count_pairs_at_once(first)
@@ -53,11 +57,12 @@ def measure_speed(trial: Trial, storage_root: str) -> tuple[str, Spent]:
     t, noise = np.arange(batch) % trial.diffusion.T + 1, make_generator(0)
 
     def pairs() -> object:
-        return measure_pairs(process, model, x_0, rows, t, weight=np.ones(batch), noise=noise, levels=dataset.levels)
+        model, weight = tell_any(batch), np.ones(batch)
+        return measure_pairs(process, model, x_0, rows, t, weight=weight, noise=noise, levels=dataset.levels)
 
     _repeat(meter, "nll", batch, pairs)
     if fid := trial.evaluation.fid:
-        shape = (SAMPLES, dataset.shape[2], *dataset.shape[:2])
+        model, shape = tell_any(SAMPLES), (SAMPLES, dataset.shape[2], *dataset.shape[:2])
         made = SAMPLES * min(SAMPLER.steps or 1, trial.diffusion.T)
         with torch.no_grad():
             _repeat(meter, "samples", made, lambda: sample(process, model, SAMPLER, shape, noise, device=device))

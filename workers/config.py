@@ -43,6 +43,8 @@ SUB_BATCHES = 8
 VALIDATION_IMAGES = 128
 VALIDATION_TIMESTEPS = 16
 SAMPLE_GRID = 25
+SAMPLE_GRID_ROWS = 10  # classes at most that the grid has a row of, where the network is told them
+SAMPLE_GRID_COLUMNS = 5  # samples of each
 SAMPLE_GRID_STEPS = 50  # or T, where that is less
 
 DRIVER_CPUS = 0.01  # of the process that leads the workers of a data-parallel trial: Ray Tune refuses 0
@@ -143,6 +145,7 @@ class ModelConfig(OpenRecord):
     norm_groups: int = Field(
         default=32, ge=1, description="groups of the group norms; never fewer than 4 channels in one"
     )
+    labels: bool = Field(default=False, description="tell the network the class of each image, which the data label")
 
 
 @add_settings_of(SCHEDULES)
@@ -248,6 +251,12 @@ class TrainingConfig(Record):
     timesteps: TimestepsName = Field(
         default="uniform", description="how t is drawn; importance: by the second moment of the loss"
     )
+    label_dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="probability with which an image's label is kept from the network, which guidance needs",
+    )
 
 
 def count_sub_batches(batch_size: int) -> int:
@@ -267,16 +276,11 @@ class SamplerConfig(OpenRecord):
     repeats: int = Field(default=5, ge=1, le=10_000, description="Langevin's updates per noise level")
     step_size: float = Field(default=0.2, gt=0, lt=4, description="Langevin's a_i / sigma_i^2; above 4 it diverges")
     tolerance: float = Field(default=1e-3, ge=1e-6, lt=1, description="of the ode's error per step and pixel in x_t")
-
-
-def plan_evaluations(sampler: SamplerConfig, T: int) -> int:
-    """Evaluations of the network that a sample costs: so many, or about so many where error control decides it."""
-    return SAMPLERS[sampler.kind].evaluations(sampler, min(sampler.steps or T, T))
-
-
-def count_evaluations(sampler: SamplerConfig, T: int) -> int | None:
-    """The same; None where it is not known beforehand."""
-    return plan_evaluations(sampler, T) if SAMPLERS[sampler.kind].exact else None
+    guidance: float | None = Field(
+        default=None,
+        ge=0,
+        description="scale of classifier-free guidance; 0: without the label, 1 or null: by the label alone",
+    )
 
 
 class NLLConfig(Record):
@@ -363,18 +367,21 @@ class Measurement(Record):
     seed: Seed = 0
     data: DataConfig
     T: int = Field(ge=1)
+    labels: bool = False  # whether its network is told the class of each image
     ema: float | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @field_validator("evaluation")
     @classmethod
     def _spell_once(cls, evaluation: EvaluationConfig, info: ValidationInfo) -> EvaluationConfig:
-        """As many timesteps or steps as there are is all of them: one protocol has one id."""
+        """As many timesteps or steps as there are is all of them, and guidance 1 is none: one protocol has one id."""
         T, nll, fid = info.data.get("T", math.inf), evaluation.nll, evaluation.fid
         if nll and nll.timesteps != "all" and nll.timesteps >= T:
             nll = nll.model_copy(update={"timesteps": "all"})
         if fid and fid.sampler.steps and fid.sampler.steps >= T:
             fid = fid.model_copy(update={"sampler": fid.sampler.model_copy(update={"steps": None})})
+        if fid and fid.sampler.guidance == 1:
+            fid = fid.model_copy(update={"sampler": fid.sampler.model_copy(update={"guidance": None})})
         ema = None if evaluation.ema == info.data.get("ema") else evaluation.ema
         return evaluation.model_copy(update={"nll": nll, "fid": fid, "ema": ema})
 
@@ -383,4 +390,5 @@ class Measurement(Record):
         ema, T, evaluation = trial.training.ema, trial.diffusion.T, trial.evaluation
         if evaluation.variance == trial.diffusion.variance:
             evaluation = evaluation.model_copy(update={"variance": None})
-        return Measurement(seed=trial.seed, data=trial.data, T=T, ema=ema, evaluation=evaluation)
+        labels = trial.model.labels
+        return Measurement(seed=trial.seed, data=trial.data, T=T, labels=labels, ema=ema, evaluation=evaluation)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from workers.code import drop_pin
-from workers.config import Record, Trial
+from workers.config import Record, SamplerConfig, Trial
 from workers.kinds import NAMED_AT
 from workers.layout import TrialId
 from workers.seals import compute_digest as compute_digest
@@ -101,6 +101,12 @@ def collect_settings_read(record: Record, only_set: bool = False) -> dict[str, A
             if name not in defaults or plain != defaults[name]:
                 content[name] = plain
     return content
+
+
+def describe_sampler(sampler: SamplerConfig) -> dict[str, Any]:
+    """The settings of a sampler for a passport, without the scale of a guidance that there is none of."""
+    left_out = {"guidance"} if sampler.guidance is None else set()
+    return {name: value for name, value in collect_settings_read(sampler).items() if name not in left_out}
 
 
 @lru_cache(maxsize=1024)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from workers.classes import NO_LABEL
 from workers.config import (
     TrainingConfig,
     Trial,
@@ -39,7 +40,7 @@ class Learner:
         self.trial, self.dataset, self.world = trial, dataset, world
         self.objective = Objective.of(trial.diffusion, trial.loss, dataset.levels)
         self.process, self.history = self.objective.process, History.empty(trial.diffusion.T)
-        self.config = make_network_config(trial.model, dataset.shape, trial.diffusion.learned)
+        self.config = make_trial_config(trial, dataset)
         self.unet = build_network(self.config, make_generator(trial.seed, "weights")).to(world.device)
         self.raw = list(self.unet.state_dict().values())  # views of the parameters, not copies
         self.ema = {name: p.clone() for name, p in self.unet.state_dict().items()}
@@ -60,10 +61,12 @@ class Learner:
             for j in take_share(range(count_sub_batches(training.batch_size)), world)
         ]
         probability = self.history.probability()
-        x_0, t, eps = self._make_batch(noises, probability)
+        rows = self._draw_rows()
+        x_0, t, eps = self._make_batch(rows, noises, probability)
+        told = [self._draw_labels(rows)] if self.trial.model.labels else []
         hand_noise(self.unet, noises)
         with self.autocast:
-            loss = self.objective(lambda x, s: self.network(x, s - 1), x_0, t, eps)
+            loss = self.objective(lambda x, s: self.network(x, s - 1, *told), x_0, t, eps)
         weighted = loss.weighted
         if TIMESTEPS[training.timesteps].remembers:
             weighted = weighted / (self.process.T * probability.to(t.device)[t - 1]).to(weighted.dtype)
@@ -76,12 +79,34 @@ class Learner:
         self.sums[:4] += torch.stack([weighted.detach().mean(), loss.eps_mse.mean(), norm, torch.ones_like(norm)])
         self.step += 1
 
-    def _make_batch(self, noises: Sequence[torch.Generator], probability: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """This worker's part of the global batch: x_0 and eps float32 (n, C, H, W), t int64 (n,) in 1..T."""
+    def _draw_rows(self) -> np.ndarray:
+        """The training images of this worker's part of the global batch."""
+        size = self.trial.training.batch_size
+        rows = draw_batch_rows(self.trial.seed, self.step, size, len(self.dataset.train), self.orders)
+        return np.asarray(take_share(rows, self.world))
+
+    def _draw_labels(self, rows: np.ndarray) -> Tensor:
+        """int64 (n,): the labels of these images, some of them kept from the network.
+
+        Their coins have an address of their own, so that with other dropout all other noise is the same.
+        """
+        assert self.dataset.train_labels is not None
+        training = self.trial.training
+        labels = torch.from_numpy(self.dataset.train_labels[rows])
+        if training.label_dropout:
+            parts = take_share(range(count_sub_batches(training.batch_size)), self.world)
+            coins = [
+                torch.rand(len(rows) // len(parts), generator=make_generator(self.trial.seed, "labels", self.step, j))
+                for j in parts
+            ]
+            labels[torch.cat(coins) < training.label_dropout] = NO_LABEL
+        return labels.to(self.world.device)
+
+    def _make_batch(
+        self, rows: np.ndarray, noises: Sequence[torch.Generator], probability: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The images of these rows and their noise: x_0 and eps float32 (n, C, H, W), t int64 (n,) in 1..T."""
         size, flip = self.trial.training.batch_size, self.trial.data.flip
-        rows = take_share(
-            draw_batch_rows(self.trial.seed, self.step, size, len(self.dataset.train), self.orders), self.world
-        )
         device = self.world.device
         images = torch.from_numpy(self.dataset.train[rows]).to(device)
         x_0 = to_model(images, self.dataset.levels)
@@ -160,6 +185,12 @@ class _Averaged:
 
     def __exit__(self, *_: object) -> None:
         self.unet.load_state_dict(self.raw)
+
+
+def make_trial_config(trial: Trial, dataset: Dataset) -> dict[str, Any]:
+    """The config.json of the trial's network for images of the data set."""
+    learned, dropout = trial.diffusion.learned, trial.training.label_dropout
+    return make_network_config(trial.model, dataset.shape, learned, classes=dataset.classes, label_dropout=dropout)
 
 
 def repeat_steps(trial: Trial, dataset: Dataset, device: torch.device) -> Iterator[None]:

@@ -71,7 +71,9 @@ def count_training_flops(config: str) -> int:
     with torch.device("cpu" if is_foreign(c) else "meta"), torch.no_grad():
         network = build_network(c, make_generator(0)).eval()
         with FlopCounterMode(display=False) as counted:
-            network(torch.zeros(1, c["in_channels"], height, width), torch.zeros(1))
+            one = torch.zeros(1)
+            told = [one.long()] if c.get("num_class_embeds") else []
+            network(torch.zeros(1, c["in_channels"], height, width), one, *told)
     return 3 * int(counted.get_total_flops())
 
 

@@ -19,6 +19,8 @@ import torch
 from workers.code import drop_pin
 from workers.config import (
     SAMPLE_GRID,
+    SAMPLE_GRID_COLUMNS,
+    SAMPLE_GRID_ROWS,
     SAMPLE_GRID_STEPS,
     VALIDATION_IMAGES,
     VALIDATION_TIMESTEPS,
@@ -27,7 +29,9 @@ from workers.config import (
 )
 from workers.data.dataset import Dataset
 from workers.data.pixels import draw_grid, to_levels, to_model
+from workers.diffusion.guidance import LabelledModel, tell_labels
 from workers.diffusion.likelihood import estimate
+from workers.diffusion.process import Model
 from workers.diffusion.samplers import sample
 from workers.journal import Journal
 from workers.learner import Learner, compute_learning_rate
@@ -210,20 +214,35 @@ class _Loop:
                 process = self.learner.process
                 held_out = torch.from_numpy(np.array(self.dataset.held_out[:VALIDATION_IMAGES])).to(device)
                 x_0 = to_model(held_out, levels)
-                bound = estimate(process, model, x_0, VALIDATION_TIMESTEPS, levels, seed, "valid")
-                sampler = SamplerConfig(kind="ddim", steps=min(SAMPLE_GRID_STEPS, process.T))
-                noise = make_generator(seed, "grid", device=device)
-                images = sample(process, model, sampler, (SAMPLE_GRID, *x_0.shape[1:]), noise)
+                labels = self.dataset.held_out_labels if self.trial.model.labels else None
+                told = None if labels is None else torch.from_numpy(np.array(labels[: len(x_0)])).to(device)
+                conditional = tell_labels(model, told)
+                bound = estimate(process, conditional, x_0, VALIDATION_TIMESTEPS, levels, seed, "valid")
+                grid = self._draw_samples(model)
             nll_bpd[0] = bound.mean
             if math.isfinite(bound.mean):
                 error = bound.standard_error  # of a single image there is none
                 values = {"valid/nll_bpd": bound.mean} | ({} if error is None else {"valid/nll_bpd_se": error})
                 self.journal.add_metrics(self.step, {**values, "train/images_per_s": self.images_per_s})
-                self.journal.add_image(self.step, "samples", draw_grid(to_levels(images, levels), levels))
+                self.journal.add_image(self.step, "samples", grid)
         if self.world.size > 1:
             torch.distributed.broadcast(nll_bpd, src=0)
         if not math.isfinite(nll_bpd.item()):
             raise Diverged(f"valid/nll_bpd {nll_bpd.item():g}")
+
+    def _draw_samples(self, model: LabelledModel | Model) -> bytes:
+        """A grid of samples as PNG: a row of each of the first classes where the network is told them."""
+        process, device, levels = self.learner.process, self.world.device, self.dataset.levels
+        classes = self.dataset.classes if self.trial.model.labels else None
+        rows = classes.list_trained()[:SAMPLE_GRID_ROWS] if classes else []
+        labels = torch.tensor(rows, device=device).repeat_interleave(SAMPLE_GRID_COLUMNS) if rows else None
+        height, width, channels = self.dataset.shape
+        shape = (SAMPLE_GRID if labels is None else len(labels), channels, height, width)
+        sampler = SamplerConfig(kind="ddim", steps=min(SAMPLE_GRID_STEPS, process.T))
+        noise = make_generator(self.trial.seed, "grid", device=device)
+        images = to_levels(sample(process, tell_labels(model, labels), sampler, shape, noise), levels)
+        names = [classes.names[label] for label in rows] if classes else []
+        return draw_grid(images, levels, columns=SAMPLE_GRID_COLUMNS, names=names)
 
     def report_reached(self, finished: bool) -> Progress:
         return self._report("finished" if finished else "running")

@@ -9,16 +9,18 @@ from typing import Any
 from orchestrator.experiment.records import Variant
 from workers.config import (
     SAMPLE_GRID,
+    SAMPLE_GRID_COLUMNS,
+    SAMPLE_GRID_ROWS,
     SAMPLE_GRID_STEPS,
     VALIDATION_IMAGES,
     VALIDATION_TIMESTEPS,
     DataConfig,
     Trial,
-    plan_evaluations,
 )
 from workers.data.sources import Source
 from workers.kinds import guess_adaptive_evaluations
 from workers.layout import RowId, TrialId, get_trial_of_row
+from workers.passes import plan_evaluations
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def count_cost(trial: Trial, source: Source) -> Cost:
     flows = (source.held_out if ode.images == "all" else ode.images) if ode else 0
     return Cost(
         training_evaluations=training.steps * training.batch_size,
-        validation_evaluations=count_validations(trial) * _count_validation(T, source),
+        validation_evaluations=count_validations(trial) * _count_validation(trial, source),
         nll_evaluations=images * timesteps if nll else 0,
         sampling_evaluations=fid.samples * plan_evaluations(fid.sampler, T) if fid else 0,
         ode_nll_evaluations=flows * guess_adaptive_evaluations("ode_nll", ode.tolerance) if ode else 0,
@@ -89,7 +91,9 @@ def count_validations(trial: Trial) -> int:
     return math.ceil(trial.training.steps / trial.training.validate_every) + 1
 
 
-def _count_validation(T: int, source: Source) -> int:
+def _count_validation(trial: Trial, source: Source) -> int:
     """The evaluations of one: t = 1 and the strata of 2..T for each image, and the grid of samples."""
+    T, classes = trial.diffusion.T, min(SAMPLE_GRID_ROWS, source.classes)
     timesteps = 1 + min(VALIDATION_TIMESTEPS, T - 1)
-    return min(VALIDATION_IMAGES, source.held_out) * timesteps + SAMPLE_GRID * min(SAMPLE_GRID_STEPS, T)
+    grid = classes * SAMPLE_GRID_COLUMNS if trial.model.labels else SAMPLE_GRID
+    return min(VALIDATION_IMAGES, source.held_out) * timesteps + grid * min(SAMPLE_GRID_STEPS, T)

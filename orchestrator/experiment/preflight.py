@@ -12,6 +12,7 @@ import numpy as np
 
 from orchestrator.experiment.check import tell_once
 from orchestrator.experiment.records import MOST_VARIANTS, Experiment, ExperimentError, Variant
+from workers.classes import MOST_CLASSES
 from workers.config import (
     DataConfig,
     DiffusionConfig,
@@ -206,6 +207,16 @@ def _check_images(_: Experiment, trial: Trial, source: Source) -> Iterator[Findi
 def check_evaluation(m: Measurement, source: Source) -> Iterator[Finding]:
     """Whether the data have what an evaluation asks for, and whether it is of a size that can be planned."""
     evaluation, fid = m.evaluation, m.evaluation.fid
+    if m.labels and not source.labelled:
+        yield Finding(
+            f"model.labels: the network is told the class of each image, and {source.name} has no labels; use labelled "
+            "data, or set model.labels: false"
+        )
+    if m.labels and source.largest_label >= MOST_CLASSES:
+        yield Finding(
+            f"model.labels: the labels of {source.name} go up to {source.largest_label:,}, and a network is told "
+            f"{MOST_CLASSES:,} classes at most; number them from 0 on"
+        )
     if (count := count_blocks(m, Images.of(source))) > MOST_BLOCKS:
         yield Finding(
             f"evaluation: {count:,} blocks, a file and a task each, are more than {MOST_BLOCKS:,}; take fewer "

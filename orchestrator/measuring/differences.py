@@ -87,6 +87,15 @@ def list_protocol_differences(
     return [f"{kind} {k}: {one.get(k)} against {other.get(k)}" for k in keys if one.get(k) != other.get(k)]
 
 
+def list_differences_of_kind(first: Mapping[str, Any], second: Mapping[str, Any], kind: str) -> list[str]:
+    """What to know of two likelihoods that may stand beside each other: whether one is conditional and one is not."""
+    told = [s["passports"].get(kind, {}).get("subject", {}).get("labels") for s in (first, second)]
+    if kind == "samples" or bool(told[0]) == bool(told[1]):
+        return []
+    one, other = ("A", "B") if told[0] else ("B", "A")
+    return [f"{kind}: {one} was told the label of each image and {other} was not: p(x | label) against p(x)"]
+
+
 def compare_with_best(
     summaries: Mapping[N, Mapping[str, Any]], metric: str = "eval/nll_bpd"
 ) -> tuple[N | None, dict[N, Difference]]:

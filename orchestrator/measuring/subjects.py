@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from orchestrator.experiment.check import find_evaluation_mistakes, find_flow_mistakes, find_unread
+from orchestrator.experiment.check import (
+    find_evaluation_mistakes,
+    find_flow_mistakes,
+    find_guidance_mistakes,
+    find_unread,
+)
 from orchestrator.experiment.load import list_measurement_settings, parse_assignment
 from orchestrator.experiment.preflight import check_evaluation, list_source_warnings
 from orchestrator.experiment.profiles import PROFILES
@@ -168,7 +173,8 @@ def _open_folder(folder: str, update: Update) -> Subject:
             if storage.exists(name_trial_file(trial_id, "trial.yaml")):
                 return _find_of_trial(trial_id, storage, update, checkpoints.open_folder(place + options))
     checkpoint = checkpoints.open_folder(folder)
-    content = update.of({"T": checkpoints.describe(checkpoint).T})
+    described = checkpoints.describe(checkpoint)
+    content = update.of({"T": described.T, "labels": described.classes is not None})
     if "source" not in content.get("data", {}):
         raise Mistake(f"{folder}: it does not say which images it was trained on; give data.source=...")
     return _check_name(place.rpartition("/")[2], content, checkpoint, None, None)
@@ -199,6 +205,13 @@ def check(subjects: Sequence[Subject]) -> tuple[dict[DataConfig, Source], list[s
         described = checkpoints.describe(subject.checkpoint)
         source, shape = sources[subject.m.data], described.shape
         problems += find_flow_mistakes(subject.m.evaluation, described.prediction)
+        told = described.classes
+        problems += find_guidance_mistakes(subject.m.evaluation, told is not None, described.takes_no_label)
+        if told and source.largest_label >= len(told.names):
+            problems.append(
+                f"{subject.name}: the model knows {len(told.names)} classes, and the labels of {source.name} go up to "
+                f"{source.largest_label}; give the data it was trained on"
+            )
         if shape != source.shape:
             problems.append(
                 f"{subject.name}: the model makes images of {_describe_size(shape)}, {source.name} has "

@@ -141,6 +141,29 @@ def draw_training_steps(report: Report) -> list[Plot]:
     return drawn
 
 
+def draw_guidance(report: Report) -> list[Plot]:
+    """The distance, precision and recall by the scale of guidance, a line for each other setting, where it was
+    searched."""
+    path = "evaluation.fid.sampler.guidance"
+    if not any(path in group.variant.params for group in report.groups):
+        return []
+    measured = {name: None for group in report.groups for name in group.metrics}
+    drawn = []
+    for metric in filter(None, [report.distance, *(n for n in measured if re.match(r"eval/(precision|recall)", n))]):
+        series = _make_lines(report, metric, _get_guidance, path.replace(".", r"\.") + "$")
+        name = f"guidance-{metric.removeprefix('eval/')}"
+        if series:
+            labels = "scale of guidance (1: by the label alone)", _label_axis(metric)
+            drawn.append(draw_curves(name, series, *labels, markers=True, legend=len(series) > 1))
+    return drawn
+
+
+def _get_guidance(group: Group) -> float | None:
+    """The scale that the samples of a group were drawn with."""
+    fid = group.variant.trial.evaluation.fid
+    return None if fid is None else 1.0 if fid.sampler.guidance is None else fid.sampler.guidance
+
+
 def _make_lines(report: Report, metric: str, x_of: Callable[[Group], float | None], along: str) -> list[Series]:
     """A metric against `x_of`, a line for all that differ in settings `along` it alone (a pattern of their paths).
 
@@ -196,6 +219,7 @@ PLOTS: dict[str, Callable[[Report], list[Plot]]] = {
     "validation": draw_validation,
     "evaluations": draw_evaluations,
     "training_steps": draw_training_steps,
+    "guidance": draw_guidance,
 }
 # Those that lie beside a sweep's results as files, and in MLflow.
 FILES = {
@@ -211,5 +235,5 @@ def draw_png_files(report: Report) -> dict[str, bytes]:
     own = {name: file for name, file in FILES.items() if name != "pareto" or not report.kept.also}
     drawn = {file: plot for name, file in own.items() for plot in PLOTS[name](report)}
     drawn |= {plot.name: plot for plot in draw_front(report)} if report.kept.also else {}
-    drawn |= {plot.name: plot for plot in draw_training_steps(report)}
+    drawn |= {plot.name: plot for draw in (draw_training_steps, draw_guidance) for plot in draw(report)}
     return {f"{name.replace('/', '_')}.png": to_png(plot) for name, plot in drawn.items()}

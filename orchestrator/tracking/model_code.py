@@ -7,6 +7,9 @@ diffusers keeps it (the artifact `diffusers`). A table asks for images, a row a 
     seed      whose noise; the same seed gives the same images, and those that an evaluation with it measures
     sampler   a name of workers.kinds.SAMPLERS; without the column, that of the sweep's evaluation
     steps     network evaluations per image; without the column, the evaluation's
+    label     of a model that is told classes: that of all images of the row, by number or name; without the column they
+              are of classes in the proportions of the training images
+    guidance  the scale of `workers.diffusion.guidance`; without the column, the evaluation's
 
 `predict` returns the images of all rows one after the other: uint8 (N, H, W, C) in 0..levels-1, the data's own levels.
 """
@@ -54,13 +57,23 @@ class ImageModel(PythonModel):
         """
         parts = [np.zeros((0, *self.shape), np.uint8)]
         for row in model_input.to_dict("records"):
-            n, seed, fid = int(row["n"]), int(row["seed"]), self._read_request(row)
+            n, seed, fid, label = int(row["n"]), int(row["seed"]), self._read_request(row), self._read_label(row)
             if not 0 <= n <= MOST:
                 raise ValueError(f"n = {n} images were asked for; give 0 to {MOST:,}")
             for block in range(math.ceil(n / SAMPLES)):
-                images = draw_images(self.model, fid, seed, block, shape=self.shape, levels=self.levels)
+                of = {"shape": self.shape, "levels": self.levels, "label": label}
+                images = draw_images(self.model, fid, seed, block, **of)
                 parts.append(images[: n - block * SAMPLES])
         return np.concatenate(parts)
+
+    def _read_label(self, row: dict[Any, Any]) -> int | None:
+        """The label that a row asks for."""
+        asked, classes = row.get("label"), self.model.network.classes
+        if asked is None or pd.isna(asked):
+            return None
+        if classes is None:
+            raise ValueError(f"label = {asked} was asked for, and this model is told no classes")
+        return classes.find(str(asked))
 
     def _read_request(self, row: dict[Any, Any]) -> FIDConfig:
         """The evaluation's way of drawing with the row's sampler and steps."""
@@ -71,7 +84,11 @@ class ImageModel(PythonModel):
         steps = base.steps if asked is None or pd.isna(asked) else int(asked)
         if steps is not None and steps != base.steps and not 1 <= steps <= T:
             raise ValueError(f"steps = {steps} were asked for; give 1 to T = {T}")
-        sampler = SamplerConfig.model_validate({**base.model_dump(), "steps": steps})
+        guidance = row.get("guidance")
+        scale = own.guidance if guidance is None or pd.isna(guidance) else float(guidance)
+        if scale is not None and (scale < 0 or (scale != 1 and not self.model.network.takes_no_label)):
+            raise ValueError(f"guidance = {scale:g} was asked for; give at least 0, and to a model that knows none, 1")
+        sampler = SamplerConfig.model_validate({**base.model_dump(), "steps": steps, "guidance": scale})
         return self.fid.model_copy(update={"sampler": sampler})
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import workers
 from workers.config import FIDConfig
-from workers.identity import collect_settings_read
+from workers.identity import describe_sampler
 from workers.layout import get_trial_of_row
 from workers.network import checkpoint as checkpoints
 from workers.network.manifest import Checkpoint
@@ -55,7 +55,7 @@ class Candidate:
     @property
     def draws(self) -> str:
         """All that its images depend on besides the checkpoint, the number and the seed, as JSON."""
-        sampler = collect_settings_read(self.fid.sampler)
+        sampler = describe_sampler(self.fid.sampler)
         own = {"variance": self.variance, "precision": self.precision}
         return json.dumps({"sampler": sampler, "quantise": self.fid.quantise, **own})
 
@@ -73,7 +73,12 @@ def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
 
     inputs = [ColSpec(DataType.long, "n"), ColSpec(DataType.long, "seed")]
     inputs += [ColSpec(DataType.string, "sampler", required=False), ColSpec(DataType.long, "steps", required=False)]
-    outputs = [TensorSpec(np.dtype(np.uint8), (-1, *checkpoints.describe(candidate.checkpoint).shape))]
+    described = checkpoints.describe(candidate.checkpoint)
+    if described.classes:
+        inputs += [ColSpec(DataType.string, "label", required=False)]
+    if described.takes_no_label:
+        inputs += [ColSpec(DataType.double, "guidance", required=False)]
+    outputs = [TensorSpec(np.dtype(np.uint8), (-1, *described.shape))]
     with tempfile.TemporaryDirectory() as temporary:
         checkpoints.export(candidate.checkpoint, Path(temporary, "diffusers"))
         save_model(

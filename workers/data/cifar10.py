@@ -10,6 +10,9 @@ from workers.data.decoding import Item
 from workers.data.splits import DataError, list_names
 from workers.data.tree import Files, Split, Tree, check_in_one_folder
 
+# Of the classes, by label: its batches.meta.txt.
+NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
 
 def find_cifar10(tree: Tree) -> Files | None:
     """CIFAR-10's binary version: records of a label byte and 3x32x32 pixel bytes, channel first."""
@@ -26,7 +29,15 @@ def find_cifar10(tree: Tree) -> Files | None:
     paths = [(name.rpartition("/")[2], tree.get_path(name)) for name in train + test]
     splits = [_make_split([tree.get_path(name) for name in some]) for some in (train, test) if some]
     like, where = np.zeros((32, 32, 3), np.uint8), (list_names(train, 2), list_names(test))
-    return Files(paths, splits[0], splits[1] if splits[1:] else None, like=like, where=where, warnings=tuple(warnings))
+    return Files(
+        paths,
+        splits[0],
+        splits[1] if splits[1:] else None,
+        like=like,
+        where=where,
+        warnings=tuple(warnings),
+        class_names=NAMES,
+    )
 
 
 def _make_split(paths: list[Path]) -> Split:

@@ -28,6 +28,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -35,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers import memos
+from workers.classes import Classes
 from workers.config import DataConfig
 from workers.data.cache import find_default_cache, lock_cache
 from workers.data.decoding import Item, Pixels, check_size, decode, explain_damage
@@ -64,6 +66,15 @@ class Dataset:
     held_out: Pixels  # uint8 NHWC [0, levels - 1]
     train_labels: NDArray[np.int64] | None  # int64 N
     held_out_labels: NDArray[np.int64] | None  # int64 N
+    class_names: tuple[str, ...] = ()  # by label, where the source has names
+
+    @cached_property
+    def classes(self) -> Classes | None:
+        """The classes of its labels; None without labels."""
+        if self.train_labels is None or self.held_out_labels is None:
+            return None
+        count = int(max(self.train_labels.max(), self.held_out_labels.max())) + 1
+        return Classes.of(np.asarray(self.train_labels), self.class_names, count)
 
 
 def prepare(config: DataConfig, cache: Path | None = None) -> Dataset:
@@ -79,7 +90,7 @@ def prepare(config: DataConfig, cache: Path | None = None) -> Dataset:
             with lock_cache(cache / "data" / f"{source.digest}.lock"):
                 if not is_whole(folder):
                     _build(config, files, source, folder, cache)
-        return _open(folder, find_name(config))
+        return _open(folder, find_name(config), source.class_names)
 
 
 # ---- The order of images ---------------------------------------------------------------------------------------
@@ -181,12 +192,13 @@ def _split_into_chunks(pairs: Iterable[tuple[np.int64, Item]]) -> Iterator[list[
 # ---- What is prepared ------------------------------------------------------------------------------------------
 
 
-def _open(folder: Path, name: str) -> Dataset:
+def _open(folder: Path, name: str, class_names: tuple[str, ...]) -> Dataset:
     meta = recall(folder / "meta.json")
     n, shape = meta["held_out"], tuple(meta["shape"])
     with explain_damage(f"the prepared folder {folder}"):
         images = np.load(folder / "images.npy", mmap_mode="r")
         labels = np.load(folder / "labels.npy", mmap_mode="r") if meta["labelled"] else None
     assert images.shape == (n + meta["train"], *shape), f"{folder}: {images.shape}"
-    targets = (None, None) if labels is None else (labels[n:], labels[:n])
-    return Dataset(folder.name, name, meta["levels"], shape, images[n:], images[:n], *targets)
+    train_labels, held_out_labels = (None, None) if labels is None else (labels[n:], labels[:n])
+    splits = images[n:], images[:n]
+    return Dataset(folder.name, name, meta["levels"], shape, *splits, train_labels, held_out_labels, class_names)

@@ -40,6 +40,7 @@ def find_images(tree: Tree) -> Files | None:
         warnings=layout.warnings,
         known=known,
         classes=classes,
+        class_names=layout.classes,
     )
 
 

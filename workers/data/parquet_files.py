@@ -1,5 +1,6 @@
 """Parquet files in the Hugging Face layout, read a batch of rows at a time. Importing this does not import pyarrow."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,17 @@ def find_parquet(tree: Tree) -> Files | None:
         where=layout.where,
         warnings=tuple(warnings),
         known=frozenset(names),
+        class_names=_read_class_names(_read_schema(train[0])),
     )
+
+
+def _read_class_names(schema: Any) -> tuple[str, ...]:
+    """The names of the labels, by label, that Hugging Face's datasets writes beside a column `label`; else none."""
+    try:
+        found = json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"]
+    except (TypeError, KeyError, ValueError):
+        return ()
+    return tuple(map(str, found)) if isinstance(found, list) else ()
 
 
 def _read_schema(path: Path) -> Any:

@@ -2,11 +2,11 @@
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 
@@ -32,11 +32,13 @@ def _scale(x: Tensor, levels: int) -> Tensor:
 QUANTISERS: dict[str, Callable[[Tensor, int], Tensor]] = {"round": to_levels, "truncate": to_levels_truncated}
 
 
-def draw_grid(images: Tensor, levels: int, side: int = 400, columns: int | None = None) -> bytes:
+def draw_grid(
+    images: Tensor, levels: int, side: int = 400, columns: int | None = None, names: Sequence[str] = ()
+) -> bytes:
     """A grid of uint8 NHWC images, square unless `columns` are given, a grey line between them, as PNG.
 
     A last row that the images do not fill ends in grey. Enlarged by a whole factor of at least 3, to about `side`
-    pixels of height.
+    pixels of height. `names` stand at the left of the rows.
     """
     columns = columns or math.isqrt(len(images) - 1) + 1
     shown = images.cpu().float() * (255 / (levels - 1))
@@ -49,6 +51,20 @@ def draw_grid(images: Tensor, levels: int, side: int = 400, columns: int | None 
     image = Image.fromarray(bytes_).resize(
         (bytes_.shape[1] * factor, bytes_.shape[0] * factor), Image.Resampling.NEAREST
     )
+    if names:
+        image = _write_names(image, names, (height + 1) * factor)
     stream = io.BytesIO()
     image.save(stream, format="PNG", optimize=True)
     return stream.getvalue()
+
+
+def _write_names(image: Image.Image, names: Sequence[str], height: int) -> Image.Image:
+    """The image with a name beside each of its rows, which are so many pixels high; what the font lacks is a ?."""
+    font = ImageFont.load_default()
+    shown = [name[:20].encode("ascii", "replace").decode() for name in names]
+    margin = 8 + max(math.ceil(font.getlength(name)) for name in shown)
+    page = Image.new(image.mode, (margin + image.width, image.height), "white")
+    page.paste(image, (margin, 0))
+    for row, name in enumerate(shown):
+        ImageDraw.Draw(page).text((4, (row + 0.5) * height - 6), name, fill="black", font=font)
+    return page

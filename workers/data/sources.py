@@ -14,7 +14,7 @@ from workers.data import decoding
 from workers.data.cache import find_default_cache
 from workers.data.decoding import check_resolution, check_size
 from workers.data.locate import find_name, locate, name_source
-from workers.data.splits import DataError, show_name
+from workers.data.splits import DataError, list_names, show_name
 from workers.data.survey import Survey, hash_files, survey_files
 from workers.data.tree import Files, Split
 from workers.identity import compute_digest
@@ -35,6 +35,8 @@ class Source:
     levels: int
     shape: tuple[int, int, int]  # H, W, C of an image, after data.resolution
     classes: int = 0  # 0 without labels
+    largest_label: int = -1
+    class_names: tuple[str, ...] = ()  # by label, where the source has names
     where: tuple[str, str] = ("", "")  # the files or folders of the two splits; the latter empty: it has none itself
     own_split: bool = False  # whether it says itself what is held out, so that data.held_out is not read
     left_out: str = ""  # files that are not read, by suffix
@@ -82,6 +84,8 @@ def describe_with_files(config: DataConfig, cache: Path) -> tuple[Source, Files]
         levels=files.levels,
         shape=_find_shape(config, files, survey),
         classes=survey.classes if labelled else 0,
+        largest_label=survey.largest_label if labelled else -1,
+        class_names=files.class_names if labelled else (),
         where=files.where,
         own_split=files.held_out is not None,
         left_out=others,
@@ -151,12 +155,13 @@ def describe_source(source: Source) -> str:
     height, width, channels = source.shape
     colour = "in colour" if channels == 3 else "grey"
     train, held_out = (show_name(place) for place in source.where)
-    built_in = source.name == source.format
+    built_in, names = source.name == source.format, source.class_names
+    named = f" ({list_names(names)})" if names and len(names) == source.classes else ""
     parts = [
         f"{show_name(source.name)}: {'built in' if built_in else source.format}",
         f"{source.train:,} to train on" + f" ({train})" * bool(train),
         f"{source.held_out:,} held out ({held_out or 'of the same images, by a fixed shuffle'})",
-        f"{source.classes:,} class{'es' * (source.classes != 1)}" if source.labelled else "no labels",
+        f"{source.classes:,} class{'es' * (source.classes != 1)}{named}" if source.labelled else "no labels",
         f"{width}x{height} {colour}" + f" in {source.levels} levels" * (source.levels != 256),
     ]
     parts += [source.composited] if source.composited else []

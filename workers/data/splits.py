@@ -39,6 +39,7 @@ class Layout:
     labels: dict[str, int]  # by name; empty where the files have no classes
     where: tuple[str, str]  # that the splits were found at
     warnings: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()  # their names by label
 
 
 @lru_cache(maxsize=2**16)
@@ -98,7 +99,7 @@ def arrange_images(names: Sequence[str]) -> Layout:
     warnings = _warn_of_left_out(parts, split_at, pair, [*train, *held_out]) + warnings
     place = "".join(f"{folder}/" for folder in first[:depth]) + "*/" * (split_at > depth)
     where = f"{place}{pair[0]}/", f"{place}{pair[1]}/"
-    return Layout(train, held_out, labels, where, tuple(warnings))
+    return Layout(train, held_out, labels, where, tuple(warnings), _name_classes(parts, labels, class_at))
 
 
 def _count_shared_folders(parts: Sequence[list[str]]) -> int:
@@ -172,7 +173,8 @@ def _arrange_undivided(parts: dict[str, list[str]], depth: int, tops: Sequence[s
         what = "is taken for a class" if len(alike) == 1 else "are taken for classes"
         warnings.insert(0, f"{list_names(alike)} {what}, as there is no train/ with a test/ or val/ beside it")
     place = "/".join(next(iter(parts.values()))[:depth])
-    return Layout(list(parts), None, labels, (f"{place}/" if place else "", ""), tuple(warnings))
+    where = f"{place}/" if place else "", ""
+    return Layout(list(parts), None, labels, where, tuple(warnings), _name_classes(parts, labels, depth))
 
 
 def _find_held_out(parts: dict[str, list[str]], names: Iterable[str], depth: int) -> str:
@@ -205,6 +207,11 @@ def _label_classes(parts: dict[str, list[str]], names: Sequence[str], depth: int
         ]
     number = {folder: label for label, folder in enumerate(folders)}
     return {name: number[folder] for name, folder in of.items()}, []
+
+
+def _name_classes(parts: dict[str, list[str]], labels: dict[str, int], depth: int) -> tuple[str, ...]:
+    """The folders of the classes, by label."""
+    return tuple(dict.fromkeys(parts[name][depth] for name in sorted(labels, key=lambda name: labels[name])))
 
 
 def _warn_of_left_out(parts: dict[str, list[str]], depth: int, pair: tuple[str, str], used: Sequence[str]) -> list[str]:

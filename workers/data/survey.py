@@ -14,7 +14,7 @@ from workers.data.tree import Files, Split
 from workers.identity import compute_digest
 from workers.memos import hash_file, read_state, recall, remember
 
-SURVEYED = 1  # the version of what a survey holds
+SURVEYED = 2  # the version of what a survey holds
 SETTLED_NS = 2_000_000_000  # a file that changed less than this ago may change again within a tick of its clock
 
 
@@ -31,6 +31,7 @@ class Survey:
     smallest: tuple[str, int, int]
     classes: int
     unlabelled: bool  # all labels of a split are negative, which says that there are none
+    largest_label: int  # -1 without labels
 
 
 def hash_files(config: DataConfig, files: Files, cache: Path) -> list[tuple[str, str]]:
@@ -54,7 +55,10 @@ def survey_files(kind: str, files: Files, hashes: str | list[tuple[str, str]], c
     if files.sha256 and files.like is not None:
         height, width, _ = files.like.shape
         size = "an image", width, height
-        return Survey(False, files.train.count, 0, 0, size, None, size, files.classes or 0, unlabelled=False)
+        classes = files.classes or 0
+        return Survey(
+            False, files.train.count, 0, 0, size, None, size, classes, unlabelled=False, largest_label=classes - 1
+        )
     memo = cache / "surveys" / f"{compute_digest([SURVEYED, decoding.VERSION, kind, hashes])}.json"
     if found := recall(memo):
         sizes = {name: found[name] and tuple(found[name]) for name in ("first", "other", "smallest")}
@@ -97,4 +101,7 @@ def _read_survey(files: Files, splits: list[Split]) -> Survey:
         unlabelled = unlabelled or negative > 0
     assert first
     images = sum(split.count for split in splits)
-    return Survey(colour, images, transparent, animated, first, other, smallest or first, len(labels), unlabelled)
+    return Survey(
+        colour, images, transparent, animated, first, other, smallest or first, len(labels), unlabelled,
+        max(labels, default=-1),
+    )  # fmt: skip

@@ -38,6 +38,7 @@ class Files:
     like: Pixels | None = None  # an image of the size and channels of all, where they are known without decoding
     sha256: str | None = None  # of a built-in source's bytes: its address needs no reading
     classes: int | None = None  # where they are known without reading
+    class_names: tuple[str, ...] = ()  # by label, where the source has names
     where: tuple[str, str] = ("", "")  # the files or folders of the two splits, for a person
     warnings: tuple[str, ...] = ()
     known: frozenset[str] = frozenset()  # names of files that were used, or told of in the warnings

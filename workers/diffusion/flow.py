@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float64, Shaped
 from torch import Tensor
 
+from workers.diffusion.guidance import take_rows
 from workers.diffusion.process import Model, Process, spread
 from workers.shapes import NCHW, Counts, PerImage64
 
@@ -137,9 +138,9 @@ def solve(process: Process, model: Model, y: NCHW, tolerance: float) -> Solution
     """
     shape, (low, high) = y.shape[1:], _find_ends(process)
 
-    def derivative(_: Counts, u: PerImage64, y: Rows) -> Rows:
+    def derivative(images: Counts, u: PerImage64, y: Rows) -> Rows:
         sigma = u.exp()
-        return sigma[:, None] * eps_at(process, model, y.unflatten(1, shape), sigma).flatten(1)
+        return sigma[:, None] * eps_at(process, take_rows(model, images), y.unflatten(1, shape), sigma).flatten(1)
 
     def norm(u: PerImage64, error: Rows) -> PerImage64:
         return error.square().mean(1).sqrt() / (1 + (2 * u).exp()).sqrt() / tolerance
@@ -168,7 +169,7 @@ def integrate_log_density(process: Process, model: Model, x: NCHW, probes: Probe
         sigma = u.exp()
         with torch.enable_grad():
             y = state[:, :D].unflatten(1, shape).detach().requires_grad_()
-            eps = eps_at(process, model, y, sigma)
+            eps = eps_at(process, take_rows(model, images), y, sigma)
             traces = []
             for k, probe in enumerate(probes):
                 v = probe[images].to(eps.dtype)

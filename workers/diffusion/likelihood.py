@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float64, Int64
 
 from workers.diffusion.bound import decoder_term, model_terms
+from workers.diffusion.guidance import take_rows
 from workers.diffusion.ledger import DECODER_FACTORS, Bound, Ledger, compute_bound
 from workers.diffusion.process import Model, Prediction, Process
 from workers.noise import make_generator
@@ -59,7 +60,7 @@ def measure_pairs(
     for k in range(0, len(t), batch):
         part = slice(k, k + batch)
         x_t = process.q_sample(x_0[part], times[part], eps[part])
-        prediction = model(x_t, times[part])
+        prediction = take_rows(model, part)(x_t, times[part])
         x_0_hat = prediction.x_0.clamp(-1, 1) if clip else prediction.x_0
         errors.append((x_0[part] - x_0_hat).double().square().flatten(1).sum(1))
         first = times[part] == 1
@@ -121,8 +122,9 @@ def estimate(process: Process, model: Model, x_0: NCHW, strata: int, levels: int
     t, weight = draw_stratified_times(process.T, strata, len(x_0), make_generator(*where, "t"), "log_uniform")
     image = np.repeat(np.arange(len(x_0)), t.shape[1])
     noise = make_generator(*where, "eps", device=x_0.device)
+    of_pairs = take_rows(model, torch.from_numpy(image))
     ledger = measure_pairs(
-        process, model, x_0[image], image, t.reshape(-1), weight=weight.reshape(-1), noise=noise, levels=levels
+        process, of_pairs, x_0[image], image, t.reshape(-1), weight=weight.reshape(-1), noise=noise, levels=levels
     )
     return compute_bound(process, ledger, compute_squared_norms(x_0), x_0[0].numel())
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from workers.classes import Classes
 from workers.diffusion.process import EpsModel, Model, Prediction, Process, at, spread
 from workers.kinds import PREDICTIONS
-from workers.shapes import NCHW, Heads, PerTime, RealTimes, Times
+from workers.shapes import NCHW, Counts, Heads, PerTime, RealTimes, Times
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,17 @@ class Denoiser(nn.Module):
         super().__init__()
         self.network, self.process, self.prediction = network, process, prediction
 
-    def forward(self, x_t: NCHW, t: RealTimes) -> Prediction:
+    @property
+    def classes(self) -> Classes | None:
+        """The classes that the network is told; None where it is told none."""
+        return getattr(self.network, "classes", None)
+
+    @property
+    def takes_no_label(self) -> bool:
+        """Whether it was trained without labels, too, so that it can be guided."""
+        return bool(getattr(self.network, "takes_no_label", False))
+
+    def forward(self, x_t: NCHW, t: RealTimes, labels: Counts | None = None) -> Prediction:
         """The network itself counts t from 0."""
-        return interpret(self.process, self.prediction, x_t, t, self.network(x_t, t - 1))
+        told = () if labels is None else (labels,)
+        return interpret(self.process, self.prediction, x_t, t, self.network(x_t, t - 1, *told))

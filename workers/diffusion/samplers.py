@@ -18,11 +18,12 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from workers.config import SamplerConfig, plan_evaluations
+from workers.config import SamplerConfig
 from workers.diffusion import flow
 from workers.diffusion.process import Model, Prediction, Process, at, spread
 from workers.entries import load
 from workers.kinds import SAMPLERS
+from workers.passes import count_passes, plan_evaluations
 from workers.shapes import NCHW, Counts, Times
 
 Sigmas = Float64[np.ndarray, "S"]  # noise levels, rising
@@ -43,13 +44,15 @@ def draw(
 ) -> Drawn:
     """Images x_0 from x_T, float32. `clip` allows the kinds that do so to clip x_0_hat.
 
+    A guided `model` is guided by the scale of `config` (`guidance.tell_labels`), of which only the count is made here.
+
     Noise is drawn where the generator is, so that one on the CPU makes the same noise for every device.
     """
     entry = SAMPLERS[config.kind]
     function, clip = entry.load(), clip and entry.clips
     if entry.form == "whole":
         drawn: Drawn = function(process, model, config, x_T, generator)
-        return drawn
+        return replace(drawn, evaluations=drawn.evaluations * count_passes(config))
     if entry.form == "step":
         x_0 = _run_chain(process.strided(config.steps), model, function, config, x_T, generator=generator, clip=clip)
     else:

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,11 +17,13 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Int64
 
-from workers.config import FIDConfig, Measurement, count_evaluations
+from workers.config import FIDConfig, Measurement
 from workers.data.dataset import Dataset
 from workers.data.pixels import QUANTISERS, to_model
 from workers.diffusion.flow import integrate_log_density
+from workers.diffusion.guidance import tell_labels
 from workers.diffusion.likelihood import draw_stratified_times, list_all_times, measure_pairs
+from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Prediction, Process
 from workers.diffusion.samplers import draw
 from workers.evaluation import blocks
@@ -30,9 +33,13 @@ from workers.evaluation.precision import compute_in
 from workers.network import checkpoint as checkpoints
 from workers.network.manifest import Checkpoint
 from workers.noise import make_generator
+from workers.passes import count_evaluations
 from workers.seals import Damage, open_parquet, seal_parquet
-from workers.shapes import NCHW, NHWC, RealTimes
+from workers.shapes import NCHW, NHWC, Counts, RealTimes
 from workers.storage import Storage
+
+Ints = Int64[np.ndarray, "n"]
+N = TypeVar("N", bound=torch.nn.Module)
 
 SPACE = b"feature_space"  # the stamp of features, in a block's metadata
 HOST = b"host"  # of the machine that made the block, in its metadata, which no hash of an evaluation counts
@@ -42,16 +49,28 @@ HOST = b"host"  # of the machine that made the block, in its metadata, which no 
 class LoadedModel:
     """A loaded checkpoint on its device."""
 
-    network: torch.nn.Module  # a `Denoiser`
+    network: Denoiser
     process: Process
     device: torch.device
     precision: str = "float32"
 
-    def predict(self, x_t: NCHW, t: RealTimes) -> Prediction:
+    def predict(self, x_t: NCHW, t: RealTimes, labels: Counts | None = None) -> Prediction:
         """In the dtype of x_t, whatever the network computes in."""
         with compute_in(self.precision, self.device):
-            prediction: Prediction = self.network(x_t, t)
+            prediction: Prediction = self.network(x_t, t, labels)
         return prediction
+
+    def assign_labels(self, samples: Ints) -> Counts | None:
+        """The labels of the samples with these numbers (`Classes.assign`); None where the network is told none."""
+        classes = self.network.classes
+        return None if classes is None else self.place_labels(classes.assign(samples))
+
+    def place_labels(self, labels: Ints | None) -> Counts | None:
+        """The labels on the device; None where the network is told none."""
+        if self.network.classes is None:
+            return None
+        assert labels is not None, "the network is told the class of each image, and the data have none"
+        return torch.from_numpy(np.array(labels)).to(self.device)
 
 
 @dataclass(frozen=True)
@@ -76,9 +95,9 @@ class Bench:
         return load_feature_space(self.storage, self.dataset, name, self.device, precision)
 
 
-def move_to_device(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+def move_to_device(network: N, device: torch.device) -> N:
     """The network there, its weights in the order in which the convolutions take them."""
-    moved: torch.nn.Module = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    moved: N = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return moved
 
 
@@ -104,9 +123,11 @@ def make_nll_block(bench: Bench, block: Block) -> pa.Table:
         )
     pairs = np.repeat(image, t.shape[1])
     x_0 = to_model(torch.from_numpy(dataset.held_out[pairs]), dataset.levels).to(model.device)
+    labels = None if dataset.held_out_labels is None else dataset.held_out_labels[pairs]
+    told = tell_labels(model.predict, model.place_labels(labels))
     noise = make_generator(*where, "eps")  # on the CPU, as a GPU's generator would draw other numbers
     rows, weight = (pairs, t.reshape(-1)), weight.reshape(-1)
-    ledger = measure_pairs(model.process, model.predict, x_0, *rows, weight=weight, noise=noise, levels=dataset.levels)
+    ledger = measure_pairs(model.process, told, x_0, *rows, weight=weight, noise=noise, levels=dataset.levels)
     return ledger.make_table()
 
 
@@ -126,7 +147,9 @@ def make_ode_nll_block(bench: Bench, block: Block) -> pa.Table:
     u = torch.rand(x_0.shape, generator=make_generator(*where, "u"), dtype=torch.float64) - 0.5
     probes = 2 * torch.randint(0, 2, (ode.probes, *x_0.shape), generator=make_generator(*where, "probes")) - 1
     x, probes = (x_0 + bin_ * u).to(model.device), probes.to(model.device)
-    density = integrate_log_density(model.process, model.predict, x, probes, ode.tolerance)
+    labels = None if dataset.held_out_labels is None else dataset.held_out_labels[image]
+    told = tell_labels(model.predict, model.place_labels(labels))
+    density = integrate_log_density(model.process, told, x, probes, ode.tolerance)
     nats = -density.log_p.cpu().numpy() - x_0[0].numel() * np.log(bin_)
     return pa.table({"image": image, "nats": nats, "evaluations": density.evaluations.cpu().numpy()})
 
@@ -148,23 +171,41 @@ def make_sample_block(bench: Bench, block: Block) -> pa.Table:
 
 
 def draw_images(
-    model: LoadedModel, fid: FIDConfig, seed: int, block: int, *, shape: tuple[int, int, int], levels: int
+    model: LoadedModel,
+    fid: FIDConfig,
+    seed: int,
+    block: int,
+    *,
+    shape: tuple[int, int, int],
+    levels: int,
+    label: int | None = None,
 ) -> NHWC:
     """The SAMPLES images of a block, drawn as `fid` says; shape is (h, w, c).
 
-    They are a function of (seed, block) alone, here and in a registered model.
+    They are a function of (seed, block) alone, here and in a registered model; of one class where a `label` is given,
+    and else of classes in the proportions of the training images.
     """
-    return draw_block(model, fid, seed, block, shape=shape, levels=levels)[0]
+    return draw_block(model, fid, seed, block, shape=shape, levels=levels, label=label)[0]
 
 
 def draw_block(
-    model: LoadedModel, fid: FIDConfig, seed: int, block: int, *, shape: tuple[int, int, int], levels: int
-) -> tuple[NHWC, Int64[np.ndarray, "n"]]:
+    model: LoadedModel,
+    fid: FIDConfig,
+    seed: int,
+    block: int,
+    *,
+    shape: tuple[int, int, int],
+    levels: int,
+    label: int | None = None,
+) -> tuple[NHWC, Ints]:
     """`draw_images`, and the network's evaluations that each image took."""
     height, width, channels = shape
+    sample = np.arange(block * blocks.SAMPLES, (block + 1) * blocks.SAMPLES)
+    labels = model.assign_labels(sample) if label is None else model.place_labels(np.full(len(sample), label))
+    told = tell_labels(model.predict, labels, fid.sampler.guidance)
     noise = make_generator(seed, "samples", block)
     x_T = torch.randn((blocks.SAMPLES, channels, height, width), generator=noise).to(model.device)
-    drawn = draw(model.process, model.predict, fid.sampler, x_T, noise, clip=True)
+    drawn = draw(model.process, told, fid.sampler, x_T, noise, clip=True)
     return QUANTISERS[fid.quantise](drawn.x_0, levels).cpu().numpy(), drawn.evaluations.numpy()
 
 

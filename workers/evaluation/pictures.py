@@ -9,6 +9,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from workers.config import SamplerConfig
+from workers.diffusion.guidance import take_rows
 from workers.diffusion.ledger import compute_rate_distortion
 from workers.diffusion.likelihood import compute_squared_norms, list_all_times, measure_pairs
 from workers.diffusion.process import Model, Prediction, Process, at
@@ -77,7 +78,8 @@ def compute_coding_curve(
     """(rate in bits/dim, RMSE on the 0..255 scale) after x_T, ..., x_1 are sent, from every t of x_0."""
     t, weight = list_all_times(process.T, len(x_0))
     image = np.repeat(np.arange(len(x_0)), process.T)
+    of_pairs = take_rows(model, torch.from_numpy(image))
     ledger = measure_pairs(
-        process, model, x_0[image], image, t.reshape(-1), weight=weight.reshape(-1), noise=generator, levels=levels
+        process, of_pairs, x_0[image], image, t.reshape(-1), weight=weight.reshape(-1), noise=generator, levels=levels
     )
     return compute_rate_distortion(process, ledger, compute_squared_norms(x_0), x_0[0].numel())

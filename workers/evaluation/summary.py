@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from jaxtyping import Float
 
-from workers.config import FIDConfig, Measurement, count_evaluations
+from workers.config import FIDConfig, Measurement
 from workers.data.dataset import Dataset
 from workers.data.pixels import to_model
 from workers.diffusion.ledger import (
@@ -53,14 +53,16 @@ from workers.evaluation.frechet import (
 )
 from workers.evaluation.inception import Inception
 from workers.evaluation.make import make_measured_process, read_block
-from workers.identity import collect_settings_read
+from workers.identity import describe_sampler
 from workers.kinds import MEASURES, SAMPLERS
+from workers.passes import count_evaluations
 from workers.shapes import Features
 from workers.storage import Storage
 
 Blocks = list[Float[np.ndarray, "_ d"]]  # of features
 
 BETWEEN = "real t, log sigma_t linear between trained t"  # of what solves the ODE with levels of its own
+OWN_LABELS = "each image's own, so that the bound is one of its class"  # what a network was told, for the passport
 NEIGHBOURS = 10_000  # samples and images that precision and recall take at most: their cost grows with the square
 
 
@@ -80,19 +82,20 @@ def summarise(
 
     process, ema = make_measured_process(m, process), m.ema if m.evaluation.ema is None else m.evaluation.ema
     subject = {"checkpoint": checkpoint, "ema": ema, "T": process.T, "variance": process.variance, "seed": m.seed}
+    conditional = {"labels": OWN_LABELS} if m.labels else {}
     summary: dict[str, Any] = {"metrics": {}, "passports": {}}
     images = Images.of(dataset)
     if m.evaluation.nll:
         tables = [read(block) for block in blocks.list_nll_blocks(m, checkpoint, images)]
         _add(summary, _summarise_likelihood(m, dataset, process, Ledger.join([Ledger.from_table(t) for t in tables])))
         one_step = {"sigma_1^2": "beta_1: there is no beta_tilde_2"} if process.T == 1 else {}
-        summary["passports"]["nll"]["subject"] = subject | ({} if process.learned else one_step)
+        summary["passports"]["nll"]["subject"] = subject | conditional | ({} if process.learned else one_step)
     if m.evaluation.ode_nll:
         n = blocks.count_ode_nll_images(m, images)
         tables = [read(block) for block in blocks.list_ode_nll_blocks(m, checkpoint, images)]
         _add(summary, _summarise_ode_likelihood(m, dataset, pa.concat_tables(tables).slice(0, n)))
         mean = _average_evaluations(tables, n)
-        summary["passports"]["ode_nll"]["subject"] = {**subject, "network_evaluations": mean}
+        summary["passports"]["ode_nll"]["subject"] = {**subject, **conditional, "network_evaluations": mean}
     if fid := m.evaluation.fid:
         assert space
         samples = [_stack_features(read(b)) for b in blocks.list_feature_blocks(m, checkpoint, images)]
@@ -106,7 +109,8 @@ def summarise(
             count = _average_evaluations(
                 [read(b) for b in blocks.list_sample_blocks(m, checkpoint, images)], fid.samples
             )
-        summary["passports"]["samples"]["subject"] = {**subject, "network_evaluations": count}
+        drawn = {"labels": "in the proportions of the training images, by the sample's number"} if m.labels else {}
+        summary["passports"]["samples"]["subject"] = {**subject, **drawn, "network_evaluations": count}
         summary["metrics"]["eval/network_evaluations"] = count
     if not m.evaluation.measures:
         return summary
@@ -212,7 +216,7 @@ def _summarise_fidelity(
         "version": blocks.VERSION, "features": fid.features, "features_digest": space.digest,
         "dimensions": len(ours.mean),
         "reference": f"{dataset.digest} {fid.reference}", "reference_images": theirs.n, "samples": ours.n,
-        "sampler": collect_settings_read(fid.sampler), "precision": m.evaluation.precision,
+        "sampler": describe_sampler(fid.sampler), "precision": m.evaluation.precision,
         "x_0_hat": "clipped to [-1, 1]" if sampler.clips else "not clipped",
         "quantised": f"{fid.quantise} to {dataset.levels} levels", "dropped": 0,
     }  # fmt: skip

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from workers.classes import NO_LABEL, Classes
 from workers.code import drop_pin
 from workers.config import ModelConfig
 from workers.entries import is_outside
 from workers.identity import collect_settings_read
 from workers.kinds import NETWORKS
 from workers.network.unet import Dropout, UNet
-from workers.network.unet_config import UNET, make_unet_config
+from workers.network.unet_config import UNET, make_class_fields, make_unet_config, read_classes
 from workers.noise import make_generator
 
 CLASS = "_class_name"  # in a config.json, diffusers' name for it
@@ -35,16 +36,31 @@ class Signature:
     height: int
     width: int
     outputs: int  # the channels, twice as many where a variance is learned
+    classes: int = 0  # rows of a class embedding, the last of which may stand for no label; 0: it is told no labels
 
 
-def make_network_config(model: ModelConfig, shape: tuple[int, int, int], learned: bool) -> dict[str, Any]:
-    """The config.json of the network for images of this shape (height, width, channels). Raises ValueError."""
+def make_network_config(
+    model: ModelConfig,
+    shape: tuple[int, int, int],
+    learned: bool,
+    *,
+    classes: Classes | None = None,
+    label_dropout: float = 0.0,
+) -> dict[str, Any]:
+    """The config.json of the network for images of this shape (height, width, channels).
+
+    `classes` and `label_dropout` are those of a network that is told labels. Raises ValueError.
+    """
     height, width, channels = shape
     if model.kind == UNET:
-        return make_unet_config(model, image_channels=channels, resolution=height, learned=learned)
+        return make_unet_config(
+            model, image_channels=channels, resolution=height, learned=learned, classes=classes,
+            label_dropout=label_dropout,
+        )  # fmt: skip
     settings = {name: value for name, value in collect_settings_read(model).items() if name != "kind"}
     return {
         CLASS: model.kind,
+        **make_class_fields(model, classes, label_dropout),
         "sample_size": [height, width],
         "in_channels": channels,
         "out_channels": channels * (1 + learned),
@@ -68,11 +84,14 @@ def build_network(config: dict[str, Any], generator: torch.Generator | None = No
         return UNet(config, generator)
     model = ModelConfig.model_validate({"kind": config[CLASS], **config["settings"]})
     height, width = config["sample_size"]
-    signature = Signature(config["in_channels"], height, width, config["out_channels"])
+    rows = config.get("num_class_embeds") or 0
+    signature = Signature(config["in_channels"], height, width, config["out_channels"], rows)
     with torch.random.fork_rng(devices=[]) if generator else nullcontext():
         if generator:
             torch.manual_seed(generator.initial_seed())
-        network: nn.Module = NETWORKS[model.kind].load()(model, signature)
+        network: Any = NETWORKS[model.kind].load()(model, signature)
+    network.classes = read_classes(config)
+    network.takes_no_label = bool(network.classes and rows > len(network.classes.names))
     return network
 
 
@@ -84,9 +103,10 @@ def find_mistakes(model: ModelConfig, shape: tuple[int, int, int], learned: bool
     x, t = torch.zeros(2, channels, height, width), torch.zeros(2, dtype=torch.int64)
     of = f"model.kind: {drop_pin(model.kind)}, built for {height} x {width} images of {channels} channels,"
     try:
-        network = build_network(make_network_config(model, shape, learned), make_generator(0)).eval()
+        config = make_network_config(model, shape, learned, classes=Classes(("a", "b"), (1, 1)), label_dropout=0.5)
+        network = build_network(config, make_generator(0)).eval()
         with torch.no_grad():
-            output = network(x, t)
+            output = network(x, t, *([torch.tensor([1, NO_LABEL])] if model.labels else []))
     except Exception as error:  # noqa: BLE001 whatever the code of another one raises: told with its place
         return [f"{of} fails: {' '.join(f'{type(error).__name__}: {error}'.split())}{_locate(error)}"]
     if not isinstance(output, torch.Tensor) or output.shape != expected:

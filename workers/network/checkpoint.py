@@ -8,7 +8,8 @@
                     state/journal.jsonl                                            the journal up to this step
                     manifest.json                                                  written last
 
-`DDPMPipeline.from_pretrained` opens such a folder. The other way round, `open_folder` opens what diffusers saves of an
+`DDPMPipeline.from_pretrained` opens such a folder; of a network that is told labels its unet alone is of use, as that
+pipeline has none to tell. The other way round, `open_folder` opens what diffusers saves of an
 unconditional model on pixels: the same layout without state and manifest, or its files side by side; the weights in
 one file, in several with an index, or as a variant such as fp16 where that is all there is. Safetensors only: no pickle
 is ever loaded.
@@ -27,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from workers.classes import Classes
 from workers.config import Mistake
 from workers.diffusion.gaussian import GaussianDenoiser
 from workers.diffusion.predictions import Denoiser
@@ -88,6 +90,8 @@ class Description:
     variance: str  # a name in workers.diffusion.process.VARIANCES or LEARNED
     clip: bool  # whether the model's own scheduler clips x_0_hat to [-1, 1]
     parameters: int
+    classes: Classes | None = None  # that its network is told
+    takes_no_label: bool = False  # whether it was trained without labels, too, so that it can be guided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +187,9 @@ def describe(checkpoint: Checkpoint) -> Description:
     unet, scheduler, shape = _load_configured(checkpoint)
     process = scheduler.process
     parameters = sum(p.numel() for p in unet.parameters())
-    return Description(shape, process.T, scheduler.prediction, process.variance, scheduler.clip, parameters)
+    told = Denoiser(unet, process, scheduler.prediction)
+    of = shape, process.T, scheduler.prediction, process.variance, scheduler.clip, parameters
+    return Description(*of, told.classes, told.takes_no_label)
 
 
 def load(checkpoint: Checkpoint) -> tuple[Denoiser, Process]:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from workers.network.unet_config import DEFAULTS
-from workers.shapes import NCHW, Heads
+from workers.network.unet_config import DEFAULTS, read_classes
+from workers.shapes import NCHW, Counts, Heads
 
 Timed = Float[Tensor, "n time"]  # what the network makes of t
 Wider = Float[Tensor, "n out h w"]
@@ -37,6 +37,7 @@ BUILT = {
     "attention_head_dim",
     "norm_num_groups",
     "norm_eps",
+    "num_class_embeds",
 }
 DOWN = {"DownBlock2D": False, "AttnDownBlock2D": True}  # name -> whether it has attention
 UP = {"UpBlock2D": False, "AttnUpBlock2D": True}
@@ -67,6 +68,10 @@ def check_config(config: dict[str, Any]) -> dict[str, Any]:
             mistakes.append(
                 f"attention_head_dim: {full['attention_head_dim']} must divide the block_out_channels {width}"
             )
+    try:
+        read_classes(config)
+    except ValueError as error:
+        mistakes.append(str(error))
     if mistakes:
         raise ValueError("\n".join(mistakes))
     return full
@@ -275,6 +280,9 @@ class UNet(nn.Module):
         self.config = dict(config)
         self.conv_in = nn.Conv2d(c["in_channels"], widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], c)
+        self.classes = read_classes(config)
+        if self.classes is not None:
+            self.class_embedding = nn.Embedding(c["num_class_embeds"], 4 * widths[0])
 
         # `skips` holds the widths of what forward() pushes on the way down and pops on the way up.
         width, skips = widths[0], [widths[0]]
@@ -300,6 +308,11 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], c["out_channels"], 3, padding=1)
         self._initialise(generator)
 
+    @property
+    def takes_no_label(self) -> bool:
+        """Whether it has a row for no label, which guidance needs."""
+        return self.classes is not None and self.class_embedding.num_embeddings > len(self.classes.names)
+
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator | None) -> None:
         """The paper's initial weights: uniform with variance 1 / mean(fan in, fan out), biases 0, last layers 0."""
@@ -311,13 +324,20 @@ class UNet(nn.Module):
                     nn.init.zeros_(module.weight)
                 else:
                     nn.init.xavier_uniform_(module.weight, generator=generator)
+        if self.classes is not None:  # last, so that all other weights are those of a network without labels
+            nn.init.normal_(self.class_embedding.weight, generator=generator)
 
-    def forward(self, x: NCHW, t: Steps) -> Heads:
-        """t is counted from 0: the paper's t - 1.
+    def forward(self, x: NCHW, t: Steps, labels: Counts | None = None) -> Heads:
+        """t is counted from 0: the paper's t - 1. NO_LABEL, a label of -1, is the last row of the class embedding.
 
         The sinusoids are smooth in t, so that times between those of the training are asked for as any other.
         """
-        time = F.silu(self.time_embedding(t))  # every block begins with the same SiLU of it
+        time = self.time_embedding(t)
+        if self.classes is not None:
+            assert labels is not None, "this network is told the class of each image"
+            rows = labels.remainder(self.class_embedding.num_embeddings)
+            time = time + self.class_embedding(rows).to(time.dtype)
+        time = F.silu(time)  # every block begins with the same SiLU of it
         # In channels_last a convolution on a CPU with AMX takes half the time in bfloat16, four fifths in float32.
         h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [h]

@@ -3,8 +3,10 @@
 Pure Python, so that an experiment file can be checked, and its mistakes told, without importing torch.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
+from workers.classes import MOST_CLASSES, Classes
 from workers.config import ModelConfig
 
 # The fields of UNet2DModel's config.json with the values it takes for a field that is left out.
@@ -40,6 +42,7 @@ DEFAULTS: dict[str, Any] = {
 }
 UNET = "unet"  # what it is called in an experiment file
 MOST_WEIGHTS = 20e9  # 80 GB in float32, and four times that in training
+LABELS = "_labels"  # ours in such a file, which diffusers keeps and passes over: [name, images], a class each
 
 
 def choose_norm_groups(model: ModelConfig) -> int:
@@ -124,12 +127,53 @@ def count_weights(model: ModelConfig, *, resolution: int) -> int:
     return total
 
 
+def read_classes(config: Mapping[str, Any]) -> Classes | None:
+    """The classes that a network of this config.json is told; None where it is told none.
+
+    A row of its embedding beyond theirs stands for no label. Without our field every row is a class, and none is more
+    frequent than another. Raises ValueError.
+    """
+    rows = config.get("num_class_embeds")
+    if rows is None:
+        return None
+    if not isinstance(rows, int) or not 1 <= rows <= MOST_CLASSES:
+        raise ValueError(f"num_class_embeds: {rows!r} is no number of 1 to {MOST_CLASSES:,}")
+    listed = config.get(LABELS) or [[str(label), 1] for label in range(rows)]
+    try:
+        names, images = zip(*((str(name), int(count)) for name, count in listed), strict=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{LABELS}: {listed!r:.60} is no list of [name, number of images]") from error
+    if len(names) not in (rows, rows - 1) or min(images) < 0 or max(images) < 1:
+        raise ValueError(
+            f"{LABELS}: {len(names)} classes with {sum(images)} images in all for num_class_embeds {rows}; there must "
+            "be as many, or one fewer"
+        )
+    return Classes(names, images)
+
+
+def make_class_fields(model: ModelConfig, classes: Classes | None, label_dropout: float) -> dict[str, Any]:
+    """What a config.json says of the classes that the network is told; nothing where it is told none."""
+    if not model.labels:
+        return {}
+    assert classes, "model.labels needs data with labels"
+    listed = [[name, images] for name, images in zip(classes.names, classes.images, strict=True)]
+    return {"num_class_embeds": len(listed) + (label_dropout > 0), LABELS: listed}
+
+
 def make_unet_config(
-    model: ModelConfig, *, image_channels: int, resolution: int, learned: bool = False
+    model: ModelConfig,
+    *,
+    image_channels: int,
+    resolution: int,
+    learned: bool = False,
+    classes: Classes | None = None,
+    label_dropout: float = 0.0,
 ) -> dict[str, Any]:
     """The config.json of the UNet2DModel that `model` means for resolution x resolution images.
 
-    With a `learned` variance the last convolution has twice the channels: the second head is its second half.
+    With a `learned` variance the last convolution has twice the channels: the second head is its second half. A network
+    that is told labels has a row of its class embedding for each of the `classes`, and with `label_dropout` a last one
+    for no label.
 
     `ModelConfig()` with 3 channels at 32 x 32 gives google/ddpm-cifar10-32 (Ho et al. 2020, appendix B). Raises
     ValueError with all that `find_unet_mistakes` finds.
@@ -140,6 +184,7 @@ def make_unet_config(
     return {
         "_class_name": "UNet2DModel",
         **DEFAULTS,
+        **make_class_fields(model, classes, label_dropout),
         "sample_size": resolution,
         "in_channels": image_channels,
         "out_channels": image_channels * (1 + learned),
