@@ -80,7 +80,7 @@ def test_hashes_are_remembered_until_a_file_changes(tmp_path, cache, monkeypatch
 
 
 @pytest.mark.parametrize("how", ["replaced", "written over", "linked elsewhere", "in a folder linked elsewhere"])
-@pytest.mark.parametrize("kind", ["idx", "images", "parquet", "cifar10-binary"])
+@pytest.mark.parametrize("kind", WRITERS)
 def test_a_file_of_the_same_size_and_time_is_noticed(tmp_path, monkeypatch, kind, how):
     monkeypatch.setattr(survey, "SETTLED_NS", 0)
     WRITERS[kind](tmp_path / "real")

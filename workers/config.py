@@ -117,7 +117,7 @@ MOST_STEPS = 10**9  # of anything that is only counted
 
 
 class DataConfig(Record):
-    """Which images. `source` is `digits` or `gaussian`, or a path or URI: Parquet, images, CIFAR-10 binary, IDX."""
+    """Which images. `source` is `digits` or `gaussian`, or a path or URI: Parquet, images, CIFAR-10, IDX, arrays."""
 
     source: Open = Field(description="digits, gaussian, or the path or URI of images")
     resolution: int | None = Field(default=None, ge=1, description="centre-crop and resize to this many pixels")

@@ -12,6 +12,7 @@ import io
 import struct
 import threading
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -31,7 +32,8 @@ MOST_PIXELS = 2**26  # of one image, before it is resized: 8192 x 8192, which ta
 BIG = 2**23  # pixels of an image from which on they are decoded one at a time
 ORIENTATION = 0x0112  # the tag of EXIF; from 5 on width and height are swapped
 DAMAGE = (OSError, EOFError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError,
-          NotImplementedError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError)  # fmt: skip
+          NotImplementedError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile,
+          Image.DecompressionBombError)  # fmt: skip
 
 # Pillow warns of images that are refused here in our own words.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -84,17 +86,28 @@ def look(item: Item) -> Look:
 
 def decode(item: Item, channels: int, resolution: int | None, background: Colour) -> Pixels:
     """uint8 HWC. With `resolution`: centre-cropped to a square, then resized by LANCZOS (as EDM's dataset_tool.py)."""
-    if isinstance(item.image, np.ndarray) and resolution is None:
-        return item.image
+    if isinstance(item.image, np.ndarray) and (resolution is None or channels not in (1, 3)):
+        return item.image if resolution is None else _resize_channels(item, resolution)
     image, mode = _load(item, background), "L" if channels == 1 else "RGB"
     image = image if image.mode == mode else image.convert(mode)
     if resolution is not None:
-        check_resolution(item.name, image.width, image.height, resolution)
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+        image = _resize(item.name, image, resolution)
     return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+def _resize(name: str, image: Image.Image, resolution: int) -> Image.Image:
+    check_resolution(name, image.width, image.height, resolution)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    return image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+
+
+def _resize_channels(item: Item, resolution: int) -> Pixels:
+    """`_resize` of an array, each channel by itself."""
+    assert isinstance(item.image, np.ndarray)
+    channels = [Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(item.image, 2, 0)]
+    return np.stack([np.asarray(_resize(item.name, channel, resolution)) for channel in channels], axis=2)
 
 
 def check_resolution(name: str, width: int, height: int, resolution: int) -> None:

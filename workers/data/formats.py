@@ -11,6 +11,7 @@ What a header claims is held against the size of its file before memory is asked
 
 from collections.abc import Callable, Iterator, Mapping
 
+from workers.data import arrays
 from workers.data import splits as layouts
 from workers.data.built_in import BUILT_IN
 from workers.data.cifar10 import find_cifar10
@@ -56,9 +57,11 @@ FORMATS: dict[str, Callable[[Tree], Files | None]] = {
     "cifar10-binary": find_cifar10,
     "idx": find_idx,
     "images": find_images,
+    "arrays": arrays.find_arrays,
 }
 CHOICES = (
     f"Give {', '.join(map(repr, BUILT_IN))} or a path: a Parquet file or a folder of them, with a column img or image; "
     f"a folder of images ({', '.join(SUFFIXES)}); a folder with CIFAR-10's data_batch_*.bin and test_batch.bin; or "
-    "one with train-images-idx3-ubyte.gz and its companions. Unpack archives first."
+    "one with train-images-idx3-ubyte.gz and its companions; an .npz or .npy of images, or a folder of them. Unpack "
+    "archives first."
 )

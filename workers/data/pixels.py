@@ -32,15 +32,23 @@ def _scale(x: Tensor, levels: int) -> Tensor:
 QUANTISERS: dict[str, Callable[[Tensor, int], Tensor]] = {"round": to_levels, "truncate": to_levels_truncated}
 
 
+def to_picture(images: Tensor, levels: int) -> Tensor:
+    """NHWC in `levels` -> float in 0..255, grey or in colour: of other numbers of channels side by side, each grey."""
+    shown = images.cpu().float() * (255 / (levels - 1))
+    if shown.shape[3] not in (1, 3):
+        shown = shown.permute(0, 1, 3, 2).flatten(2)[..., None]
+    return shown
+
+
 def draw_grid(images: Tensor, levels: int, side: int = 400, columns: int | None = None) -> bytes:
-    """A grid of uint8 NHWC images, square unless `columns` are given, a grey line between them, as PNG.
+    """A grid of NHWC images, square unless `columns` are given, a grey line between them, as PNG.
 
     A last row that the images do not fill ends in grey. Enlarged by a whole factor of at least 3, to about `side`
     pixels of height.
     """
     columns = columns or math.isqrt(len(images) - 1) + 1
-    shown = images.cpu().float() * (255 / (levels - 1))
-    tiles = F.pad(shown.permute(0, 3, 1, 2), (0, 1, 0, 1, 0, 0, 0, -len(images) % columns), value=128)
+    shown = to_picture(images, levels).permute(0, 3, 1, 2)
+    tiles = F.pad(shown, (0, 1, 0, 1, 0, 0, 0, -len(images) % columns), value=128)
     n, channels, height, width = tiles.shape
     rows = tiles.reshape(n // columns, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     flat = rows.reshape(n // columns * height, columns * width, channels)[:-1, :-1]

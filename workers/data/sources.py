@@ -113,7 +113,7 @@ def _find_shape(config: DataConfig, files: Files, survey: Survey) -> tuple[int, 
     """H, W, C of a decoded image. Raises DataError where the images do not go into one array."""
     (name, width, height), other = survey.first, survey.other
     grey = not survey.colour and not (survey.transparent and len(set(config.background)) > 1)
-    channels = 1 if grey else 3
+    channels = files.like.shape[2] if files.like is not None else 1 if grey else 3
     if config.resolution is not None:
         check_resolution(*survey.smallest, config.resolution)
         return config.resolution, config.resolution, channels
@@ -149,7 +149,7 @@ def describe_held_out(config: DataConfig) -> str:
 def describe_source(source: Source) -> str:
     """What was found at a source, in a line: for every command that reads it."""
     height, width, channels = source.shape
-    colour = "in colour" if channels == 3 else "grey"
+    colour = {1: "grey", 3: "in colour"}.get(channels, f"in {channels} channels")
     train, held_out = (show_name(place) for place in source.where)
     built_in = source.name == source.format
     parts = [

@@ -69,8 +69,8 @@ def _read_survey(files: Files, splits: list[Split]) -> Survey:
     colour, transparent, animated, labels, unlabelled = False, 0, 0, set[int](), False
     first = other = smallest = None
     if files.like is not None:
-        height, width, channels = files.like.shape
-        colour, first = channels == 3, ("an image", width, height)
+        height, width, _ = files.like.shape
+        first = "an image", width, height
     for split in splits:
         count, negative, told = 0, 0, ""
         for item in split.read():
