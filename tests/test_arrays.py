@@ -90,6 +90,14 @@ def test_arrays_are_cropped_and_resized_channel_by_channel(tmp_path, channels):
     assert (data.train == 10 * np.arange(1, channels + 1)).all()
 
 
+def test_arrays_of_16_bits(tmp_path):
+    images = RANDOM.integers(0, 2**16, (30, 4, 4, 2), np.uint16)
+    np.savez(tmp_path / "d.npz", images=images.astype(">u2"))
+    data = prepare(DataConfig(source=str(tmp_path / "d.npz")))
+    assert (data.levels, data.train.dtype) == (2**16, np.uint16)
+    assert Counter(i.tobytes() for i in (*data.train, *data.held_out)) == Counter(i.tobytes() for i in images)
+
+
 def test_the_line_says_how_many_channels(tmp_path):
     np.save(tmp_path / "d.npy", np.zeros((9, 4, 4, 2), np.uint8))
     assert describe_source(describe(DataConfig(source=str(tmp_path / "d.npy")))) == (

@@ -114,6 +114,33 @@ def test_resolution_crops_the_centre_and_resizes(tmp_path):
     assert (data.train == 200).all() and (data.held_out == 200).all()
 
 
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_grey_of_16_bits(tmp_path, kind):
+    """Pillow's own resize of each value is the expected one."""
+    images = np.random.default_rng(0).integers(0, 2**16, (30, 4, 6, 1), np.uint16)[:, :, 1:5]
+    source = write_images(tmp_path / "d", images, kind=kind)
+    data = prepare(DataConfig(source=str(source)))
+    assert (data.levels, data.shape, data.train.dtype) == (2**16, (4, 4, 1), np.uint16)
+    assert Counter(i.tobytes() for i in (*data.train, *data.held_out)) == Counter(i.tobytes() for i in images)
+    assert "4x4 grey in 65536 levels" in describe_source(describe(DataConfig(source=str(source))))
+    small = prepare(DataConfig(source=str(source), resolution=2))
+    resized = [Image.fromarray(i[..., 0].astype(np.float32)).resize((2, 2), Image.Resampling.LANCZOS) for i in images]
+    expected = sorted(np.rint(np.asarray(i)).clip(0, 2**16 - 1).tolist() for i in resized)
+    assert sorted(i[..., 0].tolist() for i in (*small.train, *small.held_out)) == expected
+
+
+def test_tiff_is_read_where_there_are_no_other_images(tmp_path):
+    folder = write_images(tmp_path / "d", COLOUR, kind="tiff")
+    check_all = Counter(i.tobytes() for i in COLOUR)
+    data = prepare(DataConfig(source=str(folder)))
+    assert Counter(i.tobytes() for i in (*data.train, *data.held_out)) == check_all
+    write_images(folder, COLOUR[:9])
+    source = describe(DataConfig(source=str(folder)))
+    assert source.train + source.held_out == 9 and source.warnings == (
+        "left out: 30 .tiff (000.tiff, 001.tiff and 28 more); convert them to PNG",
+    )
+
+
 def test_exif_orientation_is_applied(tmp_path):
     picture, exif = np.zeros((8, 8), np.uint8), Image.Exif()
     picture[:4] = 255  # white above black; turned by 180 degrees: black above white

@@ -122,8 +122,12 @@ def test_sizes(tmp_path):
 
 
 def test_more_than_8_bits(tmp_path):
-    deep = write_images(tmp_path / "deep", [np.full((4, 4), 40_000, np.uint16)] * 2)
-    fails(deep, "000.png has more than 8 bits", "convert it to 8 bits")
+    deep = write_images(tmp_path / "deep", [*GREY[:2], np.full((4, 4), 40_000, np.uint16)])
+    fails(deep, "000.png has 8 bits a channel and 002.png has 16; convert all")
+    clear = write_images(tmp_path / "clear", [])
+    (tmp_path / "clear").mkdir()
+    (clear / "a.png").write_bytes(encoded(np.full((4, 4), 40_000, np.uint16), transparency=40_000))
+    fails(clear, "a.png has more than 8 bits", "convert it to 8 bits, or to opaque grey of 16")
     head = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)  # a PNG of one pixel in colour, 16 bits a channel
     chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(bytes(7))), (b"IEND", b"")]
     packed = (struct.pack(">I", len(c)) + t + c + struct.pack(">I", zlib.crc32(t + c)) for t, c in chunks)

@@ -23,6 +23,7 @@ from typing import Any
 
 import workers
 from workers.config import FIDConfig
+from workers.data.decoding import choose_type
 from workers.identity import collect_settings_read
 from workers.layout import get_trial_of_row
 from workers.network import checkpoint as checkpoints
@@ -73,7 +74,9 @@ def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
 
     inputs = [ColSpec(DataType.long, "n"), ColSpec(DataType.long, "seed")]
     inputs += [ColSpec(DataType.string, "sampler", required=False), ColSpec(DataType.long, "steps", required=False)]
-    outputs = [TensorSpec(np.dtype(np.uint8), (-1, *checkpoints.describe(candidate.checkpoint).shape))]
+    outputs = [
+        TensorSpec(np.dtype(choose_type(candidate.levels)), (-1, *checkpoints.describe(candidate.checkpoint).shape))
+    ]
     with tempfile.TemporaryDirectory() as temporary:
         checkpoints.export(candidate.checkpoint, Path(temporary, "diffusers"))
         save_model(

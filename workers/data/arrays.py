@@ -22,7 +22,7 @@ from workers.data.tree import Files, Split, Tree, warn_of_missing_labels
 
 SUFFIXES = (".npz", ".npy")
 ROLES = {"images": ("images", "image", "x", ""), "labels": ("labels", "label", "y")}  # and the names that they have
-TYPES = ("uint8",)
+TYPES = {"uint8": 2**8, "uint16": 2**16}  # and their levels
 MOST_CHANNELS = 64
 PIECE = 2**24  # bytes that are read at a time, where an image has fewer
 DEFLATE = 1032  # the most bytes that zip makes of one
@@ -78,6 +78,7 @@ def find_arrays(tree: Tree) -> Files | None:
         _list_paths(used, images, labels),
         splits[0],
         splits[1] if splits[1:] else None,
+        levels=TYPES[images[used[0]].dtype.name],
         like=np.zeros((*images[used[0]].shape[1:], 1)[:3], images[used[0]].dtype.newbyteorder("=")),
         where=(where[0], "".join(where[1:])),
         warnings=(
@@ -135,7 +136,7 @@ def _check_images(array: Stored, first: Stored) -> None:
     height, width, channels = (*array.shape[1:], 1, 1, 1)[:3]
     if array.dtype.hasobject:
         raise DataError(f"{array} holds pickled objects, which are never loaded; save numbers")
-    if array.dtype.newbyteorder("=").name not in TYPES:
+    if array.dtype.name not in TYPES:
         raise DataError(f"{array} is not of {', '.join(TYPES)}; convert it by astype")
     if len(array.shape) not in (3, 4) or not 0 < height * width <= MOST_PIXELS:
         raise DataError(f"{array} is not N x height x width or N x height x width x channels; reshape it")

@@ -4,29 +4,37 @@ import io
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from workers.data.decoding import choose_type
+
 
 def to_model(images: Tensor, levels: int) -> Tensor:
-    """uint8 NHWC in 0..levels-1 -> float32 NCHW in [-1, 1]."""
+    """NHWC in 0..levels-1 -> float32 NCHW in [-1, 1]."""
     return (images.float() * (2 / (levels - 1)) - 1).permute(0, 3, 1, 2).contiguous()
 
 
 def to_levels(x: Tensor, levels: int) -> Tensor:
-    """float NCHW -> uint8 NHWC: clipped to [-1, 1] and rounded to the nearest of the `levels`."""
-    return _scale(x, levels).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    """float NCHW -> uint8 or uint16 NHWC: clipped to [-1, 1] and rounded to the nearest of the `levels`."""
+    return _make_whole(_scale(x, levels).round(), levels)
 
 
 def to_levels_truncated(x: Tensor, levels: int) -> Tensor:
     """As `to_levels`, but rounded towards 0, as the code of several papers casts to bytes: half a level darker."""
-    return _scale(x, levels).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return _make_whole(_scale(x, levels), levels)
 
 
 def _scale(x: Tensor, levels: int) -> Tensor:
     return (x.clamp(-1, 1) + 1) * ((levels - 1) / 2)
+
+
+def _make_whole(x: Tensor, levels: int) -> Tensor:
+    whole = torch.from_numpy(np.empty(0, choose_type(levels))).dtype
+    return x.to(whole).permute(0, 2, 3, 1).contiguous()
 
 
 QUANTISERS: dict[str, Callable[[Tensor, int], Tensor]] = {"round": to_levels, "truncate": to_levels_truncated}

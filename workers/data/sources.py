@@ -19,6 +19,7 @@ from workers.data.survey import Survey, hash_files, survey_files
 from workers.data.tree import Files, Split
 from workers.identity import compute_digest
 
+DEEP = 2**16  # levels of 16 bits
 VERSION = 1  # of the storing below: raise it when the same files would give other bytes, and caches are rebuilt
 
 
@@ -79,7 +80,7 @@ def describe_with_files(config: DataConfig, cache: Path) -> tuple[Source, Files]
         train=counts[1],
         held_out=counts[0],
         labelled=labelled,
-        levels=files.levels,
+        levels=DEEP if survey.deep else files.levels,
         shape=_find_shape(config, files, survey),
         classes=survey.classes if labelled else 0,
         where=files.where,

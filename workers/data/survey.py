@@ -14,7 +14,7 @@ from workers.data.tree import Files, Split
 from workers.identity import compute_digest
 from workers.memos import hash_file, read_state, recall, remember
 
-SURVEYED = 1  # the version of what a survey holds
+SURVEYED = 2  # the version of what a survey holds
 SETTLED_NS = 2_000_000_000  # a file that changed less than this ago may change again within a tick of its clock
 
 
@@ -30,6 +30,7 @@ class Survey:
     other: tuple[str, int, int] | None  # the first of another size
     smallest: tuple[str, int, int]
     classes: int
+    deep: bool  # 16 bits a channel, where headers tell
     unlabelled: bool  # all labels of a split are negative, which says that there are none
 
 
@@ -54,7 +55,9 @@ def survey_files(kind: str, files: Files, hashes: str | list[tuple[str, str]], c
     if files.sha256 and files.like is not None:
         height, width, _ = files.like.shape
         size = "an image", width, height
-        return Survey(False, files.train.count, 0, 0, size, None, size, files.classes or 0, unlabelled=False)
+        return Survey(
+            False, files.train.count, 0, 0, size, None, size, files.classes or 0, deep=False, unlabelled=False
+        )
     memo = cache / "surveys" / f"{compute_digest([SURVEYED, decoding.VERSION, kind, hashes])}.json"
     if found := recall(memo):
         sizes = {name: found[name] and tuple(found[name]) for name in ("first", "other", "smallest")}
@@ -68,6 +71,7 @@ def survey_files(kind: str, files: Files, hashes: str | list[tuple[str, str]], c
 def _read_survey(files: Files, splits: list[Split]) -> Survey:
     colour, transparent, animated, labels, unlabelled = False, 0, 0, set[int](), False
     first = other = smallest = None
+    of_depth: dict[bool, str] = {}  # the first image of 8 bits a channel, and that of 16
     if files.like is not None:
         height, width, _ = files.like.shape
         first = "an image", width, height
@@ -88,6 +92,7 @@ def _read_survey(files: Files, splits: list[Split]) -> Survey:
             smallest = size if smallest is None or min(size[1:]) < min(smallest[1:]) else smallest
             colour, transparent = colour or seen.colour, transparent + seen.transparent
             animated += seen.animated
+            of_depth.setdefault(seen.deep, show_name(item.name))
         if count != split.count:
             raise DataError(f"it holds {count:,} images where its headers tell {split.count:,}; copy it again")
         if 0 < negative < count:
@@ -95,6 +100,21 @@ def _read_survey(files: Files, splits: list[Split]) -> Survey:
         if max(labels, default=0) >= 2**31:
             raise DataError(f"there is a label {max(labels)}; labels are whole numbers from 0 on, below 2^31")
         unlabelled = unlabelled or negative > 0
+    if len(of_depth) > 1:
+        raise DataError(
+            f"{of_depth[False]} has 8 bits a channel and {of_depth[True]} has 16; convert all to one of these"
+        )
     assert first
     images = sum(split.count for split in splits)
-    return Survey(colour, images, transparent, animated, first, other, smallest or first, len(labels), unlabelled)
+    return Survey(
+        colour,
+        images,
+        transparent,
+        animated,
+        first,
+        other,
+        smallest or first,
+        len(labels),
+        deep=True in of_depth,
+        unlabelled=unlabelled,
+    )
