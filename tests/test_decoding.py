@@ -114,6 +114,27 @@ def test_resolution_crops_the_centre_and_resizes(tmp_path):
     assert (data.train == 200).all() and (data.held_out == 200).all()
 
 
+def test_images_that_are_not_square(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (30, 4, 6, 3), np.uint8)
+    source = str(write_images(tmp_path / "d", images))
+    data = prepare(DataConfig(source=source))
+    assert data.shape == (4, 6, 3)
+    assert Counter(i.tobytes() for i in (*data.train, *data.held_out)) == Counter(i.tobytes() for i in images)
+    assert "6x4 in colour" in describe_source(describe(DataConfig(source=source)))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_resolution_of_two_sides_crops_the_centre_to_their_shape(tmp_path, turned):
+    images = np.zeros((2, 9, 20, 3), np.uint8)
+    images[:, :, 4:16] = 200  # of the shape 3 x 4, so that any resize keeps its value
+    images = images.transpose(0, 2, 1, 3) if turned else images
+    sides = (4, 3) if turned else (3, 4)
+    config = DataConfig(source=str(write_images(tmp_path / "d", images)), resolution=sides)
+    data = prepare(config)
+    assert describe(config).shape == data.shape == (*sides, 3)
+    assert (data.train == 200).all() and (data.held_out == 200).all()
+
+
 @pytest.mark.parametrize("kind", ["png", "tiff"])
 def test_grey_of_16_bits(tmp_path, kind):
     """Pillow's own resize of each value is the expected one."""

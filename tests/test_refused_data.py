@@ -116,7 +116,8 @@ def test_sizes(tmp_path):
     mixed = write_images(tmp_path / "mixed", [*COLOUR, np.zeros((5, 5, 3), np.uint8)])
     fails(mixed, "030.png is 5x5, the first image 4x4", "set data.resolution")
     wide = write_images(tmp_path / "wide", np.zeros((3, 4, 6, 3), np.uint8))
-    fails(wide, "000.png is 6x4, not square", "set data.resolution")
+    told = "000.png is 6x4, smaller than data.resolution = [4, 8]"
+    fails(wide, told, "set data.resolution to [4, 6] or less", resolution=(4, 8))
     fails(mixed, "000.png is 4x4, smaller than data.resolution = 8", "set data.resolution to 4 or less", resolution=8)
     fails("digits", "8x8, smaller than data.resolution = 16", resolution=16)
 

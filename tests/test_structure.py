@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each line is a room, `workers` or `orchestrator` themselves where it names none; state stands above what uses it.
 ORDER = """
-    workers: seals kinds config layout identity speed signals disk remote storage sharing locks
+    workers: seals kinds sides config layout identity speed signals disk remote storage sharing locks
     workers: noise memos pulse journal shapes pausing
     workers.data: mirror splits cache decoding tree built_in parquet_files cifar10 idx arrays formats locate survey
     workers.data: sources proofs dataset pixels

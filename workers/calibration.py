@@ -41,9 +41,9 @@ def measure_speed(trial: Trial, storage_root: str) -> tuple[str, Spent]:
     training = repeat_steps(trial.model_copy(update={"training": alone}), dataset, device)
     _repeat(meter, name_training_kind(trial.training), batch, lambda: next(training))
     torch.set_num_threads(1)  # as evaluation has it
-    process, height = Process.of(trial.diffusion), dataset.shape[0]
+    process, size = Process.of(trial.diffusion), dataset.shape[:2]
     learned = trial.diffusion.learned
-    config = make_unet_config(trial.model, image_channels=dataset.shape[2], resolution=height, learned=learned)
+    config = make_unet_config(trial.model, image_channels=dataset.shape[2], resolution=size, learned=learned)
     network = UNet(config, make_generator(trial.seed, "weights")).to(device).eval()
     denoiser = Denoiser(network, process, trial.diffusion.prediction)
     model = LoadedModel(denoiser, process, device, trial.evaluation.precision).predict

@@ -37,11 +37,11 @@ class Learner:
     def __init__(self, trial: Trial, dataset: Dataset, world: World) -> None:
         """At step 0."""
         self.trial, self.dataset, self.world = trial, dataset, world
-        height, _, channels = dataset.shape
+        size, channels = dataset.shape[:2], dataset.shape[2]
         self.objective = Objective.of(trial.diffusion, trial.loss, dataset.levels)
         self.process, self.history = self.objective.process, History.empty(trial.diffusion.T)
         learned = trial.diffusion.learned
-        self.config = make_unet_config(trial.model, image_channels=channels, resolution=height, learned=learned)
+        self.config = make_unet_config(trial.model, image_channels=channels, resolution=size, learned=learned)
         self.unet = UNet(self.config, make_generator(trial.seed, "weights")).to(world.device)
         self.raw = list(self.unet.state_dict().values())  # views of the parameters, not copies
         self.ema = {name: p.clone() for name, p in self.unet.state_dict().items()}

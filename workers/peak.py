@@ -71,7 +71,9 @@ def count_training_flops(config: str) -> int:
     with torch.device("meta"), torch.no_grad():
         network = UNet(c).eval()
         with FlopCounterMode(display=False) as counted:
-            network(torch.zeros(1, c["in_channels"], c["sample_size"], c["sample_size"]), torch.zeros(1))
+            size = c["sample_size"]
+            sides = size if isinstance(size, list) else [size, size]
+            network(torch.zeros(1, c["in_channels"], *sides), torch.zeros(1))
     return 3 * int(counted.get_total_flops())
 
 

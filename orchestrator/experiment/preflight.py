@@ -183,7 +183,7 @@ def _check_weighting(_: Experiment, trial: Trial, __: Source) -> Iterator[Findin
 
 
 def _check_network(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
-    yield from (Finding(mistake) for mistake in find_unet_mistakes(trial.model, resolution=source.shape[0]))
+    yield from (Finding(mistake) for mistake in find_unet_mistakes(trial.model, resolution=source.shape[:2]))
 
 
 def _check_images(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:

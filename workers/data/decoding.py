@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from workers.data.splits import DataError, show_name
+from workers.sides import Resolution, get_sides, show_resolution
 
 VERSION = 2  # of what encoded images become; 1: transparent pixels showed what is hidden under them
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # as Pillow calls them
@@ -91,8 +92,8 @@ def look(item: Item) -> Look:
         return Look(width, height, _is_coloured(image), image.has_transparency_data, animated, _is_deep(image))
 
 
-def decode(item: Item, channels: int, resolution: int | None, background: Colour) -> Pixels:
-    """HWC. With `resolution`: centre-cropped to a square, then resized by LANCZOS (as EDM's dataset_tool.py)."""
+def decode(item: Item, channels: int, resolution: Resolution | None, background: Colour) -> Pixels:
+    """HWC. With `resolution`: its centre cropped to that shape, then resized by LANCZOS (as EDM's dataset_tool.py)."""
     image = item.image if isinstance(item.image, np.ndarray) else _load(item, background)
     if isinstance(image, Image.Image) and _is_deep(image):
         image = np.asarray(image)[..., None].astype(np.uint16)
@@ -109,15 +110,17 @@ def decode(item: Item, channels: int, resolution: int | None, background: Colour
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 
-def _resize(name: str, image: Image.Image, resolution: int) -> Image.Image:
+def _resize(name: str, image: Image.Image, resolution: Resolution) -> Image.Image:
     check_resolution(name, image.width, image.height, resolution)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    return image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    height, width = get_sides(resolution)
+    scale = min(image.height / height, image.width / width)
+    crop_height, crop_width = round(height * scale), round(width * scale)
+    left, top = (image.width - crop_width) // 2, (image.height - crop_height) // 2
+    image = image.crop((left, top, left + crop_width, top + crop_height))
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _resize_channels(name: str, pixels: Pixels, resolution: int) -> Pixels:
+def _resize_channels(name: str, pixels: Pixels, resolution: Resolution) -> Pixels:
     """`_resize` of each channel by itself."""
     channels = [
         _resize(name, Image.fromarray(channel), resolution) for channel in np.moveaxis(pixels, 2, 0).astype("f4")
@@ -126,12 +129,14 @@ def _resize_channels(name: str, pixels: Pixels, resolution: int) -> Pixels:
     return np.rint(resized).clip(0, np.iinfo(pixels.dtype).max).astype(pixels.dtype)
 
 
-def check_resolution(name: str, width: int, height: int, resolution: int) -> None:
+def check_resolution(name: str, width: int, height: int, resolution: Resolution) -> None:
     """Raises DataError where an image would have to be enlarged."""
-    if min(width, height) < resolution:
+    most_height, most_width = get_sides(resolution)
+    if height < most_height or width < most_width:
+        fitting = min(width, height) if isinstance(resolution, int) else [height, width]
         raise DataError(
-            f"{show_name(name)} is {width}x{height}, smaller than data.resolution = {resolution}; enlarging adds no "
-            f"detail: set data.resolution to {min(width, height)} or less, or leave such images out"
+            f"{show_name(name)} is {width}x{height}, smaller than data.resolution = {show_resolution(resolution)}; "
+            f"enlarging adds no detail: set data.resolution to {fitting} or less, or leave such images out"
         )
 
 

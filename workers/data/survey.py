@@ -28,7 +28,8 @@ class Survey:
     animated: int
     first: tuple[str, int, int]  # name, width, height
     other: tuple[str, int, int] | None  # the first of another size
-    smallest: tuple[str, int, int]
+    lowest: tuple[str, int, int]  # the first of the least height
+    narrowest: tuple[str, int, int]  # and of the least width
     classes: int
     deep: bool  # 16 bits a channel, where headers tell
     unlabelled: bool  # all labels of a split are negative, which says that there are none
@@ -56,11 +57,11 @@ def survey_files(kind: str, files: Files, hashes: str | list[tuple[str, str]], c
         height, width, _ = files.like.shape
         size = "an image", width, height
         return Survey(
-            False, files.train.count, 0, 0, size, None, size, files.classes or 0, deep=False, unlabelled=False
+            False, files.train.count, 0, 0, size, None, size, size, files.classes or 0, deep=False, unlabelled=False
         )
     memo = cache / "surveys" / f"{compute_digest([SURVEYED, decoding.VERSION, kind, hashes])}.json"
     if found := recall(memo):
-        sizes = {name: found[name] and tuple(found[name]) for name in ("first", "other", "smallest")}
+        sizes = {name: found[name] and tuple(found[name]) for name in ("first", "other", "lowest", "narrowest")}
         return Survey(**(found | sizes))
     splits = [split for split in (files.train, files.held_out) if isinstance(split, Split)]
     survey = _read_survey(files, splits)
@@ -70,7 +71,7 @@ def survey_files(kind: str, files: Files, hashes: str | list[tuple[str, str]], c
 
 def _read_survey(files: Files, splits: list[Split]) -> Survey:
     colour, transparent, animated, labels, unlabelled = False, 0, 0, set[int](), False
-    first = other = smallest = None
+    first = other = lowest = narrowest = None
     of_depth: dict[bool, str] = {}  # the first image of 8 bits a channel, and that of 16
     if files.like is not None:
         height, width, _ = files.like.shape
@@ -89,7 +90,8 @@ def _read_survey(files: Files, splits: list[Split]) -> Survey:
             size = item.name, seen.width, seen.height
             first = first or size
             other = other or (size if size[1:] != first[1:] else None)
-            smallest = size if smallest is None or min(size[1:]) < min(smallest[1:]) else smallest
+            lowest = size if lowest is None or seen.height < lowest[2] else lowest
+            narrowest = size if narrowest is None or seen.width < narrowest[1] else narrowest
             colour, transparent = colour or seen.colour, transparent + seen.transparent
             animated += seen.animated
             of_depth.setdefault(seen.deep, show_name(item.name))
@@ -113,7 +115,8 @@ def _read_survey(files: Files, splits: list[Split]) -> Survey:
         animated,
         first,
         other,
-        smallest or first,
+        lowest or first,
+        narrowest or first,
         len(labels),
         deep=True in of_depth,
         unlabelled=unlabelled,

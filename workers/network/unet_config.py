@@ -6,6 +6,7 @@ Pure Python, so that an experiment file can be checked, and its mistakes told, w
 from typing import Any
 
 from workers.config import ModelConfig
+from workers.sides import Resolution, get_sides, show_resolution
 
 # The fields of UNet2DModel's config.json with the values it takes for a field that is left out.
 DEFAULTS: dict[str, Any] = {
@@ -50,8 +51,8 @@ def choose_norm_groups(model: ModelConfig) -> int:
     return max(1, min(model.norm_groups, model.channels // 4))
 
 
-def find_unet_mistakes(model: ModelConfig, *, resolution: int) -> list[str]:
-    """What keeps `model` from being built for resolution x resolution images, and what to do; empty if nothing does."""
+def find_unet_mistakes(model: ModelConfig, *, resolution: Resolution) -> list[str]:
+    """What keeps `model` from being built for images of that size, and what to do; empty if nothing does."""
     mistakes = []
     groups, levels = choose_norm_groups(model), len(model.multipliers)
     if model.channels < 4 or model.channels % 2:
@@ -67,18 +68,18 @@ def find_unet_mistakes(model: ModelConfig, *, resolution: int) -> list[str]:
         )
     if any(multiplier < 1 for multiplier in model.multipliers):
         mistakes.append(f"model.multipliers: {list(model.multipliers)} must all be at least 1")
-    halvings = levels - 1
-    if resolution % 2**halvings:
-        most = (resolution & -resolution).bit_length()
-        below = resolution - resolution % 2**halvings
-        sizes = [size for size in (below, below + 2**halvings) if size > 0]
+    halvings, sides = levels - 1, get_sides(resolution)
+    if any(side % 2**halvings for side in sides):
+        most = min((side & -side).bit_length() for side in sides)
+        near = [[side // 2**halvings * 2**halvings, -(-side // 2**halvings) * 2**halvings] for side in sides]
+        sizes = [show_resolution((height, width)) for height, width in zip(*near, strict=True) if height and width]
         mistakes.append(
-            f"model.multipliers: {levels} levels halve the image {halvings} times, but {resolution} pixels can be "
-            f"halved only {most - 1} times; take at most {most} multipliers, "
-            f"or data.resolution: {' or '.join(map(str, sizes))}"
+            f"model.multipliers: {levels} levels halve the image {halvings} times, but {show_resolution(sides)} pixels "
+            f"can be halved only {most - 1} times; take at most {most} multipliers, "
+            f"or data.resolution: {' or '.join(sizes)}"
         )
     else:
-        present = [resolution >> level for level in range(levels)]
+        present = list_resolutions(model, resolution)
         absent = [size for size in model.attention if size not in present]
         if absent:
             mistakes.append(
@@ -93,11 +94,16 @@ def find_unet_mistakes(model: ModelConfig, *, resolution: int) -> list[str]:
     return mistakes
 
 
-def count_weights(model: ModelConfig, *, resolution: int) -> int:
+def list_resolutions(model: ModelConfig, resolution: Resolution) -> list[int]:
+    """What `model.attention` calls each level: the smaller side of the image there."""
+    return [min(get_sides(resolution)) >> level for level in range(len(model.multipliers))]
+
+
+def count_weights(model: ModelConfig, *, resolution: Resolution) -> int:
     """How many weights the matrices and kernels of the network have: all but some in a thousand."""
     c, levels = model.channels, len(model.multipliers)
     widths = [c * multiplier for multiplier in model.multipliers]
-    attends = [resolution >> level in model.attention for level in range(levels)]
+    attends = [size in model.attention for size in list_resolutions(model, resolution)]
 
     def count_block(before: int, width: int) -> int:
         return 9 * width * (before + width) + 4 * c * width + before * width * (before != width)
@@ -119,9 +125,9 @@ def count_weights(model: ModelConfig, *, resolution: int) -> int:
 
 
 def make_unet_config(
-    model: ModelConfig, *, image_channels: int, resolution: int, learned: bool = False
+    model: ModelConfig, *, image_channels: int, resolution: Resolution, learned: bool = False
 ) -> dict[str, Any]:
-    """The config.json of the UNet2DModel that `model` means for resolution x resolution images.
+    """The config.json of the UNet2DModel that `model` means for images of that size.
 
     With a `learned` variance the last convolution has twice the channels: the second head is its second half.
 
@@ -130,11 +136,12 @@ def make_unet_config(
     """
     if mistakes := find_unet_mistakes(model, resolution=resolution):
         raise ValueError("\n".join(mistakes))
-    attends = [resolution >> level in model.attention for level in range(len(model.multipliers))]
+    attends = [size in model.attention for size in list_resolutions(model, resolution)]
+    height, width = get_sides(resolution)
     return {
         "_class_name": "UNet2DModel",
         **DEFAULTS,
-        "sample_size": resolution,
+        "sample_size": height if height == width else [height, width],
         "in_channels": image_channels,
         "out_channels": image_channels * (1 + learned),
         "freq_shift": 1,
