@@ -164,7 +164,7 @@ def make_pictures(
     import torch
 
     from workers.config import SamplerConfig
-    from workers.data.pixels import draw_grid, to_levels
+    from workers.data.pixels import draw_grid, to_levels, to_picture
     from workers.diffusion.guidance import take_rows
     from workers.diffusion.samplers import draw
     from workers.evaluation.pictures import decode_at, draw_progressive, interpolate
@@ -174,7 +174,7 @@ def make_pictures(
     m, process, sampler, levels = opened.m, opened.process, opened.sampler, opened.dataset.levels
 
     def tabulate(x: torch.Tensor, heads: Sequence[str], sides: Sequence[str], title: str) -> bytes:
-        return draw_labelled(to_levels(x, levels).cpu().numpy(), levels, heads, sides, title)
+        return draw_labelled(to_picture(to_levels(x, levels), levels).numpy(), heads, sides, title)
 
     grid, strips = (_arrange_grid(opened.network.classes, count, label) for count in (n, ROWS))
     x_T, noise = opened.draw_x_T(grid.n, "samples")
@@ -244,15 +244,15 @@ def _choose_steps(rmse: Any) -> list[int]:
     return sorted({int(np.abs(rmse - error).argmin()) for error in np.linspace(rmse[0], rmse[-1], RATES)})
 
 
-def draw_labelled(images: Any, levels: int, heads: Sequence[str], sides: Sequence[str] = (), title: str = "") -> bytes:
-    """uint8 NHWC -> PNG: a column for each of `heads`, which stand above, rows with `sides` at their left."""
+def draw_labelled(images: Any, heads: Sequence[str], sides: Sequence[str] = (), title: str = "") -> bytes:
+    """NHWC in 0..255 -> PNG: a column for each of `heads`, which stand above, rows with `sides` at their left."""
     from matplotlib.figure import Figure
 
     columns = len(heads)
-    rows = len(images) // columns
-    figure = Figure(figsize=(columns * 0.9, rows * 0.9 + 0.5), layout="constrained")
+    rows, wide = len(images) // columns, max(1, images.shape[2] / images.shape[1])
+    figure = Figure(figsize=(columns * 0.9 * wide, rows * 0.9 + 0.5), layout="constrained")
     for k, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-        axes.imshow(images[k].squeeze() / (levels - 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(images[k] / 255, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
         if k < columns:

@@ -79,6 +79,13 @@ def write_idx(folder: Path, images=GREY, labels=LABELS, zipped=True) -> Path:
     return folder
 
 
+def write_arrays(folder: Path, images=COLOUR, labels=LABELS) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "images.npy", images)
+    np.save(folder / "labels.npy", labels)
+    return folder
+
+
 def pairs(images, labels) -> Counter:
     return Counter((np.asarray(i).tobytes(), int(label)) for i, label in zip(images, labels, strict=True))
 
@@ -102,6 +109,7 @@ WRITERS = {
     "images": lambda path: write_images(path, COLOUR),
     "cifar10-binary": write_cifar,
     "idx": lambda path: write_idx(path, zipped=False),
+    "arrays": write_arrays,
 }
 
 

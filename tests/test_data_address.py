@@ -1,5 +1,6 @@
 """The address of a data set: of its content and of what changes the decoded result, and of nothing else."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,11 +10,11 @@ import sys
 import image_files
 import numpy as np
 import pytest
-from image_files import COLOUR, WRITERS, write_cifar, write_idx, write_images, write_parquet
+from image_files import COLOUR, LABELS, WRITERS, write_cifar, write_idx, write_images, write_parquet
 
 from workers import memos
 from workers.config import DataConfig
-from workers.data import survey
+from workers.data import sources, survey
 from workers.data.dataset import prepare
 from workers.data.sources import compute_fingerprint, describe
 
@@ -79,7 +80,7 @@ def test_hashes_are_remembered_until_a_file_changes(tmp_path, cache, monkeypatch
 
 
 @pytest.mark.parametrize("how", ["replaced", "written over", "linked elsewhere", "in a folder linked elsewhere"])
-@pytest.mark.parametrize("kind", ["idx", "images", "parquet", "cifar10-binary"])
+@pytest.mark.parametrize("kind", WRITERS)
 def test_a_file_of_the_same_size_and_time_is_noticed(tmp_path, monkeypatch, kind, how):
     monkeypatch.setattr(survey, "SETTLED_NS", 0)
     WRITERS[kind](tmp_path / "real")
@@ -128,6 +129,23 @@ def test_the_addresses_of_cifar10_and_idx_are_what_they_always_were(tmp_path):
     idx = write_idx(tmp_path / "i", images[:, :4, :4, :1], zipped=False)
     assert compute_fingerprint(DataConfig(source=str(idx))) == "0193c01da3efc38c"
     assert compute_fingerprint(DataConfig(source=str(idx), resolution=2)) == "9afe0c5fd06a00f1"
+
+
+def test_the_addresses_and_bits_of_images_and_parquet_are_what_they_always_were(tmp_path, monkeypatch):
+    """Recorded. BMP, as its encoder has no choice; and the sha256 of a Parquet file is its writer's, so it is given."""
+    images = (np.arange(30 * 48, dtype=np.uint32) * 37 % 251).astype(np.uint8).reshape(30, 4, 4, 3)
+    folder = write_images(tmp_path / "d", images, LABELS, "bmp")
+    parquet = write_parquet(tmp_path / "d.parquet", images)
+
+    def record(source, **settings):
+        data = prepare(DataConfig(source=str(source), **settings))
+        return data.digest, hashlib.sha256(data.train.tobytes() + data.held_out.tobytes()).hexdigest()[:16]
+
+    assert record(folder) == ("d70c3ae62bf0f5ad", "006548a3408a7c89")
+    assert record(folder, resolution=2, held_out=0.2) == ("290929501925a8a2", "17417c6bb12ecd28")
+    monkeypatch.setattr(sources, "hash_files", lambda *_: [("train", 64 * "0")])
+    assert record(parquet) == ("24b758d5896a5f31", "58498b770d0240cf")
+    assert record(parquet, resolution=2) == ("6dea2fb73e1c6259", "5a2423a13fbfa547")
 
 
 def test_the_dry_run_imports_neither_torch_nor_ray_nor_sklearn():

@@ -114,6 +114,54 @@ def test_resolution_crops_the_centre_and_resizes(tmp_path):
     assert (data.train == 200).all() and (data.held_out == 200).all()
 
 
+def test_images_that_are_not_square(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (30, 4, 6, 3), np.uint8)
+    source = str(write_images(tmp_path / "d", images))
+    data = prepare(DataConfig(source=source))
+    assert data.shape == (4, 6, 3)
+    assert Counter(i.tobytes() for i in (*data.train, *data.held_out)) == Counter(i.tobytes() for i in images)
+    assert "6x4 in colour" in describe_source(describe(DataConfig(source=source)))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_resolution_of_two_sides_crops_the_centre_to_their_shape(tmp_path, turned):
+    images = np.zeros((2, 9, 20, 3), np.uint8)
+    images[:, :, 4:16] = 200  # of the shape 3 x 4, so that any resize keeps its value
+    images = images.transpose(0, 2, 1, 3) if turned else images
+    sides = (4, 3) if turned else (3, 4)
+    config = DataConfig(source=str(write_images(tmp_path / "d", images)), resolution=sides)
+    data = prepare(config)
+    assert describe(config).shape == data.shape == (*sides, 3)
+    assert (data.train == 200).all() and (data.held_out == 200).all()
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_grey_of_16_bits(tmp_path, kind):
+    """Pillow's own resize of each value is the expected one."""
+    images = np.random.default_rng(0).integers(0, 2**16, (30, 4, 6, 1), np.uint16)[:, :, 1:5]
+    source = write_images(tmp_path / "d", images, kind=kind)
+    data = prepare(DataConfig(source=str(source)))
+    assert (data.levels, data.shape, data.train.dtype) == (2**16, (4, 4, 1), np.uint16)
+    assert Counter(i.tobytes() for i in (*data.train, *data.held_out)) == Counter(i.tobytes() for i in images)
+    assert "4x4 grey in 65536 levels" in describe_source(describe(DataConfig(source=str(source))))
+    small = prepare(DataConfig(source=str(source), resolution=2))
+    resized = [Image.fromarray(i[..., 0].astype(np.float32)).resize((2, 2), Image.Resampling.LANCZOS) for i in images]
+    expected = sorted(np.rint(np.asarray(i)).clip(0, 2**16 - 1).tolist() for i in resized)
+    assert sorted(i[..., 0].tolist() for i in (*small.train, *small.held_out)) == expected
+
+
+def test_tiff_is_read_where_there_are_no_other_images(tmp_path):
+    folder = write_images(tmp_path / "d", COLOUR, kind="tiff")
+    check_all = Counter(i.tobytes() for i in COLOUR)
+    data = prepare(DataConfig(source=str(folder)))
+    assert Counter(i.tobytes() for i in (*data.train, *data.held_out)) == check_all
+    write_images(folder, COLOUR[:9])
+    source = describe(DataConfig(source=str(folder)))
+    assert source.train + source.held_out == 9 and source.warnings == (
+        "left out: 30 .tiff (000.tiff, 001.tiff and 28 more); convert them to PNG",
+    )
+
+
 def test_exif_orientation_is_applied(tmp_path):
     picture, exif = np.zeros((8, 8), np.uint8), Image.Exif()
     picture[:4] = 255  # white above black; turned by 180 degrees: black above white

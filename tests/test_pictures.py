@@ -94,6 +94,13 @@ def test_a_grid_shows_every_image_and_ends_in_grey():
     assert pixels.shape == (14, 14) and (pixels == 255).sum() == 7 * 16 and (pixels[10:, 5:] == 128).all()
 
 
+def test_a_grid_shows_the_channels_of_other_images_side_by_side():
+    images = torch.tensor([0, 8]).expand(4, 2, 3, 2).to(torch.uint8)
+    pixels = np.asarray(Image.open(io.BytesIO(draw_grid(images, 9, side=1))))[::3, ::3]
+    assert pixels.shape == (2 * 3 - 1, 2 * 7 - 1)
+    assert (pixels[:2, :3] == 0).all() and (pixels[:2, 3:6] == 255).all() and (pixels[:2, 6] == 128).all()
+
+
 # ---- The command -----------------------------------------------------------------------------------------------
 
 

@@ -116,14 +116,19 @@ def test_sizes(tmp_path):
     mixed = write_images(tmp_path / "mixed", [*COLOUR, np.zeros((5, 5, 3), np.uint8)])
     fails(mixed, "030.png is 5x5, the first image 4x4", "set data.resolution")
     wide = write_images(tmp_path / "wide", np.zeros((3, 4, 6, 3), np.uint8))
-    fails(wide, "000.png is 6x4, not square", "set data.resolution")
+    told = "000.png is 6x4, smaller than data.resolution = [4, 8]"
+    fails(wide, told, "set data.resolution to [4, 6] or less", resolution=(4, 8))
     fails(mixed, "000.png is 4x4, smaller than data.resolution = 8", "set data.resolution to 4 or less", resolution=8)
     fails("digits", "8x8, smaller than data.resolution = 16", resolution=16)
 
 
 def test_more_than_8_bits(tmp_path):
-    deep = write_images(tmp_path / "deep", [np.full((4, 4), 40_000, np.uint16)] * 2)
-    fails(deep, "000.png has more than 8 bits", "convert it to 8 bits")
+    deep = write_images(tmp_path / "deep", [*GREY[:2], np.full((4, 4), 40_000, np.uint16)])
+    fails(deep, "000.png has 8 bits a channel and 002.png has 16; convert all")
+    clear = write_images(tmp_path / "clear", [])
+    (tmp_path / "clear").mkdir()
+    (clear / "a.png").write_bytes(encoded(np.full((4, 4), 40_000, np.uint16), transparency=40_000))
+    fails(clear, "a.png has more than 8 bits", "convert it to 8 bits, or to opaque grey of 16")
     head = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)  # a PNG of one pixel in colour, 16 bits a channel
     chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(bytes(7))), (b"IEND", b"")]
     packed = (struct.pack(">I", len(c)) + t + c + struct.pack(">I", zlib.crc32(t + c)) for t, c in chunks)

@@ -49,6 +49,7 @@ CONFIGS = {
     "one_level": make_unet_config(
         ModelConfig(channels=8, multipliers=(1,), blocks=2, attention=(4,)), image_channels=2, resolution=4
     ),
+    "not_square": make_unet_config(SMALL, image_channels=2, resolution=(8, 12)),
     # diffusers' own defaults for the rest: 8 channels a head, cosines first, padding on both sides.
     "defaults": {
         "in_channels": 1,
@@ -74,7 +75,7 @@ def scrambled(unet: UNet) -> UNet:
 def batch(config: dict[str, Any], N: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x (N, C, H, W) and t (N,)."""
     draw, size = make_generator("test batch"), config.get("sample_size") or 8
-    x = torch.randn(N, config["in_channels"], size, size, generator=draw)
+    x = torch.randn(N, config["in_channels"], *(size if isinstance(size, list) else [size, size]), generator=draw)
     return x, torch.randint(0, 1000, (N,), generator=draw)
 
 
@@ -227,9 +228,12 @@ def test_what_is_not_built_is_refused_by_name_and_value(field: str, value: objec
         ({"multipliers": (1, 2, 2)}, 6, "4 or 8"),
         ({"multipliers": (1, 0)}, 8, "at least 1"),
         ({"attention": (16,)}, 8, "choose from [8, 4]"),
+        ({"multipliers": (1, 2, 2)}, (8, 6), "at most 2 multipliers, or data.resolution: [8, 4] or 8"),
+        ({"multipliers": (1, 2, 2)}, (12, 9), "[12, 9] pixels can be halved only 0 times"),
+        ({"attention": (12,)}, (8, 12), "choose from [8, 4]"),
     ],
 )
-def test_mistakes_in_the_model_are_told_with_what_to_do(changes: dict[str, Any], resolution: int, told: str) -> None:
+def test_mistakes_in_the_model_are_told_with_what_to_do(changes: dict[str, Any], resolution: Any, told: str) -> None:
     model = SMALL.model_copy(update=changes)
     with pytest.raises(ValueError) as error:
         make_unet_config(model, image_channels=1, resolution=resolution)

@@ -30,6 +30,7 @@ from workers.kinds import (
 )
 from workers.sections import NameOf, OpenRecord
 from workers.sections import Record as Record
+from workers.sides import Resolution
 
 Count = Literal["all"] | Annotated[int, Field(ge=1)]
 Level = Annotated[int, Field(ge=0, le=255)]
@@ -110,10 +111,12 @@ MOST_STEPS = 10**9  # of anything that is only counted
 
 
 class DataConfig(Record):
-    """Which images. `source` is `digits` or `gaussian`, or a path or URI: Parquet, images, CIFAR-10 binary, IDX."""
+    """Which images. `source` is `digits` or `gaussian`, or a path or URI: Parquet, images, CIFAR-10, IDX, arrays."""
 
     source: Open = Field(description="digits, gaussian, or the path or URI of images")
-    resolution: int | None = Field(default=None, ge=1, description="centre-crop and resize to this many pixels")
+    resolution: Resolution | None = Field(
+        default=None, description="centre-crop and resize to a square of this many pixels a side, or to [height, width]"
+    )
     held_out: float = Field(default=0.1, gt=0, lt=1, description="fraction held out where the source has no test split")
     background: tuple[Level, Level, Level] = Field(
         default=(255, 255, 255), strict=False, description="red, green and blue under transparent pixels, 0 to 255"
@@ -138,7 +141,9 @@ class ModelConfig(OpenRecord):
         description="of the channels, one per resolution; each further resolution is half the one before",
     )
     blocks: int = Field(default=2, ge=1, le=64, description="residual blocks per resolution")
-    attention: tuple[int, ...] = Field(default=(16,), strict=False, description="resolutions with self-attention")
+    attention: tuple[int, ...] = Field(
+        default=(16,), strict=False, description="resolutions with self-attention, by the smaller side"
+    )
     dropout: float = Field(
         default=0.1, ge=0, lt=1, description="part of the activations dropped in each residual block"
     )

@@ -240,6 +240,11 @@ def check_evaluation(m: Measurement, source: Source) -> Iterator[Finding]:
             f"evaluation.fid.features: a classifier cannot be trained on {source.name}, which has no labels; "
             "set evaluation.fid: null or features: inception, or use labelled data"
         )
+    if fid and fid.features == "inception" and source.shape[2] not in (1, 3):
+        yield Finding(
+            f"evaluation.fid.features: inception takes images of 1 or 3 channels, and those of {source.name} have "
+            f"{source.shape[2]}; set evaluation.fid: null or features: classifier"
+        )
     if fid and fid.reference_images != "all" and fid.reference_images > getattr(source, fid.reference):
         yield Finding(
             f"evaluation.fid.reference_images: {fid.reference_images:,} is more than the "

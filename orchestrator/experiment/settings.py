@@ -287,6 +287,8 @@ def _describe(kind: Any, constraints: Sequence[Any]) -> str:
     if get_origin(kind) is tuple and len(arguments) != 2:
         return f"a list of {len(arguments)} values, each {describe(arguments[0])}"
     if get_origin(kind) is tuple:
+        if pair := next((c for c in constraints if isinstance(c, str)), None):
+            return f"a pair {pair}, each {describe(arguments[0])}"
         return f"a range [low, high] of {describe(arguments[0]).removeprefix('a ')}s"
     if kind is type(None):
         return "null"  # has no bounds, whatever those of the other members are

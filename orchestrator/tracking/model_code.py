@@ -11,7 +11,8 @@ diffusers keeps it (the artifact `diffusers`). A table asks for images, a row a 
               are of classes in the proportions of the training images
     guidance  the scale of `workers.diffusion.guidance`; without the column, the evaluation's
 
-`predict` returns the images of all rows one after the other: uint8 (N, H, W, C) in 0..levels-1, the data's own levels.
+`predict` returns the images of all rows one after the other: uint8 or uint16 (N, H, W, C) in 0..levels-1, the data's
+own levels.
 """
 
 import math
@@ -25,6 +26,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from workers.config import FIDConfig, Mistake, SamplerConfig
+from workers.data.decoding import choose_type
 from workers.evaluation.blocks import SAMPLES
 from workers.evaluation.make import LoadedModel, draw_images, move_to_device
 from workers.network import checkpoint as checkpoints
@@ -55,7 +57,7 @@ class ImageModel(PythonModel):
 
         (MLflow checks the columns and their types against the signature before.)
         """
-        parts = [np.zeros((0, *self.shape), np.uint8)]
+        parts = [np.zeros((0, *self.shape), choose_type(self.levels))]
         for row in model_input.to_dict("records"):
             n, seed, fid, label = int(row["n"]), int(row["seed"]), self._read_request(row), self._read_label(row)
             if not 0 <= n <= MOST:

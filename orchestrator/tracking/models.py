@@ -23,6 +23,7 @@ from typing import Any
 
 import workers
 from workers.config import FIDConfig
+from workers.data.decoding import choose_type
 from workers.identity import describe_sampler
 from workers.layout import get_trial_of_row
 from workers.network import checkpoint as checkpoints
@@ -78,7 +79,7 @@ def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
         inputs += [ColSpec(DataType.string, "label", required=False)]
     if described.takes_no_label:
         inputs += [ColSpec(DataType.double, "guidance", required=False)]
-    outputs = [TensorSpec(np.dtype(np.uint8), (-1, *described.shape))]
+    outputs = [TensorSpec(np.dtype(choose_type(candidate.levels)), (-1, *described.shape))]
     with tempfile.TemporaryDirectory() as temporary:
         checkpoints.export(candidate.checkpoint, Path(temporary, "diffusers"))
         save_model(

@@ -46,6 +46,7 @@ from orchestrator.tracking.views import (
 )
 from workers.bundles import collect_bundles
 from workers.config import DataConfig, FIDConfig, Measurement, Mistake
+from workers.data.decoding import choose_type
 from workers.data.sources import Source
 from workers.evaluation.blocks import name_distance
 from workers.identity import compute_digest, list_outside
@@ -146,7 +147,7 @@ class SweepRuns:
         profile = {"train": source.train, "held_out": source.held_out, "levels": source.levels}
         images = [
             LoggedDataset(name=source.name, digest=source.digest, source=trial.data.source, shape=source.shape,
-                    profile=profile, context=context)
+                    dtype=choose_type(source.levels).__name__, profile=profile, context=context)
             for context in ("training", "evaluation")
         ]  # fmt: skip
         params = flatten_params(trial.model_dump(mode="json"))

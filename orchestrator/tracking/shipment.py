@@ -13,12 +13,13 @@ Value = float | str | bool | None | Sequence[Any] | Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedDataset:
-    """The images a trial used. `shape` is that of one image (H, W, C), uint8; `profile` holds counts and levels."""
+    """The images a trial used. `shape` is that of one image (H, W, C); `profile` holds counts and levels."""
 
     name: str
     digest: str
     source: str
     shape: tuple[int, ...]
+    dtype: str = "uint8"
     profile: Mapping[str, Any] = field(default_factory=dict)
     context: Literal["training", "evaluation"] = "training"
 

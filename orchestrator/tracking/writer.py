@@ -74,7 +74,7 @@ class Writer:
         digest = used.digest[:36]  # the longest that MLflow takes
         if (used.name, digest) in run.datasets:
             return
-        images = {"type": "tensor", "tensor-spec": {"dtype": "uint8", "shape": [-1, *used.shape]}}
+        images = {"type": "tensor", "tensor-spec": {"dtype": used.dtype, "shape": [-1, *used.shape]}}
         dataset = MlflowDataset(
             name=used.name,
             digest=digest,

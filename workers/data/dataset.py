@@ -39,7 +39,7 @@ from workers import memos
 from workers.classes import Classes
 from workers.config import DataConfig
 from workers.data.cache import find_default_cache, lock_cache
-from workers.data.decoding import Item, Pixels, check_size, decode, explain_damage
+from workers.data.decoding import Item, Pixels, check_size, choose_type, decode, explain_damage
 from workers.data.locate import find_name, name_source
 from workers.data.proofs import is_whole, note_whole
 from workers.data.sources import Source, describe_with_files
@@ -62,8 +62,8 @@ class Dataset:
     name: str
     levels: int  # pixels take the values 0 .. levels - 1
     shape: tuple[int, int, int]  # H, W, C
-    train: Pixels  # uint8 NHWC [0, levels - 1]
-    held_out: Pixels  # uint8 NHWC [0, levels - 1]
+    train: Pixels  # uint8 or uint16 NHWC [0, levels - 1]
+    held_out: Pixels  # the same
     train_labels: NDArray[np.int64] | None  # int64 N
     held_out_labels: NDArray[np.int64] | None  # int64 N
     class_names: tuple[str, ...] = ()  # by label, where the source has names
@@ -136,7 +136,7 @@ def _decode_all(config: DataConfig, files: Files, source: Source, folder: Path) 
     test = files.held_out if isinstance(files.held_out, Split) else None
     items = chain(test.read(), files.train.read()) if test else files.train.read()
     rows = _number_rows(source.held_out, source.train, test is not None)
-    file = _reserve_file(folder / "images.npy", (len(rows), *source.shape))
+    file = _reserve_file(folder / "images.npy", (len(rows), *source.shape), choose_type(source.levels))
     images = np.asarray(file)  # the same memory, twice as quick to write into
     labels = np.zeros(len(rows), np.int64)
 
@@ -156,16 +156,16 @@ def _decode_all(config: DataConfig, files: Files, source: Source, folder: Path) 
         np.save(folder / "labels.npy", labels)
 
 
-def _reserve_file(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """A new file of bytes to write into. Its room on the disk is taken first: a map that finds none dies of it."""
-    needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
+def _reserve_file(path: Path, shape: tuple[int, ...], kind: type[np.generic]) -> np.memmap:
+    """A new file of an array to write into. Its room on the disk is taken first: a map that finds none dies of it."""
+    needed, free = math.prod(shape) * np.dtype(kind).itemsize, shutil.disk_usage(path.parent).free
     remedy = "make room, or set the environment variable ORCHESTRATOR_CACHE to a folder on a larger disk"
     if free < needed:
         raise DataError(
             f"decoded it takes {needed / 1e9:.1f} GB, and {path.parent.parent} has {free / 1e9:.1f} GB free; {remedy}"
         )
     try:
-        images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+        images = np.lib.format.open_memmap(path, "w+", kind, shape)
         with path.open("r+b") as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

@@ -11,10 +11,11 @@ What a header claims is held against the size of its file before memory is asked
 
 from collections.abc import Callable, Iterator, Mapping
 
+from workers.data import arrays
 from workers.data import splits as layouts
 from workers.data.built_in import BUILT_IN
 from workers.data.cifar10 import find_cifar10
-from workers.data.decoding import SUFFIXES, Item
+from workers.data.decoding import SUFFIXES, TIFF, Item
 from workers.data.idx import find_idx
 from workers.data.parquet_files import find_parquet
 from workers.data.tree import Files, Split, Tree
@@ -22,7 +23,7 @@ from workers.data.tree import Files, Split, Tree
 
 def find_images(tree: Tree) -> Files | None:
     """Images at any depth: `workers.data.splits.arrange_images` says which are held out, and of which class each is."""
-    names = tree.list_matching(*SUFFIXES)
+    names = tree.list_matching(*SUFFIXES) or tree.list_matching(*TIFF)
     if not names:
         return None
     layout = layouts.arrange_images(names)
@@ -57,9 +58,11 @@ FORMATS: dict[str, Callable[[Tree], Files | None]] = {
     "cifar10-binary": find_cifar10,
     "idx": find_idx,
     "images": find_images,
+    "arrays": arrays.find_arrays,
 }
 CHOICES = (
     f"Give {', '.join(map(repr, BUILT_IN))} or a path: a Parquet file or a folder of them, with a column img or image; "
-    f"a folder of images ({', '.join(SUFFIXES)}); a folder with CIFAR-10's data_batch_*.bin and test_batch.bin; or "
-    "one with train-images-idx3-ubyte.gz and its companions. Unpack archives first."
+    f"a folder of images ({', '.join(SUFFIXES + TIFF)}); a folder with CIFAR-10's data_batch_*.bin and test_batch.bin; "
+    "one with train-images-idx3-ubyte.gz and its companions; or an .npz or .npy of images, or a folder of them. Unpack "
+    "archives first."
 )

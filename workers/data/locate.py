@@ -41,7 +41,8 @@ def find_path(config: DataConfig) -> str:
 
 def find_name(config: DataConfig) -> str:
     path = make_absolute(config).source
-    return Path(path.partition("?")[0] if is_remote(config) else path).name.removesuffix(".parquet")
+    name = Path(path.partition("?")[0] if is_remote(config) else path).name
+    return name.removesuffix(".parquet").removesuffix(".npz").removesuffix(".npy")
 
 
 def locate(config: DataConfig, cache: Path) -> tuple[str, Files, str, list[str]]:

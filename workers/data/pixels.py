@@ -4,45 +4,61 @@ import io
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from workers.data.decoding import choose_type
+
 
 def to_model(images: Tensor, levels: int) -> Tensor:
-    """uint8 NHWC in 0..levels-1 -> float32 NCHW in [-1, 1]."""
+    """NHWC in 0..levels-1 -> float32 NCHW in [-1, 1]."""
     return (images.float() * (2 / (levels - 1)) - 1).permute(0, 3, 1, 2).contiguous()
 
 
 def to_levels(x: Tensor, levels: int) -> Tensor:
-    """float NCHW -> uint8 NHWC: clipped to [-1, 1] and rounded to the nearest of the `levels`."""
-    return _scale(x, levels).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    """float NCHW -> uint8 or uint16 NHWC: clipped to [-1, 1] and rounded to the nearest of the `levels`."""
+    return _make_whole(_scale(x, levels).round(), levels)
 
 
 def to_levels_truncated(x: Tensor, levels: int) -> Tensor:
     """As `to_levels`, but rounded towards 0, as the code of several papers casts to bytes: half a level darker."""
-    return _scale(x, levels).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return _make_whole(_scale(x, levels), levels)
 
 
 def _scale(x: Tensor, levels: int) -> Tensor:
     return (x.clamp(-1, 1) + 1) * ((levels - 1) / 2)
 
 
+def _make_whole(x: Tensor, levels: int) -> Tensor:
+    whole = torch.from_numpy(np.empty(0, choose_type(levels))).dtype
+    return x.to(whole).permute(0, 2, 3, 1).contiguous()
+
+
 QUANTISERS: dict[str, Callable[[Tensor, int], Tensor]] = {"round": to_levels, "truncate": to_levels_truncated}
+
+
+def to_picture(images: Tensor, levels: int) -> Tensor:
+    """NHWC in `levels` -> float in 0..255, grey or in colour: of other numbers of channels side by side, each grey."""
+    shown = images.cpu().float() * (255 / (levels - 1))
+    if shown.shape[3] not in (1, 3):
+        shown = shown.permute(0, 1, 3, 2).flatten(2)[..., None]
+    return shown
 
 
 def draw_grid(
     images: Tensor, levels: int, side: int = 400, columns: int | None = None, names: Sequence[str] = ()
 ) -> bytes:
-    """A grid of uint8 NHWC images, square unless `columns` are given, a grey line between them, as PNG.
+    """A grid of NHWC images, square unless `columns` are given, a grey line between them, as PNG.
 
     A last row that the images do not fill ends in grey. Enlarged by a whole factor of at least 3, to about `side`
     pixels of height. `names` stand at the left of the rows.
     """
     columns = columns or math.isqrt(len(images) - 1) + 1
-    shown = images.cpu().float() * (255 / (levels - 1))
-    tiles = F.pad(shown.permute(0, 3, 1, 2), (0, 1, 0, 1, 0, 0, 0, -len(images) % columns), value=128)
+    shown = to_picture(images, levels).permute(0, 3, 1, 2)
+    tiles = F.pad(shown, (0, 1, 0, 1, 0, 0, 0, -len(images) % columns), value=128)
     n, channels, height, width = tiles.shape
     rows = tiles.reshape(n // columns, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     flat = rows.reshape(n // columns * height, columns * width, channels)[:-1, :-1]

@@ -18,7 +18,9 @@ from workers.data.splits import DataError, list_names, show_name
 from workers.data.survey import Survey, hash_files, survey_files
 from workers.data.tree import Files, Split
 from workers.identity import compute_digest
+from workers.sides import get_sides
 
+DEEP = 2**16  # levels of 16 bits
 VERSION = 1  # of the storing below: raise it when the same files would give other bytes, and caches are rebuilt
 
 
@@ -81,7 +83,7 @@ def describe_with_files(config: DataConfig, cache: Path) -> tuple[Source, Files]
         train=counts[1],
         held_out=counts[0],
         labelled=labelled,
-        levels=files.levels,
+        levels=DEEP if survey.deep else files.levels,
         shape=_find_shape(config, files, survey),
         classes=survey.classes if labelled else 0,
         largest_label=survey.largest_label if labelled else -1,
@@ -115,14 +117,13 @@ def _describe_composited(config: DataConfig, survey: Survey) -> str:
 
 def _find_shape(config: DataConfig, files: Files, survey: Survey) -> tuple[int, int, int]:
     """H, W, C of a decoded image. Raises DataError where the images do not go into one array."""
-    (name, width, height), other = survey.first, survey.other
+    (_, width, height), other = survey.first, survey.other
     grey = not survey.colour and not (survey.transparent and len(set(config.background)) > 1)
-    channels = 1 if grey else 3
+    channels = files.like.shape[2] if files.like is not None else 1 if grey else 3
     if config.resolution is not None:
-        check_resolution(*survey.smallest, config.resolution)
-        return config.resolution, config.resolution, channels
-    if height != width:
-        raise DataError(f"{show_name(name)} is {width}x{height}, not square; set data.resolution to crop and resize")
+        for smallest in sorted((survey.lowest, survey.narrowest), key=lambda image: min(image[1:])):
+            check_resolution(*smallest, config.resolution)
+        return *get_sides(config.resolution), channels
     if other:
         check_size(other[0], (other[2], other[1], channels), (height, width, channels))
     return height, width, channels
@@ -153,7 +154,7 @@ def describe_held_out(config: DataConfig) -> str:
 def describe_source(source: Source) -> str:
     """What was found at a source, in a line: for every command that reads it."""
     height, width, channels = source.shape
-    colour = "in colour" if channels == 3 else "grey"
+    colour = {1: "grey", 3: "in colour"}.get(channels, f"in {channels} channels")
     train, held_out = (show_name(place) for place in source.where)
     built_in, names = source.name == source.format, source.class_names
     named = f" ({list_names(names)})" if names and len(names) == source.classes else ""

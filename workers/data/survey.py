@@ -28,8 +28,10 @@ class Survey:
     animated: int
     first: tuple[str, int, int]  # name, width, height
     other: tuple[str, int, int] | None  # the first of another size
-    smallest: tuple[str, int, int]
+    lowest: tuple[str, int, int]  # the first of the least height
+    narrowest: tuple[str, int, int]  # and of the least width
     classes: int
+    deep: bool  # 16 bits a channel, where headers tell
     unlabelled: bool  # all labels of a split are negative, which says that there are none
     largest_label: int  # -1 without labels
 
@@ -57,11 +59,22 @@ def survey_files(kind: str, files: Files, hashes: str | list[tuple[str, str]], c
         size = "an image", width, height
         classes = files.classes or 0
         return Survey(
-            False, files.train.count, 0, 0, size, None, size, classes, unlabelled=False, largest_label=classes - 1
+            False,
+            files.train.count,
+            0,
+            0,
+            size,
+            None,
+            size,
+            size,
+            classes,
+            deep=False,
+            unlabelled=False,
+            largest_label=classes - 1,
         )
     memo = cache / "surveys" / f"{compute_digest([SURVEYED, decoding.VERSION, kind, hashes])}.json"
     if found := recall(memo):
-        sizes = {name: found[name] and tuple(found[name]) for name in ("first", "other", "smallest")}
+        sizes = {name: found[name] and tuple(found[name]) for name in ("first", "other", "lowest", "narrowest")}
         return Survey(**(found | sizes))
     splits = [split for split in (files.train, files.held_out) if isinstance(split, Split)]
     survey = _read_survey(files, splits)
@@ -71,10 +84,11 @@ def survey_files(kind: str, files: Files, hashes: str | list[tuple[str, str]], c
 
 def _read_survey(files: Files, splits: list[Split]) -> Survey:
     colour, transparent, animated, labels, unlabelled = False, 0, 0, set[int](), False
-    first = other = smallest = None
+    first = other = lowest = narrowest = None
+    of_depth: dict[bool, str] = {}  # the first image of 8 bits a channel, and that of 16
     if files.like is not None:
-        height, width, channels = files.like.shape
-        colour, first = channels == 3, ("an image", width, height)
+        height, width, _ = files.like.shape
+        first = "an image", width, height
     for split in splits:
         count, negative, told = 0, 0, ""
         for item in split.read():
@@ -89,9 +103,11 @@ def _read_survey(files: Files, splits: list[Split]) -> Survey:
             size = item.name, seen.width, seen.height
             first = first or size
             other = other or (size if size[1:] != first[1:] else None)
-            smallest = size if smallest is None or min(size[1:]) < min(smallest[1:]) else smallest
+            lowest = size if lowest is None or seen.height < lowest[2] else lowest
+            narrowest = size if narrowest is None or seen.width < narrowest[1] else narrowest
             colour, transparent = colour or seen.colour, transparent + seen.transparent
             animated += seen.animated
+            of_depth.setdefault(seen.deep, show_name(item.name))
         if count != split.count:
             raise DataError(f"it holds {count:,} images where its headers tell {split.count:,}; copy it again")
         if 0 < negative < count:
@@ -99,9 +115,23 @@ def _read_survey(files: Files, splits: list[Split]) -> Survey:
         if max(labels, default=0) >= 2**31:
             raise DataError(f"there is a label {max(labels)}; labels are whole numbers from 0 on, below 2^31")
         unlabelled = unlabelled or negative > 0
+    if len(of_depth) > 1:
+        raise DataError(
+            f"{of_depth[False]} has 8 bits a channel and {of_depth[True]} has 16; convert all to one of these"
+        )
     assert first
     images = sum(split.count for split in splits)
     return Survey(
-        colour, images, transparent, animated, first, other, smallest or first, len(labels), unlabelled,
-        max(labels, default=-1),
-    )  # fmt: skip
+        colour,
+        images,
+        transparent,
+        animated,
+        first,
+        other,
+        lowest or first,
+        narrowest or first,
+        len(labels),
+        deep=True in of_depth,
+        unlabelled=unlabelled,
+        largest_label=max(labels, default=-1),
+    )

@@ -244,7 +244,7 @@ class Inception:
         An image's features do not depend on the images beside it nor on their number: every batch has `BATCH`
         images, the last one filled up with copies. Threads are the caller's.
         """
-        assert images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in (1, 3), (images.dtype, images.shape)
+        assert images.ndim == 4 and images.shape[3] in (1, 3), images.shape
         assert not images.size or images.max() < self.levels, (images.max(), self.levels)
         found = np.empty((len(images), self.dimensions), np.float32)
         precision = "tf32" if self.tf32 and "tf32" in list_precisions(self.device) else "float32"

@@ -213,7 +213,9 @@ def make_feature_block(bench: Bench, block: Block) -> pa.Table:
     """The features of a block of samples: a row a sample."""
     [samples] = block.needs
     images = read_block(bench.storage, samples)["image"].to_pylist()
-    pixels = np.stack([np.frombuffer(image, np.uint8) for image in images]).reshape(-1, *bench.dataset.shape)
+    pixels = np.stack([np.frombuffer(image, bench.dataset.train.dtype) for image in images]).reshape(
+        -1, *bench.dataset.shape
+    )
     return _make_feature_table(bench, pixels)
 
 

@@ -54,7 +54,7 @@ def make_network_config(
     height, width, channels = shape
     if model.kind == UNET:
         return make_unet_config(
-            model, image_channels=channels, resolution=height, learned=learned, classes=classes,
+            model, image_channels=channels, resolution=(height, width), learned=learned, classes=classes,
             label_dropout=label_dropout,
         )  # fmt: skip
     settings = {name: value for name, value in collect_settings_read(model).items() if name != "kind"}

@@ -8,6 +8,7 @@ from typing import Any
 
 from workers.classes import MOST_CLASSES, Classes
 from workers.config import ModelConfig
+from workers.sides import Resolution, get_sides, show_resolution
 
 # The fields of UNet2DModel's config.json with the values it takes for a field that is left out.
 DEFAULTS: dict[str, Any] = {
@@ -56,11 +57,11 @@ def choose_norm_groups(model: ModelConfig) -> int:
 
 def find_mistakes(model: ModelConfig, shape: tuple[int, int, int]) -> list[str]:
     """`find_unet_mistakes` of images of this shape (height, width, channels)."""
-    return find_unet_mistakes(model, resolution=shape[0])
+    return find_unet_mistakes(model, resolution=shape[:2])
 
 
-def find_unet_mistakes(model: ModelConfig, *, resolution: int) -> list[str]:
-    """What keeps `model` from being built for resolution x resolution images, and what to do; empty if nothing does."""
+def find_unet_mistakes(model: ModelConfig, *, resolution: Resolution) -> list[str]:
+    """What keeps `model` from being built for images of that size, and what to do; empty if nothing does."""
     mistakes = []
     groups, levels = choose_norm_groups(model), len(model.multipliers)
     if model.channels < 4 or model.channels % 2:
@@ -76,18 +77,18 @@ def find_unet_mistakes(model: ModelConfig, *, resolution: int) -> list[str]:
         )
     if any(multiplier < 1 for multiplier in model.multipliers):
         mistakes.append(f"model.multipliers: {list(model.multipliers)} must all be at least 1")
-    halvings = levels - 1
-    if resolution % 2**halvings:
-        most = (resolution & -resolution).bit_length()
-        below = resolution - resolution % 2**halvings
-        sizes = [size for size in (below, below + 2**halvings) if size > 0]
+    halvings, sides = levels - 1, get_sides(resolution)
+    if any(side % 2**halvings for side in sides):
+        most = min((side & -side).bit_length() for side in sides)
+        near = [[side // 2**halvings * 2**halvings, -(-side // 2**halvings) * 2**halvings] for side in sides]
+        sizes = [show_resolution((height, width)) for height, width in zip(*near, strict=True) if height and width]
         mistakes.append(
-            f"model.multipliers: {levels} levels halve the image {halvings} times, but {resolution} pixels can be "
-            f"halved only {most - 1} times; take at most {most} multipliers, "
-            f"or data.resolution: {' or '.join(map(str, sizes))}"
+            f"model.multipliers: {levels} levels halve the image {halvings} times, but {show_resolution(sides)} pixels "
+            f"can be halved only {most - 1} times; take at most {most} multipliers, "
+            f"or data.resolution: {' or '.join(sizes)}"
         )
     else:
-        present = [resolution >> level for level in range(levels)]
+        present = list_resolutions(model, resolution)
         absent = [size for size in model.attention if size not in present]
         if absent:
             mistakes.append(
@@ -102,11 +103,16 @@ def find_unet_mistakes(model: ModelConfig, *, resolution: int) -> list[str]:
     return mistakes
 
 
-def count_weights(model: ModelConfig, *, resolution: int) -> int:
+def list_resolutions(model: ModelConfig, resolution: Resolution) -> list[int]:
+    """What `model.attention` calls each level: the smaller side of the image there."""
+    return [min(get_sides(resolution)) >> level for level in range(len(model.multipliers))]
+
+
+def count_weights(model: ModelConfig, *, resolution: Resolution) -> int:
     """How many weights the matrices and kernels of the network have: all but some in a thousand."""
     c, levels = model.channels, len(model.multipliers)
     widths = [c * multiplier for multiplier in model.multipliers]
-    attends = [resolution >> level in model.attention for level in range(levels)]
+    attends = [size in model.attention for size in list_resolutions(model, resolution)]
 
     def count_block(before: int, width: int) -> int:
         return 9 * width * (before + width) + 4 * c * width + before * width * (before != width)
@@ -164,12 +170,12 @@ def make_unet_config(
     model: ModelConfig,
     *,
     image_channels: int,
-    resolution: int,
+    resolution: Resolution,
     learned: bool = False,
     classes: Classes | None = None,
     label_dropout: float = 0.0,
 ) -> dict[str, Any]:
-    """The config.json of the UNet2DModel that `model` means for resolution x resolution images.
+    """The config.json of the UNet2DModel that `model` means for images of that size.
 
     With a `learned` variance the last convolution has twice the channels: the second head is its second half. A network
     that is told labels has a row of its class embedding for each of the `classes`, and with `label_dropout` a last one
@@ -180,12 +186,13 @@ def make_unet_config(
     """
     if mistakes := find_unet_mistakes(model, resolution=resolution):
         raise ValueError("\n".join(mistakes))
-    attends = [resolution >> level in model.attention for level in range(len(model.multipliers))]
+    attends = [size in model.attention for size in list_resolutions(model, resolution)]
+    height, width = get_sides(resolution)
     return {
         "_class_name": "UNet2DModel",
         **DEFAULTS,
         **make_class_fields(model, classes, label_dropout),
-        "sample_size": resolution,
+        "sample_size": height if height == width else [height, width],
         "in_channels": image_channels,
         "out_channels": image_channels * (1 + learned),
         "freq_shift": 1,
