@@ -101,6 +101,18 @@ def test_a_grid_shows_the_channels_of_other_images_side_by_side():
     assert (pixels[:2, :3] == 0).all() and (pixels[:2, 3:6] == 255).all() and (pixels[:2, 6] == 128).all()
 
 
+def test_a_name_stands_beside_each_row():
+    plain, named = (
+        np.asarray(
+            Image.open(io.BytesIO(draw_grid(torch.zeros(6, 8, 8, 1, dtype=torch.uint8), 17, columns=2, names=n)))
+        )
+        for n in ((), ("cat", "owl", "dog"))
+    )
+    margin = named[:, : named.shape[1] - plain.shape[1]]
+    assert np.array_equal(named[:, margin.shape[1] :], plain)
+    assert all((rows < 128).any() for rows in np.array_split(margin, 3)), "ink in each third"
+
+
 # ---- The command -----------------------------------------------------------------------------------------------
 
 

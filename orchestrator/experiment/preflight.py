@@ -210,7 +210,7 @@ def check_evaluation(m: Measurement, source: Source) -> Iterator[Finding]:
     if m.labels and not source.labelled:
         yield Finding(
             f"model.labels: the network is told the class of each image, and {source.name} has no labels; use labelled "
-            "data, or set model.labels: false"
+            "data, or a network without model.labels"
         )
     if m.labels and source.largest_label >= MOST_CLASSES:
         yield Finding(

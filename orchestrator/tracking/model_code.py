@@ -70,9 +70,10 @@ class ImageModel(PythonModel):
 
     def _read_label(self, row: dict[Any, Any]) -> int | None:
         """The label that a row asks for."""
-        asked, classes = row.get("label"), self.model.network.classes
+        asked = row.get("label")
         if asked is None or pd.isna(asked):
             return None
+        classes = self.model.network.classes
         if classes is None:
             raise ValueError(f"label = {asked} was asked for, and this model is told no classes")
         return classes.find(str(asked))

@@ -68,7 +68,7 @@ def draw_grid(
         (bytes_.shape[1] * factor, bytes_.shape[0] * factor), Image.Resampling.NEAREST
     )
     if names:
-        image = _write_names(image, names, (height + 1) * factor)
+        image = _write_names(image, names, height * factor)
     stream = io.BytesIO()
     image.save(stream, format="PNG", optimize=True)
     return stream.getvalue()
