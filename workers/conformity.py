@@ -4,8 +4,9 @@ Each check is a law that training and evaluation rely on: that a trial is its se
 same bits, that a checkpoint is the network.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -18,11 +19,11 @@ from workers.data.dataset import Dataset
 from workers.data.pixels import to_model
 from workers.diffusion.process import Process
 from workers.learner import Learner
-from workers.network.build import build_network, find_mistakes, hand_noise, make_network_config
+from workers.network.build import build_network, find_mistakes, hand_noise
 from workers.noise import make_generator
 from workers.world import World
 
-STEPS, BATCH, IMAGES, LEVELS = 200, 64, 1024, 256
+STEPS, BATCH, IMAGES, LEVELS, CLASSES = 200, 64, 1024, 256, 2
 DIFFUSION = DiffusionConfig(T=50, schedule=ScheduleConfig(scale="per_1000"))
 SAME = 1e-4  # of two outputs that are equal but for the order of their sums, relative to the largest
 
@@ -48,9 +49,10 @@ def check_network(model: ModelConfig, shape: tuple[int, int, int]) -> Iterator[L
         training=TrainingConfig(steps=STEPS, batch_size=BATCH, lr=2e-3, ema=0.0, precision="float32"),
     )  # fmt: skip
     learner = Learner(trial, _draw_gaussian(shape), World())
-    network, x, t = learner.unet, _draw(shape, "x"), torch.arange(8) * 6
-    yield Law("seed", _check_seed(model, shape))
-    yield Law("noise", _check_noise(network, x, t))
+    network, t = learner.unet, torch.arange(8) * 6
+    inputs = (_draw_images(shape), t, *([t % CLASSES] if model.labels else []))
+    yield Law("seed", _check_seed(learner.config))
+    yield Law("noise", _check_noise(network, inputs))
     unmoved = {name for name, p in network.named_parameters() if p.requires_grad}
     frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
     network.train()
@@ -61,33 +63,37 @@ def check_network(model: ModelConfig, shape: tuple[int, int, int]) -> Iterator[L
     network.eval()
     still = sorted([*unmoved, *frozen])
     yield Law("gradient", f"{', '.join(still[:3])} never change: leave them out, or use them" if still else "")
-    yield Law("state", _check_state(learner, x, t))
-    yield Law("batch", _check_batch(network, x, t))
-    same = torch.equal(_call(network, x, t), _call(network, x, t.flip(0)))
+    yield Law("state", _check_state(learner, inputs))
+    yield Law("batch", _check_batch(network, inputs))
+    x, t, *told = inputs
+    same = torch.equal(_call(network, inputs), _call(network, (x, t.flip(0), *told)))
     yield Law("time", "the output is the same at any t: let it read t" if same else "")
-    yield Law("learning", _check_learning(learner, shape))
+    if told:
+        same = torch.equal(_call(network, inputs), _call(network, (x, t, told[0].flip(0))))
+        yield Law("labels", "the output is the same for any label: let it read labels" if same else "")
+    yield Law("learning", _check_learning(learner))
 
 
 def _draw_gaussian(shape: tuple[int, int, int]) -> Dataset:
     """Gaussian pixels in whole levels."""
     noise = np.random.RandomState(0).randn(IMAGES, *shape)
     pixels = np.clip(np.rint((noise * GAUSSIAN_SD + 1) / 2 * (LEVELS - 1)), 0, LEVELS - 1).astype(np.uint8)
-    return Dataset("", "gaussian", LEVELS, shape, pixels, pixels[:BATCH], None, None)
+    labels = np.arange(IMAGES) % CLASSES
+    return Dataset("", "gaussian", LEVELS, shape, pixels, pixels[:BATCH], labels, labels[:BATCH])
 
 
-def _draw(shape: tuple[int, int, int], address: str) -> Tensor:
+def _draw_images(shape: tuple[int, int, int]) -> Tensor:
     height, width, channels = shape
-    return torch.randn(8, channels, height, width, generator=make_generator(address))
+    return torch.randn(8, channels, height, width, generator=make_generator("x"))
 
 
-def _call(network: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+def _call(network: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
     with torch.no_grad():
-        output: Tensor = network(x, t)
+        output: Tensor = network(*inputs)
     return output
 
 
-def _check_seed(model: ModelConfig, shape: tuple[int, int, int]) -> str:
-    config = make_network_config(model, shape, False)
+def _check_seed(config: dict[str, Any]) -> str:
     torch.rand(1)  # as if other work had drawn from the global generator
     one = build_network(config, make_generator("one")).state_dict()
     torch.rand(1)
@@ -97,42 +103,44 @@ def _check_seed(model: ModelConfig, shape: tuple[int, int, int]) -> str:
     return "two networks of one seed begin with other weights: draw them from PyTorch's global generator alone"
 
 
-def _check_noise(network: nn.Module, x: Tensor, t: Tensor) -> str:
+def _check_noise(network: nn.Module, inputs: Sequence[Tensor]) -> str:
     network.train()
     outputs = []
     for seed in (1, 2):
         hand_noise(network, [make_generator("noise", j) for j in range(2)])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            outputs.append(_call(network, x, t))
+            outputs.append(_call(network, inputs))
     if torch.equal(*outputs):
         return ""
     return "in training the output depends on PyTorch's global generator: take workers.network.unet.Dropout"
 
 
-def _check_state(learner: Learner, x: Tensor, t: Tensor) -> str:
+def _check_state(learner: Learner, inputs: Sequence[Tensor]) -> str:
     kept = safetensors.torch.save({n: w.detach().contiguous() for n, w in learner.unet.state_dict().items()})
     other = build_network(learner.config, make_generator("another")).eval()
     other.load_state_dict(safetensors.torch.load(kept))
-    if torch.equal(_call(other, x, t), _call(learner.unet, x, t)):
+    if torch.equal(_call(other, inputs), _call(learner.unet, inputs)):
         return ""
     return "another network with its state_dict gives another output: register all that it learns as parameters"
 
 
-def _check_batch(network: nn.Module, x: Tensor, t: Tensor) -> str:
-    whole, each = _call(network, x, t), torch.cat([_call(network, x[i : i + 1], t[i : i + 1]) for i in range(len(x))])
+def _check_batch(network: nn.Module, inputs: Sequence[Tensor]) -> str:
+    whole = _call(network, inputs)
+    each = torch.cat([_call(network, [part[i : i + 1] for part in inputs]) for i in range(len(whole))])
     if (whole - each).abs().max() <= SAME * whole.abs().max():
         return ""
     return "an image's output depends on the others of its batch: normalise each image by itself"
 
 
-def _check_learning(learner: Learner, shape: tuple[int, int, int]) -> str:
+def _check_learning(learner: Learner) -> str:
     """The error of eps against the least there is: Var[eps | x_t] = alpha_bar s^2 / (alpha_bar s^2 + 1 - alpha_bar)."""
     process, T = Process.of(DIFFUSION), DIFFUSION.T
     x_0 = to_model(torch.from_numpy(learner.dataset.train), LEVELS)
     eps = torch.randn(x_0.shape, generator=make_generator("eps"))
     t = torch.arange(len(x_0)) % T + 1
-    error = float((_call(learner.unet, process.q_sample(x_0, t, eps), t - 1) - eps).square().mean())
+    told = [t % CLASSES] if learner.trial.model.labels else []
+    error = float((_call(learner.unet, (process.q_sample(x_0, t, eps), t - 1, *told)) - eps).square().mean())
     signal = process.alpha_bar * GAUSSIAN_SD**2
     least = float((signal / (signal + 1 - process.alpha_bar)).mean())
     if error - least < (1 - least) / 2:

@@ -41,8 +41,8 @@ def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class DiT(nn.Module):
-    """The contract of a network: built of (settings, signature), called with x (n, channels, height, width) and t (n,),
-    which is counted from 0; it returns (n, outputs, height, width)."""
+    """The contract of a network: built of (settings, signature), called with x (n, channels, height, width), t (n,),
+    which is counted from 0, and labels (n,) where there are classes; it returns (n, outputs, height, width)."""
 
     def __init__(self, settings: ModelConfig, of: Signature) -> None:
         super().__init__()
@@ -51,6 +51,7 @@ class DiT(nn.Module):
         self.embed = nn.Conv2d(of.channels, width, self.patch, stride=self.patch)
         self.place = nn.Parameter(0.02 * torch.randn(1, self.rows * self.columns, width))
         self.time = nn.Sequential(nn.Linear(WAVES, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.label = nn.Embedding(of.classes, width) if of.classes else None
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.modulation = nn.Linear(width, 2 * width)
         self.last = nn.Linear(width, self.patch**2 * of.outputs)
@@ -58,10 +59,12 @@ class DiT(nn.Module):
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         frequencies = torch.exp(-math.log(10_000) * torch.arange(WAVES // 2, device=x.device) / (WAVES // 2))
         angles = t[:, None].float() * frequencies
         time = self.time(torch.cat([angles.cos(), angles.sin()], dim=1))
+        if self.label is not None and labels is not None:
+            time = time + self.label(labels.remainder(self.label.num_embeddings))  # -1, no label, is the last row
         h = self.embed(x).flatten(2).transpose(1, 2) + self.place
         for block in self.blocks:
             h = block(h, time)
