@@ -39,7 +39,7 @@ from orchestrator.state.saved import (
     set_aside_older,
 )
 from orchestrator.telling import Telling
-from workers.bundles import collect_bundles, keep_bundle
+from workers.bundles import check_code, keep_bundle
 from workers.config import DataConfig, Mistake
 from workers.data.dataset import prepare
 from workers.data.sources import Source
@@ -195,7 +195,7 @@ class Sweep:
             self._keep(rows)
             return
         first = not self.telling.started
-        for bundle in collect_bundles(self.standing.get_trial(row) for row in rows).values():
+        for bundle in check_code(self.standing.get_trial(row) for row in rows):
             keep_bundle(self.storage, bundle)
         check_spaces(self.standing.get_trial(row).evaluation.fid for row in rows)
         address = self.command.ray_address

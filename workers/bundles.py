@@ -5,8 +5,9 @@ from functools import partial
 
 from workers import code
 from workers.code import Bundle, CodeError, Module, is_digest
-from workers.config import Record
+from workers.config import Mistake, Record
 from workers.identity import list_outside
+from workers.kinds import NAMED_AT
 from workers.layout import name_code_file
 from workers.seals import open_text, seal_text
 from workers.storage import Storage
@@ -51,6 +52,17 @@ def collect_bundles(records: Iterable[Record]) -> dict[str, Bundle]:
     names = {name for record in records for names in list_outside(record).values() for name in names}
     digests = sorted({digest for name in names if is_digest(digest := name.partition("@")[2])})
     return {digest: code.find_bundle(digest) for digest in digests}
+
+
+def check_code(records: Iterable[Record]) -> list[Bundle]:
+    """The bundles that these name, all functions of whose kinds have been loaded. Raises Mistake."""
+    records = list(records)
+    try:
+        for path, name in {(path, name) for r in records for path, names in list_outside(r).items() for name in names}:
+            NAMED_AT[path][name].load()
+        return list(collect_bundles(records).values())
+    except CodeError as error:
+        raise Mistake(str(error)) from error
 
 
 def look_in(storage: Storage) -> None:

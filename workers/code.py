@@ -15,6 +15,7 @@ import difflib
 import importlib.abc
 import importlib.util
 import os
+import re
 import sys
 import threading
 import traceback
@@ -28,7 +29,7 @@ from types import ModuleType
 from typing import Any
 
 from workers.seals import compute_digest
-from workers.syntax import digest_code, find_line, list_imports
+from workers.syntax import digest_code, find_line, is_bound, list_imports
 
 
 class CodeError(ValueError):
@@ -196,6 +197,11 @@ def drop_pin(name: str) -> str:
     return name.partition("@")[0]
 
 
+def drop_digests(text: str) -> str:
+    """A message with names as a person writes them."""
+    return re.sub(r"(?<=\w)@[0-9a-f]{16}\b", "", text)
+
+
 def is_digest(pinned: str) -> bool:
     """Whether a name is pinned to a bundle, and not to an installed package."""
     return len(pinned) == 16 and "-" not in pinned
@@ -223,9 +229,19 @@ def find_object(name: str) -> tuple[Any, Bundle | None]:
     found = import_from(bundle, module)
     if not hasattr(found, attribute):
         place = bundle.modules[module].path if bundle else module
-        close = difflib.get_close_matches(attribute, vars(found), n=1)
-        raise CodeError(f"{bare!r}: {place} has no {attribute}" + f"; did you mean {close[0]!r}?" * bool(close))
+        close = [f"; did you mean {other!r}?" for other in difflib.get_close_matches(attribute, vars(found), n=1)]
+        raise CodeError(f"{bare!r}: {place} has no {attribute}{''.join(close)}")
     return getattr(found, attribute), bundle
+
+
+def check_there(bundle: Bundle, function: str, where: str) -> None:
+    """Raises CodeError where "module:name" of an entry at `where` cannot be there; nothing is imported for it."""
+    module, _, name = function.partition(":")
+    if found := bundle.modules.get(module):
+        if not is_bound(found.tree, name):
+            raise CodeError(f"{where} names {function!r}, and {found.path} has no {name}")
+    elif not find_distribution(module) and module.partition(".")[0] not in (*OURS, *sys.stdlib_module_names):
+        raise CodeError(f"{where} names {function!r}, and there is no module {module}")
 
 
 def locate(name: str) -> str:
@@ -258,12 +274,16 @@ def import_from(bundle: Bundle | None, name: str) -> ModuleType:
         except CodeError:
             raise
         except (Exception, SystemExit) as error:
-            files = {module.path for module in bundle.modules.values()} if bundle else set()
-            frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
-            where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else name
-            why = " ".join(f"{type(error).__name__}: {error}".split())
-            _failed[bundle, name] = f"{where}: {why}"
+            _failed[bundle, name] = describe_error(error, name)
             raise CodeError(_failed[bundle, name]) from error
+
+
+def describe_error(error: BaseException, otherwise: str) -> str:
+    """What code from outside raised, with its file and line, or `otherwise` where none of it is in the traceback."""
+    files = {module.path for bundle in _bundles.values() for module in bundle.modules.values()}
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else otherwise
+    return f"{where}: {' '.join(f'{type(error).__name__}: {error}'.split())}"
 
 
 def _activate(bundle: Bundle) -> None:

@@ -50,7 +50,7 @@ def check_network(model: ModelConfig, shape: tuple[int, int, int]) -> Iterator[L
     )  # fmt: skip
     learner = Learner(trial, _draw_gaussian(shape), World())
     network, t = learner.unet, torch.arange(8) * 6
-    inputs = (_draw_images(shape), t, *([t % CLASSES] if model.labels else []))
+    inputs = (_draw_images(shape), t, *([torch.arange(8) % CLASSES] if model.labels else []))
     yield Law("seed", _check_seed(learner.config))
     yield Law("noise", _check_noise(network, inputs))
     unmoved = {name for name, p in network.named_parameters() if p.requires_grad}

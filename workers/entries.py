@@ -71,10 +71,7 @@ class Named:
 
     def load(self) -> Any:
         module, _, name = self.function.partition(":")
-        found = code.import_from(self.bundle if module in self.bundle.modules else None, module)
-        if not hasattr(found, name):
-            raise CodeError(f"{self.function}: {self.bundle.modules[module].path} has no {name}")
-        return getattr(found, name)
+        return getattr(code.import_from(self.bundle if module in self.bundle.modules else None, module), name)
 
 
 def load(function: Any) -> Any:
@@ -145,11 +142,13 @@ class Kinds(dict[str, E], Generic[E]):
                 return entry
         entry, bundle = code.find_object(name)
         if not isinstance(entry, self.entry_type):
-            kind = f"a {entry.__name__}" if isinstance(entry, type) else f"a {type(entry).__name__}"
-            raise CodeError(f"{bare!r}: {code.locate(name)} is {kind}, and belongs to be a {self.entry_type.__name__}")
+            kind, wanted = type(entry).__name__, self.entry_type.__name__
+            raise CodeError(f"{bare!r}: {code.locate(name)} is of the type {kind}, and a {wanted} belongs here")
         if bundle:
             values = {f.name: getattr(entry, f.name) for f in fields(entry) if f.name != "about"}
             named = {n: v for n, v in values.items() if isinstance(v, str) and NAMED.fullmatch(v)}
+            for function in named.values():
+                code.check_there(bundle, function, code.locate(name))
             changes: dict[str, Any] = {n: Named(bundle, function) for n, function in named.items()}
             entry = replace(entry, **changes)
         else:

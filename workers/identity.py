@@ -75,6 +75,11 @@ def list_own_unread(record: Record, where: str = "") -> Iterator[tuple[str, Any,
     for one in find_unread(record):
         if (value := getattr(record, one.name)) != type(record).model_fields[one.name].get_default():
             yield f"{where}{one.name}", value, one
+    for name, readers in record.find_foreign().items():
+        chooser = next(iter(record.READS))
+        choice = get_choice(record, chooser)
+        why = Unread(name, chooser, drop_pin(choice), tuple(record.READS[chooser][choice]), readers)
+        yield f"{where}{name}", (record.model_extra or {})[name], why
 
 
 def list_unread(record: Record, where: str = "") -> Iterator[tuple[str, Any, Unread]]:

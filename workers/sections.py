@@ -9,6 +9,7 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -17,6 +18,8 @@ from pydantic_core import CoreSchema, InitErrorDetails, core_schema
 from workers.code import drop_pin
 from workers.entries import Entry, Kinds, Reads, is_outside
 from workers.syntax import NAMED
+
+OWN_ONLY = "own only"
 
 
 class Record(BaseModel):
@@ -29,6 +32,10 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     READS: ClassVar[Mapping[str, Mapping[str, tuple[str, ...]]]] = {}
 
+    def find_foreign(self) -> dict[str, tuple[str, ...]]:
+        """See `OpenRecord`."""
+        return {}
+
     @classmethod
     def find_fields(cls, content: object = None) -> dict[str, FieldInfo]:
         """Its settings by name; `content` is what a file says of it, or a record."""
@@ -38,8 +45,8 @@ class Record(BaseModel):
 class OpenRecord(Record):
     """A record to whose settings the kinds that it names from outside add their own, which stand beside the others.
 
-    Those of kinds that were named elsewhere, but are not chosen, are checked and left out: of a search over kinds each
-    takes what is its.
+    Those of kinds that the file names elsewhere, but not here, are foreign. They are checked, and stay where a search
+    may choose those kinds; validated with the context OWN_ONLY a record is without them.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -58,11 +65,19 @@ class OpenRecord(Record):
     def _list_tables(cls) -> list[tuple[str, Kinds[Entry]]]:
         return [(field, reads.table) for field, reads in cls.READS.items() if isinstance(reads, Reads)]
 
+    def find_foreign(self) -> dict[str, tuple[str, ...]]:
+        """Settings that only kinds which are not chosen have, each with these."""
+        tables = self._list_tables()
+        own = {setting for field, table in tables for setting in table[getattr(self, field)].own_fields}
+        outside = [(drop_pin(kind), entry) for _, table in tables for kind, (entry, _) in table.outside.items()]
+        foreign = (self.model_extra or {}).keys() - own
+        return {name: tuple(kind for kind, entry in outside if name in entry.own_fields) for name in sorted(foreign)}
+
     @model_validator(mode="after")
-    def _take_own_settings(self) -> "OpenRecord":
+    def _take_own_settings(self, info: ValidationInfo) -> "OpenRecord":
         extra = self.__pydantic_extra__
         assert extra is not None
-        given, taken = dict(extra), dict[str, Any]()
+        given, taken, foreign = dict(extra), dict[str, Any](), dict[str, Any]()
         tables = [table for _, table in self._list_tables()]
         for field, table in self._list_tables():
             if is_outside(name := getattr(self, field)):
@@ -73,14 +88,15 @@ class OpenRecord(Record):
         for entry in [entry for table in tables for entry, _ in table.outside.values()]:
             for setting in [setting for setting in entry.own_fields if setting in given]:
                 model = entry.own_record.model_construct()
-                entry.own_record.__pydantic_validator__.validate_assignment(model, setting, given.pop(setting))
+                entry.own_record.__pydantic_validator__.validate_assignment(model, setting, given[setting])
+                foreign[setting] = given.pop(setting)
         if given:
             lines = [
                 InitErrorDetails(type="extra_forbidden", loc=(name,), input=value) for name, value in given.items()
             ]
             raise ValidationError.from_exception_data(type(self).__name__, lines)
         extra.clear()
-        extra.update(taken)
+        extra.update(taken if info.context == OWN_ONLY else {**foreign, **taken})
         return self
 
 

@@ -48,6 +48,17 @@ def _is_stored(node: ast.Name) -> bool:
     return isinstance(node.ctx, ast.Store)
 
 
+def is_bound(tree: ast.Module, name: str) -> bool:
+    """Whether the module may have an attribute of that name, as its text shows."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=bound) | ast.FunctionDef(name=bound) | ast.ClassDef(name=bound) if bound == name:
+                return True
+            case ast.alias(name=bound, asname=other) if name == (other or bound) or bound == "*":
+                return True
+    return False
+
+
 def list_imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[str]:
     """The dotted names that may be modules which `module` imports, anywhere in its text.
 

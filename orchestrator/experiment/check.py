@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from orchestrator.experiment.expand import DRAWS, expand
@@ -27,15 +28,17 @@ from orchestrator.experiment.settings import (
     show,
     suggest_path,
 )
+from workers.code import describe_error
 from workers.config import (
     DiffusionConfig,
     EvaluationConfig,
     Record,
     SamplerConfig,
+    ScheduleConfig,
     Trial,
     count_sub_batches,
 )
-from workers.entries import load
+from workers.entries import is_outside, load
 from workers.evaluation.blocks import list_comparable_metrics
 from workers.identity import PLACING, Unread, list_own_unread, list_unread
 from workers.kinds import MEASURES, OBJECTIVES, PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS
@@ -104,7 +107,7 @@ def tell_once(found: Iterable[tuple[str, Variant]], total: int) -> list[str]:
 def _find_axis_mistakes(path: str, axis: Axis) -> list[str]:
     """What is wrong with a path of the search space and with each of its values, taken by itself."""
     where = f"search.space.{path}"
-    if path not in (known := list_paths(Trial)):
+    if path not in (known := list_paths(Trial, own=True)):
         return [f"{where}: no such setting of a trial{suggest_path(path, known)}"]
     if all(re.match(NOT_TRAINED, leaf) for leaf in list_settings_set(path, axis)):
         return [f"{where}: does not change what is trained: all its values are one and the same trial; set it outside"]
@@ -167,6 +170,21 @@ def _find_schedule_mistakes(diffusion: DiffusionConfig) -> Iterator[str]:
         )
     if entry.check:
         yield from load(entry.check)(s, diffusion.T)
+    if is_outside(s.kind):
+        yield from _try_schedule(s, diffusion.T)
+
+
+@lru_cache
+def _try_schedule(schedule: ScheduleConfig, T: int) -> list[str]:
+    """What is wrong with the form of what a schedule from outside makes; of the betas the preflight tells."""
+    try:
+        made = SCHEDULES[schedule.kind].load()(schedule, T)
+    except Exception as error:  # noqa: BLE001 somebody's own code
+        return [f"diffusion.schedule.kind: {describe_error(error, schedule.kind)}"]
+    if getattr(made, "shape", None) != (T,) or made.dtype != "float64":
+        what = f"{made.dtype} {made.shape}" if hasattr(made, "shape") else type(made).__name__
+        return [f"diffusion.schedule.kind: {schedule.kind} makes {what} of T = {T}, in place of float64 {(T,)}"]
+    return []
 
 
 def _find_objective_mistakes(trial: Trial) -> Iterator[str]:

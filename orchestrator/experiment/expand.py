@@ -18,6 +18,7 @@ from orchestrator.experiment.settings import (
 from workers.config import DataConfig, Measurement, Trial
 from workers.identity import collect_settings_read, compute_digest, compute_trial_id
 from workers.layout import RowId, TrialId, make_row_id
+from workers.sections import OWN_ONLY
 
 # From u uniform in [0, 1) and the values or ends of an axis to the value drawn.
 DRAWS: dict[str, Callable[[tuple[Any, ...], float], Any]] = {
@@ -77,7 +78,7 @@ def make_variants(experiment: Experiment, points: Iterable[Mapping[str, Any]]) -
     def get_section(name: str, params: dict[str, Any]) -> Any:
         if (key := f"{name} {params}") not in made:
             content = merge(base[name], _make_update(params)[name])
-            made[key] = getattr(Trial.model_validate({**dict(trial), name: content}), name)
+            made[key] = getattr(Trial.model_validate({**dict(trial), name: content}, context=OWN_ONLY), name)
         return made[key]
 
     def make_variant(params: Mapping[str, Any]) -> Variant:

@@ -88,6 +88,8 @@ def open_code(roots: object, folder: Path, content: object) -> list[str]:
     names = [name for name in roots if isinstance(name, str)] if isinstance(roots, list | tuple) else []
     places = {name: (folder / name).resolve() for name in names}
     code.open_roots([place for place in dict.fromkeys(places.values()) if place.is_dir()])
+    for table in NAMED_AT.values():
+        table.outside.clear()
     for name in filter(NAMED.fullmatch, map(code.drop_pin, _list_texts(content))):
         for table in NAMED_AT.values():
             with suppress(code.CodeError):
@@ -151,7 +153,7 @@ def _override(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     """`content` with `value` at `path`, which may go through a key of search.space. Raises ValueError."""
     key = path.removeprefix("search.space.")
     if key == path:
-        if path not in (known := list_paths(Experiment)):
+        if path not in (known := list_paths(Experiment, own=True)):
             raise ValueError(f"unknown path{suggest_path(path, known)}")
         return dict(put(content, path.split("."), value))
     stem, _, kind = key.rpartition(".")
@@ -180,7 +182,7 @@ def _find_smoke_mistakes(content: Mapping[str, Any]) -> list[str]:
 
 def list_measurement_settings() -> list[str]:
     """Those of a measurement, which may be others than those of the trial that is measured."""
-    return [path for path in list_paths(Measurement) if path.split(".")[0] in ("seed", "data", "evaluation")]
+    return [path for path in list_paths(Measurement, own=True) if path.split(".")[0] in ("seed", "data", "evaluation")]
 
 
 SETTINGS = list_paths(Experiment)

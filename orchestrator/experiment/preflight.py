@@ -13,6 +13,7 @@ import numpy as np
 from orchestrator.experiment.check import tell_once
 from orchestrator.experiment.records import MOST_VARIANTS, Experiment, ExperimentError, Variant
 from workers.classes import MOST_CLASSES
+from workers.code import drop_digests
 from workers.config import (
     DataConfig,
     DiffusionConfig,
@@ -81,7 +82,8 @@ def check_before_start(
     )
     if problems:
         raise ExperimentError(problems, experiment.name)
-    return list_source_warnings(sources.values()) + _warn_of_held_out(experiment, variants, sources) + warnings
+    told = list_source_warnings(sources.values()) + _warn_of_held_out(experiment, variants, sources) + warnings
+    return list(map(drop_digests, told))
 
 
 def describe_data(sources: Iterable[Source]) -> list[str]:

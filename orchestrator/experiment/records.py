@@ -21,6 +21,7 @@ from pydantic import (
 
 from orchestrator.experiment.metrics import METRICS, RANKS, list_metrics
 from orchestrator.experiment.settings import show
+from workers.code import drop_digests
 from workers.config import (
     MOST_STEPS,
     Mistake,
@@ -38,7 +39,7 @@ class ExperimentError(Mistake):
     """All mistakes found in an experiment, one text each in `problems`; `where` names the file."""
 
     def __init__(self, problems: Iterable[str], where: str = "the experiment") -> None:
-        self.problems, self.where = list(problems), where
+        self.problems, self.where = [drop_digests(text) for text in problems], where
         super().__init__(self.problems, where)
 
     def __str__(self) -> str:

@@ -151,17 +151,20 @@ def write_yaml(content: Any) -> str:
 # ---- Paths -----------------------------------------------------------------------------------------------------
 
 
-def list_fields(record: type[Record], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """The dotted path and the field of every setting of a record, sections too."""
-    for name, field in record.find_fields().items():
+def list_fields(record: type[Record], prefix: str = "", own: bool = False) -> Iterator[tuple[str, FieldInfo]]:
+    """The dotted path and the field of every setting of a record, sections too.
+
+    With `own` those too that kinds from outside have, as far as the file that was read last names them.
+    """
+    for name, field in (record.find_fields() if own else record.model_fields).items():
         yield prefix + name, field
         if section := _find_record(field.annotation):
-            yield from list_fields(section, f"{prefix}{name}.")
+            yield from list_fields(section, f"{prefix}{name}.", own)
 
 
-def list_paths(record: type[Record]) -> list[str]:
+def list_paths(record: type[Record], own: bool = False) -> list[str]:
     """The dotted paths of all settings of a record, sections too."""
-    return [path for path, _ in list_fields(record)]
+    return [path for path, _ in list_fields(record, own=own)]
 
 
 def put(content: Any, path: Sequence[str], value: Any) -> Any:
@@ -222,7 +225,10 @@ def _explain(record: type[Record], content: Any, details: dict[str, Any]) -> tup
         assert section is not None, details
         path = f"{path}.{location[0]}".lstrip(".")
         fields = section.find_fields(value)
-        return path, f"unknown key{suggest_path(path, list_paths(record), fields)}; valid: {', '.join(fields)}"
+        return (
+            path,
+            f"unknown key{suggest_path(path, list_paths(record, own=True), fields)}; valid: {', '.join(fields)}",
+        )
     if details["type"] == "missing" and not location:
         return path, f"missing; it is {describe(kind)}"
     if details["type"] == "value_error":

@@ -13,6 +13,7 @@ from orchestrator.measuring.seeds import Group
 from orchestrator.output.figures import Plot, Series, draw_curves, draw_scatter, to_png
 from orchestrator.output.findings import Report
 from orchestrator.state.rows import Row, shorten_params
+from workers.code import drop_pin
 from workers.diffusion.schedules import betas, log_snrs
 
 Z = 1.96  # standard errors of an interval that holds the true mean in 95 % of cases
@@ -41,7 +42,8 @@ def draw_schedules(report: Report) -> list[Plot]:
             t = (np.arange(len(snr)) + 1) / len(snr)
             t, snr = t[np.isfinite(snr)], snr[np.isfinite(snr)]  # jsd ends at -inf
             names = shorten_params(_keep_schedule(row.variant))
-            label = " ".join(f"{n}={v}" for n, v in names.items()) or f"{diffusion.schedule.kind} T={diffusion.T}"
+            kind = drop_pin(diffusion.schedule.kind)
+            label = " ".join(f"{n}={v}" for n, v in names.items()) or f"{kind} T={diffusion.T}"
             series[key] = Series(label, t.tolist(), snr.tolist(), len(series))
     return [draw_curves("schedules", list(series.values()), "t / T", "log SNR", legend=len(series) <= 10)]
 

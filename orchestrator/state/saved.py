@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.experiment.expand import expand, make_variants
 from orchestrator.experiment.load import resolve
@@ -215,16 +215,25 @@ def open_sweep(storage: Storage, name: str) -> SavedSweep:
             f"{name!r} is no sweep in {storage.root}{suggest_choice(name, there) or '.'} Sweeps there: "
             f"{', '.join(there) or 'none; run one first, or give its --storage'}"
         )
-    look_in(storage)
-    trials = {}
-    for row, kept in content["trials"].items():
-        trial = TypeAdapter(Trial).validate_json(json.dumps(kept["trial"]))
-        trials[row] = Variant(params=kept["params"], trial=trial)
+    trials = {
+        row: Variant(params=kept["params"], trial=_open_trial(storage, path, kept["trial"]))
+        for row, kept in content["trials"].items()
+    }
     protocols = {row: kept["protocol"] for row, kept in content["trials"].items()}
     search = content["experiment"]["search"]
     also, drawn = tuple(search.get("also", ())), search["algorithm"] != "grid"
     of = content["name"], content["metric"]
     return SavedSweep(*of, also, drawn, trials, protocols, content["experiment"])
+
+
+def _open_trial(storage: Storage, path: str, content: Mapping[str, Any]) -> Trial:
+    """The trial that a file of the storage describes. Raises Mistake, as where code from outside is gone."""
+    look_in(storage)
+    try:
+        return TypeAdapter(Trial).validate_json(json.dumps(content))
+    except ValidationError as error:
+        found = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+        raise Mistake(f"{storage.find_url(path)} cannot be read: {'; '.join(found)}") from error
 
 
 def keep_trial(storage: Storage, trial_id: str, trial: Trial) -> None:
@@ -256,8 +265,7 @@ def open_trial(storage: Storage, trial_id: str) -> Trial:
     content = storage.read_checked(path, open_text, RERUN)
     if content is None:
         raise Mistake(f"{storage.find_url(path)} is {'damaged' if storage.exists(path) else 'not there'}; {RERUN}")
-    look_in(storage)
-    return Trial.model_validate(read_yaml(content)[0])
+    return _open_trial(storage, path, read_yaml(content)[0])
 
 
 def read_rows(storage: Storage, kept: SavedSweep, happened: Sequence[Event] = ()) -> list[Row]:

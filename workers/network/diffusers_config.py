@@ -38,6 +38,7 @@ VARIANCE_TYPES = {
     "learned_diagonal": "learned",  # ours: diffusers' own "learned" takes the second head for sigma_t^2 itself
 }
 # diffusers opens a checkpoint of a prediction that it does not have, and refuses to sample from it.
+# One from outside goes by its own name, with what pins its code.
 PREDICTION_TYPES = {entry.diffusers or name: name for name, entry in PREDICTIONS.items()}
 
 # Schedulers of the process of Ho et al. 2020, each with its defaults that are not DDPMScheduler's. What else one does
@@ -217,7 +218,7 @@ def read_scheduler(config: dict[str, Any]) -> Scheduler:
             ("variance_type", variance, VARIANCE_TYPES),
             ("prediction_type", s.prediction_type, PREDICTION_TYPES),
         )
-        if value not in known
+        if value not in known and not (known is PREDICTION_TYPES and "@" in value)
     ]
     if s.rescale_betas_zero_snr:
         mistakes.append("rescale_betas_zero_snr: alpha_bar_T would be 0, where eps does not determine x_0")
@@ -247,7 +248,7 @@ def read_scheduler(config: dict[str, Any]) -> Scheduler:
             "but for 0 at T where the network does not predict eps"
         )
     process = Process.of_betas(torch.from_numpy(betas), VARIANCE_TYPES[variance])
-    return Scheduler(process, PREDICTION_TYPES[s.prediction_type], s.clip_sample)
+    return Scheduler(process, PREDICTION_TYPES.get(s.prediction_type, s.prediction_type), s.clip_sample)
 
 
 def make_scheduler_config(process: Process, prediction: str = "eps") -> dict[str, Any]:
@@ -255,7 +256,7 @@ def make_scheduler_config(process: Process, prediction: str = "eps") -> dict[str
 
     With the prediction `mu` it raises an error at its first step, and so does its sampling with a learned diagonal.
     """
-    [prediction_type] = [theirs for theirs, ours in PREDICTION_TYPES.items() if ours == prediction]
+    prediction_type = next((theirs for theirs, ours in PREDICTION_TYPES.items() if ours == prediction), prediction)
     return {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": VERSION,

@@ -1,1 +1,1 @@
-"""Kinds from outside of the packages, as a user's own package brings them: docs/architecture.md shows this one."""
+"""Kinds from outside of the packages, as a user's own package brings them: docs/extending.md shows this one."""
