@@ -24,6 +24,7 @@ from orchestrator.state.events import read_events
 from orchestrator.state.rows import rank_rows
 from orchestrator.state.saved import list_sweeps, open_sweep, read_rows
 from workers.config import DataConfig, Measurement, Mistake, SamplerConfig
+from workers.consent import give_consent
 from workers.data.sources import Source
 from workers.layout import RowId
 from workers.storage import Storage
@@ -242,13 +243,16 @@ class DiffusionModel:
         return found
 
 
-def open_model(target: str | Path, storage: str | Path = "runs") -> DiffusionModel:
+def open_model(target: str | Path, storage: str | Path = "runs", *, trust_code: bool = False) -> DiffusionModel:
     """The model of a trial (its id or the start of one), of a sweep's best trial, or of a checkpoint's folder.
 
-    Raises Mistake where there is none, or where its bytes are damaged.
+    `trust_code` consents to run code of one's own that lies there and never ran on this machine: from here on, and all
+    that this process finds. Raises Mistake where there is no model, or where its bytes are damaged.
     """
     from workers.network import checkpoint as checkpoints
 
+    if trust_code:
+        give_consent()
     checkpoint = _find_checkpoint(str(target), Storage(storage))
     network, process = checkpoints.load(checkpoint)
     return DiffusionModel(network, process, checkpoints.describe(checkpoint).shape, checkpoint)

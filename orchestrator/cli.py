@@ -88,6 +88,14 @@ def add_storage(parser: argparse.ArgumentParser, of: str = "the folder or URI th
     parser.add_argument("--storage", default="runs", help=f"{of} (default: ./runs)")
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="run code of one's own that lies there and never ran on this machine",
+    )
+
+
 def add_ray_address(
     parser: argparse.ArgumentParser, of: str = "a Ray cluster to attach to: auto or HOST:PORT on a node of it"
 ) -> None:
@@ -121,6 +129,10 @@ def execute(
     """The exit status of `run` on the arguments (None: those of this process). A mistake and an interrupt are told."""
     options = parser.parse_intermixed_args(arguments)
     try:
+        if getattr(options, "trust_code", False):
+            from workers.consent import give_consent
+
+            give_consent()
         return run(options)
     except Mistake as mistake:
         print(mistake, file=sys.stderr)

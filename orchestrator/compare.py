@@ -24,6 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     cli.add_overrides(result)
     cli.add_profile(result, PROFILES)
     cli.add_storage(result)
+    cli.add_trust(result)
     return result
 
 

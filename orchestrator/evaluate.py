@@ -34,6 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     result.add_argument("--tasks", type=int, help="blocks at once on this machine (default: one per core, and one)")
     cli.add_ray_address(result)
     cli.add_storage(result)
+    cli.add_trust(result)
     cli.add_tracking_uri(result, "that of the trial's sweep, or the storage's")
     cli.add_verbosity(result)
     return result

@@ -65,6 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     result.add_argument("--promote", action="store_true", help="move `champion` to a candidate that is clearly better")
     cli.add_ray_address(result)
     cli.add_storage(result)
+    cli.add_trust(result)
     cli.add_tracking_uri(result, "the file's, or a database in the storage")
     return result
 

@@ -28,6 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--output", type=Path, help="write the page there instead of the storage")
     cli.add_storage(result)
+    cli.add_trust(result)
     return result
 
 

@@ -45,6 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     result.add_argument("--label", metavar="CLASS", help="draw samples of this class alone, by its number or name, "
                         "where the model was trained with model.labels")  # fmt: skip
     cli.add_storage(result)
+    cli.add_trust(result)
     cli.add_tracking_uri(result, "that of the trial's sweep, or the storage's")
     return result
 

@@ -47,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--json", action="store_true", help="print it as JSON")
     cli.add_storage(result)
+    cli.add_trust(result)
     return result
 
 

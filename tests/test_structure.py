@@ -13,6 +13,7 @@ ORDER = """
     workers: noise memos pulse journal shapes pausing passes classes
     workers.data: mirror splits cache decoding tree built_in parquet_files cifar10 idx arrays formats locate survey
     workers.data: sources proofs dataset pixels
+    workers: consent
     workers.network: unet_config unet build
     workers.diffusion: schedules process guidance predictions bound objectives timesteps flow samplers
     workers.diffusion: gaussian ledger likelihood

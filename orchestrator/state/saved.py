@@ -25,7 +25,8 @@ from orchestrator.experiment.records import Experiment, Variant
 from orchestrator.experiment.settings import read_yaml, suggest_choice, write_yaml
 from orchestrator.state.events import Event, list_failures, read_events, sum_evaluation_seconds
 from orchestrator.state.rows import Found, Row
-from workers.bundles import collect_bundles, keep_bundle, look_in
+from workers import consent
+from workers.bundles import collect_bundles, keep_bundle
 from workers.config import DataConfig, Measurement, Mistake, Trial
 from workers.data.locate import make_absolute
 from workers.data.sources import Source
@@ -86,6 +87,7 @@ def keep_sweep(
     bundles = collect_bundles(variant.trial for variant in trials.values())
     for bundle in bundles.values():
         keep_bundle(storage, bundle)
+    consent.remember(bundles)
     content = {
         "ids": IDS,
         "name": experiment.name,
@@ -228,7 +230,7 @@ def open_sweep(storage: Storage, name: str) -> SavedSweep:
 
 def _open_trial(storage: Storage, path: str, content: Mapping[str, Any]) -> Trial:
     """The trial that a file of the storage describes. Raises Mistake, as where code from outside is gone."""
-    look_in(storage)
+    consent.look_in(storage)
     try:
         return TypeAdapter(Trial).validate_json(json.dumps(content))
     except ValidationError as error:

@@ -29,6 +29,7 @@ from workers.config import FIDConfig, Mistake, SamplerConfig
 from workers.data.decoding import choose_type
 from workers.evaluation.blocks import SAMPLES
 from workers.evaluation.make import LoadedModel, draw_images, move_to_device
+from workers.kinds import SAMPLERS
 from workers.network import checkpoint as checkpoints
 
 MOST = 100_000  # images a row of a request: whoever asks may be anybody
@@ -82,6 +83,8 @@ class ImageModel(PythonModel):
         """The evaluation's way of drawing with the row's sampler and steps."""
         own = self.fid.sampler
         kind = row.get("sampler") or own.kind
+        if kind != own.kind and kind not in SAMPLERS:  # a request names nothing that would be imported for it
+            raise ValueError(f"sampler = {kind} was asked for; give one of {', '.join(SAMPLERS)}")
         base = own if kind == own.kind else SamplerConfig(kind=kind)
         asked, T = row.get("steps"), self.model.process.T
         steps = base.steps if asked is None or pd.isna(asked) else int(asked)

@@ -28,7 +28,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from workers import consent
+from workers.bundles import keep_bundle
 from workers.classes import Classes
+from workers.code import find_bundle, is_digest
 from workers.config import Mistake
 from workers.diffusion.gaussian import GaussianDenoiser
 from workers.diffusion.predictions import Denoiser
@@ -151,6 +154,7 @@ def open_folder(folder: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder} cannot be opened ({error}); give a folder, or a URI such as s3://bucket/path"
         ) from error
+    consent.look_in(storage)
     if MANIFEST in parts[""]:
         return open_committed(storage, "")
     if not parts[""]:
@@ -218,13 +222,17 @@ def load(checkpoint: Checkpoint) -> tuple[Denoiser, Process]:
 
 
 def export(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes what diffusers reads of a checkpoint to a local folder, without the state of the training.
+    """Writes what diffusers reads of a checkpoint to a local folder, without the state of the training; of a network
+    that is not ours, its code as well.
 
     `DDPMPipeline.from_pretrained` and `open_folder` open it. Raises CheckpointError where bytes are damaged.
     """
+    config = read_object(read_file(checkpoint, UNET), find_url(checkpoint, UNET))
+    if is_foreign(config) and is_digest(digest := config[CLASS].partition("@")[2]):
+        keep_bundle(Storage(folder), find_bundle(digest))
     for name in (INDEX, *EVALUATED):
         if name == INDEX:
-            content = _make_index(read_object(read_file(checkpoint, UNET), find_url(checkpoint, UNET)))
+            content = _make_index(config)
         elif name == WEIGHTS and checkpoint.weights.endswith(".json"):
             content = _write_tensors(_load_weights(checkpoint, checkpoint.weights))
         else:
