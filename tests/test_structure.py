@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = """
     workers: seals kinds sides config layout identity speed signals disk remote storage sharing locks
     workers: noise memos pulse journal shapes pausing
-    workers.data: mirror splits cache decoding tree built_in parquet_files cifar10 idx arrays formats locate survey
+    workers.data: mirror splits cache decoding tree built_in arrays parquet_files cifar10 idx formats locate survey
     workers.data: sources proofs dataset pixels
     workers.network: unet_config unet
     workers.diffusion: schedules process predictions bound objectives timesteps flow samplers gaussian ledger likelihood

@@ -54,7 +54,7 @@ class ImageModel(PythonModel):
 
         (MLflow checks the columns and their types against the signature before.)
         """
-        parts = [np.zeros((0, *self.shape), choose_type(self.levels))]
+        parts: list[np.ndarray] = []
         for row in model_input.to_dict("records"):
             n, seed, fid = int(row["n"]), int(row["seed"]), self._read_request(row)
             if not 0 <= n <= MOST:
@@ -62,7 +62,7 @@ class ImageModel(PythonModel):
             for block in range(math.ceil(n / SAMPLES)):
                 images = draw_images(self.model, fid, seed, block, shape=self.shape, levels=self.levels)
                 parts.append(images[: n - block * SAMPLES])
-        return np.concatenate(parts)
+        return np.concatenate([np.zeros((0, *self.shape), choose_type(self.levels)), *parts])
 
     def _read_request(self, row: dict[Any, Any]) -> FIDConfig:
         """The evaluation's way of drawing with the row's sampler and steps."""
