@@ -7,6 +7,8 @@ from typing import Any
 
 import image_files
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from image_files import COLOUR, GREY, LABELS, RANDOM, check, fails, pairs, warnings_of, write_images
 
@@ -104,6 +106,44 @@ def test_the_line_says_how_many_channels(tmp_path):
         "d: arrays, 8 to train on (d.npy), 1 held out (of the same images, by a fixed shuffle), no labels, "
         "4x4 in 2 channels"
     )
+
+
+# ---- Tensors in Parquet files ------------------------------------------------------------------------------------
+
+
+def write_tensors(path: Path, images: np.ndarray, labels: Any = LABELS) -> Path:
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(images))
+    table = {"image": tensors} | ({} if labels is None else {"label": labels[: len(images)]})
+    pq.write_table(pa.table(table), path, row_group_size=7)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 2)])
+def test_parquet_files_of_tensors(tmp_path, dtype, shape):
+    images = RANDOM.integers(0, np.iinfo(dtype).max, (30, *shape), dtype)
+    write_tensors(tmp_path / "train-0.parquet", images[:20])
+    write_tensors(tmp_path / "test-0.parquet", images[20:], LABELS[20:])
+    data = prepare(DataConfig(source=str(tmp_path)))
+    images = images.reshape(30, 4, 6, -1)
+    assert (data.levels, data.shape, data.train.dtype) == (np.iinfo(dtype).max + 1, images.shape[1:], dtype)
+    assert pairs(data.train, data.train_labels) == pairs(images[:20], LABELS[:20])
+    assert pairs(data.held_out, data.held_out_labels) == pairs(images[20:], LABELS[20:])
+
+
+def test_tensors_that_are_no_images(tmp_path):
+    flat = write_tensors(tmp_path / "flat.parquet", COLOUR.reshape(30, -1))
+    fails(flat, "its column of extension<arrow.fixed_shape_tensor", "is not N x height x width")
+    fails(write_tensors(tmp_path / "int.parquet", COLOUR.astype(np.int64)), "is not of uint8 or uint16")
+    write_tensors(tmp_path / "d-0.parquet", COLOUR)
+    write_tensors(tmp_path / "d-1.parquet", COLOUR[:, :2])
+    for name in ("flat", "int"):
+        (tmp_path / f"{name}.parquet").unlink()
+    fails(tmp_path, "its files differ in their images (d-0.parquet: ", "d-1.parquet: ")
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(COLOUR[:2])
+    holed = pa.ExtensionArray.from_storage(tensors.type, pa.array([tensors.storage[0], None], tensors.storage.type))
+    pq.write_table(pa.table({"image": holed}), tmp_path / "null.parquet")
+    fails(tmp_path / "null.parquet", "null.parquet is damaged or cut off (Expected all lists to be of size")
 
 
 # ---- Mistakes ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ ORDER = """
     workers: seals syntax code entries kinds sections sides config layout identity speed signals disk remote storage
     workers: bundles sharing locks
     workers: noise memos pulse journal shapes pausing passes classes
-    workers.data: mirror splits cache decoding tree built_in parquet_files cifar10 idx arrays formats locate survey
+    workers.data: mirror splits cache decoding tree built_in arrays parquet_files cifar10 idx formats locate survey
     workers.data: sources proofs dataset pixels
     workers: consent
     workers.network: unet_config unet build

@@ -58,7 +58,7 @@ class ImageModel(PythonModel):
 
         (MLflow checks the columns and their types against the signature before.)
         """
-        parts = [np.zeros((0, *self.shape), choose_type(self.levels))]
+        parts: list[np.ndarray] = []
         for row in model_input.to_dict("records"):
             n, seed, fid, label = int(row["n"]), int(row["seed"]), self._read_request(row), self._read_label(row)
             if not 0 <= n <= MOST:
@@ -67,7 +67,7 @@ class ImageModel(PythonModel):
                 of = {"shape": self.shape, "levels": self.levels, "label": label}
                 images = draw_images(self.model, fid, seed, block, **of)
                 parts.append(images[: n - block * SAMPLES])
-        return np.concatenate(parts)
+        return np.concatenate([np.zeros((0, *self.shape), choose_type(self.levels)), *parts])
 
     def _read_label(self, row: dict[Any, Any]) -> int | None:
         """The label that a row asks for."""

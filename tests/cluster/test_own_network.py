@@ -55,9 +55,7 @@ def test_a_network_of_ones_own_is_as_ours(tmp_path: Path, monkeypatch: pytest.Mo
     checkpoint = find_checkpoint(Storage(storage), of_dit, open_trial(Storage(storage), of_dit))
     assert checkpoint
     fid = FIDConfig(sampler=SamplerConfig(kind="ddim", steps=2))
-    save(
-        Candidate(trial=of_dit, checkpoint=checkpoint, levels=17, fid=fid), tmp_path / "model"
-    )  # as a sweep does
+    save(Candidate(trial=of_dit, checkpoint=checkpoint, levels=17, fid=fid), tmp_path / "model")  # as a sweep does
 
     # What lies in somebody else's storage runs with consent alone, which is remembered.
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))

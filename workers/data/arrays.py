@@ -133,22 +133,25 @@ def _list_paths(used: Sequence[str], *roles: dict[str, Stored]) -> list[tuple[st
 
 def _check_images(array: Stored, first: Stored) -> None:
     """Raises DataError where an array cannot be images, or images beside those of `first`."""
-    height, width, channels = (*array.shape[1:], 1, 1, 1)[:3]
     if array.dtype.hasobject:
         raise DataError(f"{array} holds pickled objects, which are never loaded; save numbers")
-    if array.dtype.name not in TYPES:
-        raise DataError(f"{array} is not of {', '.join(TYPES)}; convert it by astype")
-    if len(array.shape) not in (3, 4) or not 0 < height * width <= MOST_PIXELS:
-        raise DataError(f"{array} is not N x height x width or N x height x width x channels; reshape it")
-    if channels > MOST_CHANNELS or (height in (1, 3) and width == channels > 4):
-        raise DataError(
-            f"{array} would have {channels} channels; they come last, N x height x width x channels, and are at most "
-            f"{MOST_CHANNELS}: transpose it"
-        )
-    if channels < 1:
-        raise DataError(f"{array} has no channels; reshape it")
+    check_pixels(str(array), array.shape[1:], array.dtype)
     if (array.shape[1:], array.dtype) != (first.shape[1:], first.dtype):
         raise DataError(f"the images of the two splits differ: {first} and {array}; make them alike")
+
+
+def check_pixels(told: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Raises DataError, which begins with `told`, where values of that shape and type are no image."""
+    height, width, channels = (*shape, 1, 1, 1)[:3]
+    if dtype.name not in TYPES:
+        raise DataError(f"{told} is not of {' or '.join(TYPES)}; convert it by astype")
+    if len(shape) not in (2, 3) or not 0 < height * width <= MOST_PIXELS or channels < 1:
+        raise DataError(f"{told} is not N x height x width or N x height x width x channels; reshape it")
+    if channels > MOST_CHANNELS or (height in (1, 3) and width == channels > 4):
+        raise DataError(
+            f"{told} would have {channels} channels; they come last, N x height x width x channels, and are at most "
+            f"{MOST_CHANNELS}: transpose it"
+        )
 
 
 def _warn_of_labels(array: Stored) -> list[str]:

@@ -5,8 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from workers.data import splits as layouts
-from workers.data.decoding import SUFFIXES, Item, explain_damage
+from workers.data.arrays import TYPES, check_pixels
+from workers.data.decoding import SUFFIXES, Item, Pixels, explain_damage
 from workers.data.splits import DataError, show_name
 from workers.data.tree import CHUNK, PIECE, Files, Split, Tree, warn_of_missing_labels
 
@@ -15,7 +18,7 @@ UNPACKED = 200  # times its size that a column of images may claim to be unpacke
 
 def find_parquet(tree: Tree) -> Files | None:
     """The Hugging Face layout: a struct column `img` or `image` of (bytes, path), or one of plain bytes, and, perhaps,
-    an integer `label`.
+    an integer `label`. Or a column of tensors, height x width or height x width x channels.
 
     In a folder, names say which files are which split: `workers.data.splits.arrange_parquet`.
     """
@@ -33,10 +36,13 @@ def find_parquet(tree: Tree) -> Files | None:
     missing = warn_of_missing_labels(splits, layout.where, "integer column label")
     warnings = [*layout.warnings, *missing, *_warn_of_columns_left_out(_read_schema(train[0]))]
     paths = [("train", p) for p in train] + [("held_out", p) for p in held_out]
+    like = _find_like([path for _, path in paths])
     return Files(
         paths,
         splits[0],
         splits[1] if splits[1:] else None,
+        levels=256 if like is None else TYPES[like.dtype.name],
+        like=like,
         where=layout.where,
         warnings=tuple(warnings),
         known=frozenset(names),
@@ -72,6 +78,31 @@ def _warn_of_columns_left_out(schema: Any) -> Iterator[str]:
             yield f"no labels are used, as column label is of {field.type}; integers are"
 
 
+def _find_like(paths: list[Path]) -> Pixels | None:
+    """A black image of the size and type of all, where they are tensors. Raises DataError where they differ."""
+    kinds: dict[Any, str] = {}  # the type of tensors, or None, and the first file that has it
+    for path in paths:
+        schema = _read_schema(path)
+        column = _find_image_column(schema)
+        kind = schema.field(column[0]).type if column else None
+        kinds.setdefault(kind if _is_tensor(kind) else None, show_name(path.name))
+    if len(kinds) > 1:
+        found = "; ".join(f"{name}: {kind or 'encoded'}" for kind, name in kinds.items())
+        raise DataError(f"its files differ in their images ({found}); make them alike")
+    [kind] = kinds
+    if kind is None:
+        return None
+    dtype = np.dtype(kind.value_type.to_pandas_dtype())
+    check_pixels(f"its column of {kind}", tuple(kind.shape), dtype)
+    return np.zeros((*kind.shape, 1)[:3], dtype)
+
+
+def _is_tensor(kind: Any) -> bool:
+    import pyarrow
+
+    return isinstance(kind, pyarrow.FixedShapeTensorType)
+
+
 def _find_image_column(schema: Any) -> tuple[str, str] | None:
     """The column of images and the path in it to their bytes; None where there is none."""
     return next(_list_image_columns(schema), None)
@@ -86,7 +117,7 @@ def _list_image_columns(schema: Any) -> Iterator[tuple[str, str]]:
 
     for field in schema:
         if field.name in ("img", "image"):
-            if holds_bytes(field.type):
+            if holds_bytes(field.type) or _is_tensor(field.type):
                 yield field.name, field.name
             if types.is_struct(field.type) and any(f.name == "bytes" and holds_bytes(f.type) for f in field.type):
                 yield field.name, f"{field.name}.bytes"
@@ -102,8 +133,8 @@ def _make_split(paths: list[Path]) -> Split:
         if (column := _find_image_column(schema)) is None:
             found = ", ".join(f"{show_name(field.name)} ({field.type})" for field in schema)
             raise DataError(
-                f"{show_name(path.name)} has no column img or image of struct<bytes: binary, path> or of binary; its "
-                f"columns: {found}"
+                f"{show_name(path.name)} has no column img or image of struct<bytes: binary, path>, of binary or of "
+                f"tensors; its columns: {found}"
             )
         columns.append(column)
         labelled = labelled and "label" in schema.names and types.is_integer(schema.field("label").type)
@@ -114,7 +145,7 @@ def _make_split(paths: list[Path]) -> Split:
             for number, row in enumerate(rows):
                 name, image, label = f"{path.name} row {number}", row[column], row.get("label")
                 image = image["bytes"] if isinstance(image, dict) else image
-                if not image or (labelled and label is None):
+                if image is None or len(image) == 0 or (labelled and label is None):
                     raise DataError(f"{show_name(name)} has no {'label' if image else inner}; every row needs one")
                 yield Item(name, image, label)
 
@@ -133,7 +164,7 @@ def _read_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
         for group in range(file.metadata.num_row_groups):
             header = file.metadata.row_group(group)
             chunks = [header.column(k) for k in range(header.num_columns)]
-            [images] = [chunk for chunk in chunks if chunk.path_in_schema == columns[0]]
+            [images] = [c for c in chunks if f"{c.path_in_schema}.".startswith(f"{columns[0]}.")]
             size, packed = images.total_uncompressed_size, images.total_compressed_size
             if size > max(PIECE, UNPACKED * packed):
                 raise DataError(
@@ -142,4 +173,16 @@ def _read_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
                 )
             at_once = max(1, min(CHUNK, PIECE // max(size, 1)))
             for batch in file.iter_batches(at_once, row_groups=[group], columns=columns):
-                yield from batch.to_pylist()
+                yield from _list_rows(batch)
+
+
+def _list_rows(batch: Any) -> Iterator[dict[str, Any]]:
+    """As `to_pylist`, a tensor as height x width x channels."""
+    column = next((field.name for field in batch.schema if _is_tensor(field.type)), None)
+    if column is None:
+        yield from batch.to_pylist()
+        return
+    tensors, others = batch.column(column), batch.drop_columns(column)
+    images = tensors.to_numpy_ndarray().reshape(len(tensors), *(*tensors.type.shape, 1)[:3])
+    for number, image in enumerate(images):  # Arrow itself refuses a file where one is missing
+        yield {name: others.column(name)[number].as_py() for name in others.schema.names} | {column: image}
