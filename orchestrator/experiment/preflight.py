@@ -237,23 +237,28 @@ def check_evaluation(m: Measurement, source: Source) -> Iterator[Finding]:
                 "difference can be told from chance; measure more",
                 refused=False,
             )
-    if fid and fid.features == "classifier" and not source.labelled:
+    if fid:
+        yield from _check_fid(fid, source)
+
+
+def _check_fid(fid: FIDConfig, source: Source) -> Iterator[Finding]:
+    """The same of what is measured of samples."""
+    if fid.features == "classifier" and not source.labelled:
         yield Finding(
             f"evaluation.fid.features: a classifier cannot be trained on {source.name}, which has no labels; "
             "set evaluation.fid: null or features: inception, or use labelled data"
         )
-    if fid and fid.features == "inception" and source.shape[2] not in (1, 3):
+    if fid.features == "inception" and source.shape[2] not in (1, 3):
         yield Finding(
             f"evaluation.fid.features: inception takes images of 1 or 3 channels, and those of {source.name} have "
             f"{source.shape[2]}; set evaluation.fid: null or features: classifier"
         )
-    if fid and fid.reference_images != "all" and fid.reference_images > getattr(source, fid.reference):
+    if fid.reference_images != "all" and fid.reference_images > getattr(source, fid.reference):
         yield Finding(
             f"evaluation.fid.reference_images: {fid.reference_images:,} is more than the "
             f"{getattr(source, fid.reference):,} of {source.name}'s {fid.reference} split; take fewer, or all"
         )
-    for name in fid.also if fid else ():
-        assert fid
+    for name in fid.also:
         measure = MEASURES[name]
         n = min(fid.samples, _count_references(fid, source)) if measure.of_real else fid.samples
         if n < measure.least:
@@ -261,7 +266,7 @@ def check_evaluation(m: Measurement, source: Source) -> Iterator[Finding]:
             yield Finding(
                 f"evaluation.fid.also: {name} takes {measure.least} {what} or more, and there are {n}; leave it out"
             )
-    if fid and (d := DIMENSIONS[fid.features]) >= fid.samples:
+    if (d := DIMENSIONS[fid.features]) >= fid.samples:
         yield Finding(
             f"evaluation.fid.samples: {fid.samples:,} are not more than the {d:,} dimensions of {fid.features}: their "
             "covariance is singular, and the distance says more of their number than of the model; take more",

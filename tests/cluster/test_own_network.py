@@ -79,7 +79,7 @@ def test_a_network_of_ones_own_is_as_ours(tmp_path: Path, monkeypatch: pytest.Mo
     sweep()
     assert count_begun() == 2
     (folder / "dit.py").write_text(dit.replace('nn.GELU(approximate="tanh")', "nn.SiLU()"))
-    assert "is trained again: dit.py has changed" in sweep()
+    assert "new: dit.py has changed" in sweep()
     assert count_begun() == 3 and len(statuses(storage)) == 3
 
 
