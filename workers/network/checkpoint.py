@@ -222,14 +222,15 @@ def load(checkpoint: Checkpoint) -> tuple[Denoiser, Process]:
 
 
 def export(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes what diffusers reads of a checkpoint to a local folder, without the state of the training; of a network
-    that is not ours, its code as well.
+    """Writes what diffusers reads of a checkpoint to a local folder, without the state of the training; of a network or
+    prediction from outside, its code as well.
 
     `DDPMPipeline.from_pretrained` and `open_folder` open it. Raises CheckpointError where bytes are damaged.
     """
-    config = read_object(read_file(checkpoint, UNET), find_url(checkpoint, UNET))
-    if is_foreign(config) and is_digest(digest := config[CLASS].partition("@")[2]):
-        keep_bundle(Storage(folder), find_bundle(digest))
+    config, scheduler = (read_object(read_file(checkpoint, of), find_url(checkpoint, of)) for of in (UNET, SCHEDULER))
+    for kind in (config.get(CLASS), scheduler.get("prediction_type")):
+        if isinstance(kind, str) and is_digest(digest := kind.partition("@")[2]):
+            keep_bundle(Storage(folder), find_bundle(digest))
     for name in (INDEX, *EVALUATED):
         if name == INDEX:
             content = _make_index(config)
