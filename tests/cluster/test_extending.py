@@ -1,8 +1,8 @@
-"""The examples of code of one's own, as a user runs them; what an edit of their files makes again."""
+"""The examples of code of one's own run, and what an edit of their files makes again."""
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import util
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, run
 
+from orchestrator.execution.session import open_session
+from orchestrator.sweep import main
 from workers.noise import make_generator
 
 # The edit of a file that computes something else, and how often it makes what again.
@@ -60,16 +62,23 @@ def count(storage: Path) -> Made:
     return Made(len(trials), len(samples), len(list(storage.glob("evaluations/*/summary-*.json"))))
 
 
+@pytest.fixture(scope="module")
+def one_ray() -> Iterator[None]:
+    """A Ray of this process for all of them: their code is one after the other in the same workers."""
+    with open_session(None):
+        yield
+
+
 @pytest.mark.parametrize("name", EDITS)
-def test_an_edit_makes_again_what_depends_on_it(name: str, tmp_path: Path) -> None:
+def test_an_edit_makes_again_what_depends_on_it(
+    name: str, tmp_path: Path, one_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, storage = shutil.copytree(ROOT / "examples" / name, tmp_path / name), tmp_path / "runs"
 
     def sweep(*more: str) -> str:
-        done = run(
-            "orchestrator.sweep", folder / "experiment.yaml", "--smoke", "--storage", storage, *SMALL[name], *more
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        words = [folder / "experiment.yaml", "--smoke", "--storage", storage, *SMALL[name], *more]
+        assert main(list(map(str, words))) == 0, capsys.readouterr()
+        return capsys.readouterr().out
 
     sweep()
     first = count(storage)
