@@ -50,8 +50,14 @@ def admission(*workers: int, cpus: int = 1, listener: Listener | None = None, **
         training = TrainingConfig(steps=1, workers=n, cpus=cpus)
         trial = Trial(data=DataConfig(source="digits"), training=training)
         jobs.append(
-            {"storage": "runs", "digest": f"{i:016}", "trial": trial.model_dump_json(), "gpus": 1, "owner": "",
-             "share": ""}  # fmt: skip
+            {
+                "storage": "runs",
+                "digest": f"{i:016}",
+                "trial": trial.model_dump_json(),
+                "gpus": 1,
+                "owner": "",
+                "share": "",
+            }
         )
         sizes[f"{i:016}"] = Size.of(training, 1)
     for name, host in choose_hosts([Size(2, 1, 0)]).items():
