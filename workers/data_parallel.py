@@ -14,7 +14,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from workers.disk import Unwritable
 from workers.hosts import lock_trial, report_failure, report_results
-from workers.jobs import Job, read_trial
+from workers.jobs import Job, look_for_code, read_trial
 from workers.locks import Held
 from workers.ray_train import MeetInAFolder, end_with
 from workers.signs import AT_WORK, begin_telling
@@ -45,6 +45,7 @@ class _Reports(TuneReportCallback):
 def host_data_parallel(config: dict[str, Any]) -> None:
     """Host of a trial of several workers: a Tune function that runs a TorchTrainer and reports its progress."""
     job = config["job"]
+    look_for_code(job)
     training = read_trial(job).training
     begin_telling("the driver of its workers", job["digest"])
     trainer = TorchTrainer(

@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from workers.config import DRIVER_CPUS
 from workers.data.dataset import prepare
 from workers.disk import Unwritable
-from workers.jobs import Job, choose_device, read_trial
+from workers.jobs import Job, choose_device, look_for_code, read_trial
 from workers.layout import name_trial_folder, name_trial_lock
 from workers.locks import Held, lock
 from workers.pulse import Pulse
@@ -42,6 +42,7 @@ def lock_trial(job: Job) -> AbstractContextManager[None]:
 
 def report_results(job: Job, world: World) -> Generator[dict[str, Any], None, None]:
     """The training loop's progress as Tune results, each with a finite value of the metric that schedulers see."""
+    look_for_code(job)
     torch.set_num_threads(read_trial(job).training.cpus)
     trial, storage, folder = read_trial(job), Storage(job["storage"]), name_trial_folder(job["digest"])
     if world.rank == 0:

@@ -35,8 +35,13 @@ def make_job(
 
 
 def read_trial(job: Job) -> Trial:
-    look_in(Storage(job["storage"]))
+    """Raises ValidationError where it names code from outside that this process does not know (`look_for_code`)."""
     return TypeAdapter(Trial).validate_json(job["trial"])
+
+
+def look_for_code(job: Job) -> None:
+    """On a node: the trial's code from outside is in its storage."""
+    look_in(Storage(job["storage"]))
 
 
 def choose_device(gpus: float) -> torch.device:
