@@ -30,6 +30,7 @@ def results(storage: Path) -> pd.DataFrame:
     return pd.read_parquet(storage / "sweeps/tiny/results.parquet").set_index("step").sort_index()
 
 
+@pytest.mark.faults
 def test_a_sweep_over_steps_trains_once_and_measures_each(tiny: Path, tmp_path: Path) -> None:
     """Then it asks for more, and for fewer: what is there stays, and all ends in the bits of trials by themselves."""
     storage = tmp_path / "runs"

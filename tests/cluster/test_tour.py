@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import nbformat
+import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 from nbformat import NotebookNode
@@ -52,6 +53,7 @@ def test_the_tour_is_stored_with_its_outputs_and_names_no_machine() -> None:
     assert not re.findall(r"/(?:home|tmp|root|private|Users|var)/", texts)
 
 
+@pytest.mark.faults
 def test_the_tour_runs(tmp_path: Path) -> None:
     """A warning of a busy machine may come on top of what is stored."""
     shown = kinds(execute(tmp_path))
