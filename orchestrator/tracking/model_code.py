@@ -28,7 +28,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from workers.config import FIDConfig, Mistake, SamplerConfig
 from workers.data.decoding import choose_type
 from workers.evaluation.blocks import SAMPLES
-from workers.evaluation.make import LoadedModel, draw_images, move_to_device
+from workers.evaluation.make import LoadedModel, draw_block, move_to_device
 from workers.kinds import SAMPLERS
 from workers.network import checkpoint as checkpoints
 
@@ -65,7 +65,7 @@ class ImageModel(PythonModel):
                 raise ValueError(f"n = {n} images were asked for; give 0 to {MOST:,}")
             for block in range(math.ceil(n / SAMPLES)):
                 of = {"shape": self.shape, "levels": self.levels, "label": label}
-                images = draw_images(self.model, fid, seed, block, **of)
+                images, _ = draw_block(self.model, fid, seed, block, **of)
                 parts.append(images[: n - block * SAMPLES])
         return np.concatenate([np.zeros((0, *self.shape), choose_type(self.levels)), *parts])
 

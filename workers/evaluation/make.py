@@ -170,24 +170,6 @@ def make_sample_block(bench: Bench, block: Block) -> pa.Table:
     return pa.table(rows | counted)
 
 
-def draw_images(
-    model: LoadedModel,
-    fid: FIDConfig,
-    seed: int,
-    block: int,
-    *,
-    shape: tuple[int, int, int],
-    levels: int,
-    label: int | None = None,
-) -> NHWC:
-    """The SAMPLES images of a block, drawn as `fid` says; shape is (h, w, c).
-
-    They are a function of (seed, block) alone, here and in a registered model; of one class where a `label` is given,
-    and else of classes in the proportions of the training images.
-    """
-    return draw_block(model, fid, seed, block, shape=shape, levels=levels, label=label)[0]
-
-
 def draw_block(
     model: LoadedModel,
     fid: FIDConfig,
@@ -198,7 +180,11 @@ def draw_block(
     levels: int,
     label: int | None = None,
 ) -> tuple[NHWC, Ints]:
-    """`draw_images`, and the network's evaluations that each image took."""
+    """The SAMPLES images of a block, drawn as `fid` says, and the evaluations that each took; shape is (h, w, c).
+
+    They are a function of (seed, block) alone, here and in a registered model; of one class where a `label` is given,
+    and else of classes in the proportions of the training images.
+    """
     height, width, channels = shape
     sample = np.arange(block * blocks.SAMPLES, (block + 1) * blocks.SAMPLES)
     labels = model.assign_labels(sample) if label is None else model.place_labels(np.full(len(sample), label))
