@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator import interrupts, streams
+from workers.code import CodeError, drop_digests
 from workers.config import Mistake
 
 # How a command ends, as a shell sees it. argparse itself ends by 2 where it does not know an option.
@@ -96,6 +97,16 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_code(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--code",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="where modules of one's own lie that settings name, as `code` in a file; can be repeated",
+    )
+
+
 def add_ray_address(
     parser: argparse.ArgumentParser, of: str = "a Ray cluster to attach to: auto or HOST:PORT on a node of it"
 ) -> None:
@@ -137,6 +148,9 @@ def execute(
     except Mistake as mistake:
         print(mistake, file=sys.stderr)
         return mistake.status
+    except CodeError as error:  # of code that this command was asked to run; those of a trial are told as its failure
+        print(drop_digests(str(error)), file=sys.stderr)
+        return MISTAKE
     except KeyboardInterrupt:
         print(f"\nInterrupted. {interrupted}".rstrip(), file=sys.stderr)
         return INTERRUPTED

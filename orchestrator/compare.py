@@ -24,6 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     cli.add_overrides(result)
     cli.add_profile(result, PROFILES)
     cli.add_storage(result)
+    cli.add_code(result)
     cli.add_trust(result)
     return result
 
@@ -41,11 +42,13 @@ def run(options: argparse.Namespace) -> int:
 
 def _read_summaries(options: argparse.Namespace) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """What was measured of both targets. Raises Mistake where one of them was not."""
+    from orchestrator.experiment.load import list_values, open_folders
     from orchestrator.experiment.preflight import describe_data
     from orchestrator.measuring import subjects  # torch loads here: --help does without
     from workers.evaluation.blocks import Images, name_summary
     from workers.storage import Storage
 
+    open_folders(options.code, list_values(options.overrides))
     storage = Storage(options.storage)
 
     def find(target: str) -> subjects.Subject:

@@ -4,10 +4,9 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from orchestrator import cli
-from orchestrator.experiment.load import open_code, parse_assignment
+from orchestrator.experiment.load import open_folders, parse_assignment
 from orchestrator.experiment.settings import find_invalid
 from workers.config import Mistake, ModelConfig
 
@@ -22,13 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
     result = cli.make_parser("conform", "NETWORK [a.b=value ...]", EXAMPLES, more=MORE, endings=endings)
     result.add_argument("network", metavar="NETWORK", help="its kind, as model.kind names it")
     cli.add_overrides(result, "its settings, as they stand beside model.kind")
-    result.add_argument(
-        "--code",
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="where its module lies, as `code` in a file names it",
-    )
+    cli.add_code(result)
     result.add_argument("--shape", default="8x8x1", metavar="HxWxC", help="of images; default: 8x8x1")
     return result
 
@@ -39,8 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Raises Mistake."""
-    if missing := open_code(options.code, Path.cwd(), options.network):
-        raise Mistake("\n".join(missing))
+    open_folders(options.code, options.network)
     model, shape = _read_model(options.network, options.overrides), _read_shape(options.shape)
     from workers.conformity import check_network  # torch loads here
 

@@ -34,6 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     result.add_argument("--tasks", type=int, help="blocks at once on this machine (default: one per core, and one)")
     cli.add_ray_address(result)
     cli.add_storage(result)
+    cli.add_code(result)
     cli.add_trust(result)
     cli.add_tracking_uri(result, "that of the trial's sweep, or the storage's")
     cli.add_verbosity(result)
@@ -51,12 +52,14 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console  # these take a second: --help and the user's slips do without
 
     from orchestrator.execution.measurements import describe_measured, format_measured, measure
+    from orchestrator.experiment.load import list_values, open_folders
     from orchestrator.experiment.preflight import describe_data
     from orchestrator.measuring import subjects
     from orchestrator.output.terminal import Display, show_messages
     from orchestrator.tracking.outside import record_measurement
     from workers.storage import Storage
 
+    open_folders(options.code, list_values(options.overrides))
     storage = Storage(options.storage)
     found = subjects.find(options.target, storage, options.overrides, options.profile)
     sources, warnings = subjects.check(found)

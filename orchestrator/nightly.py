@@ -128,7 +128,8 @@ def submit(options: argparse.Namespace, suite: Suite) -> int:
     One that ended without being done, as its machine was lost or something could not be measured, gets ATTEMPTS in all.
     Raises Mistake where the cluster does not answer.
     """
-    from orchestrator.clusters.submission import submit_again
+    from orchestrator.clusters.sending import list_code
+    from orchestrator.clusters.submission import CODE, submit_again
     from workers.storage import Storage
 
     day = find_last_night(datetime.now(UTC), suite.schedule)
@@ -137,10 +138,11 @@ def submit(options: argparse.Namespace, suite: Suite) -> int:
     )
     if result and result["state"] == "complete" and result["recorded"] and result.get("told", True):
         return cli.DONE
-    name = f"{suite.label}-{day}"
+    name, code = f"{suite.label}-{day}", list_code([suite])
     words = ["python", "-m", "orchestrator.nightly", options.file.name, *_repeat_words(options)]
+    words += [f"code=[{CODE}]"] if code else []
     words += ["--date", str(day), "--address", options.ray_address or "auto"]
-    if job := submit_again(options.submit, name, options.file, words, ATTEMPTS):
+    if job := submit_again(options.submit, name, options.file, words, ATTEMPTS, code=code):
         say(suite.schedule, f"submitted the job {job}; ray job logs {job} shows it")
     else:
         say(suite.schedule, f"nothing to submit: a job of {name} is at work, or {ATTEMPTS} have ended")
@@ -153,7 +155,7 @@ def _repeat_words(options: argparse.Namespace) -> list[str]:
 
     words = [*options.overrides, "--storage", Storage(options.storage).root]
     words += ["--tracking-uri", options.tracking_uri] if options.tracking_uri else []
-    return words + ["--promote"] * options.promote
+    return words + ["--promote"] * options.promote + ["--trust-code"] * options.trust_code
 
 
 def _make_cron_command(options: argparse.Namespace, suite: Suite) -> str:

@@ -45,6 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     result.add_argument("--label", metavar="CLASS", help="draw samples of this class alone, by its number or name, "
                         "where the model was trained with model.labels")  # fmt: skip
     cli.add_storage(result)
+    cli.add_code(result)
     cli.add_trust(result)
     cli.add_tracking_uri(result, "that of the trial's sweep, or the storage's")
     return result
@@ -56,11 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Raises Mistake."""
+    from orchestrator.experiment.load import list_values, open_folders
     from orchestrator.experiment.preflight import describe_data
     from orchestrator.measuring import subjects  # torch loads here: --help does without
     from orchestrator.tracking.outside import record_pictures
     from workers.storage import Storage
 
+    open_folders(options.code, list_values(options.overrides))
     storage = Storage(options.storage)
     found = subjects.find(options.target, storage, options.overrides, None)
     if len(found) > 1:

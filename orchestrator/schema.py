@@ -151,7 +151,10 @@ def write_tables(kind: str) -> str:
 def write_kinds_table() -> str:
     """A Markdown table of `workers.kinds`."""
     lines = ["| setting | value | what it is | reads |", "|---|---|---|---|"]
+    first = {id(table): path for path, table in reversed(NAMED_AT.items())}  # where two settings name the same kinds
     for path, table in NAMED_AT.items():
+        if first[id(table)] != path:
+            continue
         for name, reads in table.reads.items():
             lines.append(f"| `{path}` | `{name}` | {table[name].about} | {', '.join(f'`{r}`' for r in reads)} |")
     return "\n".join(lines) + "\n"

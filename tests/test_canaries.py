@@ -17,7 +17,7 @@ from workers.diffusion.bound import decoder_term, diffusion_terms
 from workers.diffusion.gaussian import GaussianDenoiser
 from workers.diffusion.likelihood import estimate
 from workers.diffusion.predictions import Denoiser
-from workers.diffusion.process import VARIANCES, Process, fixed_large
+from workers.diffusion.process import Process, fixed_large
 from workers.evaluation import features
 from workers.evaluation.canaries import (
     CANARIES,
@@ -32,6 +32,7 @@ from workers.evaluation.canaries import (
     measure_digits,
     measure_gaussian,
 )
+from workers.kinds import VARIANCES, VarianceEntry
 from workers.noise import make_generator
 
 CANARY = {c.name: c for c in CANARIES}
@@ -177,7 +178,7 @@ def variance_for_deviation(monkeypatch):
         return right(replace(p, variance="squared"), config, x_t, x_0_hat, t, generator=generator)
 
     monkeypatch.setattr(samplers, "ancestral", wrong)
-    monkeypatch.setitem(VARIANCES, "squared", lambda p: fixed_large(p) ** 2)
+    monkeypatch.setitem(VARIANCES, "squared", VarianceEntry(function=lambda p: fixed_large(p) ** 2, about="wrong"))
 
 
 def late_network(monkeypatch):

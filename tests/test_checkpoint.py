@@ -13,10 +13,10 @@ from conftest import sent
 
 from workers.config import DiffusionConfig, ModelConfig, SamplerConfig, ScheduleConfig
 from workers.diffusion.predictions import interpret
-from workers.diffusion.process import LEARNED, VARIANCES, Process
+from workers.diffusion.process import FIXED, Process
 from workers.diffusion.samplers import ancestral
 from workers.evaluation.canaries import DENOISER, GAUSSIAN
-from workers.kinds import PREDICTIONS
+from workers.kinds import PREDICTIONS, VARIANCES
 from workers.network.checkpoint import Snapshot, describe, load, load_state, open_folder, save
 from workers.network.manifest import Checkpoint, CheckpointError, find_newest, load_journal
 from workers.network.unet import UNet
@@ -74,7 +74,7 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn((3, 1, 8, 8), generator=make_generator("images")), torch.tensor([0, 20, 49])
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("variance", FIXED)
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_what_is_saved_is_loaded(storage, variance, kind):
     """The network's output, the betas in float64 and the training state, all bit for bit."""
@@ -92,7 +92,7 @@ def test_what_is_saved_is_loaded(storage, variance, kind):
     assert progress == {"train_seconds": 1.5, "step": 10}
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("variance", FIXED)
 def test_diffusers_opens_it_as_a_pipeline(storage, variance):
     diffusers = pytest.importorskip("diffusers")
     checkpoint = saved(storage, process=process(variance))
@@ -118,12 +118,12 @@ def learner(seed: int = 0) -> UNet:
 
 
 def of_kind(storage: Storage, prediction: str, variance: str) -> Checkpoint:
-    unet = learner() if variance in LEARNED else network()
+    unet = learner() if VARIANCES[variance].learned else network()
     kind: dict[str, Any] = {"process": process(variance), "prediction": prediction, "unet_config": unet.config}
     return saved(storage, ema=unet.state_dict(), **kind)
 
 
-@pytest.mark.parametrize("variance", [*VARIANCES, *LEARNED])
+@pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_prediction_and_variance_are_part_of_it(storage, prediction, variance):
     """Loaded, the model says what its network means: x_0, eps and sigma."""
@@ -131,7 +131,7 @@ def test_prediction_and_variance_are_part_of_it(storage, prediction, variance):
     model, read = load(checkpoint)
     x, t = images()
     with torch.no_grad():
-        output = (learner() if variance in LEARNED else network())(x, t)
+        output = (learner() if VARIANCES[variance].learned else network())(x, t)
         predicted, expected = model(x, t + 1), interpret(process(variance), prediction, x, t + 1, output)
     assert torch.equal(predicted.x_0, expected.x_0) and torch.equal(predicted.eps, expected.eps)
     assert torch.equal(read.sigma(predicted, t + 1), process(variance).sigma(expected, t + 1))

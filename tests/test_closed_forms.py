@@ -6,7 +6,7 @@ from small_process import ANCESTRAL, DDIM, F64, denoiser_of_gaussian, every_t, m
 
 from workers.config import SamplerConfig
 from workers.diffusion.predictions import from_eps
-from workers.diffusion.process import VARIANCES
+from workers.diffusion.process import FIXED
 from workers.diffusion.samplers import ancestral, ddim, sample
 from workers.kinds import SAMPLERS, SCHEDULES
 from workers.noise import make_generator
@@ -44,7 +44,7 @@ def test_one_point_data_keep_the_law_of_q_under_fixed_small(kind):
     assert (spread + large.sigma_squared)[1] > (1 - before[1]) * 1.1
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("variance", FIXED)
 @pytest.mark.parametrize("steps", [None, 7, 1])
 @pytest.mark.parametrize("sampler", [{"kind": "ancestral"}, {"kind": "ddim"}, {"kind": "ddim", "eta": 1.0}])
 def test_one_point_data_land_on_the_point(variance, steps, sampler):

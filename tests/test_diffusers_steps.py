@@ -5,7 +5,7 @@ import torch
 from small_process import ANCESTRAL, F64, normal, process
 
 from workers.config import SamplerConfig
-from workers.diffusion.process import VARIANCES, Prediction, Process
+from workers.diffusion.process import FIXED, Prediction, Process
 from workers.diffusion.samplers import ancestral, ddim
 from workers.noise import make_generator
 
@@ -26,7 +26,7 @@ def test_q_sample_is_add_noise(schedulers):
     torch.testing.assert_close(p.q_sample(x_0, t, eps), scheduler.add_noise(x_0, eps, t - 1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("variance", FIXED)
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("steps", [None, 9])
 def test_ancestral_steps_are_those_of_diffusers(schedulers, variance, clip, steps):

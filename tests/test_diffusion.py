@@ -15,7 +15,7 @@ from workers.data.pixels import to_levels, to_model
 from workers.diffusion.bound import decoder_term, diffusion_terms, log_normal_interval, prior_term
 from workers.diffusion.objectives import Objective, weights
 from workers.diffusion.predictions import from_eps
-from workers.diffusion.process import VARIANCES, Process
+from workers.diffusion.process import FIXED, Process
 from workers.diffusion.samplers import sample
 from workers.diffusion.schedules import alpha_bars, betas, log_snrs, prior_bpd
 from workers.kinds import SCHEDULES, WEIGHTINGS
@@ -156,7 +156,7 @@ def test_variances_of_the_reverse_process(T):
     assert p.sigma_squared[0] == p.beta_tilde[1] > 0
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("variance", FIXED)
 def test_a_process_of_one_step_has_a_positive_variance(variance):
     assert process(1, variance, scale="absolute").sigma_squared.tolist() == [1e-4]
 
@@ -181,7 +181,7 @@ def test_prior_term_is_the_kl_to_the_standard_normal():
     torch.testing.assert_close(prior_term(p, x_0.square().sum(1), 12), kl)
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("variance", FIXED)
 def test_diffusion_term_is_the_kl_of_posterior_and_reverse_step(variance):
     p = process(40, variance)
     t, x_0, x_t, eps = every_t(p)
@@ -244,7 +244,7 @@ def test_log_normal_interval_of_half_lines(x):
 # ---- Objectives ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("variance", FIXED)
 def test_vlb_weights_make_the_squared_error_of_eps_the_kl_of_the_means(variance):
     """Eq. (12) for t > 1, with an x_0_hat that is not clipped."""
     p = process(40, variance)

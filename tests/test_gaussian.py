@@ -20,7 +20,8 @@ from workers.diffusion.gaussian import GaussianDenoiser, make_denoiser_config
 from workers.diffusion.ledger import OWN_FACTOR, Ledger, compute_bits_by_t, compute_bound, compute_chain_bound
 from workers.diffusion.likelihood import compute_squared_norms, estimate
 from workers.diffusion.predictions import from_eps
-from workers.diffusion.process import VARIANCES, Process
+from workers.diffusion.process import FIXED, Process
+from workers.kinds import VARIANCES, VarianceEntry
 from workers.noise import make_generator
 
 F64 = torch.float64
@@ -103,7 +104,7 @@ def test_no_multiple_of_the_denoiser_is_better(data):
 # ---- The bound -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("variance", FIXED)
 @pytest.mark.parametrize("T", [2, 8, 200])
 @pytest.mark.parametrize("s", [0.2, 0.7])
 def test_the_terms_are_means_of_the_kl_over_the_noise(T, variance, s):
@@ -176,7 +177,7 @@ def test_the_decoder_s_quadrature_has_converged(T, levels):
         torch.testing.assert_close(moment, moment.flip(0), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("variance", FIXED)
 def test_the_bound_lies_above_the_entropy(variance):
     """Averaged over N(0, s^2) in 256 levels no code is shorter than the entropy, and more steps come nearer to it:
     each level is a one-pixel image, weighed by its probability."""
@@ -189,7 +190,7 @@ def test_the_bound_lies_above_the_entropy(variance):
     assert gaps[0] > gaps[1] > 0
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("variance", FIXED)
 @pytest.mark.parametrize(("schedule", "T"), [(short, 1), (short, 2), (short, 16), (process, 50), (process, 200)])
 def test_what_is_measured_is_the_exact_bound(data, schedule, T, variance):
     """The mean over images within 4 of the exact standard errors: in total, and of every L_{t-1} by itself. Their
@@ -213,7 +214,7 @@ def test_what_is_measured_is_the_exact_bound(data, schedule, T, variance):
     assert abs((images_z**2).mean() - 1) < 4 * (6 / IMAGES) ** 0.5  # 2 / IMAGES if normal; small T has heavier tails
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("variance", FIXED)
 @pytest.mark.parametrize("strata", [4, 16])
 @pytest.mark.parametrize("T", [50, 200])
 def test_sampled_timesteps_estimate_the_exact_bound(data, T, strata, variance):
@@ -227,7 +228,7 @@ def test_sampled_timesteps_estimate_the_exact_bound(data, T, strata, variance):
     assert error < 0.015 * found.mean()
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("variance", FIXED)
 @pytest.mark.parametrize("T", [50, 200])
 def test_clipping_x_0_hat_is_negligible(data, T, variance):
     """What the bound gains when a normal x_0_hat is clipped, level by level and t by t, integrated over the noise:
@@ -268,7 +269,7 @@ def test_the_bound_with_a_learned_variance_is_the_exact_one(data, head, monkeypa
         v = (head + 1) / 2
         return (v * q.beta.log() + (1 - v) * torch.cat([q.beta_tilde[1:2], q.beta_tilde[1:]]).log()).exp()
 
-    monkeypatch.setitem(VARIANCES, "between", between)
+    monkeypatch.setitem(VARIANCES, "between", VarianceEntry(function=between, about="what the head means"))
     images = data.held_out[:100]
     n, x_0 = len(images), to_model(torch.from_numpy(np.array(images)), 256)
     ledger = measure_all_times(p, with_head(p, head), x_0, make_generator("learned"), levels=256)

@@ -28,7 +28,7 @@ from workers.diffusion.ledger import (
 )
 from workers.diffusion.likelihood import compute_squared_norms
 from workers.diffusion.predictions import from_eps
-from workers.diffusion.process import VARIANCES, Process
+from workers.diffusion.process import FIXED, Process
 from workers.noise import make_generator
 
 T, N, D, LEVELS = 9, 5, 4, 5
@@ -79,8 +79,8 @@ def rows(ledger: Ledger, keep: np.ndarray) -> Ledger:
 # ---- Other variances, shorter chains ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("own", VARIANCES)
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("own", FIXED)
+@pytest.mark.parametrize("variance", FIXED)
 def test_along_all_times_a_fixed_variance_s_chain_is_its_process(own, variance, ledger):
     """Whichever variance the ledger was measured under, which is no part of it."""
     expected = compute_bound(process(variance), measured(process(variance)), NORMS, D)
@@ -122,7 +122,7 @@ def slow_bound(times: list[int], variance: str) -> np.ndarray:
     return expected / (D * np.log(2))
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("variance", FIXED)
 @pytest.mark.parametrize("times", [[1, 9], [1, 5, 9], [1, 3, 5, 7, 9], list(range(1, 10))])
 def test_a_chain_s_bound_is_what_a_slow_loop_finds(times, variance, ledger):
     found = compute_chain_bound(process(), ledger, NORMS, D, variance, steps=len(times))
@@ -145,7 +145,7 @@ def test_the_optimal_variance_is_the_best_of_any(steps, ledger):
     assert found.diffusion.mean() == pytest.approx(float(terms(best).sum()) / (D * math.log(2)), rel=1e-12)
     for factor in np.logspace(-4, 4, 81):
         assert (terms(best) <= terms(best * factor) + 1e-12).all()
-    for variance in VARIANCES:
+    for variance in FIXED:
         fixed = compute_chain_bound(process(), ledger, NORMS, D, variance, steps=steps)
         assert found.diffusion.mean() < fixed.diffusion.mean() and found.mean < fixed.mean
         assert (found.prior == fixed.prior).all()

@@ -22,7 +22,7 @@ from workers.diffusion.likelihood import (
     list_all_times,
 )
 from workers.diffusion.predictions import from_eps
-from workers.diffusion.process import VARIANCES, Process
+from workers.diffusion.process import FIXED, Process
 from workers.network.unet import UNet
 from workers.network.unet_config import make_unet_config
 from workers.noise import make_generator
@@ -66,7 +66,7 @@ def full(p: Process, network, x_0: torch.Tensor, seed: int, clip: bool = True) -
 # ---- Data whose bound is known ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("variance", FIXED)
 def test_gaussian_data_have_the_errors_of_their_posterior(variance):
     """For N(0, s^2) and E[eps | x_t] the mean of |x_0 - x_0_hat|^2 is s^2 (1 - alpha_bar) / v, the variance of x_0
     given x_t, where v = alpha_bar s^2 + 1 - alpha_bar; L_{t-1} and L_T follow. Every t by itself."""
@@ -121,7 +121,7 @@ def test_a_perfect_network_pays_only_the_prior_and_the_decoder():
 # ---- Oracles ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("variance", FIXED)
 @pytest.mark.parametrize("clip", [True, False])
 def test_the_bound_is_what_a_slow_loop_finds(variance, clip):
     """Pair by pair and pixel by pixel in float64, with the KL by its formula and the decoder by differences of Phi."""
@@ -162,7 +162,7 @@ def log_normal(x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> t
     return (-0.5 * ((x - mean).square() / variance + (2 * math.pi * variance).log())).flatten(1).sum(1)
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("variance", FIXED)
 def test_both_decompositions_of_the_bound_agree(variance):
     """Posterior form (5) against the form of eq. (3) along whole trajectories x_0 -> x_1 -> ... -> x_T, where each
     x_t weighs q(x_t | x_{t-1}) against p_theta(x_t | x_{t+1}): no posterior, no alpha_bar.

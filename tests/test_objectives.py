@@ -16,8 +16,8 @@ from workers.data.pixels import to_model
 from workers.diffusion.bound import model_terms
 from workers.diffusion.objectives import Objective, weights
 from workers.diffusion.predictions import find_target, interpret
-from workers.diffusion.process import LEARNED, VARIANCES, Prediction, Process
-from workers.kinds import OBJECTIVES, PREDICTIONS, WEIGHTINGS
+from workers.diffusion.process import Prediction, Process
+from workers.kinds import OBJECTIVES, PREDICTIONS, VARIANCES, WEIGHTINGS
 from workers.noise import make_generator
 
 F64 = torch.float64
@@ -131,7 +131,7 @@ def integrated_kl(m1: float, v1: float, m2: float, v2: float) -> float:
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("variance", [*VARIANCES, *LEARNED])
+@pytest.mark.parametrize("variance", VARIANCES)
 def test_each_term_is_that_of_an_independent_loop(variance, prediction):
     """L_{t-1} pixel by pixel from betas alone, each KL by quadrature, and the decoder by differences of Phi."""
     p = process(variance, T=6)

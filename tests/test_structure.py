@@ -18,7 +18,7 @@ ORDER = """
     workers.diffusion: schedules process guidance predictions bound objectives timesteps flow samplers
     workers.diffusion: gaussian ledger likelihood
     workers.network: manifest diffusers_config checkpoint
-    workers.evaluation: precision frechet fidelity inception features blocks make summary pictures canaries
+    workers.evaluation: precision frechet fidelity inception blocks features make summary pictures canaries
     workers: peak world learner conformity training calibration
     workers: ray_private jobs signs hosts ray_train data_parallel tasks
     orchestrator: interrupts streams cli ray_internals

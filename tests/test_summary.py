@@ -30,7 +30,7 @@ from workers.config import EvaluationConfig, ODENLLConfig, SamplerConfig
 from workers.data.pixels import to_model
 from workers.diffusion.ledger import OPTIMAL, Ledger, compute_bound, list_shorter_chains
 from workers.diffusion.likelihood import compute_squared_norms
-from workers.diffusion.process import VARIANCES
+from workers.diffusion.process import FIXED
 from workers.evaluation import summary as summaries
 from workers.evaluation.blocks import list_feature_blocks, list_nll_blocks, list_ode_nll_blocks
 from workers.evaluation.fidelity import (
@@ -94,14 +94,14 @@ def test_the_parts_the_terms_by_t_and_the_images_all_give_the_bound(root):
 def test_the_ledger_has_every_variance_and_chain(root):
     summary = evaluated(root, measurement())
     ledger, metrics = summary["ledger"], summary["metrics"]
-    assert set(ledger) == {*VARIANCES, OPTIMAL}
+    assert set(ledger) == {*FIXED, OPTIMAL}
     for rows in ledger.values():
         assert [row["steps"] for row in rows] == list_shorter_chains(T)
     own = ledger[PROCESS.variance][0]
     assert own["bpd"] == pytest.approx(metrics["eval/nll_bpd"], rel=1e-12)
     assert own["bpd_se"] == pytest.approx(metrics["eval/nll_bpd_se"], rel=1e-9)
     for k, best in enumerate(ledger[OPTIMAL]):
-        assert all(best["bpd"] <= ledger[variance][k]["bpd"] for variance in VARIANCES)
+        assert all(best["bpd"] <= ledger[variance][k]["bpd"] for variance in FIXED)
     assert metrics["eval/nll_optimal_variance_bpd"] == ledger[OPTIMAL][0]["bpd"]
     assert metrics["eval/nll_optimal_variance_bpd_se"] == ledger[OPTIMAL][0]["bpd_se"]
 
@@ -130,7 +130,7 @@ def test_a_learned_variance_is_measured_by_its_own_terms(root, head):
     assert summary["passports"]["nll"]["subject"]["variance"] == "learned_range"
     assert (bpd == pytest.approx(ledger["fixed_small"][0]["bpd"], rel=1e-6)) == (head == -1)
     plain = evaluated(root, measurement())["ledger"]  # the same weights of the mean
-    for variance in VARIANCES:
+    for variance in FIXED:
         assert ledger[variance][0]["bpd"] == pytest.approx(plain[variance][0]["bpd"], rel=1e-5)
 
 

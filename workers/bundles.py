@@ -47,6 +47,13 @@ def find_bundle(storage: Storage, digest: str) -> Bundle | None:
     return bundle
 
 
+def keep_code(storage: Storage, names: Iterable[str | None]) -> None:
+    """Writes the modules that pinned names of kinds need, of those that are not installed. Raises CodeError."""
+    for name in names:
+        if name and is_digest(digest := name.partition("@")[2]):
+            keep_bundle(storage, code.find_bundle(digest))
+
+
 def collect_bundles(records: Iterable[Record]) -> dict[str, Bundle]:
     """The bundles whose kinds these trials or measurements name, by their digests. Raises CodeError."""
     names = {name for record in records for names in list_outside(record).values() for name in names}

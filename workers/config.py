@@ -9,13 +9,7 @@ import re
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from workers.entries import add_settings_of
 from workers.kinds import (
@@ -25,9 +19,11 @@ from workers.kinds import (
     PREDICTIONS,
     SAMPLERS,
     SCHEDULES,
+    SPACES,
     TIMESTEPS,
+    VARIANCES,
     WEIGHTINGS,
-)
+)  # fmt: skip
 from workers.sections import NameOf, OpenRecord
 from workers.sections import Record as Record
 from workers.sides import Resolution
@@ -91,19 +87,26 @@ if TYPE_CHECKING:
     NetworkName = str
     ScheduleName = str
     PredictionName = str
+    VarianceName = str
+    FixedName = str | None
     ObjectiveName = str
     WeightingName = str
     TimestepsName = str
     SamplerName = str
+    SpaceName = str
     MeasureName = str
 else:
     NetworkName = Annotated[Literal[tuple(NETWORKS)], NameOf(NETWORKS, takes_settings=True)]
     ScheduleName = Annotated[Literal[tuple(SCHEDULES)], NameOf(SCHEDULES, takes_settings=True)]
     PredictionName = Annotated[Literal[tuple(PREDICTIONS)], NameOf(PREDICTIONS)]
+    VarianceName = Annotated[Literal[tuple(VARIANCES)], NameOf(VARIANCES)]
+    _FIXED = tuple(name for name, entry in VARIANCES.items() if not entry.learned)
+    FixedName = Annotated[Literal[_FIXED] | None, NameOf(VARIANCES)]
     ObjectiveName = Annotated[Literal[tuple(OBJECTIVES)], NameOf(OBJECTIVES, takes_settings=True)]
     WeightingName = Annotated[Literal[tuple(WEIGHTINGS)], NameOf(WEIGHTINGS, takes_settings=True)]
     TimestepsName = Annotated[Literal[tuple(TIMESTEPS)], NameOf(TIMESTEPS)]
     SamplerName = Annotated[Literal[tuple(SAMPLERS)], NameOf(SAMPLERS, takes_settings=True)]
+    SpaceName = Annotated[Literal[tuple(SPACES)], NameOf(SPACES)]
     MeasureName = Annotated[Literal[tuple(MEASURES)], NameOf(MEASURES)]
 
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -177,7 +180,7 @@ class DiffusionConfig(Record):
     T: int = Field(default=1000, ge=1, le=100_000, description="number of diffusion steps")
     schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="the noise schedule beta_1..beta_T")
     prediction: PredictionName = Field(default="eps", description="what the network is trained to predict")
-    variance: Literal["fixed_small", "fixed_large", "learned", "learned_range"] = Field(
+    variance: VarianceName = Field(
         default="fixed_large",
         description="of p_theta: beta_tilde_t (fixed_small), beta_t (fixed_large), or from a second head",
     )
@@ -185,7 +188,7 @@ class DiffusionConfig(Record):
     @property
     def learned(self) -> bool:
         """Whether the network has a second head, for the variance."""
-        return self.variance.startswith("learned")
+        return VARIANCES[self.variance].learned
 
 
 @add_settings_of(OBJECTIVES, WEIGHTINGS)
@@ -310,7 +313,7 @@ class FIDConfig(Record):
     quantise: Literal["round", "truncate"] = Field(
         default="round", description="how samples become whole levels before they are measured"
     )
-    features: Literal["classifier", "inception"] = Field(
+    features: SpaceName = Field(
         default="classifier", description="space in which distances are taken; inception needs the extra of that name"
     )
     reference: Literal["train", "held_out"] = Field(
@@ -336,9 +339,7 @@ class EvaluationConfig(Record):
     ode_nll: ODENLLConfig | None = Field(
         default=None, description="likelihood by the probability-flow ODE; null: not measured"
     )
-    variance: Literal["fixed_small", "fixed_large"] | None = Field(
-        default=None, description="of p_theta as it is measured; null: that of the checkpoint"
-    )
+    variance: FixedName = Field(default=None, description="of p_theta as it is measured; null: that of the checkpoint")
     precision: Literal["float32", "tf32", "bf16"] = Field(
         default="float32", description="in which the networks compute; tf32 on NVIDIA's GPUs alone"
     )

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 from pydantic.fields import FieldInfo
 
 from workers import code
-from workers.code import Bundle, CodeError
+from workers.code import Bundle, CodeError, describe_error, drop_pin
 from workers.syntax import NAMED
 
 
@@ -82,6 +82,28 @@ def load(function: Any) -> Any:
         return function
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def call(name: str, function: Any, *arguments: Any) -> Any:
+    """What a function of the kind `name` returns. Raises CodeError where one from outside raises anything."""
+    try:
+        return load(function)(*arguments)
+    except CodeError:
+        raise
+    except Exception as error:
+        if not is_outside(name):
+            raise
+        raise CodeError(describe_error(error, drop_pin(name))) from error
+
+
+def ask(name: str, check: Any, *arguments: Any) -> list[str]:
+    """The mistakes that the check of a kind tells, and of one from outside also that it fails; empty where it is none."""
+    if not check:
+        return []
+    try:
+        return [str(text) for text in call(name, lambda: list(load(check)(*arguments)))]
+    except CodeError as error:
+        return [f"{drop_pin(name)}: {error}"]
 
 
 def is_outside(name: str) -> bool:

@@ -1,9 +1,9 @@
 """The kinds that an experiment file can name: one entry each, which names the function and says all else of it.
 
-A new network, schedule, prediction, objective, weighting, way of drawing t, sampler or metric of samples is one
-function and one entry here. Settings, checks, the JSON schema, the tables of docs/, plans of costs and dispatch follow
-from the entry. A function is named by "module:name" and imported where it is first used, so that a dry run imports no
-torch.
+A new network, schedule, prediction, variance, objective, weighting, way of drawing t, sampler, feature space or metric
+of samples is one function and one entry here. Settings, checks, the JSON schema, the tables of docs/, plans of costs
+and dispatch follow from the entry. A function is named by "module:name" and imported where it is first used, so that a
+dry run imports no torch.
 
 A file of settings may name an entry from outside as `module:NAME` (`workers.code` says how it is found). An installed
 package may also bring kinds by an entry point of the group POINTS: a module that puts entries into these tables as it
@@ -97,6 +97,32 @@ PREDICTIONS = Kinds(
         "x_0": _make_prediction("X_0", "the image", diffusers="sample"),
         "mu": _make_prediction("MU", "the mean of the posterior (eq. 7)", between_times=False, in_bf16=False),
         "v": _make_prediction("V", "the velocity (Salimans & Ho 2022)", diffusers="v_prediction"),
+    }
+)
+
+
+# ---- Variances of p_theta: (Process) -> sigma_1^2..sigma_T^2; learned: (Process, t, head) -> log sigma_t^2 -----------
+
+
+@dataclass(frozen=True, kw_only=True)
+class VarianceEntry(Entry):
+    learned: bool = False  # whether it is made of a second head of the network
+
+
+def _make_variance(name: str, about: str, **more: Any) -> VarianceEntry:
+    return VarianceEntry(function=f"workers.diffusion.process:{name}", about=about, **more)
+
+
+VARIANCES = Kinds(
+    {
+        "fixed_small": _make_variance("fixed_small", "beta_tilde_t, the best for a single point (Ho et al. 2020)"),
+        "fixed_large": _make_variance("fixed_large", "beta_t, the best for N(0, I) (Ho et al. 2020)"),
+        "learned": _make_variance(
+            "learned", "beta_t exp(head), each pixel its own (Ho et al. 2020, table 2)", learned=True
+        ),
+        "learned_range": _make_variance(
+            "learned_range", "between these two, in the logarithm (Nichol & Dhariwal 2021)", learned=True
+        ),
     }
 )
 
@@ -239,6 +265,43 @@ SAMPLERS = Kinds(
 )  # fmt: skip
 
 
+# ---- Spaces in which samples and real images become features ----------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceEntry(Entry):
+    """The function's form is one of two.
+
+    network  (height, width, channels) -> a module, from images, float32 (n, channels, height, width) on [-1, 1], to
+             features (n, dimensions); `workers.evaluation.features` builds it, and has it trained where it is
+    whole    by itself: (storage, dataset, device, whether TF32 may be used) -> `features.FeatureSpace`
+    """
+
+    dimensions: int
+    form: str = "network"
+    train: str = ""  # "module:name" of (module, Dataset) -> None, which teaches a network the data; else it is as built
+    labelled: bool = False  # whether the data must have labels
+    channels: tuple[int, ...] = ()  # that images can have; any number where empty
+    reads_precision: bool = True  # whether it computes in TF32 where `evaluation.precision` is below float32
+
+
+SPACES = Kinds(
+    {
+        "classifier": SpaceEntry(
+            function="workers.evaluation.features:load_classifier",
+            about="the hidden layer of a perceptron that learns the labels of the data",
+            form="whole", train="workers.evaluation.features:train_classifier", dimensions=64, labelled=True,
+            reads_precision=False,
+        ),
+        "inception": SpaceEntry(
+            function="workers.evaluation.features:load_inception_space",
+            about="the Inception network that FID is defined by (Heusel et al. 2017)",
+            form="whole", dimensions=2048, channels=(1, 3),
+        ),
+    }
+)  # fmt: skip
+
+
 # ---- Metrics of samples beside the Fréchet distance ------------------------------------------------------------
 
 
@@ -277,11 +340,14 @@ NAMED_AT: dict[str, Kinds[Any]] = {
     "model.kind": NETWORKS,
     "diffusion.schedule.kind": SCHEDULES,
     "diffusion.prediction": PREDICTIONS,
+    "diffusion.variance": VARIANCES,
     "loss.objective": OBJECTIVES,
     "loss.weighting": WEIGHTINGS,
     "training.timesteps": TIMESTEPS,
     "evaluation.fid.sampler.kind": SAMPLERS,
+    "evaluation.fid.features": SPACES,
     "evaluation.fid.also": MEASURES,
+    "evaluation.variance": VARIANCES,
 }
 
 

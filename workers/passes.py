@@ -1,6 +1,7 @@
 """How often a sampler evaluates the network: for one prediction, and for a sample."""
 
 from workers.config import SamplerConfig
+from workers.entries import call
 from workers.kinds import SAMPLERS
 
 
@@ -15,8 +16,12 @@ def count_passes(sampler: SamplerConfig) -> int:
 
 
 def plan_evaluations(sampler: SamplerConfig, T: int) -> int:
-    """Evaluations of the network that a sample costs: so many, or about so many where error control decides it."""
-    return count_passes(sampler) * SAMPLERS[sampler.kind].evaluations(sampler, min(sampler.steps or T, T))
+    """Evaluations of the network that a sample costs: so many, or about so many where error control decides it.
+
+    Raises CodeError.
+    """
+    count = call(sampler.kind, SAMPLERS[sampler.kind].evaluations, sampler, min(sampler.steps or T, T))
+    return count_passes(sampler) * int(count)
 
 
 def count_evaluations(sampler: SamplerConfig, T: int) -> int | None:

@@ -1,6 +1,6 @@
 """The kinds of records that settings are: what is common to them, and how a kind from outside adds to one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import (
@@ -15,8 +15,8 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, InitErrorDetails, core_schema
 
-from workers.code import drop_pin
-from workers.entries import Entry, Kinds, Reads, is_outside
+from workers.code import CodeError, drop_pin
+from workers.entries import Entry, Kinds, Reads, call, is_outside
 from workers.syntax import NAMED
 
 OWN_ONLY = "own only"
@@ -84,11 +84,12 @@ class OpenRecord(Record):
                 entry = table[name]
                 _check_fits(entry, drop_pin(name), type(self))
                 content = {setting: given.pop(setting) for setting in entry.own_fields if setting in given}
-                taken |= dict(entry.own_record.model_validate(content)) if entry.settings else {}
-        for entry in [entry for table in tables for entry, _ in table.outside.values()]:
-            for setting in [setting for setting in entry.own_fields if setting in given]:
-                model = entry.own_record.model_construct()
-                entry.own_record.__pydantic_validator__.validate_assignment(model, setting, given[setting])
+                taken |= dict(_validate(name, entry.own_record.model_validate, content)) if entry.settings else {}
+        outside = [(kind, entry) for table in tables for kind, (entry, _) in table.outside.items()]
+        for setting in list(given):
+            owners = [(kind, entry.own_record) for kind, entry in outside if setting in entry.own_fields]
+            if owners:
+                _check_any(owners, setting, given[setting])
                 foreign[setting] = given.pop(setting)
         if given:
             lines = [
@@ -98,6 +99,34 @@ class OpenRecord(Record):
         extra.clear()
         extra.update(taken if info.context == OWN_ONLY else {**foreign, **taken})
         return self
+
+
+def _validate(kind: str, check: Callable[..., Any], *arguments: Any) -> Any:
+    """Raises ValidationError, and CodeError where a validator of somebody's own raises something else."""
+    wrong: list[ValidationError] = []
+
+    def validate() -> Any:
+        try:
+            return check(*arguments)
+        except ValidationError as error:
+            wrong.append(error)
+
+    found = call(kind, validate)
+    if wrong:
+        raise wrong[0]
+    return found
+
+
+def _check_any(owners: Sequence[tuple[str, type[BaseModel]]], setting: str, value: Any) -> None:
+    """Raises ValidationError where none of the kinds that have a setting of this name takes the value."""
+    wrong: list[ValueError] = []
+    for kind, record in owners:
+        try:
+            _validate(kind, record.__pydantic_validator__.validate_assignment, record.model_construct(), setting, value)
+            return
+        except (ValidationError, CodeError) as error:
+            wrong.append(error)
+    raise wrong[0]
 
 
 def _check_fits(entry: Entry, name: str, record: type[Record]) -> None:
@@ -114,13 +143,15 @@ class NameOf:
     def __init__(self, table: Kinds[Any], takes_settings: bool = False) -> None:
         self.table, self.takes_settings = table, takes_settings
 
-    def check(self, name: Any, is_listed: Callable[[Any], Any]) -> str:
+    def check(self, name: Any, is_listed: Callable[[Any], Any]) -> Any:
         if isinstance(name, str) and is_outside(name):
             pinned = self.table.pin(name)
             if self.table[pinned].settings and not self.takes_settings:
                 raise ValueError(f"{name!r} has settings, which a {self.table.entry_type.__name__} cannot have")
             return pinned
-        is_listed(drop_pin(name) if isinstance(name, str) else name)
+        if not isinstance(name, str):
+            return is_listed(name)
+        is_listed(drop_pin(name))
         return self.table.pin(name)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

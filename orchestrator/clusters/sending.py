@@ -1,13 +1,13 @@
 """What is sent to another machine as a job: its name, and what must not be in it. Neither Ray nor torch is imported."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from orchestrator.experiment.expand import expand
 from orchestrator.experiment.load import resolve
 from orchestrator.experiment.records import Experiment
 from workers.bundles import collect_bundles
-from workers.config import hide_secrets
+from workers.config import Record, hide_secrets
 from workers.identity import compute_digest
 
 
@@ -18,9 +18,9 @@ def name_job(experiment: Experiment, storage: str) -> str:
     return f"sweep-{experiment.name}-{suffix}"
 
 
-def list_code(experiment: Experiment) -> dict[str, str]:
-    """The text of all modules from outside that the experiment needs, by their place under a folder of `code`."""
-    bundles = collect_bundles(variant.trial for variant in expand(experiment))
+def list_code(records: Iterable[Record]) -> dict[str, str]:
+    """The text of all modules from outside that trials or suites need, by their place under a folder of `code`."""
+    bundles = collect_bundles(records)
     return {module.file: module.text for bundle in bundles.values() for module in bundle.modules.values()}
 
 

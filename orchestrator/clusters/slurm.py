@@ -18,6 +18,7 @@ from pathlib import Path
 from orchestrator import cli
 from orchestrator.clusters.allocation import LEAD, LEAD_S
 from orchestrator.clusters.sending import find_secrets, list_code, name_job, write_code
+from orchestrator.experiment.expand import expand
 from orchestrator.experiment.records import Experiment
 from orchestrator.planning.deadline import TO_BEGIN_S
 from workers.config import Mistake
@@ -259,7 +260,7 @@ def make_batch(
     if mistakes:
         raise Mistake("\n".join(mistakes))
     folder = (Path(root) if where.is_local else Path.cwd()) / "slurm"
-    name, code = name_job(experiment, root), list_code(experiment)
+    name, code = name_job(experiment, root), list_code(variant.trial for variant in expand(experiment))
     words = (*overrides, *([f"code=[{name}-code]"] if code else []), "--storage", root, *flags)
     of = where.find_url(name_sweep_folder(experiment.name))
     return SentBatch(name, experiment.name, root, of, words, file, folder, code)

@@ -29,6 +29,7 @@ import workers
 from orchestrator import cli
 from orchestrator.clusters.allocation import find_allocation
 from orchestrator.clusters.sending import find_secrets, list_code, name_job, write_code
+from orchestrator.experiment.expand import expand
 from orchestrator.experiment.records import Experiment
 from orchestrator.ray_internals import find_clusters
 from workers.config import Mistake
@@ -127,7 +128,7 @@ def make_command_job(
     mistakes += find_secrets(file, [*overrides, storage])
     if mistakes:
         raise Mistake("\n".join(mistakes))
-    code = list_code(experiment)
+    code = list_code(variant.trial for variant in expand(experiment))
     words = ["python", "-m", "orchestrator.sweep", file.name, *overrides, *([f"code=[{CODE}]"] if code else [])]
     words += ["--address", "auto", "--storage", storage, *flags]
     return Job(name_job(experiment, storage), experiment.name, storage, file, shlex.join(words), code)
@@ -180,8 +181,10 @@ def submit(ray_address: str, job: Job) -> int:
     return cli.INTERRUPTED
 
 
-def submit_again(ray_address: str, name: str, file: Path, words: Sequence[str], most: int) -> str | None:
-    """Sends a command with its file as its next attempt (see `name_next_attempt`), and does not follow it.
+def submit_again(
+    ray_address: str, name: str, file: Path, words: Sequence[str], most: int, *, code: Mapping[str, str] | None = None
+) -> str | None:
+    """Sends a command with its file and code as its next attempt (`name_next_attempt`), and does not follow it.
 
     Returns the submission id; None where there is no attempt to make now, or another process made it in the same
     moment: Ray refuses an id that it knows. Raises Mistake where `ray_address` cannot be used.
@@ -194,7 +197,7 @@ def submit_again(ray_address: str, name: str, file: Path, words: Sequence[str], 
     )
     if submission_id is None:
         return None
-    job = Job(name, "", "", file, shlex.join(words))
+    job = Job(name, "", "", file, shlex.join(words), code or {})
     return submission_id if _send(client, ray_address, submission_id, job) else None
 
 

@@ -29,7 +29,7 @@ class _Evaluation:
 
 # Kinds of blocks that measurements of one checkpoint, or on one data set, have in common: while one makes them, the
 # others wait for them.
-SHARED = ("nll", "ode_nll", "reference")
+SHARED = ("nll", "ode_nll", "samples", "reference")
 
 
 @dataclass

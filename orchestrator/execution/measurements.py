@@ -15,7 +15,9 @@ from orchestrator.measuring.subjects import Subject
 from orchestrator.output.table import format_metric, format_value
 from orchestrator.output.terminal import Display, Line
 from orchestrator.planning.decide import find_missing_blocks
+from workers.bundles import check_code, keep_bundle
 from workers.config import DataConfig
+from workers.consent import remember
 from workers.data.dataset import prepare
 from workers.data.sources import Source
 from workers.evaluation.blocks import Images, list_blocks, name_summary
@@ -102,6 +104,9 @@ def _measure(
              if missing or storage.read_sealed(path) is None}  # fmt: skip
     failed: dict[str, str] = {}
     if to_do:
+        for bundle in check_code(s.m for s in subjects):
+            keep_bundle(storage, bundle)
+            remember([bundle.digest])
         check_spaces(s.m.evaluation.fid for s in subjects)
         for config in sources:
             prepare(config)

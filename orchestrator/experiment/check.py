@@ -28,7 +28,7 @@ from orchestrator.experiment.settings import (
     show,
     suggest_path,
 )
-from workers.code import describe_error
+from workers.code import CodeError, describe_error
 from workers.config import (
     DiffusionConfig,
     EvaluationConfig,
@@ -38,10 +38,11 @@ from workers.config import (
     Trial,
     count_sub_batches,
 )
-from workers.entries import is_outside, load
+from workers.entries import ask, is_outside
 from workers.evaluation.blocks import list_comparable_metrics
 from workers.identity import PLACING, Unread, list_own_unread, list_unread
-from workers.kinds import MEASURES, OBJECTIVES, PREDICTIONS, SAMPLERS, SCHEDULES, WEIGHTINGS
+from workers.kinds import MEASURES, OBJECTIVES, PREDICTIONS, SAMPLERS, SCHEDULES, VARIANCES, WEIGHTINGS
+from workers.passes import plan_evaluations
 
 
 def find_experiment_mistakes(content: Mapping[str, Any]) -> list[str]:
@@ -168,8 +169,7 @@ def _find_schedule_mistakes(diffusion: DiffusionConfig) -> Iterator[str]:
         yield (
             f"diffusion.schedule.beta_start: {s.beta_start:g} is above beta_end = {s.beta_end:g}; the range is reversed"
         )
-    if entry.check:
-        yield from load(entry.check)(s, diffusion.T)
+    yield from ask(s.kind, entry.check, s, diffusion.T)
     if is_outside(s.kind):
         yield from _try_schedule(s, diffusion.T)
 
@@ -195,12 +195,12 @@ def _find_objective_mistakes(trial: Trial) -> Iterator[str]:
         yield (
             f"diffusion.variance: {d.variance} is not trained by loss.objective: {loss.objective}, in which the "
             f"variance has no part; take objective: {OBJECTIVES.list_names(lambda other: other.teaches_variance)}, or "
-            "variance: fixed_small or fixed_large"
+            f"variance: {VARIANCES.list_names(lambda other: not other.learned)}"
         )
     if not d.learned and objective.needs_learned:
         yield (
             f"loss.objective: {loss.objective} adds the bound to teach a variance, but diffusion.variance: "
-            f"{d.variance} is not learned; take variance: learned_range or learned, or objective: "
+            f"{d.variance} is not learned; take variance: {VARIANCES.list_names(lambda v: v.learned)}, or objective: "
             f"{OBJECTIVES.list_names(lambda other: not other.needs_learned)}"
         )
     if d.learned and "weighting" in objective.reads and weighting.needs_fixed:
@@ -253,6 +253,11 @@ def find_evaluation_mistakes(evaluation: EvaluationConfig, T: int) -> list[str]:
             for name, chosen in own.items()
             if chosen
         ]
+    if evaluation.variance and VARIANCES[evaluation.variance].learned:
+        found.append(
+            f"evaluation.variance: {evaluation.variance} is made of what a network has learned; take "
+            f"{VARIANCES.list_names(lambda v: not v.learned)}, or null for that of the checkpoint"
+        )
     for name in fid.also if fid else ():
         if fid and (needs := MEASURES[name].needs) and needs != fid.features:
             found.append(f"evaluation.fid.also: {name} needs features: {needs}, not {fid.features}; leave one out")
@@ -260,7 +265,13 @@ def find_evaluation_mistakes(evaluation: EvaluationConfig, T: int) -> list[str]:
 
 
 def _find_sampler_mistakes(sampler: SamplerConfig, T: int) -> list[str]:
-    """More steps than there are times."""
+    """More steps than there are times, and a plan of its evaluations that cannot be made."""
+    if is_outside(sampler.kind):
+        try:
+            if (count := plan_evaluations(sampler, T)) < 1:
+                return [f"evaluation.fid.sampler.kind: {sampler.kind}: its entry counts {count} evaluations a sample"]
+        except CodeError as error:
+            return [f"evaluation.fid.sampler.kind: {sampler.kind}: {error}"]
     if "steps" in SAMPLERS[sampler.kind].reads and sampler.steps and sampler.steps > T:
         return [f"evaluation.fid.sampler.steps: {sampler.steps} is more than diffusion.T = {T}; at most T, or null"]
     return []

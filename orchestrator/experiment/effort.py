@@ -64,7 +64,7 @@ def count_costs(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig, So
     """Of the rows of a sweep, in their order: what several have in common counts once.
 
     A trial is trained as far as the longest of its rows asks, and each row counts the steps from the one before it. The
-    bound of a checkpoint counts at the first of the rows that measure it.
+    bound of a checkpoint, and its samples, count at the first of the rows that measure them.
     """
     found, trained, done = dict[RowId, Cost](), dict[TrialId, Cost](), set[Any]()
     for row, variant in sorted(trials.items(), key=lambda one: one[1].trial.training.steps):
@@ -79,11 +79,18 @@ def count_costs(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig, So
         for key, name in (
             ((checkpoint, trial.evaluation.nll), "nll_evaluations"),
             ((checkpoint, trial.evaluation.ode_nll), "ode_nll_evaluations"),
+            ((checkpoint, _describe_samples(trial)), "sampling_evaluations"),
         ):
             price = replace(price, **{name: 0}) if key in done else price
             done.add(key)
         found[row] = price
     return [found[row] for row in trials]
+
+
+def _describe_samples(trial: Trial) -> tuple[Any, ...]:
+    """What rows have in common that measure the same samples, in other feature spaces or by other metrics."""
+    evaluation, fid = trial.evaluation, trial.evaluation.fid
+    return (fid and (fid.sampler, fid.samples, fid.quantise), evaluation.variance, evaluation.precision, evaluation.ema)
 
 
 def count_validations(trial: Trial) -> int:

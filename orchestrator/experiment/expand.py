@@ -15,7 +15,7 @@ from orchestrator.experiment.settings import (
     merge,
     put,
 )
-from workers.config import DataConfig, Measurement, Trial
+from workers.config import DataConfig, Measurement, Record, Trial
 from workers.identity import collect_settings_read, compute_digest, compute_trial_id
 from workers.layout import RowId, TrialId, make_row_id
 from workers.sections import OWN_ONLY
@@ -72,7 +72,7 @@ def expand(experiment: Experiment) -> tuple[Variant, ...]:
 
 def make_variants(experiment: Experiment, points: Iterable[Mapping[str, Any]]) -> tuple[Variant, ...]:
     """The trials at points of the search space, each its values by path."""
-    trial, base = experiment.trial, experiment.trial.model_dump()
+    trial, base = experiment.trial, _dump_to_change(experiment.trial)
     made: dict[str, Any] = {}  # sections by what changes them: thousands of trials have few different ones
 
     def get_section(name: str, params: dict[str, Any]) -> Any:
@@ -89,6 +89,12 @@ def make_variants(experiment: Experiment, points: Iterable[Mapping[str, Any]]) -
         return Variant(params=dict(params), trial=trial.model_copy(update=sections))
 
     return tuple(map(make_variant, points))
+
+
+def _dump_to_change(record: Record) -> dict[str, Any]:
+    """The settings of a record, without the defaults of a kind from outside: one that takes its place has its own."""
+    own = (record.model_extra or {}).keys() - record.model_fields_set
+    return {n: _dump_to_change(v) if isinstance(v, Record) else v for n, v in record if n not in own}
 
 
 def _list_points(search: SearchConfig, seed: int) -> Iterator[dict[str, Any]]:

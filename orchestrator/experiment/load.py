@@ -25,7 +25,7 @@ from orchestrator.experiment.settings import (
     write_yaml,
 )
 from workers import code
-from workers.config import Measurement
+from workers.config import Measurement, Mistake
 from workers.kinds import NAMED_AT
 from workers.syntax import NAMED
 
@@ -97,6 +97,12 @@ def open_code(roots: object, folder: Path, content: object) -> list[str]:
     return [f"code[{i}]: {places[name]} is no folder" for i, name in enumerate(names) if not places[name].is_dir()]
 
 
+def open_folders(folders: Sequence[str], content: object) -> None:
+    """The same of the folders of --code, which are relative to where the command runs. Raises Mistake."""
+    if missing := open_code(list(folders), Path.cwd(), content):
+        raise Mistake("\n".join(f"--{text}" for text in missing))
+
+
 def _list_texts(content: object) -> Iterator[str]:
     if isinstance(content, str):
         yield content
@@ -114,6 +120,15 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if problems:
         raise ValueError("; ".join(problems))
     return path, value
+
+
+def list_values(overrides: Sequence[str]) -> list[Any]:
+    """What overrides set, of those that can be read."""
+    found = []
+    for text in overrides:
+        with suppress(ValueError):
+            found.append(parse_assignment(text)[1])
+    return found
 
 
 def _read_whole(content: Mapping[str, Any]) -> dict[str, Any]:

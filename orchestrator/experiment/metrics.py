@@ -1,9 +1,10 @@
 """The metrics that trials can be ranked on or traded off in. Of all of them, lower is better."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from workers.kinds import MEASURES, MeasureEntry
+from workers.evaluation.blocks import name_space
+from workers.kinds import MEASURES, SPACES, MeasureEntry
 
 NLL, EVALUATIONS = "eval/nll_bpd", "eval/network_evaluations"
 
@@ -16,11 +17,14 @@ class Metric:
     is_rank: bool = True  # whether trials can be ranked on it, and not only traded off
 
 
-def _list_measures(measures: Iterable[MeasureEntry]) -> Iterator[tuple[str, Metric]]:
-    """Those of samples, in each feature space."""
+def _list_measures(measures: Iterable[MeasureEntry], spaces: Sequence[str]) -> Iterator[tuple[str, Metric]]:
+    """Those of samples, in each feature space. In Inception's they have the bare names."""
+    named = [name_space(space) for space in spaces if space != "inception"]
+    for name in (f"fd_{space}" for space in named):
+        yield f"eval/{name}", Metric(head=name, part="fid")
     for measure in measures:
         for key in measure.lower:
-            for name in (key,) if measure.needs else (key, f"{key}_classifier"):
+            for name in (key,) if measure.needs else (key, *(f"{key}_{space}" for space in named)):
                 yield f"eval/{name}", Metric(head=name, part="fid")
 
 
@@ -31,14 +35,15 @@ METRICS = {
     "eval/ode_nll_bpd": Metric(head="ODE NLL bits/dim", part="ode_nll", by_image="ode_nll_per_image"),
     "valid/nll_bpd": Metric(head="validation bits/dim", part=None),
     EVALUATIONS: Metric(head="network_evaluations", part="fid", is_rank=False),
-    **dict(_list_measures(MEASURES.values())),
+    **dict(_list_measures(MEASURES.values(), list(SPACES))),
 }
 RANKS = tuple(name for name, metric in METRICS.items() if metric.is_rank)
 
 
 def list_metrics() -> dict[str, Metric]:
-    """METRICS, with those of the measures from outside that were named."""
-    return METRICS | dict(_list_measures(entry for entry, _ in MEASURES.outside.values()))
+    """METRICS, with those of the measures and in the feature spaces from outside that were named."""
+    measures = [*MEASURES.values(), *(entry for entry, _ in MEASURES.outside.values())]
+    return dict(_list_measures(measures, [*SPACES, *SPACES.outside])) | METRICS
 
 
 def head_metric(name: str) -> str:

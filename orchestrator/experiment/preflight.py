@@ -23,18 +23,17 @@ from workers.config import (
 )
 from workers.data.sources import Source, describe_held_out, describe_source
 from workers.diffusion.schedules import alpha_bars, betas, log_snrs, prior_bpd
-from workers.entries import load
+from workers.entries import ask, is_outside, load
 from workers.evaluation.blocks import MOST_BLOCKS, Images, count_blocks
-from workers.kinds import MEASURES, NETWORKS, PREDICTIONS, SCHEDULES
+from workers.kinds import MEASURES, NETWORKS, PREDICTIONS, SCHEDULES, SPACES
 from workers.network.unet_config import UNET
 
 PHOTOGRAPHS = 0.25  # E[x_0^2] of photographs on the [-1, 1] scale, about
 WARN_AT = 0.1  # of the prior gap that is refused
-DIMENSIONS = {
-    "classifier": 64,
-    "inception": 2048,
-}  # of the feature spaces; workers.evaluation.features needs torch to say so
-TRY = "workers.network.build:find_mistakes"  # which needs torch, and is asked of networks that are not ours alone
+# These need torch, and are asked of kinds that are not ours alone.
+TRY = "workers.network.build:find_mistakes"
+TRY_VARIANCE = "workers.diffusion.process:find_variance_mistakes"
+TRY_SPACE = "workers.evaluation.features:find_space_mistakes"
 FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -189,10 +188,18 @@ def _check_weighting(_: Experiment, trial: Trial, __: Source) -> Iterator[Findin
 
 def _check_network(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
     entry = NETWORKS[trial.model.kind]
-    mistakes = load(entry.check)(trial.model, source.shape) if entry.check else []
+    mistakes = ask(trial.model.kind, entry.check, trial.model, source.shape)
     if not mistakes and trial.model.kind != UNET:
         mistakes = load(TRY)(trial.model, source.shape, trial.diffusion.learned)
     yield from map(Finding, mistakes)
+
+
+def _check_variance(_: Experiment, trial: Trial, __: Source) -> Iterator[Finding]:
+    asked = {"diffusion": trial.diffusion.variance, "evaluation": trial.evaluation.variance}
+    for section, variance in asked.items():
+        if variance and is_outside(variance):
+            for mistake in load(TRY_VARIANCE)(trial.diffusion, variance):
+                yield Finding(f"{section}.variance: {mistake}")
 
 
 def _check_images(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
@@ -243,16 +250,21 @@ def check_evaluation(m: Measurement, source: Source) -> Iterator[Finding]:
 
 def _check_fid(fid: FIDConfig, source: Source) -> Iterator[Finding]:
     """The same of what is measured of samples."""
-    if fid.features == "classifier" and not source.labelled:
+    space = SPACES[fid.features]
+    if space.labelled and not source.labelled:
         yield Finding(
-            f"evaluation.fid.features: a classifier cannot be trained on {source.name}, which has no labels; "
-            "set evaluation.fid: null or features: inception, or use labelled data"
+            f"evaluation.fid.features: {fid.features} cannot be trained on {source.name}, which has no labels; "
+            f"set evaluation.fid: null or features: {SPACES.list_names(lambda s: not s.labelled)}, or use labelled data"
         )
-    if fid.features == "inception" and source.shape[2] not in (1, 3):
+    if space.channels and source.shape[2] not in space.channels:
         yield Finding(
-            f"evaluation.fid.features: inception takes images of 1 or 3 channels, and those of {source.name} have "
-            f"{source.shape[2]}; set evaluation.fid: null or features: classifier"
+            f"evaluation.fid.features: {fid.features} takes images of {' or '.join(map(str, space.channels))} "
+            f"channels, and those of {source.name} have {source.shape[2]}; set evaluation.fid: null or features: "
+            f"{SPACES.list_names(lambda s: not s.channels)}"
         )
+    if space.form == "network":
+        for mistake in load(TRY_SPACE)(fid.features, source.shape):
+            yield Finding(f"evaluation.fid.features: {mistake}")
     if fid.reference_images != "all" and fid.reference_images > getattr(source, fid.reference):
         yield Finding(
             f"evaluation.fid.reference_images: {fid.reference_images:,} is more than the "
@@ -266,7 +278,7 @@ def _check_fid(fid: FIDConfig, source: Source) -> Iterator[Finding]:
             yield Finding(
                 f"evaluation.fid.also: {name} takes {measure.least} {what} or more, and there are {n}; leave it out"
             )
-    if (d := DIMENSIONS[fid.features]) >= fid.samples:
+    if (d := space.dimensions) >= fid.samples:
         yield Finding(
             f"evaluation.fid.samples: {fid.samples:,} are not more than the {d:,} dimensions of {fid.features}: their "
             "covariance is singular, and the distance says more of their number than of the model; take more",
@@ -293,6 +305,7 @@ CHECKS: tuple[Callable[[Experiment, Trial, Source], Iterator[Finding]], ...] = (
     _check_noise,
     _check_weighting,
     _check_network,
+    _check_variance,
     _check_images,
     _check_search,
 )

@@ -76,7 +76,7 @@ def _allow_own(metric: object, check: Callable[[object], object]) -> object:
 def _describe_names(names: Iterable[str]) -> WithJsonSchema:
     """Of a metric's name in a file: an editor does not know those of measures from outside."""
     return WithJsonSchema(
-        {"anyOf": [{"enum": list(names), "type": "string"}, {"pattern": r"^eval/\w+$", "type": "string"}]}
+        {"anyOf": [{"enum": list(names), "type": "string"}, {"pattern": r"^eval/[\w.]+$", "type": "string"}]}
     )
 
 

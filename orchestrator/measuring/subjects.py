@@ -6,7 +6,7 @@ A folder of diffusers says nothing of data, so `data.source` is given with it; e
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -25,6 +25,9 @@ from orchestrator.state.saved import list_sweeps, open_sweep, open_trial
 from workers import layout
 from workers.config import DataConfig, Measurement, Mistake, Trial
 from workers.data.sources import Source, describe
+from workers.diffusion.process import try_variance
+from workers.entries import is_outside
+from workers.kinds import SAMPLERS
 from workers.layout import SWEEPS, TRIALS, get_trial_of_row, name_checkpoints_folder, name_trial_file
 from workers.network import checkpoint as checkpoints
 from workers.network import manifest
@@ -33,6 +36,7 @@ from workers.remote import explain_download
 from workers.storage import Storage
 
 SETTINGS = list_measurement_settings()
+SAMPLER = "evaluation.fid.sampler.kind"
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,20 @@ class Update:
         """The profile replaces whole sections of the evaluation, as they belong together; then the overrides."""
         changed = {**content, "evaluation": {**content.get("evaluation", {}), **self.profile}}
         for path, value in self.settings.items():
-            changed = put(changed, path.split("."), value)
+            changed = put(changed if path != SAMPLER else _forget_own(changed), path.split("."), value)
         return changed
+
+
+def _forget_own(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of a measurement without those that its sampler alone has: another one takes its place."""
+    fid = content["evaluation"].get("fid") or {}
+    sampler = fid.get("sampler") or {}
+    own = SAMPLERS[sampler["kind"]].own_fields if is_outside(sampler.get("kind", "")) else {}
+    return (
+        put(content, ["evaluation", "fid", "sampler"], {n: v for n, v in sampler.items() if n not in own})
+        if own
+        else content
+    )
 
 
 def _parse_assignments(overrides: Sequence[str]) -> dict[str, Any]:
@@ -217,6 +233,9 @@ def check(subjects: Sequence[Subject]) -> tuple[dict[DataConfig, Source], list[s
                 f"{subject.name}: the model makes images of {_describe_size(shape)}, {source.name} has "
                 f"{_describe_size(source.shape)}; give the data it was trained on, or set data.resolution"
             )
+        if (variance := subject.m.evaluation.variance) and is_outside(variance):
+            process = replace(checkpoints.load_process(subject.checkpoint), variance=variance)
+            problems += [f"evaluation.variance: {text}" for text in try_variance(process)]
         for finding in check_evaluation(subject.m, source):
             (problems if finding.refused else warnings).append(finding.text)
     if problems:

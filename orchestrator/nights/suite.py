@@ -13,13 +13,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from orchestrator.experiment.check import find_evaluation_mistakes
-from orchestrator.experiment.load import parse_assignment
-from orchestrator.experiment.preflight import DIMENSIONS
+from orchestrator.experiment.load import open_code, parse_assignment
 from orchestrator.experiment.records import ExperimentError, Name, TrackingConfig
 from orchestrator.experiment.settings import find_invalid, list_paths, put, read_file, suggest_choice, suggest_path
 from orchestrator.nights.calendar import Schedule
 from workers.config import EvaluationConfig, Record, Seed
 from workers.evaluation.blocks import list_comparable_metrics
+from workers.kinds import SPACES
 
 CHAMPION, CANDIDATE, NEWEST = "champion", "candidate", "newest"
 EVERY = "*"
@@ -112,6 +112,9 @@ class Suite(Record):
     regression: Regression = Field(description="what counts as worse")
     hooks: Hooks = Field(default=Hooks(), description="who is told of a regression, a drift or a failed canary")
     promote: bool = Field(default=False, description="whether champion moves to a candidate that is clearly better")
+    code: tuple[str, ...] = Field(
+        default=(), strict=False, description="folders of modules of one's own, relative to this file"
+    )
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="where MLflow is")
 
     @property
@@ -135,14 +138,21 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
         content, problems = read_file(Path(path), "a nightly file needs name, models, schedule and regression")
     except ValueError as mistake:
         raise ExperimentError([str(mistake)], str(path)) from None
+    given: list[tuple[str, str, Any]] = []
     for text in overrides:
         try:
-            name, value = parse_assignment(text)
-            if name not in SETTINGS:
-                raise ValueError(f"unknown path{suggest_path(name, SETTINGS)}")
-            content = put(content, name.split("."), value)
+            given.append((text, *parse_assignment(text)))
         except ValueError as mistake:
             problems.append(f"override {text!r}: {mistake}")
+    roots = {"code": content.get("code", ()), **{name: value for _, name, value in given if name == "code"}}["code"]
+    problems += open_code(roots, Path(path).parent, [content, [value for _, _, value in given]])
+    known = list_paths(Suite, own=True)
+    for text, name, value in given:
+        if name in known:
+            content = put(content, name.split("."), value)
+        else:
+            problems.append(f"override {text!r}: unknown path{suggest_path(name, known)}")
+    problems += open_code(content.get("code", ()), Path(path).parent, content)
     if problems := problems + find_mistakes(content):
         raise ExperimentError(problems, str(path))
     return Suite.model_validate(content)
@@ -193,5 +203,5 @@ def list_comparable(evaluation: EvaluationConfig) -> dict[str, bool]:
     found = {"eval/nll_bpd": True} if evaluation.nll else {}
     if fid := evaluation.fid:
         distance, *others = list_comparable_metrics(fid)
-        found |= {distance: fid.samples > DIMENSIONS[fid.features], **dict.fromkeys(others, True)}
+        found |= {distance: fid.samples > SPACES[fid.features].dimensions, **dict.fromkeys(others, True)}
     return found

@@ -10,7 +10,7 @@ from orchestrator.state.saved import SavedCode
 from workers.identity import list_outside
 from workers.layout import RowId
 
-SAMPLER, MEASURES = "evaluation.fid.sampler.kind", "evaluation.fid.also"  # all other names are of the training
+SAMPLER, EVALUATION = "evaluation.fid.sampler.kind", "evaluation."  # all names outside of it are of the training
 Files = Mapping[str, Mapping[str, str]]  # the digest of each file, by what names are pinned to
 
 
@@ -54,6 +54,6 @@ def find_change(
                 changed.setdefault(path, []).extend(told)
     if not changed:
         return None
-    of_training, of_samples = changed.keys() - {SAMPLER, MEASURES}, SAMPLER in changed
+    of_training, of_samples = any(not path.startswith(EVALUATION) for path in changed), SAMPLER in changed
     made = "is trained again" if of_training else "has its samples drawn again" if of_samples else "is measured again"
     return CodeChange(made, tuple(dict.fromkeys(text for texts in changed.values() for text in texts)))

@@ -5,7 +5,7 @@ diffusers keeps it (the artifact `diffusers`). A table asks for images, a row a 
 
     n         how many images; they are drawn in whole blocks of workers.evaluation.blocks.SAMPLES, as in an evaluation
     seed      whose noise; the same seed gives the same images, and those that an evaluation with it measures
-    sampler   a name of workers.kinds.SAMPLERS; without the column, that of the sweep's evaluation
+    sampler   a name of workers.kinds.SAMPLERS; without the column, that of the sweep's evaluation, whose code is here
     steps     network evaluations per image; without the column, the evaluation's
     label     of a model that is told classes: that of all images of the row, by number or name; without the column they
               are of classes in the proportions of the training images
@@ -25,6 +25,7 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+from workers.code import drop_pin
 from workers.config import FIDConfig, Mistake, SamplerConfig
 from workers.data.decoding import choose_type
 from workers.evaluation.blocks import SAMPLES
@@ -83,6 +84,7 @@ class ImageModel(PythonModel):
         """The evaluation's way of drawing with the row's sampler and steps."""
         own = self.fid.sampler
         kind = row.get("sampler") or own.kind
+        kind = own.kind if kind == drop_pin(own.kind) else kind
         if kind != own.kind and kind not in SAMPLERS:  # a request names nothing that would be imported for it
             raise ValueError(f"sampler = {kind} was asked for; give one of {', '.join(SAMPLERS)}")
         base = own if kind == own.kind else SamplerConfig(kind=kind)

@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import workers
+from workers.bundles import keep_code
 from workers.config import FIDConfig
 from workers.data.decoding import choose_type
 from workers.identity import describe_sampler
 from workers.layout import get_trial_of_row
 from workers.network import checkpoint as checkpoints
 from workers.network.manifest import Checkpoint
+from workers.storage import Storage
 
 CANDIDATE = "candidate"
 TRIAL, CHECKPOINT, PATH, STORAGE, DRAWS = (
@@ -82,6 +84,7 @@ def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
     outputs = [TensorSpec(np.dtype(choose_type(candidate.levels)), (-1, *described.shape))]
     with tempfile.TemporaryDirectory() as temporary:
         checkpoints.export(candidate.checkpoint, Path(temporary, "diffusers"))
+        keep_code(Storage(Path(temporary, "diffusers")), (candidate.fid.sampler.kind, candidate.variance))
         save_model(
             str(folder),
             mlflow_model=record,
@@ -91,7 +94,9 @@ def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
             model_config={
                 "checkpoint": candidate.checkpoint.digest,
                 "levels": candidate.levels,
-                "fid": candidate.fid.model_dump(mode="json"),
+                "fid": FIDConfig(sampler=candidate.fid.sampler, quantise=candidate.fid.quantise).model_dump(
+                    mode="json"
+                ),
                 "variance": candidate.variance,
                 "precision": candidate.precision,
             },

@@ -45,7 +45,6 @@ from orchestrator.tracking.views import (
     name_part,
 )
 from workers.bundles import collect_bundles
-from workers.code import is_digest
 from workers.config import DataConfig, FIDConfig, Measurement, Mistake
 from workers.data.decoding import choose_type
 from workers.data.sources import Source
@@ -255,7 +254,7 @@ class SweepRuns:
             trial=best.digest,
             checkpoint=checkpoint,
             levels=levels,
-            fid=_keep_installed(fid),
+            fid=fid,
             variance=asked.variance,
             precision=asked.precision,
             description=f"{best.name}: {describe_row(best)}",
@@ -300,17 +299,6 @@ class SweepRuns:
     @cached_property
     def tags(self) -> dict[str, str]:
         return collect_provenance()
-
-
-def _keep_installed(fid: FIDConfig) -> FIDConfig:
-    """How a registered model draws. It brings no modules along: in place of a sampler from one is our default."""
-
-    def is_installed(name: str) -> bool:
-        return not is_digest(name.partition("@")[2])
-
-    also = tuple(filter(is_installed, fid.also))
-    sampler = fid.sampler if is_installed(fid.sampler.kind) else FIDConfig().sampler
-    return fid.model_copy(update={"sampler": sampler, "also": also})
 
 
 def flatten_params(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

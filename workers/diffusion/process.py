@@ -5,16 +5,18 @@ the images' dtype where they are used.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64, Shaped
 from torch import Tensor
 
+from workers.code import describe_error, drop_pin
 from workers.config import DiffusionConfig
 from workers.diffusion import schedules
+from workers.kinds import VARIANCES
 from workers.shapes import NCHW, Beside, Heads, PerImage64, PerTime, RealTimes, Times
 
 # eps_theta(x_t, t): the noise in x_t. What integrates an ODE over the times asks between the trained ones too.
@@ -43,7 +45,7 @@ class Process:
     """A diffusion process over the times 1..T, or over a subsequence of another's times (`strided`)."""
 
     beta: PerTime
-    variance: str  # a name in VARIANCES or LEARNED
+    variance: str  # a name in VARIANCES
     times: Int64[Tensor, "T"]  # the t that the network was trained with, at each step of this process
 
     @staticmethod
@@ -84,13 +86,13 @@ class Process:
     @property
     def learned(self) -> bool:
         """Whether the network has a second head, for the variance."""
-        return self.variance in LEARNED
+        return VARIANCES[self.variance].learned
 
     @cached_property
     def sigma_squared(self) -> PerTime:
-        """The variance of p_theta(x_{t-1} | x_t) where it is fixed, section 3.2."""
+        """The variance of p_theta(x_{t-1} | x_t) where it is fixed, section 3.2; at t = 1 that of the decoder."""
         assert not self.learned, f"{self.variance} has no variance without the network; ask for sigma()"
-        return VARIANCES[self.variance](self)
+        return _for_decoder(self, VARIANCES[self.variance].load()(self))
 
     def sigma(self, prediction: Prediction, t: Times) -> Beside:
         """The standard deviation of p_theta(x_{t-1} | x_t): (N, C, H, W) where it is learned, else (N, 1, 1, 1)."""
@@ -103,7 +105,8 @@ class Process:
         if not self.learned:
             return at(self.sigma_squared.log(), t, prediction.x_0)
         assert prediction.variance is not None, f"{self.variance} needs a network with a second head"
-        return LEARNED[self.variance](self, t, prediction.variance)
+        found: Beside = VARIANCES[self.variance].load()(self, t, prediction.variance)
+        return found
 
     @cached_property
     def posterior_x_0(self) -> PerTime:
@@ -174,7 +177,7 @@ class Process:
 
 def fixed_large(process: Process) -> PerTime:
     """sigma_t^2 = beta_t: the best choice for x_0 ~ N(0, I)."""
-    return _for_decoder(process, process.beta)
+    return process.beta
 
 
 def fixed_small(process: Process) -> PerTime:
@@ -209,8 +212,30 @@ def _for_decoder(process: Process, variance: PerTime) -> PerTime:
     return torch.cat([process.beta_tilde[1:2] if process.T > 1 else process.beta, variance[1:]])
 
 
-VARIANCES: dict[str, Callable[[Process], PerTime]] = {"fixed_large": fixed_large, "fixed_small": fixed_small}
-LEARNED: dict[str, Callable[[Process, Times, NCHW], NCHW]] = {"learned": learned, "learned_range": learned_range}
+FIXED = tuple(name for name, entry in VARIANCES.items() if not entry.learned)  # the bound by each costs nothing more
+
+
+@lru_cache
+def find_variance_mistakes(diffusion: DiffusionConfig, variance: str) -> list[str]:
+    """What is wrong with the form of what a variance that is not ours makes for the process of these settings."""
+    return try_variance(replace(Process.of(diffusion), variance=variance))
+
+
+def try_variance(process: Process) -> list[str]:
+    """The same of the variance of a process."""
+    variance = process.variance
+    bare, head = drop_pin(variance), torch.zeros(2, 3, 4, 4)
+    expected = tuple(head.shape) if process.learned else (process.T,)
+    asked = (torch.tensor([1, process.T]), head) if process.learned else ()
+    try:
+        made = VARIANCES[variance].load()(process, *asked)
+    except Exception as error:  # noqa: BLE001 somebody's own code
+        return [f"{bare}: {describe_error(error, bare)}"]
+    if not isinstance(made, Tensor) or made.shape != expected or not made.is_floating_point():
+        found = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+        return [f"{bare} makes {found}, where numbers {expected} are expected"]
+    usable = made.isfinite().all() and (process.learned or (made.dtype == torch.float64 and (made[1:] > 0).all()))
+    return [] if usable else [f"{bare} makes what is no variance: it is finite, and a fixed one float64 and above 0"]
 
 
 def at(coefficient: Shaped[Tensor, "T"], t: Times, like: Beside) -> Beside:

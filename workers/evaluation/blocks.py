@@ -6,6 +6,7 @@
     evaluations/<checkpoint>/samples-<key>-<features>/block-00007.parquet     their features
     references/<data>-<split>-<features>-v<version>/block-00007.parquet       features of real images
 
+<features> is the name of a space, and of one from outside what tells its code apart, too.
 A key holds what is measured and not how much of it: asking for more images, samples or features adds blocks and leaves
 the others where they are.
 """
@@ -14,11 +15,12 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from workers.code import drop_pin
 from workers.config import Count, FIDConfig, Measurement
 from workers.data.dataset import Dataset
 from workers.data.sources import Source
 from workers.identity import collect_settings_read, compute_digest
-from workers.kinds import MEASURES, SAMPLERS
+from workers.kinds import MEASURES, SAMPLERS, SPACES
 from workers.layout import name_evaluation_folder, name_reference_file, name_summary_file
 
 VERSION = 3  # of what blocks hold: raise it when the same checkpoint would give other numbers
@@ -128,11 +130,11 @@ def list_sample_blocks(m: Measurement, checkpoint: str, images: Images) -> list[
 
 
 def list_feature_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
-    """The features of the samples. Those of the classifier belong to the data it was trained on."""
+    """The features of the samples. Those of a space that was taught the data belong to the data."""
     fid = m.evaluation.fid
     if fid is None:
         return []
-    space = f"{fid.features}-{images.digest}" if fid.features == "classifier" else _name_network_space(m, fid)
+    space = _name_made_space(m, fid) + (f"-{images.digest}" if SPACES[fid.features].train else "")
     return [Block("features", f"{b.folder}-{space}", b.number, (b,)) for b in list_sample_blocks(m, checkpoint, images)]
 
 
@@ -146,13 +148,24 @@ def list_reference_blocks(m: Measurement, images: Images) -> list[Block]:
 
 
 def name_reference_folder(m: Measurement, fid: FIDConfig, images: Images) -> str:
-    space = fid.features if fid.features == "classifier" else _name_network_space(m, fid)
-    return name_reference_file(f"{images.digest}-{fid.reference}-{space}-v{VERSION}")
+    return name_reference_file(f"{images.digest}-{fid.reference}-{_name_made_space(m, fid)}-v{VERSION}")
 
 
-def _name_network_space(m: Measurement, fid: FIDConfig) -> str:
-    """The name of a feature network's space, which is coarser where TF32 is allowed (`features.load_feature_space`)."""
-    return fid.features if m.evaluation.precision == "float32" else f"{fid.features}-tf32"
+def _name_made_space(m: Measurement, fid: FIDConfig) -> str:
+    """The space as names of folders have it: a network's is coarser where TF32 is allowed (`load_feature_space`)."""
+    coarser = SPACES[fid.features].reads_precision and m.evaluation.precision != "float32"
+    return name_space_folder(fid.features) + ("-tf32" if coarser else "")
+
+
+def name_space(features: str) -> str:
+    """What a feature space is called in the names of metrics: one from outside by its module and its name."""
+    return drop_pin(features).replace(":", ".")
+
+
+def name_space_folder(features: str) -> str:
+    """The same with what tells its code apart, for the names of files."""
+    bare, _, pinned = features.partition("@")
+    return f"{name_space(bare)}-{pinned}" if pinned else bare
 
 
 def count_reference_images(fid: FIDConfig, images: Images) -> int:
@@ -193,7 +206,7 @@ def name_distance(fid: FIDConfig) -> str:
     """`fid` is Inception against all of the training split, and nothing else is."""
     if fid.features == "inception" and fid.reference == "train" and fid.reference_images == "all":
         return "fid"
-    name = f"fd_{fid.features}"
+    name = f"fd_{name_space(fid.features)}"
     return name if fid.reference == "train" else f"{name}_{fid.reference}"
 
 

@@ -32,7 +32,7 @@ from workers.diffusion.ledger import (
     list_shorter_chains,
 )
 from workers.diffusion.likelihood import compute_squared_norms
-from workers.diffusion.process import VARIANCES, Process
+from workers.diffusion.process import FIXED, Process
 from workers.evaluation import blocks, fidelity
 from workers.evaluation.blocks import (
     Block,
@@ -171,7 +171,7 @@ def _summarise_likelihood(m: Measurement, dataset: Dataset, process: Process, wh
             for steps in list_shorter_chains(process.T)
             for b in [compute_chain_bound(process, ledger, norms, dimensions, variance, steps=steps)]
         ]
-        for variance in (*VARIANCES, OPTIMAL)
+        for variance in dict.fromkeys([*([] if process.learned else [process.variance]), *FIXED, OPTIMAL])
     }
     if process.learned:
         whole_chain = {"steps": process.T, "bpd": result.mean, "bpd_se": result.standard_error}

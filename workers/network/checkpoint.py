@@ -29,9 +29,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from workers import consent
-from workers.bundles import keep_bundle
+from workers.bundles import keep_code
 from workers.classes import Classes
-from workers.code import find_bundle, is_digest
 from workers.config import Mistake
 from workers.diffusion.gaussian import GaussianDenoiser
 from workers.diffusion.predictions import Denoiser
@@ -90,7 +89,7 @@ class Description:
     shape: tuple[int, int, int]  # height, width, channels of an image, as `Dataset.shape`
     T: int
     prediction: str  # a name in workers.diffusion.predictions.PREDICTIONS
-    variance: str  # a name in workers.diffusion.process.VARIANCES or LEARNED
+    variance: str  # a name in workers.kinds.VARIANCES
     clip: bool  # whether the model's own scheduler clips x_0_hat to [-1, 1]
     parameters: int
     classes: Classes | None = None  # that its network is told
@@ -222,15 +221,14 @@ def load(checkpoint: Checkpoint) -> tuple[Denoiser, Process]:
 
 
 def export(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes what diffusers reads of a checkpoint to a local folder, without the state of the training; of a network or
-    prediction from outside, its code as well.
+    """Writes what diffusers reads of a checkpoint to a local folder, without the state of the training; of a network,
+    prediction or variance from outside, its code as well.
 
     `DDPMPipeline.from_pretrained` and `open_folder` open it. Raises CheckpointError where bytes are damaged.
     """
     config, scheduler = (read_object(read_file(checkpoint, of), find_url(checkpoint, of)) for of in (UNET, SCHEDULER))
-    for kind in (config.get(CLASS), scheduler.get("prediction_type")):
-        if isinstance(kind, str) and is_digest(digest := kind.partition("@")[2]):
-            keep_bundle(Storage(folder), find_bundle(digest))
+    kinds = (config.get(CLASS), scheduler.get("prediction_type"), scheduler.get("variance_type"))
+    keep_code(Storage(folder), (kind for kind in kinds if isinstance(kind, str)))
     for name in (INDEX, *EVALUATED):
         if name == INDEX:
             content = _make_index(config)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from workers.config import ScheduleConfig
 from workers.diffusion import schedules
 from workers.diffusion.process import Process
-from workers.kinds import PREDICTIONS
+from workers.kinds import PREDICTIONS, VARIANCES
 from workers.network.unet_config import DEFAULTS
 
 VERSION = "0.35.0"  # the diffusers release whose layout is written
@@ -38,7 +38,7 @@ VARIANCE_TYPES = {
     "learned_diagonal": "learned",  # ours: diffusers' own "learned" takes the second head for sigma_t^2 itself
 }
 # diffusers opens a checkpoint of a prediction that it does not have, and refuses to sample from it.
-# One from outside goes by its own name, with what pins its code.
+# One from outside goes by its own name, with what pins its code; and so does a variance.
 PREDICTION_TYPES = {entry.diffusers or name: name for name, entry in PREDICTIONS.items()}
 
 # Schedulers of the process of Ho et al. 2020, each with its defaults that are not DDPMScheduler's. What else one does
@@ -218,7 +218,7 @@ def read_scheduler(config: dict[str, Any]) -> Scheduler:
             ("variance_type", variance, VARIANCE_TYPES),
             ("prediction_type", s.prediction_type, PREDICTION_TYPES),
         )
-        if value not in known and not (known is PREDICTION_TYPES and "@" in value)
+        if value not in known and not (known is not BETAS and "@" in value)
     ]
     if s.rescale_betas_zero_snr:
         mistakes.append("rescale_betas_zero_snr: alpha_bar_T would be 0, where eps does not determine x_0")
@@ -247,7 +247,9 @@ def read_scheduler(config: dict[str, Any]) -> Scheduler:
             f"the betas give alpha_bar from {alpha_bar[0]} to {alpha_bar[-1]}; it must lie strictly between 0 and 1, "
             "but for 0 at T where the network does not predict eps"
         )
-    process = Process.of_betas(torch.from_numpy(betas), VARIANCE_TYPES[variance])
+    variance = VARIANCE_TYPES.get(variance, variance)
+    assert VARIANCES[variance], "of one from outside the code is there"
+    process = Process.of_betas(torch.from_numpy(betas), variance)
     return Scheduler(process, PREDICTION_TYPES.get(s.prediction_type, s.prediction_type), s.clip_sample)
 
 
@@ -256,13 +258,15 @@ def make_scheduler_config(process: Process, prediction: str = "eps") -> dict[str
 
     With the prediction `mu` it raises an error at its first step, and so does its sampling with a learned diagonal.
     """
+    variance = process.variance
     prediction_type = next((theirs for theirs, ours in PREDICTION_TYPES.items() if ours == prediction), prediction)
+    variance_type = next((theirs for theirs, ours in VARIANCE_TYPES.items() if ours == variance), variance)
     return {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": VERSION,
         "num_train_timesteps": process.T,
         "trained_betas": process.beta.tolist(),
-        "variance_type": next(theirs for theirs, ours in VARIANCE_TYPES.items() if ours == process.variance),
+        "variance_type": variance_type,
         "prediction_type": prediction_type,
         "clip_sample": True,
     }
