@@ -17,9 +17,11 @@ import pytest
 import saved_model
 import small_evaluation as small
 import torch
+from conftest import ROOT
 from diffusers import DDPMPipeline
 from saved_model import SAMPLER, asked, candidate
 
+from orchestrator.experiment.load import open_code
 from orchestrator.tracking import models
 from workers.config import FIDConfig, Mistake, SamplerConfig
 from workers.evaluation import blocks
@@ -61,6 +63,35 @@ def test_the_variance_is_the_one_that_is_measured(tmp_path: Path) -> None:
         asked(n=100, seed=5, sampler="ancestral", steps=small.T)
     )
     assert np.array_equal(given.reshape(100, -1), np.stack(measured)[:100])
+
+
+PREDICTS = """
+import sys, mlflow, numpy as np, pandas as pd
+model = mlflow.pyfunc.load_model(sys.argv[1])
+mine, named, ours = (model.predict(pd.DataFrame({"n": [2], "seed": [0], **more})) for more in (
+    {}, {"sampler": ["my_samplers:DEIS"]}, {"sampler": ["ddim"]}))
+print(np.array_equal(mine, named), np.array_equal(mine, ours), mine.shape)
+"""
+
+
+def test_it_brings_the_code_of_its_sampler(tmp_path: Path) -> None:
+    open_code([str(ROOT / "examples/sampler")], tmp_path, "my_samplers:DEIS")
+    fid = FIDConfig(sampler=SamplerConfig(kind="my_samplers:DEIS", steps=4))
+    models.save(replace(candidate(Storage(tmp_path / "runs")), fid=fid), tmp_path / "model")
+    kept = {path.name for path in (tmp_path / "model").glob("artifacts/diffusers/code/*/*.py")}
+    assert kept == {"my_samplers.py", "deis.py"}
+
+    def predict(**environment: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-c", PREDICTS, str(tmp_path / "model")]
+        cache = {"ORCHESTRATOR_CACHE": str(tmp_path / "cache")}
+        return subprocess.run(
+            words, capture_output=True, text=True, cwd=tmp_path / "model", env={**os.environ, **cache, **environment}
+        )
+
+    refused = predict()
+    assert refused.returncode and "was never run from this machine" in refused.stderr
+    served = predict(ORCHESTRATOR_TRUST_CODE="1")
+    assert served.stdout.splitlines()[-1:] == ["True False (2, 4, 4, 1)"], served.stderr
 
 
 def test_a_row_is_a_request(loaded: Any) -> None:

@@ -10,17 +10,22 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY
 
-from orchestrator.clusters.sending import write_code
+from orchestrator.clusters.sending import list_code, write_code
 from orchestrator.clusters.submission import make_command_job
 from orchestrator.experiment.expand import expand
 from orchestrator.experiment.load import load, resolve
+from orchestrator.experiment.preflight import check_trial
 from orchestrator.experiment.records import Experiment, ExperimentError
+from orchestrator.measuring.subjects import Update
+from orchestrator.nights.suite import load as load_suite
 from orchestrator.planning.changes import CodeChange, find_change
 from orchestrator.sweep import main
 from workers import code
 from workers.bundles import check_code, keep_bundle
+from workers.code import drop_digests
 from workers.config import Measurement, Trial
-from workers.evaluation.blocks import Images, list_sample_blocks, make_protocol_key
+from workers.data.sources import describe
+from workers.evaluation.blocks import Images, list_blocks, make_protocol_key
 from workers.identity import compute_trial_id
 from workers.kinds import SAMPLERS
 from workers.storage import Storage
@@ -39,7 +44,7 @@ ROOT = WeightingEntry(function=root, about="sqrt(SNR_t)")
 POWERS = "def raise_to(x, power):\n    return x**power\n"
 REST = """
 from pydantic import BaseModel, Field
-from workers.kinds import MeasureEntry, SamplerEntry, ScheduleEntry, WeightingEntry
+from workers.kinds import MeasureEntry, SamplerEntry, ScheduleEntry, SpaceEntry, VarianceEntry, WeightingEntry
 
 class Settings(BaseModel):
     power: float = Field(default=3.0, gt=0)
@@ -53,6 +58,24 @@ TWICE = WeightingEntry(function="heavy:cubic", about="d", settings={"gamma": (in
 SHORT = ScheduleEntry(function="heavy:short", about="f")
 FAILS = ScheduleEntry(function="heavy:fails", about="g")
 LOST = WeightingEntry(function="heavy:absent", about="e")
+OTHER = SamplerEntry(function="heavy:slow", about="h", form="levels", settings={"order": (int, Field(default=1, le=9))})
+UNCOUNTED = SamplerEntry(function="heavy:slow", about="i", form="levels", evaluations=lambda config, steps: steps / 0)
+UNCHECKED = ScheduleEntry(function="heavy:cubic", about="j", settings=Settings, check="heavy:find_mistakes")
+MEANS = SpaceEntry(function="spaces:Means", about="k", dimensions=1)
+WIDER = SpaceEntry(function="spaces:Means", about="l", dimensions=2)
+HALF = VarianceEntry(function="spaces:half", about="m")
+HEAD = VarianceEntry(function="spaces:half", about="n", learned=True)
+"""
+SPACES = """import torch
+
+class Means(torch.nn.Module):
+    def __init__(self, height, width, channels):
+        super().__init__()
+
+    def forward(self, x):
+        return x.mean((2, 3))
+
+def half(process, *more): return process.beta / 2
 """
 HEAVY = """import numpy as np
 
@@ -63,8 +86,12 @@ def fails(schedule, T): return T + "1"
 def short(schedule, T): return np.linspace(0.1, 0.2, T - 1)
 def slow(): return 2
 def energy(): return 1
+def find_mistakes(schedule, T): yield schedule.nothing
 """
-FILES = {"losses.py": LOSSES, "helpers/powers.py": POWERS, "rest.py": REST, "heavy.py": HEAVY, "other.py": "x = 1\n"}
+FILES = {
+    "losses.py": LOSSES, "helpers/powers.py": POWERS, "rest.py": REST, "heavy.py": HEAVY, "spaces.py": SPACES,
+    "other.py": "x = 1\n",
+}  # fmt: skip
 ROOT_SNR, CUBIC = "loss.weighting=losses:ROOT", "diffusion.schedule={kind: rest:CUBIC, power: 2}"
 IMAGES = Images("digest", 1000, 100, 17)
 
@@ -121,20 +148,30 @@ def test_a_version_stands_for_the_text_of_its_module_alone(file: Path) -> None:
     assert len({before, moved, trial_id(load(file, [ROOT_SNR]))}) == 3
 
 
-def test_samplers_and_metrics_move_what_is_theirs(file: Path) -> None:
-    def look(*overrides: str) -> tuple[str, str, str]:
+def test_samplers_spaces_variances_and_metrics_move_what_is_theirs(file: Path) -> None:
+    def look(*overrides: str) -> tuple[str, str, str, str, str]:
         trial = load(file, overrides).trial
         m = Measurement.of(trial)
-        [block] = list_sample_blocks(m, "c", IMAGES)
-        return compute_trial_id(trial, "data"), block.folder, make_protocol_key(m, IMAGES)
+        folders = {block.kind: block.folder for block in list_blocks(m, "c", IMAGES)}
+        of_blocks = (folders[kind] for kind in ("samples", "features", "reference"))
+        return compute_trial_id(trial, "data"), *of_blocks, make_protocol_key(m, IMAGES)
 
     sampler, metric = "evaluation.fid.sampler={kind: rest:SLOW, steps: 5}", "evaluation.fid.also=[rest:ENERGY]"
-    before = look(sampler), look(metric)
+    space, measured = "evaluation.fid.features=rest:MEANS", "evaluation.variance=rest:HALF"
+    wanted = [sampler, metric, space, measured, "diffusion.variance=rest:HALF"]
+    before = [look(one) for one in wanted]
     assert look("evaluation.fid.sampler={kind: rest:SLOW, steps: 5, order: 2}") == before[0], "its default"
+    assert "-rest.MEANS-" in before[2][2] and ":" not in before[2][2] + before[2][3]
     edit(file, "heavy.py", "return 2", "return 4")  # named by a text alone
-    after = look(sampler), look(metric)
-    moved = [[a != b for a, b in zip(*pair, strict=True)] for pair in zip(before, after, strict=True)]
-    assert moved == [[False, True, True], [False, False, True]]
+    edit(file, "spaces.py", "beta / 2", "beta / 3")
+    moved = [[a != b for a, b in zip(then, look(one), strict=True)] for then, one in zip(before, wanted, strict=True)]
+    assert moved == [
+        [False, True, True, False, True],
+        [False, False, False, False, True],
+        [False, False, True, True, True],
+        [False, False, False, False, True],  # DDIM reads no variance
+        [True, False, False, False, False],
+    ]
 
 
 def test_settings_of_ones_own_are_as_others(file: Path) -> None:
@@ -155,6 +192,16 @@ def test_settings_of_ones_own_are_as_others(file: Path) -> None:
     with pytest.raises(ExperimentError, match=r"power: 5 is without effect on kind: cosine.* take kind: rest:CUBIC"):
         load(file, ["diffusion.schedule={kind: cosine, power: 5}"])
     assert "code" not in resolve(load(ROOT / "experiments/digits.yaml")) and resolve(found)["code"] == ["lib"]
+
+
+@pytest.mark.parametrize(("given", "orders"), [("", [2, 1]), (", order: 3", [3, 3])])
+def test_a_setting_that_two_kinds_have_has_the_default_of_each(file: Path, given: str, orders: list[int]) -> None:
+    plain, axis = file.read_text(), "search.space.evaluation.fid.sampler"
+    file.write_text(plain.replace("{kind: ddim, steps: 5}", f"{{kind: 'rest:SLOW', steps: 5{given}}}"))
+    samplers = [v.trial.evaluation.fid for v in expand(load(file, [f"{axis}.kind.grid=[rest:SLOW, rest:OTHER]"]))]
+    assert [fid and fid.sampler.model_dump()["order"] for fid in samplers] == orders
+    with pytest.raises(ExperimentError, match=r"sampler\.order: 9 is not a whole number of at most 3"):
+        load(file, [f"{axis}.kind.grid=[rest:OTHER]", "evaluation.fid.sampler.order=9"])
 
 
 REFUSED = {
@@ -178,6 +225,12 @@ REFUSED = {
     "diffusion.schedule={kind: rest:SHORT}": "rest:SHORT makes float64 (49,) of T = 50, in place of float64 (50,)",
     "diffusion.schedule={kind: rest:FAILS}": "{lib}/heavy.py:6: TypeError: ",
     "search.metric=eval/energy": "'eval/energy' is not one of",
+    "evaluation.fid.features=losses:ROOT": "is of the type WeightingEntry, and a SpaceEntry belongs here",
+    "evaluation.fid.features=clasifier": "did you mean 'classifier'?",
+    "evaluation.variance=rest:HEAD": "evaluation.variance: rest:HEAD is made of what a network has learned; take",
+    "diffusion.variance=rest:HEAD": "diffusion.variance: rest:HEAD is not trained by loss.objective: mse",
+    "evaluation.fid.sampler={kind: rest:UNCOUNTED}": "rest:UNCOUNTED: {lib}/rest.py:18: ZeroDivisionError: division by",
+    "diffusion.schedule={kind: rest:UNCHECKED}": "{lib}/heavy.py:10: AttributeError: ",
     "loss.weighting=losses:ROOT@0123456789abcdef": "its code 0123456789abcdef is neither under the folders of `code`",
 }
 
@@ -287,6 +340,31 @@ def test_two_versions_of_a_module_stand_beside_each_other(file: Path) -> None:
     assert [SAMPLERS[fid.sampler.kind].load()() for fid in (one, other, one)] == [2, 4, 2]
 
 
+def test_a_nightly_file_brings_its_code_and_sends_it_along(file: Path, tmp_path: Path) -> None:
+    night = tmp_path / "night.yaml"
+    text = (ROOT / "experiments/nightly.yaml").read_text().replace("features: inception", "features: classifier")
+    night.write_text(text + "code: [lib]\n")
+    asked = ["evaluation.fid.sampler={kind: rest:SLOW, order: 1}", "evaluation.fid.also=[rest:ENERGY]"]
+    rules = ["regression.rules=[{metric: eval/energy_classifier, relative: 0.1}]", "regression.against=[last_night]"]
+    suite = load_suite(night, [*asked, *rules, "evaluation.fid.sampler.order=3"])
+    assert suite.evaluation.fid and suite.evaluation.fid.sampler.model_dump()["order"] == 3
+    write_code(list_code([suite]), tmp_path / "sent/code")
+    (tmp_path / "sent/night.yaml").write_text(text)
+    there = load_suite(tmp_path / "sent/night.yaml", [*asked, *rules, "evaluation.fid.sampler.order=3", "code=[code]"])
+    assert there.evaluation == suite.evaluation
+    with pytest.raises(ExperimentError, match=r"code\[0\]: .*nowhere is no folder"):
+        load_suite(night, ["code=[nowhere]"])
+
+
+def test_another_sampler_does_not_have_the_settings_of_the_one_before(file: Path) -> None:
+    trial = load(file, ["evaluation.fid.sampler={kind: rest:SLOW, order: 3}"]).trial
+    own = Measurement.of(trial).model_dump()
+    for kind, order in (("ddim", None), ("rest:OTHER", 1)):
+        content = Update([f"evaluation.fid.sampler.kind={kind}"], None).of(own)
+        fid = Measurement.model_validate(content).evaluation.fid
+        assert fid and fid.sampler.model_dump().get("order") == order
+
+
 @pytest.mark.parametrize(
     ("path", "files", "expected"),
     [
@@ -297,6 +375,8 @@ def test_two_versions_of_a_module_stand_beside_each_other(file: Path) -> None:
             {"a.py": "1"},
             CodeChange("has its samples drawn again", ("b.py has changed",)),
         ),
+        ("evaluation.fid.features", {"a.py": "1"}, CodeChange("is measured again", ("b.py has changed",))),
+        ("diffusion.variance", {"a.py": "1"}, CodeChange("is trained again", ("b.py has changed",))),
     ],
 )
 def test_what_has_changed_is_told_by_file(path: str, files: dict[str, str], expected: CodeChange) -> None:
@@ -304,3 +384,18 @@ def test_what_has_changed_is_told_by_file(path: str, files: dict[str, str], expe
     then = {"old": {"a.py": "1", "b.py": "1"}}
     assert find_change(now, {"new": files}, before, then) == expected
     assert find_change(now, {"new": files}, now, then) is None and find_change(now, {"new": files}, {}, {}) is None
+
+
+SHAPES = {
+    "evaluation.fid.features=rest:WIDER": "built for 8 x 8 images of 1 channels, makes torch.float32 (2, 1)",
+    "evaluation.variance=rest:HALF": "",
+    "diffusion={T: 50, variance: rest:HEAD}": "rest:HEAD makes torch.float64 (50,), where numbers (2, 3, 4, 4) are",
+}
+
+
+@pytest.mark.parametrize("setting", SHAPES)
+def test_what_needs_torch_is_looked_at_before_ray_starts(setting: str, file: Path) -> None:
+    experiment = load(file, [setting, *(["loss.objective=kl"] if "HEAD" in setting else [])])
+    found = [finding.text for finding in check_trial(experiment, experiment.trial, describe(experiment.data))]
+    told = [drop_digests(text) for text in found if "rest:" in text]
+    assert [SHAPES[setting] in text for text in told] == [True] * bool(SHAPES[setting]), found

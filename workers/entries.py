@@ -97,7 +97,7 @@ def call(name: str, function: Any, *arguments: Any) -> Any:
 
 
 def ask(name: str, check: Any, *arguments: Any) -> list[str]:
-    """The mistakes that the check of a kind tells, and of one from outside also that it fails; empty where it is none."""
+    """The mistakes that the check of a kind tells, and of one from outside also that it fails; none without a check."""
     if not check:
         return []
     try:

@@ -56,8 +56,8 @@ class OpenRecord(Record):
         get = content.get if isinstance(content, Mapping) else lambda name: getattr(content, name, None)
         found: dict[str, FieldInfo] = {}
         for field, table in cls._list_tables():
-            chosen = [table.outside[name] for name in (get(field),) if isinstance(name, str) and name in table.outside]
-            for entry, _ in [*table.outside.values(), *chosen]:
+            chosen = [entry for kind, (entry, _) in table.outside.items() if get(field) in (kind, drop_pin(kind))]
+            for entry in [*(entry for entry, _ in table.outside.values()), *chosen]:
                 found |= entry.own_fields
         return {**found, **cls.model_fields}
 

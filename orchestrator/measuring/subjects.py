@@ -133,12 +133,10 @@ def _forget_own(content: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings of a measurement without those that its sampler alone has: another one takes its place."""
     fid = content["evaluation"].get("fid") or {}
     sampler = fid.get("sampler") or {}
-    own = SAMPLERS[sampler["kind"]].own_fields if is_outside(sampler.get("kind", "")) else {}
-    return (
-        put(content, ["evaluation", "fid", "sampler"], {n: v for n, v in sampler.items() if n not in own})
-        if own
-        else content
-    )
+    if not is_outside(sampler.get("kind", "")):
+        return content
+    own = SAMPLERS[sampler["kind"]].own_fields
+    return dict(put(content, ["evaluation", "fid", "sampler"], {n: v for n, v in sampler.items() if n not in own}))
 
 
 def _parse_assignments(overrides: Sequence[str]) -> dict[str, Any]:

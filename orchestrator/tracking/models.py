@@ -82,6 +82,7 @@ def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
     if described.takes_no_label:
         inputs += [ColSpec(DataType.double, "guidance", required=False)]
     outputs = [TensorSpec(np.dtype(choose_type(candidate.levels)), (-1, *described.shape))]
+    drawing = FIDConfig(sampler=candidate.fid.sampler, quantise=candidate.fid.quantise)
     with tempfile.TemporaryDirectory() as temporary:
         checkpoints.export(candidate.checkpoint, Path(temporary, "diffusers"))
         keep_code(Storage(Path(temporary, "diffusers")), (candidate.fid.sampler.kind, candidate.variance))
@@ -94,9 +95,7 @@ def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
             model_config={
                 "checkpoint": candidate.checkpoint.digest,
                 "levels": candidate.levels,
-                "fid": FIDConfig(sampler=candidate.fid.sampler, quantise=candidate.fid.quantise).model_dump(
-                    mode="json"
-                ),
+                "fid": drawing.model_dump(mode="json"),
                 "variance": candidate.variance,
                 "precision": candidate.precision,
             },

@@ -39,11 +39,31 @@ EDITS = {
         "has its samples drawn again: deis.py has changed",
     ),
     "metric": ("my_metrics.py", "32, 0", "32, 1", (0, 0, 1), "is measured again: my_metrics.py has changed"),
+    "features": (
+        "convolutions.py",
+        "EPOCHS, BATCH = 32, 5",
+        "EPOCHS, BATCH = 32, 6",
+        (0, 0, 2),
+        "is measured again: convolutions.py has changed",
+    ),
+    "variance": (
+        "my_variances.py",
+        "head.exp()",
+        "(2 * head).exp()",
+        (1, 1, 1),
+        "is trained again: my_variances.py has changed",
+    ),
 }
+SPACES = ["my_features:RANDOM", "my_features:TAUGHT"]
 SMALL = {  # beside the file's own `smoke`
     "weighting": ["training.steps=4"],
     "schedule": ["training.steps=4", "search.space.diffusion.schedule.power.grid=[2]"],
     "sampler": ["training.steps=4", "search.space.evaluation.fid.sampler.grid=[{kind: 'my_samplers:DEIS', steps: 5}]"],
+    "features": [
+        "training.steps=4",
+        "search.space.evaluation.fid.features.grid=['my_features:RANDOM', 'my_features:TAUGHT']",
+    ],
+    "variance": ["training.steps=4", "search.space.diffusion.variance.grid=['my_variances:ABOVE_SMALL']"],
     "metric": ["training.steps=4", "search.space.evaluation.fid.sampler.grid=[{kind: ddim, steps: 5}]"],
 }
 
