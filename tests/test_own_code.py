@@ -88,10 +88,8 @@ def slow(): return 2
 def energy(): return 1
 def find_mistakes(schedule, T): yield schedule.nothing
 """
-FILES = {
-    "losses.py": LOSSES, "helpers/powers.py": POWERS, "rest.py": REST, "heavy.py": HEAVY, "spaces.py": SPACES,
-    "other.py": "x = 1\n",
-}  # fmt: skip
+FILES = {"losses.py": LOSSES, "helpers/powers.py": POWERS, "rest.py": REST, "heavy.py": HEAVY, "spaces.py": SPACES}
+FILES |= {"other.py": "x = 1\n"}
 ROOT_SNR, CUBIC = "loss.weighting=losses:ROOT", "diffusion.schedule={kind: rest:CUBIC, power: 2}"
 IMAGES = Images("digest", 1000, 100, 17)
 
