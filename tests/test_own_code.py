@@ -147,7 +147,7 @@ def test_a_version_stands_for_the_text_of_its_module_alone(file: Path) -> None:
 
 
 def test_samplers_spaces_variances_and_metrics_move_what_is_theirs(file: Path) -> None:
-    def look(*overrides: str) -> tuple[str, str, str, str, str]:
+    def look(*overrides: str) -> tuple[str, ...]:
         trial = load(file, overrides).trial
         m = Measurement.of(trial)
         folders = {block.kind: block.folder for block in list_blocks(m, "c", IMAGES)}
