@@ -36,7 +36,7 @@ BLOCKS, EVERY, BLOCK_S = 4, 20, 2.0
 def report(job: dict[str, Any], step: int, started: float, nodes: int) -> dict[str, Any]:
     """What a trial tells Tune, with when and over how many nodes it held its GPUs."""
     return {
-        "step": step, "state": "finished" if step == STEPS else "running", "detail": "", "valid/nll_bpd": 1.0,
+        "step": step, "state": "finished" if step == STEPS else "running", "detail": "", "validation_bpd": 1.0,
         "images_per_s": 0.0, "held": [started, time.time()], "nodes": nodes,
     }  # fmt: skip
 

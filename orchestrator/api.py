@@ -200,8 +200,12 @@ class DiffusionModel:
         eta: float = 0.0,
         labels: "int | str | Sequence[int | str] | None" = None,
         guidance: float | None = None,
+        levels: int | None = 256,
     ) -> "np.ndarray":
-        """n samples, uint8 (n, H, W, C) in 0..255: ancestral, or by DDIM where `steps` are given.
+        """n samples (n, H, W, C): ancestral, or by DDIM where `steps` are given.
+
+        In 0..levels-1, of uint8 or uint16; where `levels` are None, which is for data that are not discrete, float32
+        in [-1, 1].
 
         Of a model that is told classes they are of `labels`, one for all or one each, by number or name, and else in
         the proportions of the training images; `guidance` is the scale of `workers.diffusion.guidance`.
@@ -209,7 +213,8 @@ class DiffusionModel:
         import numpy as np
         import torch
 
-        from workers.data.pixels import to_levels
+        from workers.data.decoding import choose_type
+        from workers.data.pixels import to_data
         from workers.diffusion.guidance import tell_labels
         from workers.diffusion.samplers import sample
         from workers.network.manifest import get_most_bytes
@@ -228,18 +233,20 @@ class DiffusionModel:
         if guidance is not None and (guidance < 0 or (guidance != 1 and not self.network.takes_no_label)):
             needed = "at least 0" if guidance < 0 else "1 for a model that was not trained with training.label_dropout"
             raise Mistake(f"guidance={guidance}: it is {needed}")
+        if levels is not None and not 2 <= levels <= 2**16:
+            raise Mistake(f"levels={levels}: they are 2 to {2**16:,}, or None")
         config = SamplerConfig(kind="ddim", steps=steps, eta=eta) if steps else SamplerConfig()
         told = self._check_labels(labels, n)
         if told is None and self.network.classes:
             told = torch.from_numpy(self.network.classes.assign(np.arange(n)))
-        found = np.empty((n, height, width, channels), np.uint8)
+        found = np.empty((n, height, width, channels), choose_type(levels))
         for first in range(0, n, DRAWN_AT_ONCE):  # the network's memory is that of so many, whatever n is
             shape = (min(DRAWN_AT_ONCE, n - first), channels, height, width)
             noise = make_generator(seed, "model", *([first] if first else []))
             with torch.no_grad():
                 part = None if told is None else told[first : first + shape[0]]
                 x_0 = sample(self.process, tell_labels(self.network, part, guidance), config, shape, noise)
-            found[first : first + len(x_0)] = to_levels(x_0, 256).numpy()
+            found[first : first + len(x_0)] = to_data(x_0, levels).numpy()
         return found
 
 

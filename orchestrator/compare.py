@@ -6,8 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator import cli
+from orchestrator.experiment.metrics import DENSITY, NLL
 from orchestrator.experiment.profiles import PROFILES
-from orchestrator.measuring.differences import compare_paired, list_differences_of_kind, list_protocol_differences
+from orchestrator.measuring.differences import (
+    BY_IMAGE,
+    compare_paired,
+    list_differences_of_kind,
+    list_protocol_differences,
+)
 from orchestrator.state.rows import is_distance
 from workers.config import Mistake
 
@@ -82,16 +88,21 @@ def compare_summaries(first: Mapping[str, Any], second: Mapping[str, Any]) -> tu
         differing += ours
         lines += [f"not compared: {text}" for text in ours]
         lines += [f"not of one kind: {text}" for text in list_differences_of_kind(first, second, kind)]
-        if kind == "nll" and not ours and len(first["nll_per_image"]) < 2:
-            lines.append("not compared: the nll of a single image has no error")
-        elif kind == "nll" and not ours:
-            d = compare_paired(first, second)
-            verdict = ("B is better" if d.mean > 0 else "A is better") if d.clear else "not distinguishable"
-            lines.append(f"nll_bpd          A - B = {d}  95 % of {d.n} pairs of images: {verdict}")
+        if kind == "nll" and not ours:
+            lines.append(_describe_paired(NLL if NLL in first["metrics"] else DENSITY, first, second))
         if kind == "samples" and not ours:
             shared = [name for name in first["metrics"] if is_distance(name) and name in second["metrics"]]
             lines += [_describe_unpaired(name, first["metrics"], second["metrics"]) for name in shared]
     return lines, differing
+
+
+def _describe_paired(name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    by_image, _ = BY_IMAGE[name]
+    if len(first[by_image]) < 2:
+        return "not compared: the nll of a single image has no error"
+    d = compare_paired(first, second, name)
+    verdict = ("B is better" if d.mean > 0 else "A is better") if d.clear else "not distinguishable"
+    return f"{name.removeprefix('eval/'):<16} A - B = {d}  95 % of {d.n} pairs of images: {verdict}"
 
 
 def _describe_unpaired(name: str, first: Mapping[str, float], second: Mapping[str, float]) -> str:

@@ -16,6 +16,7 @@ from orchestrator.execution.hangs import Watchdog
 from orchestrator.planning.decide import Turn, decide, decide_turn, find_missing_blocks
 from orchestrator.standing import Standing
 from orchestrator.telling import Telling, sum_seconds_used
+from workers.bits import SEEN, find_validation
 from workers.config import Measurement, Trial
 from workers.evaluation.blocks import Images, list_blocks
 from workers.hosts import CROWDED, HELD, MEASURED, UNWRITABLE
@@ -26,10 +27,10 @@ from workers.speed import Spent, make_model_key
 from workers.tasks import make_order
 from workers.training import name_stop_file
 
-# Why a scheduler has stopped a trial at a step, after its last `valid/nll_bpd`.
+# Why a scheduler has stopped a trial at a step, after its last validation.
 PRUNED = {
-    "asha": "its best validation NLL is not among the best of its rung",
-    "median": "its best validation NLL is above the median of the other trials' running means at this step",
+    "asha": "its best validation is not among the best of its rung",
+    "median": "its best validation is above the median of the other trials' running means at this step",
 }
 LOOK_S = 0.5  # at the trials that other sweeps train, where nothing else is left to train
 
@@ -138,7 +139,7 @@ class RowsInProgress:
             line, steps = self.telling.lines[row], self.standing.get_trial(row).training.steps
             line.state, line.step, line.images_per_s = "training", min(result["step"], steps), result["images_per_s"]
             if result["state"] in ("running", "finished"):
-                line.nll_bpd = result["valid/nll_bpd"]
+                line.validation, line.valid_bpd = find_validation(result) or line.validation, result[SEEN]
             self.telling.record.continue_trial(row, line.name)
             if place == 0:
                 self.telling.display.show_change(row)
@@ -297,6 +298,6 @@ def _share_file(trial: Trial, standing: Standing) -> str:
 
 def _note_pruned(standing: Standing, trial: TrialId, line: Any) -> None:
     path, why = name_status_file(trial), PRUNED[standing.experiment.search.scheduler.kind]
-    detail = f"pruned at step {line.step}, with valid/nll_bpd {line.nll_bpd:.3f}: {why}"
+    detail = f"pruned at step {line.step}, with {line.validation} {line.valid_bpd:.3f}: {why}"
     pruned = {"state": "pruned", "scheduler": standing.scheduler, "detail": detail}
     standing.storage.write_sealed(path, {**(standing.storage.read_sealed(path) or {}), **pruned})

@@ -168,7 +168,7 @@ def make_pictures(
     import torch
 
     from workers.config import SamplerConfig
-    from workers.data.pixels import draw_grid, to_levels, to_picture
+    from workers.data.pixels import draw_grid, to_data, to_picture
     from workers.diffusion.guidance import take_rows
     from workers.diffusion.samplers import draw
     from workers.evaluation.pictures import decode_at, draw_progressive, interpolate
@@ -178,7 +178,7 @@ def make_pictures(
     m, process, sampler, levels = opened.m, opened.process, opened.sampler, opened.dataset.levels
 
     def tabulate(x: torch.Tensor, heads: Sequence[str], sides: Sequence[str], title: str) -> bytes:
-        return draw_labelled(to_picture(to_levels(x, levels), levels).numpy(), heads, sides, title)
+        return draw_labelled(to_picture(to_data(x, levels), levels).numpy(), heads, sides, title)
 
     grid, strips = (_arrange_grid(opened.network.classes, count, label) for count in (n, ROWS))
     x_T, noise = opened.draw_x_T(grid.n, "samples")
@@ -199,8 +199,8 @@ def make_pictures(
     coded = torch.cat([shown, real[:, None]], dim=1)
     blends = [f"image {between[0]}", *(f"{w:.3g}" for w in weights.tolist()), f"image {between[1]}"]
     return {
-        "samples": draw_grid(to_levels(samples, levels), levels, columns=grid.columns, names=grid.names),
-        "progressive": draw_grid(to_levels(strip.flatten(0, 1), levels), levels, columns=strip.shape[1]),
+        "samples": draw_grid(to_data(samples, levels), levels, columns=grid.columns, names=grid.names),
+        "progressive": draw_grid(to_data(strip.flatten(0, 1), levels), levels, columns=strip.shape[1]),
         "interpolation": tabulate(torch.cat(rows), blends, [f"t = {t}" for t in times], "share of the second image"),
         "coding": tabulate(coded.flatten(0, 1), [*(f"{rate[k]:.3g}" for k in sent), "image"], (), "bits/dim received"),
         "coding_curve": draw_curve(rate, rmse),

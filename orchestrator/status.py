@@ -28,6 +28,7 @@ from orchestrator.output.terminal import COLOURS, format_clock, make_columns_tab
 from orchestrator.state.events import Driver, Event, count_events, find_driver, read_events
 from orchestrator.state.rows import Row, rank_rows, shorten_params
 from orchestrator.state.saved import SavedSweep, explain_opening, list_older, list_sweeps, open_sweep, read_rows
+from workers.bits import VALIDATIONS, find_validation
 from workers.config import Mistake
 from workers.identity import list_outside
 from workers.layout import name_sweep_folder, name_sweep_lock
@@ -250,14 +251,14 @@ def _make_trials_table(sweep: Mapping[str, Any], width: int) -> Group:
                 "step": f"{line['step']:,}/{line['steps']:,}",
                 "images/s": f"{rate:,.0f}" if rate else "-",
                 **({"of peak": format_share(line["of_peak"])} if sweep["peaks"] else {}),
-                "valid NLL": f"{metrics['valid/nll_bpd']:.3f}" if "valid/nll_bpd" in metrics else "-",
-                **({head_metric(metric): _format(line, metric)} if metric != "valid/nll_bpd" else {}),
+                "validation": f"{metrics[valid]:.3f}" if (valid := find_validation(metrics)) else "-",
+                **({head_metric(metric): _format(line, metric)} if metric not in VALIDATIONS else {}),
                 "retries": _format_retries(line),
                 "heard": _format_ago(sweep["now_ms"], line["updated_ms"]),
             }
         )
     quiet = ["retries"] if all(row["retries"] == "-" for row in rows) else []
-    table = make_columns_table(rows, width, spare=(*quiet, "of peak", "heard", "images/s", "valid NLL"))
+    table = make_columns_table(rows, width, spare=(*quiet, "of peak", "heard", "images/s", "validation"))
     details = [Text(f"{t['trial'][:8]}  {t['detail']}") for t in sweep["trials"] if t["detail"]]
     notes = [Text(OVER_SEEDS, style="dim")] if settings else []
     notes += [Text(f"peak: {text}", style="dim") for text in sweep["peaks"]]

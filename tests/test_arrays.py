@@ -134,7 +134,10 @@ def test_parquet_files_of_tensors(tmp_path, dtype, shape):
 def test_tensors_that_are_no_images(tmp_path):
     flat = write_tensors(tmp_path / "flat.parquet", COLOUR.reshape(30, -1))
     fails(flat, "its column of extension<arrow.fixed_shape_tensor", "is not N x height x width")
-    fails(write_tensors(tmp_path / "int.parquet", COLOUR.astype(np.int64)), "is not of uint8 or uint16")
+    fails(
+        write_tensors(tmp_path / "int.parquet", COLOUR.astype(np.int64)),
+        "is not of uint8, uint16, float16, float32, float64",
+    )
     write_tensors(tmp_path / "d-0.parquet", COLOUR)
     write_tensors(tmp_path / "d-1.parquet", COLOUR[:, :2])
     for name in ("flat", "int"):

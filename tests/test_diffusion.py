@@ -11,7 +11,7 @@ from scipy.stats import norm
 from small_process import F64, config, every_t, normal, process
 
 from workers.config import DiffusionConfig, LossConfig, SamplerConfig, ScheduleConfig
-from workers.data.pixels import to_levels, to_model
+from workers.data.pixels import to_data, to_model
 from workers.diffusion.bound import decoder_term, diffusion_terms, log_normal_interval, prior_term
 from workers.diffusion.objectives import Objective, weights
 from workers.diffusion.predictions import from_eps
@@ -311,6 +311,6 @@ def test_levels_survive_the_model_s_scale(levels):
     pixels = torch.arange(levels, dtype=torch.uint8).reshape(1, levels, 1, 1).expand(2, levels, 3, 1)
     x = to_model(pixels, levels)
     assert x.shape == (2, 1, levels, 3) and x.min() == -1 and x.max() == 1
-    assert torch.equal(to_levels(x, levels), pixels)
-    assert torch.equal(to_levels(x + 0.98 / (levels - 1), levels), pixels)  # within the bin of eq. (13)
-    assert torch.equal(to_levels(x * 5, levels).unique(), to_levels((x * 5).clamp(-1, 1), levels).unique())
+    assert torch.equal(to_data(x, levels), pixels)
+    assert torch.equal(to_data(x + 0.98 / (levels - 1), levels), pixels)  # within the bin of eq. (13)
+    assert torch.equal(to_data(x * 5, levels).unique(), to_data((x * 5).clamp(-1, 1), levels).unique())

@@ -124,7 +124,7 @@ def test_sizes(tmp_path):
 
 def test_more_than_8_bits(tmp_path):
     deep = write_images(tmp_path / "deep", [*GREY[:2], np.full((4, 4), 40_000, np.uint16)])
-    fails(deep, "000.png has 8 bits a channel and 002.png has 16; convert all")
+    fails(deep, "000.png has 8 bits a channel and 002.png has 16 bits a channel; convert all")
     clear = write_images(tmp_path / "clear", [])
     (tmp_path / "clear").mkdir()
     (clear / "a.png").write_bytes(encoded(np.full((4, 4), 40_000, np.uint16), transparency=40_000))

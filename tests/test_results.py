@@ -22,7 +22,9 @@ def row(digest: str, T: int, nll: float | None, error: str = "") -> Row:
     metrics = {"eval/nll_bpd": nll, "eval/nll_bpd_se": 0.01, "eval/fd_classifier": 1.5}
     summary = None if nll is None else {"metrics": metrics, "nll_by_t": [0.1] * T + [0.0]}
     variant = Variant(params={"diffusion.T": T, "diffusion.schedule": {"kind": "cosine"}}, trial=TRIAL)
-    return Row(RowId(digest), variant, Found(status, "abc", summary, steps=10, valid_nll_bpd=3.0), error)
+    return Row(
+        RowId(digest), variant, Found(status, "abc", summary, steps=10, validation={"valid/nll_bpd": 3.0}), error
+    )
 
 
 ROWS = [row("aaaa", 50, 2.9), row("bbbb", 100, None, "out of memory"), row("cccc", 200, 2.5)]

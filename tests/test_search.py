@@ -331,10 +331,10 @@ def decisions(values: Mapping[str, Sequence[float]], **settings: Any) -> dict[st
     for step in range(len(next(iter(values.values())))):
         for name, own in values.items():
             if "STOP" not in message[name]:
-                result = {"step": 10 * (step + 1), "valid/nll_bpd": own[step], "state": "running"}
+                result = {"step": 10 * (step + 1), "validation_bpd": own[step], "state": "running"}
                 message[name].append(rule.on_trial_result(controller, trials[name], result))
     for t in trials.values():  # the last result of a program's fault has no step
-        rule.on_trial_complete(controller, t, {"valid/nll_bpd": 100.0, "state": "failed"})
+        rule.on_trial_complete(controller, t, {"validation_bpd": 100.0, "state": "failed"})
     return message
 
 

@@ -73,7 +73,7 @@ def test_what_was_searched_is_seen_whole_and_other_columns_give_way(width: int, 
     }
     screen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown(lines, width=width)).splitlines()
     [heads, *_] = [row.split() for row in screen if row.startswith("trial")]
-    every = ["trial", "T", "weighting", "state", "progress", "step", "valid", "NLL", "images/s", "left"]
+    every = ["trial", "T", "weighting", "state", "progress", "step", "validation", "images/s", "left"]
     assert heads == [head for head in every if head not in gone]
     assert [row.split()[1:3] for row in screen if row[:8] in {digest[:8] for digest in LINES}][:4] == [
         ["50", "simple"], ["100", "simple"], ["50", "vlb"], ["100", "vlb"]

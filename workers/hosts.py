@@ -14,6 +14,7 @@ import torch
 from ray import tune
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from workers.bits import SEEN, find_validation
 from workers.config import DRIVER_CPUS
 from workers.data.dataset import prepare
 from workers.disk import Unwritable
@@ -49,8 +50,9 @@ def report_results(job: Job, world: World) -> Generator[dict[str, Any], None, No
         storage.remove_leftovers(folder)
     loop = training_loop(trial, prepare(trial.data), storage, folder, world, also_keep=job["also_keep"])
     for progress in loop:
+        seen = find_validation(progress.metrics)
         yield {
-            "valid/nll_bpd": PENALTY_BPD,
+            SEEN: progress.metrics[seen] if seen else PENALTY_BPD,
             **progress.metrics,
             "step": progress.step,
             "state": progress.state,
@@ -66,7 +68,7 @@ def report_failure(error: BaseException) -> dict[str, Any]:
         state, detail = UNWRITABLE, str(error)
     elif isinstance(error, Held):
         state, detail = HELD, error.who
-    return {"valid/nll_bpd": PENALTY_BPD, "state": state, "detail": detail}
+    return {SEEN: PENALTY_BPD, "state": state, "detail": detail}
 
 
 def report_resized(job: Job, error: BaseException) -> dict[str, Any] | None:
@@ -83,7 +85,7 @@ def report_resized(job: Job, error: BaseException) -> dict[str, Any] | None:
             correct_share(Storage(job["storage"]), job["share"], name_hardware(choose_device(job["gpus"])), gpus)
     else:
         return None
-    return {"valid/nll_bpd": PENALTY_BPD, "state": state, "gpus": gpus, "detail": detail}
+    return {SEEN: PENALTY_BPD, "state": state, "gpus": gpus, "detail": detail}
 
 
 class OneWorker(tune.Trainable):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from workers.bits import find_validation
 from workers.seals import Lines, open_lines, seal_lines
 from workers.storage import Storage, tell_damage
 
@@ -81,7 +82,7 @@ def read_points(storage: Storage, folder: str) -> list[Point]:
 
 def find_validated_steps(storage: Storage, folder: str) -> set[int]:
     """The steps whose validation the journal holds."""
-    return {point["step"] for point in read_points(storage, folder) if "valid/nll_bpd" in point.get("metrics", {})}
+    return {point["step"] for point in read_points(storage, folder) if find_validation(point.get("metrics", {}))}
 
 
 def read_image(storage: Storage, point: Mapping[str, Any]) -> bytes | None:

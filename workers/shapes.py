@@ -5,7 +5,7 @@ The tests check them wherever `workers.diffusion`, `workers.network` and `worker
 """
 
 import numpy as np
-from jaxtyping import Float, Float64, Int64, Shaped, UInt8, UInt16
+from jaxtyping import Float, Float32, Float64, Int64, Shaped, UInt8, UInt16
 from torch import Tensor
 
 # Of a batch. Images are on the scale of [-1, 1], but for what a network says of them.
@@ -22,5 +22,6 @@ Beside = Shaped[Tensor, "n ..."]  # numbers of each image, that multiply its pix
 PerTime = Float64[Tensor, "T"]
 
 # Of a data set and of its feature space.
-NHWC = UInt8[np.ndarray, "n h w c"] | UInt16[np.ndarray, "n h w c"]  # in 0..levels-1
+# In 0..levels-1, and in [-1, 1] where they are not discrete.
+NHWC = UInt8[np.ndarray, "n h w c"] | UInt16[np.ndarray, "n h w c"] | Float32[np.ndarray, "n h w c"]
 Features = Float[np.ndarray, "n d"]

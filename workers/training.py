@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from workers.bits import VALIDATIONS, name_validation
 from workers.code import drop_pin
 from workers.config import (
     SAMPLE_GRID,
@@ -28,7 +29,7 @@ from workers.config import (
     Trial,
 )
 from workers.data.dataset import Dataset
-from workers.data.pixels import draw_grid, to_levels, to_model
+from workers.data.pixels import draw_grid, to_data, to_model
 from workers.diffusion.guidance import LabelledModel, tell_labels
 from workers.diffusion.likelihood import estimate
 from workers.diffusion.process import Model
@@ -207,8 +208,9 @@ class _Loop:
         Rank 0 does it. The others learn only whether it was finite, so that all of them end together.
         """
         self.clock.turn_to("validation")
-        nll_bpd = torch.zeros(1, dtype=torch.float64, device=self.world.device)
-        if self.world.rank == 0 and self.journal.get(self.step, "valid/nll_bpd") is None:
+        name = name_validation(self.dataset.levels)
+        bpd = torch.zeros(1, dtype=torch.float64, device=self.world.device)
+        if self.world.rank == 0 and self.journal.get(self.step, name) is None:
             with self.learner.use_averaged() as model, self.learner.autocast:
                 seed, levels, device = self.trial.seed, self.dataset.levels, self.world.device
                 process = self.learner.process
@@ -219,16 +221,16 @@ class _Loop:
                 conditional = tell_labels(model, told)
                 bound = estimate(process, conditional, x_0, VALIDATION_TIMESTEPS, levels, seed, "valid")
                 grid = self._draw_samples(model)
-            nll_bpd[0] = bound.mean
+            bpd[0] = bound.mean
             if math.isfinite(bound.mean):
                 error = bound.standard_error  # of a single image there is none
-                values = {"valid/nll_bpd": bound.mean} | ({} if error is None else {"valid/nll_bpd_se": error})
+                values = {name: bound.mean} | ({} if error is None else {f"{name}_se": error})
                 self.journal.add_metrics(self.step, {**values, "train/images_per_s": self.images_per_s})
                 self.journal.add_image(self.step, "samples", grid)
         if self.world.size > 1:
-            torch.distributed.broadcast(nll_bpd, src=0)
-        if not math.isfinite(nll_bpd.item()):
-            raise Diverged(f"valid/nll_bpd {nll_bpd.item():g}")
+            torch.distributed.broadcast(bpd, src=0)
+        if not math.isfinite(bpd.item()):
+            raise Diverged(f"{name} {bpd.item():g}")
 
     def _draw_samples(self, model: LabelledModel | Model) -> bytes:
         """A grid of samples as PNG: a row of each of the first classes where the network is told them."""
@@ -240,7 +242,7 @@ class _Loop:
         shape = (SAMPLE_GRID if labels is None else len(labels), channels, height, width)
         sampler = SamplerConfig(kind="ddim", steps=min(SAMPLE_GRID_STEPS, process.T))
         noise = make_generator(self.trial.seed, "grid", device=device)
-        images = to_levels(sample(process, tell_labels(model, labels), sampler, shape, noise), levels)
+        images = to_data(sample(process, tell_labels(model, labels), sampler, shape, noise), levels)
         names = [classes.names[label] for label in rows] if classes else []
         return draw_grid(images, levels, columns=SAMPLE_GRID_COLUMNS, names=names)
 
@@ -252,8 +254,8 @@ class _Loop:
 
     def _report(self, state: State, detail: str = "") -> Progress:
         self.clock.turn_to("waiting")
-        names = ("valid/nll_bpd", "valid/nll_bpd_se")
-        metrics = {n: v for n in names if (v := self.journal.get(self.step, n)) is not None}
+        name = name_validation(self.dataset.levels)
+        metrics = {n: v for n in (name, f"{name}_se") if (v := self.journal.get(self.step, n)) is not None}
         progress = Progress(self.step, state, metrics, self.images_per_s, detail)
         if self.world.rank == 0:
             self.journal.flush()
@@ -338,7 +340,7 @@ def write_status(
             "state": progress.state,
             "step": progress.step,
             "steps": steps,
-            "valid_nll_bpd": progress.metrics.get("valid/nll_bpd"),
+            **{name.replace("/", "_"): v for name, v in progress.metrics.items() if name in VALIDATIONS},
             "images_per_s": progress.images_per_s,
             "detail": progress.detail,
             "checkpoint": checkpoint.digest if checkpoint else None,

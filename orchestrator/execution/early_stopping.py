@@ -6,6 +6,7 @@ from typing import Any
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from orchestrator.experiment.records import SearchConfig
+from workers.bits import SEEN
 from workers.hosts import ask_to_stop
 from workers.jobs import read_trial
 
@@ -14,7 +15,7 @@ def make_scheduler(search: SearchConfig, steps: int) -> TrialScheduler:
     scheduler = search.scheduler
     seen: dict[str, Any] = {  # not Tune's iteration: that starts again when an actor does
         "time_attr": "step",
-        "metric": "valid/nll_bpd",
+        "metric": SEEN,
         "mode": "min",
         "grace_period": min(scheduler.grace, steps),
     }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from workers.evaluation.blocks import name_space
 from workers.kinds import MEASURES, SPACES, MeasureEntry
 
-NLL, EVALUATIONS = "eval/nll_bpd", "eval/network_evaluations"
+NLL, DENSITY, EVALUATIONS = "eval/nll_bpd", "eval/density_bpd", "eval/network_evaluations"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,19 @@ def _list_measures(measures: Iterable[MeasureEntry], spaces: Sequence[str]) -> I
 
 METRICS = {
     NLL: Metric(head="NLL bits/dim", part="nll", by_image="nll_per_image"),
+    DENSITY: Metric(head="density bits/dim", part="nll", by_image="density_per_image"),
     "eval/fid": Metric(head="fid", part="fid"),
     "eval/fd_classifier": Metric(head="fd_classifier", part="fid"),
     "eval/ode_nll_bpd": Metric(head="ODE NLL bits/dim", part="ode_nll", by_image="ode_nll_per_image"),
+    "eval/ode_density_bpd": Metric(head="ODE density bits/dim", part="ode_nll", by_image="ode_density_per_image"),
     "valid/nll_bpd": Metric(head="validation bits/dim", part=None),
+    "valid/density_bpd": Metric(head="validation density bits/dim", part=None),
     EVALUATIONS: Metric(head="network_evaluations", part="fid", is_rank=False),
     **dict(_list_measures(MEASURES.values(), list(SPACES))),
 }
+# Likelihoods of data in levels, each with that of data that are not discrete.
+DENSITIES = {NLL: DENSITY, "eval/ode_nll_bpd": "eval/ode_density_bpd", "valid/nll_bpd": "valid/density_bpd"}
+NLLS = {density: nll for nll, density in DENSITIES.items()}
 RANKS = tuple(name for name, metric in METRICS.items() if metric.is_rank)
 
 
@@ -44,6 +50,11 @@ def list_metrics() -> dict[str, Metric]:
     """METRICS, with those of the measures and in the feature spaces from outside that were named."""
     measures = [*MEASURES.values(), *(entry for entry, _ in MEASURES.outside.values())]
     return dict(_list_measures(measures, [*SPACES, *SPACES.outside])) | METRICS
+
+
+def choose_likelihood(metric: str, levels: int | None) -> str:
+    """What stands in the place of a metric of data in so many levels, None being not discrete: mostly itself."""
+    return (DENSITIES if levels is None else NLLS).get(metric, metric)
 
 
 def head_metric(name: str) -> str:

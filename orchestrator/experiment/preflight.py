@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from orchestrator.experiment.check import tell_once
+from orchestrator.experiment.metrics import NLLS, choose_likelihood
 from orchestrator.experiment.records import MOST_VARIANTS, Experiment, ExperimentError, Variant
 from workers.classes import MOST_CLASSES
 from workers.code import drop_digests
@@ -265,6 +266,11 @@ def _check_fid(fid: FIDConfig, source: Source) -> Iterator[Finding]:
     if space.form == "network":
         for mistake in load(TRY_SPACE)(fid.features, source.shape):
             yield Finding(f"evaluation.fid.features: {mistake}")
+    if fid.quantise != "round" and source.levels is None:
+        yield Finding(
+            f"evaluation.fid.quantise: {fid.quantise} is of levels, and the data of {source.name} are not discrete, so "
+            "that samples are taken as they are; leave it out"
+        )
     if fid.reference_images != "all" and fid.reference_images > getattr(source, fid.reference):
         yield Finding(
             f"evaluation.fid.reference_images: {fid.reference_images:,} is more than the "
@@ -291,6 +297,16 @@ def _count_references(fid: FIDConfig, source: Source) -> int:
     return split if fid.reference_images == "all" else min(fid.reference_images, split)
 
 
+def _check_likelihood(experiment: Experiment, _: Trial, source: Source) -> Iterator[Finding]:
+    """Trials are ranked by a likelihood of the kind that their data have."""
+    values = "not discrete" if source.levels is None else f"in {source.levels} levels"
+    search = experiment.search
+    for where, name in [("search.metric", search.metric), *(("search.also", name) for name in search.also)]:
+        if (own := choose_likelihood(name, source.levels)) != name:
+            of = "a density, of data that are not discrete" if name in NLLS else "of data in levels"
+            yield Finding(f"{where}: {name} is {of}, and those of {source.name} are {values}; take {own}")
+
+
 def _check_search(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Finding]:
     search, training = experiment.search, trial.training
     if search.scheduler.kind != "none" and search.scheduler.grace >= training.steps:
@@ -307,5 +323,6 @@ CHECKS: tuple[Callable[[Experiment, Trial, Source], Iterator[Finding]], ...] = (
     _check_network,
     _check_variance,
     _check_images,
+    _check_likelihood,
     _check_search,
 )

@@ -162,7 +162,7 @@ SCHEDULERS: dict[str, tuple[str, ...]] = {"none": (), "asha": ("grace", "reducti
 
 
 class SchedulerConfig(Record):
-    """Stops trials early by their validation NLL, after `grace` steps that are safe.
+    """Stops trials early by their validation, after `grace` steps that are safe.
 
     `asha`: after each rung the best 1 in `reduction` go on. `median`: whoever's best is above the median of the others'
     means until the same step ends, once `others` of them have come so far.

@@ -19,8 +19,9 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from orchestrator import cli
+from orchestrator.experiment.metrics import DENSITIES, NLLS
 from orchestrator.experiment.settings import suggest_choice
-from orchestrator.measuring.differences import compare_paired, list_protocol_differences
+from orchestrator.measuring.differences import BY_IMAGE, compare_paired, list_protocol_differences
 from orchestrator.nights.suite import CANDIDATE, CHAMPION, EVERY, NEWEST, Rule, Suite, split_registered
 from orchestrator.tracking.registry import Version
 from workers.config import Record
@@ -56,11 +57,13 @@ class ModelNumbers(Kept):
     metrics: dict[str, float] = Field(default_factory=dict)
     passports: dict[str, Any] = Field(default_factory=dict)
     nll_per_image: tuple[float, ...] = ()
+    density_per_image: tuple[float, ...] = ()  # of data that are not discrete, in its place
     failed: str = ""
 
     @property
     def summary(self) -> dict[str, Any]:
-        return {"metrics": self.metrics, "passports": self.passports, "nll_per_image": self.nll_per_image}
+        by_image = {"nll_per_image": self.nll_per_image, "density_per_image": self.density_per_image}
+        return {"metrics": self.metrics, "passports": self.passports, **by_image}
 
 
 class ModelComparison(Kept):
@@ -231,18 +234,22 @@ def find_earlier_entries(history: Iterable[Night]) -> Before:
 
 
 def compare(rules: Sequence[Rule], entries: Sequence[ModelNumbers], before: Before) -> list[ModelComparison]:
-    """Each model against itself the night before, and against its sweep's champion of tonight."""
+    """Each model against itself the night before, and against its sweep's champion of tonight.
+
+    A rule of a likelihood is not for models whose likelihood is of the other kind (`metrics.DENSITIES`).
+    """
     champions = {e.sweep: e for e in entries if e.alias == CHAMPION and not e.failed}
     found = []
     for entry in entries:
         if entry.failed:
             continue
+        own = [rule for rule in rules if DENSITIES.get(rule.metric, NLLS.get(rule.metric)) not in entry.metrics]
         if entry.name in before:
             then, last = before[entry.name]
-            found += [_compare_with(rule, entry, last, f"last night ({then.day})") for rule in rules]
+            found += [_compare_with(rule, entry, last, f"last night ({then.day})") for rule in own]
         champion = champions.get(entry.sweep) if entry.sweep and entry.alias != CHAMPION else None
         if champion:
-            found += [_compare_with(rule, entry, champion, champion.name) for rule in rules]
+            found += [_compare_with(rule, entry, champion, champion.name) for rule in own]
     return found
 
 
@@ -255,7 +262,7 @@ def _compare_with(rule: Rule, ours: ModelNumbers, theirs: ModelNumbers, against:
             difference=difference, standard_error=se, verdict=verdict, why=why,
         )  # fmt: skip
 
-    kind = "nll" if rule.metric == "eval/nll_bpd" else "samples"
+    by_image, kind = BY_IMAGE.get(rule.metric, ("", "samples"))
     if differing := list_protocol_differences(ours.summary, theirs.summary, kind):
         return make_comparison("unknown", f"not compared, as measured by another protocol ({'; '.join(differing)})")
     if ours.checkpoint == theirs.checkpoint and ours.hash == theirs.hash:
@@ -267,8 +274,8 @@ def _compare_with(rule: Rule, ours: ModelNumbers, theirs: ModelNumbers, against:
         return make_comparison("worse" if bad else "unknown", f"is {value:g}, against {base:g}")
     if ours.checkpoint == theirs.checkpoint:  # its noise is the same: what moved is the library, see `find_drifted`
         return make_comparison("unknown", f"{difference:+.4g}, of an unchanged checkpoint", difference)
-    if kind == "nll" and len(ours.summary["nll_per_image"]) > 1:
-        pair = compare_paired(ours.summary, theirs.summary)
+    if len(ours.summary.get(by_image, ())) > 1:
+        pair = compare_paired(ours.summary, theirs.summary, rule.metric)
         se: float | None = pair.standard_error
         text = f"{difference:+.4f} ± {se:.4f} bits/dim over {pair.n} images"
     else:

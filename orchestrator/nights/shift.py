@@ -28,7 +28,7 @@ from orchestrator.nights import hooks
 from orchestrator.nights.calendar import compute_instant, format_time, list_missed, say
 from orchestrator.nights.decisions import CanaryResult, ModelNumbers, Night, NightFinding, Promotion, State, Wanted
 from orchestrator.nights.night_page import format_headline, to_html, to_markdown
-from orchestrator.nights.suite import CANDIDATE, CHAMPION, Suite
+from orchestrator.nights.suite import CANDIDATE, CHAMPION, Suite, note_missing_rules
 from orchestrator.output.terminal import Display
 from orchestrator.tracking import registry
 from orchestrator.tracking.outside import record_measurement
@@ -201,7 +201,8 @@ def _find_models(
                 models.append(NightModel(entry.model_copy(update={"failed": str(mistake)})))
                 continue
             sources |= its
-            notes += [text for text in warnings if text not in notes]
+            told = [*warnings, *note_missing_rules(suite, entry.name, its[subject.m.data].levels)]
+            notes += [text for text in told if text not in notes]
             images, digest = Images.of(its[subject.m.data]), subject.checkpoint.digest
             entry = entry.model_copy(update={"protocol": make_protocol_key(subject.m, images)})
             models.append(NightModel(entry, subject, name_summary(subject.m, digest, images)))
@@ -271,7 +272,7 @@ def _add_numbers(entry: ModelNumbers, summary: Mapping[str, Any] | None, measure
     if failed or summary is None:
         return entry.model_copy(update={"failed": failed or "its summary is gone"})
     numbers: dict[str, Any] = {key: summary[key] for key in ("hash", "metrics", "passports")}
-    numbers["nll_per_image"] = tuple(summary.get("nll_per_image", ()))
+    numbers |= {key: tuple(summary.get(key, ())) for key in ("nll_per_image", "density_per_image")}
     numbers["blocks_run"] = sum(measured.missing.values()) if measured else 0
     return entry.model_copy(update=numbers)
 

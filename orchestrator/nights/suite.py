@@ -6,7 +6,7 @@
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from orchestrator.experiment.check import find_evaluation_mistakes
 from orchestrator.experiment.load import open_code, parse_assignment
+from orchestrator.experiment.metrics import DENSITY, NLL, choose_likelihood
 from orchestrator.experiment.records import ExperimentError, Name, TrackingConfig
 from orchestrator.experiment.settings import find_invalid, list_paths, put, read_file, suggest_choice, suggest_path
 from orchestrator.nights.calendar import Schedule
@@ -200,8 +201,16 @@ def _find_contradictions(suite: Suite) -> list[str]:
 
 def list_comparable(evaluation: EvaluationConfig) -> dict[str, bool]:
     """The metrics that a rule may name, all of them better where lower; and whether each has a standard error."""
-    found = {"eval/nll_bpd": True} if evaluation.nll else {}
+    found = {NLL: True, DENSITY: True} if evaluation.nll else {}
     if fid := evaluation.fid:
         distance, *others = list_comparable_metrics(fid)
         found |= {distance: fid.samples > SPACES[fid.features].dimensions, **dict.fromkeys(others, True)}
     return found
+
+
+def note_missing_rules(suite: Suite, model: str, levels: int | None) -> Iterator[str]:
+    """That a model's likelihood is of another kind than those that the rules name."""
+    names = [rule.metric for rule in suite.regression.rules]
+    for name in names:
+        if (own := choose_likelihood(name, levels)) not in names:
+            yield f"{model}: what is measured of its data is {own}, of which there is no rule; {name} is not compared"

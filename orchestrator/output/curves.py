@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from orchestrator.experiment.metrics import EVALUATIONS, NLL, head_metric
+from orchestrator.experiment.metrics import DENSITY, EVALUATIONS, NLL, head_metric
 from orchestrator.experiment.records import Variant
 from orchestrator.measuring.seeds import Group
 from orchestrator.output.figures import Plot, Series, draw_curves, draw_scatter, to_png
 from orchestrator.output.findings import Report
 from orchestrator.state.rows import Row, shorten_params
+from workers.bits import VALIDATIONS
 from workers.code import drop_pin
 from workers.diffusion.schedules import betas, log_snrs
 
@@ -25,8 +26,9 @@ def draw_bits(report: Report) -> list[Plot]:
     for row in report.rows:
         if by_t := (row.found.summary or {}).get("nll_by_t"):
             T = len(by_t) - 1
-            t = [i / T for i in range(1, T + 1)]
-            series.append(_make_series(report, row, t, [max(b, 1e-9) * T for b in by_t[:-1]]))
+            first = DENSITY in row.metrics  # whose L_0 may be below 0, where the axis has no place for it
+            t = [i / T for i in range(1 + first, T + 1)]
+            series.append(_make_series(report, row, t, [max(b, 1e-9) * T for b in by_t[first:-1]]))
     return [draw_curves("bits-by-t", series, "t / T", "T × Lₜ₋₁ (bits/dim)", log_y=True)] if series else []
 
 
@@ -72,25 +74,29 @@ def draw_chains(report: Report) -> list[Plot]:
             x, y, e = zip(*((c["steps"], c["bpd"], c["bpd_se"] or 0.0) for c in chains), strict=True)
             low, high = [[b + s * Z * d for b, d in zip(y, e, strict=True)] for s in (-1, 1)]
             series.append(_make_series(report, row, x, y, low=low, high=high))
-    label = "bits/dim, optimal variance"
+    label = f"{head_metric(report.bound)}, optimal variance" if report.bound != NLL else "bits/dim, optimal variance"
     return [draw_curves("by-steps", series, "steps of the chain", label, log_x=True, markers=True)] if series else []
 
 
 def draw_validation(report: Report) -> list[Plot]:
-    """The quick estimate of the bound while training, which is what schedulers see."""
-    series: list[Series] = []
-    for row in report.rows:
-        points = [
-            (p["step"], m["valid/nll_bpd"], m.get("valid/nll_bpd_se", 0.0))
-            for p in report.journals[row.digest]
-            if "valid/nll_bpd" in (m := p.get("metrics", {}))
-        ]
-        if points:
-            x, y, e = zip(*sorted(points), strict=True)
-            low, high = ([b + s * d for b, d in zip(y, e, strict=True)] for s in (-1, 1))
-            series.append(_make_series(report, row, x, y, low=low, high=high))
-    label = "valid/nll_bpd (± its standard error)"
-    return [draw_curves("validation", series, "step", label, log_y=True, markers=True)] if series else []
+    """The quick estimate of the bound while training, which is what schedulers see: a figure of each kind there is."""
+    drawn = []
+    for name in VALIDATIONS:
+        series: list[Series] = []
+        for row in report.rows:
+            points = [
+                (p["step"], m[name], m.get(f"{name}_se", 0.0))
+                for p in report.journals[row.digest]
+                if name in (m := p.get("metrics", {}))
+            ]
+            if points:
+                x, y, e = zip(*sorted(points), strict=True)
+                low, high = ([b + s * d for b, d in zip(y, e, strict=True)] for s in (-1, 1))
+                series.append(_make_series(report, row, x, y, low=low, high=high))
+        label, of, log_y = f"{name} (± its standard error)", "validation", name == VALIDATIONS[0]
+        of += "-density" * (not log_y)  # which may be below 0
+        drawn += [draw_curves(of, series, "step", label, log_y=log_y, markers=True)] if series else []
+    return drawn
 
 
 def draw_front(report: Report) -> list[Plot]:
@@ -133,7 +139,7 @@ def draw_training_steps(report: Report) -> list[Plot]:
     """bits/dim and the distance over training, a line for each other setting, where several `training.steps` were
     measured."""
     drawn = []
-    for metric in filter(None, (NLL, report.distance)):
+    for metric in filter(None, (report.bound, report.distance)):
         steps = r"training(\.steps)?$"
         series = _make_lines(report, metric, lambda group: float(group.variant.trial.training.steps), steps)
         labels = "training steps", f"{_label_axis(metric)} (± its standard error)"
@@ -209,7 +215,7 @@ def _get_error(group: Group, metric: str) -> float:
 
 
 def _label_axis(name: str) -> str:
-    return "NLL (bits/dim)" if name == NLL else head_metric(name)
+    return {NLL: "NLL (bits/dim)", DENSITY: "density (bits/dim)"}.get(name) or head_metric(name)
 
 
 PLOTS: dict[str, Callable[[Report], list[Plot]]] = {

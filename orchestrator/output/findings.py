@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
-from orchestrator.experiment.metrics import NLL, head_metric
+from orchestrator.experiment.metrics import DENSITY, NLL, head_metric
 from orchestrator.measuring.differences import BY_IMAGE, Difference
 from orchestrator.measuring.seeds import Group, are_over_seeds, compare_groups, group_rows
 from orchestrator.output.importance import Forest, Share, compute_importance, grow_forest
@@ -77,7 +77,12 @@ class Report:
     def objectives(self) -> tuple[str, ...]:
         """What the front is a trade-off of: the search's own objectives where it has several, else bits/dim and the
         distance."""
-        return (self.kept.metric, *self.kept.also) if self.kept.also else (NLL, self.distance)
+        return (self.kept.metric, *self.kept.also) if self.kept.also else (self.bound, self.distance)
+
+    @cached_property
+    def bound(self) -> str:
+        """The bound that trials have, NLL or DENSITY."""
+        return next((name for name in (NLL, DENSITY) if any(name in row.metrics for row in self.rows)), NLL)
 
     @cached_property
     def traded(self) -> list[Group]:

@@ -17,7 +17,7 @@ from orchestrator.output.terminal import make_columns_table
 
 if TYPE_CHECKING:  # a table of results needs neither Ray nor pandas
     import pandas as pd
-from orchestrator.experiment.metrics import EVALUATIONS, NLL, head_metric
+from orchestrator.experiment.metrics import DENSITY, EVALUATIONS, NLL, head_metric
 from orchestrator.state.rows import SPEED, Row, is_distance, shorten_params
 
 SAME = " ≈"  # after the number of a trial that cannot be told from the best
@@ -38,7 +38,7 @@ def make_frame(rows: Sequence[Row], collapse_seeds: bool = False) -> "pd.DataFra
 
     groups = group_rows(rows, each=not collapse_seeds)
     over_seeds = are_over_seeds(groups)
-    _, differences = compare_groups(groups, NLL)
+    behind = {name: compare_groups(groups, name)[1] for name in (NLL, DENSITY)}
     params = make_columns([group.variant for group in groups])
     return pd.DataFrame(
         {
@@ -47,7 +47,7 @@ def make_frame(rows: Sequence[Row], collapse_seeds: bool = False) -> "pd.DataFra
             **{path: values[i] for path, values in params.items()},
             **g.metrics,
             **(_make_seed_columns(g) if over_seeds else {}),
-            **_list_behind(g, differences),
+            **_list_behind(g, behind),
             **_make_cost_columns(g),
             **{name: value for name, value in g.speeds.items() if name != f"{SPEED}images_per_s"},  # which is above
         }
@@ -104,9 +104,13 @@ def _choose_kind(value: Any) -> str:
     return "text"
 
 
-def _list_behind(group: Group, differences: Mapping[str, Difference]) -> dict[str, float]:
-    d = differences.get(group.digest)
-    return {"nll_above_best_bpd": d.mean, "nll_above_best_low": d.low, "nll_above_best_high": d.high} if d else {}
+def _list_behind(group: Group, behind: Mapping[str, Mapping[str, Difference]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for metric, differences in behind.items():
+        if d := differences.get(group.digest):
+            name = metric.removeprefix("eval/").removesuffix("_bpd")
+            found |= {f"{name}_above_best_{end}": x for end, x in (("bpd", d.mean), ("low", d.low), ("high", d.high))}
+    return found
 
 
 def make_table(rows: Sequence[Row], metric: str = NLL, width: int | None = None, each: bool = False) -> Table:
@@ -150,7 +154,7 @@ def make_table(rows: Sequence[Row], metric: str = NLL, width: int | None = None,
 def list_measured(rows: Sequence[Row | Group]) -> list[str]:
     """The metrics that a table of the trials shows: the bound, whatever was measured, then what else was."""
     found = {name for row in rows for name in row.metrics if is_distance(name) or name in BY_IMAGE}
-    return sorted(found or {NLL}, key=lambda name: (name != NLL, name not in BY_IMAGE, name))
+    return sorted(found or {NLL}, key=lambda name: (name not in (NLL, DENSITY), name not in BY_IMAGE, name))
 
 
 def format_metric(name: str, metrics: Mapping[str, float], missing: str = "-", digits: int = 3) -> str:
@@ -184,7 +188,7 @@ def describe_row(row: Row) -> str:
 
 def choose_compared_metric(metric: str) -> str:
     """The metric by whose error bars trials are held against the best, in a sweep that ranks on `metric`."""
-    return NLL if metric == "valid/nll_bpd" else metric
+    return {"valid/nll_bpd": NLL, "valid/density_bpd": DENSITY}.get(metric, metric)
 
 
 def _format_mark(group: Group, differences: Mapping[str, Difference]) -> str:

@@ -21,6 +21,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from workers.bits import VALIDATIONS
+
 REFRESH_S = 0.5
 # What is under way comes first where the window is too low for all trials.
 STATES = ("failed", "evaluating", "training", "diverged", "paused", "waiting", "pruned", "done")
@@ -42,12 +44,13 @@ class Line:
     batch_size: int
     state: str = "waiting"  # a name in STATES
     step: int = 0
-    nll_bpd: float | None = None
+    valid_bpd: float | None = None  # the last validation
     images_per_s: float = 0.0
     blocks: int = 0  # of the evaluation
     blocks_left: int = 0
     shares: bool = False  # the trial of a line before it, whose training is told and counted there
     silent_s: float = 0.0  # its processes, or one of them, have not been heard for so long
+    validation: str = VALIDATIONS[0]  # the name of `valid_bpd`
     params: Mapping[str, str] = field(default_factory=dict)  # the searched values by name: a column each
 
     @property
@@ -98,11 +101,11 @@ class Display:
         if self._live:
             self.refresh(force=True)
         else:
-            nll = "" if line.nll_bpd is None else f"  valid/nll_bpd {line.nll_bpd:.3f}"
+            valid = "" if line.valid_bpd is None else f"  {line.validation} {line.valid_bpd:.3f}"
             rate = f"  {line.images_per_s:,.0f} images/s" if line.images_per_s else ""
             left = estimate_time_left(self.lines.values(), self._estimate_at_once())
             self.say(
-                f"{digest[:8]}  {line.state:<10}  step {line.step}/{line.steps}{nll}{rate}  {line.name}"
+                f"{digest[:8]}  {line.state:<10}  step {line.step}/{line.steps}{valid}{rate}  {line.name}"
                 + f"  {left}" * bool(left)
             )
 
@@ -157,7 +160,7 @@ def _make_cells(digest: str, line: Line, names: Sequence[str]) -> dict[str, Rend
         "state": Text(line.state + blocks, style=COLOURS.get(line.state, "")),
         "progress": ProgressBar(total=line.steps, completed=line.step, width=BAR) if line.steps else "",
         "step": f"{line.step:,}/{line.steps:,}" if line.steps else "",
-        "valid NLL": "" if line.nll_bpd is None else f"{line.nll_bpd:.3f}",
+        "validation": "" if line.valid_bpd is None else f"{line.valid_bpd:.3f}",
         "images/s": f"{line.images_per_s:,.0f}" if line.images_per_s else "",
         "left": line.left,
     }

@@ -27,7 +27,7 @@ class Found:
     steps: int = 0  # the row's
     is_kept: bool = False  # whether the checkpoint stays, however far its trial is trained
     begun: bool = False  # whether there is an earlier checkpoint to go on from
-    valid_nll_bpd: float | None = None  # the validation at the row's step, or the last before it
+    validation: Mapping[str, float] = field(default_factory=dict)  # by its name: at the row's step, or the last before
 
     @property
     def state(self) -> str:
@@ -68,8 +68,7 @@ class Row:
     def metrics(self) -> dict[str, float]:
         """Measured values under MLflow's names."""
         values = dict(self.found.summary["metrics"]) if self.found.summary else {}
-        valid = self.found.valid_nll_bpd
-        return {**values, **({"valid/nll_bpd": valid} if valid is not None else {})}
+        return {**values, **self.found.validation}
 
     @property
     def images_per_s(self) -> float | None:

@@ -26,6 +26,7 @@ from orchestrator.experiment.settings import read_yaml, suggest_choice, write_ya
 from orchestrator.state.events import Event, list_failures, read_events, sum_evaluation_seconds
 from orchestrator.state.rows import Found, Row
 from workers import consent
+from workers.bits import VALIDATIONS, find_validation
 from workers.bundles import collect_bundles, keep_bundle
 from workers.config import DataConfig, Measurement, Mistake, Trial
 from workers.data.locate import make_absolute
@@ -289,12 +290,14 @@ def find(storage: Storage, row: RowId, trial: Trial, protocol: str, status: Mapp
     except manifest.CheckpointError as error:
         return Found(status, unread=str(error), steps=steps)
     summary = storage.read_sealed(name_summary_file(measured.digest, protocol), RERUN) if measured else None
-    valid = (status or {}).get("valid_nll_bpd")
+    names = {name.replace("/", "_"): name for name in VALIDATIONS}  # as the status has them
+    valid = {names[key]: value for key, value in (status or {}).items() if key in names and value is not None}
     if status and status["step"] > steps:  # the trial has gone on
         points = read_points(storage, name_trial_folder(of))
-        values = [(p["step"], m["valid/nll_bpd"]) for p in points if "valid/nll_bpd" in (m := p.get("metrics", {}))]
-        valid = max((one for one in values if one[0] <= steps), default=(0, None))[1]
-    found = Found(status, checkpoint.digest if checkpoint else None, summary, steps=steps, valid_nll_bpd=valid)
+        before = [p for p in points if p["step"] <= steps and find_validation(p.get("metrics", {}))]
+        last = max(before, key=lambda point: point["step"], default={})
+        valid = {name: value for name, value in last.get("metrics", {}).items() if name in VALIDATIONS}
+    found = Found(status, checkpoint.digest if checkpoint else None, summary, steps=steps, validation=valid)
     return replace(found, is_kept=bool(checkpoint and checkpoint.kept))
 
 

@@ -11,8 +11,8 @@ diffusers keeps it (the artifact `diffusers`). A table asks for images, a row a 
               are of classes in the proportions of the training images
     guidance  the scale of `workers.diffusion.guidance`; without the column, the evaluation's
 
-`predict` returns the images of all rows one after the other: uint8 or uint16 (N, H, W, C) in 0..levels-1, the data's
-own levels.
+`predict` returns the images of all rows one after the other, (N, H, W, C): uint8 or uint16 in 0..levels-1, the data's
+own levels; float32 in the data's own units where these are not discrete.
 """
 
 import math
@@ -28,6 +28,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from workers.code import drop_pin
 from workers.config import FIDConfig, Mistake, SamplerConfig
 from workers.data.decoding import choose_type
+from workers.data.ranges import scale_from_unit
 from workers.evaluation.blocks import SAMPLES
 from workers.evaluation.make import LoadedModel, draw_block, move_to_device
 from workers.kinds import SAMPLERS
@@ -53,6 +54,7 @@ class ImageModel(PythonModel):
         self.model = LoadedModel(move_to_device(network, device), process, device, settings["precision"])
         self.shape = checkpoints.describe(checkpoint).shape
         self.levels, self.fid = settings["levels"], FIDConfig.model_validate(settings["fid"])
+        self.span = tuple(settings["span"] or ())
 
     def predict(self, context: PythonModelContext, model_input: pd.DataFrame) -> np.ndarray:
         """`model_input` is a table with the columns above. Raises ValueError for a request that means nothing.
@@ -67,7 +69,8 @@ class ImageModel(PythonModel):
             for block in range(math.ceil(n / SAMPLES)):
                 of = {"shape": self.shape, "levels": self.levels, "label": label}
                 images, _ = draw_block(self.model, fid, seed, block, **of)
-                parts.append(images[: n - block * SAMPLES])
+                images = images[: n - block * SAMPLES]
+                parts.append(scale_from_unit(images, self.span) if self.span else images)
         return np.concatenate([np.zeros((0, *self.shape), choose_type(self.levels)), *parts])
 
     def _read_label(self, row: dict[Any, Any]) -> int | None:

@@ -25,6 +25,7 @@ import workers
 from workers.bundles import keep_code
 from workers.config import FIDConfig
 from workers.data.decoding import choose_type
+from workers.data.ranges import Span
 from workers.identity import describe_sampler
 from workers.layout import get_trial_of_row
 from workers.network import checkpoint as checkpoints
@@ -37,7 +38,7 @@ TRIAL, CHECKPOINT, PATH, STORAGE, DRAWS = (
 )
 USE = """```python
 model = mlflow.pyfunc.load_model("models:/%s@candidate")
-images = model.predict(pandas.DataFrame({"n": [16], "seed": [0]}))  # uint8 (16, H, W, C), in the data's levels
+images = model.predict(pandas.DataFrame({"n": [16], "seed": [0]}))  # (16, H, W, C), as the data are
 ```"""
 # What `model_code` and the modules of `workers` below it import.
 REQUIRED = ("jaxtyping", "mlflow", "numpy", "pandas", "pillow", "pyarrow", "pydantic", "safetensors", "torch")
@@ -49,8 +50,9 @@ class Candidate:
 
     trial: str  # its id, or that of a row of the sweep that measures it
     checkpoint: Checkpoint
-    levels: int
+    levels: int | None
     fid: FIDConfig
+    span: Span | None = None  # of data that are not discrete: what is [-1, 1] for the network
     variance: str | None = None  # of p_theta as it is measured; None: the checkpoint's own
     precision: str = "float32"  # that the network computes in
     description: str = ""  # for a person
@@ -95,6 +97,7 @@ def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
             model_config={
                 "checkpoint": candidate.checkpoint.digest,
                 "levels": candidate.levels,
+                "span": list(candidate.span) if candidate.span else None,
                 "fid": drawing.model_dump(mode="json"),
                 "variance": candidate.variance,
                 "precision": candidate.precision,

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from orchestrator.experiment.load import resolve, to_yaml
+from orchestrator.experiment.metrics import NLL, choose_likelihood
 from orchestrator.experiment.records import Experiment, Variant
 from orchestrator.experiment.settings import list_leaves, write_yaml
 from orchestrator.measuring.seeds import are_over_seeds, group_rows
@@ -109,13 +110,15 @@ class SweepRuns:
         measure, the one that ranks them first."""
         trials, search, best = self.trials.values(), self.experiment.search, self.experiment.search.metric
         names = {f"eval/{name_distance(fid)}" for v in trials if (fid := v.trial.evaluation.fid)}
-        names |= {"eval/nll_bpd" for v in trials if v.trial.evaluation.nll}
+        levels = [self.sources[v.trial.data].levels for v in trials]
+        bounds = {choose_likelihood(NLL, n) for n, v in zip(levels, trials, strict=True) if v.trial.evaluation.nll}
+        curve = CURVE if any(levels) else choose_likelihood(CURVE, None)
         return ComparisonView(
             params=tuple(sorted({leaf for v in trials for p, x in v.params.items() for leaf in list_leaves(p, x)})),
             metrics=search.objectives
             if search.also
-            else tuple(sorted(names, key=lambda name: (name != best, name != "eval/nll_bpd", name))) or (CURVE,),
-            curve=CURVE,
+            else tuple(sorted(names | bounds, key=lambda name: (name != best, name not in bounds, name))) or (curve,),
+            curve=curve,
             images=("samples",),
             trials=len(self.trials),
             over_seeds=len(self._repetitions) < len(self.trials),
@@ -144,7 +147,8 @@ class SweepRuns:
         trial = self.trials[row_id].trial
         self.tracker.last_steps[row_id] = trial.training.steps
         source = self.sources[trial.data]
-        profile = {"train": source.train, "held_out": source.held_out, "levels": source.levels}
+        values = {"span": list(source.span)} if source.span else {"levels": source.levels}
+        profile = {"train": source.train, "held_out": source.held_out, **values}
         images = [
             LoggedDataset(name=source.name, digest=source.digest, source=trial.data.source, shape=source.shape,
                     dtype=choose_type(source.levels).__name__, profile=profile, context=context)
@@ -248,12 +252,13 @@ class SweepRuns:
         checkpoint = find_checkpoint(self.storage, best.digest, trial)
         assert checkpoint, best.digest
         checkpoint = manifest.choose_average(checkpoint, Measurement.of(trial).evaluation.ema)
-        levels, fid = self.sources[trial.data].levels, trial.evaluation.fid or FIDConfig()
+        source, fid = self.sources[trial.data], trial.evaluation.fid or FIDConfig()
         asked = Measurement.of(trial).evaluation
         return Candidate(
             trial=best.digest,
             checkpoint=checkpoint,
-            levels=levels,
+            levels=source.levels,
+            span=source.span,
             fid=fid,
             variance=asked.variance,
             precision=asked.precision,

@@ -69,7 +69,7 @@ def test_a_sweep_is_seen_from_another_terminal_while_it_runs(tiny: Path, tmp_pat
     assert "ended" in (storage / "sweeps/tiny/report.html").read_text()
 
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.text)
-    for output in ("valid NLL", "images/s", "CPUs busy", "2 training", "train       new", "report  "):
+    for output in ("validation", "images/s", "CPUs busy", "2 training", "train       new", "report  "):
         assert output in text, text
     for noise in ("Warning", "warning:", "(raylet)", "(pid=", "Traceback", "W0000", "I0000"):
         assert noise not in text, text

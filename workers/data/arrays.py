@@ -22,7 +22,8 @@ from workers.data.tree import Files, Split, Tree, warn_of_missing_labels
 
 SUFFIXES = (".npz", ".npy")
 ROLES = {"images": ("images", "image", "x", ""), "labels": ("labels", "label", "y")}  # and the names that they have
-TYPES = {"uint8": 2**8, "uint16": 2**16}  # and their levels
+# And their levels; None: not discrete.
+TYPES = {"uint8": 2**8, "uint16": 2**16, "float16": None, "float32": None, "float64": None}
 MOST_CHANNELS = 64
 PIECE = 2**24  # bytes that are read at a time, where an image has fewer
 DEFLATE = 1032  # the most bytes that zip makes of one
@@ -144,7 +145,7 @@ def check_pixels(told: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Non
     """Raises DataError, which begins with `told`, where values of that shape and type are no image."""
     height, width, channels = (*shape, 1, 1, 1)[:3]
     if dtype.name not in TYPES:
-        raise DataError(f"{told} is not of {' or '.join(TYPES)}; convert it by astype")
+        raise DataError(f"{told} is not of {list_names(TYPES, len(TYPES))}; convert it by astype")
     if len(shape) not in (2, 3) or not 0 < height * width <= MOST_PIXELS or channels < 1:
         raise DataError(f"{told} is not N x height x width or N x height x width x channels; reshape it")
     if channels > MOST_CHANNELS or (height in (1, 3) and width == channels > 4):

@@ -39,9 +39,7 @@ def open_gaussian() -> Files:
     """
 
     def read() -> Iterator[Item]:
-        x = GAUSSIAN_SD * np.random.RandomState(0).standard_normal(
-            (2500, 8, 8, 1)
-        )  # frozen, as in `dataset._number_rows`
+        x = GAUSSIAN_SD * np.random.RandomState(0).standard_normal((2500, 8, 8, 1))  # frozen, as in `order.number_rows`
         images = np.rint((x.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
         if hashlib.sha256(images.tobytes()).hexdigest() != GAUSSIAN_SHA256:
             raise DataError("this version of NumPy draws other normal numbers from RandomState; install NumPy 2")

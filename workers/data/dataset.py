@@ -1,4 +1,4 @@
-"""Images in: any source becomes one memory-mapped array of bytes, decoded once and addressed by its content.
+"""Images in: any source becomes one memory-mapped array, decoded once and addressed by its content.
 
     DataConfig -> `locate`: what lies there -> `survey`: of its files and all headers -> `sources.describe`: a Source
     -> prepare: decode into the cache, prove it whole (`proofs`), open
@@ -13,6 +13,7 @@ What is kept, under the cache folder; all of it can be made again, and is where 
 
     hashes/<source>.json     sha256 of the source's files, by path and by what the file system says of each
     surveys/<files>.json     what all headers and labels say
+    ranges/<digest>.json     between which values data that are not discrete lie
     data/<digest>/           images.npy, labels.npy, and meta.json, which is written last and holds their sha256
     proofs/<digest>.json     of a big data set: that its files were read through and found whole since the boot
     sources/<source>/        copies of an object store's files, and a memo beside them
@@ -41,13 +42,14 @@ from workers.config import DataConfig
 from workers.data.cache import find_default_cache, lock_cache
 from workers.data.decoding import Item, Pixels, check_size, choose_type, decode, explain_damage
 from workers.data.locate import find_name, name_source
+from workers.data.order import number_rows
 from workers.data.proofs import is_whole, note_whole
+from workers.data.ranges import Span, scale_to_unit
 from workers.data.sources import Source, describe_with_files
 from workers.data.splits import DataError
 from workers.data.tree import CHUNK, PIECE, Files, Split
 from workers.memos import hash_file, read_state, recall
 
-SPLIT_SEED = 20_200_619  # of every shuffle and split: each trial holds out the same images
 log = logging.getLogger(__name__)
 
 
@@ -60,13 +62,14 @@ class Dataset:
 
     digest: str
     name: str
-    levels: int  # pixels take the values 0 .. levels - 1
+    levels: int | None  # pixels take the values 0 .. levels - 1; None: they are not discrete
     shape: tuple[int, int, int]  # H, W, C
-    train: Pixels  # uint8 or uint16 NHWC [0, levels - 1]
+    train: Pixels  # uint8 or uint16 NHWC [0, levels - 1]; float32 [-1, 1] where they are not discrete
     held_out: Pixels  # the same
     train_labels: NDArray[np.int64] | None  # int64 N
     held_out_labels: NDArray[np.int64] | None  # int64 N
     class_names: tuple[str, ...] = ()  # by label, where the source has names
+    span: Span | None = None  # of data that are not discrete: the values that are -1 and 1 here
 
     @cached_property
     def classes(self) -> Classes | None:
@@ -90,22 +93,7 @@ def prepare(config: DataConfig, cache: Path | None = None) -> Dataset:
             with lock_cache(cache / "data" / f"{source.digest}.lock"):
                 if not is_whole(folder):
                     _build(config, files, source, folder, cache)
-        return _open(folder, find_name(config), source.class_names)
-
-
-# ---- The order of images ---------------------------------------------------------------------------------------
-
-
-def _number_rows(held_out: int, train: int, own_split: bool) -> NDArray[np.int64]:
-    """The row of each item, items being the test split then the training split, or the one undivided split.
-
-    Rows 0 .. held_out - 1 are the held-out images. RandomState's stream is frozen for good (NEP 19), so the split
-    is the same under every version of NumPy.
-    """
-    random = np.random.RandomState(SPLIT_SEED)
-    if own_split:
-        return np.concatenate([random.permutation(held_out), held_out + random.permutation(train)])
-    return random.permutation(held_out + train)
+        return _open(folder, find_name(config), source)
 
 
 # ---- Decoding --------------------------------------------------------------------------------------------------
@@ -135,7 +123,7 @@ def _decode_all(config: DataConfig, files: Files, source: Source, folder: Path) 
     """Writes images.npy and, where there are labels, labels.npy. Raises DataError."""
     test = files.held_out if isinstance(files.held_out, Split) else None
     items = chain(test.read(), files.train.read()) if test else files.train.read()
-    rows = _number_rows(source.held_out, source.train, test is not None)
+    rows = number_rows(source.held_out, source.train, test is not None)
     file = _reserve_file(folder / "images.npy", (len(rows), *source.shape), choose_type(source.levels))
     images = np.asarray(file)  # the same memory, twice as quick to write into
     labels = np.zeros(len(rows), np.int64)
@@ -144,7 +132,7 @@ def _decode_all(config: DataConfig, files: Files, source: Source, folder: Path) 
         for row, item in part:
             pixels = decode(item, source.shape[2], config.resolution, config.background)
             check_size(item.name, pixels.shape, source.shape)
-            images[row] = np.minimum(pixels, source.levels - 1)  # LANCZOS overshoots the digits' 17 levels
+            images[row] = _fit_into_type(pixels, source)
             labels[row] = item.label or 0
 
     threads = min(8, os.cpu_count() or 1)  # Pillow frees the GIL while it decodes
@@ -154,6 +142,13 @@ def _decode_all(config: DataConfig, files: Files, source: Source, folder: Path) 
     file.flush()
     if source.labelled:
         np.save(folder / "labels.npy", labels)
+
+
+def _fit_into_type(pixels: Pixels, source: Source) -> Pixels:
+    if source.levels is None:
+        assert source.span
+        return scale_to_unit(pixels, source.span)
+    return np.minimum(pixels, source.levels - 1)  # LANCZOS overshoots the digits' 17 levels
 
 
 def _reserve_file(path: Path, shape: tuple[int, ...], kind: type[np.generic]) -> np.memmap:
@@ -192,7 +187,7 @@ def _split_into_chunks(pairs: Iterable[tuple[np.int64, Item]]) -> Iterator[list[
 # ---- What is prepared ------------------------------------------------------------------------------------------
 
 
-def _open(folder: Path, name: str, class_names: tuple[str, ...]) -> Dataset:
+def _open(folder: Path, name: str, source: Source) -> Dataset:
     meta = recall(folder / "meta.json")
     n, shape = meta["held_out"], tuple(meta["shape"])
     with explain_damage(f"the prepared folder {folder}"):
@@ -201,4 +196,5 @@ def _open(folder: Path, name: str, class_names: tuple[str, ...]) -> Dataset:
     assert images.shape == (n + meta["train"], *shape), f"{folder}: {images.shape}"
     train_labels, held_out_labels = (None, None) if labels is None else (labels[n:], labels[:n])
     splits = images[n:], images[:n]
-    return Dataset(folder.name, name, meta["levels"], shape, *splits, train_labels, held_out_labels, class_names)
+    of = source.class_names, source.span
+    return Dataset(folder.name, name, meta["levels"], shape, *splits, train_labels, held_out_labels, *of)

@@ -5,7 +5,7 @@ programs (PostScript: Ghostscript). A header's size is held against MOST_PIXELS 
 
 `look` reads headers, and pixels only where a palette leaves it open whether they are grey. `decode` returns the image
 upright by its EXIF orientation (as Hugging Face's datasets does), transparent pixels composited on a colour, in 8 bits
-a channel or grey in 16, and cropped and resized where that is asked for.
+a channel, grey in 16 or grey in floats, and cropped and resized where that is asked for.
 """
 
 import io
@@ -43,6 +43,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 Pixels = NDArray[Any]  # HWC, of the type that `choose_type` names
 Colour = tuple[int, int, int]  # red, green, blue in 0..255
 _alone = threading.Lock()
+BYTES, DEEP, FLOATS = "8 bits", "16 bits", "floats"  # depths of a channel
 
 
 class Item(NamedTuple):
@@ -61,12 +62,12 @@ class Look(NamedTuple):
     colour: bool  # False where all that can be seen of it is grey
     transparent: bool  # has transparent pixels, or might
     animated: bool  # has more pictures than the first
-    deep: bool  # has 16 bits a channel
+    depth: str  # BYTES, DEEP or FLOATS: of a channel
 
 
-def choose_type(levels: int) -> type[np.uint8 | np.uint16]:
-    """What pixels of so many levels are stored as."""
-    return np.uint8 if levels <= 256 else np.uint16
+def choose_type(levels: int | None) -> type[np.uint8 | np.uint16 | np.float32]:
+    """What pixels of so many levels are stored as; of None, those that are not discrete."""
+    return np.float32 if levels is None else np.uint8 if levels <= 256 else np.uint16
 
 
 @contextmanager
@@ -89,14 +90,14 @@ def look(item: Item) -> Look:
         turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5
         width, height = image.size[::-1] if turned else image.size
         animated = image.format in ("PNG", "WEBP", "TIFF") and getattr(image, "n_frames", 1) > 1
-        return Look(width, height, _is_coloured(image), image.has_transparency_data, animated, _is_deep(image))
+        return Look(width, height, _is_coloured(image), image.has_transparency_data, animated, _find_depth(image))
 
 
 def decode(item: Item, channels: int, resolution: Resolution | None, background: Colour) -> Pixels:
     """HWC. With `resolution`: its centre cropped to that shape, then resized by LANCZOS (as EDM's dataset_tool.py)."""
     image = item.image if isinstance(item.image, np.ndarray) else _load(item, background)
-    if isinstance(image, Image.Image) and _is_deep(image):
-        image = np.asarray(image)[..., None].astype(np.uint16)
+    if isinstance(image, Image.Image) and (depth := _find_depth(image)) != BYTES:
+        image = np.asarray(image)[..., None].astype(np.uint16 if depth == DEEP else np.float32)
     if isinstance(image, np.ndarray):
         if resolution is None:
             return image
@@ -121,11 +122,13 @@ def _resize(name: str, image: Image.Image, resolution: Resolution) -> Image.Imag
 
 
 def _resize_channels(name: str, pixels: Pixels, resolution: Resolution) -> Pixels:
-    """`_resize` of each channel by itself."""
+    """`_resize` of each channel by itself, within the type's range; of floats, within that of the image."""
     channels = [
         _resize(name, Image.fromarray(channel), resolution) for channel in np.moveaxis(pixels, 2, 0).astype("f4")
     ]
     resized = np.stack([np.asarray(channel) for channel in channels], axis=2)
+    if pixels.dtype.kind == "f":
+        return resized.clip(pixels.min(), pixels.max())
     return np.rint(resized).clip(0, np.iinfo(pixels.dtype).max).astype(pixels.dtype)
 
 
@@ -179,10 +182,11 @@ def _open_image(item: Item) -> Iterator[Image.Image]:
                 f"of which at most {MOST_PIXELS / 1e6:.0f} million are decoded; resize or remove it"
             )
         deep = image.mode.startswith(("I", "F")) or ";16" in str(getattr(image, "tile", ""))
-        if (deep and not _is_deep(image)) or (_is_deep(image) and image.has_transparency_data):
+        own = _find_depth(image) != BYTES
+        if (deep and not own) or (own and image.has_transparency_data):
             raise DataError(
                 f"{name} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits, or to opaque grey "
-                "of 16"
+                "of 16, or as TIFF of floats (mode F)"
             )
         yield image
 
@@ -195,13 +199,13 @@ def _list_formats(item: Item) -> str:
     return "TIFF" if _choose_formats(item) == ("TIFF",) else "PNG, JPEG, BMP or WebP"
 
 
-def _is_deep(image: Image.Image) -> bool:
-    """Whether it is grey of 16 bits."""
-    return image.mode.startswith("I;16")
+def _find_depth(image: Image.Image) -> str:
+    """DEEP or FLOATS where it is grey of so much, else BYTES."""
+    return FLOATS if image.mode == "F" else DEEP if image.mode.startswith("I;16") else BYTES
 
 
 def _load(item: Item, background: Colour) -> Image.Image:
-    """The image of 8 bits a channel, or grey of 16, upright, all of it opaque."""
+    """The image of 8 bits a channel, or grey of 16 or in floats, upright, all of it opaque."""
     with (
         _open_image(item) as image,
         _alone if image.width * image.height > BIG else nullcontext(),
@@ -220,7 +224,7 @@ def _load(item: Item, background: Colour) -> Image.Image:
 def _is_coloured(image: Image.Image) -> bool:
     """Whether an image has colours by its mode; one with a palette, by what can be seen of it."""
     if image.mode not in ("P", "PA"):
-        return image.mode not in ("1", "L", "LA", "La") and not _is_deep(image)
+        return image.mode not in ("1", "L", "LA", "La") and _find_depth(image) == BYTES
     palette = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
     if (palette == palette[:, :1]).all():
         return False

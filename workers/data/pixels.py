@@ -12,20 +12,27 @@ from torch import Tensor
 
 from workers.data.decoding import choose_type
 
-
-def to_model(images: Tensor, levels: int) -> Tensor:
-    """NHWC in 0..levels-1 -> float32 NCHW in [-1, 1]."""
-    return (images.float() * (2 / (levels - 1)) - 1).permute(0, 3, 1, 2).contiguous()
+Levels = int | None  # of a data set; None: it is not discrete, and its images are float32 in [-1, 1]
 
 
-def to_levels(x: Tensor, levels: int) -> Tensor:
-    """float NCHW -> uint8 or uint16 NHWC: clipped to [-1, 1] and rounded to the nearest of the `levels`."""
-    return _make_whole(_scale(x, levels).round(), levels)
+def to_model(images: Tensor, levels: Levels) -> Tensor:
+    """NHWC in 0..levels-1 -> float32 NCHW in [-1, 1]; what is not discrete is there already."""
+    x = images if levels is None else images.float() * (2 / (levels - 1)) - 1
+    return x.permute(0, 3, 1, 2).contiguous()
 
 
-def to_levels_truncated(x: Tensor, levels: int) -> Tensor:
-    """As `to_levels`, but rounded towards 0, as the code of several papers casts to bytes: half a level darker."""
-    return _make_whole(_scale(x, levels), levels)
+def to_data(x: Tensor, levels: Levels) -> Tensor:
+    """float NCHW -> NHWC as the data are kept: clipped to [-1, 1], and in `levels` rounded to the nearest of them."""
+    return _keep_real(x) if levels is None else _make_whole(_scale(x, levels).round(), levels)
+
+
+def to_data_truncated(x: Tensor, levels: Levels) -> Tensor:
+    """As `to_data`, but rounded towards 0, as the code of several papers casts to bytes: half a level darker."""
+    return _keep_real(x) if levels is None else _make_whole(_scale(x, levels), levels)
+
+
+def _keep_real(x: Tensor) -> Tensor:
+    return x.float().clamp(-1, 1).permute(0, 2, 3, 1).contiguous()
 
 
 def _scale(x: Tensor, levels: int) -> Tensor:
@@ -37,19 +44,20 @@ def _make_whole(x: Tensor, levels: int) -> Tensor:
     return x.to(whole).permute(0, 2, 3, 1).contiguous()
 
 
-QUANTISERS: dict[str, Callable[[Tensor, int], Tensor]] = {"round": to_levels, "truncate": to_levels_truncated}
+QUANTISERS: dict[str, Callable[[Tensor, Levels], Tensor]] = {"round": to_data, "truncate": to_data_truncated}
 
 
-def to_picture(images: Tensor, levels: int) -> Tensor:
+def to_picture(images: Tensor, levels: Levels) -> Tensor:
     """NHWC in `levels` -> float in 0..255, grey or in colour: of other numbers of channels side by side, each grey."""
-    shown = images.cpu().float() * (255 / (levels - 1))
+    shown = images.cpu().float()
+    shown = (shown.clamp(-1, 1) + 1) * 127.5 if levels is None else shown * (255 / (levels - 1))
     if shown.shape[3] not in (1, 3):
         shown = shown.permute(0, 1, 3, 2).flatten(2)[..., None]
     return shown
 
 
 def draw_grid(
-    images: Tensor, levels: int, side: int = 400, columns: int | None = None, names: Sequence[str] = ()
+    images: Tensor, levels: Levels, side: int = 400, columns: int | None = None, names: Sequence[str] = ()
 ) -> bytes:
     """A grid of NHWC images, square unless `columns` are given, a grey line between them, as PNG.
 

@@ -12,15 +12,16 @@ from typing import Any
 from workers.config import DataConfig
 from workers.data import decoding
 from workers.data.cache import find_default_cache
-from workers.data.decoding import check_resolution, check_size
+from workers.data.decoding import DEEP, FLOATS, check_resolution, check_size
 from workers.data.locate import find_name, locate, name_source
+from workers.data.ranges import Span, find_spans
 from workers.data.splits import DataError, list_names, show_name
 from workers.data.survey import Survey, hash_files, survey_files
 from workers.data.tree import Files, Split
 from workers.identity import compute_digest
 from workers.sides import get_sides
 
-DEEP = 2**16  # levels of 16 bits
+LEVELS = {DEEP: 2**16, FLOATS: None}  # of encoded images that are not of 8 bits
 VERSION = 1  # of the storing below: raise it when the same files would give other bytes, and caches are rebuilt
 
 
@@ -34,7 +35,7 @@ class Source:
     train: int
     held_out: int
     labelled: bool
-    levels: int
+    levels: int | None  # None: not discrete
     shape: tuple[int, int, int]  # H, W, C of an image, after data.resolution
     classes: int = 0  # 0 without labels
     largest_label: int = -1
@@ -44,6 +45,7 @@ class Source:
     left_out: str = ""  # files that are not read, by suffix
     composited: str = ""  # images with an alpha channel, and what is under them
     warnings: tuple[str, ...] = ()
+    span: Span | None = None  # of data that are not discrete: the values that become -1 and 1
 
 
 def compute_fingerprint(config: DataConfig, cache: Path | None = None) -> str:
@@ -76,6 +78,9 @@ def describe_with_files(config: DataConfig, cache: Path) -> tuple[Source, Files]
         content["background"] = list(config.background)
     labelled = files.train.labelled and (not isinstance(files.held_out, Split) or files.held_out.labelled)
     labelled = labelled and not survey.unlabelled
+    shape, levels = _find_shape(config, files, survey), LEVELS.get(survey.depth, files.levels)
+    spans = find_spans(config, files, content, counts=counts, cache=cache) if levels is None else None
+    found = [*_list_findings(config, kind, files, hashes, survey), *(spans.list_warnings() if spans else ())]
     source = Source(
         digest=compute_digest(content),
         name=find_name(config),
@@ -83,8 +88,8 @@ def describe_with_files(config: DataConfig, cache: Path) -> tuple[Source, Files]
         train=counts[1],
         held_out=counts[0],
         labelled=labelled,
-        levels=DEEP if survey.deep else files.levels,
-        shape=_find_shape(config, files, survey),
+        levels=levels,
+        shape=shape,
         classes=survey.classes if labelled else 0,
         largest_label=survey.largest_label if labelled else -1,
         class_names=files.class_names if labelled else (),
@@ -92,7 +97,8 @@ def describe_with_files(config: DataConfig, cache: Path) -> tuple[Source, Files]
         own_split=files.held_out is not None,
         left_out=others,
         composited=_describe_composited(config, survey),
-        warnings=(*files.warnings, *warnings, *_list_findings(config, kind, files, hashes, survey)),
+        warnings=(*files.warnings, *warnings, *found),
+        span=spans.train if spans else None,
     )
     return source, files
 
@@ -163,7 +169,14 @@ def describe_source(source: Source) -> str:
         f"{source.train:,} to train on" + f" ({train})" * bool(train),
         f"{source.held_out:,} held out ({held_out or 'of the same images, by a fixed shuffle'})",
         f"{source.classes:,} class{'es' * (source.classes != 1)}{named}" if source.labelled else "no labels",
-        f"{width}x{height} {colour}" + f" in {source.levels} levels" * (source.levels != 256),
+        f"{width}x{height} {colour}{_describe_values(source)}",
     ]
     parts += [source.composited] if source.composited else []
     return ", ".join(parts) + f"; left out: {source.left_out}" * bool(source.left_out)
+
+
+def _describe_values(source: Source) -> str:
+    if source.span:
+        low, high = source.span
+        return f" in real numbers, {low:.6g} to {high:.6g} to train on"
+    return f" in {source.levels} levels" * (source.levels != 256)

@@ -7,14 +7,14 @@ from typing import Any
 
 from workers.config import DataConfig
 from workers.data import decoding
-from workers.data.decoding import look
+from workers.data.decoding import BYTES, look
 from workers.data.locate import make_absolute
 from workers.data.splits import DataError, show_name
 from workers.data.tree import Files, Split
 from workers.identity import compute_digest
 from workers.memos import hash_file, read_state, recall, remember
 
-SURVEYED = 2  # the version of what a survey holds
+SURVEYED = 3  # the version of what a survey holds
 SETTLED_NS = 2_000_000_000  # a file that changed less than this ago may change again within a tick of its clock
 
 
@@ -31,7 +31,7 @@ class Survey:
     lowest: tuple[str, int, int]  # the first of the least height
     narrowest: tuple[str, int, int]  # and of the least width
     classes: int
-    deep: bool  # 16 bits a channel, where headers tell
+    depth: str  # of a channel, where headers tell; BYTES where they do not
     unlabelled: bool  # all labels of a split are negative, which says that there are none
     largest_label: int  # -1 without labels
 
@@ -68,7 +68,7 @@ def survey_files(kind: str, files: Files, hashes: str | list[tuple[str, str]], c
             size,
             size,
             classes,
-            deep=False,
+            depth=BYTES,
             unlabelled=False,
             largest_label=classes - 1,
         )
@@ -85,7 +85,7 @@ def survey_files(kind: str, files: Files, hashes: str | list[tuple[str, str]], c
 def _read_survey(files: Files, splits: list[Split]) -> Survey:
     colour, transparent, animated, labels, unlabelled = False, 0, 0, set[int](), False
     first = other = lowest = narrowest = None
-    of_depth: dict[bool, str] = {}  # the first image of 8 bits a channel, and that of 16
+    of_depth: dict[str, str] = {}  # the first image of each depth
     if files.like is not None:
         height, width, _ = files.like.shape
         first = "an image", width, height
@@ -107,7 +107,7 @@ def _read_survey(files: Files, splits: list[Split]) -> Survey:
             narrowest = size if narrowest is None or seen.width < narrowest[1] else narrowest
             colour, transparent = colour or seen.colour, transparent + seen.transparent
             animated += seen.animated
-            of_depth.setdefault(seen.deep, show_name(item.name))
+            of_depth.setdefault(seen.depth, show_name(item.name))
         if count != split.count:
             raise DataError(f"it holds {count:,} images where its headers tell {split.count:,}; copy it again")
         if 0 < negative < count:
@@ -116,9 +116,8 @@ def _read_survey(files: Files, splits: list[Split]) -> Survey:
             raise DataError(f"there is a label {max(labels)}; labels are whole numbers from 0 on, below 2^31")
         unlabelled = unlabelled or negative > 0
     if len(of_depth) > 1:
-        raise DataError(
-            f"{of_depth[False]} has 8 bits a channel and {of_depth[True]} has 16; convert all to one of these"
-        )
+        found = " and ".join(f"{name} has {depth} a channel" for depth, name in of_depth.items())
+        raise DataError(f"{found}; convert all to one of these")
     assert first
     images = sum(split.count for split in splits)
     return Survey(
@@ -131,7 +130,7 @@ def _read_survey(files: Files, splits: list[Split]) -> Survey:
         lowest or first,
         narrowest or first,
         len(labels),
-        deep=True in of_depth,
+        depth=next(iter(of_depth), BYTES),
         unlabelled=unlabelled,
         largest_label=max(labels, default=-1),
     )

@@ -34,7 +34,7 @@ class Files:
     paths: list[tuple[str, Path]]  # what of each file's name counts for the address, and the file; none if built in
     train: Split
     held_out: Split | int | None = None
-    levels: int = 256
+    levels: int | None = 256  # None: not discrete
     like: Pixels | None = None  # an image of the size and channels of all, where they are known without decoding
     sha256: str | None = None  # of a built-in source's bytes: its address needs no reading
     classes: int | None = None  # where they are known without reading

@@ -2,8 +2,9 @@
 
 For a fixed variance every L_{t-1} depends on the network only through |x_0 - x_0_hat(x_t)|^2, since both means are
 the same linear combination of (x_0, x_t) and (x_0_hat, x_t). So the expensive part records squared errors
-(`likelihood`) and the terms follow from them here; L_0 goes through the discrete decoder of eq. (13). A learned
-variance takes part in every term, which is then computed where the network is (`model_terms`).
+(`likelihood`) and the terms follow from them here; L_0 goes through the discrete decoder of eq. (13), or of
+data that are not discrete through a Gaussian density. A learned variance takes part in every term, which is then
+computed where the network is (`model_terms`).
 """
 
 import math
@@ -42,10 +43,10 @@ def diffusion_terms(
     return spread + process.posterior_x_0[i].square() * squared_error / (2 * model)
 
 
-def model_terms(process: Process, prediction: Prediction, x_0: NCHW, t: Times, levels: int) -> PerImage:
+def model_terms(process: Process, prediction: Prediction, x_0: NCHW, t: Times, levels: int | None) -> PerImage:
     """L_{t-1} by the variance of the process, fixed or learned, in nats: eq. (5), and at t = 1 the decoder's L_0.
 
-    x_0 of `levels` values; `prediction` in the same dtype, its x_0 clipped or not as the mean is to be.
+    x_0 of `levels` values, None being any; `prediction` in the same dtype, its x_0 clipped or not as the mean is to be.
     """
     log_model = process.log_sigma_squared(prediction, t)
     log_true = at(fixed_small(process).log(), t, x_0)  # that of eq. (7) for t > 1; of t = 1 only finite
@@ -68,13 +69,17 @@ def log_normal_interval(lower: Doubles, upper: Doubles) -> Doubles:
     return log_upper + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - log_upper))
 
 
-def decoder_term(x_0: Pixels, mean: Pixels, sigma: Beside | float, levels: int) -> PerImage64:
+def decoder_term(x_0: Pixels, mean: Pixels, sigma: Beside | float, levels: int | None) -> PerImage64:
     """L_0 = -log p_theta(x_0 | x_1) in nats: the discrete decoder, eq. (13).
 
     x_0: one of `levels` values evenly spaced on [-1, 1]; mean: mu_theta(x_1, 1). A level's bin
-    reaches 1 / (levels - 1) to either side; the outermost two reach to infinity.
+    reaches 1 / (levels - 1) to either side; the outermost two reach to infinity. Where `levels` is None, x_0 is not
+    discrete, and p_theta(x_0 | x_1) is the density N(x_0; mean, sigma^2 I) itself, whose L_0 may be below 0.
     """
     x_0, mean = x_0.double(), mean.double()
+    if levels is None:
+        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x_0.device)
+        return (0.5 * math.log(2 * math.pi) + sigma.log() + ((x_0 - mean) / sigma).square() / 2).flatten(1).sum(1)
     half = 1 / (levels - 1)
     upper = torch.where(x_0 > 1 - half, math.inf, (x_0 + half - mean) / sigma)
     lower = torch.where(x_0 < -1 + half, -math.inf, (x_0 - half - mean) / sigma)

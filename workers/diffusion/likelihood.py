@@ -45,7 +45,7 @@ def measure_pairs(
     *,
     weight: Doubles,
     noise: torch.Generator,
-    levels: int,
+    levels: int | None,
     clip: bool = True,
 ) -> Ledger:
     """Measures the pairs (x_0[k], t[k]), t in 1..T; `image` and `weight` go to the ledger.
@@ -117,7 +117,7 @@ def draw_stratified_times(T: int, strata: int, images: int, noise: torch.Generat
     return np.concatenate([first.astype(np.int64), t], axis=1), np.concatenate([first, 1 / (strata * probability)], 1)
 
 
-def estimate(process: Process, model: Model, x_0: NCHW, strata: int, levels: int, *where: int | str) -> Bound:
+def estimate(process: Process, model: Model, x_0: NCHW, strata: int, levels: int | None, *where: int | str) -> Bound:
     """The bound of each of x_0 from `strata` timesteps per image; its noise lies at the address `where`."""
     t, weight = draw_stratified_times(process.T, strata, len(x_0), make_generator(*where, "t"), "log_uniform")
     image = np.repeat(np.arange(len(x_0)), t.shape[1])

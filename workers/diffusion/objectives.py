@@ -93,10 +93,10 @@ class Objective:
     process: Process
     prediction: str
     loss: LossConfig
-    levels: int  # of the data, for the decoder
+    levels: int | None  # of the data, for the decoder
 
     @staticmethod
-    def of(diffusion: DiffusionConfig, loss: LossConfig, levels: int) -> "Objective":
+    def of(diffusion: DiffusionConfig, loss: LossConfig, levels: int | None) -> "Objective":
         return Objective(Process.of(diffusion), diffusion.prediction, loss, levels)
 
     @cached_property

@@ -36,7 +36,7 @@ class Images(NamedTuple):
     digest: str
     train: int
     held_out: int
-    levels: int
+    levels: int | None
 
     @staticmethod
     def of(data: Source | Dataset) -> "Images":

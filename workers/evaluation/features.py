@@ -55,7 +55,7 @@ class FeatureSpace(Protocol):
 class Classifier:
     weights: Float64[np.ndarray, "pixels hidden"]
     bias: Float64[np.ndarray, "hidden"]
-    levels: int
+    levels: int | None  # None: not discrete
     accuracy: float  # on the held-out split, as a share
 
     @property
@@ -68,13 +68,13 @@ class Classifier:
 
     def to_bytes(self) -> bytes:
         stream = io.BytesIO()
-        np.savez(stream, weights=self.weights, bias=self.bias, levels=self.levels, accuracy=self.accuracy)
+        np.savez(stream, weights=self.weights, bias=self.bias, levels=self.levels or 0, accuracy=self.accuracy)
         return stream.getvalue()
 
     @staticmethod
     def from_bytes(content: bytes) -> "Classifier":
         a = np.load(io.BytesIO(content))
-        return Classifier(a["weights"], a["bias"], int(a["levels"]), float(a["accuracy"]))
+        return Classifier(a["weights"], a["bias"], int(a["levels"]) or None, float(a["accuracy"]))
 
 
 def train_classifier(dataset: Dataset) -> Classifier:
@@ -203,6 +203,8 @@ def load_feature_space(
     return NetworkSpace(name, _load_network(name, storage, dataset).to(device), dataset.levels, device, tf32)
 
 
-def _flatten(images: NHWC, levels: int) -> Float64[np.ndarray, "n pixels"]:
+def _flatten(images: NHWC, levels: int | None) -> Float64[np.ndarray, "n pixels"]:
     """In [0, 1]."""
+    if levels is None:
+        return (images.reshape(len(images), -1).astype(np.float64) + 1) / 2
     return images.reshape(len(images), -1).astype(np.float64) / (levels - 1)

@@ -221,12 +221,12 @@ def _find_in_package() -> list[Path]:
 
 @dataclass(frozen=True)
 class Inception:
-    """The feature space of FID for images of so many `levels`. Made by `load_inception`."""
+    """The feature space of FID for images of so many `levels`, None being not discrete. Made by `load_inception`."""
 
     network: nn.Module
     classes: Classes | None  # the classifier's weights, where the file has them
     weights_sha256: str  # of the file
-    levels: int
+    levels: int | None
     device: torch.device
     tf32: bool = False  # whether a GPU may compute in TF32
 
@@ -245,7 +245,7 @@ class Inception:
         images, the last one filled up with copies. Threads are the caller's.
         """
         assert images.ndim == 4 and images.shape[3] in (1, 3), images.shape
-        assert not images.size or images.max() < self.levels, (images.max(), self.levels)
+        assert not images.size or self.levels is None or images.max() < self.levels, (images.max(), self.levels)
         found = np.empty((len(images), self.dimensions), np.float32)
         precision = "tf32" if self.tf32 and "tf32" in list_precisions(self.device) else "float32"
         for start in range(0, len(images), BATCH):
@@ -272,7 +272,7 @@ class Inception:
 
 
 def load_inception(
-    levels: int = 256,
+    levels: int | None = 256,
     path: str | Path | None = None,
     device: torch.device | str = "cpu",
     tf32: bool = False,
@@ -305,12 +305,13 @@ def _fold(module: nn.Conv2d, weight: Kernel, beta: PerChannel, mean: PerChannel,
     module.bias.copy_(beta - mean * scale)
 
 
-def to_bytes(images: NHWC, levels: int) -> UInt8[np.ndarray, "n h w 3"]:
+def to_bytes(images: NHWC, levels: int | None) -> UInt8[np.ndarray, "n h w 3"]:
     """In 0..255: the image that a PNG file would hold.
 
-    Rounded to the nearest, as 255 / (levels - 1) may not be whole.
+    Rounded to the nearest, as 255 / (levels - 1) may not be whole; what is not discrete is clipped to [-1, 1] before.
     """
-    scaled = np.rint(images * (255 / (levels - 1))).astype(np.uint8)
+    in_bytes = (images.clip(-1, 1) + 1) * 127.5 if levels is None else images * (255 / (levels - 1))
+    scaled = np.rint(in_bytes).astype(np.uint8)
     return np.broadcast_to(scaled, (*scaled.shape[:3], 3))
 
 

@@ -135,7 +135,7 @@ def make_ode_nll_block(bench: Bench, block: Block) -> pa.Table:
     """-log P of IMAGES images in nats by the probability-flow ODE: a row an image.
 
     A level's probability is bounded by the density over its bin: -log P(x) <= -E log p(x + u) - D log(bin), with u
-    uniform over the bin (Theis et al. 2016, section 3.1).
+    uniform over the bin (Theis et al. 2016, section 3.1). Of data that are not discrete it is -log p(x) itself.
     """
     m, dataset, model = bench.m, bench.dataset, bench.model
     ode = m.evaluation.ode_nll
@@ -143,19 +143,19 @@ def make_ode_nll_block(bench: Bench, block: Block) -> pa.Table:
     first = block.number * blocks.IMAGES
     image = np.arange(first, min(first + blocks.IMAGES, len(dataset.held_out)))
     x_0 = to_model(torch.from_numpy(np.array(dataset.held_out[image])), dataset.levels).double()
-    where, bin_ = (m.seed, "ode_nll", block.number), 2 / (dataset.levels - 1)
+    where, bin_ = (m.seed, "ode_nll", block.number), 2 / (dataset.levels - 1) if dataset.levels else None
     u = torch.rand(x_0.shape, generator=make_generator(*where, "u"), dtype=torch.float64) - 0.5
     probes = 2 * torch.randint(0, 2, (ode.probes, *x_0.shape), generator=make_generator(*where, "probes")) - 1
-    x, probes = (x_0 + bin_ * u).to(model.device), probes.to(model.device)
+    x, probes = (x_0 + bin_ * u if bin_ else x_0).to(model.device), probes.to(model.device)
     labels = None if dataset.held_out_labels is None else dataset.held_out_labels[image]
     told = tell_labels(model.predict, model.place_labels(labels))
     density = integrate_log_density(model.process, told, x, probes, ode.tolerance)
-    nats = -density.log_p.cpu().numpy() - x_0[0].numel() * np.log(bin_)
+    nats = -density.log_p.cpu().numpy() - (x_0[0].numel() * np.log(bin_) if bin_ else 0)
     return pa.table({"image": image, "nats": nats, "evaluations": density.evaluations.cpu().numpy()})
 
 
 def make_sample_block(bench: Bench, block: Block) -> pa.Table:
-    """SAMPLES samples by their seed, quantised to the data's levels: a row a sample.
+    """SAMPLES samples by their seed, as the data are kept, quantised where these are: a row a sample.
 
     Where the sampler decides on the number of evaluations itself, each row has its own beside it.
     """
@@ -177,7 +177,7 @@ def draw_block(
     block: int,
     *,
     shape: tuple[int, int, int],
-    levels: int,
+    levels: int | None,
     label: int | None = None,
 ) -> tuple[NHWC, Ints]:
     """The SAMPLES images of a block, drawn as `fid` says, and the evaluations that each took; shape is (h, w, c).

@@ -73,7 +73,7 @@ def decode_at(process: Process, model: Model, x_0: NCHW, times: list[int], gener
 
 
 def compute_coding_curve(
-    process: Process, model: Model, x_0: NCHW, levels: int, generator: torch.Generator
+    process: Process, model: Model, x_0: NCHW, levels: int | None, generator: torch.Generator
 ) -> tuple[ByTime, ByTime]:
     """(rate in bits/dim, RMSE on the 0..255 scale) after x_T, ..., x_1 are sent, from every t of x_0."""
     t, weight = list_all_times(process.T, len(x_0))

@@ -5,7 +5,8 @@
 
 The hash is of the values of all blocks and of how they were measured; a measurement of nothing has none.
 A passport has two parts: `protocol`, how it was measured, and `subject`, what was. Two numbers may stand beside each
-other where their protocols are equal.
+other where their protocols are equal. The likelihoods of data that are not discrete are densities, and have names of
+their own: eval/density_bpd, density_per_image, eval/ode_density_bpd.
 """
 
 import hashlib
@@ -18,9 +19,11 @@ import pyarrow as pa
 import torch
 from jaxtyping import Float
 
+from workers.bits import name_likelihood
 from workers.config import FIDConfig, Measurement
 from workers.data.dataset import Dataset
 from workers.data.pixels import to_model
+from workers.data.ranges import compute_unit_bits
 from workers.diffusion.ledger import (
     OPTIMAL,
     Ledger,
@@ -146,23 +149,24 @@ def _summarise_likelihood(m: Measurement, dataset: Dataset, process: Process, wh
     n = blocks.count_nll_images(m, Images.of(dataset))
     x_0 = to_model(torch.from_numpy(np.array(dataset.held_out[:n])), dataset.levels)
     ledger, norms, dimensions = whole.take_first(n), compute_squared_norms(x_0), x_0[0].numel()
-    result = compute_bound(process, ledger, norms, dimensions)
+    result, name = compute_bound(process, ledger, norms, dimensions), name_likelihood(dataset.levels)
     metrics = {
-        **_name_with_error("eval/nll_bpd", result.mean, result.standard_error),
-        "eval/nll_prior_bpd": float(result.prior.mean()),
-        "eval/nll_diffusion_bpd": float(result.diffusion.mean()),
-        "eval/nll_decoder_bpd": float(result.decoder.mean()),
+        **_name_with_error(f"eval/{name}_bpd", result.mean, result.standard_error),
+        f"eval/{name}_prior_bpd": float(result.prior.mean()),
+        f"eval/{name}_diffusion_bpd": float(result.diffusion.mean()),
+        f"eval/{name}_decoder_bpd": float(result.decoder.mean()),
     }
     sampled, nll = count_strata(m), m.evaluation.nll
     assert nll
     protocol = {
-        "version": blocks.VERSION, "data": dataset.digest, "split": "held_out", "images": n, "levels": dataset.levels,
-        "dropped": 0,
+        "version": blocks.VERSION, "data": dataset.digest, "split": "held_out", "images": n,
+        **_describe_values(dataset), "dropped": 0,
         "timesteps": "all" if sampled is None else f"{sampled + 1}, {nll.proposal}",
         "precision": m.evaluation.precision, "x_0_hat": "clipped to [-1, 1]",
-        "decoder": "discrete; a fixed sigma_1^2 is beta_tilde_2",
+        "decoder": f"{'Gaussian density' if name == 'density' else 'discrete'}; a fixed sigma_1^2 is beta_tilde_2",
     }  # fmt: skip
-    found = {"metrics": metrics, "passports": {"nll": {"protocol": protocol}}, "nll_per_image": result.total.tolist()}
+    by_image = {f"{name}_per_image": result.total.tolist()}
+    found = {"metrics": metrics, "passports": {"nll": {"protocol": protocol}}, **by_image}
     if sampled is not None:
         return found
     chains: dict[str, list[dict[str, Any]]] = {
@@ -178,7 +182,7 @@ def _summarise_likelihood(m: Measurement, dataset: Dataset, process: Process, wh
         chains = {process.variance: [whole_chain], **chains}
     rate, distortion = compute_rate_distortion(process, ledger, norms, dimensions)
     best = chains[OPTIMAL][0]
-    metrics |= _name_with_error("eval/nll_optimal_variance_bpd", best["bpd"], best["bpd_se"])
+    metrics |= _name_with_error(f"eval/{name}_optimal_variance_bpd", best["bpd"], best["bpd_se"])
     return found | {
         "nll_by_t": compute_bits_by_t(process, ledger, norms, dimensions).tolist(),
         "ledger": chains,
@@ -190,14 +194,28 @@ def _summarise_ode_likelihood(m: Measurement, dataset: Dataset, table: pa.Table)
     ode, n = m.evaluation.ode_nll, len(table)
     assert ode
     bits = table["nats"].to_numpy() / (np.prod(dataset.shape) * np.log(2))
-    metrics = _name_with_error("eval/ode_nll_bpd", float(bits.mean()), compute_standard_error(bits))
+    name = f"ode_{name_likelihood(dataset.levels)}"
+    metrics = _name_with_error(f"eval/{name}_bpd", float(bits.mean()), compute_standard_error(bits))
     protocol = {
-        "version": blocks.VERSION, "data": dataset.digest, "split": "held_out", "images": n, "levels": dataset.levels,
-        "dropped": 0, "dequantised": "uniformly over a level's bin", "trace": f"Hutchinson's, {ode.probes} of +-1",
+        "version": blocks.VERSION, "data": dataset.digest, "split": "held_out", "images": n,
+        **_describe_values(dataset), "dropped": 0, "trace": f"Hutchinson's, {ode.probes} of +-1",
+        "dequantised": "uniformly over a level's bin" if dataset.levels else "not, as the data are not discrete",
         "solver": f"Dormand-Prince from sigma_1 to sigma_T, tolerance {ode.tolerance:g}", "times": BETWEEN,
         "x_0_hat": "not clipped",
     }  # fmt: skip
-    return {"metrics": metrics, "passports": {"ode_nll": {"protocol": protocol}}, "ode_nll_per_image": bits.tolist()}
+    return {"metrics": metrics, "passports": {"ode_nll": {"protocol": protocol}}, f"{name}_per_image": bits.tolist()}
+
+
+def _describe_values(dataset: Dataset) -> dict[str, Any]:
+    """Of a protocol: which values a likelihood is of, and of a density also in which units, and in the data's own."""
+    if dataset.levels is not None:
+        return {"levels": dataset.levels}
+    assert dataset.span
+    low, high = dataset.span
+    return {
+        "values": f"real; {low:.9g} to {high:.9g} is [-1, 1]",
+        "units": f"of the density on [-1, 1]; in the data's own: {compute_unit_bits(dataset.span):+.9g} bits/dim",
+    }
 
 
 def _average_evaluations(tables: list[pa.Table], n: int) -> float:
@@ -218,7 +236,7 @@ def _summarise_fidelity(
         "reference": f"{dataset.digest} {fid.reference}", "reference_images": theirs.n, "samples": ours.n,
         "sampler": describe_sampler(fid.sampler), "precision": m.evaluation.precision,
         "x_0_hat": "clipped to [-1, 1]" if sampler.clips else "not clipped",
-        "quantised": f"{fid.quantise} to {dataset.levels} levels", "dropped": 0,
+        "quantised": _describe_quantised(fid, dataset), "dropped": 0,
     }  # fmt: skip
     if sampler.form != "step":
         protocol["times"] = BETWEEN if sampler.form == "whole" else "levels moved to the nearest trained t"
@@ -247,6 +265,13 @@ def _summarise_fidelity(
             metrics |= _name_with_error(f"eval/{key}{suffix}", value, error)
         found["passports"]["samples"]["also"][other] = how
     return found
+
+
+def _describe_quantised(fid: FIDConfig, dataset: Dataset) -> str:
+    if dataset.levels is not None:
+        return f"{fid.quantise} to {dataset.levels} levels"
+    seen = "; both rounded to 256 levels for Inception" if fid.features == "inception" else ""
+    return f"not, as the data are not discrete; samples clipped to [-1, 1]{seen}"
 
 
 # Metrics with their standard errors, where there are any; and how they were measured, for the passport.
