@@ -43,7 +43,7 @@ def denoiser_of_gaussian(p: Process, s: float) -> Model:
 
 
 def measure_all_times(
-    p: Process, model: Model, x_0: torch.Tensor, noise: torch.Generator, *, levels: int, clip: bool = True
+    p: Process, model: Model, x_0: torch.Tensor, noise: torch.Generator, *, levels: int | None, clip: bool = True
 ) -> Ledger:
     """Every t of each image."""
     t, weight = list_all_times(p.T, len(x_0))

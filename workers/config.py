@@ -250,9 +250,7 @@ class TrainingConfig(Record):
         description="GPUs per worker, or the part of one that a trial of one worker takes; auto: where the cluster has "
         "any, as much of one as trials of its kind were measured to need",
     )
-    validate_every: int = Field(
-        default=500, ge=1, le=MOST_STEPS, description="steps between measurements of valid/nll_bpd"
-    )
+    validate_every: int = Field(default=500, ge=1, le=MOST_STEPS, description="steps between validations")
     checkpoint_every: int = Field(
         default=500, ge=1, le=MOST_STEPS, description="steps between checkpoints, and the most that a fault can cost"
     )
@@ -311,7 +309,8 @@ class FIDConfig(Record):
     samples: int = Field(default=1000, ge=2, le=10_000_000, description="samples to draw")
     sampler: SamplerConfig = Field(default=SamplerConfig(), description="how the samples are drawn")
     quantise: Literal["round", "truncate"] = Field(
-        default="round", description="how samples become whole levels before they are measured"
+        default="round",
+        description="how samples become whole levels before they are measured; none where data are in floats",
     )
     features: SpaceName = Field(
         default="classifier", description="space in which distances are taken; inception needs the extra of that name"
