@@ -166,7 +166,7 @@ def test_arrays_that_are_no_images(tmp_path):
     fails(write(tmp_path / "more.npz", train_images=COLOUR, test_images=GREY), "the images of the two splits differ")
     fails(write(tmp_path / "less.npz", images=COLOUR, labels=LABELS[:-1]), "differ in length; there must be a label")
     for name, images, word in (
-        ("flat", COLOUR.reshape(30, -1), "is not N x height x width"),
+        ("flat", COLOUR.reshape(30, -1), "of signals, N x length, set data.dimensions: 1, or reshape it"),
         ("empty", COLOUR[:, :0], "is not N x height x width"),
         ("first", np.zeros((30, 3, 8, 8), np.uint8), "would have 8 channels; they come last"),
         ("many", np.zeros((30, 4, 4, 99), np.uint8), "would have 99 channels"),

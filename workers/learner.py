@@ -190,7 +190,8 @@ class _Averaged:
 def make_trial_config(trial: Trial, dataset: Dataset) -> dict[str, Any]:
     """The config.json of the trial's network for images of the data set."""
     learned, dropout = trial.diffusion.learned, trial.training.label_dropout
-    return make_network_config(trial.model, dataset.shape, learned, classes=dataset.classes, label_dropout=dropout)
+    classes, sides = dataset.classes, dataset.sides
+    return make_network_config(trial.model, dataset.shape, learned, sides=sides, classes=classes, label_dropout=dropout)
 
 
 def repeat_steps(trial: Trial, dataset: Dataset, device: torch.device) -> Iterator[None]:

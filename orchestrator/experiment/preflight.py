@@ -22,7 +22,7 @@ from workers.config import (
     Measurement,
     Trial,
 )
-from workers.data.sources import Source, describe_held_out, describe_source
+from workers.data.sources import Source, describe_held_out, describe_sides, describe_source
 from workers.diffusion.schedules import alpha_bars, betas, log_snrs, prior_bpd
 from workers.entries import ask, is_outside, load
 from workers.evaluation.blocks import MOST_BLOCKS, Images, count_blocks
@@ -189,9 +189,15 @@ def _check_weighting(_: Experiment, trial: Trial, __: Source) -> Iterator[Findin
 
 def _check_network(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
     entry = NETWORKS[trial.model.kind]
+    if source.sides and trial.model.kind == UNET:
+        yield Finding(
+            f"model.kind: unet is of images, and {source.name} has {describe_sides(source)}; name a network of your "
+            "own (docs/extending.md), or read arrays of images with data.dimensions: 2"
+        )
+        return
     mistakes = ask(trial.model.kind, entry.check, trial.model, source.shape)
     if not mistakes and trial.model.kind != UNET:
-        mistakes = load(TRY)(trial.model, source.shape, trial.diffusion.learned)
+        mistakes = load(TRY)(trial.model, source.shape, trial.diffusion.learned, source.sides)
     yield from map(Finding, mistakes)
 
 
@@ -257,7 +263,12 @@ def _check_fid(fid: FIDConfig, source: Source) -> Iterator[Finding]:
             f"evaluation.fid.features: {fid.features} cannot be trained on {source.name}, which has no labels; "
             f"set evaluation.fid: null or features: {SPACES.list_names(lambda s: not s.labelled)}, or use labelled data"
         )
-    if space.channels and source.shape[2] not in space.channels:
+    if space.channels and source.sides:
+        yield Finding(
+            f"evaluation.fid.features: {fid.features} takes images, and {source.name} has {describe_sides(source)}; set "
+            f"evaluation.fid: null or features: {SPACES.list_names(lambda s: not s.channels)}"
+        )
+    elif space.channels and source.shape[2] not in space.channels:
         yield Finding(
             f"evaluation.fid.features: {fid.features} takes images of {' or '.join(map(str, space.channels))} "
             f"channels, and those of {source.name} have {source.shape[2]}; set evaluation.fid: null or features: "

@@ -226,10 +226,11 @@ def check(subjects: Sequence[Subject]) -> tuple[dict[DataConfig, Source], list[s
                 f"{subject.name}: the model knows {len(told.names)} classes, and the labels of {source.name} go up to "
                 f"{source.largest_label}; give the data it was trained on"
             )
-        if shape != source.shape:
+        if (shape, described.sides) != (source.shape, source.sides):
+            made, there = _describe_size(shape, described.sides), _describe_size(source.shape, source.sides)
             problems.append(
-                f"{subject.name}: the model makes images of {_describe_size(shape)}, {source.name} has "
-                f"{_describe_size(source.shape)}; give the data it was trained on, or set data.resolution"
+                f"{subject.name}: the model makes images of {made}, {source.name} has {there}; give the data it was "
+                "trained on, or set data.resolution"
             )
         if (variance := subject.m.evaluation.variance) and is_outside(variance):
             process = replace(checkpoints.load_process(subject.checkpoint), variance=variance)
@@ -241,6 +242,7 @@ def check(subjects: Sequence[Subject]) -> tuple[dict[DataConfig, Source], list[s
     return sources, list(dict.fromkeys(warnings))
 
 
-def _describe_size(shape: tuple[int, int, int]) -> str:
+def _describe_size(shape: tuple[int, int, int], sides: tuple[int, ...]) -> str:
     height, width, channels = shape
-    return f"{width}x{height} in {channels} channel{'s' * (channels > 1)}"
+    size = "x".join(map(str, sides)) if sides else f"{width}x{height}"
+    return f"{size} in {channels} channel{'s' * (channels > 1)}"

@@ -1,5 +1,7 @@
 """NumPy's arrays in .npz and .npy: one of images, N x H x W or N x H x W x C, and perhaps one of N labels, a split.
 
+Or one of signals, N x length (x C), or of volumes, N x depth x H x W (x C), where `data.dimensions` says so.
+
 Read a piece at a time. What a header claims is held against its file before memory is asked for, and nothing that is
 pickled is ever loaded.
 """
@@ -19,12 +21,18 @@ from numpy.typing import NDArray
 from workers.data.decoding import MOST_PIXELS, Item, explain_damage
 from workers.data.splits import HELD_OUT, DataError, list_names, show_name, split_name
 from workers.data.tree import Files, Split, Tree, warn_of_missing_labels
+from workers.sides import fold
 
 SUFFIXES = (".npz", ".npy")
 ROLES = {"images": ("images", "image", "x", ""), "labels": ("labels", "label", "y")}  # and the names that they have
 # And their levels; None: not discrete.
 TYPES = {"uint8": 2**8, "uint16": 2**16, "float16": None, "float32": None, "float64": None}
 MOST_CHANNELS = 64
+# What to do about arrays of so many axes, which are none of images.
+FORMS = {
+    2: "of signals, N x length, set data.dimensions: 1",
+    5: "of volumes, N x depth x height x width x channels, set data.dimensions: 3",
+}
 PIECE = 2**24  # bytes that are read at a time, where an image has fewer
 DEFLATE = 1032  # the most bytes that zip makes of one
 NAMES = "call it images, or train_images and test_images, and their labels labels, or train_labels and test_labels"
@@ -70,8 +78,10 @@ def find_arrays(tree: Tree) -> Files | None:
     held_out = _choose_held_out(images, arrays)
     used = [next(iter(images)) if held_out == "" else "train"] + [held_out] * bool(held_out)
     for split in used:
-        _check_images(images[split], images[used[0]])
-    splits = [_make_split(images[split], labels.get(split)) for split in used]
+        _check_images(images[split], images[used[0]], tree.dimensions)
+    first, dimensions = images[used[0]], tree.dimensions
+    shape = *fold(first.shape[1 : 1 + dimensions]), (*first.shape, 1)[1 + dimensions]
+    splits = [_make_split(images[split], labels.get(split), shape) for split in used]
     taken = [part[split] for split in used for part in (images, labels) if split in part]
     others = [array.name for array in arrays if array not in taken]
     where = [images[split].name for split in used]
@@ -79,8 +89,9 @@ def find_arrays(tree: Tree) -> Files | None:
         _list_paths(used, images, labels),
         splits[0],
         splits[1] if splits[1:] else None,
-        levels=TYPES[images[used[0]].dtype.name],
-        like=np.zeros((*images[used[0]].shape[1:], 1)[:3], images[used[0]].dtype.newbyteorder("=")),
+        levels=TYPES[first.dtype.name],
+        sides=() if dimensions == 2 else first.shape[1 : 1 + dimensions],
+        like=np.zeros(shape, first.dtype.newbyteorder("=")),
         where=(where[0], "".join(where[1:])),
         warnings=(
             *([f"left out: {list_names(others)}"] if others else []),
@@ -132,13 +143,32 @@ def _list_paths(used: Sequence[str], *roles: dict[str, Stored]) -> list[tuple[st
     return [(" ".join(names), path) for path, names in holds.items()]
 
 
-def _check_images(array: Stored, first: Stored) -> None:
+def _check_images(array: Stored, first: Stored, dimensions: int) -> None:
     """Raises DataError where an array cannot be images, or images beside those of `first`."""
     if array.dtype.hasobject:
         raise DataError(f"{array} holds pickled objects, which are never loaded; save numbers")
-    check_pixels(str(array), array.shape[1:], array.dtype)
+    if dimensions == 2 and len(array.shape) in FORMS:
+        raise DataError(f"{array} is no N x height x width (x channels); {FORMS[len(array.shape)]}, or reshape it")
+    if dimensions == 2:
+        check_pixels(str(array), array.shape[1:], array.dtype)
+    else:
+        _check_folded(array, dimensions)
     if (array.shape[1:], array.dtype) != (first.shape[1:], first.dtype):
         raise DataError(f"the images of the two splits differ: {first} and {array}; make them alike")
+
+
+def _check_folded(array: Stored, dimensions: int) -> None:
+    """Raises DataError where an array is none of signals or volumes."""
+    sides, channels = array.shape[1 : 1 + dimensions], array.shape[1 + dimensions :]
+    form = {1: "N x length or N x length x channels", 3: "N x depth x height x width, or that x channels"}[dimensions]
+    if array.dtype.name not in TYPES:
+        raise DataError(f"{array} is not of {list_names(TYPES, len(TYPES))}; convert it by astype")
+    if len(sides) < dimensions or len(channels) > 1 or not 0 < math.prod(sides) <= MOST_PIXELS:
+        raise DataError(f"{array} is not {form}, as data.dimensions: {dimensions} says; reshape it")
+    if channels and not 0 < channels[0] <= MOST_CHANNELS:
+        raise DataError(
+            f"{array} would have {channels[0]} channels; they come last, {form}, and are at most {MOST_CHANNELS}"
+        )
 
 
 def check_pixels(told: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -165,7 +195,7 @@ def _holds_labels(array: Stored) -> bool:
     return np.issubdtype(array.dtype, np.integer) and math.prod(array.shape[1:]) == 1
 
 
-def _make_split(images: Stored, labels: Stored | None) -> Split:
+def _make_split(images: Stored, labels: Stored | None, shape: tuple[int, int, int]) -> Split:
     if labels and labels.shape[:1] != images.shape[:1]:
         raise DataError(f"{images} and {labels} differ in length; there must be a label for each image")
     labels = labels if labels and _holds_labels(labels) else None
@@ -173,7 +203,7 @@ def _make_split(images: Stored, labels: Stored | None) -> Split:
     def read() -> Iterator[Item]:
         numbers = (int(np.ravel(row)[0]) for row in _read_rows(labels)) if labels else repeat(None, images.shape[0])
         for row, (pixels, label) in enumerate(zip(_read_rows(images), numbers, strict=True)):
-            yield Item(f"{images.name}, row {row}", pixels.reshape(*pixels.shape[:2], -1), label)
+            yield Item(f"{images.name}, row {row}", pixels.reshape(shape), label)
 
     return Split(images.shape[0], labels is not None, read)
 

@@ -70,6 +70,7 @@ class Dataset:
     held_out_labels: NDArray[np.int64] | None  # int64 N
     class_names: tuple[str, ...] = ()  # by label, where the source has names
     span: Span | None = None  # of data that are not discrete: the values that are -1 and 1 here
+    sides: tuple[int, ...] = ()  # of signals and volumes, which are folded into `shape` (`workers.sides`)
 
     @cached_property
     def classes(self) -> Classes | None:
@@ -196,5 +197,7 @@ def _open(folder: Path, name: str, source: Source) -> Dataset:
     assert images.shape == (n + meta["train"], *shape), f"{folder}: {images.shape}"
     train_labels, held_out_labels = (None, None) if labels is None else (labels[n:], labels[:n])
     splits = images[n:], images[:n]
-    of = source.class_names, source.span
-    return Dataset(folder.name, name, meta["levels"], shape, *splits, train_labels, held_out_labels, *of)
+    return Dataset(
+        folder.name, name, meta["levels"], shape, *splits, train_labels, held_out_labels,
+        class_names=source.class_names, span=source.span, sides=source.sides,
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from workers.config import DataConfig
@@ -48,6 +49,8 @@ def find_name(config: DataConfig) -> str:
 def locate(config: DataConfig, cache: Path) -> tuple[str, Files, str, list[str]]:
     """The name of the format at `config.source`, its files, and what is left out: all in words, and warnings."""
     if config.source in BUILT_IN:
+        if config.dimensions != 2:
+            raise DataError(f"data.dimensions: {config.dimensions} is of .npy and .npz; leave it out")
         return config.source, BUILT_IN[config.source](), "", []
     if is_remote(config):
         from workers.data.mirror import mirror_uri  # with pyarrow, which a dry run on other data does without
@@ -64,7 +67,7 @@ def locate(config: DataConfig, cache: Path) -> tuple[str, Files, str, list[str]]
         close = difflib.get_close_matches(path.name, [*BUILT_IN, *siblings], n=1)
         meant = f"; did you mean {siblings.get(close[0], close[0])!r}?" if close else "."
         raise DataError(f"{path.absolute()} does not exist{meant} {CHOICES}")
-    tree = list_files(path)
+    tree = replace(list_files(path), dimensions=config.dimensions)
     for kind, find in FORMATS.items():
         files = find(tree)
         splits = [s for s in (files.train, files.held_out) if isinstance(s, Split)] if files else []
@@ -72,6 +75,11 @@ def locate(config: DataConfig, cache: Path) -> tuple[str, Files, str, list[str]]
             raise DataError(f"this {kind} source has no images in its training or test split; add some. {CHOICES}")
         if (count := sum(split.count for split in splits)) > MOST_IMAGES:
             raise DataError(f"it claims {count:,} images, of which at most {MOST_IMAGES:,} are read; take fewer")
+        if files and config.dimensions != 2 and (kind != "arrays" or config.resolution is not None):
+            named = "data.resolution is" if kind == "arrays" else f"{kind} are"
+            raise DataError(
+                f"data.dimensions: {config.dimensions} is of .npy and .npz, and {named} of images; leave it out"
+            )
         if files:
             return kind, files, *describe_left_out(tree, files)
     if path.is_file():

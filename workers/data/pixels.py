@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workers.data.decoding import choose_type
 
+WIDE = 10_000  # pixels, as of signals
 Levels = int | None  # of a data set; None: it is not discrete, and its images are float32 in [-1, 1]
 
 
@@ -62,7 +63,7 @@ def draw_grid(
     """A grid of NHWC images, square unless `columns` are given, a grey line between them, as PNG.
 
     A last row that the images do not fill ends in grey. Enlarged by a whole factor of at least 3, to about `side`
-    pixels of height. `names` stand at the left of the rows.
+    pixels of height, unless it is WIDE. `names` stand at the left of the rows.
     """
     columns = columns or math.isqrt(len(images) - 1) + 1
     shown = to_picture(images, levels).permute(0, 3, 1, 2)
@@ -71,7 +72,7 @@ def draw_grid(
     rows = tiles.reshape(n // columns, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     flat = rows.reshape(n // columns * height, columns * width, channels)[:-1, :-1]
     bytes_ = flat.round().to(torch.uint8).squeeze(-1).numpy()
-    factor = max(3, round(side / bytes_.shape[0]))
+    factor = max(3, round(side / bytes_.shape[0])) if bytes_.shape[1] < WIDE else 1
     image = Image.fromarray(bytes_).resize(
         (bytes_.shape[1] * factor, bytes_.shape[0] * factor), Image.Resampling.NEAREST
     )

@@ -46,6 +46,7 @@ class Source:
     composited: str = ""  # images with an alpha channel, and what is under them
     warnings: tuple[str, ...] = ()
     span: Span | None = None  # of data that are not discrete: the values that become -1 and 1
+    sides: tuple[int, ...] = ()  # of signals and volumes, which are folded into `shape` (`workers.sides`)
 
 
 def compute_fingerprint(config: DataConfig, cache: Path | None = None) -> str:
@@ -76,6 +77,8 @@ def describe_with_files(config: DataConfig, cache: Path) -> tuple[Source, Files]
         content["decoding"] = decoding.VERSION
     if survey.transparent:
         content["background"] = list(config.background)
+    if files.sides:
+        content["sides"] = list(files.sides)
     labelled = files.train.labelled and (not isinstance(files.held_out, Split) or files.held_out.labelled)
     labelled = labelled and not survey.unlabelled
     shape, levels = _find_shape(config, files, survey), LEVELS.get(survey.depth, files.levels)
@@ -99,6 +102,7 @@ def describe_with_files(config: DataConfig, cache: Path) -> tuple[Source, Files]
         composited=_describe_composited(config, survey),
         warnings=(*files.warnings, *warnings, *found),
         span=spans.train if spans else None,
+        sides=files.sides,
     )
     return source, files
 
@@ -159,7 +163,7 @@ def describe_held_out(config: DataConfig) -> str:
 
 def describe_source(source: Source) -> str:
     """What was found at a source, in a line: for every command that reads it."""
-    height, width, channels = source.shape
+    channels = source.shape[2]
     colour = {1: "grey", 3: "in colour"}.get(channels, f"in {channels} channels")
     train, held_out = (show_name(place) for place in source.where)
     built_in, names = source.name == source.format, source.class_names
@@ -169,10 +173,17 @@ def describe_source(source: Source) -> str:
         f"{source.train:,} to train on" + f" ({train})" * bool(train),
         f"{source.held_out:,} held out ({held_out or 'of the same images, by a fixed shuffle'})",
         f"{source.classes:,} class{'es' * (source.classes != 1)}{named}" if source.labelled else "no labels",
-        f"{width}x{height} {colour}{_describe_values(source)}",
+        f"{describe_sides(source)} {colour}{_describe_values(source)}",
     ]
     parts += [source.composited] if source.composited else []
     return ", ".join(parts) + f"; left out: {source.left_out}" * bool(source.left_out)
+
+
+def describe_sides(source: Source) -> str:
+    """How large an image is, or a signal or a volume."""
+    height, width, _ = source.shape
+    kind = {1: "signals of length ", 3: "volumes of "}.get(len(source.sides), "")
+    return kind + ("x".join(map(str, source.sides)) if source.sides else f"{width}x{height}")
 
 
 def _describe_values(source: Source) -> str:

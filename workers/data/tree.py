@@ -35,6 +35,7 @@ class Files:
     train: Split
     held_out: Split | int | None = None
     levels: int | None = 256  # None: not discrete
+    sides: tuple[int, ...] = ()  # of signals and volumes, which are read folded (`workers.sides`)
     like: Pixels | None = None  # an image of the size and channels of all, where they are known without decoding
     sha256: str | None = None  # of a built-in source's bytes: its address needs no reading
     classes: int | None = None  # where they are known without reading
@@ -51,6 +52,7 @@ class Tree:
     root: Path
     names: list[str]
     is_file: bool = False  # what was given is the path of its one file
+    dimensions: int = 2  # of what an array holds, channels aside
 
     def get_path(self, name: str) -> Path:
         return self.root / name

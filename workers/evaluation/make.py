@@ -96,8 +96,10 @@ class Bench:
 
 
 def move_to_device(network: N, device: torch.device) -> N:
-    """The network there, its weights in the order in which the convolutions take them."""
-    moved: N = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    """The network there, its weights in the order in which the convolutions take them, which those of volumes lack."""
+    flat = all(weights.dim() < 5 for weights in network.parameters())
+    layout = torch.channels_last if flat else torch.preserve_format
+    moved: N = network.to(device, memory_format=layout)  # type: ignore[call-overload]
     return moved
 
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from workers.classes import NO_LABEL, Classes
 from workers.code import drop_pin
@@ -37,6 +37,7 @@ class Signature:
     width: int
     outputs: int  # the channels, twice as many where a variance is learned
     classes: int = 0  # rows of a class embedding, the last of which may stand for no label; 0: it is told no labels
+    sides: tuple[int, ...] = ()  # of signals, (length,), and volumes: x is (n, channels, *sides), and so the output
 
 
 def make_network_config(
@@ -44,11 +45,13 @@ def make_network_config(
     shape: tuple[int, int, int],
     learned: bool,
     *,
+    sides: tuple[int, ...] = (),
     classes: Classes | None = None,
     label_dropout: float = 0.0,
 ) -> dict[str, Any]:
     """The config.json of the network for images of this shape (height, width, channels).
 
+    `sides` are those of signals and volumes, which are folded into it (`workers.sides`); a U-Net takes none.
     `classes` and `label_dropout` are those of a network that is told labels. Raises ValueError.
     """
     height, width, channels = shape
@@ -64,6 +67,7 @@ def make_network_config(
         "sample_size": [height, width],
         "in_channels": channels,
         "out_channels": channels * (1 + learned),
+        **({"sides": list(sides)} if sides else {}),
         "settings": settings,
     }
 
@@ -85,25 +89,46 @@ def build_network(config: dict[str, Any], generator: torch.Generator | None = No
     model = ModelConfig.model_validate({"kind": config[CLASS], **config["settings"]})
     height, width = config["sample_size"]
     rows = config.get("num_class_embeds") or 0
-    signature = Signature(config["in_channels"], height, width, config["out_channels"], rows)
+    sides = tuple(config.get("sides", ()))
+    signature = Signature(config["in_channels"], height, width, config["out_channels"], rows, sides)
     with torch.random.fork_rng(devices=[]) if generator else nullcontext():
         if generator:
             torch.manual_seed(generator.initial_seed())
         network: Any = NETWORKS[model.kind].load()(model, signature)
+    network = Unfolding(network, sides) if sides else network
     network.classes = read_classes(config)
     network.takes_no_label = bool(network.classes and rows > len(network.classes.names))
     return network
 
 
+class Unfolding(nn.Module):
+    """A network of signals or volumes, which all else keeps as images: (n, c, h, w) is (n, c, *sides) to it."""
+
+    def __init__(self, network: nn.Module, sides: tuple[int, ...]) -> None:
+        super().__init__()
+        self.network, self.sides = network, sides
+
+    def forward(self, x: Tensor, t: Tensor, *told: Tensor) -> Tensor:
+        output: Tensor = self.network(x.reshape(*x.shape[:2], *self.sides), t, *told)
+        if output.shape[2:] != self.sides:
+            raise ValueError(f"it returns {tuple(output.shape)}, where (n, outputs, *{self.sides}) is expected")
+        return output.reshape(*output.shape[:2], *x.shape[2:])
+
+
 @lru_cache
-def find_mistakes(model: ModelConfig, shape: tuple[int, int, int], learned: bool) -> list[str]:
+def find_mistakes(
+    model: ModelConfig, shape: tuple[int, int, int], learned: bool, sides: tuple[int, ...] = ()
+) -> list[str]:
     """What keeps a network that is not ours from being trained on images of this shape: it is built and called."""
     height, width, channels = shape
     expected = (2, channels * (1 + learned), height, width)
     x, t = torch.zeros(2, channels, height, width), torch.zeros(2, dtype=torch.int64)
-    of = f"model.kind: {drop_pin(model.kind)}, built for {height} x {width} images of {channels} channels,"
+    size = " x ".join(map(str, sides or (height, width)))
+    what = {1: "signals", 3: "volumes"}.get(len(sides), "images")
+    of = f"model.kind: {drop_pin(model.kind)}, built for {size} {what} of {channels} channels,"
     try:
-        config = make_network_config(model, shape, learned, classes=Classes(("a", "b"), (1, 1)), label_dropout=0.5)
+        told = Classes(("a", "b"), (1, 1))
+        config = make_network_config(model, shape, learned, sides=sides, classes=told, label_dropout=0.5)
         network = build_network(config, make_generator(0)).eval()
         with torch.no_grad():
             output = network(x, t, *([torch.tensor([1, NO_LABEL])] if model.labels else []))

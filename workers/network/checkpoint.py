@@ -35,7 +35,7 @@ from workers.config import Mistake
 from workers.diffusion.gaussian import GaussianDenoiser
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Process
-from workers.network.build import CLASS, build_network, is_foreign
+from workers.network.build import CLASS, Unfolding, build_network, is_foreign
 from workers.network.diffusers_config import (
     VERSION,
     Scheduler,
@@ -94,6 +94,7 @@ class Description:
     parameters: int
     classes: Classes | None = None  # that its network is told
     takes_no_label: bool = False  # whether it was trained without labels, too, so that it can be guided
+    sides: tuple[int, ...] = ()  # of signals and volumes, which are folded into `shape` (`workers.sides`)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +193,7 @@ def describe(checkpoint: Checkpoint) -> Description:
     parameters = sum(p.numel() for p in unet.parameters())
     told = Denoiser(unet, process, scheduler.prediction)
     of = shape, process.T, scheduler.prediction, process.variance, scheduler.clip, parameters
-    return Description(*of, told.classes, told.takes_no_label)
+    return Description(*of, told.classes, told.takes_no_label, unet.sides if isinstance(unet, Unfolding) else ())
 
 
 def load(checkpoint: Checkpoint) -> tuple[Denoiser, Process]:

@@ -18,6 +18,7 @@ from workers.diffusion import schedules
 from workers.diffusion.process import Process
 from workers.kinds import PREDICTIONS, VARIANCES
 from workers.network.unet_config import DEFAULTS
+from workers.sides import fold
 
 VERSION = "0.35.0"  # the diffusers release whose layout is written
 
@@ -109,6 +110,7 @@ class _Foreign(_Config):
     sample_size: Annotated[list[Side], Field(min_length=2, max_length=2)]
     in_channels: Colours
     out_channels: Annotated[int, Field(ge=1, le=128)]
+    sides: Annotated[list[Side], Field(min_length=1, max_length=3)] | None = None
     settings: dict[str, Any]
 
 
@@ -163,6 +165,8 @@ def read_index(index: dict[str, Any]) -> None:
 def read_foreign(config: dict[str, Any]) -> tuple[int, int, int]:
     """Image shape (height, width, channels) of the config of a network that is not ours. Raises ValueError."""
     network = _check_config(_Foreign, config)
+    if network.sides and fold(tuple(network.sides)) != tuple(network.sample_size):
+        raise ValueError(f"sides {network.sides} are not those of sample_size {network.sample_size}")
     return network.sample_size[0], network.sample_size[1], network.in_channels
 
 
