@@ -265,8 +265,8 @@ def _check_fid(fid: FIDConfig, source: Source) -> Iterator[Finding]:
         )
     if space.channels and source.sides:
         yield Finding(
-            f"evaluation.fid.features: {fid.features} takes images, and {source.name} has {describe_sides(source)}; set "
-            f"evaluation.fid: null or features: {SPACES.list_names(lambda s: not s.channels)}"
+            f"evaluation.fid.features: {fid.features} takes images, and {source.name} has {describe_sides(source)}; "
+            f"set evaluation.fid: null or features: {SPACES.list_names(lambda s: not s.channels)}"
         )
     elif space.channels and source.shape[2] not in space.channels:
         yield Finding(

@@ -116,7 +116,7 @@ class NetworkSpace:
 
     name: str  # of its entry, with what pins its code
     network: nn.Module
-    levels: int
+    levels: int | None  # None: not discrete
     device: torch.device
     tf32: bool = False  # whether a GPU may compute in TF32
 
