@@ -234,7 +234,7 @@ def test_what_is_measured_has_names_and_passports_of_its_own(tmp_path: Path, mon
     assert len(summary["density_per_image"]) == 10 and len(summary["ode_density_per_image"]) == 4
     protocol = passports["nll"]["protocol"]
     assert protocol["decoder"].startswith("Gaussian density") and "levels" not in protocol
-    assert "-3 to 5 is [-1, 1]" in protocol["values"] and "+2 bits/dim" in protocol["units"]  # log2 of 8 / 2
+    assert "-3 to 5 is [-1, 1]" in protocol["values"] and "add 2 bits/dim" in protocol["units"]  # log2 of 8 / 2
     assert "not, as the data are not discrete" in passports["ode_nll"]["protocol"]["dequantised"]
     assert "not, as the data are not discrete; samples clip" in passports["samples"]["protocol"]["quantised"]
 

@@ -125,9 +125,7 @@ class DataConfig(Record):
         default=(255, 255, 255), strict=False, description="red, green and blue under transparent pixels, 0 to 255"
     )
     flip: bool = Field(default=False, description="mirror training images at random, left to right")
-    dimensions: Literal[1, 2, 3] = Field(
-        default=2, description="of what an array holds, channels aside: 2 images, 1 signals, 3 volumes"
-    )
+    dimensions: Literal[1, 2, 3] = Field(default=2, description="of arrays, channels aside: 1 signals, 3 volumes")
 
 
 @add_settings_of(NETWORKS)

@@ -102,6 +102,6 @@ def scale_from_unit(values: NDArray[Any], span: Span) -> Float32[np.ndarray, "..
 
 
 def compute_unit_bits(span: Span) -> float:
-    """What a density in bits/dim on the scale of [-1, 1] gets more in the data's own units: log2 of their ratio."""
+    """What -log2 of a density on the scale of [-1, 1] gets more a dimension in the data's own units."""
     low, high = span
     return math.log2((high - low) / 2)

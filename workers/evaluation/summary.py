@@ -214,7 +214,7 @@ def _describe_values(dataset: Dataset) -> dict[str, Any]:
     low, high = dataset.span
     return {
         "values": f"real; {low:.9g} to {high:.9g} is [-1, 1]",
-        "units": f"of the density on [-1, 1]; in the data's own: {compute_unit_bits(dataset.span):+.9g} bits/dim",
+        "units": f"of the density on [-1, 1]; add {compute_unit_bits(dataset.span):.9g} bits/dim for the data's own",
     }
 
 
