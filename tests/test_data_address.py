@@ -14,7 +14,8 @@ from image_files import COLOUR, LABELS, WRITERS, write_cifar, write_idx, write_i
 
 from workers import memos
 from workers.config import DataConfig
-from workers.data import sources, survey
+from workers.data import cache as cache_folder
+from workers.data import sources
 from workers.data.dataset import prepare
 from workers.data.sources import compute_fingerprint, describe
 
@@ -68,7 +69,7 @@ def test_hashes_are_remembered_until_a_file_changes(tmp_path, cache, monkeypatch
     config = DataConfig(source=str(path))
     address = compute_fingerprint(config)
     assert not list(cache.glob("hashes/*")), "a file this young may change again unseen"
-    monkeypatch.setattr(survey, "SETTLED_NS", 0)
+    monkeypatch.setattr(cache_folder, "SETTLED_NS", 0)
     assert compute_fingerprint(config) == address
     (memo,) = cache.glob("hashes/*.json")
     entries = json.loads(memo.read_text())["content"]
@@ -82,7 +83,7 @@ def test_hashes_are_remembered_until_a_file_changes(tmp_path, cache, monkeypatch
 @pytest.mark.parametrize("how", ["replaced", "written over", "linked elsewhere", "in a folder linked elsewhere"])
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_file_of_the_same_size_and_time_is_noticed(tmp_path, monkeypatch, kind, how):
-    monkeypatch.setattr(survey, "SETTLED_NS", 0)
+    monkeypatch.setattr(cache_folder, "SETTLED_NS", 0)
     WRITERS[kind](tmp_path / "real")
     other = tmp_path / "other"
     shutil.copytree(tmp_path / "real", other)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from workers.data.splits import DataError, arrange_images, arrange_parquet, show_name, split_name
+from workers.data.splits import DataError, arrange_images, arrange_shards, show_name, split_name
 
 
 def images(*folders: str, each: int = 3) -> list[str]:
@@ -121,26 +121,26 @@ def test_parquet_files_by_their_names_and_folders() -> None:
     train, test = shards("train", [0, 1], 2), shards("test", [0], 1)
     for above in ("", "data/"):
         names = [above + name for name in (*test, *train)]
-        found = arrange_parquet(sorted(names))
+        found = arrange_shards(sorted(names))
         assert found.train == [above + n for n in train] and found.held_out == [above + n for n in test]
         assert not found.warnings
-    found = arrange_parquet(["default/test/0000.parquet", "default/train/0000.parquet", "default/train/0001.parquet"])
+    found = arrange_shards(["default/test/0000.parquet", "default/train/0000.parquet", "default/train/0001.parquet"])
     assert found.train == ["default/train/0000.parquet", "default/train/0001.parquet"] and found.held_out
-    assert arrange_parquet(["a.parquet", "b.parquet"]).train == ["a.parquet", "b.parquet"]
-    found = arrange_parquet([*train, *test, "validation.parquet", "other.parquet"])
+    assert arrange_shards(["a.parquet", "b.parquet"]).train == ["a.parquet", "b.parquet"]
+    found = arrange_shards([*train, *test, "validation.parquet", "other.parquet"])
     assert found.held_out == test
     assert [w.split(",")[0] for w in found.warnings] == ["left out: validation.parquet", "left out: other.parquet"]
 
 
 def test_shards_that_are_missing() -> None:
-    refused(arrange_parquet, shards("train", [0, 1, 3], 5), "missing: 2, 4, of 5 in all")
-    refused(arrange_parquet, [*shards("train", [0], 1), *shards("test", [0], 2)], "shards of test", "missing: 1")
-    refused(arrange_parquet, [*shards("train", [0], 2), *shards("train", [1], 3)], "of 2 and of 3")
-    refused(arrange_parquet, ["a/train-0.parquet", "b/train-0.parquet"], "several data sets: a/, b/")
-    refused(arrange_parquet, ["test-0.parquet"], "test-0.parquet but no train-*.parquet")
-    assert not arrange_parquet(shards("train", [1, 2], 2)).warnings, "counted from 1"
-    assert "missing: 2" in arrange_parquet([f"train-{k}.parquet" for k in (0, 1, 3)]).warnings[0]
-    [warning] = arrange_parquet(["train-0.parquet", f"train-{10**20}.parquet"]).warnings
+    refused(arrange_shards, shards("train", [0, 1, 3], 5), "missing: 2, 4, of 5 in all")
+    refused(arrange_shards, [*shards("train", [0], 1), *shards("test", [0], 2)], "shards of test", "missing: 1")
+    refused(arrange_shards, [*shards("train", [0], 2), *shards("train", [1], 3)], "of 2 and of 3")
+    refused(arrange_shards, ["a/train-0.parquet", "b/train-0.parquet"], "several data sets: a/, b/")
+    refused(arrange_shards, ["test-0.parquet"], "test-0.parquet but no train-*.parquet")
+    assert not arrange_shards(shards("train", [1, 2], 2)).warnings, "counted from 1"
+    assert "missing: 2" in arrange_shards([f"train-{k}.parquet" for k in (0, 1, 3)]).warnings[0]
+    [warning] = arrange_shards(["train-0.parquet", f"train-{10**20}.parquet"]).warnings
     assert "1, 2, 3, 4, 5, 6, 7, 8, 9 and 1 more" in warning
 
 

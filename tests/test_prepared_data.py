@@ -16,8 +16,9 @@ from image_files import CIFAR, COLOUR, GREY, LABELS, RANDOM, check, fails, write
 
 from workers import memos
 from workers.config import DataConfig
+from workers.data import cache as cache_folder
 from workers.data import dataset as data_module
-from workers.data import proofs, survey
+from workers.data import proofs
 from workers.data.dataset import prepare
 from workers.data.decoding import decode
 from workers.data.sources import compute_fingerprint, describe
@@ -68,7 +69,7 @@ def test_a_prepared_set_is_proven_whole_or_made_again(tmp_path, cache, caplog, n
 @pytest.mark.parametrize("what", ["hashes", "surveys"])
 @pytest.mark.parametrize("damage", ["a flipped bit", "cut", "empty", "foreign", "binary"])
 def test_a_damaged_memo_is_made_again(tmp_path, cache, caplog, monkeypatch, what, damage):
-    monkeypatch.setattr(survey, "SETTLED_NS", 0)
+    monkeypatch.setattr(cache_folder, "SETTLED_NS", 0)
     config = DataConfig(source=str(write_images(tmp_path / "d", GREY, LABELS)))
     found = describe(config)
     [memo] = (cache / what).glob("*.json")

@@ -64,7 +64,7 @@ def test_unknown_kinds(tmp_path):
     (tmp_path / "zero").touch()
     fails(tmp_path / "zero", "0 bytes", "no format known")
     (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"\x1f\x8b" + bytes(100))
-    fails(tmp_path / "cifar-10-binary.tar.gz", "102 bytes", "Unpack archives first")
+    fails(tmp_path / "cifar-10-binary.tar.gz", "102 bytes", "Unpack other archives first")
 
 
 def test_bad_parquet(tmp_path):

@@ -8,11 +8,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each line is a room, `workers` or `orchestrator` themselves where it names none; state stands above what uses it.
 ORDER = """
-    workers: seals syntax code entries kinds sections sides bits config layout identity speed signals disk remote
-    workers: storage bundles sharing locks
+    workers: seals syntax code entries kinds sections sides bits mistakes config layout identity speed signals disk
+    workers: remote storage bundles sharing locks
     workers: noise memos pulse journal shapes pausing passes classes
-    workers.data: mirror splits cache decoding tree built_in arrays parquet_files cifar10 idx formats locate survey
-    workers.data: order ranges sources proofs dataset pixels
+    workers.data: splits hub mirror cache decoding tree shards built_in arrays parquet_files tar_files cifar10 idx
+    workers.data: formats locate survey order ranges sources proofs intake windows dataset pixels
     workers: consent
     workers.network: unet_config unet build
     workers.diffusion: schedules process guidance predictions bound objectives timesteps flow samplers

@@ -5,14 +5,13 @@ digest of what changes its weights (`workers.identity`). Importing this module i
 """
 
 import math
-import re
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from workers.entries import add_settings_of
 from workers.kinds import (
+    FORMATS,
     MEASURES,
     NETWORKS,
     OBJECTIVES,
@@ -24,6 +23,9 @@ from workers.kinds import (
     VARIANCES,
     WEIGHTINGS,
 )  # fmt: skip
+from workers.mistakes import Mistake as Mistake
+from workers.mistakes import Open as Open
+from workers.mistakes import hide_secrets as hide_secrets
 from workers.sections import NameOf, OpenRecord
 from workers.sections import Record as Record
 from workers.sides import Resolution
@@ -48,42 +50,9 @@ DRIVER_CPUS = 0.01  # of the process that leads the workers of a data-parallel t
 BLOCK_GPUS = 0.25  # of a GPU, for an evaluation block where trials train on GPUs
 
 
-SECRET_OPTIONS = ("key", "password", "secret", "signature", "token")  # parts of the names of options in URIs
-
-
-class Mistake(ValueError):
-    """The user's mistake. Its message says what to do; a command prints it and exits with its status."""
-
-    status = 2
-
-    def __str__(self) -> str:
-        return hide_secrets(super().__str__())
-
-
-def hide_secrets(text: str) -> str:
-    """The text with stars for names and passwords in its URIs, and for the values of options named after a secret."""
-    text = re.sub(r"((?:://|[?&]endpoint_override=)(?:https?://)?)[^/@&\s]+(?=@)", r"\1***", text)
-    return re.sub(rf"([?&][\w-]*(?:{'|'.join(SECRET_OPTIONS)})[\w-]*=)[^&\s'\"]+", r"\1***", text, flags=re.IGNORECASE)
-
-
-def _hide_values(text: str) -> str:
-    if (shown := hide_secrets(text)) != text:
-        raise ValueError(
-            f"{shown!r} holds a secret, which would end up in logs and files; leave it out, and set it in the "
-            "environment (AWS_ACCESS_KEY_ID, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, ...)"
-        )
-    try:
-        urlsplit(text)
-    except ValueError as error:
-        raise ValueError(f"{text!r} is neither a path nor a URI ({error})") from error
-    return text
-
-
-Open = Annotated[str, AfterValidator(_hide_values)]  # a path or URI that anybody may read
-
-
 # The names of kinds are those of their tables; no type checker sees those that come from installed packages.
 if TYPE_CHECKING:
+    FormatName = str
     NetworkName = str
     ScheduleName = str
     PredictionName = str
@@ -96,6 +65,7 @@ if TYPE_CHECKING:
     SpaceName = str
     MeasureName = str
 else:
+    FormatName = Annotated[Literal[tuple(FORMATS)], NameOf(FORMATS)]
     NetworkName = Annotated[Literal[tuple(NETWORKS)], NameOf(NETWORKS, takes_settings=True)]
     ScheduleName = Annotated[Literal[tuple(SCHEDULES)], NameOf(SCHEDULES, takes_settings=True)]
     PredictionName = Annotated[Literal[tuple(PREDICTIONS)], NameOf(PREDICTIONS)]
@@ -114,9 +84,15 @@ MOST_STEPS = 10**9  # of anything that is only counted
 
 
 class DataConfig(Record):
-    """Which images. `source` is `digits` or `gaussian`, or a path or URI: Parquet, images, CIFAR-10, IDX, arrays."""
+    """Which images. `source` is `digits` or `gaussian`, or a path or URI of files in a format of `workers.kinds`."""
+
+    READS: ClassVar = {"shuffle": {"null": (), "a number": ("stream",)}}
 
     source: Open = Field(description="digits, gaussian, or the path or URI of images")
+    format: FormatName | None = Field(default=None, description="of the files there; null: found by what lies there")
+    config: str | None = Field(
+        default=None, description="which of a repository's data sets, where it has several, as load_dataset calls them"
+    )
     resolution: Resolution | None = Field(
         default=None, description="centre-crop and resize to a square of this many pixels a side, or to [height, width]"
     )
@@ -126,6 +102,17 @@ class DataConfig(Record):
     )
     flip: bool = Field(default=False, description="mirror training images at random, left to right")
     dimensions: Literal[1, 2, 3] = Field(default=2, description="of arrays, channels aside: 1 signals, 3 volumes")
+    shuffle: int | None = Field(
+        default=None,
+        ge=1,
+        le=65_536,
+        description="of Parquet or tar files, so many are shuffled together, one group after another; null: all images",
+    )
+    stream: float | None = Field(
+        default=None,
+        gt=0,
+        description="GB of a node's disk for training images, read as they are needed; null: all are prepared before",
+    )
 
 
 @add_settings_of(NETWORKS)

@@ -150,7 +150,8 @@ def compute_trial_id(trial: Trial, data_digest: str) -> TrialId:
     """
     content = collect_settings_read(trial, only_set=True)
     content.pop("evaluation", None)
-    content["data"] = {"digest": data_digest, "flip": trial.data.flip}
+    order = {} if trial.data.shuffle is None else {"shuffle": trial.data.shuffle}
+    content["data"] = {"digest": data_digest, "flip": trial.data.flip, **order}
     of_length = () if trial.training.decay != "none" else ("steps",)
     content["training"] = {n: v for n, v in content["training"].items() if n not in (*PLACING, *of_length)}
     return TrialId(compute_digest([TRAINING_VERSION, content]))

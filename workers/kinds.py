@@ -1,9 +1,9 @@
 """The kinds that an experiment file can name: one entry each, which names the function and says all else of it.
 
-A new network, schedule, prediction, variance, objective, weighting, way of drawing t, sampler, feature space or metric
-of samples is one function and one entry here. Settings, checks, the JSON schema, the tables of docs/, plans of costs
-and dispatch follow from the entry. A function is named by "module:name" and imported where it is first used, so that a
-dry run imports no torch.
+A new format of data, network, schedule, prediction, variance, objective, weighting, way of drawing t, sampler, feature
+space or metric of samples is one function and one entry here. Settings, checks, the JSON schema, the tables of docs/,
+plans of costs and dispatch follow from the entry. A function is named by "module:name" and imported where it is first
+used, so that a dry run imports no torch.
 
 A file of settings may name an entry from outside as `module:NAME` (`workers.code` says how it is found). An installed
 package may also bring kinds by an entry point of the group POINTS: a module that puts entries into these tables as it
@@ -18,6 +18,28 @@ from typing import Any
 from workers.entries import BrokenPackage, Entry, Kinds, register_for
 
 POINTS = "diffusion_orchestrator.kinds"
+
+
+# ---- Formats of data: `workers.data.tree.Tree` -> `Files`, or None where it holds something else -----------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatEntry(Entry):
+    """Where no format is named, each is asked in this order, and the first that finds its own is taken."""
+
+
+FORMATS = Kinds(
+    {
+        "parquet": FormatEntry(
+            function="workers.data.parquet_files:find_parquet", about="Parquet files of encoded images or of tensors"
+        ),
+        "cifar10-binary": FormatEntry(function="workers.data.cifar10:find_cifar10", about="CIFAR-10's binary version"),
+        "idx": FormatEntry(function="workers.data.idx:find_idx", about="IDX files, as of MNIST"),
+        "images": FormatEntry(function="workers.data.formats:find_images", about="a folder of images"),
+        "arrays": FormatEntry(function="workers.data.arrays:find_arrays", about="NumPy's .npz and .npy"),
+        "tar": FormatEntry(function="workers.data.tar_files:find_tar", about="tar files of samples, as of WebDataset"),
+    }
+)
 
 
 # ---- Networks: (ModelConfig, Signature) -> module, which `workers.network.build` describes ---------------------
@@ -337,6 +359,7 @@ MEASURES = Kinds(
 
 # Where experiment files name them, for the tables of docs/.
 NAMED_AT: dict[str, Kinds[Any]] = {
+    "data.format": FORMATS,
     "model.kind": NETWORKS,
     "diffusion.schedule.kind": SCHEDULES,
     "diffusion.prediction": PREDICTIONS,

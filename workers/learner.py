@@ -21,6 +21,7 @@ from workers.config import (
 )
 from workers.data.dataset import Dataset
 from workers.data.pixels import to_model
+from workers.data.windows import ShardOrder
 from workers.diffusion.objectives import Objective
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Model
@@ -51,6 +52,8 @@ class Learner:
         self.network: nn.Module = DistributedDataParallel(self.unet) if world.size > 1 else self.unet
         self.sums = torch.zeros(5, dtype=torch.float64, device=world.device)
         self.orders: dict[int, np.ndarray] = {}
+        window = trial.data.shuffle
+        self.shard_order = None if window is None else ShardOrder(trial.seed, dataset.shards, window)
 
     def train_step(self) -> None:
         training, world = self.trial.training, self.world
@@ -82,6 +85,9 @@ class Learner:
     def _draw_rows(self) -> np.ndarray:
         """The training images of this worker's part of the global batch."""
         size = self.trial.training.batch_size
+        if self.shard_order:
+            self.dataset.expect(self.shard_order.list_shards(self.step, size))
+            return np.asarray(take_share(self.shard_order.draw(self.step, size), self.world))
         rows = draw_batch_rows(self.trial.seed, self.step, size, len(self.dataset.train), self.orders)
         return np.asarray(take_share(rows, self.world))
 

@@ -263,6 +263,12 @@ def _check_fid(fid: FIDConfig, source: Source) -> Iterator[Finding]:
             f"evaluation.fid.features: {fid.features} cannot be trained on {source.name}, which has no labels; "
             f"set evaluation.fid: null or features: {SPACES.list_names(lambda s: not s.labelled)}, or use labelled data"
         )
+    if space.train and source.streamed:
+        yield Finding(
+            f"evaluation.fid.features: {fid.features} is trained on all images of {source.name} in memory, and "
+            "data.stream reads them as they are needed; set evaluation.fid: null or features: "
+            f"{SPACES.list_names(lambda s: not s.train)}"
+        )
     if space.channels and source.sides:
         yield Finding(
             f"evaluation.fid.features: {fid.features} takes images, and {source.name} has {describe_sides(source)}; "

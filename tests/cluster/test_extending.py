@@ -17,6 +17,13 @@ from workers.noise import make_generator
 
 # The edit of a file that computes something else, and how often it makes what again.
 EDITS = {
+    "format": (
+        "my_formats.py",
+        "return values",
+        "return largest - values",
+        (1, 1, 1),
+        "is trained again: my_formats.py has changed",
+    ),
     "weighting": (
         "my_losses.py",
         "snr.sqrt()",
@@ -56,6 +63,7 @@ EDITS = {
 }
 SPACES = ["my_features:RANDOM", "my_features:TAUGHT"]
 SMALL = {  # beside the file's own `smoke`
+    "format": ["training.steps=4", "search.space.loss.weighting.grid=[simple]"],
     "weighting": ["training.steps=4"],
     "schedule": ["training.steps=4", "search.space.diffusion.schedule.power.grid=[2]"],
     "sampler": ["training.steps=4", "search.space.evaluation.fid.sampler.grid=[{kind: 'my_samplers:DEIS', steps: 5}]"],
@@ -96,10 +104,13 @@ def test_an_edit_makes_again_what_depends_on_it(
     folder, storage = shutil.copytree(ROOT / "examples" / name, tmp_path / name), tmp_path / "runs"
 
     def sweep(*more: str) -> str:
-        words = [folder / "experiment.yaml", "--smoke", "--storage", storage, *SMALL[name], *more]
+        data = [f"data.source={folder / 'digits'}"] * (name == "format")
+        words = [folder / "experiment.yaml", "--smoke", "--storage", storage, *SMALL[name], *data, *more]
         assert main(list(map(str, words))) == 0, capsys.readouterr()
         return capsys.readouterr().out
 
+    if name == "format":
+        load(folder / "write_digits.py").write(folder / "digits")
     sweep()
     first = count(storage)
     file, old, new, again, why = EDITS[name]

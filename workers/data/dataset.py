@@ -4,16 +4,20 @@
     -> prepare: decode into the cache, prove it whole (`proofs`), open
 
 `prepare` decodes on the first call and opens on every later one. Both splits are stored in a fixed shuffled order, so
-any prefix of either is a fair sample.
+any prefix of either is a fair sample; with `data.shuffle` the images to train on in that of their shards, which are
+shuffled.
 
 A source on an object store (s3://...) is copied into the cache first, once on each node (`workers.data.mirror`), and
-is then read like any other path.
+is then read like any other path. With `data.stream` only the held-out images are decoded beforehand: those to train on
+stay where they are, and come from their shards as they are needed (`workers.data.intake`).
 
 What is kept, under the cache folder; all of it can be made again, and is where it is not proven whole:
 
     hashes/<source>.json     sha256 of the source's files, by path and by what the file system says of each
     surveys/<files>.json     what all headers and labels say
     ranges/<digest>.json     between which values data that are not discrete lie
+    headers/, versions/      what shards tell of themselves, and which they are
+    streams/<digest>/        decoded shards of a stream, as many as `data.stream` has room for
     data/<digest>/           images.npy, labels.npy, and meta.json, which is written last and holds their sha256
     proofs/<digest>.json     of a big data set: that its files were read through and found whole since the boot
     sources/<source>/        copies of an object store's files, and a memo beside them
@@ -23,15 +27,15 @@ process first opens them (0.8 s a GB), those of a big data set once on each mach
 """
 
 import logging
-import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,15 +43,16 @@ from numpy.typing import NDArray
 from workers import memos
 from workers.classes import Classes
 from workers.config import DataConfig
-from workers.data.cache import find_default_cache, lock_cache
-from workers.data.decoding import Item, Pixels, check_size, choose_type, decode, explain_damage
+from workers.data.cache import find_default_cache, lock_cache, reserve_file
+from workers.data.decoding import Item, Pixels, check_size, choose_type, decode, explain_damage, look
+from workers.data.intake import Intake, Room
 from workers.data.locate import find_name, name_source
 from workers.data.order import number_rows
 from workers.data.proofs import is_whole, note_whole
 from workers.data.ranges import Span, scale_to_unit
-from workers.data.sources import Source, describe_with_files
-from workers.data.splits import DataError
-from workers.data.tree import CHUNK, PIECE, Files, Split
+from workers.data.sources import LEVELS, Source, describe_with_files
+from workers.data.splits import DataError, show_name
+from workers.data.tree import CHUNK, PIECE, Files, Shard, Split
 from workers.memos import hash_file, read_state, recall
 
 log = logging.getLogger(__name__)
@@ -64,13 +69,20 @@ class Dataset:
     name: str
     levels: int | None  # pixels take the values 0 .. levels - 1; None: they are not discrete
     shape: tuple[int, int, int]  # H, W, C
-    train: Pixels  # uint8 or uint16 NHWC [0, levels - 1]; float32 [-1, 1] where they are not discrete
+    train: Pixels  # uint8 or uint16 NHWC [0, levels - 1]; float32 [-1, 1] where not discrete; of a stream the intake
     held_out: Pixels  # the same
     train_labels: NDArray[np.int64] | None  # int64 N
     held_out_labels: NDArray[np.int64] | None  # int64 N
     class_names: tuple[str, ...] = ()  # by label, where the source has names
     span: Span | None = None  # of data that are not discrete: the values that are -1 and 1 here
     sides: tuple[int, ...] = ()  # of signals and volumes, which are folded into `shape` (`workers.sides`)
+    shards: tuple[int, ...] = ()  # training images in each file of the source, where `data.shuffle` is of them
+    intake: Intake | None = None  # of a stream
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Images of these shards are needed next, in this order."""
+        if self.intake:
+            self.intake.expect(shards)
 
     @cached_property
     def classes(self) -> Classes | None:
@@ -89,12 +101,32 @@ def prepare(config: DataConfig, cache: Path | None = None) -> Dataset:
     cache = cache or find_default_cache()
     with name_source(config):
         source, files = describe_with_files(config, cache)
-        folder = cache / "data" / source.digest
+        kept, decoded = source, files
+        if config.stream is not None:  # the held-out images alone
+            kept = replace(source, digest=f"{source.digest}-held-out", train=0)
+            decoded = replace(files, train=Split(0, source.labelled, lambda: iter(())))
+        folder = cache / "data" / kept.digest
         if not is_whole(folder, tell=False):
-            with lock_cache(cache / "data" / f"{source.digest}.lock"):
+            with lock_cache(cache / "data" / f"{kept.digest}.lock"):
                 if not is_whole(folder):
-                    _build(config, files, source, folder, cache)
-        return _open(folder, find_name(config), source)
+                    _build(config, decoded, kept, folder, cache)
+        dataset = replace(_open(folder, find_name(config), source), digest=source.digest)
+    if config.shuffle is not None:
+        dataset = replace(dataset, shards=tuple(shard.images for shard in files.shards))
+    return dataset if config.stream is None else _open_stream(config, dataset, source, files.shards, cache)
+
+
+def _open_stream(
+    config: DataConfig, held_out: Dataset, source: Source, shards: Sequence[Shard], cache: Path
+) -> Dataset:
+    assert config.stream is not None
+    room = Room(cache / "streams" / source.digest, int(config.stream * 1e9))
+    states = {shard.path: read_state(shard.path) for shard in shards if shard.path}
+    fill = partial(_decode_shard, config, source, states)
+    intake = Intake(shards, source.shape, choose_type(source.levels), fill=fill, room=room)
+    labels = [label for shard in shards for label in shard.labels or ()] if source.labelled else None
+    train_labels = None if labels is None else np.array(labels, np.int64)
+    return replace(held_out, train=cast(Pixels, intake), intake=intake, train_labels=train_labels)
 
 
 # ---- Decoding --------------------------------------------------------------------------------------------------
@@ -108,7 +140,7 @@ def _build(config: DataConfig, files: Files, source: Source, folder: Path, cache
     try:
         temporary.mkdir()
         _decode_all(config, files, source, temporary)
-        if describe_with_files(config, cache)[0].digest != source.digest:
+        if not source.digest.startswith(describe_with_files(config, cache)[0].digest):
             raise DataError("its files changed while they were decoded; run it again when they are complete")
         sums = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
         states = {name: read_state(temporary / name) for name in sums}
@@ -124,12 +156,72 @@ def _decode_all(config: DataConfig, files: Files, source: Source, folder: Path) 
     """Writes images.npy and, where there are labels, labels.npy. Raises DataError."""
     test = files.held_out if isinstance(files.held_out, Split) else None
     items = chain(test.read(), files.train.read()) if test else files.train.read()
-    rows = number_rows(source.held_out, source.train, test is not None)
-    file = _reserve_file(folder / "images.npy", (len(rows), *source.shape), choose_type(source.levels))
+    rows = number_rows(source.held_out, source.train, test is not None, config.shuffle is not None)
+    file = reserve_file(folder / "images.npy", (len(rows), *source.shape), choose_type(source.levels))
     images = np.asarray(file)  # the same memory, twice as quick to write into
     labels = np.zeros(len(rows), np.int64)
+    _decode(config, source, zip(rows, items, strict=True), images, labels)
+    file.flush()
+    if source.labelled:
+        np.save(folder / "labels.npy", labels)
 
-    def store(part: list[tuple[np.int64, Item]]) -> None:
+
+def _decode_shard(
+    config: DataConfig, source: Source, states: Mapping[Path, list[int]], shard: Shard, images: Pixels
+) -> None:
+    """Decodes a training shard of a stream. Raises DataError where it is not what its header and others say."""
+    labels = np.zeros(shard.images, np.int64)
+    with name_source(config):
+        items = _check_alike(shard, source)
+        try:
+            _decode(config, source, zip(range(shard.images), items, strict=True), images, labels)
+            same = not source.labelled or labels.tolist() == shard.labels
+            same = same and (shard.path is None or read_state(shard.path) == states[shard.path])
+        except _Unequal:
+            same = False
+        if not same:
+            raise DataError(
+                f"{show_name(shard.name)} holds other images than when it was looked at; run the same command again"
+            )
+
+
+class _Unequal(ValueError):
+    """A shard holds more images than its header says, or fewer."""
+
+
+def _check_alike(shard: Shard, source: Source) -> Iterator[Item]:
+    """The images of a shard, each looked at as those were that the source is described by."""
+    count = 0
+    for count, item in enumerate(shard.read(), 1):
+        if count > shard.images:
+            raise _Unequal
+        if not isinstance(item.image, np.ndarray):
+            seen = look(item)
+            unlike = {
+                "in colour": seen.colour and source.shape[2] == 1,
+                f"of {seen.depth} a channel": LEVELS.get(seen.depth, 256) != source.levels,
+                "transparent": seen.transparent and not source.composited,
+            }
+            if kinds := [kind for kind, found in unlike.items() if found]:
+                raise DataError(
+                    f"{show_name(item.name)} is {kinds[0]}, and the held-out images, which a stream goes by, are not; "
+                    "convert it, or leave data.stream out"
+                )
+        yield item
+    if count < shard.images:
+        raise _Unequal
+
+
+def _decode(
+    config: DataConfig,
+    source: Source,
+    items: Iterable[tuple[int | np.int64, Item]],
+    images: Pixels,
+    labels: NDArray[np.int64],
+) -> None:
+    """Decodes items into their rows, by several threads. Raises DataError."""
+
+    def store(part: list[tuple[int | np.int64, Item]]) -> None:
         for row, item in part:
             pixels = decode(item, source.shape[2], config.resolution, config.background)
             check_size(item.name, pixels.shape, source.shape)
@@ -138,11 +230,8 @@ def _decode_all(config: DataConfig, files: Files, source: Source, folder: Path) 
 
     threads = min(8, os.cpu_count() or 1)  # Pillow frees the GIL while it decodes
     with ThreadPoolExecutor(threads) as pool:
-        for chunk in _split_into_chunks(zip(rows, items, strict=True)):
+        for chunk in _split_into_chunks(items):
             list(pool.map(store, (chunk[i::threads] for i in range(threads))))
-    file.flush()
-    if source.labelled:
-        np.save(folder / "labels.npy", labels)
 
 
 def _fit_into_type(pixels: Pixels, source: Source) -> Pixels:
@@ -152,30 +241,11 @@ def _fit_into_type(pixels: Pixels, source: Source) -> Pixels:
     return np.minimum(pixels, source.levels - 1)  # LANCZOS overshoots the digits' 17 levels
 
 
-def _reserve_file(path: Path, shape: tuple[int, ...], kind: type[np.generic]) -> np.memmap:
-    """A new file of an array to write into. Its room on the disk is taken first: a map that finds none dies of it."""
-    needed, free = math.prod(shape) * np.dtype(kind).itemsize, shutil.disk_usage(path.parent).free
-    remedy = "make room, or set the environment variable ORCHESTRATOR_CACHE to a folder on a larger disk"
-    if free < needed:
-        raise DataError(
-            f"decoded it takes {needed / 1e9:.1f} GB, and {path.parent.parent} has {free / 1e9:.1f} GB free; {remedy}"
-        )
-    try:
-        images = np.lib.format.open_memmap(path, "w+", kind, shape)
-        with path.open("r+b") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        raise DataError(
-            f"decoded it takes {needed / 1e9:.3g} GB, for which there is no room in {path.parent.parent} "
-            f"({error.strerror}); {remedy}"
-        ) from error
-    return images
-
-
-def _split_into_chunks(pairs: Iterable[tuple[np.int64, Item]]) -> Iterator[list[tuple[np.int64, Item]]]:
+def _split_into_chunks(
+    pairs: Iterable[tuple[int | np.int64, Item]],
+) -> Iterator[list[tuple[int | np.int64, Item]]]:
     """So many at a time that their encoded bytes fit into memory."""
-    chunk, size = list[tuple[np.int64, Item]](), 0
+    chunk, size = list[tuple[int | np.int64, Item]](), 0
     for row, item in pairs:
         chunk.append((row, item))
         size += len(item.image) if isinstance(item.image, bytes) else 0

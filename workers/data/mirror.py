@@ -11,10 +11,11 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import IO, NamedTuple, cast
 
 from pyarrow import NativeFile, fs
 
+from workers.data.splits import DataError
 from workers.disk import StorageError
 from workers.memos import read_state, recall, remember
 from workers.remote import open_uri
@@ -46,12 +47,7 @@ def mirror_uri(uri: str, folder: Path) -> Path:
     memo = folder.with_name(f"{folder.name}.json")
     notes = {path: Note(*note) for path, note in (recall(memo) or {}).items()}
     try:
-        top = store.get_file_info(base)
-        if top.type == fs.FileType.NotFound:
-            raise FileNotFoundError(f"there is nothing at {uri}")
-        inside = fs.FileSelector(base, recursive=True)
-        infos = [top] if top.type == fs.FileType.File else store.get_file_info(inside)
-        infos = [info for info in infos if info.type == fs.FileType.File]
+        infos = _list_files(store, base, uri)
         target = folder / PurePosixPath(base).name
         if outside := next((info.path for info in infos if ".." in PurePosixPath(info.path).parts), None):
             raise OSError(f"{outside!r} would lead out of the folder of the copy; rename it")
@@ -77,6 +73,16 @@ def mirror_uri(uri: str, folder: Path) -> Path:
     except OSError as error:
         raise StorageError(str(error).split("; Details")[0]) from error
     return target
+
+
+def _list_files(store: fs.FileSystem, base: str, uri: str) -> list[fs.FileInfo]:
+    """The file there, or all in the folder there. Raises FileNotFoundError, and OSError as the store does."""
+    top = store.get_file_info(base)
+    if top.type == fs.FileType.NotFound:
+        raise FileNotFoundError(f"there is nothing at {uri}")
+    inside = fs.FileSelector(base, recursive=True)
+    infos = [top] if top.type == fs.FileType.File else store.get_file_info(inside)
+    return [info for info in infos if info.type == fs.FileType.File]
 
 
 def _check_note(store: fs.FileSystem, path: Path, info: fs.FileInfo, note: Note | None) -> Note | None:
@@ -116,6 +122,70 @@ def _copy(store: fs.FileSystem, path: Path, info: fs.FileInfo) -> Note:
     os.utime(temporary, ns=(info.mtime_ns, info.mtime_ns))
     temporary.replace(path)
     return Note(info.size, info.mtime_ns, version, settled, read_state(path))
+
+
+# ---- Files that stay there -------------------------------------------------------------------------------------
+
+
+class Remote:
+    """Files below a URI: a `workers.data.tree.Store`. Each has the version that it had when they were listed."""
+
+    def __init__(self, uri: str, memo: Path, ends: tuple[str, ...]) -> None:
+        """Versions are asked for of files whose names end so: one request each, as long as they do not change.
+
+        Raises FileNotFoundError, and StorageError where the store does not answer or refuses.
+        """
+        self._uri = uri
+        self._store, self._base = open_uri(uri)
+        try:
+            infos = _list_files(self._store, self._base, uri)
+            self.is_file = [info.path for info in infos] == [self._base]
+            base = self._base.rpartition("/")[0] if self.is_file else self._base
+            self._paths = {info.path[len(base) :].lstrip("/"): info for info in infos}
+            self.names = sorted(name for name in self._paths if not _is_hidden(name))
+            self.versions = self._find_versions([name for name in self.names if name.lower().endswith(ends)], memo)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StorageError(str(error).split("; Details")[0]) from error
+
+    def _find_versions(self, names: list[str], memo: Path) -> dict[str, str]:
+        known = recall(memo) or {}
+        states = {name: [int(self._paths[name].size), int(self._paths[name].mtime_ns)] for name in names}
+        missing = [name for name in names if name not in known or known[name][:-1] != states[name]]
+        settled = {name for name in missing if _is_settled(self._paths[name])}
+        with ThreadPoolExecutor(THREADS) as pool:
+            made = dict(zip(missing, pool.map(self._ask, missing), strict=True))
+        if settled:
+            remember(memo, known | {name: [*states[name], made[name]] for name in settled})
+        return {name: made.get(name) or known[name][-1] for name in names}
+
+    def _ask(self, name: str) -> str:
+        with self._store.open_input_file(self._paths[name].path) as file:
+            return self._name_version(name, file)
+
+    def _name_version(self, name: str, file: NativeFile) -> str:
+        return _read_version(file) or f"{file.size()} bytes of {self._paths[name].mtime_ns}"
+
+    def open(self, name: str) -> IO[bytes]:
+        """Raises DataError where it is gone, or another than when the files were listed."""
+        try:
+            file = self._store.open_input_file(self._paths[name].path)
+        except FileNotFoundError as error:
+            raise DataError(f"{name} is gone from {self._uri}; put it back, or run the same command again") from error
+        except OSError as error:
+            raise StorageError(f"{name} of {self._uri}: {str(error).split('; Details')[0]}") from error
+        if (version := self._name_version(name, file)) != self.versions.get(name, version):
+            file.close()
+            raise DataError(
+                f"{name} has changed at {self._uri} since it was looked at; run the same command again, which then "
+                "takes it for other data"
+            )
+        return cast(IO[bytes], file)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def _find_existing(folder: Path) -> Path:

@@ -4,11 +4,15 @@
 nor ray nor scikit-learn. `describe_source` is the line that every command prints of them.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from workers.code import drop_pin
 from workers.config import DataConfig
 from workers.data import decoding
 from workers.data.cache import find_default_cache
@@ -40,6 +44,7 @@ class Source:
     classes: int = 0  # 0 without labels
     largest_label: int = -1
     class_names: tuple[str, ...] = ()  # by label, where the source has names
+    streamed: bool = False  # whether training images are read as they are needed
     where: tuple[str, str] = ("", "")  # the files or folders of the two splits; the latter empty: it has none itself
     own_split: bool = False  # whether it says itself what is held out, so that data.held_out is not read
     left_out: str = ""  # files that are not read, by suffix
@@ -64,7 +69,7 @@ def describe(config: DataConfig, cache: Path | None = None) -> Source:
 def describe_with_files(config: DataConfig, cache: Path) -> tuple[Source, Files]:
     kind, files, others, warnings = locate(config, cache)
     hashes = files.sha256 or hash_files(config, files, cache)
-    survey = survey_files(kind, files, hashes, cache)
+    survey = survey_files(kind, files, hashes, cache, streamed=config.stream is not None)
     own, counts = isinstance(files.held_out, Split), _count_images(config, files)
     content: dict[str, Any] = {
         "version": VERSION,
@@ -73,6 +78,8 @@ def describe_with_files(config: DataConfig, cache: Path) -> tuple[Source, Files]
         "held_out": "test" if own else counts[0],
         "resolution": config.resolution,
     }
+    if config.shuffle is not None:
+        content["order"] = "shards"
     if files.like is None:
         content["decoding"] = decoding.VERSION
     if survey.transparent:
@@ -82,6 +89,10 @@ def describe_with_files(config: DataConfig, cache: Path) -> tuple[Source, Files]
     labelled = files.train.labelled and (not isinstance(files.held_out, Split) or files.held_out.labelled)
     labelled = labelled and not survey.unlabelled
     shape, levels = _find_shape(config, files, survey), LEVELS.get(survey.depth, files.levels)
+    if levels is None and config.stream is not None:
+        raise DataError(
+            "data.stream: of values that are not discrete the range must be known, and so all images read; leave it out"
+        )
     spans = find_spans(config, files, content, counts=counts, cache=cache) if levels is None else None
     found = [*_list_findings(config, kind, files, hashes, survey), *(spans.list_warnings() if spans else ())]
     source = Source(
@@ -96,15 +107,31 @@ def describe_with_files(config: DataConfig, cache: Path) -> tuple[Source, Files]
         classes=survey.classes if labelled else 0,
         largest_label=survey.largest_label if labelled else -1,
         class_names=files.class_names if labelled else (),
+        streamed=config.stream is not None,
         where=files.where,
-        own_split=files.held_out is not None,
+        own_split=files.has_own_split,
         left_out=others,
         composited=_describe_composited(config, survey),
         warnings=(*files.warnings, *warnings, *found),
         span=spans.train if spans else None,
         sides=files.sides,
     )
+    if config.stream is not None:
+        _check_room(config, files, source)
     return source, files
+
+
+def _check_room(config: DataConfig, files: Files, source: Source) -> None:
+    """Raises DataError where two windows of decoded shards do not fit the room for them: one in use, and the next."""
+    assert config.stream is not None and config.shuffle is not None
+    of_image = math.prod(source.shape) * np.dtype(decoding.choose_type(source.levels)).itemsize
+    largest = sorted((shard.images for shard in files.shards), reverse=True)[: 2 * config.shuffle]
+    if (needed := sum(largest) * of_image / 1e9) > config.stream:
+        raise DataError(
+            f"data.stream: {config.stream:g} GB do not hold {len(largest)} decoded files, those that are shuffled "
+            f"together and the next (data.shuffle = {config.shuffle}), which are up to {needed:.3g} GB; give as much, "
+            "or a smaller data.shuffle"
+        )
 
 
 def _count_images(config: DataConfig, files: Files) -> tuple[int, int]:
@@ -142,7 +169,7 @@ def _find_shape(config: DataConfig, files: Files, survey: Survey) -> tuple[int, 
 def _list_findings(config: DataConfig, kind: str, files: Files, hashes: Sequence[Any], survey: Survey) -> Iterator[str]:
     """What a person should know of the data and of the settings for them."""
     default = {name: field.default for name, field in DataConfig.model_fields.items()}
-    if files.held_out is not None and config.held_out != default["held_out"]:
+    if files.has_own_split and config.held_out != default["held_out"]:
         yield describe_held_out(config)
     if config.background != default["background"] and not survey.transparent:
         yield f"data.background = {list(config.background)} is without effect: no image has transparent pixels"
@@ -169,7 +196,8 @@ def describe_source(source: Source) -> str:
     built_in, names = source.name == source.format, source.class_names
     named = f" ({list_names(names)})" if names and len(names) == source.classes else ""
     parts = [
-        f"{show_name(source.name)}: {'built in' if built_in else source.format}",
+        f"{show_name(source.name)}: {'built in' if built_in else drop_pin(source.format)}"
+        + " in a stream" * source.streamed,
         f"{source.train:,} to train on" + f" ({train})" * bool(train),
         f"{source.held_out:,} held out ({held_out or 'of the same images, by a fixed shuffle'})",
         f"{source.classes:,} class{'es' * (source.classes != 1)}{named}" if source.labelled else "no labels",

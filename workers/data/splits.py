@@ -8,10 +8,12 @@ paths with forward slashes.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
+from types import MappingProxyType
 
 from workers.config import Mistake
 
@@ -21,6 +23,7 @@ WORDS = {
     "validation": ("validation", "valid", "val", "valset", "dev", "eval", "evaluation", "heldout", "holdout"),
 }
 SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
+SPLIT_SEED = 20_200_619  # of every shuffle and split: each trial holds out the same images
 HELD_OUT = ("test", "validation")  # the first that is there is held out
 SHARD = re.compile(r"(?P<stem>.*?)[-_.]?(?P<number>\d+)-of-(?P<count>\d+)(-[0-9a-f]{8,})?")
 NUMBERED = re.compile(r"(?P<stem>.*?)[-_.]?(?P<number>\d+)")
@@ -231,30 +234,34 @@ def _warn_of_left_out(parts: dict[str, list[str]], depth: int, pair: tuple[str, 
     return warnings
 
 
-# ---- Parquet files ---------------------------------------------------------------------------------------------
+# ---- Files that hold many images each --------------------------------------------------------------------------
 
 
-def arrange_parquet(names: Sequence[str]) -> Layout:
-    """Files train-*.parquet and test-*.parquet (else validation-*, ...), or in folders of such names, are the splits.
+def arrange_shards(names: Sequence[str], splits: Mapping[str, str] = MappingProxyType({})) -> Layout:
+    """Files train-* and test-* (else validation-*, ...), or in folders of such names, are the splits: Parquet or tar.
 
-    Where no name says so, all files are one split. Raises DataError where shards are missing, by the count in their
-    names, and where the files are of several data sets.
+    `splits` are those that metadata tell. Where nothing says so, all files are one split. Raises DataError where shards
+    are missing, by the count in their names, and where the files are of several data sets.
     """
-    of = {name: _find_parquet_split(name) for name in names}
-    named = {name: split for name, (split, _) in of.items() if split}
+    of = {name: _find_split_of_shard(name) for name in names}
+    named = splits or {name: split for name, (split, _) in of.items() if split}
+    named = {name: named[name] for name in names if name in named}
     train, held_out, warnings = list(names), list[str](), list[str]()
+    end = Path(names[0]).suffix
     if named:
-        if len({of[name][1] for name in named}) > 1:
+        if not splits and len({of[name][1] for name in named}) > 1:
             folders = sorted({f"{name.rpartition('/')[0]}/" for name in named})
+            kind = "Parquet" if end == ".parquet" else end[1:]
             raise DataError(
-                f"these are Parquet files of several data sets: {list_names(folders, 9)}; give the path of one"
+                f"these are {kind} files of several data sets: {list_names(folders, 9)}; give the path of one, or set "
+                "data.config to the name of its folder"
             )
         train = [name for name, split in named.items() if split == "train"]
         kept = next((split for split in HELD_OUT if split in named.values()), None)
         held_out = [name for name, split in named.items() if split == kept]
         if not train:
             raise DataError(
-                f"there is {list_names(named, 1)} but no train-*.parquet; add it, or give the path of that one file"
+                f"there is {list_names(named, 1)} but no train-*{end}; add it, or give the path of that one file"
             )
         if others := [name for name, split in named.items() if split not in ("train", kept)]:
             warnings.append(f"left out: {list_names(others)}, as {list_names(held_out, 1)} is what is held out")
@@ -265,7 +272,7 @@ def arrange_parquet(names: Sequence[str]) -> Layout:
     return Layout(train, held_out or None, {}, (list_names(train, 2), list_names(held_out, 2)), tuple(warnings))
 
 
-def _find_parquet_split(name: str) -> tuple[str | None, str]:
+def _find_split_of_shard(name: str) -> tuple[str | None, str]:
     """The split of a file by its own name, else by its folders', and the place that its data set has."""
     *folders, file = name.split("/")
     stem = _split_stem(file)[0]
@@ -277,7 +284,7 @@ def _find_parquet_split(name: str) -> tuple[str | None, str]:
 
 def _split_stem(file: str) -> tuple[str, int | None, int | None]:
     """A file's name without suffix and number of its shard, that number, and how many shards there are."""
-    bare = file.removesuffix(".parquet")
+    bare = file.removesuffix(".parquet").removesuffix(".tar")
     if found := SHARD.fullmatch(bare):
         return found["stem"], int(found["number"]), int(found["count"])
     if found := NUMBERED.fullmatch(bare):

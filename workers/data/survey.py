@@ -1,12 +1,13 @@
 """What the headers and labels of a source say, and the sha256 of its files: both remembered in the cache."""
 
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Set
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from workers.config import DataConfig
 from workers.data import decoding
+from workers.data.cache import is_settled
 from workers.data.decoding import BYTES, look
 from workers.data.locate import make_absolute
 from workers.data.splits import DataError, show_name
@@ -14,8 +15,8 @@ from workers.data.tree import Files, Split
 from workers.identity import compute_digest
 from workers.memos import hash_file, read_state, recall, remember
 
+LABELS = "labels are whole numbers from 0 on, or -1 in all of a split that has none"
 SURVEYED = 3  # the version of what a survey holds
-SETTLED_NS = 2_000_000_000  # a file that changed less than this ago may change again within a tick of its clock
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,27 @@ def hash_files(config: DataConfig, files: Files, cache: Path) -> list[tuple[str,
     """Names and sha256 of the files, remembered by path and state: asking again is a stat a file."""
     memo = cache / "hashes" / f"{compute_digest(make_absolute(config).source)}.json"
     known = recall(memo) or {}
+    if files.versions:  # of what is not on this machine
+        return [(name, files.versions[path]) for name, path in files.paths]
     entries: dict[str, list[Any]] = {}
     for _, path in files.paths:
         state, key = read_state(path), str(path.absolute())
         entries[key] = known.get(key, [])
         if entries[key][:-1] != state:
             entries[key] = [*state, hash_file(path)]
-    settled = {key: entry for key, entry in entries.items() if time.time_ns() - entry[2] > SETTLED_NS}
+    settled = {key: entry for key, entry in entries.items() if is_settled(entry)}
     if settled != known:
         remember(memo, settled)
     return [(name, entries[str(path.absolute())][-1]) for name, path in files.paths]
 
 
-def survey_files(kind: str, files: Files, hashes: str | list[tuple[str, str]], cache: Path) -> Survey:
-    """What headers and labels say, remembered by the content of the files. Raises DataError where one is damaged."""
+def survey_files(
+    kind: str, files: Files, hashes: str | list[tuple[str, str]], cache: Path, *, streamed: bool = False
+) -> Survey:
+    """What headers and labels say, remembered by the content of the files. Raises DataError where one is damaged.
+
+    Of a stream only the held-out images are looked at; its labels are known from its shards.
+    """
     if files.sha256 and files.like is not None:
         height, width, _ = files.like.shape
         size = "an image", width, height
@@ -72,18 +80,31 @@ def survey_files(kind: str, files: Files, hashes: str | list[tuple[str, str]], c
             unlabelled=False,
             largest_label=classes - 1,
         )
-    memo = cache / "surveys" / f"{compute_digest([SURVEYED, decoding.VERSION, kind, hashes])}.json"
+    of = [SURVEYED, decoding.VERSION, kind, hashes, *(["streamed"] if streamed else [])]
+    memo = cache / "surveys" / f"{compute_digest(of)}.json"
     if found := recall(memo):
         sizes = {name: found[name] and tuple(found[name]) for name in ("first", "other", "lowest", "narrowest")}
         return Survey(**(found | sizes))
     splits = [split for split in (files.train, files.held_out) if isinstance(split, Split)]
-    survey = _read_survey(files, splits)
+    survey = _read_stream(files) if streamed else _read_survey(files, splits)
     remember(memo, asdict(survey))
     return survey
 
 
-def _read_survey(files: Files, splits: list[Split]) -> Survey:
-    colour, transparent, animated, labels, unlabelled = False, 0, 0, set[int](), False
+def _read_stream(files: Files) -> Survey:
+    """Of the held-out images, and of the labels that headers tell of the others. Raises DataError."""
+    assert isinstance(files.held_out, Split)
+    labels = {label for shard in files.shards for label in shard.labels or ()}
+    unlabelled = bool(labels) and max(labels) < 0
+    if not unlabelled and min(labels, default=0) < 0:
+        raise DataError(f"a training image has the label {min(labels)}; {LABELS}")
+    survey = _read_survey(files, [files.held_out], labels)
+    return replace(survey, images=survey.images + files.train.count, unlabelled=survey.unlabelled or unlabelled)
+
+
+def _read_survey(files: Files, splits: list[Split], known: Set[int] = frozenset()) -> Survey:
+    """`known` are labels of other images."""
+    colour, transparent, animated, labels, unlabelled = False, 0, 0, set(known), False
     first = other = lowest = narrowest = None
     of_depth: dict[str, str] = {}  # the first image of each depth
     if files.like is not None:
@@ -111,7 +132,7 @@ def _read_survey(files: Files, splits: list[Split]) -> Survey:
         if count != split.count:
             raise DataError(f"it holds {count:,} images where its headers tell {split.count:,}; copy it again")
         if 0 < negative < count:
-            raise DataError(f"{told}; labels are whole numbers from 0 on, or -1 in all of a split that has none")
+            raise DataError(f"{told}; {LABELS}")
         if max(labels, default=0) >= 2**31:
             raise DataError(f"there is a label {max(labels)}; labels are whole numbers from 0 on, below 2^31")
         unlabelled = unlabelled or negative > 0

@@ -2,9 +2,10 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, NamedTuple, Protocol
 
 from workers.data.decoding import SUFFIXES, Item, Pixels
 from workers.data.splits import DataError, list_names, show_name
@@ -27,6 +28,17 @@ class Split:
     read: Callable[[], Iterator[Item]]
 
 
+class Shard(NamedTuple):
+    """A file that holds many images."""
+
+    name: str
+    images: int
+    labelled: bool
+    labels: list[int] | None  # of each image, where they are known before they are read
+    read: Callable[[], Iterator[Item]]
+    path: Path | None  # on this machine
+
+
 @dataclass(frozen=True)
 class Files:
     """What lies at a source. `held_out` is its test split, or how many images to hold out, or None: a fraction."""
@@ -43,6 +55,27 @@ class Files:
     where: tuple[str, str] = ("", "")  # the files or folders of the two splits, for a person
     warnings: tuple[str, ...] = ()
     known: frozenset[str] = frozenset()  # names of files that were used, or told of in the warnings
+    versions: Mapping[Path, str] | None = None  # of the files, where they are not on this machine
+    shards: tuple[Shard, ...] = ()  # of the training split, where its files hold many images each
+    drawn: bool = False  # whether what is held out are shards, drawn by `data.held_out`
+
+    @property
+    def has_own_split(self) -> bool:
+        """Whether the source says itself what is held out."""
+        return self.held_out is not None and not self.drawn
+
+
+class Store(Protocol):
+    """Files that are not on this machine, and stay where they are."""
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Of each shard, which changes when its content does."""
+        ...
+
+    def open(self, name: str) -> IO[bytes]:
+        """The file, to be read anywhere in it. Raises DataError where it is gone, or not of its version any more."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,9 +86,18 @@ class Tree:
     names: list[str]
     is_file: bool = False  # what was given is the path of its one file
     dimensions: int = 2  # of what an array holds, channels aside
+    store: Store | None = None  # where the files are, if not at `root`
+    splits: Mapping[str, str] = field(default_factory=dict)  # of files whose split metadata tell
+    classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # names of classes by column, from metadata
+    memo: Path | None = None  # of what the headers of its files tell
+    with_labels: bool = False  # whether labels are wanted before images are read
 
     def get_path(self, name: str) -> Path:
         return self.root / name
+
+    def open(self, name: str) -> IO[bytes]:
+        """The file, to be read anywhere in it."""
+        return self.store.open(name) if self.store else self.get_path(name).open("rb")
 
     def list_matching(self, *ends: str) -> list[str]:
         return [name for name in self.names if name.lower().endswith(ends)]
@@ -88,7 +130,7 @@ def list_files(path: Path) -> Tree:
                     waiting.append((Path(entry.path), f"{name}/", above | {key}))
                 elif entry.is_file():
                     names.append(name)
-                elif entry.is_symlink() and Path(entry.name).suffix.lower() in ("", ".parquet", *SUFFIXES):
+                elif entry.is_symlink() and Path(entry.name).suffix.lower() in ("", ".parquet", ".tar", *SUFFIXES):
                     raise DataError(
                         f"{show_name(name)} is a link to nowhere ({Path(entry.path).readlink()}); mend or remove it"
                     )
