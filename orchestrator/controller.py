@@ -199,6 +199,8 @@ class Sweep:
             keep_bundle(self.storage, bundle)
         check_spaces(self.standing.get_trial(row).evaluation.fid for row in rows)
         address = self.command.ray_address
+        if not address:
+            session.check_compiler(self.standing.get_trial(row).training for row in missing)
         cluster = self.command.cluster or (find_cluster_of_head() if address else None)
         time_plan = self._time_plan(missing, cluster) if cluster or not address else None
         self.planned = (

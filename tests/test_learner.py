@@ -1,8 +1,12 @@
 """What a step of training is made of, as functions: which images, which share of them, which rate, which precision."""
 
+from contextlib import nullcontext
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from workers.config import (
     DataConfig,
@@ -11,7 +15,9 @@ from workers.config import (
     TrainingConfig,
     Trial,
 )
-from workers.learner import choose_autocast, compute_learning_rate, draw_batch_rows
+from workers.data.dataset import prepare
+from workers.learner import Learner, choose_autocast, compute_learning_rate, draw_batch_rows
+from workers.noise import make_generator
 from workers.world import World, take_share
 
 
@@ -68,3 +74,62 @@ def test_auto_takes_bf16_where_the_processor_has_it_and_it_pays(
     )  # fmt: skip
     with choose_autocast(trial, torch.device("cpu")):
         assert torch.is_autocast_enabled("cpu") == is_bf16
+
+
+META = torch.device("meta")  # computes nothing, so that whatever asks it for a value fails
+
+
+class OnMeta(torch.Generator):
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return META
+
+
+class Sent(TorchDispatchMode):
+    """Notes what is copied from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        at, to = getattr(args[0], "device", None) if args else None, kwargs.get("device")
+        if at and to and to != at and "_like" not in str(function):
+            self.copies.append(f"{function}: {tuple(args[0].shape)} from {at} to {to}")
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("timesteps", ["uniform", "stratified", "antithetic"])
+def test_no_step_waits_for_its_device(monkeypatch: pytest.MonkeyPatch, timesteps: str) -> None:
+    """It reads nothing of what the device computes, and sends it images and labels by `send` alone, which does not
+    wait."""
+    trial = Trial.model_validate(
+        {
+            "data": {"source": "digits", "flip": True},
+            "model": {"channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": [4], "labels": True},
+            "diffusion": {"T": 50, "schedule": {"scale": "per_1000"}},
+            "training": {"steps": 2, "batch_size": 16, "timesteps": timesteps, "label_dropout": 0.2, "averages": [0.5]},
+        }
+    )
+    sent: list[tuple[int, ...]] = []
+
+    def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+        sent.append(tuple(values.shape))
+        return torch.empty_like(values, device=device)
+
+    def generator(*words: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+        return OnMeta() if device == META else make_generator(*words)
+
+    adam = torch.optim.Adam
+    monkeypatch.setattr("workers.learner.send", send)
+    monkeypatch.setattr("workers.learner.make_generator", generator)
+    monkeypatch.setattr("workers.learner.choose_autocast", lambda *_: nullcontext())
+    monkeypatch.setattr("torch.optim.Adam", lambda weights, lr, fused: adam(weights, lr=lr, foreach=True))
+    learner = Learner(trial, prepare(trial.data), World(device=META))
+    learner.begin()
+    with Sent() as found:
+        learner.train_step()
+        learner.train_step()
+    assert learner.step == 2 and learner.sums.device == META
+    assert found.copies == [] and sent == [(16, 8, 8, 1), (16,)] * 2

@@ -19,7 +19,7 @@ ORDER = """
     workers.diffusion: gaussian ledger likelihood
     workers.network: manifest diffusers_config checkpoint
     workers.evaluation: precision frechet fidelity inception blocks features make summary pictures canaries
-    workers: peak world learner conformity training calibration
+    workers: peak world compiling learner conformity training calibration
     workers: ray_private jobs signs hosts ray_train data_parallel tasks
     orchestrator: interrupts streams cli ray_internals
     orchestrator.experiment: settings metrics records expand check load effort preflight dry_run profiles

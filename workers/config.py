@@ -231,6 +231,11 @@ class TrainingConfig(Record):
     precision: Literal["auto", "bf16", "float32"] = Field(
         default="auto", description="auto: bf16 where it is faster, else float32"
     )
+    compile: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="compile the network by torch.compile, which takes minutes once and then goes faster; auto: on a "
+        "GPU, where a step is large enough",
+    )
     workers: int = Field(default=1, ge=1, le=SUB_BATCHES, description="data-parallel workers; above 1 under Ray Train")
     cpus: int = Field(default=1, ge=1, le=1024, description="cores per worker")
     gpus: Gpus = Field(

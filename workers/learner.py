@@ -3,9 +3,11 @@
 Data order and noise are addressed by (seed, step, sub-batch): the same at any number of workers.
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from workers.classes import NO_LABEL
+from workers.compiling import CannotCompile, compile_network, must_compile, try_out
 from workers.config import (
     TrainingConfig,
     Trial,
@@ -22,14 +25,15 @@ from workers.config import (
 from workers.data.dataset import Dataset
 from workers.data.pixels import to_model
 from workers.data.windows import ShardOrder
-from workers.diffusion.objectives import Objective
+from workers.diffusion.objectives import Loss, Objective
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Model
 from workers.diffusion.timesteps import History, Part
 from workers.kinds import PREDICTIONS, TIMESTEPS
-from workers.network.build import build_network, hand_noise, make_network_config
+from workers.network.build import Masks, build_network, hand_noise, is_foreign, make_network_config
 from workers.network.unet_config import UNET
-from workers.noise import make_generator
+from workers.noise import compute_address, make_generator
+from workers.peak import count_training_flops
 from workers.world import World, take_share
 
 
@@ -39,8 +43,9 @@ class Learner:
     def __init__(self, trial: Trial, dataset: Dataset, world: World) -> None:
         """At step 0."""
         self.trial, self.dataset, self.world = trial, dataset, world
-        self.objective = Objective.of(trial.diffusion, trial.loss, dataset.levels)
-        self.process, self.history = self.objective.process, History.empty(trial.diffusion.T)
+        objective = Objective.of(trial.diffusion, trial.loss, dataset.levels)
+        self.process, self.history = objective.process, History.empty(trial.diffusion.T)
+        self.objective = objective.to(world.device)
         self.config = make_trial_config(trial, dataset)
         self.unet = build_network(self.config, make_generator(trial.seed, "weights")).to(world.device)
         self.raw = list(self.unet.state_dict().values())  # views of the parameters, not copies
@@ -49,30 +54,67 @@ class Learner:
         self.optimizer = torch.optim.Adam(self.unet.parameters(), lr=trial.training.lr, fused=True)
         self.autocast = choose_autocast(trial, world.device)
         self.step = 0
-        self.network: nn.Module = DistributedDataParallel(self.unet) if world.size > 1 else self.unet
+        self.parts = take_share(range(count_sub_batches(trial.training.batch_size)), world)
+        self.noises = [make_generator(device=world.device) for _ in self.parts]  # seeded at each step
+        self.network: nn.Module | None = None  # what a step calls, from `begin` on
+        self.masks: Masks | None = None  # where they are drawn for all layers at once
+        self.uncompiled = ""  # why it is not compiled, where it was to be
         self.sums = torch.zeros(5, dtype=torch.float64, device=world.device)
         self.orders: dict[int, np.ndarray] = {}
         window = trial.data.shuffle
         self.shard_order = None if window is None else ShardOrder(trial.seed, dataset.shards, window)
 
+    @cached_property
+    def compiles(self) -> bool:
+        """Whether the network is to be compiled."""
+        size = self.trial.training.batch_size
+        return must_compile(self.trial, self.world.device, lambda: size * count_training_flops(json.dumps(self.config)))
+
+    def begin(self) -> None:
+        """What comes before the first step: compiles the network where it is to be, and joins it with the workers'.
+
+        Raises CannotCompile, on all workers if on one, where the trial must not do without.
+        """
+        self.unet.train()
+        self.network, device = self.unet, self.world.device
+        if self.compiles or device.type == "cuda":
+            with torch.no_grad():
+                self.masks = Masks.of(self.unet, self._compute_losses, len(self.parts))
+        if self.compiles:
+            self._compile()
+        if self.world.size > 1:
+            self.network = DistributedDataParallel(self.network)
+
+    def _compile(self) -> None:
+        """On all workers or on none."""
+        size, device = self.trial.training.batch_size, self.world.device
+        with self.autocast:
+            of = size, self.world.size, str(device), torch.is_autocast_enabled(device.type), torch.get_num_threads()
+        try:
+            if self.masks is None:
+                raise CannotCompile("the network calls one of its dropouts twice, and each has one mask a step")
+            whole = not is_foreign(self.config)
+            self.network = compile_network(self.unet, device, (json.dumps(self.config), *of), whole=whole)
+            try_out(self.unet, lambda: self._compute_losses()[2].mean().backward())
+        except CannotCompile as error:
+            self.uncompiled = str(error)
+        if self.world.size > 1:
+            failed = torch.tensor(float(bool(self.uncompiled)), device=device)
+            torch.distributed.all_reduce(failed, torch.distributed.ReduceOp.MAX)
+            self.uncompiled = self.uncompiled or ("another worker of the trial can't" if failed else "")
+        if self.uncompiled:
+            self.network = self.unet
+            if self.trial.training.compile == "always":
+                raise CannotCompile(f"training.compile: always, but {self.uncompiled}; or set it to auto or never")
+
     def train_step(self) -> None:
-        training, world = self.trial.training, self.world
+        training = self.trial.training
+        if self.network is None:
+            self.begin()
         for group in self.optimizer.param_groups:
             group["lr"] = compute_learning_rate(training, self.step)
-        noises = [
-            make_generator(self.trial.seed, "train", self.step, j, device=world.device)
-            for j in take_share(range(count_sub_batches(training.batch_size)), world)
-        ]
-        probability = self.history.probability()
-        rows = self._draw_rows()
-        x_0, t, eps = self._make_batch(rows, noises, probability)
-        told = [self._draw_labels(rows)] if self.trial.model.labels else []
-        hand_noise(self.unet, noises)
-        with self.autocast:
-            loss = self.objective(lambda x, s: self.network(x, s - 1, *told), x_0, t, eps)
-        weighted = loss.weighted
+        t, loss, weighted = self._compute_losses()
         if TIMESTEPS[training.timesteps].remembers:
-            weighted = weighted / (self.process.T * probability.to(t.device)[t - 1]).to(weighted.dtype)
             self._remember(t, loss.weighted.detach())
         weighted.mean().backward()
         norm = nn.utils.clip_grad_norm_(self.unet.parameters(), training.grad_clip)
@@ -81,6 +123,26 @@ class Learner:
         self._average()
         self.sums[:4] += torch.stack([weighted.detach().mean(), loss.eps_mse.mean(), norm, torch.ones_like(norm)])
         self.step += 1
+
+    def _compute_losses(self) -> tuple[Tensor, Loss, Tensor]:
+        """The t of this step's batch, the losses of its images, and what is minimised, each (n,)."""
+        for part, noise in zip(self.parts, self.noises, strict=True):
+            noise.manual_seed(compute_address(self.trial.seed, "train", self.step, part))
+        probability, network = self.history.probability(), self.network
+        assert network is not None
+        rows = self._draw_rows()
+        x_0, t, eps = self._make_batch(rows, self.noises, probability)
+        told = [self._draw_labels(rows)] if self.trial.model.labels else []
+        if self.masks:
+            self.masks.hand(self.noises, self.world.device)
+        else:
+            hand_noise(self.unet, self.noises)
+        with self.autocast:
+            loss = self.objective(lambda x, s: network(x, s - 1, *told), x_0, t, eps)
+        weighted = loss.weighted
+        if TIMESTEPS[self.trial.training.timesteps].remembers:
+            weighted = weighted / (self.process.T * probability.to(t.device)[t - 1]).to(weighted.dtype)
+        return t, loss, weighted
 
     def _draw_rows(self) -> np.ndarray:
         """The training images of this worker's part of the global batch."""
@@ -100,13 +162,12 @@ class Learner:
         training = self.trial.training
         labels = torch.from_numpy(self.dataset.train_labels[rows])
         if training.label_dropout:
-            parts = take_share(range(count_sub_batches(training.batch_size)), self.world)
+            n = len(rows) // len(self.parts)
             coins = [
-                torch.rand(len(rows) // len(parts), generator=make_generator(self.trial.seed, "labels", self.step, j))
-                for j in parts
+                torch.rand(n, generator=make_generator(self.trial.seed, "labels", self.step, j)) for j in self.parts
             ]
             labels[torch.cat(coins) < training.label_dropout] = NO_LABEL
-        return labels.to(self.world.device)
+        return send(labels, self.world.device)
 
     def _make_batch(
         self, rows: np.ndarray, noises: Sequence[torch.Generator], probability: Tensor
@@ -114,7 +175,7 @@ class Learner:
         """The images of these rows and their noise: x_0 and eps float32 (n, C, H, W), t int64 (n,) in 1..T."""
         size, flip = self.trial.training.batch_size, self.trial.data.flip
         device = self.world.device
-        images = torch.from_numpy(self.dataset.train[rows]).to(device)
+        images = send(torch.from_numpy(self.dataset.train[rows]), device)
         x_0 = to_model(images, self.dataset.levels)
         n = len(x_0) // len(noises)
         count = count_sub_batches(size)
@@ -203,10 +264,14 @@ def make_trial_config(trial: Trial, dataset: Dataset) -> dict[str, Any]:
 def repeat_steps(trial: Trial, dataset: Dataset, device: torch.device) -> Iterator[None]:
     """Steps of a training that is neither validated nor kept, without end: what they take can be measured."""
     learner = Learner(trial, dataset, World(device=device))
-    learner.network.train()
     while True:
         learner.train_step()
         yield
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """The values on the device; a GPU gets them without anybody waiting until it has done what it was told before."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def compute_learning_rate(training: TrainingConfig, step: int) -> float:

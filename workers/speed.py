@@ -42,7 +42,8 @@ def make_model_key(
     model: ModelConfig, training: TrainingConfig, shape: tuple[int, ...], measured_in: str = "float32"
 ) -> str:
     """What the speed of a network depends on, beside the hardware; it is `measured_in` the evaluation's precision."""
-    return _make_model_key(model, (training.precision, *([] if measured_in == "float32" else [measured_in])), shape)
+    how = [word for word, default in ((training.compile, "auto"), (measured_in, "float32")) if word != default]
+    return _make_model_key(model, (training.precision, *how), shape)
 
 
 @lru_cache

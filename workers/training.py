@@ -152,7 +152,7 @@ class _Loop:
         """
         training = self.trial.training
         point_every = max(1, training.validate_every // POINTS)
-        self.learner.network.train()
+        self._begin()
         first, busy = self.step, self.meter.now()
         self.clock.turn_to("training")
         while True:
@@ -178,6 +178,14 @@ class _Loop:
         images = (self.step - first) * training.batch_size // self.world.size
         self.meter.add(name_training_kind(training), images, self.meter.now() - busy)
 
+    def _begin(self) -> None:
+        """Readies the network for the steps that follow."""
+        if self.learner.network is None and self.learner.compiles:
+            self.clock.turn_to("compiling")
+            with self.meter.measure("compiling", 1):
+                self.learner.begin()
+        self.learner.unet.train()
+
     def _note_training(self) -> None:
         """A point of means since the last one, over all workers. Raises Diverged or Pruned on all of them at once."""
         sums = self.learner.sums.clone()
@@ -185,9 +193,10 @@ class _Loop:
         sums[4] = self.world.rank == 0 and self.storage.exists(name_stop_file(self.folder))
         if self.world.size > 1:
             torch.distributed.all_reduce(sums)
-        if sums[4]:
+        *totals, steps, stopped = sums.tolist()  # a GPU is waited for here, once a point
+        if stopped:
             raise Pruned
-        weighted, mse, norm = (sums[:3] / sums[3]).tolist()
+        weighted, mse, norm = (total / steps for total in totals)
         if not (math.isfinite(weighted) and math.isfinite(norm)):
             raise Diverged(f"loss {weighted:g}, gradient norm {norm:g}")
         loss = self.trial.loss
@@ -261,7 +270,8 @@ class _Loop:
             self.journal.flush()
             speed = {"spent": self.meter.spent, "seconds": self.clock.seconds, "peak": self.peak}
             of = self.storage, self.folder, progress, self.trial.training.steps, self.checkpoint
-            write_status(*of, speed={"hardware": self.meter.hardware, **speed})
+            uncompiled = {"uncompiled": self.learner.uncompiled} if self.learner.uncompiled else {}
+            write_status(*of, speed={"hardware": self.meter.hardware, **speed, **uncompiled})
         return progress
 
     @cached_property

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from orchestrator.ray_internals import (
     listen_on_loopback,
     set_environment,
 )
+from workers.compiling import find_missing_compiler
 from workers.config import EvaluationConfig, Mistake, TrainingConfig
 from workers.disk import StorageError, Unwritable, check_writable
 from workers.sharing import round_as_ray
@@ -301,6 +302,13 @@ def check_precision(evaluation: EvaluationConfig, nodes: Sequence[Node]) -> None
     """Raises Mistake where the evaluation asks for TF32 and no node has a GPU."""
     if evaluation.precision == "tf32" and not any(node.gpus for node in nodes):
         raise Mistake("evaluation.precision: tf32, but no node of the cluster has a GPU; take float32 or bf16")
+
+
+def check_compiler(trainings: Iterable[TrainingConfig]) -> None:
+    """Raises Mistake where a trial on this machine must be compiled, and nothing here can do it."""
+    missing = find_missing_compiler()
+    if missing and any(training.compile == "always" for training in trainings):
+        raise Mistake(f"training.compile: always, but {missing}; or set it to auto or never")
 
 
 def check_seen(storage: Storage) -> None:

@@ -57,5 +57,5 @@ def _sum_training_seconds(row: Row, images_per_s: float) -> float:
 def _describe_size(row: Row) -> str:
     """What the speed of a trial should follow from: the network, its images, the batch, and what it is trained on."""
     trial, training = row.variant.trial, row.variant.trial.training
-    placed = training.batch_size, training.precision, training.workers, training.cpus, training.gpus
+    placed = training.batch_size, training.precision, training.compile, training.workers, training.cpus, training.gpus
     return json.dumps([trial.model.model_dump(mode="json"), trial.data.source, trial.data.resolution, *placed])

@@ -12,7 +12,7 @@ from workers.layout import get_trial_of_row
 from workers.speed import CORE
 
 # Kinds of work in their order: those of training by the clock, and what the blocks of an evaluation use.
-TRAINING_KINDS = ("training", "validation", "checkpoints", "waiting")
+TRAINING_KINDS = ("compiling", "training", "validation", "checkpoints", "waiting")
 KINDS = (*TRAINING_KINDS, "nll", "ode_nll", "samples", "features")
 
 
@@ -67,12 +67,22 @@ def list_closing_lines(rows: Sequence[Row]) -> list[str]:
     spent = ", ".join(f"{kind} {format_seconds(seconds[kind])}" for kind in list_kinds(rows))
     lines = [f"work        {spent}"] if spent else []
     lines += [f"peak        {text}" for text in describe_peaks(rows)]
+    lines += [f"eager       {text}" for text in describe_uncompiled(rows)]
     return lines + [f"slow        {slow}" for slow in find_slow_trials(rows)]
 
 
 def describe_peaks(rows: Iterable[Row]) -> list[str]:
     """Each measured peak that a share of the rows is of."""
     return list(dict.fromkeys(_describe_peak(peak) for row in rows if (peak := row.peak)))
+
+
+def describe_uncompiled(rows: Iterable[Row]) -> list[str]:
+    """Why trials were trained without compiling, which were to be; each reason once, with the number of trials."""
+    trials: dict[str, set[str]] = {}
+    for row in rows:
+        if why := (row.found.status or {}).get("uncompiled"):
+            trials.setdefault(why, set()).add(get_trial_of_row(row.digest))
+    return [f"{len(of)} trial{'s' * (len(of) > 1)} trained without torch.compile: {why}" for why, of in trials.items()]
 
 
 def _describe_peak(peak: Mapping[str, Any]) -> str:

@@ -99,6 +99,13 @@ class Objective:
     def of(diffusion: DiffusionConfig, loss: LossConfig, levels: int | None) -> "Objective":
         return Objective(Process.of(diffusion), diffusion.prediction, loss, levels)
 
+    def to(self, device: torch.device) -> "Objective":
+        """The same with its coefficients on that device; the weighting is asked before, as it may make tensors."""
+        moved = replace(self, process=self.process.to(device))
+        if "weighting" in OBJECTIVES[self.loss.objective].reads:
+            vars(moved)["weights"] = self.weights.to(device)
+        return moved
+
     @cached_property
     def weights(self) -> PerTime:
         return weights(self.process, self.loss, self.prediction)

@@ -56,6 +56,10 @@ class Process:
     def of_betas(beta: Float[Tensor, "T"], variance: str) -> "Process":
         return Process(beta.double(), variance, torch.arange(1, len(beta) + 1))
 
+    def to(self, device: torch.device) -> "Process":
+        """The same process with its coefficients on that device, so that none is copied there when it is used."""
+        return Process(self.beta.to(device), self.variance, self.times.to(device))
+
     @property
     def T(self) -> int:
         return len(self.beta)
@@ -71,7 +75,7 @@ class Process:
     @cached_property
     def alpha_bar_before(self) -> PerTime:
         """alpha_bar_{t-1}, with alpha_bar_0 = 1."""
-        return torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
+        return torch.cat([torch.ones_like(self.alpha_bar[:1]), self.alpha_bar[:-1]])
 
     @cached_property
     def beta_tilde(self) -> PerTime:

@@ -6,7 +6,7 @@ module has to do is said in docs/extending.md, and `orchestrator.conform` looks 
 """
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +21,7 @@ from workers.config import ModelConfig
 from workers.entries import is_outside
 from workers.identity import collect_settings_read
 from workers.kinds import NETWORKS
-from workers.network.unet import Dropout, UNet
+from workers.network.unet import Dropout, UNet, draw_bits
 from workers.network.unet_config import UNET, make_class_fields, make_unet_config, read_classes
 from workers.noise import make_generator
 
@@ -152,4 +152,42 @@ def hand_noise(network: nn.Module, generators: Sequence[torch.Generator] | None)
     """Hands over the generators of the dropout masks, one a sub-batch, for the training steps that follow."""
     for module in network.modules():
         if isinstance(module, Dropout):
-            module.generators = generators
+            module.generators, module.bits = generators, None
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The dropout masks of a network, which a step draws for all layers at once and before its forward pass: a GPU is
+    told a draw a sub-batch, and not one for each layer too, and none lies within what is compiled."""
+
+    dropouts: Sequence[Dropout]  # each has its place in what is drawn
+    bits: int  # of 16 each, a sub-batch
+
+    @staticmethod
+    def of(network: nn.Module, call: Callable[[], object], sub_batches: int) -> "Masks | None":
+        """As a call of the network in training needs them, in its order; None where it goes through one twice."""
+        sizes: list[tuple[Dropout, int]] = []
+
+        def note(dropout: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if isinstance(dropout, Dropout) and dropout.p:
+                sizes.append((dropout, inputs[0].numel() // sub_batches))
+
+        hooks = [m.register_forward_pre_hook(note) for m in network.modules() if isinstance(m, Dropout)]
+        try:
+            call()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len({id(dropout) for dropout, _ in sizes}) < len(sizes):
+            return None
+        place = 0
+        for dropout, size in sizes:
+            dropout.place = place
+            place += -(-size // 4) * 4  # as a draw by itself would take them
+        return Masks([dropout for dropout, _ in sizes], place)
+
+    def hand(self, generators: Sequence[torch.Generator], device: torch.device) -> None:
+        """Draws the masks of the next step."""
+        bits = draw_bits(generators, self.bits, device) if self.dropouts else None
+        for dropout in self.dropouts:
+            dropout.bits = bits

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int16, Shaped
 from torch import Tensor, nn
 
 from workers.network.unet_config import DEFAULTS, read_classes
@@ -20,6 +20,7 @@ Timed = Float[Tensor, "n time"]  # what the network makes of t
 Wider = Float[Tensor, "n out h w"]
 Resized = Float[Tensor, "n c height width"]
 Steps = Shaped[Tensor, "n"]  # t - 1, in whole numbers or between them
+Bits = Int16[Tensor, "parts bits"]  # a row for each sub-batch
 
 # Fields of the config that are built here in more than one way. Every other field must have diffusers' default.
 BUILT = {
@@ -82,28 +83,41 @@ class Dropout(nn.Module):
 
     With k generators the batch is k equal sub-batches in order, and the mask of the j-th comes from the j-th
     generator: however sub-batches are spread over workers, each meets the same mask. p is kept to 1/65536.
+    `bits`, where they are handed instead, were drawn for all layers at once, and those from `place` on are its own.
     """
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
         self.generators: Sequence[torch.Generator] | None = None
+        self.bits: Bits | None = None
+        self.place = 0
 
     def forward(self, x: NCHW) -> NCHW:
         if not self.training or self.p == 0:
             return x
-        assert self.generators, "dropout in training needs its generators: build.hand_noise"
         N, C, H, W = x.shape
-        assert N % len(self.generators) == 0, f"a batch of {N} is not {len(self.generators)} equal sub-batches"
-        # 16 random bits an element, four from each draw: on a CPU bernoulli_ takes three times as long, which is a
-        # tenth of a training step. The order is NHWC, that of the memory.
-        n, dropped = x.numel() // len(self.generators), round(self.p * 65536)
-        words = torch.empty(len(self.generators), -(-n // 4), dtype=torch.int64, device=x.device)
-        for row, generator in zip(words, self.generators, strict=True):
-            row.random_(-(2**63), None, generator=generator)
-        bits = words.view(torch.int16)[:, :n].reshape(N, H, W, C).permute(0, 3, 1, 2)
-        kept = bits.ge_(dropped - 32768).to(x.dtype)
+        if self.bits is None:
+            assert self.generators, "dropout in training needs its generators: build.hand_noise"
+            assert N % len(self.generators) == 0, f"a batch of {N} is not {len(self.generators)} equal sub-batches"
+            bits = draw_bits(self.generators, x.numel() // len(self.generators), x.device)
+        else:
+            bits = self.bits[:, self.place : self.place + x.numel() // len(self.bits)]
+        dropped = round(self.p * 65536)
+        kept = bits.reshape(N, H, W, C).permute(0, 3, 1, 2).ge(dropped - 32768).to(x.dtype)  # NHWC, as the memory is
         return (x * kept) * (65536 / (65536 - dropped))  # the factor apart: bfloat16 would round it in `kept`
+
+
+def draw_bits(generators: Sequence[torch.Generator], n: int, device: torch.device) -> Bits:
+    """n numbers of 16 random bits from each generator.
+
+    Four of them come from each draw: on a CPU bernoulli_ takes three times as long, which is a tenth of a training
+    step. There, what is drawn at once is what several draws of whole fours give.
+    """
+    words = torch.empty(len(generators), -(-n // 4), dtype=torch.int64, device=device)
+    for row, generator in zip(words, generators, strict=True):
+        row.random_(-(2**63), None, generator=generator)
+    return words.view(torch.int16)[:, :n]
 
 
 class GroupNorm(nn.GroupNorm):
@@ -113,7 +127,18 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: NCHW) -> NCHW:
+        if torch.compiler.is_compiling():
+            return self.reduce(x)
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+    def reduce(self, x: NCHW) -> NCHW:
+        """The same as plain reductions in the order of channels_last, for a compiler, which makes two passes of it that
+        hold the casts, the SiLU and the dropout after it too. CUDA's own kernel goes to NCHW and back."""
+        N, C, H, W = x.shape
+        pixels = x.permute(0, 2, 3, 1).reshape(N, H * W, self.num_groups, -1).to(self.weight.dtype)
+        variance, mean = torch.var_mean(pixels, dim=(1, 3), correction=0, keepdim=True)
+        y = ((pixels - mean) * torch.rsqrt(variance + self.eps)).view(N, H, W, C) * self.weight + self.bias
+        return y.permute(0, 3, 1, 2).to(x.dtype)
 
 
 class ResnetBlock(nn.Module):
