@@ -1,5 +1,6 @@
 """A compiled network: the numbers of one that is not, in one graph; its parts; and what is told where it can't be."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,13 +10,14 @@ import jaxtyping
 import pytest
 import torch
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import spawn
 
 from orchestrator.execution.session import check_compiler
 from orchestrator.output.speed_table import describe_uncompiled
 from workers import compiling
-from workers.compiling import HEAVY, CannotCompile, must_compile
+from workers.compiling import HEAVY, CannotCompile, compile_network, must_compile
 from workers.config import Mistake, ModelConfig, TrainingConfig, Trial
 from workers.data.dataset import Dataset, prepare
 from workers.journal import read_points
@@ -314,3 +316,14 @@ def test_what_is_asked_counts_in_the_id_and_in_the_speed() -> None:
     keys = {make_model_key(ModelConfig(), changed(compile=how).training, (8, 8, 1)) for how in ("auto", "always")}
     assert len(ids) == 3 and len(keys) == 2
     assert TrainingConfig(steps=1).compile == "auto"
+
+
+@pytest.mark.parametrize("own", ["", "/somewhere/else"])
+def test_processes_share_what_is_compiled_by_our_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: str
+) -> None:
+    """Unless the user has named another folder."""
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path))
+    monkeypatch.setenv(compiling.CACHE, own or default_cache_dir())
+    compile_network(nn.Linear(1, 1), torch.device("cpu"), "another shape", whole=True)
+    assert os.environ[compiling.CACHE] == (own or f"{tmp_path}/compiled")

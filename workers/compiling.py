@@ -20,6 +20,7 @@ from workers.data.cache import find_default_cache
 # for the digits 1e9, whose trials would be over before a compiler is. No GPU was at hand to measure it on.
 HEAVY = 1e11
 BACKEND = "inductor"
+CACHE = "TORCHINDUCTOR_CACHE_DIR"  # PyTorch's, which a user may have set
 _shapes: list[object] = []  # the one that this process has compiled last
 
 
@@ -48,11 +49,14 @@ def compile_network(network: nn.Module, device: torch.device, shape: object, *, 
     code depends on is in `shape`. Networks of one shape share the code, in a process and by the cache. Raises
     CannotCompile.
     """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes seconds, for those who compile alone
+
     if device.type == "cuda" and not torch.utils._triton.has_triton():
         raise CannotCompile("triton, which writes the code for a GPU, is not there: install a torch that comes with it")
     if missing := find_missing_compiler():
         raise CannotCompile(missing)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(find_default_cache() / "compiled"))
+    if os.environ.get(CACHE) in (None, default_cache_dir()):  # which parts of PyTorch write there when they are loaded
+        os.environ[CACHE] = str(find_default_cache() / "compiled")
     torch._inductor.config.deterministic = True  # else some code is what was fastest in a trial of it, so by chance
     if _shapes != [shape]:  # PyTorch keeps at most eight variants of a piece of code
         torch._dynamo.reset()
