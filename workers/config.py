@@ -232,9 +232,7 @@ class TrainingConfig(Record):
         default="auto", description="auto: bf16 where it is faster, else float32"
     )
     compile: Literal["auto", "always", "never"] = Field(
-        default="auto",
-        description="compile the network by torch.compile, which takes minutes once and then goes faster; auto: on a "
-        "GPU, where a step is large enough",
+        default="auto", description="the network by torch.compile, minutes at first; auto: of large steps on a GPU"
     )
     workers: int = Field(default=1, ge=1, le=SUB_BATCHES, description="data-parallel workers; above 1 under Ray Train")
     cpus: int = Field(default=1, ge=1, le=1024, description="cores per worker")
@@ -251,10 +249,7 @@ class TrainingConfig(Record):
         default="uniform", description="how t is drawn; importance: by the second moment of the loss"
     )
     label_dropout: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="probability with which an image's label is kept from the network, which guidance needs",
+        default=0.0, ge=0, lt=1, description="probability that a label is kept from the network, which guidance needs"
     )
 
 

@@ -96,7 +96,7 @@ class Process:
     def sigma_squared(self) -> PerTime:
         """The variance of p_theta(x_{t-1} | x_t) where it is fixed, section 3.2; at t = 1 that of the decoder."""
         assert not self.learned, f"{self.variance} has no variance without the network; ask for sigma()"
-        return _for_decoder(self, VARIANCES[self.variance].load()(self))
+        return _for_decoder(self, VARIANCES[self.variance].load()(self).to(self.beta.device))
 
     def sigma(self, prediction: Prediction, t: Times) -> Beside:
         """The standard deviation of p_theta(x_{t-1} | x_t): (N, C, H, W) where it is learned, else (N, 1, 1, 1)."""
