@@ -1,7 +1,7 @@
 """A compiled network: the numbers of one that is not, in one graph; its parts; and what is told where it can't be."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,14 +103,14 @@ def test_a_compiled_step_is_the_step_up_to_rounding(digits: Dataset, monkeypatch
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"] and not counters["recompiles"]
 
 
-@pytest.mark.faults  # two minutes of a C++ compiler
+@pytest.mark.faults  # minutes of a C++ compiler
 def test_the_compiler_s_code_computes_it_too_in_fewer_pieces(digits: Dataset) -> None:
     import torch._inductor.metrics as metrics
 
     metrics.reset()
     model = TRIAL.model.model_copy(update={"multipliers": (1, 2), "attention": (4,)})
     check_steps(TRIAL.model_copy(update={"model": model}), digits, 3, 2e-5)
-    assert 0 < metrics.generated_kernel_count < 250  # of eager's 1,100 and more, forward and backward
+    assert 0 < metrics.generated_kernel_count < 0.7 * metrics.ir_nodes_pre_fusion
 
 
 def test_a_compiled_trial_ends_in_the_same_bits_when_it_is_cut_off_or_extended(
@@ -172,16 +172,17 @@ def test_group_norm_by_reductions_is_group_norm(dtype: torch.dtype) -> None:
         norm.weight.copy_(torch.randn(12, generator=draw))
         norm.bias.copy_(torch.randn(12, generator=draw))
     x = (3 + torch.randn(5, 12, 6, 4, generator=draw)).to(dtype).contiguous(memory_format=torch.channels_last)
-    found: list[torch.Tensor] = []
-    expected: list[torch.Tensor] = []
-    for results, function in ((found, norm.reduce), (expected, norm)):
+
+    def run(function: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        norm.zero_grad(set_to_none=True)
         given = x.clone().requires_grad_()
         y = function(given)
+        assert y.dtype == dtype
         (y.float() * torch.arange(y.numel()).view(y.shape).cos()).sum().backward()
         gradients = (given.grad, norm.weight.grad, norm.bias.grad)
-        results += [y.detach().float(), *(gradient.float() for gradient in gradients if gradient is not None)]
-        norm.zero_grad(set_to_none=True)
-        assert y.dtype == dtype
+        return [y.detach().float(), *(gradient.float() for gradient in gradients if gradient is not None)]
+
+    found, expected = run(norm.reduce), run(norm)
     assert norm.reduce(x).is_contiguous(memory_format=torch.channels_last)
     assert len(found) == 4
     for one, other in zip(found, expected, strict=True):
