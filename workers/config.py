@@ -232,7 +232,7 @@ class TrainingConfig(Record):
         default="auto", description="auto: bf16 where it is faster, else float32"
     )
     compile: Literal["auto", "always", "never"] = Field(
-        default="auto", description="the network by torch.compile, minutes at first; auto: of large steps on a GPU"
+        default="auto", description="compile the network, by torch.compile; auto: for large steps on a GPU"
     )
     workers: int = Field(default=1, ge=1, le=SUB_BATCHES, description="data-parallel workers; above 1 under Ray Train")
     cpus: int = Field(default=1, ge=1, le=1024, description="cores per worker")
