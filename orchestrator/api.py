@@ -21,7 +21,7 @@ from orchestrator.experiment.records import Experiment, Variant
 from orchestrator.output.page import name_path as report_path
 from orchestrator.output.table import make_columns, make_frame
 from orchestrator.state.events import read_events
-from orchestrator.state.rows import rank_rows
+from orchestrator.state.rows import list_asked, rank_rows
 from orchestrator.state.saved import list_sweeps, open_sweep, read_rows
 from workers.config import DataConfig, Measurement, Mistake, SamplerConfig
 from workers.consent import give_consent
@@ -143,7 +143,7 @@ def load_results(sweep: str, storage: str | Path = "runs", *, collapse_seeds: bo
     place = Storage(storage)
     kept = open_sweep(place, sweep)
     rows = read_rows(place, kept, read_events(place, sweep))
-    return make_frame(rank_rows(rows, kept.metric), collapse_seeds)
+    return make_frame(rank_rows(list_asked(rows), kept.metric), collapse_seeds)
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def _find_checkpoint(target: str, storage: Storage) -> "Checkpoint":
 
     if target in list_sweeps(storage):
         kept = open_sweep(storage, target)
-        every = read_rows(storage, kept)
+        every = list_asked(read_rows(storage, kept))
         rows = [row for row in every if kept.metric in row.metrics]
         if not rows:
             raise Mistake(f"no trial of the sweep {target} has {kept.metric} yet")

@@ -163,7 +163,7 @@ class Sweep:
         search = self.experiment.search
         if search.algorithm != "optuna" or len(self.asked) >= (search.samples or 0):
             return []
-        rows = {_format_point(row.variant): row for row in self.standing.make_rows()}
+        rows = {_format_point(row.variant): row for row in self.standing.make_rows() if not row.variant.role}
         if all(row.state == "failed" for v in self.asked[-search.first :] if (row := rows.get(_format_point(v)))):
             self.say("search     ends here: every trial of the last round failed")
             return []
@@ -190,7 +190,8 @@ class Sweep:
         self._tell_decisions(decisions)
         missing = [row for row, decision in decisions.items() if decision.action != "nothing"]
         found = self.standing.found
-        self.standing.errors |= {row: found[row].unread for row in rows if found[row].unread}
+        stuck = {row: found[row].unread or self.standing.explain_stuck(row) for row in rows}
+        self.standing.errors |= {row: why for row, why in stuck.items() if why}
         if not missing:
             self._keep(rows)
             return
@@ -249,7 +250,7 @@ class Sweep:
         states = {row.digest: row.state for row in self.standing.make_rows()}
         for row, decision in decisions.items():
             line, nothing = self.telling.lines[row], decision.action == "nothing"
-            line.step = self.standing.found[row].step
+            line.step = max(self.standing.found[row].step, self.standing.count_shared_steps(row))
             line.state = states[row] if nothing else "waiting"
             self.telling.say_of(row, f"{decision.action:<10}  {decision.why}  {line.name}", detail=nothing)
 
@@ -259,7 +260,8 @@ class Sweep:
         keep_sweep(self.storage, self.experiment, standing.variants, standing.sources)
         standing.keep_checkpoints(rows)
         for trial in dict.fromkeys(map(get_trial_of_row, rows)):
-            keep_trial(self.storage, trial, standing.get_trial(standing.sharing[trial][0]))
+            first = min(standing.sharing[trial], key=lambda row: bool(standing.variants[row].role))
+            keep_trial(self.storage, trial, standing.get_trial(first))
 
     def _begin(self, decisions: Mapping[RowId, Decision], first: bool) -> None:
         """Writes down what is to be made, now that nothing stands against it: a refused command changes nothing."""

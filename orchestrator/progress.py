@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from orchestrator.clusters import cost
@@ -14,17 +14,18 @@ from orchestrator.execution.evaluations import Evaluations
 from orchestrator.execution.halt import Halt
 from orchestrator.execution.hangs import Watchdog
 from orchestrator.planning.decide import Turn, decide, decide_turn, find_missing_blocks
+from orchestrator.planning.place import Node
 from orchestrator.standing import Standing
 from orchestrator.telling import Telling, sum_seconds_used
 from workers.bits import SEEN, find_validation
 from workers.config import Measurement, Trial
-from workers.evaluation.blocks import Images, list_blocks
+from workers.evaluation.blocks import Block, Images, list_blocks
 from workers.hosts import CROWDED, HELD, MEASURED, UNWRITABLE
 from workers.jobs import Job, make_job
 from workers.layout import RowId, TrialId, get_trial_of_row, name_share_file, name_status_file, name_trial_folder
 from workers.network import manifest
 from workers.speed import Spent, make_model_key
-from workers.tasks import make_order
+from workers.tasks import Order, make_order
 from workers.training import name_stop_file
 
 # Why a scheduler has stopped a trial at a step, after its last validation.
@@ -57,15 +58,9 @@ class RowsInProgress:
         """A job for each trial that the rows need; those that are to be trained, each as far as its furthest row."""
         nodes, to_train = session.list_nodes_ever(cluster), []
         for trial in dict.fromkeys(map(get_trial_of_row, rows)):
-            config = self.standing.get_trial(self.standing.find_furthest(trial))
-            gpus = session.count_gpus_a_worker(config.training, nodes)
-            session.check_precision(config.evaluation, nodes)
-            steps = self.standing.list_further_steps(trial)
-            share = _share_file(config, self.standing) if gpus else ""
-            job = make_job(self.storage, trial, config, gpus, self.standing.owner, also_keep=steps, share=share)
-            self.jobs[trial] = job
+            self.jobs[trial] = _make_job(self.standing, trial, nodes)
             if any(row in self.training for row in self.standing.sharing[trial]):
-                to_train.append(job)
+                to_train.append(self.jobs[trial])
         return to_train
 
     def wait_for_others(self, jobs: list[Job]) -> list[Job]:
@@ -83,9 +78,14 @@ class RowsInProgress:
         return jobs
 
     def decide_turn(self, trial: TrialId) -> Turn:
-        """Whether the trial is to be trained now: not while another sweep does, nor after it has, when it is taken."""
-        holder, scheduler = self.standing.find_holder(trial), self.standing.scheduler
+        """Whether the trial is to be trained now: not while another sweep does, nor after it has, when it is taken; nor
+        before what it starts from is there."""
         rows = self._list_waiting(trial)
+        if not rows:  # what it starts from could not be made
+            return "take"
+        if any(self.standing.starts.get(row) in self.training for row in rows):
+            return "wait"
+        holder, scheduler = self.standing.find_holder(trial), self.standing.scheduler
         taken = [row for row in rows if decide(self.standing.look(row), scheduler).action != "train"]
         left = [row for row in rows if row not in taken]
         turn = decide_turn(bool(left), holder)
@@ -120,7 +120,8 @@ class RowsInProgress:
             self._list_waiting(trial),
         )
         of_one = {"cpus": training.cpus, "gpus": self.jobs[trial]["gpus"]}
-        step = int((self.storage.read_sealed(name_status_file(trial)) or {}).get("step", 0))
+        status = self.storage.read_sealed(name_status_file(trial)) or {}
+        step = int(status.get("step", self.standing.count_shared_steps(row)))
         held = {name: n * training.workers for name, n in of_one.items()}
         self.halt.has_worked = True
         self.telling.record_event("began", row, step=step, **held)
@@ -155,7 +156,7 @@ class RowsInProgress:
         status = self.standing.found[self.standing.find_furthest(trial)].status
         if waiting and status and "spent" in status:
             spent = {**status["spent"], "start": (1, self.start_s)}
-            self._learn(waiting[-1], {status["hardware"]: spent})
+            _learn(self.standing, waiting[-1], {status["hardware"]: spent})
         for row in waiting:
             self._end_row_training(row)
 
@@ -169,11 +170,22 @@ class RowsInProgress:
         self.telling.record_event("trained", row, state=found.state, step=line.step, why=status.get("detail", ""))
         if found.state == "finished":
             self.standing.keep_checkpoints([row])
-            self.evaluate(row)
+            if found.is_measured:
+                self.evaluate(row)
+            else:
+                line.state = "done"
+                self.telling.end_row(row)
         else:
             line.state = found.state
             self.telling.say_of(row, str(status.get("detail")))
             self.telling.end_row(row)
+            self._fail_those_on(row, str(status.get("detail")))
+
+    def _fail_those_on(self, row: RowId, why: str) -> None:
+        """What starts from the row cannot be made."""
+        for other in [other for other in self.training if self.standing.starts.get(other) == row]:
+            self.training.discard(other)
+            self._fail_row(other, f"it starts from {row[:8]}, which is not there: {why}")
 
     def restart_trial(self, trial: TrialId, why: str) -> None:
         session.check()  # with Ray itself gone it does not start again
@@ -219,6 +231,8 @@ class RowsInProgress:
         self.standing.look(row)
         self.telling.say_of(row, f"failed: {why}")
         self.telling.end_row(row)
+        if not self.standing.found[row].checkpoint:
+            self._fail_those_on(row, why)
 
     def is_evaluating(self) -> bool:
         return bool(self.evaluations)
@@ -255,36 +269,53 @@ class RowsInProgress:
 
     def evaluate(self, row: RowId) -> None:
         """Starts the blocks of a trained row that are not there."""
-        trial, line = self.standing.get_trial(row), self.telling.lines[row]
-        m, images = Measurement.of(trial), Images.of(self.standing.sources[trial.data])
-        checkpoint = manifest.choose_average(self.standing.open_checkpoint(row), m.evaluation.ema)
-        planned = list_blocks(m, checkpoint.digest, images)
-        missing = find_missing_blocks(planned, self.storage.list)
+        line, gpus = self.telling.lines[row], self.jobs[get_trial_of_row(row)]["gpus"]
+        order, planned, missing = _order_blocks(self.standing, row, gpus, self.halt)
         line.state, line.blocks, line.blocks_left, line.step = "evaluating", len(planned), len(missing), line.steps
-        gpus = self.jobs[get_trial_of_row(row)]["gpus"]
-        block_s = cost.estimate_longest_block_s(self.storage, trial, self.standing.sources[trial.data], on_gpu=gpus > 0)
-        until = self.halt.find_latest_block_begin(block_s)
-        order = make_order(self.storage, m, checkpoint, gpus, until=until)
         self.evaluations.submit(row, order, planned, missing)
         self.halt.has_worked = True
         self.telling.record_event("evaluating", row, blocks=len(planned), missing=len(missing))
         self.telling.say_of(row, f"evaluates: {len(missing)} of {len(planned)} blocks are missing", detail=True)
         self.telling.display.show_change(row)
 
-    def _learn(self, row: RowId, spents: Mapping[str, Spent]) -> None:
-        """Keeps what work of the trial took, for the plans of later sweeps."""
-        trial = self.standing.get_trial(row)
-        for hardware, spent in spents.items():
-            cost.learn(self.storage, trial, self.standing.sources[trial.data], hardware, spent, said_by=row[:8])
-
     def _end_measurement(self, row: RowId, spents: Mapping[str, Spent]) -> None:
         trial = self.standing.get_trial(row)
         source = self.standing.sources[trial.data]
-        self._learn(row, {h: cost.split_spent(s, trial, source) for h, s in spents.items()})
+        _learn(self.standing, row, {h: cost.split_spent(s, trial, source) for h, s in spents.items()})
         self.standing.look(row)
         self.telling.record_event("measured", row, **sum_seconds_used(spents))
         self.telling.lines[row].state = "done"
         self.telling.end_row(row)
+
+
+def _make_job(standing: Standing, trial: TrialId, nodes: Sequence[Node]) -> Job:
+    """The trial as far as the furthest of its rows asks."""
+    row = standing.find_furthest(trial)
+    config = standing.get_trial(row)
+    gpus = session.count_gpus_a_worker(config.training, nodes)
+    session.check_precision(config.evaluation, nodes)
+    steps = standing.list_further_steps(trial)
+    of = {"share": _share_file(config, standing) if gpus else "", "start": standing.find_start_folder(row)}
+    return make_job(standing.storage, trial, config, gpus, standing.owner, also_keep=steps, **of)
+
+
+def _order_blocks(standing: Standing, row: RowId, gpus: float, halt: Halt) -> tuple[Order, list[Block], list[Block]]:
+    """How a trained row is measured, all of the blocks of that, and those that are not there."""
+    trial = standing.get_trial(row)
+    source, m = standing.sources[trial.data], Measurement.of(trial)
+    checkpoint = manifest.choose_average(standing.open_checkpoint(row), m.evaluation.ema)
+    planned = list_blocks(m, checkpoint.digest, Images.of(source))
+    missing = find_missing_blocks(planned, standing.storage.list)
+    block_s = cost.estimate_longest_block_s(standing.storage, trial, source, on_gpu=gpus > 0)
+    order = make_order(standing.storage, m, checkpoint, gpus, until=halt.find_latest_block_begin(block_s))
+    return order, planned, missing
+
+
+def _learn(standing: Standing, row: RowId, spents: Mapping[str, Spent]) -> None:
+    """Keeps what work of the trial took, for the plans of later sweeps."""
+    trial = standing.get_trial(row)
+    for hardware, spent in spents.items():
+        cost.learn(standing.storage, trial, standing.sources[trial.data], hardware, spent, said_by=row[:8])
 
 
 def _share_file(trial: Trial, standing: Standing) -> str:

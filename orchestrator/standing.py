@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+from orchestrator.experiment.expand import find_starting_rows
 from orchestrator.experiment.records import Experiment, Variant
 from orchestrator.planning.changes import CodeChange, list_changes
 from orchestrator.planning.decide import Decision, decide, make_scheduler_key
@@ -49,6 +50,7 @@ class Standing:
     found: dict[RowId, Found] = field(default_factory=dict)
     errors: dict[RowId, str] = field(default_factory=dict)  # why this command could not make a row
     sharing: dict[TrialId, list[RowId]] = field(default_factory=dict)
+    starts: dict[RowId, RowId] = field(default_factory=dict)  # the rows that others start from
     changes: dict[RowId, CodeChange] = field(default_factory=dict)  # of code from outside, since the command before
     evaluation_s: dict[str, dict[str, float]] = field(default_factory=dict)  # what blocks used, as events tell
 
@@ -68,6 +70,7 @@ class Standing:
         for row in new:
             self.variants[row] = variants[row]
             self.sharing.setdefault(get_trial_of_row(row), []).append(row)
+        self.starts = find_starting_rows(self.variants, lambda config: self.get_source(config).digest)
         for row in new:
             self.look(row)
         return new
@@ -91,7 +94,33 @@ class Standing:
         return rank_rows(self.make_rows(), self.experiment.search.metric)
 
     def decide(self, row: RowId) -> Decision:
-        return decide(self.found[row], self.scheduler, str(self.changes.get(row, "")))
+        decision = decide(self.found[row], self.scheduler, str(self.changes.get(row, "")))
+        why = self.explain_stuck(row) if decision.action == "train" else ""
+        return Decision("nothing", why) if why else decision
+
+    def explain_stuck(self, row: RowId) -> str:
+        """Why the row cannot be made: what it starts from is not there, and will not be. Empty where it can."""
+        start = self.starts.get(row)
+        if start is None or self.found[row].checkpoint:
+            return ""
+        decision = self.decide(start)
+        if decision.action != "nothing" or self.found[start].checkpoint or self._has_begun(row):
+            return ""
+        return f"it starts from {start[:8]}, which is not there: {decision.why}"
+
+    def count_shared_steps(self, row: RowId) -> int:
+        """The steps that what the row's trial starts from has made for it."""
+        return self.get_trial(row).training.trunk_steps if row in self.starts else 0
+
+    def _has_begun(self, row: RowId) -> bool:
+        return bool(self.storage.list(name_checkpoints_folder(get_trial_of_row(row))))
+
+    def find_start_folder(self, row: RowId) -> str:
+        """The folder of the checkpoint that the row's trial starts from, below the root; empty where there is none."""
+        if (start := self.starts.get(row)) is None:
+            return ""
+        step = manifest.name_step(self.get_trial(start).training.steps)
+        return f"{name_checkpoints_folder(get_trial_of_row(start))}/{step}"
 
     # What the storage holds.
 

@@ -126,6 +126,8 @@ def _describe_sweep(storage: Storage, kept: SavedSweep, queue: Sequence[QueuedJo
     trials = [
         {
             "trial": row.digest,
+            "role": row.variant.role,
+            "starts_from": kept.starts.get(row.digest),
             "params": shorten_params(row.variant),
             "state": describe_standing(row, driver, last.get(row.digest)),
             "step": row.found.step,
@@ -148,6 +150,7 @@ def _describe_sweep(storage: Storage, kept: SavedSweep, queue: Sequence[QueuedJo
     if jobs := _choose_jobs(queue, storage, kept.name, happened):
         head["jobs"] = [asdict(job) for job in jobs]
     slow = [asdict(slow) for slow in find_slow_trials(rows)]
+    head["starts"] = dict(kept.starts)
     return {**head, "trials": trials, **settings, "peaks": describe_peaks(rows), "slow": slow}
 
 
@@ -174,6 +177,8 @@ def _join_trials(
         found.append(
             {
                 "trials": [trial["trial"] for trial in own],
+                "role": group.variant.role,
+                "starts_from": None,
                 "params": shorten_params(group.variant),
                 "seeds": group.count_seeds(metric),
                 "state": own[0]["state"] if len({trial["state"] for trial in own}) == 1 else _format_counts(own),
@@ -245,6 +250,7 @@ def _make_trials_table(sweep: Mapping[str, Any], width: int) -> Group:
         rows.append(
             {
                 **({} if settings else {"trial": line["trial"][:8]}),
+                **({"starts from": _describe_start(line)} if sweep["starts"] else {}),
                 **{name: line["params"].get(name, "-") for name in names},
                 **({"seeds": line["seeds"]} if settings else {}),
                 "state": Text(line["state"], style=COLOURS.get(line["state"], "")),
@@ -266,6 +272,11 @@ def _make_trials_table(sweep: Mapping[str, Any], width: int) -> Group:
     head = Text(f"{sweep['name']}: {_format_counts(sweep['trials'])}; {_describe_driver(sweep)}", style="bold")
     jobs = [Text(str(QueuedJob(**job))) for job in sweep.get("jobs", ())]
     return Group(head, *jobs, table, *notes, *details)
+
+
+def _describe_start(line: Mapping[str, Any]) -> str:
+    """What a trial starts from, or what it is to those that start from it."""
+    return (line["starts_from"] or "")[:8] or line["role"] or "-"
 
 
 def _format(line: Mapping[str, Any], metric: str) -> str:

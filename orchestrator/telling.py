@@ -12,7 +12,7 @@ from orchestrator.output.table import make_footnote, make_table
 from orchestrator.output.terminal import Display, Line
 from orchestrator.standing import Standing
 from orchestrator.state.events import EventLog, add_evaluation_seconds, sum_evaluation_seconds
-from orchestrator.state.rows import shorten_params
+from orchestrator.state.rows import list_asked, shorten_params
 from orchestrator.tracking.runs import SweepRuns
 from workers.layout import RowId, get_trial_of_row, name_sweep_file
 from workers.speed import CORE, Spent
@@ -110,13 +110,14 @@ class Telling:
 
     def conclude(self) -> None:
         """Prints the result."""
-        rows, metric = self.standing.rank_rows(), self.standing.experiment.search.metric
+        every, metric = self.standing.rank_rows(), self.standing.experiment.search.metric
+        rows = list_asked(every)
         self.console.print(make_table(rows, metric, self.console.width))
         if footnote := make_footnote(rows, metric):
             self.console.print(footnote, markup=False, highlight=False)
         for line in list_closing_lines(rows):
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        for row in rows:
+        for row in every:
             if row.error:
                 self.console.print(f"{row.digest[:8]} failed: {row.error}", markup=False, highlight=False)
         for name, file in (("results", "results.parquet"), ("report", "report.html")):

@@ -22,7 +22,7 @@ ORDER = """
     workers: peak world compiling learner conformity training calibration
     workers: ray_private jobs signs hosts ray_train data_parallel tasks
     orchestrator: interrupts streams cli ray_internals
-    orchestrator.experiment: settings metrics records expand check load effort preflight dry_run profiles
+    orchestrator.experiment: settings metrics records starts expand check load effort preflight dry_run profiles
     orchestrator.state: rows events saved
     orchestrator.planning: changes decide deadline packing place makespan search
     orchestrator.measuring: differences seeds slowness subjects

@@ -220,6 +220,11 @@ class TrainingConfig(Record):
         default=0, ge=0, le=MOST_STEPS, description="steps over which the learning rate rises linearly from 0"
     )
     decay: Literal["none", "cosine"] = Field(default="none", description="of the learning rate after the warm-up")
+    cooldown: Annotated[int, Field(ge=0, le=MOST_STEPS)] | Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0,
+        description="last steps, or part of all, over which the learning rate falls linearly to 0; trials of other "
+        "lengths share what is before",
+    )
     ema: float = Field(default=0.9999, ge=0, lt=1, description="decay of the average of the weights that is measured")
     averages: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
         default=(),
@@ -251,6 +256,16 @@ class TrainingConfig(Record):
     label_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="probability that a label is kept from the network, which guidance needs"
     )
+
+    @property
+    def cooldown_steps(self) -> int:
+        """The last steps, over which the learning rate falls."""
+        return self.cooldown if isinstance(self.cooldown, int) else round(self.cooldown * self.steps)
+
+    @property
+    def trunk_steps(self) -> int:
+        """How many steps come before them, which it has in common with trials of other lengths; 0 where none falls."""
+        return self.steps - self.cooldown_steps if self.cooldown_steps else 0
 
 
 def count_sub_batches(batch_size: int) -> int:

@@ -48,8 +48,8 @@ def report_results(job: Job, world: World) -> Generator[dict[str, Any], None, No
     trial, storage, folder = read_trial(job), Storage(job["storage"]), name_trial_folder(job["digest"])
     if world.rank == 0:
         storage.remove_leftovers(folder)
-    loop = training_loop(trial, prepare(trial.data), storage, folder, world, also_keep=job["also_keep"])
-    for progress in loop:
+    of = {"also_keep": job["also_keep"], "start": job["start"]}
+    for progress in training_loop(trial, prepare(trial.data), storage, folder, world, **of):
         seen = find_validation(progress.metrics)
         yield {
             SEEN: progress.metrics[seen] if seen else PENALTY_BPD,

@@ -152,6 +152,9 @@ def compute_trial_id(trial: Trial, data_digest: str) -> TrialId:
     content.pop("evaluation", None)
     order = {} if trial.data.shuffle is None else {"shuffle": trial.data.shuffle}
     content["data"] = {"digest": data_digest, "flip": trial.data.flip, **order}
-    of_length = () if trial.training.decay != "none" else ("steps",)
+    training = trial.training
+    of_length = () if training.decay != "none" or training.cooldown_steps else ("steps", "cooldown")
     content["training"] = {n: v for n, v in content["training"].items() if n not in (*PLACING, *of_length)}
+    if training.cooldown_steps:  # however it is said
+        content["training"]["cooldown"] = training.cooldown_steps
     return TrialId(compute_digest([TRAINING_VERSION, content]))

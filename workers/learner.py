@@ -275,11 +275,14 @@ def send(values: Tensor, device: torch.device) -> Tensor:
 
 
 def compute_learning_rate(training: TrainingConfig, step: int) -> float:
-    """The learning rate of 0-based `step`: linear warm-up, then constant or half a cosine down to 0."""
+    """The learning rate of 0-based `step`: linear warm-up, then constant, or half a cosine down to 0, or constant with
+    a linear fall to 0 over the last steps (Hägele et al. 2024, eq. 1)."""
     warm = min(1.0, (step + 1) / training.warmup) if training.warmup else 1.0
-    if training.decay == "none":
-        return training.lr * warm
-    return training.lr * warm * 0.5 * (1 + math.cos(math.pi * step / training.steps))
+    if training.decay == "cosine":
+        return training.lr * warm * 0.5 * (1 + math.cos(math.pi * step / training.steps))
+    if training.cooldown_steps:
+        return training.lr * warm * min(1.0, (training.steps - step) / training.cooldown_steps)
+    return training.lr * warm
 
 
 def draw_batch_rows(seed: int, step: int, batch_size: int, n: int, orders: dict[int, np.ndarray]) -> np.ndarray:

@@ -76,9 +76,11 @@ def train(
     world: World | None = None,
     *,
     also_keep: Collection[int] = (),
+    start: str = "",
 ) -> Iterator[Progress]:
     """Trains `trial` in `folder` of the storage until the checkpoints of its last step, and of the steps to
-    `also_keep`, are there: each from the nearest checkpoint before it.
+    `also_keep`, are there: each from the nearest checkpoint before it, or else from the one of another trial in the
+    folder `start`. Without that it begins at step 0.
 
     Yields at step 0, every `validate_every` steps and at each of those. Raises CheckpointError where a checkpoint is
     damaged, and RuntimeError of torch where memory runs out.
@@ -86,11 +88,11 @@ def train(
     world, asked = world or World(), sorted({*also_keep, trial.training.steps})
     there = [step for step in asked if manifest.find_at_step(storage, name_checkpoints_folder(folder), step)]
     missing = [step for step in asked if step not in there] or asked[-1:]
-    loop, told = _Loop(trial, dataset, storage, folder, world, asked=asked), -1
+    loop, told = _Loop(trial, dataset, storage, folder, world, asked=asked, start=start), -1
     try:
         for target in missing:
             if not loop.leads_to(target):
-                loop, told = _Loop(trial, dataset, storage, folder, world, asked=asked), -1
+                loop, told = _Loop(trial, dataset, storage, folder, world, asked=asked, start=start), -1
             loop.resume(target)
             while True:
                 if loop.is_due(trial.training.validate_every) and loop.step != told:
@@ -113,11 +115,20 @@ class _Loop:
     """The state of one training run, and its transitions."""
 
     def __init__(
-        self, trial: Trial, dataset: Dataset, storage: Storage, folder: str, world: World, *, asked: Sequence[int]
+        self,
+        trial: Trial,
+        dataset: Dataset,
+        storage: Storage,
+        folder: str,
+        world: World,
+        *,
+        asked: Sequence[int],
+        start: str,
     ) -> None:
         """At step 0. The checkpoints of the steps that are `asked` for stay."""
         self.trial, self.dataset, self.storage, self.folder, self.world = trial, dataset, storage, folder, world
-        self.asked = asked
+        self.asked, self.start = asked, start
+        self.first = trial.training.trunk_steps if start else 0  # the steps that another trial has made
         self.learner = Learner(trial, dataset, world)
         self.clock = world.clock
         self.clock.resume({})
@@ -136,11 +147,14 @@ class _Loop:
         return self.step <= step and (nearest is None or (nearest.step or 0) <= self.step)
 
     def resume(self, step: int) -> None:
-        """Goes on from the nearest checkpoint before that step, where there is one beyond this."""
+        """Goes on from the nearest checkpoint before that step, where there is one beyond this; a training that has
+        none yet, from where it starts."""
         nearest = manifest.find_newest(self.storage, name_checkpoints_folder(self.folder), up_to=step)
         if nearest and (nearest.step or 0) > self.step:
             self._restore(nearest)
             self.checkpoint = nearest
+        elif self.start and self.step == 0:
+            self._restore(manifest.open_committed(self.storage, self.start), of_other=True)
 
     def is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step in self.asked
@@ -283,7 +297,8 @@ class _Loop:
     @property
     def images_per_s(self) -> float:
         train_seconds = self.clock.seconds.get("training", 0.0)
-        return self.step * self.trial.training.batch_size / train_seconds if train_seconds else 0.0
+        images = (self.step - self.first) * self.trial.training.batch_size
+        return images / train_seconds if train_seconds else 0.0
 
     def _save(self) -> None:
         sums = self.learner.sums
@@ -308,14 +323,15 @@ class _Loop:
             self.storage, name_checkpoints_folder(self.folder), snapshot, kept=self.step in self.asked
         )
 
-    def _restore(self, checkpoint: manifest.Checkpoint) -> None:
+    def _restore(self, checkpoint: manifest.Checkpoint, of_other: bool = False) -> None:
+        """Goes on from a checkpoint of this trial, or of another one whose steps were the same until then."""
         ema, state, progress = checkpoints.load_state(checkpoint)
         averages = checkpoints.load_averages(checkpoint, self.learner.averages)
         self.learner.restore(progress["step"], ema, averages, state)
         if self.world.rank == 0 and "sums" in progress:
             self.learner.sums.copy_(torch.tensor(progress["sums"], dtype=torch.float64))
-        # A checkpoint of before knows the seconds of training alone.
-        self.clock.resume(progress.get("seconds") or {"training": progress["train_seconds"]})
+        if not of_other:  # of which the seconds are its own; a checkpoint of before knows those of training alone
+            self.clock.resume(progress.get("seconds") or {"training": progress["train_seconds"]})
 
 
 def name_checkpoints_folder(folder: str) -> str:

@@ -1,5 +1,6 @@
 """Which trial Tune gets next: the next of those that fit, whatever their sizes, or none for now."""
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -163,7 +164,7 @@ class Admission(SearchAlgorithm):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self._running.pop(trial_id, None)
-        self._chosen = False
+        self._chosen, self._looked = False, -math.inf  # others may have waited for it
         if kind := self._measuring.pop(trial_id, ""):
             if not self._learn_shares([kind]):
                 self._given_up.add(kind)

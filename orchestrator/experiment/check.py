@@ -28,6 +28,7 @@ from orchestrator.experiment.settings import (
     show,
     suggest_path,
 )
+from orchestrator.experiment.starts import find_start
 from workers.code import CodeError, describe_error
 from workers.config import (
     DiffusionConfig,
@@ -35,6 +36,7 @@ from workers.config import (
     Record,
     SamplerConfig,
     ScheduleConfig,
+    TrainingConfig,
     Trial,
     count_sub_batches,
 )
@@ -60,7 +62,19 @@ def find_experiment_mistakes(content: Mapping[str, Any]) -> list[str]:
     if not variants:
         return ["search.without: leaves out every variant of the search; no trial would run"]
     wrong = ((text, variant) for variant in variants for text in find_trial_mistakes(variant.trial))
-    return find_unread([v.trial for v in variants], list(get_space(content))) + tell_once(wrong, len(variants))
+    found = find_unread([v.trial for v in variants], list(get_space(content))) + tell_once(wrong, len(variants))
+    return found + _find_stopping_mistakes(search, variants) if search else found
+
+
+def _find_stopping_mistakes(search: SearchConfig, variants: Sequence[Variant]) -> list[str]:
+    """Early stopping compares trials that begin alike, and one that is stopped is nothing to start from."""
+    kind = search.scheduler.kind
+    if kind == "none" or not any(find_start(variant.trial) for variant in variants):
+        return []
+    return [
+        f"search.scheduler.kind: {kind} would stop trials that others start from, as training.cooldown has it; take "
+        "none, or leave that out"
+    ]
 
 
 def find_unread(records: Sequence[Record], searched: Sequence[str] = (), where: str = "") -> list[str]:
@@ -125,6 +139,7 @@ def find_trial_mistakes(trial: Trial) -> list[str]:
     """Settings, each valid by itself, that do not go together."""
     T, training = trial.diffusion.T, trial.training
     found = [*_find_schedule_mistakes(trial.diffusion), *_find_objective_mistakes(trial)]
+    found += _find_cooldown_mistakes(training)
     parts = count_sub_batches(training.batch_size)
     if parts % training.workers:
         found.append(
@@ -161,6 +176,16 @@ def find_trial_mistakes(trial: Trial) -> list[str]:
     if SCHEDULES[kind].ends_at_zero and trial.evaluation.ode_nll:
         found.append(f"evaluation.ode_nll: diffusion.schedule.kind: {kind} ends at sigma_T = inf; leave one out")
     return found + find_evaluation_mistakes(trial.evaluation, T)
+
+
+def _find_cooldown_mistakes(training: TrainingConfig) -> Iterator[str]:
+    if training.cooldown and training.decay != "none":
+        yield (
+            f"training.cooldown: {training.cooldown:g} steps of a falling learning rate beside training.decay: "
+            f"{training.decay}, in which it falls all the time; leave one out"
+        )
+    if training.cooldown_steps > training.steps:
+        yield f"training.cooldown: {training.cooldown} is more than training.steps = {training.steps}; at most as many"
 
 
 def _find_schedule_mistakes(diffusion: DiffusionConfig) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from orchestrator.experiment.effort import Cost, count_costs
+from orchestrator.experiment.expand import find_starting_rows
 from orchestrator.experiment.preflight import measure_chain
 from orchestrator.experiment.records import Variant
 from orchestrator.experiment.settings import show
@@ -15,18 +16,20 @@ def format_dry_run(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig,
     """A table of the trials by digest: what is searched, where their chains end, what they cost, and the totals."""
     prices = count_costs(trials, sources)
     searched = list(next(iter(trials.values())).params) if trials else []
+    starts = find_starting_rows(trials, lambda config: sources[config].digest)
     ends = [measure_chain(v.trial.diffusion) for v in trials.values()]
-    head = ["trial", *searched, "alpha_bar_T", "L_T <=", "log SNR"]
+    head = ["trial", *searched, *["starts from"] * bool(starts), "alpha_bar_T", "L_T <=", "log SNR"]
     head += ["training", "validation", "nll", "sampling", "ode_nll"]
     rows = [
-        [digest, *(_format_cell(v) for v in variant.params.values()), f"{end.alpha_bar_T:.1e}", f"{end.prior_bpd:.2g}"]
-        + [f"{end.log_snr_1:.1f}..{end.log_snr_T:.1f}"]
+        [digest, *(_format_cell(v) for v in variant.params.values())]
+        + [_describe_start(starts.get(digest), trials) or variant.role or "-"] * bool(starts)
+        + [f"{end.alpha_bar_T:.1e}", f"{end.prior_bpd:.2g}", f"{end.log_snr_1:.1f}..{end.log_snr_T:.1f}"]
         + [format_count(n) for n in price.parts]
         for (digest, variant), end, price in zip(trials.items(), ends, prices, strict=True)
     ]
     trained = len({get_trial_of_row(row) for row in trials})
     one = f"{trained} trial" + "s" * (trained != 1) + f", {len(trials)} rows" * (len(trials) != trained)
-    total = [one, *[""] * (len(searched) + 3), *(format_count(n) for n in sum(prices, Cost()).parts)]
+    total = [one, *[""] * (len(searched) + bool(starts) + 3), *(format_count(n) for n in sum(prices, Cost()).parts)]
     if not any(price.ode_nll_evaluations for price in prices):
         head, rows, total = head[:-1], [row[:-1] for row in rows], total[:-1]
     return "\n".join(
@@ -35,8 +38,24 @@ def format_dry_run(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig,
             "",
             "L_T: the prior gap in bits/dim at E[x_0^2] = 1; log SNR: of t = 1 and T. The columns after it count",
             "evaluations of the network, an image at a time; one of training is a forward and a backward.",
+            *_describe_sharing(trials, sum(prices, Cost()), bool(starts)),
         ]
     )
+
+
+def _describe_start(start: RowId | None, trials: Mapping[RowId, Variant]) -> str:
+    """The trial that one starts from, and at which step of it."""
+    return f"{start[:8]} at {trials[start].trial.training.steps}" if start else ""
+
+
+def _describe_sharing(trials: Mapping[RowId, Variant], total: Cost, is_shared: bool) -> list[str]:
+    """What training costs beside that of the same trials, each by itself."""
+    of_all = [variant.trial.training for variant in trials.values() if not variant.role]
+    alone = sum(training.steps * training.batch_size for training in of_all)
+    return [
+        f"Trained each by itself, the trials would take {format_count(alone)} evaluations of training in place of "
+        f"{format_count(total.training_evaluations)}."
+    ] * is_shared
 
 
 def _format_cell(value: object) -> str:

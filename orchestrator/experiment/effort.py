@@ -42,7 +42,8 @@ class Cost:
 
 
 def count_cost(trial: Trial, source: Source) -> Cost:
-    """What `trial` costs from its first step to its last evaluation, where nothing of it is there yet.
+    """What `trial` costs from its first step to its last evaluation, where nothing of it is there yet, except for what
+    it starts from.
 
     Solvers with error control are counted as they were measured: `workers.kinds.ADAPTIVE`.
     """
@@ -52,7 +53,7 @@ def count_cost(trial: Trial, source: Source) -> Cost:
     ode = trial.evaluation.ode_nll
     flows = (source.held_out if ode.images == "all" else ode.images) if ode else 0
     return Cost(
-        training_evaluations=training.steps * training.batch_size,
+        training_evaluations=(training.steps - training.trunk_steps) * training.batch_size,
         validation_evaluations=count_validations(trial) * _count_validation(trial, source),
         nll_evaluations=images * timesteps if nll else 0,
         sampling_evaluations=fid.samples * plan_evaluations(fid.sampler, T) if fid else 0,
@@ -95,7 +96,8 @@ def _describe_samples(trial: Trial) -> tuple[Any, ...]:
 
 def count_validations(trial: Trial) -> int:
     """How often the trial is validated: at step 0, every `validate_every` steps and at the end."""
-    return math.ceil(trial.training.steps / trial.training.validate_every) + 1
+    training, every = trial.training, trial.training.validate_every
+    return math.ceil(training.steps / every) - math.ceil(training.trunk_steps / every) + 1
 
 
 def _count_validation(trial: Trial, source: Source) -> int:

@@ -15,9 +15,10 @@ from orchestrator.experiment.settings import (
     merge,
     put,
 )
+from orchestrator.experiment.starts import find_start, list_needed
 from workers.config import DataConfig, Measurement, Record, Trial
 from workers.identity import collect_settings_read, compute_digest, compute_trial_id
-from workers.layout import RowId, TrialId, make_row_id
+from workers.layout import RowId, TrialId, get_trial_of_row, make_row_id
 from workers.sections import OWN_ONLY
 
 # From u uniform in [0, 1) and the values or ends of an axis to the value drawn.
@@ -127,16 +128,18 @@ def group_by_row(
     Variants that differ only in how far they are trained and in how they are measured share a trial, which is trained
     once: the id of each is the trial's with a suffix for its step and measurement (`get_trial_of_row` takes it off).
     `always` gives every row such an id, for where variants that are still to come may share its trial. Variants that
-    are alike in both are one row: the first stands for all, and a warning names how many and why.
+    are alike in both are one row: the first stands for all, and a warning names how many and why. What variants start
+    from has rows, too, before theirs, where no variant asks for just that.
     """
     trained: dict[TrialId, dict[str, list[Variant]]] = {}
-    for variant in variants:
+    for variant in (*list_needed(variants), *variants):
         measurements = trained.setdefault(compute_trial_id(variant.trial, data_digests[variant.trial.data]), {})
         evaluation = collect_settings_read(Measurement.of(variant.trial).evaluation, only_set=True)
         measured = compute_digest([variant.trial.training.steps, evaluation])[:8]
         measurements.setdefault(measured, []).append(variant)
     found, repeats = dict[RowId, Variant](), list[set[str]]()
     for trial, measurements in trained.items():
+        measurements = _drop_unneeded(measurements)
         for measured, (first, *others) in measurements.items():
             found[make_row_id(trial, measured if always or len(measurements) > 1 else "")] = first
             for variant in others:
@@ -147,4 +150,25 @@ def group_by_row(
         return found, []
     names = ", ".join(sorted(set().union(*repeats)))
     why = f"differ from it only in {names}, which their other settings leave without effect" if names else "equal it"
-    return found, [f"{len(variants)} variants are {len(found)} trials: {len(repeats)} repeat another one ({why})"]
+    count = sum(not variant.role for variant in found.values())
+    return found, [f"{len(variants)} variants are {count} trials: {len(repeats)} repeat another one ({why})"]
+
+
+def _drop_unneeded(measurements: Mapping[str, Sequence[Variant]]) -> dict[str, list[Variant]]:
+    """The rows of a trial without those that others start from, where a variant asks for the same step itself."""
+    asked = {v.trial.training.steps for group in measurements.values() for v in group if not v.role}
+    kept = {
+        name: [v for v in group if not v.role or v.trial.training.steps not in asked]
+        for name, group in measurements.items()
+    }
+    return {name: group for name, group in kept.items() if group}
+
+
+def find_starting_rows(rows: Mapping[RowId, Variant], data_digests: Callable[[DataConfig], str]) -> dict[RowId, RowId]:
+    """The row that each of those which start from another one starts from."""
+    steps = {(get_trial_of_row(row), variant.trial.training.steps): row for row, variant in rows.items()}
+    starts = {row: start.trial for row, variant in rows.items() if (start := find_start(variant.trial))}
+    return {
+        row: steps[compute_trial_id(trial, data_digests(trial.data)), trial.training.steps]
+        for row, trial in starts.items()
+    }

@@ -280,10 +280,14 @@ class ExperimentFile(Experiment):
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One point of the search space: the searched values by path, and the trial that they make of the experiment."""
+    """One point of the search space: the searched values by path, and the trial that they make of the experiment.
+
+    One with a `role` is none: it is made, and not measured, as others start from it (`experiment.starts`).
+    """
 
     params: dict[str, Any]
     trial: Trial
+    role: str = ""
 
     def __str__(self) -> str:
         return ", ".join(f"{path}={show(value)}" for path, value in self.params.items()) or "the experiment itself"

@@ -157,7 +157,7 @@ def _parse_assignments(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _list_of_sweep(name: str, storage: Storage, update: Update) -> list[Subject]:
     """All trained trials of a sweep."""
-    trials = open_sweep(storage, name).trials
+    trials = {row: variant for row, variant in open_sweep(storage, name).trials.items() if not variant.role}
     found = [(a, find_checkpoint(storage, a, variant.trial)) for a, variant in trials.items()]
     subjects = [_make_subject(str(trials[a]), trials[a].trial, c, a, update) for a, c in found if c]
     if not subjects:

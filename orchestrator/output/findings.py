@@ -17,7 +17,7 @@ from orchestrator.measuring.seeds import Group, are_over_seeds, compare_groups, 
 from orchestrator.output.importance import Forest, Share, compute_importance, grow_forest
 from orchestrator.output.table import choose_compared_metric, format_means
 from orchestrator.state.events import Driver, Event, Use, find_driver, measure_use, read_events
-from orchestrator.state.rows import Row, find_pareto_front, is_distance, rank_rows, shorten_values
+from orchestrator.state.rows import Row, find_pareto_front, is_distance, list_asked, rank_rows, shorten_values
 from orchestrator.state.saved import SavedSweep, open_sweep, read_journals, read_rows
 from workers.journal import read_image
 from workers.layout import RowId, name_sweep_lock
@@ -29,13 +29,15 @@ GRIDS = 12  # trials whose samples and parts of the bound are shown
 
 @dataclass(frozen=True)
 class Report:
-    """A sweep as its storage holds it at one moment. `rows` are ranked, the best first.
+    """A sweep as its storage holds it at one moment. `rows` are ranked, the best first; `needed` are those that are
+    made as others start from them.
 
     Those that differ in the seed alone are shown as one, unless `each` of them is asked for.
     """
 
     kept: SavedSweep
     rows: Sequence[Row]
+    needed: Sequence[Row]
     happened: Sequence[Event]
     driver: Driver
     journals: Mapping[RowId, Sequence[Mapping[str, Any]]]
@@ -116,7 +118,8 @@ def gather(storage: Storage, sweep: str, each: bool = False) -> Report:
     """Reads all that the report of a sweep needs. Raises Mistake where there is no such sweep."""
     kept = open_sweep(storage, sweep)
     happened, made_ms = read_events(storage, kept.name), time.time_ns() // 1_000_000
-    rows = rank_rows(read_rows(storage, kept, happened), kept.metric, each)
+    every = read_rows(storage, kept, happened)
+    rows = rank_rows(list_asked(every), kept.metric, each)
     locked = is_locked(storage, name_sweep_lock(kept.name))
     journals = read_journals(storage, kept.trials)
     grids: dict[str, tuple[int, bytes]] = {}
@@ -127,13 +130,23 @@ def gather(storage: Storage, sweep: str, each: bool = False) -> Report:
     return Report(
         kept,
         rows,
+        [row for row in every if row.variant.role],
         happened,
-        find_driver(happened, locked, [row.found.status or {} for row in rows], made_ms),
+        find_driver(happened, locked, [row.found.status or {} for row in every], made_ms),
         journals,
         grids,
         made_ms,
         each,
     )
+
+
+def list_starts(report: Report) -> list[tuple[Row, list[Row]]]:
+    """What rows start from, each with those that do, in the order of the experiment."""
+    rows = {row.digest: row for row in (*report.needed, *report.rows)}
+    found: dict[RowId, list[Row]] = {}
+    for row, start in report.kept.starts.items():
+        found.setdefault(start, []).append(rows[row])
+    return [(rows[start], found[start]) for start in report.kept.trials if start in found]
 
 
 def compute_shares(report: Report) -> list[Share]:

@@ -11,6 +11,7 @@ from orchestrator.output.findings import (
     grow_trees,
     list_faults,
     list_protocols,
+    list_starts,
     tell_event,
     write_verdict,
 )
@@ -48,6 +49,9 @@ def write_markdown(report: Report) -> str:
     if use.capacity:
         lines += ["", f"Cost: {format_hours(use.busy)} {use.slot}-hours in {format_clock(use.wall_s)}; "
                   f"{use.utilisation:.0%} of {use.slots:g} {use.slot}s held."]  # fmt: skip
+    if starts := list_starts(report):
+        lines += ["", "What starts from what:", ""]
+        lines += [f"- {row.name} ({row.state}): {'; '.join(other.name for other in others)}" for row, others in starts]
     lines += _write_speed(report)
     wrong = [tell_event(event) for event in list_faults(report.happened)]
     lines += ["", f"Faults and retries: {len(wrong) or 'none'}.", ""]

@@ -23,6 +23,7 @@ from orchestrator.output.findings import (
     grow_trees,
     list_faults,
     list_protocols,
+    list_starts,
     tell_event,
     write_verdict,
 )
@@ -85,6 +86,7 @@ def render_report(report: Report) -> str:
             if group.digest in report.grids
             for step, png in [report.grids[group.digest]]
         ],
+        starts=list_starts(report),
         cost=_list_costs(report),
         speeds=list_speed_lines(report.groups),
         kinds=list_kinds(report.rows),
@@ -188,7 +190,9 @@ def _list_costs(report: Report) -> list[RowCost]:
     restarted, retried = (count_events(report.happened, name) for name in ("restarted", "retried"))
 
     def sum_stepping(row: Row) -> float:
-        images = row.found.step * row.variant.trial.training.batch_size
+        training = row.variant.trial.training
+        shared = training.trunk_steps if row.digest in report.kept.starts else 0
+        images = (row.found.step - shared) * training.batch_size
         return images / row.images_per_s if row.images_per_s else 0.0
 
     def make_cost(group: Group) -> RowCost:

@@ -38,7 +38,7 @@ def _decide(found: Found, scheduler: str) -> Decision:
             return Decision("train", "its status.json is gone: its last step is looked at again")
         case "finished" if found.unfinished:
             return Decision("train", "the end of its journal is gone: its last step is validated again")
-        case "finished" if found.summary is None:
+        case "finished" if found.summary is None and found.is_measured:
             return Decision("evaluate", NOT_EVALUATED)
         case "finished":
             return Decision("nothing", "done")

@@ -22,6 +22,7 @@ class Found:
     status: Mapping[str, Any] | None = None  # status.json of the trial, which may stand beyond the row's step
     checkpoint: str | None = None  # the digest of the complete checkpoint at the row's step
     summary: Mapping[str, Any] | None = None  # of the evaluation that is asked for, of that checkpoint
+    is_measured: bool = True  # whether anything is asked for of its checkpoint
     unread: str = ""  # why its checkpoint cannot be read
     unfinished: bool = False  # whether the trial's journal lacks the validation at the row's step
     steps: int = 0  # the row's
@@ -62,7 +63,8 @@ class Row:
         """done, or what kept it from being done."""
         if self.error:
             return "failed"
-        return "done" if self.found.state == "finished" and self.found.summary is not None else self.found.state
+        is_made = self.found.summary is not None or not self.found.is_measured
+        return "done" if self.found.state == "finished" and is_made else self.found.state
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -109,7 +111,8 @@ class Row:
 
 
 def name_variant(variant: Variant) -> str:
-    return " ".join(f"{key}={value}" for key, value in shorten_params(variant).items()) or "base"
+    values = [f"{key}={value}" for key, value in shorten_params(variant).items()]
+    return " ".join([variant.role, *values] if variant.role else values) or "base"
 
 
 def shorten_params(variant: Variant) -> dict[str, str]:
@@ -149,7 +152,7 @@ def join_repetitions(variants: Iterable[tuple[RowId, Variant]]) -> list[list[Row
     """
     found: dict[str, list[RowId]] = {}
     for digest, variant in variants:
-        shared = json.dumps(drop_seed(variant).params, sort_keys=True, default=str)
+        shared = json.dumps([drop_seed(variant).params, variant.role], sort_keys=True, default=str)
         found.setdefault(shared if SEED in variant.params else digest, []).append(digest)
     return list(found.values())
 
@@ -168,6 +171,11 @@ def rank_rows(rows: Sequence[Row], metric: str, each: bool = False) -> list[Row]
         mean = sum(known) / len(known) if known else math.inf
         places |= dict.fromkeys(group, (mean, number))
     return sorted(rows, key=lambda row: (places[row.digest], values[row.digest]))
+
+
+def list_asked(rows: Iterable[Row]) -> list[Row]:
+    """Those of the search itself, without what is made as others start from it."""
+    return [row for row in rows if not row.variant.role]
 
 
 def find_pareto_front(points: Mapping[str, Sequence[float]]) -> set[str]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from orchestrator.experiment.expand import expand, make_variants
+from orchestrator.experiment.expand import expand, find_starting_rows, make_variants
 from orchestrator.experiment.load import resolve
 from orchestrator.experiment.records import Experiment, Variant
 from orchestrator.experiment.settings import read_yaml, suggest_choice, write_yaml
@@ -66,6 +66,7 @@ class SavedSweep:
     also: tuple[str, ...]  # further objectives
     drawn: bool  # whether settings were drawn, and are no full grid
     trials: Mapping[RowId, Variant]
+    starts: Mapping[RowId, RowId]  # the rows that others start from
     protocols: Mapping[str, str]
     experiment: Mapping[str, Any]  # the file, with every setting
 
@@ -89,7 +90,7 @@ def keep_sweep(
     for bundle in bundles.values():
         keep_bundle(storage, bundle)
     consent.remember(bundles)
-    content = {
+    content: dict[str, Any] = {
         "ids": IDS,
         "name": experiment.name,
         "metric": experiment.search.metric,
@@ -104,6 +105,10 @@ def keep_sweep(
         },
         **({"code": {digest: bundle.digests for digest, bundle in bundles.items()}} if bundles else {}),
     }
+    starts = find_starting_rows(trials, lambda config: sources[config].digest)
+    for row, v in trials.items():
+        more = {"role": v.role, "start": starts.get(row, "")}
+        content["trials"][row] |= {name: value for name, value in more.items() if value}
     path = name_sweep_file(experiment.name, SWEEP)
     if json.dumps(storage.read_sealed(path)) != json.dumps(content):
         storage.write_sealed(path, content, sort=False)
@@ -219,14 +224,15 @@ def open_sweep(storage: Storage, name: str) -> SavedSweep:
             f"{', '.join(there) or 'none; run one first, or give its --storage'}"
         )
     trials = {
-        row: Variant(params=kept["params"], trial=_open_trial(storage, path, kept["trial"]))
+        row: Variant(params=kept["params"], trial=_open_trial(storage, path, kept["trial"]), role=kept.get("role", ""))
         for row, kept in content["trials"].items()
     }
     protocols = {row: kept["protocol"] for row, kept in content["trials"].items()}
     search = content["experiment"]["search"]
     also, drawn = tuple(search.get("also", ())), search["algorithm"] != "grid"
     of = content["name"], content["metric"]
-    return SavedSweep(*of, also, drawn, trials, protocols, content["experiment"])
+    starts = {row: kept["start"] for row, kept in content["trials"].items() if "start" in kept}
+    return SavedSweep(*of, also, drawn, trials, starts, protocols, content["experiment"])
 
 
 def _open_trial(storage: Storage, path: str, content: Mapping[str, Any]) -> Trial:
@@ -255,8 +261,8 @@ def open_trial(storage: Storage, trial_id: str) -> Trial:
     for name in list_sweeps(storage):
         with suppress(Mistake):  # another sweep that is damaged, which is told
             trials = open_sweep(storage, name).trials
-            if row := next((row for row in trials if get_trial_of_row(row) == trial_id), None):
-                asked[name] = trials[row].trial
+            if rows := [row for row in trials if get_trial_of_row(row) == trial_id]:
+                asked[name] = trials[min(rows, key=lambda row: bool(trials[row].role))].trial
     measuring = {name: trial for name, trial in asked.items() if trial.evaluation.measures} or asked
     ways = {trial.evaluation for trial in measuring.values()}
     if len(ways) > 1:
@@ -298,7 +304,7 @@ def find(storage: Storage, row: RowId, trial: Trial, protocol: str, status: Mapp
         last = max(before, key=lambda point: point["step"], default={})
         valid = {name: value for name, value in last.get("metrics", {}).items() if name in VALIDATIONS}
     found = Found(status, checkpoint.digest if checkpoint else None, summary, steps=steps, validation=valid)
-    return replace(found, is_kept=bool(checkpoint and checkpoint.kept))
+    return replace(found, is_kept=bool(checkpoint and checkpoint.kept), is_measured=trial.evaluation.measures)
 
 
 def _find_by_status(storage: Storage, kept: SavedSweep, row: RowId) -> Found:

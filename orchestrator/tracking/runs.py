@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from orchestrator.experiment.expand import find_starting_rows
 from orchestrator.experiment.load import resolve, to_yaml
 from orchestrator.experiment.metrics import NLL, choose_likelihood
 from orchestrator.experiment.records import Experiment, Variant
@@ -29,7 +30,7 @@ from orchestrator.output.table import (
     make_frame,
     make_markdown,
 )
-from orchestrator.state.rows import SEED, Row, drop_seed, join_repetitions, name_variant
+from orchestrator.state.rows import SEED, Row, drop_seed, join_repetitions, list_asked, name_variant
 from orchestrator.tracking.models import Candidate
 from orchestrator.tracking.provenance import collect_provenance
 from orchestrator.tracking.shipment import LoggedDataset, Status
@@ -157,6 +158,9 @@ class SweepRuns:
         params = flatten_params(trial.model_dump(mode="json"))
         tags = {**self.tags, "trial.digest": row_id, "data.digest": source.digest}
         tags |= {f"code.{path}": ", ".join(names) for path, names in list_outside(trial).items()}
+        starts = find_starting_rows(self.trials, lambda config: self.sources[config].digest)
+        tags |= {"trial.starts_from": starts[row_id]} if row_id in starts else {}
+        tags |= {"trial.role": role} if (role := self.trials[row_id].role) else {}
         number, hue = self._number_and_hue(row_id)
         tags[PART] = name_part(number)
         if SEED in (variant := self.trials[row_id]).params:
@@ -211,7 +215,7 @@ class SweepRuns:
             return
         from orchestrator.output.curves import draw_png_files  # matplotlib takes half a second
 
-        frame, found = make_frame(rows), gather(self.storage, self.experiment.name)
+        frame, found = make_frame(list_asked(rows)), gather(self.storage, self.experiment.name)
         written = {
             "experiment.yaml": to_yaml(self.experiment).encode(),
             "results.parquet": _write_parquet(frame),
@@ -334,6 +338,7 @@ def _write_trial_note(row: Row) -> str:
 
 
 def _write_sweep_note(experiment: Experiment, rows: Sequence[Row]) -> str:
+    rows = list_asked(rows)
     metric, groups = experiment.search.metric, group_rows(rows)
     best = groups[0] if groups and metric in groups[0].metrics else None
     head = f"Sweep `{experiment.name}`: {len(rows)} trials, ranked by `{metric}`."
