@@ -18,12 +18,13 @@ from orchestrator.experiment.effort import Cost, count_costs
 from orchestrator.experiment.load import load
 from orchestrator.experiment.preflight import describe_data, measure_chain
 from orchestrator.experiment.records import Experiment, Variant
+from orchestrator.origins import pin_starts
 from orchestrator.output.page import name_path as report_path
 from orchestrator.output.table import make_columns, make_frame
 from orchestrator.state.events import read_events
 from orchestrator.state.rows import list_asked, rank_rows
-from orchestrator.state.saved import list_sweeps, open_sweep, read_rows
-from workers.config import DataConfig, Measurement, Mistake, SamplerConfig
+from orchestrator.state.saved import open_sweep, read_rows
+from workers.config import DataConfig, Mistake, SamplerConfig
 from workers.consent import give_consent
 from workers.data.sources import Source
 from workers.layout import RowId
@@ -62,16 +63,17 @@ class Outcome:
         return load_results(self.name, self.storage)
 
 
-def preview(file: str | Path, *overrides: str, smoke: bool = False) -> "pd.DataFrame":
+def preview(file: str | Path, *overrides: str, smoke: bool = False, storage: str | Path = "runs") -> "pd.DataFrame":
     """The trials that an experiment file means (of an adaptive search those of its first round), a row each: what is
     searched, where the chain ends, what it costs.
 
-    Costs count evaluations of the network, an image at a time. Starts nothing. Warns as the command does. Raises
+    Costs count evaluations of the network, an image at a time. `storage` is where sweeps and trials are looked for that
+    the file starts from. Starts nothing. Warns as the command does. Raises
     Mistake with all mistakes.
     """
     import pandas as pd
 
-    trials, sources = _load_trials(load(file, overrides, smoke))
+    trials, sources = _load_trials(pin_starts(load(file, overrides, smoke), str(storage)))
     names = [field.name for field in fields(Cost)]
     params = make_columns(list(trials.values()))
     return pd.DataFrame(
@@ -110,7 +112,7 @@ def run_sweep(
     """
     if cluster and not ray_address:
         raise Mistake(f"cluster={str(cluster)!r} goes with ray_address: this sweep would run on this machine")
-    experiment = load(file, command.add_tracking(overrides, tracking_uri), smoke)
+    experiment = pin_starts(load(file, command.add_tracking(overrides, tracking_uri), smoke), str(storage))
     trials, sources = _load_trials(experiment)
     grows_to = read_cluster(Path(cluster)) if cluster else None
     cli.tell(describe_data(sources.values()), (), quiet=quiet)
@@ -256,38 +258,11 @@ def open_model(target: str | Path, storage: str | Path = "runs", *, trust_code: 
     `trust_code` consents to run code of one's own that lies there and never ran on this machine: from here on, and all
     that this process finds. Raises Mistake where there is no model, or where its bytes are damaged.
     """
+    from orchestrator.measuring import subjects
     from workers.network import checkpoint as checkpoints
 
     if trust_code:
         give_consent()
-    checkpoint = _find_checkpoint(str(target), Storage(storage))
+    checkpoint = subjects.find_model(str(target), Storage(storage))
     network, process = checkpoints.load(checkpoint)
     return DiffusionModel(network, process, checkpoints.describe(checkpoint).shape, checkpoint)
-
-
-def _find_checkpoint(target: str, storage: Storage) -> "Checkpoint":
-    from orchestrator.measuring import subjects
-    from workers.network import checkpoint as checkpoints
-    from workers.network import manifest
-
-    if target in list_sweeps(storage):
-        kept = open_sweep(storage, target)
-        every = list_asked(read_rows(storage, kept))
-        rows = [row for row in every if kept.metric in row.metrics]
-        if not rows:
-            raise Mistake(f"no trial of the sweep {target} has {kept.metric} yet")
-        if without := [f"{row.digest[:8]}, {row.found.unread or row.state}" for row in every if row not in rows]:
-            reasons = "; ".join(without[:3]) + "; ..." * (len(without) > 3)
-            warnings.warn(
-                f"{target}: {len(without)} of {len(every)} trials have no {kept.metric} ({reasons}); "
-                "this is the best of the others",
-                stacklevel=3,
-            )
-        best = rank_rows(rows, kept.metric)[0]
-        found = subjects.find_checkpoint(storage, best.digest, best.variant.trial)
-        assert found, best.digest
-        return manifest.choose_average(found, Measurement.of(best.variant.trial).evaluation.ema)
-    if "://" in target or subjects.is_there(target):
-        return checkpoints.open_folder(target)
-    [subject] = subjects.find(target, storage, (), None)
-    return subject.checkpoint

@@ -23,6 +23,7 @@ from orchestrator.execution.halt import Halt
 from orchestrator.execution.loss import ClusterLost, repeat_where_lost
 from orchestrator.experiment.expand import expand
 from orchestrator.experiment.records import Experiment, Variant
+from orchestrator.origins import keep_copies
 from orchestrator.output.terminal import show_messages
 from orchestrator.planning.decide import Decision
 from orchestrator.planning.search import HeardTrial, group_round_by_row, make_heard, suggest_round
@@ -198,6 +199,7 @@ class Sweep:
         first = not self.telling.started
         for bundle in check_code(self.standing.get_trial(row) for row in rows):
             keep_bundle(self.storage, bundle)
+        keep_copies(self.experiment, map(self.standing.get_trial, missing), self.storage)
         check_spaces(self.standing.get_trial(row).evaluation.fid for row in rows)
         address = self.command.ray_address
         if not address:

@@ -26,6 +26,7 @@ from workers.layout import (
     get_trial_of_row,
     name_checkpoints_folder,
     name_evaluation_folder,
+    name_start_folder,
     name_status_file,
     name_sweep_file,
     name_sweep_folder,
@@ -36,6 +37,7 @@ from workers.locks import Leases
 from workers.network import manifest
 from workers.network.manifest import Checkpoint, CheckpointError
 from workers.storage import Storage
+from workers.warm_start import split_pin
 
 
 @dataclass
@@ -117,8 +119,9 @@ class Standing:
 
     def find_start_folder(self, row: RowId) -> str:
         """The folder of the checkpoint that the row's trial starts from, below the root; empty where there is none."""
+        init = self.get_trial(row).training.init
         if (start := self.starts.get(row)) is None:
-            return ""
+            return f"{name_start_folder(split_pin(init.source)[1])}/{manifest.name_step(0)}" if init else ""
         step = manifest.name_step(self.get_trial(start).training.steps)
         return f"{name_checkpoints_folder(get_trial_of_row(start))}/{step}"
 

@@ -19,8 +19,10 @@ from orchestrator.command import Command
 from orchestrator.experiment.dry_run import format_dry_run
 from orchestrator.experiment.expand import expand
 from orchestrator.experiment.load import load
+from orchestrator.experiment.needs import list_named
 from orchestrator.experiment.preflight import check_before_start, describe_data
 from orchestrator.experiment.records import Experiment, Variant
+from orchestrator.origins import pin_starts
 from orchestrator.planning.changes import list_changes
 from orchestrator.planning.search import describe_rounds, group_round_by_row
 from orchestrator.state.saved import read_code
@@ -77,10 +79,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def list_trials(experiment: Experiment) -> tuple[dict[RowId, Variant], dict[DataConfig, Source], list[str]]:
-    """Rows by id (of an adaptive search, its first round), the data they use, and warnings. Raises Mistake."""
+    """Rows by id (of an adaptive search, its first round), the data they use, and warnings. What the experiment
+    starts from is pinned. Raises Mistake."""
     variants = expand(experiment)
-    sources = {config: describe(config) for config in dict.fromkeys(v.trial.data for v in variants)}
-    warnings = check_before_start(experiment, variants, sources)
+    needed = [Variant(params={}, trial=trial, role=name) for name, trial in list_named(experiment).items()]
+    sources = {config: describe(config) for config in dict.fromkeys(v.trial.data for v in (*variants, *needed))}
+    warnings = check_before_start(experiment, [*variants, *needed], sources)
     trials, repeats = group_round_by_row(experiment, variants, sources.__getitem__)
     return trials, sources, warnings + repeats
 
@@ -139,6 +143,7 @@ def run(options: argparse.Namespace) -> int:
         return _send(options, experiment, overrides)
     if allocation := find_allocation():
         experiment = load(options.file, [*overrides, f"name={allocation.name(experiment.name)}"], options.smoke)
+    experiment = pin_starts(experiment, options.storage)
     trials, sources, warnings = list_trials(experiment)
     cluster = read_cluster(options.cluster) if options.cluster else None
     if cluster and not (options.dry_run or options.ray_address):

@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each line is a room, `workers` or `orchestrator` themselves where it names none; state stands above what uses it.
 ORDER = """
-    workers: seals syntax code entries kinds sections sides bits mistakes config layout identity speed signals disk
-    workers: remote storage bundles sharing locks
+    workers: seals syntax code entries kinds sections sides bits mistakes warm_start config layout identity
+    workers: speed signals disk remote storage bundles sharing locks
     workers: noise memos pulse journal shapes pausing passes classes
     workers.data: splits hub mirror cache decoding tree shards built_in arrays parquet_files tar_files cifar10 idx
     workers.data: formats locate survey order ranges sources proofs intake windows dataset pixels
@@ -19,10 +19,10 @@ ORDER = """
     workers.diffusion: gaussian ledger likelihood
     workers.network: manifest diffusers_config checkpoint
     workers.evaluation: precision frechet fidelity inception blocks features make summary pictures canaries
-    workers: peak world compiling learner conformity training calibration
+    workers: peak world compiling first_weights learner conformity training calibration
     workers: ray_private jobs signs hosts ray_train data_parallel tasks
     orchestrator: interrupts streams cli ray_internals
-    orchestrator.experiment: settings metrics records starts expand check load effort preflight dry_run profiles
+    orchestrator.experiment: settings metrics records starts expand needs check load effort preflight dry_run profiles
     orchestrator.state: rows events saved
     orchestrator.planning: changes decide deadline packing place makespan search
     orchestrator.measuring: differences seeds slowness subjects
@@ -33,7 +33,7 @@ ORDER = """
     orchestrator.execution: scratch admission early_stopping trials evaluations measurements
     orchestrator.tracking: provenance glance server line views model_code models shipment catalogue
     orchestrator.tracking: writer shipper tracker registry runs outside
-    orchestrator: canary
+    orchestrator: canary origins
     orchestrator.nights: calendar suite hooks decisions night_page shift
     orchestrator: standing telling progress controller
     orchestrator: sweep status report evaluate compare sample nightly conform ui schema completion api __main__

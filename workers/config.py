@@ -29,6 +29,7 @@ from workers.mistakes import hide_secrets as hide_secrets
 from workers.sections import NameOf, OpenRecord
 from workers.sections import Record as Record
 from workers.sides import Resolution
+from workers.warm_start import InitConfig
 
 Count = Literal["all"] | Annotated[int, Field(ge=1)]
 Level = Annotated[int, Field(ge=0, le=255)]
@@ -225,6 +226,7 @@ class TrainingConfig(Record):
         description="last steps, or part of all, over which the learning rate falls linearly to 0; trials of other "
         "lengths share what is before",
     )
+    init: InitConfig | None = Field(default=None, description="the weights that it begins with; null: random ones")
     ema: float = Field(default=0.9999, ge=0, lt=1, description="decay of the average of the weights that is measured")
     averages: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
         default=(),

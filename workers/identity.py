@@ -18,6 +18,7 @@ from workers.config import Record, SamplerConfig, Trial
 from workers.kinds import NAMED_AT
 from workers.layout import TrialId
 from workers.seals import compute_digest as compute_digest
+from workers.warm_start import split_pin
 
 TRAINING_VERSION = (
     1  # of what training computes from given settings; tests/test_recorded_losses.py says when to raise it
@@ -155,6 +156,9 @@ def compute_trial_id(trial: Trial, data_digest: str) -> TrialId:
     training = trial.training
     of_length = () if training.decay != "none" or training.cooldown_steps else ("steps", "cooldown")
     content["training"] = {n: v for n, v in content["training"].items() if n not in (*PLACING, *of_length)}
+    if training.init:
+        content["training"]["init"]["source"] = pin = split_pin(training.init.source)[1]
+        assert pin, f"{training.init.source} is not pinned"
     if training.cooldown_steps:  # however it is said
         content["training"]["cooldown"] = training.cooldown_steps
     return TrialId(compute_digest([TRAINING_VERSION, content]))

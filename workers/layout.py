@@ -2,6 +2,7 @@
 
     trials/<trial>/            trial.yaml, status.json, journal.jsonl, samples/, checkpoints/step-00002000/
     evaluations/<checkpoint>/  <what>-<how>/block-00007.parquet, summary-<how>.json
+    starts/<digest>/           weights from outside that trials start from
     references/                feature spaces, and moments of features of data
     code/<digest>/             modules from outside that names are pinned to, and modules.json
     sweeps/<name>/             sweep.json, asked.json, events.jsonl, results.parquet, report.html, ...
@@ -48,6 +49,11 @@ def name_checkpoints_folder(trial: str) -> str:
 def name_trial_lock(trial: str) -> str:
     """What the process holds that trains a trial: sweeps may share it, and one trains it at a time."""
     return f"locks/{trial}"
+
+
+def name_start_folder(pin: str) -> str:
+    """Of the weights that trials start from, from outside of their sweep."""
+    return f"starts/{pin}"
 
 
 def name_sweep_folder(sweep: str) -> str:

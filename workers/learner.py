@@ -5,7 +5,7 @@ Data order and noise are addressed by (seed, step, sub-batch): the same at any n
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
@@ -29,8 +29,10 @@ from workers.diffusion.objectives import Loss, Objective
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Model
 from workers.diffusion.timesteps import History, Part
+from workers.first_weights import compare_shapes, is_part, measure_weights
 from workers.kinds import PREDICTIONS, TIMESTEPS
 from workers.network.build import Masks, build_network, hand_noise, is_foreign, make_network_config
+from workers.network.manifest import CheckpointError
 from workers.network.unet_config import UNET
 from workers.noise import compute_address, make_generator
 from workers.peak import count_training_flops
@@ -216,6 +218,19 @@ class Learner:
         if TIMESTEPS[self.trial.training.timesteps].remembers:
             state |= {"history.losses": self.history.losses, "history.seen": self.history.seen}
         return state
+
+    def begin_with(self, weights: Mapping[str, Tensor], fresh: Collection[str]) -> None:
+        """Takes the weights in place of the random ones, except for the modules and weights that are `fresh`.
+
+        Raises CheckpointError where others do not fit.
+        """
+        own = self.unet.state_dict()
+        if misfits := compare_shapes(measure_weights(own), measure_weights(weights), fresh):
+            raise CheckpointError("; ".join(misfits))
+        taken = {name: weights[name] for name in own if not is_part(name, fresh)}
+        self.unet.load_state_dict({**own, **taken})
+        for average in (self.ema, *self.averages.values()):
+            average.update({name: p.clone() for name, p in self.unet.state_dict().items()})
 
     def restore(
         self,

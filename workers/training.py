@@ -34,6 +34,7 @@ from workers.diffusion.guidance import LabelledModel, tell_labels
 from workers.diffusion.likelihood import estimate
 from workers.diffusion.process import Model
 from workers.diffusion.samplers import sample
+from workers.first_weights import load_first_weights
 from workers.journal import Journal
 from workers.learner import Learner, compute_learning_rate
 from workers.network import checkpoint as checkpoints
@@ -128,6 +129,7 @@ class _Loop:
         """At step 0. The checkpoints of the steps that are `asked` for stay."""
         self.trial, self.dataset, self.storage, self.folder, self.world = trial, dataset, storage, folder, world
         self.asked, self.start = asked, start
+        assert start or not trial.training.init, "what the trial starts from was not handed over"
         self.first = trial.training.trunk_steps if start else 0  # the steps that another trial has made
         self.learner = Learner(trial, dataset, world)
         self.clock = world.clock
@@ -154,7 +156,14 @@ class _Loop:
             self._restore(nearest)
             self.checkpoint = nearest
         elif self.start and self.step == 0:
-            self._restore(manifest.open_committed(self.storage, self.start), of_other=True)
+            self._begin(manifest.open_committed(self.storage, self.start))
+
+    def _begin(self, start: manifest.Checkpoint) -> None:
+        """From the checkpoint of another trial: as if its training went on, or with its weights alone."""
+        if self.first:
+            self._restore(start, of_other=True)
+        elif init := self.trial.training.init:
+            self.learner.begin_with(load_first_weights(start, init.weights), init.fresh)
 
     def is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step in self.asked

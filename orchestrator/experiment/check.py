@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.experiment.expand import DRAWS, expand
 from orchestrator.experiment.metrics import EVALUATIONS, list_metrics
+from orchestrator.experiment.needs import LEAST_TRIAL, find_cooldown_mistakes, find_need_mistakes, find_sourceless
 from orchestrator.experiment.records import (
     MOST_VARIANTS,
     Axis,
@@ -28,7 +29,6 @@ from orchestrator.experiment.settings import (
     show,
     suggest_path,
 )
-from orchestrator.experiment.starts import find_start
 from workers.code import CodeError, describe_error
 from workers.config import (
     DiffusionConfig,
@@ -36,7 +36,6 @@ from workers.config import (
     Record,
     SamplerConfig,
     ScheduleConfig,
-    TrainingConfig,
     Trial,
     count_sub_batches,
 )
@@ -56,25 +55,16 @@ def find_experiment_mistakes(content: Mapping[str, Any]) -> list[str]:
     found += find_trial_mistakes(trial) if trial else []
     found += _find_search_mistakes(search) if search else []
     found += _find_metric_mistakes(search, trial) if search and trial else []
+    found += find_sourceless(trial, parse_axes(content)) if trial else []
     if found:
         return found
-    variants = expand(Experiment.model_validate(content))
+    experiment = Experiment.model_validate(content)
+    variants = expand(experiment)
     if not variants:
         return ["search.without: leaves out every variant of the search; no trial would run"]
     wrong = ((text, variant) for variant in variants for text in find_trial_mistakes(variant.trial))
     found = find_unread([v.trial for v in variants], list(get_space(content))) + tell_once(wrong, len(variants))
-    return found + _find_stopping_mistakes(search, variants) if search else found
-
-
-def _find_stopping_mistakes(search: SearchConfig, variants: Sequence[Variant]) -> list[str]:
-    """Early stopping compares trials that begin alike, and one that is stopped is nothing to start from."""
-    kind = search.scheduler.kind
-    if kind == "none" or not any(find_start(variant.trial) for variant in variants):
-        return []
-    return [
-        f"search.scheduler.kind: {kind} would stop trials that others start from, as training.cooldown has it; take "
-        "none, or leave that out"
-    ]
+    return found + find_need_mistakes(experiment, variants, find_trial_mistakes)
 
 
 def find_unread(records: Sequence[Record], searched: Sequence[str] = (), where: str = "") -> list[str]:
@@ -129,6 +119,8 @@ def _find_axis_mistakes(path: str, axis: Axis) -> list[str]:
     found = []
     for index, value in enumerate(_choose_values(axis)):
         for wrong, text in find_invalid(Trial, merge(LEAST_TRIAL, put({}, path.split("."), value))):
+            if not overlap({wrong.partition("[")[0]}, {path}):
+                continue  # the setting needs another one, which the file may have
             if axis.kind in ("uniform", "loguniform"):
                 text = re.sub("; write .*", "; use int_uniform", text)
             found.append(f"{where}.{axis.kind}[{index}]{wrong.removeprefix(path)}: {text}")
@@ -139,7 +131,7 @@ def find_trial_mistakes(trial: Trial) -> list[str]:
     """Settings, each valid by itself, that do not go together."""
     T, training = trial.diffusion.T, trial.training
     found = [*_find_schedule_mistakes(trial.diffusion), *_find_objective_mistakes(trial)]
-    found += _find_cooldown_mistakes(training)
+    found += find_cooldown_mistakes(training)
     parts = count_sub_batches(training.batch_size)
     if parts % training.workers:
         found.append(
@@ -176,16 +168,6 @@ def find_trial_mistakes(trial: Trial) -> list[str]:
     if SCHEDULES[kind].ends_at_zero and trial.evaluation.ode_nll:
         found.append(f"evaluation.ode_nll: diffusion.schedule.kind: {kind} ends at sigma_T = inf; leave one out")
     return found + find_evaluation_mistakes(trial.evaluation, T)
-
-
-def _find_cooldown_mistakes(training: TrainingConfig) -> Iterator[str]:
-    if training.cooldown and training.decay != "none":
-        yield (
-            f"training.cooldown: {training.cooldown:g} steps of a falling learning rate beside training.decay: "
-            f"{training.decay}, in which it falls all the time; leave one out"
-        )
-    if training.cooldown_steps > training.steps:
-        yield f"training.cooldown: {training.cooldown} is more than training.steps = {training.steps}; at most as many"
 
 
 def _find_schedule_mistakes(diffusion: DiffusionConfig) -> Iterator[str]:
@@ -371,7 +353,6 @@ def _find_metric_mistakes(search: SearchConfig, trial: Trial) -> list[str]:
 
 
 TRIAL_SETTINGS = list_paths(Trial)
-LEAST_TRIAL = {"data": {"source": "digits"}, "training": {"steps": 1}}  # in which any one setting can be tried
 NOT_TRAINED = rf"training\.({'|'.join(PLACING)})$"
 
 

@@ -38,7 +38,7 @@ def format_dry_run(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig,
             "",
             "L_T: the prior gap in bits/dim at E[x_0^2] = 1; log SNR: of t = 1 and T. The columns after it count",
             "evaluations of the network, an image at a time; one of training is a forward and a backward.",
-            *_describe_sharing(trials, sum(prices, Cost()), bool(starts)),
+            *_describe_sharing(trials, sum(prices, Cost()), starts),
         ]
     )
 
@@ -48,14 +48,21 @@ def _describe_start(start: RowId | None, trials: Mapping[RowId, Variant]) -> str
     return f"{start[:8]} at {trials[start].trial.training.steps}" if start else ""
 
 
-def _describe_sharing(trials: Mapping[RowId, Variant], total: Cost, is_shared: bool) -> list[str]:
+def _describe_sharing(trials: Mapping[RowId, Variant], total: Cost, starts: Mapping[RowId, RowId]) -> list[str]:
     """What training costs beside that of the same trials, each by itself."""
-    of_all = [variant.trial.training for variant in trials.values() if not variant.role]
-    alone = sum(training.steps * training.batch_size for training in of_all)
+    if not starts:
+        return []
+
+    def count_alone(row: RowId) -> int:
+        training, start = trials[row].trial.training, starts.get(row)
+        own = (training.steps - training.trunk_steps * bool(start)) * training.batch_size
+        return own + (count_alone(start) if start else 0)
+
+    alone = sum(count_alone(row) for row, variant in trials.items() if not variant.role)
     return [
         f"Trained each by itself, the trials would take {format_count(alone)} evaluations of training in place of "
         f"{format_count(total.training_evaluations)}."
-    ] * is_shared
+    ]
 
 
 def _format_cell(value: object) -> str:

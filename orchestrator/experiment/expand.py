@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from orchestrator.experiment.records import Experiment, SearchConfig, Variant
@@ -15,11 +16,12 @@ from orchestrator.experiment.settings import (
     merge,
     put,
 )
-from orchestrator.experiment.starts import find_start, list_needed
-from workers.config import DataConfig, Measurement, Record, Trial
+from orchestrator.experiment.starts import find_start, list_needed, make_pin
+from workers.config import DataConfig, Measurement, Record, TrainingConfig, Trial
 from workers.identity import collect_settings_read, compute_digest, compute_trial_id
 from workers.layout import RowId, TrialId, get_trial_of_row, make_row_id
 from workers.sections import OWN_ONLY
+from workers.warm_start import split_pin
 
 # From u uniform in [0, 1) and the values or ends of an axis to the value drawn.
 DRAWS: dict[str, Callable[[tuple[Any, ...], float], Any]] = {
@@ -73,7 +75,8 @@ def expand(experiment: Experiment) -> tuple[Variant, ...]:
 
 def make_variants(experiment: Experiment, points: Iterable[Mapping[str, Any]]) -> tuple[Variant, ...]:
     """The trials at points of the search space, each its values by path."""
-    trial, base = experiment.trial, _dump_to_change(experiment.trial)
+    base = _dump_to_change(experiment.trial)
+    trial = experiment.trial.model_copy(update={"training": _pin(experiment.training, experiment.pins)})
     made: dict[str, Any] = {}  # sections by what changes them: thousands of trials have few different ones
 
     def get_section(name: str, params: dict[str, Any]) -> Any:
@@ -87,9 +90,19 @@ def make_variants(experiment: Experiment, points: Iterable[Mapping[str, Any]]) -
         for path, value in params.items():
             changed.setdefault(path.partition(".")[0], {})[path] = value
         sections = {name: get_section(name, values) for name, values in changed.items()}
+        if "training" in sections:
+            sections["training"] = _pin(sections["training"], experiment.pins)
         return Variant(params=dict(params), trial=trial.model_copy(update=sections))
 
     return tuple(map(make_variant, points))
+
+
+def _pin(training: TrainingConfig, pins: Mapping[str, str]) -> TrainingConfig:
+    """The settings with what they start from pinned, where it is known."""
+    if training.init is None or training.init.source not in pins:
+        return training
+    source = f"{training.init.source}@{pins[training.init.source]}"
+    return training.model_copy(update={"init": training.init.model_copy(update={"source": source})})
 
 
 def _dump_to_change(record: Record) -> dict[str, Any]:
@@ -121,7 +134,10 @@ def _make_update(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def group_by_row(
-    variants: Sequence[Variant], data_digests: Mapping[DataConfig, str], always: bool = False
+    variants: Sequence[Variant],
+    data_digests: Mapping[DataConfig, str],
+    always: bool = False,
+    named: Mapping[str, Trial] = MappingProxyType({}),
 ) -> tuple[dict[RowId, Variant], list[str]]:
     """The rows of a sweep in order, each variant by the id of its row, and warnings.
 
@@ -129,10 +145,10 @@ def group_by_row(
     once: the id of each is the trial's with a suffix for its step and measurement (`get_trial_of_row` takes it off).
     `always` gives every row such an id, for where variants that are still to come may share its trial. Variants that
     are alike in both are one row: the first stands for all, and a warning names how many and why. What variants start
-    from has rows, too, before theirs, where no variant asks for just that.
+    from has rows, too, before theirs, where no variant asks for just that; `named` are the trials of `needs`.
     """
     trained: dict[TrialId, dict[str, list[Variant]]] = {}
-    for variant in (*list_needed(variants), *variants):
+    for variant in (*list_needed(variants, named), *variants):
         measurements = trained.setdefault(compute_trial_id(variant.trial, data_digests[variant.trial.data]), {})
         evaluation = collect_settings_read(Measurement.of(variant.trial).evaluation, only_set=True)
         measured = compute_digest([variant.trial.training.steps, evaluation])[:8]
@@ -166,9 +182,13 @@ def _drop_unneeded(measurements: Mapping[str, Sequence[Variant]]) -> dict[str, l
 
 def find_starting_rows(rows: Mapping[RowId, Variant], data_digests: Callable[[DataConfig], str]) -> dict[RowId, RowId]:
     """The row that each of those which start from another one starts from."""
-    steps = {(get_trial_of_row(row), variant.trial.training.steps): row for row, variant in rows.items()}
-    starts = {row: start.trial for row, variant in rows.items() if (start := find_start(variant.trial))}
-    return {
-        row: steps[compute_trial_id(trial, data_digests(trial.data)), trial.training.steps]
-        for row, trial in starts.items()
-    }
+    by_pin = {make_pin(get_trial_of_row(row), variant.trial.training.steps): row for row, variant in rows.items()}
+    found: dict[RowId, RowId] = {}
+    for row, variant in rows.items():
+        training = variant.trial.training
+        if trunk := find_start(variant.trial, {}):
+            trial = compute_trial_id(trunk.trial, data_digests(trunk.trial.data))
+            found[row] = by_pin[make_pin(trial, training.trunk_steps)]
+        elif training.init and (pin := split_pin(training.init.source)[1]) in by_pin:
+            found[row] = by_pin[pin]
+    return found

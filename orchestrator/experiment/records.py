@@ -4,7 +4,7 @@ Neither torch nor Ray is imported by any module of this room.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -12,6 +12,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    PrivateAttr,
     WithJsonSchema,
     WrapValidator,
     field_validator,
@@ -263,7 +264,25 @@ class Experiment(Trial):
     )
     search: SearchConfig = Field(default=SearchConfig(), description="which trials to run; without it there is one")
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="where MLflow is")
+    needs: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="trials that others start from, by a name for training.init.source: overrides by their path, which "
+        "make each of what stands outside of the search",
+    )
     preflight: PreflightConfig = Field(default=PreflightConfig(), description="what is refused before anything starts")
+
+    _pins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def pins(self) -> Mapping[str, str]:
+        """What the sources of `training.init` are pinned to: see `workers.warm_start`."""
+        return self._pins
+
+    def pin(self, pins: Mapping[str, str]) -> "Experiment":
+        """The same with these pins."""
+        pinned = self.model_copy()
+        pinned._pins = dict(pins)
+        return pinned
 
     @property
     def trial(self) -> Trial:

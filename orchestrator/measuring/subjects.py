@@ -4,6 +4,7 @@ A folder of diffusers says nothing of data, so `data.source` is given with it; e
 """
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,7 +22,8 @@ from orchestrator.experiment.preflight import check_evaluation, list_source_warn
 from orchestrator.experiment.profiles import PROFILES
 from orchestrator.experiment.records import ExperimentError
 from orchestrator.experiment.settings import find_invalid, put, suggest_choice, suggest_path
-from orchestrator.state.saved import list_sweeps, open_sweep, open_trial
+from orchestrator.state.rows import list_asked, rank_rows
+from orchestrator.state.saved import list_sweeps, open_sweep, open_trial, read_rows
 from workers import layout
 from workers.config import DataConfig, Measurement, Mistake, Trial
 from workers.data.sources import Source, describe
@@ -74,6 +76,31 @@ def find(target: str, storage: Storage, overrides: Sequence[str], profile: str |
             f"Sweeps here: {', '.join(sweeps) or 'none'}"
         )
     return [_open_folder(target, update)]
+
+
+def find_model(target: str, storage: Storage) -> Checkpoint:
+    """The checkpoint of a trial, of a sweep's best trial, or in a folder. Raises Mistake where there is none."""
+    if target in list_sweeps(storage):
+        kept = open_sweep(storage, target)
+        every = list_asked(read_rows(storage, kept))
+        rows = [row for row in every if kept.metric in row.metrics]
+        if not rows:
+            raise Mistake(f"no trial of the sweep {target} has {kept.metric} yet")
+        if without := [f"{row.digest[:8]}, {row.found.unread or row.state}" for row in every if row not in rows]:
+            reasons = "; ".join(without[:3]) + "; ..." * (len(without) > 3)
+            warnings.warn(
+                f"{target}: {len(without)} of {len(every)} trials have no {kept.metric} ({reasons}); "
+                "this is the best of the others",
+                stacklevel=3,
+            )
+        best = rank_rows(rows, kept.metric)[0]
+        found = find_checkpoint(storage, best.digest, best.variant.trial)
+        assert found, best.digest
+        return manifest.choose_average(found, Measurement.of(best.variant.trial).evaluation.ema)
+    if "://" in target or is_there(target):
+        return checkpoints.open_folder(target)
+    [subject] = find(target, storage, (), None)
+    return subject.checkpoint
 
 
 def open_at(path: str, storage: Storage, overrides: Sequence[str]) -> Subject:

@@ -15,6 +15,7 @@ from typing import Any
 
 from orchestrator.experiment.check import find_trial_mistakes
 from orchestrator.experiment.expand import draw_uniform, group_by_row, is_left_out, make_variants
+from orchestrator.experiment.needs import list_named
 from orchestrator.experiment.preflight import check_trial
 from orchestrator.experiment.records import Axis, Experiment, SearchConfig, Variant
 from workers.config import DataConfig
@@ -77,11 +78,14 @@ def group_round_by_row(
     experiment: Experiment, variants: Sequence[Variant], source: Callable[[DataConfig], Source]
 ) -> tuple[dict[RowId, Variant], list[str]]:
     """`experiment.by_row`, with ids that a later round does not change."""
-    digests = {config: source(config).digest for config in dict.fromkeys(v.trial.data for v in variants)}
+    named = list_named(experiment)
+    trials = [*named.values(), *(variant.trial for variant in variants)]
+    digests = {config: source(config).digest for config in dict.fromkeys(trial.data for trial in trials)}
     measured = any(
         path.startswith("evaluation") or path in ("training", "training.steps") for path in experiment.search.space
     )
-    return group_by_row(variants, digests, always=measured and experiment.search.algorithm == "optuna")
+    always = measured and experiment.search.algorithm == "optuna"
+    return group_by_row(variants, digests, always, named)
 
 
 def suggest_points(

@@ -1,0 +1,151 @@
+"""The weights that a training begins with: read from a checkpoint, and held against the network that takes them."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from workers.classes import Classes
+from workers.config import Trial
+from workers.data.sources import Source
+from workers.identity import compute_digest
+from workers.network import checkpoint as checkpoints
+from workers.network.build import build_network, is_foreign, make_network_config
+from workers.network.manifest import (
+    AVERAGES,
+    SAFE,
+    STATE,
+    UNET,
+    Checkpoint,
+    CheckpointError,
+    choose_average,
+    find_url,
+    read_file,
+    read_object,
+)
+from workers.noise import make_generator
+from workers.storage import Storage
+
+Choice = Literal["ema", "raw"] | float
+Shapes = Mapping[str, tuple[int, ...]]
+RAW = "weights."  # what the names of weights begin with in the state of a training
+LISTED = 12  # mismatches that a message names
+
+
+def load_first_weights(checkpoint: Checkpoint, choice: Choice) -> dict[str, Tensor]:
+    """The weights of a checkpoint of ours by name. Raises CheckpointError where it has none of that choice, or its
+    bytes are damaged."""
+    if isinstance(choice, float):
+        choose_average(checkpoint, choice)
+        return checkpoints.load_averages(checkpoint, [choice])[choice]
+    ema, state, _ = checkpoints.load_state(checkpoint)
+    if choice == "ema":
+        return ema
+    if raw := {name.removeprefix(RAW): weights for name, weights in state.items() if name.startswith(RAW)}:
+        return raw
+    raise CheckpointError(f"{checkpoint.url} holds no weights of its last step; take training.init.weights: ema")
+
+
+def digest_content(checkpoint: Checkpoint) -> str:
+    """16 hex digits of all weights that a checkpoint holds, wherever it lies."""
+    more = {name: sha for name, sha in checkpoint.sums if name.startswith(AVERAGES) or name == STATE}
+    return compute_digest([checkpoint.digest, more])
+
+
+def keep_copy(storage: Storage, folder: str, checkpoint: Checkpoint) -> None:
+    """Writes the weights of a checkpoint, wherever it lies, as one of ours at step 0 into `folder` of the storage.
+
+    Raises CheckpointError where bytes are damaged.
+    """
+    model, process = checkpoints.load(checkpoint)
+    names = [name.removeprefix(AVERAGES).removesuffix(SAFE) for name, _ in checkpoint.sums if name.startswith(AVERAGES)]
+    averages = {float(name): dict(checkpoints.load_averages(checkpoint, [float(name)])[float(name)]) for name in names}
+    state = checkpoints.load_state(checkpoint)[1] if STATE in dict(checkpoint.sums) else {}
+    snapshot = checkpoints.Snapshot(
+        step=0,
+        unet_config=read_object(read_file(checkpoint, UNET), find_url(checkpoint, UNET)),
+        process=process,
+        prediction=model.prediction,
+        ema=model.network.state_dict(),
+        averages=averages,
+        state={name: weights for name, weights in state.items() if name.startswith(RAW)},
+    )
+    checkpoints.save(storage, folder, snapshot, kept=True)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What can be taken from a checkpoint: the shapes of its weights by name, and which of them there are."""
+
+    shapes: Shapes
+    choices: tuple[Choice, ...]
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> Offer:
+    """Raises CheckpointError as `load` does."""
+    names = [name for name, _ in checkpoint.sums]
+    averages = [float(name.removeprefix(AVERAGES).removesuffix(SAFE)) for name in names if name.startswith(AVERAGES)]
+    raw: list[Choice] = ["raw"] if STATE in names else []
+    return Offer(measure_weights(checkpoints.load(checkpoint)[0].network.state_dict()), ("ema", *raw, *averages))
+
+
+def describe_trial(trial: Trial, source: Source) -> Offer:
+    """The same of what a trial will have made."""
+    return Offer(_measure_network(trial, source), ("ema", "raw", *trial.training.averages))
+
+
+def find_misfits(trial: Trial, source: Source, offer: Offer) -> list[str]:
+    """What keeps a trial from beginning as it says with what is offered. Empty where it can."""
+    init = trial.training.init
+    assert init
+    if init.weights not in offer.choices:
+        return [f"has no weights {init.weights}; it has {', '.join(map(str, offer.choices))}"]
+    return compare_shapes(_measure_network(trial, source), offer.shapes, init.fresh)
+
+
+def _measure_network(trial: Trial, source: Source) -> Shapes:
+    """The shapes of the weights of a trial's network for images of the data set."""
+    count = source.largest_label + 1
+    classes = Classes(tuple(map(str, range(count))), (1,) * count) if source.labelled else None
+    learned, dropout = trial.diffusion.learned, trial.training.label_dropout
+    config = make_network_config(trial.model, source.shape, learned, classes=classes, label_dropout=dropout)
+    if is_foreign(config):
+        return measure_weights(build_network(config, make_generator(0)).state_dict())
+    with torch.device("meta"):
+        return measure_weights(build_network(config).state_dict())
+
+
+def measure_weights(weights: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def compare_shapes(own: Shapes, given: Shapes, fresh: Collection[str]) -> list[str]:
+    """What keeps a network with the weights `own` from beginning with the `given` ones, apart from those that are
+    `fresh`: each that differs is named. Empty where it can."""
+    idle = [part for part in fresh if not any(is_part(name, [part]) for name in own)]
+    if idle:
+        parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in own))
+        return [f"training.init.fresh: {', '.join(idle)} is no part of the network, which has {parts}"]
+    found = []
+    for name in dict.fromkeys((*own, *given)):
+        if is_part(name, fresh) or own.get(name) == given.get(name):
+            continue
+        found.append(f"{name} ({_describe(own.get(name))} here, {_describe(given.get(name))} there)")
+    if not found:
+        return []
+    more = f" and {len(found) - LISTED} more" * (len(found) > LISTED)
+    return [
+        f"{len(found)} of {len(own)} weights do not fit: {', '.join(found[:LISTED])}{more}; take a network of the same "
+        "shapes, or name in training.init.fresh what may begin at random"
+    ]
+
+
+def is_part(name: str, parts: Collection[str]) -> bool:
+    """Whether a weight is one of these, or inside one of these modules."""
+    return any(f"{name}.".startswith(f"{part}.") for part in parts)
+
+
+def _describe(shape: tuple[int, ...] | None) -> str:
+    return "not" if shape is None else "x".join(map(str, shape)) or "a number"
