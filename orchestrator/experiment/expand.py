@@ -182,6 +182,8 @@ def _drop_unneeded(measurements: Mapping[str, Sequence[Variant]]) -> dict[str, l
 
 def find_starting_rows(rows: Mapping[RowId, Variant], data_digests: Callable[[DataConfig], str]) -> dict[RowId, RowId]:
     """The row that each of those which start from another one starts from."""
+    if not any(variant.trial.training.trunk_steps or variant.trial.training.init for variant in rows.values()):
+        return {}
     by_pin = {make_pin(get_trial_of_row(row), variant.trial.training.steps): row for row, variant in rows.items()}
     found: dict[RowId, RowId] = {}
     for row, variant in rows.items():

@@ -78,6 +78,7 @@ class SweepRuns:
     _ended: set[str] = field(default_factory=set)
     _joined: list[list[RowId]] = field(default_factory=list)  # rows that differ in the seed alone together
     _numbers: dict[RowId, tuple[int, int]] = field(default_factory=dict)  # of each row, and of its place in `_joined`
+    _starts: dict[RowId, RowId] = field(default_factory=dict)  # the row that each of some starts from
     _standing: dict[str, dict[str, str]] = field(default_factory=dict)  # tags of the opened trials, as told last
 
     @property
@@ -132,6 +133,7 @@ class SweepRuns:
             self._joined = join_repetitions(self.trials.items())
             hues = {row_id: hue for hue, group in enumerate(self._joined) for row_id in group}
             self._numbers = {row_id: (number, hues[row_id]) for number, row_id in enumerate(self.trials)}
+            self._starts = find_starting_rows(self.trials, lambda config: self.sources[config].digest)
         return self._joined
 
     def _number_and_hue(self, row_id: RowId) -> tuple[int, int]:
@@ -158,10 +160,9 @@ class SweepRuns:
         params = flatten_params(trial.model_dump(mode="json"))
         tags = {**self.tags, "trial.digest": row_id, "data.digest": source.digest}
         tags |= {f"code.{path}": ", ".join(names) for path, names in list_outside(trial).items()}
-        starts = find_starting_rows(self.trials, lambda config: self.sources[config].digest)
-        tags |= {"trial.starts_from": starts[row_id]} if row_id in starts else {}
-        tags |= {"trial.role": role} if (role := self.trials[row_id].role) else {}
         number, hue = self._number_and_hue(row_id)
+        tags |= {"trial.starts_from": self._starts[row_id]} if row_id in self._starts else {}
+        tags |= {"trial.role": role} if (role := self.trials[row_id].role) else {}
         tags[PART] = name_part(number)
         if SEED in (variant := self.trials[row_id]).params:
             tags[SETTING] = name_variant(drop_seed(variant))
