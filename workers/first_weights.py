@@ -110,7 +110,9 @@ def _measure_network(trial: Trial, source: Source) -> Shapes:
     count = source.largest_label + 1
     classes = Classes(tuple(map(str, range(count))), (1,) * count) if source.labelled else None
     learned, dropout = trial.diffusion.learned, trial.training.label_dropout
-    config = make_network_config(trial.model, source.shape, learned, classes=classes, label_dropout=dropout)
+    config = make_network_config(
+        trial.model, source.shape, learned, sides=source.sides, classes=classes, label_dropout=dropout
+    )
     if is_foreign(config):
         return measure_weights(build_network(config, make_generator(0)).state_dict())
     with torch.device("meta"):
