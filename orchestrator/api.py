@@ -35,11 +35,12 @@ if TYPE_CHECKING:  # torch and pandas take seconds: each function loads what it 
     import pandas as pd
     import torch
 
-    from workers.diffusion.process import Process
+    from workers.diffusion.formulations import AnyProcess
     from workers.network.manifest import Checkpoint
 
 
 DRAWN_AT_ONCE = 256  # images of `DiffusionModel.sample`
+CONTINUOUS_STEPS = 18  # of its samples in continuous time: 35 evaluations (Karras et al. 2022)
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class DiffusionModel:
     """A trained eps_theta with its process, on the CPU. `shape` is that of an image: (height, width, channels)."""
 
     network: Any  # workers.diffusion.predictions.Denoiser: of p_theta all that it says
-    process: "Process"
+    process: "AnyProcess"
     shape: tuple[int, int, int]
     checkpoint: "Checkpoint"
 
@@ -165,7 +166,7 @@ class DiffusionModel:
     def __call__(
         self, x_t: "torch.Tensor", t: "torch.Tensor", *, labels: "torch.Tensor | None" = None
     ) -> "torch.Tensor":
-        """eps_theta(x_t, t): x_t float32 (N, C, H, W), t int64 (N,) in 1..T.
+        """eps_theta(x_t, t): x_t float32 (N, C, H, W), t int64 (N,) in 1..T; of a continuous process real, float64.
 
         A model that is told classes takes `labels`, int64 (N,): -1 tells none, where it was trained without, too.
         """
@@ -193,6 +194,18 @@ class DiffusionModel:
             raise Mistake(f"labels: give one for all or one for each of {n} images, of {least} to {most} or by name")
         return found
 
+    def _choose_sampler(self, n: int, steps: int | None, eta: float) -> SamplerConfig:
+        """Raises Mistake where so many samples or steps cannot be drawn."""
+        T = self.process.T
+        if n < 1 or (steps is not None and not 1 <= steps <= (T or max(steps, 1))):
+            most = f"1 to T = {T}" if T else "at least 1"
+            raise Mistake(f"sample({n}, steps={steps}): n is at least 1, and steps are {most} or None")
+        if T is None and eta:
+            raise Mistake(f"sample(eta={eta}): DDIM steps along T times, and the process is continuous; leave it out")
+        if T is None:
+            return SamplerConfig(kind="heun", steps=steps or CONTINUOUS_STEPS)
+        return SamplerConfig(kind="ddim", steps=steps, eta=eta) if steps else SamplerConfig()
+
     def sample(
         self,
         n: int,
@@ -209,6 +222,8 @@ class DiffusionModel:
         In 0..levels-1, of uint8 or uint16; where `levels` are None, which is for data that are not discrete, float32
         in [-1, 1].
 
+        Of a continuous process they are by Heun's rule, in 18 steps where none are given; `eta` is not for it.
+
         Of a model that is told classes they are of `labels`, one for all or one each, by number or name, and else in
         the proportions of the training images; `guidance` is the scale of `workers.diffusion.guidance`.
         """
@@ -222,10 +237,7 @@ class DiffusionModel:
         from workers.network.manifest import get_most_bytes
         from workers.noise import make_generator
 
-        if n < 1 or (steps is not None and not 1 <= steps <= self.process.T):
-            raise Mistake(
-                f"sample({n}, steps={steps}): n is at least 1, and steps are 1 to T = {self.process.T} or None"
-            )
+        config = self._choose_sampler(n, steps, eta)
         height, width, channels = self.shape
         if (size := n * height * width * channels) > get_most_bytes():
             raise Mistake(
@@ -237,7 +249,6 @@ class DiffusionModel:
             raise Mistake(f"guidance={guidance}: it is {needed}")
         if levels is not None and not 2 <= levels <= 2**16:
             raise Mistake(f"levels={levels}: they are 2 to {2**16:,}, or None")
-        config = SamplerConfig(kind="ddim", steps=steps, eta=eta) if steps else SamplerConfig()
         told = self._check_labels(labels, n)
         if told is None and self.network.classes:
             told = torch.from_numpy(self.network.classes.assign(np.arange(n)))

@@ -6,7 +6,8 @@
     coding.png           held-out images as x_0_hat(x_t) shows them, by the bits received
     coding_curve.png     rate against distortion of progressive coding
 
-One process, without Ray.
+The last three are made along T times, so of a model in continuous time there are the first two. One process, without
+Ray.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 from orchestrator import cli
 from orchestrator.experiment.settings import show
-from workers.config import Mistake
+from workers.config import SAMPLE_GRID_STEPS, Measurement, Mistake, SamplerConfig
 from workers.identity import describe_sampler
 from workers.layout import name_pictures_folder
 
@@ -76,13 +77,16 @@ def run(options: argparse.Namespace) -> int:
     problems = [] if 1 <= options.n <= MOST else [f"--n {options.n}: 1 to {MOST:,}, which make one picture"]
     problems += [f"--between {k}: the held-out images of {source.name} are 0..{source.held_out - 1}"
                  for k in options.between if not 0 <= k < source.held_out]  # fmt: skip
-    problems += [f"--at {t}: the times are 1..{subject.m.T}" for t in options.at or () if not 1 <= t <= subject.m.T]
+    T = subject.m.T
+    if T is None and options.at:
+        problems.append("--at: the model is of continuous time, and pictures at times are of those with T of them")
+    problems += [f"--at {t}: the times are 1..{T}" for t in options.at or () if T and not 1 <= t <= T]
     if problems:
         raise Mistake("\n".join(problems))
     label = None if options.label is None else find_label(subject.checkpoint, options.label)
     storage.check_writable()
-    times = options.at or sorted({max(1, subject.m.T * k // 8) for k in range(1, 9)}, reverse=True)
-    sampler = describe_sampler(subject.m.evaluation.fid.sampler) if subject.m.evaluation.fid else "ancestral"
+    times = options.at or sorted({max(1, T * k // 8) for k in range(1, 9)}, reverse=True) if T else []
+    sampler = describe_sampler(choose_sampler(subject.m))
     print(f"samples by evaluation.fid.sampler = {show(sampler)}", file=sys.stderr)
     folder = name_pictures_folder(subject.checkpoint.digest)
     storage.remove_leftovers(folder)
@@ -94,6 +98,13 @@ def run(options: argparse.Namespace) -> int:
     if left := record_pictures(storage, options.tracking_uri, subject, paths):
         print(left)
     return cli.DONE
+
+
+def choose_sampler(m: Measurement) -> SamplerConfig:
+    """The evaluation's; where it draws no samples, that of the papers."""
+    if m.evaluation.fid:
+        return m.evaluation.fid.sampler
+    return SamplerConfig() if m.T else SamplerConfig(kind="heun", steps=18)
 
 
 def find_label(checkpoint: Any, text: str) -> int:
@@ -115,7 +126,6 @@ class _Opened:
     def __init__(self, subject: Any) -> None:
         import torch
 
-        from workers.config import SamplerConfig
         from workers.data.dataset import prepare
         from workers.evaluation.make import make_measured_process
         from workers.network import checkpoint as checkpoints
@@ -124,8 +134,9 @@ class _Opened:
         self.dataset = prepare(self.m.data)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network, process = checkpoints.load(subject.checkpoint)
-        self.network, self.process = network.to(self.device), make_measured_process(self.m, process)
-        self.sampler = self.m.evaluation.fid.sampler if self.m.evaluation.fid else SamplerConfig()
+        self.network: Any = network.to(self.device)
+        self.process: Any = make_measured_process(self.m, process)
+        self.sampler = choose_sampler(self.m)
 
     def tell(self, labels: Sequence[int], guidance: float | None = None) -> Any:
         """The model of a batch of these classes, where it is told any."""
@@ -165,27 +176,45 @@ def make_pictures(
 
     Samples are of the class `label` where it is given; real images are shown as those of their own class.
     """
-    import torch
-
-    from workers.config import SamplerConfig
-    from workers.data.pixels import draw_grid, to_data, to_picture
-    from workers.diffusion.guidance import take_rows
+    from workers.data.pixels import draw_grid, to_data
+    from workers.diffusion.process import Process
     from workers.diffusion.samplers import draw
-    from workers.evaluation.pictures import decode_at, draw_progressive, interpolate
-    from workers.noise import make_generator
+    from workers.evaluation.pictures import draw_progressive
 
     opened = _Opened(subject)
-    m, process, sampler, levels = opened.m, opened.process, opened.sampler, opened.dataset.levels
-
-    def tabulate(x: torch.Tensor, heads: Sequence[str], sides: Sequence[str], title: str) -> bytes:
-        return draw_labelled(to_picture(to_data(x, levels), levels).numpy(), heads, sides, title)
-
+    process, sampler, levels = opened.process, opened.sampler, opened.dataset.levels
     grid, strips = (_arrange_grid(opened.network.classes, count, label) for count in (n, ROWS))
     x_T, noise = opened.draw_x_T(grid.n, "samples")
     samples = draw(process, opened.tell(grid.labels, sampler.guidance), sampler, x_T, noise, clip=True).x_0
     x_T, noise = opened.draw_x_T(strips.n, "progressive")
     told = opened.tell(strips.labels, sampler.guidance)
-    strip = draw_progressive(process, told, SamplerConfig(), x_T, noise, frames=FRAMES)
+    along = SamplerConfig() if process.T else SamplerConfig(kind="euler", steps=SAMPLE_GRID_STEPS)
+    strip = draw_progressive(process, told, along, x_T, noise, frames=FRAMES)
+    found = {
+        "samples": draw_grid(to_data(samples, levels), levels, columns=grid.columns, names=grid.names),
+        "progressive": draw_grid(to_data(strip.flatten(0, 1), levels), levels, columns=strip.shape[1]),
+    }
+    if isinstance(process, Process):
+        found |= _make_pictures_of_chain(storage, subject, opened, between, times)
+    return found
+
+
+def _make_pictures_of_chain(
+    storage: Any, subject: Any, opened: _Opened, between: tuple[int, int], times: Sequence[int]
+) -> dict[str, bytes]:
+    """Those that are made along the T times: interpolation and progressive coding."""
+    import torch
+
+    from workers.data.pixels import to_data, to_picture
+    from workers.diffusion.guidance import take_rows
+    from workers.evaluation.pictures import decode_at, interpolate
+    from workers.noise import make_generator
+
+    m, process, levels = opened.m, opened.process, opened.dataset.levels
+
+    def tabulate(x: torch.Tensor, heads: Sequence[str], sides: Sequence[str], title: str) -> bytes:
+        return draw_labelled(to_picture(to_data(x, levels), levels).numpy(), heads, sides, title)
+
     (ends, told), weights, rows = opened.take_held_out(between), torch.linspace(0, 1, BLENDS), []
     nearer = take_rows(told, (weights > 0.5).long())
     for t in times:
@@ -199,8 +228,6 @@ def make_pictures(
     coded = torch.cat([shown, real[:, None]], dim=1)
     blends = [f"image {between[0]}", *(f"{w:.3g}" for w in weights.tolist()), f"image {between[1]}"]
     return {
-        "samples": draw_grid(to_data(samples, levels), levels, columns=grid.columns, names=grid.names),
-        "progressive": draw_grid(to_data(strip.flatten(0, 1), levels), levels, columns=strip.shape[1]),
         "interpolation": tabulate(torch.cat(rows), blends, [f"t = {t}" for t in times], "share of the second image"),
         "coding": tabulate(coded.flatten(0, 1), [*(f"{rate[k]:.3g}" for k in sent), "image"], (), "bits/dim received"),
         "coding_curve": draw_curve(rate, rmse),

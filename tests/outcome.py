@@ -85,7 +85,7 @@ def drawn(folder: Path) -> dict[str, str]:
     from orchestrator import open_model
 
     opened = open_model(folder)
-    images = opened.sample(1, seed=0, steps=min(2, opened.process.T))
+    images = opened.sample(1, seed=0, steps=min(2, opened.process.T or 2))
     return {"digest": opened.checkpoint.digest, "images": hashlib.sha256(images.tobytes()).hexdigest()}
 
 

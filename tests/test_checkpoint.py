@@ -147,6 +147,7 @@ def test_a_step_of_diffusers_is_ours(storage, prediction, variance):
     checkpoint = of_kind(storage, prediction, variance)
     pipeline = diffusers.DDPMPipeline.from_pretrained(storage.find_url(checkpoint.path))
     model, p = load(checkpoint)
+    assert isinstance(p, Process)
     pipeline.scheduler.set_timesteps(p.T)
     # In diffusers 1 - alpha_bar_t is a difference in float32, which at small t has few digits left.
     pipeline.scheduler.alphas_cumprod = p.alpha_bar.clone()

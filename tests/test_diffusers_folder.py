@@ -15,9 +15,17 @@ from diffusers_folder import WEIGHTS, T, diffusers, halved, put, saved
 from safetensors.torch import load_file, save_file
 
 from workers.config import SamplerConfig
+from workers.diffusion.formulations import Continuous
+from workers.diffusion.process import Process
 from workers.diffusion.samplers import ancestral
 from workers.network.checkpoint import Description, describe, export, load, open_folder
-from workers.network.diffusers_config import BETAS, PREDICTION_TYPES, SCHEDULERS, read_scheduler
+from workers.network.diffusers_config import (
+    BETAS,
+    PREDICTION_TYPES,
+    SCHEDULERS,
+    make_scheduler_config,
+    read_scheduler,
+)
 from workers.noise import make_generator
 
 one_thread = diffusers_folder.one_thread
@@ -51,6 +59,7 @@ def test_a_step_is_that_of_diffusers(unet, folder, scheduler):
     saved = getattr(diffusers, scheduler.pop("kind", "DDPMScheduler"))(num_train_timesteps=T, **scheduler)
     saved.save_pretrained(folder / "scheduler")
     network, process = load(open_folder(folder))
+    assert isinstance(process, Process)
     theirs = diffusers.DDPMScheduler.from_config(saved.config)
     torch.testing.assert_close(process.beta, theirs.betas.double(), rtol=1e-5, atol=0)
     # In diffusers 1 - alpha_bar_t is a difference in float32, which at small t has few digits left.
@@ -204,3 +213,41 @@ def test_a_variant_is_opened_where_it_is_alone_and_in_float32(unet, original, tm
     assert torch.equal(output(folder), output(saved(exact, tmp_path / "exact")))
     shutil.copytree(original / "unet", folder / "unet", dirs_exist_ok=True)
     assert torch.equal(output(folder), output(original))  # the weights themselves go before a variant
+
+
+# Continuous time.
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("EDMEulerScheduler", {"sigma_min": 0.01, "sigma_max": 50.0, "sigma_data": 0.4}),
+        ("EDMDPMSolverMultistepScheduler", {"sigma_min": 0.01, "sigma_max": 50.0, "sigma_data": 0.4}),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+        ("FlowMatchHeunDiscreteScheduler", {}),
+    ],
+)
+def test_folders_of_continuous_time_open(unet, folder, name, settings):
+    """Their x_0_hat of the same x_t, and the folder that is written of it opens as the same."""
+    scheduler, edm = getattr(diffusers, name)(**settings), "EDM" in name
+    scheduler.save_pretrained(folder / "scheduler")
+    checkpoint = open_folder(folder)
+    network, process = load(checkpoint)
+    assert isinstance(process, Continuous) and describe(checkpoint).T is None
+    assert process.ends == pytest.approx((0.01, 50.0) if edm else (1 / 999, 999))
+    x, t = torch.randn((2, 1, 8, 8), generator=make_generator("x")), torch.tensor([0.7], dtype=torch.float64)
+    with torch.no_grad():
+        found = network(x, t.expand(2)).x_0
+        if edm:
+            output = unet(scheduler.precondition_inputs(x, 0.7), scheduler.precondition_noise(t)).sample
+            expected = scheduler.precondition_outputs(x, output, 0.7)
+        else:
+            expected = x - 0.7 * unet(x, 700.0).sample
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    export(checkpoint, folder.parent / "exported")
+    again, other = load(open_folder(folder.parent / "exported"))
+    assert other == process
+    with torch.no_grad():
+        assert torch.equal(again(x, t.expand(2)).x_0, found)
+    written = getattr(diffusers, make_scheduler_config(process)["_class_name"])
+    assert written.from_config(make_scheduler_config(process)).config.num_train_timesteps == 1000

@@ -308,3 +308,52 @@ def test_what_does_not_go_together_is_refused_with_the_reason_and_the_fix(sectio
 )
 def test_what_goes_together_is_taken(sections):
     assert parse(merge(content(), sections))
+
+
+# ---- Continuous time
+
+EDM = {
+    "diffusion": {"formulation": "edm"},
+    "evaluation": {"nll": {"timesteps": 20}, "fid": {"sampler": {"kind": "heun", "steps": 9}}},
+    "search": {"metric": "eval/continuous_nll_bpd"},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "text"),
+    [
+        ({"diffusion": {"T": 100}}, "diffusion.T", "100 is without effect on formulation: edm"),
+        ({"diffusion": {"schedule": {"kind": "cosine"}}}, "diffusion.schedule", "or take formulation: discrete"),
+        ({"diffusion": {"prediction": "v"}}, "diffusion.prediction", "v is without effect"),
+        ({"diffusion": {"variance": "learned"}}, "diffusion.variance", "learned is without effect"),
+        ({"diffusion": {"t_law": "logit_normal"}}, "diffusion.t_law", "or take formulation: flow"),
+        ({"diffusion": {"sigma_min": 90.0}}, "diffusion.sigma_min", "90 is not below sigma_max = 80"),
+        (
+            {"diffusion": {"sigma_max": 1e6}},
+            "diffusion.sigma_max",
+            "nothing like it; take one of 0.00022 to 4e",
+        ),
+        ({"loss": {"objective": "kl"}}, "loss.objective", "take objective: mse, with weighting: vlb"),
+        ({"training": {"timesteps": "importance"}}, "training.timesteps", "take antithetic or stratified or uniform"),
+        ({"evaluation": {"nll": {"timesteps": "all"}}}, "evaluation.nll.timesteps", "give a number"),
+        ({"evaluation": {"variance": "fixed_small"}}, "evaluation.variance", "the process is continuous; leave it out"),
+        (
+            {"evaluation": {"fid": {"sampler": {"kind": "ddim"}}}},
+            "evaluation.fid.sampler.kind",
+            "take churn or dpmpp",
+        ),
+        ({"evaluation": {"fid": {"sampler": {"steps": None}}}}, "evaluation.fid.sampler.steps", "give a number"),
+        ({"search": {"metric": "eval/nll_bpd"}}, "search.metric", "whose bound is eval/continuous_nll_bpd"),
+    ],
+)
+def test_a_continuous_process_has_no_steps(changes: dict[str, Any], path: str, text: str) -> None:
+    assert experiment(**EDM).trial.diffusion.steps is None
+    told = dict(problem.split(": ", 1) for problem in problems(**merge(EDM, changes)))
+    assert list(told) == [path] and text in told[path], told
+
+
+def test_a_chain_has_no_sampler_of_real_times() -> None:
+    (problem,) = problems(evaluation={"fid": {"sampler": {"kind": "euler", "steps": 5}}})
+    assert "euler follows real times, and there are diffusion.T = " in problem and "take ancestral or ddim" in problem
+    (problem,) = problems(search={"metric": "eval/continuous_nll_bpd"})
+    assert problem.startswith("search.metric") and "whose bound is eval/nll_bpd" in problem

@@ -73,6 +73,8 @@ PUBLISHED = {
     ("min_snr", "v"): lambda p, snr: torch.where(snr > 5, torch.full_like(snr, 5), snr) / (snr + 1),
     ("p2", "eps"): lambda p, snr: 1 / (1 + snr),
     ("simple", "v"): lambda p, snr: 1 + 0 * snr,
+    ("sigmoid", "eps"): lambda p, snr: torch.sigmoid(-snr.log()),  # Kingma & Gao, with a bias of 0
+    ("edm", "x_0"): lambda p, snr: (1 / snr + 0.5**2) / (1 / snr * 0.5**2),  # Karras et al., table 1; sigma^2 = 1 / SNR
 }
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from orchestrator import sample as command
 from workers.config import DiffusionConfig, ModelConfig, SamplerConfig, ScheduleConfig
 from workers.data.pixels import draw_grid
+from workers.diffusion.formulations import AnyProcess, Continuous
 from workers.diffusion.predictions import from_eps
 from workers.diffusion.process import Process
 from workers.diffusion.samplers import draw
@@ -116,14 +117,16 @@ def test_a_name_stands_beside_each_row():
 # ---- The command -----------------------------------------------------------------------------------------------
 
 
-def folder(root: Path) -> str:
+def folder(root: Path, process: AnyProcess | None = None) -> str:
     """A checkpoint of a small network for the digits, in a storage of its own."""
     config = make_unet_config(
         ModelConfig(channels=4, multipliers=(1,), blocks=1, attention=(), dropout=0.0), image_channels=1, resolution=8
     )
     unet = UNet(config, make_generator("unet"))
     checkpoint = checkpoints.save(
-        Storage(root), "elsewhere", checkpoints.Snapshot(step=3, unet_config=config, process=P, ema=unet.state_dict())
+        Storage(root),
+        "elsewhere",
+        checkpoints.Snapshot(step=3, unet_config=config, process=process or P, ema=unet.state_dict()),
     )
     return f"{root}/{checkpoint.path}"
 
@@ -142,6 +145,15 @@ def test_the_command_writes_its_pictures_and_mlflow_has_them(tmp_path, capsys):
     assert command.main(words) == 0
     assert [Path(p).read_bytes() for p in paths] == first
     assert len(list((tmp_path / "runs").rglob("images/*.png"))) == len(names)
+
+
+def test_a_model_in_continuous_time_has_the_pictures_that_need_no_chain(tmp_path, capsys):
+    target = folder(tmp_path / "a", Continuous.of(DiffusionConfig(formulation="flow")))
+    words = [target, "data.source=digits", "--storage", str(tmp_path / "runs"), "--n", "4"]
+    assert command.main([*words, "evaluation.fid.sampler.steps=3"]) == 0
+    assert [Path(p).stem for p in capsys.readouterr().out.split()] == ["samples", "progressive"]
+    assert command.main([*words, "--at", "5"]) == 2
+    assert "--at: the model is of continuous time" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -61,12 +61,24 @@ RECORDED: dict[str, tuple[dict[str, Any], float, float]] = {
         0.7008231,
         358.7367,
     ),
+    "EDM, antithetic sigma": (
+        {"diffusion": {"formulation": "edm", "sigma_data": 0.75}, "training": {"timesteps": "antithetic"}},
+        1.0587684,
+        6.506333,
+    ),
+    "the flow, logit-normal t, sigmoid": (
+        {"diffusion": {"formulation": "flow", "t_law": "logit_normal"}, "loss": {"weighting": "sigmoid"}},
+        1.4982764,
+        13.262795,
+    ),
 }
 
 
 def measured(changes: dict[str, Any], folder: Path) -> tuple[float, float]:
     torch.set_num_threads(1)
     content = {name: dict(section) for name, section in BASE.items()}
+    if "formulation" in changes.get("diffusion", {}):
+        content["diffusion"] = {}
     for name, section in changes.items():
         content[name] = {**content.get(name, {}), **section} if isinstance(section, dict) else section
     trial = Trial.model_validate(content)

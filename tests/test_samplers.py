@@ -18,6 +18,7 @@ from workers.passes import count_evaluations
 
 F64 = torch.float64
 S = 0.2  # the pixels' standard deviation
+DISCRETE = [kind for kind, entry in SAMPLERS.items() if entry.suits(continuous=False)]
 
 
 @pytest.fixture(autouse=True)
@@ -64,13 +65,13 @@ def error(p: Process, sampler: SamplerConfig) -> float:
 
 
 def test_every_kind_is_there_once():
-    assert {entry.form for entry in SAMPLERS.values()} == {"step", "levels", "whole"}
+    assert {entry.form for entry in SAMPLERS.values()} == {"step", "levels", "path", "whole"}
     assert all(bool(entry.levels) == (entry.form == "levels") for entry in SAMPLERS.values())
     assert all(set(names) < set(SamplerConfig.model_fields) for names in SAMPLERS.reads.values())
 
 
 @pytest.mark.parametrize("steps", [None, 7, 1, 30])
-@pytest.mark.parametrize("kind", [k for k in SAMPLERS if k != "ode"])
+@pytest.mark.parametrize("kind", [k for k in DISCRETE if k != "ode"])
 def test_evaluations_are_counted_as_they_are_made(kind, steps):
     p, calls = process(30), []
 
@@ -92,7 +93,7 @@ def test_the_numbers_of_evaluations_are_those_of_the_papers():
     assert count_evaluations(SamplerConfig(kind="ode"), 1000) is None
 
 
-@pytest.mark.parametrize("kind", SAMPLERS)
+@pytest.mark.parametrize("kind", DISCRETE)
 def test_a_sample_is_a_function_of_its_seed(kind):
     p = process(50)
     a, b, c = (
@@ -102,7 +103,7 @@ def test_a_sample_is_a_function_of_its_seed(kind):
     assert torch.equal(a, c) == (kind in ("ddim", "heun", "dpmpp", "ode"))  # those that add no noise
 
 
-@pytest.mark.parametrize("kind", SAMPLERS)
+@pytest.mark.parametrize("kind", DISCRETE)
 def test_one_point_data_land_on_the_point(kind):
     """With eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t) all deterministic ones are exact at any step;
     the others, but for the reverse SDE's step to t = 0, end by x_0_hat."""

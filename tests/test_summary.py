@@ -26,8 +26,19 @@ from small_evaluation import (
     summary_of,
 )
 
-from workers.config import EvaluationConfig, ODENLLConfig, SamplerConfig
+from orchestrator.measuring.differences import compare_with_best, list_protocol_differences
+from workers.config import (
+    DataConfig,
+    DiffusionConfig,
+    EvaluationConfig,
+    FIDConfig,
+    Measurement,
+    NLLConfig,
+    ODENLLConfig,
+    SamplerConfig,
+)
 from workers.data.pixels import to_model
+from workers.diffusion.formulations import Continuous
 from workers.diffusion.ledger import OPTIMAL, Ledger, compute_bound, list_shorter_chains
 from workers.diffusion.likelihood import compute_squared_norms
 from workers.diffusion.process import FIXED
@@ -292,3 +303,35 @@ def test_another_variance_is_measured_from_the_same_blocks_of_the_bound(tmp_path
     assert second["metrics"]["eval/nll_bpd"] == pytest.approx(expected["bpd"], rel=1e-12)
     assert first["metrics"]["eval/nll_bpd"] != second["metrics"]["eval/nll_bpd"]
     assert first["metrics"]["eval/fd_classifier"] != second["metrics"]["eval/fd_classifier"]
+
+
+# ---- Continuous time
+
+
+def test_a_bound_in_continuous_time_has_its_own_name_and_protocol(tmp_path):
+    """It does not depend on the blocks that it is made of, and stands beside no bound of a chain."""
+    process = Continuous.of(DiffusionConfig(formulation="edm", sigma_max=20.0))
+    ode, nll = ODENLLConfig(images=5, tolerance=1e-2), NLLConfig(images=7, timesteps=9)
+    fid = FIDConfig(samples=15, sampler=SamplerConfig(kind="euler", steps=3))
+    evaluation = EvaluationConfig(nll=nll, fid=fid, ode_nll=ode)
+    m = Measurement(data=DataConfig(source="digits"), T=None, evaluation=evaluation)
+    unet = UNet(CONFIG, make_generator("unet"))
+    snapshot = checkpoints.Snapshot(step=1, unet_config=CONFIG, process=process, ema=unet.state_dict())
+    b = bench(tmp_path, m)
+    b = replace(b, checkpoint=checkpoints.save(b.storage, "trials/c/checkpoints", snapshot))
+    make_all(b, reversed(blocks_of(b)))
+    found = summarise(b.storage, m, DATASET, process, b.checkpoint.digest, space=b.space)
+    metrics, passport = found["metrics"], found["passports"]["nll"]
+    assert "eval/nll_bpd" not in metrics and "nll_by_t" not in found and len(found["nll_per_image"]) == 7
+    assert metrics["eval/continuous_nll_bpd"] == pytest.approx(np.mean(found["nll_per_image"]))
+    parts = [metrics[f"eval/continuous_nll_{part}_bpd"] for part in ("prior", "diffusion", "decoder")]
+    assert sum(parts) == pytest.approx(metrics["eval/continuous_nll_bpd"]) and min(parts) > 0
+    assert passport["protocol"]["time"] == "continuous, sigma from 0.002 to 20"
+    assert passport["protocol"]["timesteps"] == "9, log_uniform" and "T" not in passport["subject"]
+    assert passport["subject"]["formulation"] == "edm" and passport["subject"]["sigma_max"] == 20
+    samples = found["passports"]["samples"]
+    assert samples["protocol"]["times"] == "real t, as trained" and samples["subject"]["network_evaluations"] == 3
+    chain = evaluated(tmp_path, measurement(images=7, timesteps=9, ode_nll=ode))
+    assert any("time" in text for text in list_protocol_differences(found, chain, "nll"))
+    assert list_protocol_differences(found, chain, "ode_nll") == []
+    assert compare_with_best({"a": found, "b": chain}, "eval/nll_bpd") == ("b", {})

@@ -9,10 +9,12 @@ import torch
 from workers.config import SamplerConfig, Trial
 from workers.data.dataset import prepare
 from workers.data.pixels import to_model
+from workers.diffusion.formulations import Continuous, make_process
 from workers.diffusion.guidance import tell_labels
+from workers.diffusion.integral import draw_real_times, measure
 from workers.diffusion.likelihood import count_pairs_at_once, measure_pairs
 from workers.diffusion.predictions import Denoiser
-from workers.diffusion.process import Model, Process
+from workers.diffusion.process import Model
 from workers.diffusion.samplers import sample
 from workers.evaluation.blocks import SAMPLES
 from workers.evaluation.features import load_feature_space
@@ -20,11 +22,13 @@ from workers.evaluation.make import LoadedModel
 from workers.learner import make_trial_config, repeat_steps
 from workers.network.build import build_network
 from workers.noise import make_generator
+from workers.passes import plan_evaluations
 from workers.speed import Meter, Spent, name_training_kind
 from workers.storage import Storage
 
 ENOUGH_S = 3.0  # of a kind of work
 SAMPLER = SamplerConfig(kind="ddim", steps=5)
+CONTINUOUS_SAMPLER = SamplerConfig(kind="euler", steps=5)
 
 
 def measure_speed(trial: Trial, storage_root: str) -> tuple[str, Spent]:
@@ -41,7 +45,7 @@ def measure_speed(trial: Trial, storage_root: str) -> tuple[str, Spent]:
     training = repeat_steps(trial.model_copy(update={"training": alone}), dataset, device)
     _repeat(meter, name_training_kind(trial.training), batch, lambda: next(training))
     torch.set_num_threads(1)  # as evaluation has it
-    process = Process.of(trial.diffusion)
+    process = make_process(trial.diffusion)
     config = make_trial_config(trial, dataset)
     network = build_network(config, make_generator(trial.seed, "weights")).to(device).eval()
     denoiser = Denoiser(network, process, trial.diffusion.prediction)
@@ -54,18 +58,24 @@ def measure_speed(trial: Trial, storage_root: str) -> tuple[str, Spent]:
     batch = count_pairs_at_once(first)
     rows = np.arange(batch) % len(dataset.held_out)
     x_0 = to_model(torch.from_numpy(np.array(dataset.held_out[rows])), dataset.levels).to(device)
-    t, noise = np.arange(batch) % trial.diffusion.T + 1, make_generator(0)
+    t, noise = np.arange(batch) % (process.T or 1) + 1, make_generator(0)
 
     def pairs() -> object:
         model, weight = tell_any(batch), np.ones(batch)
+        if isinstance(process, Continuous):  # two pairs of each image
+            half = -(-batch // 2)
+            drawn = draw_real_times(process, 1, half, noise, "uniform")
+            of = tell_any(2 * half), x_0[:half], rows[:half]
+            return measure(process, *of, drawn=drawn, noise=noise, levels=dataset.levels)
         return measure_pairs(process, model, x_0, rows, t, weight=weight, noise=noise, levels=dataset.levels)
 
     _repeat(meter, "nll", batch, pairs)
     if fid := trial.evaluation.fid:
         model, shape = tell_any(SAMPLES), (SAMPLES, dataset.shape[2], *dataset.shape[:2])
-        made = SAMPLES * min(SAMPLER.steps or 1, trial.diffusion.T)
+        sampler = SAMPLER if process.T else CONTINUOUS_SAMPLER
+        made = SAMPLES * plan_evaluations(sampler, process.T)
         with torch.no_grad():
-            _repeat(meter, "samples", made, lambda: sample(process, model, SAMPLER, shape, noise, device=device))
+            _repeat(meter, "samples", made, lambda: sample(process, model, sampler, shape, noise, device=device))
         space = load_feature_space(Storage(storage_root), dataset, fid.features, device, trial.evaluation.precision)
         images = np.array(dataset.train[:SAMPLES])
         _repeat(meter, f"features-{fid.features}", len(images), lambda: space.compute_features(images))

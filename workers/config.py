@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from workers.diffusion_settings import DiffusionConfig as DiffusionConfig
+from workers.diffusion_settings import ScheduleConfig as ScheduleConfig
 from workers.entries import add_settings_of
 from workers.kinds import (
     FORMATS,
     MEASURES,
     NETWORKS,
     OBJECTIVES,
-    PREDICTIONS,
     SAMPLERS,
-    SCHEDULES,
     SPACES,
     TIMESTEPS,
     VARIANCES,
@@ -38,8 +38,8 @@ Level = Annotated[int, Field(ge=0, le=255)]
 # and each worker takes a whole number of them. A batch that 8 does not divide has fewer.
 SUB_BATCHES = 8
 
-# A validation: the first images held out, each at t = 1 and at one timestep of every stratum of 2..T, and a grid of
-# samples by DDIM. The training loop does it and the preflight counts it.
+# A validation: the first images held out, each at t = 1 and at one timestep of every stratum of 2..T, or as many real
+# t, and a grid of samples (`workers.passes.choose_grid_sampler`). The training loop does it, the preflight counts it.
 VALIDATION_IMAGES = 128
 VALIDATION_TIMESTEPS = 16
 SAMPLE_GRID = 25
@@ -55,9 +55,6 @@ BLOCK_GPUS = 0.25  # of a GPU, for an evaluation block where trials train on GPU
 if TYPE_CHECKING:
     FormatName = str
     NetworkName = str
-    ScheduleName = str
-    PredictionName = str
-    VarianceName = str
     FixedName = str | None
     ObjectiveName = str
     WeightingName = str
@@ -68,9 +65,6 @@ if TYPE_CHECKING:
 else:
     FormatName = Annotated[Literal[tuple(FORMATS)], NameOf(FORMATS)]
     NetworkName = Annotated[Literal[tuple(NETWORKS)], NameOf(NETWORKS, takes_settings=True)]
-    ScheduleName = Annotated[Literal[tuple(SCHEDULES)], NameOf(SCHEDULES, takes_settings=True)]
-    PredictionName = Annotated[Literal[tuple(PREDICTIONS)], NameOf(PREDICTIONS)]
-    VarianceName = Annotated[Literal[tuple(VARIANCES)], NameOf(VARIANCES)]
     _FIXED = tuple(name for name, entry in VARIANCES.items() if not entry.learned)
     FixedName = Annotated[Literal[_FIXED] | None, NameOf(VARIANCES)]
     ObjectiveName = Annotated[Literal[tuple(OBJECTIVES)], NameOf(OBJECTIVES, takes_settings=True)]
@@ -145,41 +139,6 @@ class ModelConfig(OpenRecord):
     labels: bool = Field(default=False, description="tell the network the class of each image, which the data label")
 
 
-@add_settings_of(SCHEDULES)
-class ScheduleConfig(OpenRecord):
-    """beta_1..beta_T. `per_1000` states the range for T = 1000 and multiplies it by 1000 / T; `absolute` does not."""
-
-    READS: ClassVar = {"kind": SCHEDULES.reads}
-
-    kind: ScheduleName = Field(default="linear", description="the shape of beta_1..beta_T")
-    beta_start: float = Field(default=1e-4, gt=0, lt=1, description="beta_1, of the kinds that have a range")
-    beta_end: float = Field(default=0.02, gt=0, lt=1, description="beta_T, of the kinds that have a range")
-    scale: Literal["absolute", "per_1000"] = Field(
-        default="absolute",
-        description="per_1000 states the range for T = 1000 and multiplies it by 1000 / T; absolute leaves it as it is",
-    )
-    betas: tuple[float, ...] | None = Field(default=None, strict=False, description="beta_1..beta_T of kind: list")
-    log_snr_start: float = Field(default=9.0, gt=-30, lt=30, description="log SNR_1 of kind: log_snr")
-    log_snr_end: float = Field(default=-9.0, gt=-30, lt=30, description="log SNR_T of kind: log_snr")
-
-
-class DiffusionConfig(Record):
-    """What is diffused and what the network learns of it: its target, and for a learned variance a second head."""
-
-    T: int = Field(default=1000, ge=1, le=100_000, description="number of diffusion steps")
-    schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="the noise schedule beta_1..beta_T")
-    prediction: PredictionName = Field(default="eps", description="what the network is trained to predict")
-    variance: VarianceName = Field(
-        default="fixed_large",
-        description="of p_theta: beta_tilde_t (fixed_small), beta_t (fixed_large), or from a second head",
-    )
-
-    @property
-    def learned(self) -> bool:
-        """Whether the network has a second head, for the variance."""
-        return VARIANCES[self.variance].learned
-
-
 @add_settings_of(OBJECTIVES, WEIGHTINGS)
 class LossConfig(OpenRecord):
     """What is minimised: `mse` the weighted squared error of the target, `kl` the bound, `hybrid` both together."""
@@ -194,6 +153,10 @@ class LossConfig(OpenRecord):
     gamma: float = Field(default=5.0, gt=0, description="the cap of min-SNR-gamma")
     p2_gamma: float = Field(default=1.0, ge=0, description="the exponent of P2")
     p2_k: float = Field(default=1.0, gt=0, description="what P2 adds to the SNR")
+    sigmoid_bias: float = Field(
+        default=0.0, description="of sigmoid: the log SNR up to which the error of x_0 counts SNR_t"
+    )
+    weighting_sigma_data: float = Field(default=0.5, gt=0, description="of the weighting edm: its sigma_data")
     vlb_weight: float = Field(
         default=0.001, gt=0, description="lambda of the hybrid: what a bit/dim of the bound counts"
     )
@@ -282,11 +245,19 @@ class SamplerConfig(OpenRecord):
     READS: ClassVar = {"kind": SAMPLERS.reads}
 
     kind: SamplerName = Field(default="ancestral", description="how samples are drawn")
-    steps: int | None = Field(default=None, ge=1, description="of the T times, or noise levels; null: all T")
+    steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="of the T times, or noise levels; null: all T, which a continuous process has not",
+    )
     eta: float = Field(default=0.0, ge=0, le=1, description="DDIM's noise: 0 deterministic, 1 that of the DDPM")
     repeats: int = Field(default=5, ge=1, le=10_000, description="Langevin's updates per noise level")
     step_size: float = Field(default=0.2, gt=0, lt=4, description="Langevin's a_i / sigma_i^2; above 4 it diverges")
     tolerance: float = Field(default=1e-3, ge=1e-6, lt=1, description="of the ode's error per step and pixel in x_t")
+    churn: float = Field(default=0.0, ge=0, description="S_churn: how much noise is put back in all; 0: none")
+    churn_min: float = Field(default=0.0, ge=0, description="S_tmin: the least noise level that is churned")
+    churn_max: float = Field(default=1e6, gt=0, description="S_tmax: the largest noise level that is churned")
+    churn_noise: float = Field(default=1.0, gt=0, description="S_noise: the standard deviation of what is put back")
     guidance: float | None = Field(
         default=None,
         ge=0,
@@ -301,7 +272,7 @@ class NLLConfig(Record):
 
     images: Count = Field(default="all", description="held-out images, from the first on")
     timesteps: Literal["all"] | Annotated[int, Field(ge=2)] = Field(
-        default="all", description="every t of 1..T, or as many sampled t per image"
+        default="all", description="every t of 1..T, or as many sampled t per image; of a continuous process so many"
     )
     proposal: Literal["uniform", "log_uniform"] = Field(
         default="log_uniform", description="distribution that sampled t are drawn from, in strata, and weighted by"
@@ -376,7 +347,7 @@ class Measurement(Record):
 
     seed: Seed = 0
     data: DataConfig
-    T: int = Field(ge=1)
+    T: int | None = Field(ge=1)  # None: its process is continuous
     labels: bool = False  # whether its network is told the class of each image
     ema: float | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -385,7 +356,7 @@ class Measurement(Record):
     @classmethod
     def _spell_once(cls, evaluation: EvaluationConfig, info: ValidationInfo) -> EvaluationConfig:
         """As many timesteps or steps as there are is all of them, and guidance 1 is none: one protocol has one id."""
-        T, nll, fid = info.data.get("T", math.inf), evaluation.nll, evaluation.fid
+        T, nll, fid = info.data.get("T") or math.inf, evaluation.nll, evaluation.fid
         if nll and nll.timesteps != "all" and nll.timesteps >= T:
             nll = nll.model_copy(update={"timesteps": "all"})
         if fid and fid.sampler.steps and fid.sampler.steps >= T:
@@ -397,8 +368,8 @@ class Measurement(Record):
 
     @staticmethod
     def of(trial: Trial) -> "Measurement":
-        ema, T, evaluation = trial.training.ema, trial.diffusion.T, trial.evaluation
-        if evaluation.variance == trial.diffusion.variance:
+        ema, T, evaluation = trial.training.ema, trial.diffusion.steps, trial.evaluation
+        if evaluation.variance == trial.diffusion.variance and T is not None:
             evaluation = evaluation.model_copy(update={"variance": None})
         labels = trial.model.labels
         return Measurement(seed=trial.seed, data=trial.data, T=T, labels=labels, ema=ema, evaluation=evaluation)

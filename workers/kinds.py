@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from workers.continuous_kinds import FORMULATIONS as FORMULATIONS
+from workers.continuous_kinds import FormulationEntry as FormulationEntry
 from workers.entries import BrokenPackage, Entry, Kinds, register_for
 
 POINTS = "diffusion_orchestrator.kinds"
@@ -156,6 +158,7 @@ VARIANCES = Kinds(
 class ObjectiveEntry(Entry):
     teaches_variance: bool  # whether it trains a learned variance
     needs_learned: bool = False  # whether it is for a learned variance alone
+    needs_steps: bool = False  # whether it is made of the steps of a chain, so that no continuous formulation has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,10 +179,10 @@ OBJECTIVES = Kinds(
         "mse": _make_objective(
             "mse", "the weighted squared error of the prediction", "weighting", teaches_variance=False
         ),
-        "kl": _make_objective("kl", "the bound in bits/dim (eq. 5)", teaches_variance=True),
+        "kl": _make_objective("kl", "the bound in bits/dim (eq. 5)", teaches_variance=True, needs_steps=True),
         "hybrid": _make_objective(
             "hybrid", "mse, and the bound for the variance (Nichol & Dhariwal 2021)", "weighting", "vlb_weight",
-            teaches_variance=True, needs_learned=True,
+            teaches_variance=True, needs_learned=True, needs_steps=True,
         ),
     }
 )  # fmt: skip
@@ -191,6 +194,8 @@ WEIGHTINGS = Kinds(
         "truncated_snr": _make_weighting("truncated_snr", "max(SNR_t, 1) (Salimans & Ho 2022)"),
         "min_snr": _make_weighting("min_snr", "min(SNR_t, gamma) (Hang et al. 2023)", "gamma"),
         "p2": _make_weighting("p2", "SNR_t / (k + SNR_t)^gamma (Choi et al. 2022)", "p2_gamma", "p2_k"),
+        "sigmoid": _make_weighting("sigmoid", "SNR_t / (1 + e^-bias SNR_t) (Kingma & Gao 2023)", "sigmoid_bias"),
+        "edm": _make_weighting("edm", "SNR_t + 1 / sigma_data^2 (Karras et al. 2022)", "weighting_sigma_data"),
     }
 )
 
@@ -236,11 +241,14 @@ def guess_adaptive_evaluations(solver: str, tolerance: float) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerEntry(Entry):
-    """The function's form is one of three, which `workers.diffusion.samplers` describes.
+    """The function's form is one of four, which `workers.diffusion.samplers` describes.
 
     step    one step of a chain of kept times: (process, config, x_t, prediction, t, generator) -> x_s
     levels  through noise levels, which `levels` spaces: (ladder, config, y, generator) -> x_0
+    path    along real times, which the formulation spaces: (process, model, config, x_T, generator) -> x_0
     whole   by itself, with times of its own: (process, model, config, x_T, generator) -> Drawn
+
+    A discrete process has all but `path`, a continuous one all but `step`.
     """
 
     form: str
@@ -250,6 +258,10 @@ class SamplerEntry(Entry):
     clips: bool = False  # whether x_0_hat is clipped to [-1, 1] on the way
     reads_variance: bool = False  # of p_theta
     without_signal: bool = False  # whether it can begin where alpha_bar_T = 0
+
+    def suits(self, continuous: bool) -> bool:
+        """Whether it can draw by such a process."""
+        return self.form != ("step" if continuous else "path")
 
 
 def _make_sampler(form: str, name: str, about: str, *reads: str, levels: str = "", **more: Any) -> SamplerEntry:
@@ -278,6 +290,16 @@ SAMPLERS = Kinds(
         ),
         "dpmpp": _make_sampler(
             "levels", "dpmpp", "DPM-Solver++(2M) (Lu et al. 2022b)", "steps", levels="geometric", clips=True,
+        ),
+        "euler": _make_sampler(
+            "path", "euler", "the flow over the formulation's own times by Euler's rule (Lipman et al. 2023)", "steps",
+        ),
+        "path_heun": _make_sampler(
+            "path", "path_heun", "the same by Heun's rule", "steps", evaluations=lambda config, steps: 2 * steps - 1,
+        ),
+        "churn": _make_sampler(
+            "path", "churn", "Heun's rule with churn (Karras et al. 2022, Algorithm 2)", "steps",
+            "churn", "churn_min", "churn_max", "churn_noise", evaluations=lambda config, steps: 2 * steps - 1,
         ),
         "ode": _make_sampler(
             "whole", "ode", "the flow by a solver with error control", "tolerance",
@@ -361,6 +383,7 @@ MEASURES = Kinds(
 NAMED_AT: dict[str, Kinds[Any]] = {
     "data.format": FORMATS,
     "model.kind": NETWORKS,
+    "diffusion.formulation": FORMULATIONS,
     "diffusion.schedule.kind": SCHEDULES,
     "diffusion.prediction": PREDICTIONS,
     "diffusion.variance": VARIANCES,
@@ -375,7 +398,13 @@ NAMED_AT: dict[str, Kinds[Any]] = {
 
 
 # Those whose kinds may have settings of their own.
-SETTABLE = ("diffusion.schedule.kind", "loss.objective", "loss.weighting", "evaluation.fid.sampler.kind")
+SETTABLE = (
+    "diffusion.formulation",
+    "diffusion.schedule.kind",
+    "loss.objective",
+    "loss.weighting",
+    "evaluation.fid.sampler.kind",
+)
 
 
 def _load_package(point: EntryPoint) -> None:

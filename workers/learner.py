@@ -25,6 +25,7 @@ from workers.config import (
 from workers.data.dataset import Dataset
 from workers.data.pixels import to_model
 from workers.data.windows import ShardOrder
+from workers.diffusion.formulations import Continuous
 from workers.diffusion.objectives import Loss, Objective
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Model
@@ -37,6 +38,8 @@ from workers.network.unet_config import UNET
 from workers.noise import compute_address, make_generator
 from workers.peak import count_training_flops
 from workers.world import World, take_share
+
+FINE = 2**40  # whole numbers that real t are made of
 
 
 class Learner:
@@ -140,10 +143,10 @@ class Learner:
         else:
             hand_noise(self.unet, self.noises)
         with self.autocast:
-            loss = self.objective(lambda x, s: network(x, s - 1, *told), x_0, t, eps)
+            loss = self.objective(lambda x, s: network(*self.process.feed(x, s), *told), x_0, t, eps)
         weighted = loss.weighted
         if TIMESTEPS[self.trial.training.timesteps].remembers:
-            weighted = weighted / (self.process.T * probability.to(t.device)[t - 1]).to(weighted.dtype)
+            weighted = weighted / (len(probability) * probability.to(t.device)[t - 1]).to(weighted.dtype)
         return t, loss, weighted
 
     def _draw_rows(self) -> np.ndarray:
@@ -174,7 +177,10 @@ class Learner:
     def _make_batch(
         self, rows: np.ndarray, noises: Sequence[torch.Generator], probability: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The images of these rows and their noise: x_0 and eps float32 (n, C, H, W), t int64 (n,) in 1..T."""
+        """The images of these rows and their noise: x_0 and eps float32 (n, C, H, W), t int64 (n,) in 1..T, or real.
+
+        Real t are made of whole numbers of FINE: so each way of drawing is the same in continuous time.
+        """
         size, flip = self.trial.training.batch_size, self.trial.data.flip
         device = self.world.device
         images = send(torch.from_numpy(self.dataset.train[rows]), device)
@@ -182,8 +188,10 @@ class Learner:
         n = len(x_0) // len(noises)
         count = count_sub_batches(size)
         parts = take_share([Part(n, index, count) for index in range(count)], self.world)
-        draw, T = TIMESTEPS[self.trial.training.timesteps].load(), self.process.T
+        draw, T = TIMESTEPS[self.trial.training.timesteps].load(), self.process.T or FINE
         t = torch.cat([draw(T, part, g, probability) for part, g in zip(parts, noises, strict=True)])
+        if isinstance(self.process, Continuous):
+            t = self.process.draw_times((t.double() - 0.5) / FINE)
         eps = torch.cat([torch.randn((n, *x_0.shape[1:]), generator=g, device=device) for g in noises])
         if flip:
             coins = torch.cat([torch.rand(n, generator=g, device=device) for g in noises]) < 0.5
@@ -328,6 +336,6 @@ def choose_autocast(trial: Trial, device: torch.device) -> AbstractContextManage
     else:
         has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         fast = has_bf16 and trial.model.kind == UNET and trial.model.channels >= 32
-    fast = fast and PREDICTIONS[trial.diffusion.prediction].in_bf16
+    fast = fast and (trial.diffusion.continuous or PREDICTIONS[trial.diffusion.prediction].in_bf16)
     enabled = trial.training.precision == "bf16" or (trial.training.precision == "auto" and fast)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

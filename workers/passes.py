@@ -1,6 +1,6 @@
 """How often a sampler evaluates the network: for one prediction, and for a sample."""
 
-from workers.config import SamplerConfig
+from workers.config import SAMPLE_GRID_STEPS, SamplerConfig
 from workers.entries import call
 from workers.kinds import SAMPLERS
 
@@ -15,15 +15,23 @@ def count_passes(sampler: SamplerConfig) -> int:
     return 2 if is_guided(sampler.guidance) else 1
 
 
-def plan_evaluations(sampler: SamplerConfig, T: int) -> int:
+def plan_evaluations(sampler: SamplerConfig, T: int | None) -> int:
     """Evaluations of the network that a sample costs: so many, or about so many where error control decides it.
 
-    Raises CodeError.
+    T is None of a continuous process, which has no other steps than are asked for. Raises CodeError.
     """
-    count = call(sampler.kind, SAMPLERS[sampler.kind].evaluations, sampler, min(sampler.steps or T, T))
+    steps = sampler.steps or 0 if T is None else min(sampler.steps or T, T)
+    count = call(sampler.kind, SAMPLERS[sampler.kind].evaluations, sampler, steps)
     return count_passes(sampler) * int(count)
 
 
-def count_evaluations(sampler: SamplerConfig, T: int) -> int | None:
+def count_evaluations(sampler: SamplerConfig, T: int | None) -> int | None:
     """The same; None where it is not known beforehand."""
     return plan_evaluations(sampler, T) if SAMPLERS[sampler.kind].exact else None
+
+
+def choose_grid_sampler(T: int | None) -> SamplerConfig:
+    """How the samples of a validation are drawn: DDIM, or of a continuous process, whose T is None, Heun's rule."""
+    if T is None:
+        return SamplerConfig(kind="heun", steps=SAMPLE_GRID_STEPS // 2)
+    return SamplerConfig(kind="ddim", steps=min(SAMPLE_GRID_STEPS, T))

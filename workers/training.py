@@ -22,15 +22,15 @@ from workers.config import (
     SAMPLE_GRID,
     SAMPLE_GRID_COLUMNS,
     SAMPLE_GRID_ROWS,
-    SAMPLE_GRID_STEPS,
     VALIDATION_IMAGES,
     VALIDATION_TIMESTEPS,
-    SamplerConfig,
     Trial,
 )
 from workers.data.dataset import Dataset
 from workers.data.pixels import draw_grid, to_data, to_model
+from workers.diffusion.formulations import Continuous
 from workers.diffusion.guidance import LabelledModel, tell_labels
+from workers.diffusion.integral import estimate_integral
 from workers.diffusion.likelihood import estimate
 from workers.diffusion.process import Model
 from workers.diffusion.samplers import sample
@@ -40,6 +40,7 @@ from workers.learner import Learner, compute_learning_rate
 from workers.network import checkpoint as checkpoints
 from workers.network import manifest
 from workers.noise import make_generator
+from workers.passes import choose_grid_sampler
 from workers.pausing import Lookout, Paused
 from workers.peak import describe_peak
 from workers.speed import Meter, name_training_kind
@@ -251,7 +252,8 @@ class _Loop:
                 labels = self.dataset.held_out_labels if self.trial.model.labels else None
                 told = None if labels is None else torch.from_numpy(np.array(labels[: len(x_0)])).to(device)
                 conditional = tell_labels(model, told)
-                bound = estimate(process, conditional, x_0, VALIDATION_TIMESTEPS, levels, seed, "valid")
+                of = conditional, x_0, VALIDATION_TIMESTEPS, levels, seed, "valid"
+                bound = estimate_integral(process, *of) if isinstance(process, Continuous) else estimate(process, *of)
                 grid = self._draw_samples(model)
             bpd[0] = bound.mean
             if math.isfinite(bound.mean):
@@ -272,7 +274,7 @@ class _Loop:
         labels = torch.tensor(rows, device=device).repeat_interleave(SAMPLE_GRID_COLUMNS) if rows else None
         height, width, channels = self.dataset.shape
         shape = (SAMPLE_GRID if labels is None else len(labels), channels, height, width)
-        sampler = SamplerConfig(kind="ddim", steps=min(SAMPLE_GRID_STEPS, process.T))
+        sampler = choose_grid_sampler(process.T)
         noise = make_generator(self.trial.seed, "grid", device=device)
         images = to_data(sample(process, tell_labels(model, labels), sampler, shape, noise), levels)
         names = [classes.names[label] for label in rows] if classes else []

@@ -7,6 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from orchestrator.experiment.continuous import (
+    find_bound_mistakes,
+    find_continuous_mistakes,
+    find_sampler_mistakes,
+    list_objectives,
+)
 from orchestrator.experiment.expand import DRAWS, expand
 from orchestrator.experiment.metrics import EVALUATIONS, list_metrics
 from orchestrator.experiment.needs import LEAST_TRIAL, find_cooldown_mistakes, find_need_mistakes, find_sourceless
@@ -29,12 +35,11 @@ from orchestrator.experiment.settings import (
     show,
     suggest_path,
 )
-from workers.code import CodeError, describe_error
+from workers.code import describe_error
 from workers.config import (
     DiffusionConfig,
     EvaluationConfig,
     Record,
-    SamplerConfig,
     ScheduleConfig,
     Trial,
     count_sub_batches,
@@ -43,7 +48,6 @@ from workers.entries import ask, is_outside
 from workers.evaluation.blocks import list_comparable_metrics
 from workers.identity import PLACING, Unread, list_own_unread, list_unread
 from workers.kinds import MEASURES, OBJECTIVES, PREDICTIONS, SAMPLERS, SCHEDULES, VARIANCES, WEIGHTINGS
-from workers.passes import plan_evaluations
 
 
 def find_experiment_mistakes(content: Mapping[str, Any]) -> list[str]:
@@ -62,7 +66,11 @@ def find_experiment_mistakes(content: Mapping[str, Any]) -> list[str]:
     variants = expand(experiment)
     if not variants:
         return ["search.without: leaves out every variant of the search; no trial would run"]
-    wrong = ((text, variant) for variant in variants for text in find_trial_mistakes(variant.trial))
+    wrong = (
+        (text, variant)
+        for variant in variants
+        for text in (*find_trial_mistakes(variant.trial), *find_bound_mistakes(search, variant.trial))
+    )
     found = find_unread([v.trial for v in variants], list(get_space(content))) + tell_once(wrong, len(variants))
     return found + find_need_mistakes(experiment, variants, find_trial_mistakes)
 
@@ -129,8 +137,9 @@ def _find_axis_mistakes(path: str, axis: Axis) -> list[str]:
 
 def find_trial_mistakes(trial: Trial) -> list[str]:
     """Settings, each valid by itself, that do not go together."""
-    T, training = trial.diffusion.T, trial.training
-    found = [*_find_schedule_mistakes(trial.diffusion), *_find_objective_mistakes(trial)]
+    T, training, continuous = trial.diffusion.steps, trial.training, trial.diffusion.continuous
+    of_process = find_continuous_mistakes(trial) if continuous else _find_schedule_mistakes(trial.diffusion)
+    found = [*of_process, *_find_objective_mistakes(trial)]
     found += find_cooldown_mistakes(training)
     parts = count_sub_batches(training.batch_size)
     if parts % training.workers:
@@ -150,7 +159,7 @@ def find_trial_mistakes(trial: Trial) -> list[str]:
             f"evaluation.ema: {ema:g} is no average that is kept in training, which are {', '.join(map(str, kept))}; "
             "take one of them, or add it to training.averages"
         )
-    found += find_flow_mistakes(trial.evaluation, trial.diffusion.prediction)
+    found += [] if continuous else find_flow_mistakes(trial.evaluation, trial.diffusion.prediction)
     labels, dropped = trial.model.labels, training.label_dropout
     if dropped and not labels:
         found.append(
@@ -159,13 +168,14 @@ def find_trial_mistakes(trial: Trial) -> list[str]:
         )
     found += find_guidance_mistakes(trial.evaluation, labels, dropped > 0)
     fid, kind = trial.evaluation.fid, trial.diffusion.schedule.kind
-    if SCHEDULES[kind].ends_at_zero and fid and not SAMPLERS[fid.sampler.kind].without_signal:
+    ends_at_zero = not continuous and SCHEDULES[kind].ends_at_zero
+    if ends_at_zero and fid and not SAMPLERS[fid.sampler.kind].without_signal:
         found.append(
             f"evaluation.fid.sampler.kind: {fid.sampler.kind} goes through noise levels sigma, and "
             f"diffusion.schedule.kind: {kind} begins at sigma_T = inf; take "
             f"{SAMPLERS.list_names(lambda sampler: sampler.without_signal)}, or another schedule"
         )
-    if SCHEDULES[kind].ends_at_zero and trial.evaluation.ode_nll:
+    if ends_at_zero and trial.evaluation.ode_nll:
         found.append(f"evaluation.ode_nll: diffusion.schedule.kind: {kind} ends at sigma_T = inf; leave one out")
     return found + find_evaluation_mistakes(trial.evaluation, T)
 
@@ -198,6 +208,8 @@ def _find_objective_mistakes(trial: Trial) -> Iterator[str]:
     """What is predicted, its variance and the loss must go together."""
     d, loss = trial.diffusion, trial.loss
     objective, weighting = OBJECTIVES[loss.objective], WEIGHTINGS[loss.weighting]
+    if d.continuous:
+        return
     if d.learned and not objective.teaches_variance:
         yield (
             f"diffusion.variance: {d.variance} is not trained by loss.objective: {loss.objective}, in which the "
@@ -246,12 +258,24 @@ def find_guidance_mistakes(evaluation: EvaluationConfig, labels: bool, dropped: 
     ]
 
 
-def find_evaluation_mistakes(evaluation: EvaluationConfig, T: int) -> list[str]:
-    """Settings of an evaluation, each valid by itself, that do not go together or with a chain of T steps."""
+def find_evaluation_mistakes(evaluation: EvaluationConfig, T: int | None) -> list[str]:
+    """Settings of an evaluation, each valid by itself, that do not go together or with a chain of T steps.
+
+    T is None of a continuous process.
+    """
     found, nll, fid = [], evaluation.nll, evaluation.fid
-    if nll and nll.timesteps != "all" and nll.timesteps > T:
+    if T is None and nll and nll.timesteps == "all":
+        found.append(
+            "evaluation.nll.timesteps: all T of them are not there in continuous time; give a number, so many an image"
+        )
+    if T is None and evaluation.variance:
+        found.append(
+            f"evaluation.variance: {evaluation.variance} is of the steps of a chain, and the process is continuous; "
+            "leave it out"
+        )
+    if T is not None and nll and nll.timesteps != "all" and nll.timesteps > T:
         found.append(f"evaluation.nll.timesteps: {nll.timesteps} is more than diffusion.T = {T}; at most T, or all")
-    found += _find_sampler_mistakes(fid.sampler, T) if fid else []
+    found += find_sampler_mistakes(fid.sampler, T) if fid else []
     if evaluation.precision != "float32":
         own = {"ode_nll": evaluation.ode_nll, "fid.sampler": fid and SAMPLERS[fid.sampler.kind].form == "whole"}
         found += [
@@ -269,19 +293,6 @@ def find_evaluation_mistakes(evaluation: EvaluationConfig, T: int) -> list[str]:
         if fid and (needs := MEASURES[name].needs) and needs != fid.features:
             found.append(f"evaluation.fid.also: {name} needs features: {needs}, not {fid.features}; leave one out")
     return found
-
-
-def _find_sampler_mistakes(sampler: SamplerConfig, T: int) -> list[str]:
-    """More steps than there are times, and a plan of its evaluations that cannot be made."""
-    if is_outside(sampler.kind):
-        try:
-            if (count := plan_evaluations(sampler, T)) < 1:
-                return [f"evaluation.fid.sampler.kind: {sampler.kind}: its entry counts {count} evaluations a sample"]
-        except CodeError as error:
-            return [f"evaluation.fid.sampler.kind: {sampler.kind}: {error}"]
-    if "steps" in SAMPLERS[sampler.kind].reads and sampler.steps and sampler.steps > T:
-        return [f"evaluation.fid.sampler.steps: {sampler.steps} is more than diffusion.T = {T}; at most T, or null"]
-    return []
 
 
 def _find_search_mistakes(search: SearchConfig) -> list[str]:
@@ -342,7 +353,7 @@ def _find_metric_mistakes(search: SearchConfig, trial: Trial) -> list[str]:
     """A search must rank on something that is measured, and so its objectives; a single trial is not ranked."""
     found, fid = [], trial.evaluation.fid
     measured = list_comparable_metrics(fid) if fid else []
-    for where, name in [("search.metric", search.metric), *(("search.also", name) for name in search.also)]:
+    for where, name in list_objectives(search):
         part = list_metrics()[name].part if search.space else None
         if part and getattr(trial.evaluation, part) is None:
             found.append(f"{where}: {name} is not measured, as evaluation.{part} is null; take another metric")

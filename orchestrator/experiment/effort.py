@@ -11,7 +11,6 @@ from workers.config import (
     SAMPLE_GRID,
     SAMPLE_GRID_COLUMNS,
     SAMPLE_GRID_ROWS,
-    SAMPLE_GRID_STEPS,
     VALIDATION_IMAGES,
     VALIDATION_TIMESTEPS,
     DataConfig,
@@ -20,7 +19,7 @@ from workers.config import (
 from workers.data.sources import Source
 from workers.kinds import guess_adaptive_evaluations
 from workers.layout import RowId, TrialId, get_trial_of_row
-from workers.passes import plan_evaluations
+from workers.passes import choose_grid_sampler, plan_evaluations
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,9 @@ def count_cost(trial: Trial, source: Source) -> Cost:
 
     Solvers with error control are counted as they were measured: `workers.kinds.ADAPTIVE`.
     """
-    T, training, nll, fid = trial.diffusion.T, trial.training, trial.evaluation.nll, trial.evaluation.fid
+    T, training, nll, fid = trial.diffusion.steps, trial.training, trial.evaluation.nll, trial.evaluation.fid
     images = source.held_out if nll is None or nll.images == "all" else nll.images
-    timesteps = T if nll is None or nll.timesteps == "all" else nll.timesteps
+    timesteps = T or 0 if nll is None or nll.timesteps == "all" else nll.timesteps
     ode = trial.evaluation.ode_nll
     flows = (source.held_out if ode.images == "all" else ode.images) if ode else 0
     return Cost(
@@ -102,7 +101,7 @@ def count_validations(trial: Trial) -> int:
 
 def _count_validation(trial: Trial, source: Source) -> int:
     """The evaluations of one: t = 1 and the strata of 2..T for each image, and the grid of samples."""
-    T, classes = trial.diffusion.T, min(SAMPLE_GRID_ROWS, source.classes)
-    timesteps = 1 + min(VALIDATION_TIMESTEPS, T - 1)
+    T, classes = trial.diffusion.steps, min(SAMPLE_GRID_ROWS, source.classes)
+    timesteps = 1 + (VALIDATION_TIMESTEPS if T is None else min(VALIDATION_TIMESTEPS, T - 1))
     grid = classes * SAMPLE_GRID_COLUMNS if trial.model.labels else SAMPLE_GRID
-    return min(VALIDATION_IMAGES, source.held_out) * timesteps + grid * min(SAMPLE_GRID_STEPS, T)
+    return min(VALIDATION_IMAGES, source.held_out) * timesteps + grid * plan_evaluations(choose_grid_sampler(T), T)

@@ -7,6 +7,7 @@ from workers.evaluation.blocks import name_space
 from workers.kinds import MEASURES, SPACES, MeasureEntry
 
 NLL, DENSITY, EVALUATIONS = "eval/nll_bpd", "eval/density_bpd", "eval/network_evaluations"
+CONTINUOUS_NLL, CONTINUOUS_DENSITY = "eval/continuous_nll_bpd", "eval/continuous_density_bpd"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +36,27 @@ METRICS = {
     "eval/fd_classifier": Metric(head="fd_classifier", part="fid"),
     "eval/ode_nll_bpd": Metric(head="ODE NLL bits/dim", part="ode_nll", by_image="ode_nll_per_image"),
     "eval/ode_density_bpd": Metric(head="ODE density bits/dim", part="ode_nll", by_image="ode_density_per_image"),
+    CONTINUOUS_NLL: Metric(head="continuous NLL bits/dim", part="nll", by_image="nll_per_image"),
+    CONTINUOUS_DENSITY: Metric(head="continuous density bits/dim", part="nll", by_image="density_per_image"),
     "valid/nll_bpd": Metric(head="validation bits/dim", part=None),
     "valid/density_bpd": Metric(head="validation density bits/dim", part=None),
     EVALUATIONS: Metric(head="network_evaluations", part="fid", is_rank=False),
     **dict(_list_measures(MEASURES.values(), list(SPACES))),
 }
 # Likelihoods of data in levels, each with that of data that are not discrete.
-DENSITIES = {NLL: DENSITY, "eval/ode_nll_bpd": "eval/ode_density_bpd", "valid/nll_bpd": "valid/density_bpd"}
+DENSITIES = {
+    NLL: DENSITY,
+    CONTINUOUS_NLL: CONTINUOUS_DENSITY,
+    "eval/ode_nll_bpd": "eval/ode_density_bpd",
+    "valid/nll_bpd": "valid/density_bpd",
+}
 NLLS = {density: nll for nll, density in DENSITIES.items()}
 RANKS = tuple(name for name, metric in METRICS.items() if metric.is_rank)
+
+
+def choose_bound(continuous: bool) -> str:
+    """The name of the bound of a process: one in continuous time has its own."""
+    return CONTINUOUS_NLL if continuous else NLL
 
 
 def list_metrics() -> dict[str, Metric]:

@@ -26,7 +26,7 @@ from workers.data.sources import Source, describe_held_out, describe_sides, desc
 from workers.diffusion.schedules import alpha_bars, betas, log_snrs, prior_bpd
 from workers.entries import ask, is_outside, load
 from workers.evaluation.blocks import MOST_BLOCKS, Images, count_blocks
-from workers.kinds import MEASURES, NETWORKS, PREDICTIONS, SCHEDULES, SPACES
+from workers.kinds import FORMULATIONS, MEASURES, NETWORKS, PREDICTIONS, SCHEDULES, SPACES
 from workers.network.unet_config import UNET
 
 PHOTOGRAPHS = 0.25  # E[x_0^2] of photographs on the [-1, 1] scale, about
@@ -59,7 +59,9 @@ class Finding:
 
 @lru_cache(maxsize=2 * MOST_VARIANTS)
 def measure_chain(diffusion: DiffusionConfig) -> Chain:
-    """The ends of the chain; the gaps are NaN where a beta is not below 1."""
+    """The ends of the chain, or of a continuous process; the gaps are NaN where a beta is not below 1."""
+    if diffusion.continuous:
+        return _measure_continuous(diffusion)
     with np.errstate(all="ignore"):
         beta = betas(diffusion)
         alpha_bar = alpha_bars(beta)
@@ -67,6 +69,15 @@ def measure_chain(diffusion: DiffusionConfig) -> Chain:
         log_snr = log_snrs(beta)
     ends = [float(x) for x in (beta.max(), alpha_bar[0], alpha_bar[-1], *gaps, log_snr[0], log_snr[-1])]
     return Chain(*ends)
+
+
+def _measure_continuous(diffusion: DiffusionConfig) -> Chain:
+    """Of y = x_0 + sigma eps between the noise levels that it is measured at, against the prior of the last alone."""
+    low, high = load(FORMULATIONS[diffusion.formulation].ends)(diffusion)
+    alpha_bar_1, alpha_bar_T = (1 / (1 + sigma**2) for sigma in (low, high))
+    gap = 1 / (2 * high**2 * math.log(2))
+    log_snr = -2 * math.log(low), -2 * math.log(high)
+    return Chain(0.0, alpha_bar_1, alpha_bar_T, gap, gap * PHOTOGRAPHS, *log_snr)
 
 
 def check_before_start(
@@ -119,6 +130,9 @@ def _check_noise(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Fi
         measure_chain(trial.diffusion),
         _choose_limit(experiment),
     )
+    if trial.diffusion.continuous:
+        yield from _check_prior_gap(trial.diffusion, ends, limit)
+        return
     entry = SCHEDULES[schedule.kind]
     if ends.beta_max >= 1 and "scale" in entry.reads:
         first = max(2, math.floor(1000 * schedule.beta_end + 1e-9) + 1)
@@ -147,13 +161,22 @@ def _check_noise(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Fi
             "many steps are spent on noise alone; a smaller beta_end or T would do",
             refused=False,
         )
-    elif ends.prior_bpd > limit * WARN_AT:
+    else:
+        yield from _check_prior_gap(trial.diffusion, ends, limit)
+
+
+def _check_prior_gap(diffusion: DiffusionConfig, ends: Chain, limit: float) -> Iterator[Finding]:
+    """What noise should hide of the data has to be small at the end."""
+    if ends.prior_bpd > limit * WARN_AT:
         refused = ends.prior_bpd > limit
+        what, last = "chain", f"T = {diffusion.T}"
+        if diffusion.continuous:
+            what, last = "process", f"log SNR = {ends.log_snr_T:.3g}"
         yield Finding(
-            f"diffusion: the chain stops short of noise at T = {T}: its prior gap L_T is up to {ends.prior_bpd:.3g} "
+            f"diffusion: the {what} stops short of noise at {last}: its prior gap L_T is up to {ends.prior_bpd:.3g} "
             f"bits/dim (at E[x_0^2] = 1, the most that pixels in [-1, 1] have; {ends.photographs_bpd:.3g} at "
             f"{PHOTOGRAPHS}, as in photographs), {'above' if refused else 'not far below'} "
-            f"preflight.max_prior_bpd = {limit:g}; {_suggest_remedy(trial.diffusion, limit)}"
+            f"preflight.max_prior_bpd = {limit:g}; {_suggest_remedy(diffusion, limit)}"
             + (", or raise preflight.max_prior_bpd if the gap is what you study" if refused else ""),
             refused,
         )
@@ -165,6 +188,8 @@ def _choose_limit(experiment: Experiment) -> float:
 
 def _suggest_remedy(diffusion: DiffusionConfig, limit: float) -> str:
     """What closes the prior gap: the rescaled schedule where that works, else a longer or a stronger one."""
+    if diffusion.continuous:
+        return FORMULATIONS[diffusion.formulation].more_noise or "let it end with more noise"
     entry = SCHEDULES[diffusion.schedule.kind]
     if "scale" not in entry.reads:
         return entry.more_noise
@@ -177,7 +202,7 @@ def _suggest_remedy(diffusion: DiffusionConfig, limit: float) -> str:
 def _check_weighting(_: Experiment, trial: Trial, __: Source) -> Iterator[Finding]:
     """max(SNR_t, 1) is stated for the error of x_0; of eps it is max(1, 1 / SNR_t), which grows without bound."""
     d, loss, least = trial.diffusion, trial.loss, measure_chain(trial.diffusion).log_snr_T
-    if d.prediction == "eps" and loss.weighting == "truncated_snr" and least < 0:
+    if not d.continuous and d.prediction == "eps" and loss.weighting == "truncated_snr" and least < 0:
         most = f"{math.exp(-least):,.3g} times" if least > -700 else "infinitely many times"
         yield Finding(
             "loss.weighting: truncated_snr counts the error of eps by max(1, 1 / SNR_t), at t = T "
@@ -202,6 +227,8 @@ def _check_network(_: Experiment, trial: Trial, source: Source) -> Iterator[Find
 
 
 def _check_variance(_: Experiment, trial: Trial, __: Source) -> Iterator[Finding]:
+    if trial.diffusion.continuous:
+        return
     asked = {"diffusion": trial.diffusion.variance, "evaluation": trial.evaluation.variance}
     for section, variance in asked.items():
         if variance and is_outside(variance):

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from workers.config import Record
+from workers.sections import OpenRecord
 
 R = TypeVar("R", bound=Record)
 
@@ -205,7 +206,20 @@ def find_invalid(record: type[Record], content: Any) -> list[tuple[str, str]]:
         return []
     except ValidationError as error:
         found = [_explain(record, content, dict(details)) for details in error.errors(include_url=False)]
+        unknown = [{"type": "extra_forbidden", "loc": location} for location in _list_unknown(record, content)]
+        found += [_explain(record, content, details) for details in unknown]
         return list({path: (path, text) for path, text in found}.values())  # a union has an error for each member
+
+
+def _list_unknown(record: type[Record], content: Any) -> Iterator[tuple[str, ...]]:
+    """Where the keys are that no kind has: an open record says so itself only where its other settings are valid."""
+    if not isinstance(content, Mapping):
+        return
+    if issubclass(record, OpenRecord):
+        yield from ((name,) for name in content if name not in record.find_fields(content))
+    for name, field in record.model_fields.items():
+        if name in content and (section := _find_record(field.annotation)):
+            yield from ((name, *location) for location in _list_unknown(section, content[name]))
 
 
 def parse_valid(record: type[R], content: Any) -> R | None:

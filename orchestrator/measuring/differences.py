@@ -83,6 +83,8 @@ def list_protocol_differences(
     one, other = ((s["passports"].get(kind) or {}).get("protocol") for s in (first, second))
     if one is None or other is None:
         return [f"{kind}: not measured of {'both' if one is other else 'the first' if one is None else 'the second'}"]
+    # At which t a flow asks its network belongs to the model: its likelihood is exact for any.
+    apart_from = (*apart_from, "times") if kind == "ode_nll" else apart_from
     keys = sorted((one.keys() | other.keys()) - set(apart_from))
     return [f"{kind} {k}: {one.get(k)} against {other.get(k)}" for k in keys if one.get(k) != other.get(k)]
 
@@ -104,7 +106,7 @@ def compare_with_best(
     measured = {
         name: s
         for name, s in summaries.items()
-        if (len(s.get(values, ())) > 1 if values else f"{metric}_se" in s["metrics"])
+        if metric in s["metrics"] and (len(s.get(values, ())) > 1 if values else f"{metric}_se" in s["metrics"])
     }
     if not measured:
         return None, {}

@@ -27,7 +27,7 @@ from orchestrator.state.saved import list_sweeps, open_sweep, open_trial, read_r
 from workers import layout
 from workers.config import DataConfig, Measurement, Mistake, Trial
 from workers.data.sources import Source, describe
-from workers.diffusion.process import try_variance
+from workers.diffusion.process import Process, try_variance
 from workers.entries import is_outside
 from workers.kinds import SAMPLERS
 from workers.layout import SWEEPS, TRIALS, get_trial_of_row, name_checkpoints_folder, name_trial_file
@@ -38,6 +38,8 @@ from workers.remote import explain_download
 from workers.storage import Storage
 
 SETTINGS = list_measurement_settings()
+# What is measured of a folder in continuous time where nothing else is asked for: it has no T times to be all of them.
+CONTINUOUS = {"nll": {"timesteps": 50}, "fid": {"sampler": {"kind": "heun", "steps": 18}}}
 SAMPLER = "evaluation.fid.sampler.kind"
 
 
@@ -215,7 +217,8 @@ def _open_folder(folder: str, update: Update) -> Subject:
                 return _find_of_trial(trial_id, storage, update, checkpoints.open_folder(place + options))
     checkpoint = checkpoints.open_folder(folder)
     described = checkpoints.describe(checkpoint)
-    content = update.of({"T": described.T, "labels": described.classes is not None})
+    evaluation = CONTINUOUS if described.T is None else {}
+    content = update.of({"T": described.T, "labels": described.classes is not None, "evaluation": evaluation})
     if "source" not in content.get("data", {}):
         raise Mistake(f"{folder}: it does not say which images it was trained on; give data.source=...")
     return _check_name(place.rpartition("/")[2], content, checkpoint, None, None)
@@ -245,7 +248,8 @@ def check(subjects: Sequence[Subject]) -> tuple[dict[DataConfig, Source], list[s
     for subject in subjects:
         described = checkpoints.describe(subject.checkpoint)
         source, shape = sources[subject.m.data], described.shape
-        problems += find_flow_mistakes(subject.m.evaluation, described.prediction)
+        if described.T is not None:
+            problems += find_flow_mistakes(subject.m.evaluation, described.prediction)
         told = described.classes
         problems += find_guidance_mistakes(subject.m.evaluation, told is not None, described.takes_no_label)
         if told and source.largest_label >= len(told.names):
@@ -260,8 +264,10 @@ def check(subjects: Sequence[Subject]) -> tuple[dict[DataConfig, Source], list[s
                 "trained on, or set data.resolution"
             )
         if (variance := subject.m.evaluation.variance) and is_outside(variance):
-            process = replace(checkpoints.load_process(subject.checkpoint), variance=variance)
-            problems += [f"evaluation.variance: {text}" for text in try_variance(process)]
+            process = checkpoints.load_process(subject.checkpoint)
+            if isinstance(process, Process):
+                tried = try_variance(replace(process, variance=variance))
+                problems += [f"evaluation.variance: {text}" for text in tried]
         for finding in check_evaluation(subject.m, source):
             (problems if finding.refused else warnings).append(finding.text)
     if problems:

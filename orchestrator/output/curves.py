@@ -15,8 +15,13 @@ from orchestrator.output.findings import Report
 from orchestrator.state.rows import Row, shorten_params
 from workers.bits import VALIDATIONS
 from workers.code import drop_pin
+from workers.config import DiffusionConfig
 from workers.diffusion.schedules import betas, log_snrs
+from workers.entries import load
+from workers.identity import collect_settings_read
+from workers.kinds import FORMULATIONS
 
+SHARES = 200  # of the t of a continuous law, that its curve has points at
 Z = 1.96  # standard errors of an interval that holds the true mean in 95 % of cases
 
 
@@ -33,27 +38,46 @@ def draw_bits(report: Report) -> list[Plot]:
 
 
 def draw_schedules(report: Report) -> list[Plot]:
-    """log SNR = log(alpha_bar / (1 - alpha_bar)) of every different schedule of the sweep."""
+    """log SNR = log(alpha_bar / (1 - alpha_bar)) of every different schedule of the sweep.
+
+    Over t / T, which is the share of the training's t that have as much signal or more, as of a continuous law.
+    """
     series: dict[str, Series] = {}
     for row in report.rows:
         diffusion = row.variant.trial.diffusion
-        content = diffusion.model_dump(mode="json")
-        key = json.dumps([content["T"], content["schedule"]], sort_keys=True)
+        read = collect_settings_read(diffusion)
+        key = json.dumps({n: v for n, v in read.items() if n not in ("prediction", "variance")}, sort_keys=True)
         if key not in series:
-            snr = log_snrs(betas(diffusion))
-            t = (np.arange(len(snr)) + 1) / len(snr)
+            t, snr = _find_log_snrs(diffusion)
             t, snr = t[np.isfinite(snr)], snr[np.isfinite(snr)]  # jsd ends at -inf
             names = shorten_params(_keep_schedule(row.variant))
-            kind = drop_pin(diffusion.schedule.kind)
-            label = " ".join(f"{n}={v}" for n, v in names.items()) or f"{kind} T={diffusion.T}"
+            label = " ".join(f"{n}={v}" for n, v in names.items()) or _name_noise(diffusion)
             series[key] = Series(label, t.tolist(), snr.tolist(), len(series))
     return [draw_curves("schedules", list(series.values()), "t / T", "log SNR", legend=len(series) <= 10)]
+
+
+def _name_noise(diffusion: DiffusionConfig) -> str:
+    """Of a schedule its kind and T, of a continuous formulation what is set of it."""
+    if not diffusion.continuous:
+        return f"{drop_pin(diffusion.schedule.kind)} T={diffusion.T}"
+    name, *settings = collect_settings_read(diffusion, only_set=True).items()
+    return " ".join([drop_pin(name[1]), *(f"{n}={v}" for n, v in settings)])
+
+
+def _find_log_snrs(diffusion: DiffusionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of the t of a training, and log SNR there."""
+    if diffusion.continuous:
+        shares = (np.arange(SHARES) + 0.5) / SHARES
+        return shares, load(FORMULATIONS[diffusion.formulation].log_snrs)(diffusion, shares.tolist())
+    snr = log_snrs(betas(diffusion))
+    return (np.arange(len(snr)) + 1) / len(snr), snr
 
 
 def _keep_schedule(variant: Variant) -> Variant:
     """What the search says of the noise alone."""
     params = variant.params.items()
-    return replace(variant, params={n: v for n, v in params if re.match(r"diffusion\.(T$|schedule)", n)})
+    noise = r"diffusion\.(?!(prediction|variance)$)"
+    return replace(variant, params={n: v for n, v in params if re.match(noise, n)})
 
 
 def draw_rates(report: Report) -> list[Plot]:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
-from orchestrator.experiment.metrics import DENSITY, NLL, head_metric
+from orchestrator.experiment.metrics import CONTINUOUS_DENSITY, CONTINUOUS_NLL, DENSITY, NLL, head_metric
 from orchestrator.measuring.differences import BY_IMAGE, Difference
 from orchestrator.measuring.seeds import Group, are_over_seeds, compare_groups, group_rows
 from orchestrator.output.importance import Forest, Share, compute_importance, grow_forest
@@ -24,6 +24,7 @@ from workers.layout import RowId, name_sweep_lock
 from workers.locks import is_locked
 from workers.storage import Storage
 
+BOUNDS = (NLL, DENSITY, CONTINUOUS_NLL, CONTINUOUS_DENSITY)
 GRIDS = 12  # trials whose samples and parts of the bound are shown
 
 
@@ -83,8 +84,12 @@ class Report:
 
     @cached_property
     def bound(self) -> str:
-        """The bound that trials have, NLL or DENSITY."""
-        return next((name for name in (NLL, DENSITY) if any(name in row.metrics for row in self.rows)), NLL)
+        """The bits/dim that trials have: a bound, and the likelihood that is ranked on where their bounds differ."""
+        measured = [row for row in self.rows if any(name in row.metrics for name in BOUNDS)]
+        common = [name for name in BOUNDS if measured and all(name in row.metrics for row in measured)]
+        if not common and self.kept.metric in BY_IMAGE:
+            return self.kept.metric
+        return next((name for name in (*common, *BOUNDS) if any(name in row.metrics for row in self.rows)), NLL)
 
     @cached_property
     def traded(self) -> list[Group]:

@@ -35,6 +35,7 @@ from workers.kinds import SAMPLERS
 from workers.network import checkpoint as checkpoints
 
 MOST = 100_000  # images a row of a request: whoever asks may be anybody
+MOST_CONTINUOUS_STEPS = 1_000  # of a sampler in continuous time
 
 
 class ImageModel(PythonModel):
@@ -88,13 +89,18 @@ class ImageModel(PythonModel):
         own = self.fid.sampler
         kind = row.get("sampler") or own.kind
         kind = own.kind if kind == drop_pin(own.kind) else kind
-        if kind != own.kind and kind not in SAMPLERS:  # a request names nothing that would be imported for it
-            raise ValueError(f"sampler = {kind} was asked for; give one of {', '.join(SAMPLERS)}")
+        T = self.model.process.T
+        possible = [name for name, entry in SAMPLERS.items() if entry.suits(continuous=T is None)]
+        if kind != own.kind and kind not in possible:  # a request names nothing that would be imported for it
+            raise ValueError(f"sampler = {kind} was asked for; give one of {', '.join(possible)}")
         base = own if kind == own.kind else SamplerConfig(kind=kind)
-        asked, T = row.get("steps"), self.model.process.T
+        asked = row.get("steps")
         steps = base.steps if asked is None or pd.isna(asked) else int(asked)
-        if steps is not None and steps != base.steps and not 1 <= steps <= T:
-            raise ValueError(f"steps = {steps} were asked for; give 1 to T = {T}")
+        if steps is not None and steps != base.steps and not 1 <= steps <= (T or MOST_CONTINUOUS_STEPS):
+            most = f"T = {T}" if T else f"{MOST_CONTINUOUS_STEPS:,}"
+            raise ValueError(f"steps = {steps} were asked for; give 1 to {most}")
+        if steps is None and T is None and "steps" in SAMPLERS[kind].reads:
+            raise ValueError(f"sampler = {kind} takes steps here, as the process is continuous; give a number")
         guidance = row.get("guidance")
         scale = own.guidance if guidance is None or pd.isna(guidance) else float(guidance)
         if scale is not None and (scale < 0 or (scale != 1 and not self.model.network.takes_no_label)):

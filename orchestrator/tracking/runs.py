@@ -15,7 +15,7 @@ from typing import Any
 
 from orchestrator.experiment.expand import find_starting_rows
 from orchestrator.experiment.load import resolve, to_yaml
-from orchestrator.experiment.metrics import NLL, choose_likelihood
+from orchestrator.experiment.metrics import choose_bound, choose_likelihood
 from orchestrator.experiment.records import Experiment, Variant
 from orchestrator.experiment.settings import list_leaves, write_yaml
 from orchestrator.measuring.seeds import are_over_seeds, group_rows
@@ -113,7 +113,11 @@ class SweepRuns:
         trials, search, best = self.trials.values(), self.experiment.search, self.experiment.search.metric
         names = {f"eval/{name_distance(fid)}" for v in trials if (fid := v.trial.evaluation.fid)}
         levels = [self.sources[v.trial.data].levels for v in trials]
-        bounds = {choose_likelihood(NLL, n) for n, v in zip(levels, trials, strict=True) if v.trial.evaluation.nll}
+        bounds = {
+            choose_likelihood(choose_bound(v.trial.diffusion.continuous), n)
+            for n, v in zip(levels, trials, strict=True)
+            if v.trial.evaluation.nll
+        }
         curve = CURVE if any(levels) else choose_likelihood(CURVE, None)
         return ComparisonView(
             params=tuple(sorted({leaf for v in trials for p, x in v.params.items() for leaf in list_leaves(p, x)})),

@@ -8,7 +8,8 @@ is x_0 + sigma_t eps, it has no other term than the network,
 (Song et al. 2020a, eq. 14; Karras et al. 2022, eq. 4), and is solved over log sigma from sigma_T to sigma_1 or back.
 A network trained at T times is asked between them too: at the real t whose log sigma_t, linear between the trained
 times, is the one that is meant (`Process.time_at`). Its time embedding is smooth in t; the laws are exact as far as
-eps_theta is.
+eps_theta is. A continuous process (`workers.diffusion.formulations`) is trained at real t and has the same flow, with
+x_t = y / divisor and ends of its own.
 
 The solver is an embedded Runge-Kutta pair with error control for each image by itself: how an image is solved does not
 depend on those beside it, but for the rounding of the network.
@@ -22,8 +23,9 @@ import torch
 from jaxtyping import Float64, Shaped
 from torch import Tensor
 
+from workers.diffusion.formulations import AnyProcess
 from workers.diffusion.guidance import take_rows
-from workers.diffusion.process import Model, Process, spread
+from workers.diffusion.process import Model, spread
 from workers.shapes import NCHW, Counts, PerImage64
 
 NCHW64 = Float64[Tensor, "n c h w"]
@@ -119,18 +121,19 @@ def _add_weighted(weights: tuple[float, ...], stages: list[Rows]) -> Rows:
     return total
 
 
-def eps_at(process: Process, model: Model, y: NCHW64, sigma: PerImage64) -> NCHW64:
+def eps_at(process: AnyProcess, model: Model, y: NCHW64, sigma: PerImage64) -> NCHW64:
     """The model's eps of y = x_0 + sigma eps, at noise levels sigma, trained or between."""
-    x_t = (y / spread((1 + sigma**2).sqrt(), y)).float()
+    x_t = (y / spread(process.divisor_at(sigma), y)).float()
     return model(x_t, process.time_at(sigma)).eps.double()
 
 
-def _find_ends(process: Process) -> tuple[float, float]:
+def _find_ends(process: AnyProcess) -> tuple[float, float]:
     """log sigma_1 and log sigma_T."""
-    return math.log(float(process.noise_level[0])), math.log(float(process.noise_level[-1]))
+    low, high = process.ends
+    return math.log(low), math.log(high)
 
 
-def solve(process: Process, model: Model, y: NCHW, tolerance: float) -> Solution:
+def solve(process: AnyProcess, model: Model, y: NCHW, tolerance: float) -> Solution:
     """y at sigma_1 from y at sigma_T, by Bogacki and Shampine's pair.
 
     `tolerance` is the root mean square of a step's error over the pixels of x_t = y / sqrt(1 + sigma^2), the scale on
@@ -155,7 +158,7 @@ class Density:
     evaluations: Counts  # of the network; each goes with a backward pass for each probe
 
 
-def integrate_log_density(process: Process, model: Model, x: NCHW, probes: Probes, tolerance: float) -> Density:
+def integrate_log_density(process: AnyProcess, model: Model, x: NCHW, probes: Probes, tolerance: float) -> Density:
     """log p(x) of the images that the flow makes of x_T ~ N(0, I), stopped at sigma_1: Song et al. 2021, eq. 39.
 
     log p_1(y) = log p_T(y_T) + integral of tr(d eps_theta / dy) dsigma along the flow from sigma_1 to sigma_T, the
@@ -184,7 +187,7 @@ def integrate_log_density(process: Process, model: Model, x: NCHW, probes: Probe
 
     state = torch.cat([x.double().flatten(1), torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)], 1)
     solution = integrate(derivative, norm, state, low, high, pair=DORMAND_PRINCE)
-    scale = 1 + math.exp(2 * high)  # of the variance of y_T = sqrt(scale) x_T
-    squared_norm = solution.y[:, :D].square().sum(1) / scale
-    prior = -0.5 * (squared_norm + D * math.log(2 * math.pi * scale))
+    variance = process.prior_variance(math.exp(high))
+    squared_norm = solution.y[:, :D].square().sum(1) / variance
+    prior = -0.5 * (squared_norm + D * math.log(2 * math.pi * variance))
     return Density(prior + solution.y[:, D], solution.evaluations)

@@ -110,11 +110,16 @@ def draw_stratified_times(T: int, strata: int, images: int, noise: torch.Generat
     """
     if strata >= T - 1:
         return list_all_times(T, images)
-    order = torch.stack([torch.randperm(images, generator=noise) for _ in range(strata)], dim=1)
-    u = (order + torch.rand((images, strata), generator=noise, dtype=torch.float64)).numpy() / images
-    t, probability = PROPOSALS[proposal](T, (np.arange(strata) + u) / strata)
+    t, probability = PROPOSALS[proposal](T, draw_strata(strata, images, noise))
     first = np.ones((images, 1))
     return np.concatenate([first.astype(np.int64), t], axis=1), np.concatenate([first, 1 / (strata * probability)], 1)
+
+
+def draw_strata(strata: int, images: int, noise: torch.Generator) -> Float64[np.ndarray, "images strata"]:
+    """Of each image one number from each of `strata` equal parts of [0, 1), a Latin hypercube within a part."""
+    order = torch.stack([torch.randperm(images, generator=noise) for _ in range(strata)], dim=1)
+    u = (order + torch.rand((images, strata), generator=noise, dtype=torch.float64)).numpy() / images
+    return np.asarray((np.arange(strata) + u) / strata)
 
 
 def estimate(process: Process, model: Model, x_0: NCHW, strata: int, levels: int | None, *where: int | str) -> Bound:

@@ -4,56 +4,83 @@ An objective is a function of a batch, a weighting a function of the process, ea
 `workers.kinds` lists them.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
 from workers.config import DiffusionConfig, LossConfig
 from workers.diffusion.bound import model_terms
-from workers.diffusion.predictions import find_target, interpret, split_heads
-from workers.diffusion.process import Prediction, Process
+from workers.diffusion.formulations import AnyProcess, Continuous, Instants, make_process
+from workers.diffusion.predictions import choose_target, find_target, interpret, split_heads
+from workers.diffusion.process import Prediction, Process, Target
 from workers.kinds import OBJECTIVES, WEIGHTINGS
-from workers.shapes import NCHW, Heads, PerImage, PerTime, Times
+from workers.shapes import NCHW, Heads, PerImage, PerImage64, PerTime, RealTimes
+
+SHARES = 10_000  # of the law of real t, over which a weighting's mean is taken
+Weighed = Process | Instants  # what weightings are functions of: a process at its T times, or at some real ones
 
 # ---- Weightings: what |x_0 - x_0_hat|^2 counts at each t -------------------------------------------------------
 #
 # All are stated for the error of x_0, whatever the network predicts; |eps - eps_hat|^2 = SNR_t |x_0 - x_0_hat|^2. The
-# last argument is the weight that the network's own target has there: with it, the error of the target counts 1.
+# last argument is the weight that the network's own target has there: with it, the error of the target counts 1. But
+# for `simple` and `vlb` they are functions of the SNR alone, so that they mean the same in every formulation. What an
+# error counts in all is its weight times the density of log SNR in training (Kingma & Gao 2023).
 
 
-def simple(process: Process, loss: LossConfig, own: PerTime) -> PerTime:
+def simple(process: Weighed, loss: LossConfig, own: PerTime) -> PerTime:
     """The target's own error, unweighted: L_simple, eq. (14), for eps; eq. (8) without its factor for mu."""
     return own
 
 
-def vlb(process: Process, loss: LossConfig, own: PerTime) -> PerTime:
-    """(weight of x_0 in mu_tilde_t)^2 / (2 sigma_t^2): the bound's own, eq. (8).
+def vlb(process: Weighed, loss: LossConfig, own: PerTime) -> PerTime:
+    """(weight of x_0 in mu_tilde_t)^2 / (2 sigma_t^2): the bound's own, eq. (8); of real t `Instants.bound_weight`.
 
     For the error of eps it is beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)), eq. (12).
     """
-    return process.posterior_x_0.square() / (2 * process.sigma_squared)
+    return process.bound_weight
 
 
-def snr(process: Process, loss: LossConfig, own: PerTime) -> PerTime:
+def snr(process: Weighed, loss: LossConfig, own: PerTime) -> PerTime:
     """SNR_t: L_simple for a network that predicts anything (Salimans & Ho 2022, section 4)."""
     return process.snr
 
 
-def truncated_snr(process: Process, loss: LossConfig, own: PerTime) -> PerTime:
+def truncated_snr(process: Weighed, loss: LossConfig, own: PerTime) -> PerTime:
     """max(SNR_t, 1) (Salimans & Ho 2022, section 4): the larger of the errors of x_0 and eps."""
     return process.snr.clamp(min=1)
 
 
-def min_snr(process: Process, loss: LossConfig, own: PerTime) -> PerTime:
+def min_snr(process: Weighed, loss: LossConfig, own: PerTime) -> PerTime:
     """min(SNR_t, gamma): min-SNR-gamma (Hang et al. 2023, section 3.4); for the error of eps, that over SNR_t."""
     return process.snr.clamp(max=loss.gamma)
 
 
-def p2(process: Process, loss: LossConfig, own: PerTime) -> PerTime:
+def p2(process: Weighed, loss: LossConfig, own: PerTime) -> PerTime:
     """SNR_t / (k + SNR_t)^gamma: P2 (Choi et al. 2022, eq. 8), stated there as 1 / (k + SNR_t)^gamma for eps."""
     return process.snr / (loss.p2_k + process.snr) ** loss.p2_gamma
+
+
+def sigmoid(process: Weighed, loss: LossConfig, own: PerTime) -> PerTime:
+    """SNR_t sigmoid(bias - log SNR_t) = SNR_t / (1 + e^-bias SNR_t): for eps, sigmoid(bias - log SNR_t).
+
+    Kingma & Gao 2023: about SNR_t where there is more noise than `bias` says, and e^bias where there is less.
+    """
+    return process.snr / (1 + math.exp(-loss.sigmoid_bias) * process.snr)
+
+
+def edm(process: Weighed, loss: LossConfig, own: PerTime) -> PerTime:
+    """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 = SNR_t + 1 / sigma_data^2: Karras et al. 2022, table 1."""
+    return process.snr + loss.weighting_sigma_data**-2
+
+
+def weigh(process: Weighed, loss: LossConfig, target: Target) -> PerTime:
+    """The weight of the target's squared error at each t, by the weighting's own scale."""
+    scale = target.scale(process)
+    w: PerTime = WEIGHTINGS[loss.weighting].load()(process, loss, 1 / scale) * scale
+    return w
 
 
 def weights(process: Process, loss: LossConfig, prediction: str = "eps") -> PerTime:
@@ -61,9 +88,19 @@ def weights(process: Process, loss: LossConfig, prediction: str = "eps") -> PerT
 
     The scale leaves the minimum where it is and lets one learning rate and one gradient clip serve all weightings.
     """
-    scale = find_target(prediction).scale(process)
-    w: PerTime = WEIGHTINGS[loss.weighting].load()(process, loss, 1 / scale) * scale
+    w = weigh(process, loss, find_target(prediction))
     return w / w.mean()
+
+
+def weights_at(process: Continuous, t: PerImage64, loss: LossConfig) -> PerImage64:
+    """The same at real t, of a mean of 1 over the t of the training."""
+    return weigh(Instants(process, t), loss, process.formulation.target) / _find_mean_weight(process, loss)
+
+
+@lru_cache
+def _find_mean_weight(process: Continuous, loss: LossConfig) -> float:
+    shares = (torch.arange(SHARES, dtype=torch.float64) + 0.5) / SHARES
+    return float(weigh(Instants(process, process.draw_times(shares)), loss, process.formulation.target).mean())
 
 
 # ---- Objectives -------------------------------------------------------------------------------------------------
@@ -74,7 +111,7 @@ class Batch:
     """Noisy images and what the network says of them."""
 
     x_0: NCHW
-    t: Times
+    t: RealTimes
     target: NCHW  # what it should be
     output: NCHW  # the part of it that is of the target
     prediction: Prediction
@@ -90,17 +127,22 @@ class Loss:
 class Objective:
     """What one trial minimises. `network` of a call takes (x_t, t) and returns its heads, as `interpret` reads them."""
 
-    process: Process
+    process: AnyProcess
     prediction: str
     loss: LossConfig
     levels: int | None  # of the data, for the decoder
 
     @staticmethod
     def of(diffusion: DiffusionConfig, loss: LossConfig, levels: int | None) -> "Objective":
-        return Objective(Process.of(diffusion), diffusion.prediction, loss, levels)
+        return Objective(make_process(diffusion), diffusion.prediction, loss, levels)
 
     def to(self, device: torch.device) -> "Objective":
-        """The same with its coefficients on that device; the weighting is asked before, as it may make tensors."""
+        """The same with its coefficients on that device; the weighting is asked before, as it may make tensors.
+
+        A continuous process has no list of them: it computes them of each t.
+        """
+        if isinstance(self.process, Continuous):
+            return self
         moved = replace(self, process=self.process.to(device))
         if "weighting" in OBJECTIVES[self.loss.objective].reads:
             vars(moved)["weights"] = self.weights.to(device)
@@ -108,12 +150,19 @@ class Objective:
 
     @cached_property
     def weights(self) -> PerTime:
+        assert isinstance(self.process, Process), "real t have no list of weights; ask for find_weights()"
         return weights(self.process, self.loss, self.prediction)
 
-    def __call__(self, network: Callable[[NCHW, Times], Heads], x_0: NCHW, t: Times, eps: NCHW) -> Loss:
+    def find_weights(self, t: RealTimes) -> PerImage64:
+        """What the target's squared error counts at each of these t."""
+        if isinstance(self.process, Continuous):
+            return weights_at(self.process, t, self.loss)
+        return self.weights.to(t.device)[t - 1]
+
+    def __call__(self, network: Callable[[NCHW, RealTimes], Heads], x_0: NCHW, t: RealTimes, eps: NCHW) -> Loss:
         x_t = self.process.q_sample(x_0, t, eps)
         raw = network(x_t, t).to(eps.dtype)
-        target = find_target(self.prediction).of(self.process, x_0, x_t, t, eps)
+        target = choose_target(self.process, self.prediction).of(self.process, x_0, x_t, t, eps)
         prediction = interpret(self.process, self.prediction, x_t, t, raw)
         batch = Batch(x_0, t, target, split_heads(self.process, raw)[0], prediction)
         return Loss(OBJECTIVES[self.loss.objective].load()(self, batch), _mean_square(eps - prediction.eps).detach())
@@ -122,7 +171,7 @@ class Objective:
 def mse(objective: Objective, batch: Batch) -> PerImage:
     """w_t |target - output|^2 a dimension, eq. (8), (12) and (14)."""
     error = _mean_square(batch.target - batch.output)
-    return objective.weights.to(batch.t.device)[batch.t - 1].to(error.dtype) * error
+    return objective.find_weights(batch.t).to(error.dtype) * error
 
 
 def kl(objective: Objective, batch: Batch) -> PerImage:
@@ -141,6 +190,7 @@ def hybrid(objective: Objective, batch: Batch) -> PerImage:
 
 def _bits(objective: Objective, batch: Batch, prediction: Prediction) -> PerImage:
     process, dimensions = objective.process, batch.x_0[0].numel()
+    assert isinstance(process, Process), "the bound of a continuous process is no sum over steps"
     nats = model_terms(process, prediction, batch.x_0, batch.t, objective.levels)
     bits: PerImage = nats * (process.T / (dimensions * torch.log(torch.tensor(2.0))).item())
     return bits

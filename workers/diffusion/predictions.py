@@ -1,28 +1,19 @@
 """What a network is trained to predict, and what follows from it: x_0 and eps, whichever it is.
 
-A target is four functions next to their formulas: what the network should say, x_0 and eps by what it says, and what
+A `Target` is four functions next to their formulas: what the network should say, x_0 and eps by what it says, and what
 a squared error of it is worth. `workers.kinds` lists them. What turns an output into eps or x_0 takes
 real times too, but for `mu`, which belongs to a step.
 """
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from workers.classes import Classes
+from workers.diffusion.formulations import AnyProcess, Continuous
 from workers.diffusion.process import EpsModel, Model, Prediction, Process, at, spread
+from workers.diffusion.process import Target as Target
 from workers.kinds import PREDICTIONS
-from workers.shapes import NCHW, Counts, Heads, PerTime, RealTimes, Times
-
-
-@dataclass(frozen=True)
-class Target:
-    of: Callable[[Process, NCHW, NCHW, Times, NCHW], NCHW]  # (process, x_0, x_t, t, eps) -> the exact output
-    x_0: Callable[[Process, NCHW, RealTimes, NCHW], NCHW]  # (process, x_t, t, output)
-    eps: Callable[[Process, NCHW, RealTimes, NCHW], NCHW]  # (process, x_t, t, output)
-    scale: Callable[[Process], PerTime]  # k_t: |x_0 - x_0_hat|^2 = k_t |target - output|^2
+from workers.shapes import NCHW, Counts, Heads, RealTimes, Times
 
 
 def eps_by_x_0(process: Process, x_t: NCHW, t: RealTimes, x_0: NCHW) -> NCHW:
@@ -87,7 +78,12 @@ def find_target(prediction: str) -> Target:
     return target
 
 
-def split_heads(process: Process, output: Heads) -> tuple[NCHW, NCHW | None]:
+def choose_target(process: AnyProcess, prediction: str) -> Target:
+    """What a network of this process says: its prediction, where the formulation has none of its own."""
+    return process.formulation.target if isinstance(process, Continuous) else find_target(prediction)
+
+
+def split_heads(process: AnyProcess, output: Heads) -> tuple[NCHW, NCHW | None]:
     """What the network says of its target and, where it learns one, of the variance: the two halves of its channels."""
     if not process.learned:
         return output, None
@@ -95,9 +91,9 @@ def split_heads(process: Process, output: Heads) -> tuple[NCHW, NCHW | None]:
     return target, variance
 
 
-def interpret(process: Process, prediction: str, x_t: NCHW, t: RealTimes, output: Heads) -> Prediction:
+def interpret(process: AnyProcess, prediction: str, x_t: NCHW, t: RealTimes, output: Heads) -> Prediction:
     """The output of a network trained to predict `prediction`, in the dtype of x_t."""
-    target, (target_output, variance) = find_target(prediction), split_heads(process, output.to(x_t.dtype))
+    target, (target_output, variance) = choose_target(process, prediction), split_heads(process, output.to(x_t.dtype))
     return Prediction(target.x_0(process, x_t, t, target_output), target.eps(process, x_t, t, target_output), variance)
 
 
@@ -107,9 +103,9 @@ def from_eps(process: Process, eps_theta: EpsModel) -> Model:
 
 
 class Denoiser(nn.Module):
-    """A `Model` from a network that predicts any of `PREDICTIONS`, at the times of `process`."""
+    """A `Model` from a network that predicts any of `PREDICTIONS`, or what a continuous formulation has it predict."""
 
-    def __init__(self, network: nn.Module, process: Process, prediction: str) -> None:
+    def __init__(self, network: nn.Module, process: AnyProcess, prediction: str) -> None:
         super().__init__()
         self.network, self.process, self.prediction = network, process, prediction
 
@@ -124,6 +120,5 @@ class Denoiser(nn.Module):
         return bool(getattr(self.network, "takes_no_label", False))
 
     def forward(self, x_t: NCHW, t: RealTimes, labels: Counts | None = None) -> Prediction:
-        """The network itself counts t from 0."""
         told = () if labels is None else (labels,)
-        return interpret(self.process, self.prediction, x_t, t, self.network(x_t, t - 1, *told))
+        return interpret(self.process, self.prediction, x_t, t, self.network(*self.process.feed(x_t, t), *told))

@@ -7,6 +7,7 @@ the images' dtype where they are used.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,16 @@ class Prediction:
 
 # p_theta at (x_t, t): as EpsModel, but with all that there is to know. `workers.diffusion.predictions` makes them.
 Model = Callable[[NCHW, RealTimes], Prediction]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a network is trained to say, and what follows from it. `process` may be a continuous one, t real."""
+
+    of: Callable[[Any, NCHW, NCHW, Any, NCHW], NCHW]  # (process, x_0, x_t, t, eps) -> the exact output
+    x_0: Callable[[Any, NCHW, Any, NCHW], NCHW]  # (process, x_t, t, output)
+    eps: Callable[[Any, NCHW, Any, NCHW], NCHW]  # (process, x_t, t, output)
+    scale: Callable[[Any], Shaped[Tensor, "times"]]  # k_t: |x_0 - x_0_hat|^2 = k_t |target - output|^2, at each t
 
 
 @dataclass(frozen=True)
@@ -134,6 +145,32 @@ class Process:
         It rises with t.
         """
         return ((1 - self.alpha_bar) / self.alpha_bar).sqrt()
+
+    @property
+    def bound_weight(self) -> PerTime:
+        """What |x_0 - x_0_hat|^2 counts in the bound: (weight of x_0 in mu_tilde_t)^2 / (2 sigma_t^2), eq. (8)."""
+        return self.posterior_x_0.square() / (2 * self.sigma_squared)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """sigma_1 and sigma_T."""
+        return float(self.noise_level[0]), float(self.noise_level[-1])
+
+    def prior_variance(self, sigma: float) -> float:
+        """Of a pixel of y = x_0 + sigma eps where sampling begins: that of x_T ~ N(0, I), scaled as y is."""
+        return 1 + sigma**2
+
+    def divisor_at(self, sigma: Float64[Tensor, "*any"]) -> Float64[Tensor, "*any"]:
+        """y / x_t at a noise level: sqrt(1 + sigma^2) = 1 / sqrt(alpha_bar_t)."""
+        return (1 + sigma**2).sqrt()
+
+    def feed(self, x_t: NCHW, t: RealTimes) -> tuple[NCHW, RealTimes]:
+        """What the network is called with: it counts t from 0."""
+        return x_t, t - 1
+
+    def describe(self) -> dict[str, Any]:
+        """For a passport."""
+        return {"T": self.T, "variance": self.variance}
 
     def alpha_bar_at(self, t: RealTimes) -> PerImage64:
         """alpha_bar at times t in [1, T]: between whole ones, log noise_level is linear in t."""

@@ -2,11 +2,12 @@
 
 `workers.kinds.SAMPLERS` lists them. A sampler is one step x_t -> x_s of a chain of kept times, evenly spaced with T
 among them (`Process.strided`); or it goes through noise levels sigma in y = x_t / sqrt(alpha_bar_t) = x_0 + sigma eps,
-where the score is -eps / sigma and the flow dy / dsigma = eps, and names how its levels are spaced.
+where the score is -eps / sigma and the flow dy / dsigma = eps, and names how its levels are spaced; or it follows x_t
+over the real times of a continuous process.
 
-The network is only asked for times that it was trained with: levels are moved to the nearest of them, as Karras et
-al. 2022 do for discrete models (appendix C.3), and all arithmetic is with the level of that time. The exception is
-`ode`, whose solver chooses its levels: see `workers.diffusion.flow`.
+The network of a discrete process is only asked for times that it was trained with: levels are moved to the nearest of
+them, as Karras et al. 2022 do for discrete models (appendix C.3), and all arithmetic is with the level of that time.
+The exception is `ode`, whose solver chooses its levels: see `workers.diffusion.flow`.
 """
 
 from collections.abc import Callable
@@ -15,18 +16,20 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64, Int64, Shaped
 from torch import Tensor
 
 from workers.config import SamplerConfig
 from workers.diffusion import flow
+from workers.diffusion.formulations import AnyProcess, Continuous
 from workers.diffusion.process import Model, Prediction, Process, at, spread
 from workers.entries import load
 from workers.kinds import SAMPLERS
 from workers.passes import count_passes, plan_evaluations
-from workers.shapes import NCHW, Counts, Times
+from workers.shapes import NCHW, Counts, PerImage64, Times
 
 Sigmas = Float64[np.ndarray, "S"]  # noise levels, rising
+Levels = Callable[[float, float, int], Sigmas]  # (low, high, steps) -> so many between them
 
 RHO, LEAST, MOST = 7, 0.002, 80.0  # of `heun`'s levels: Karras et al. 2022, table 1
 MOST_OF_DPMPP = float(np.exp(5.1))  # where Lu et al. 2022b clip the log-SNR of chains that end far beyond, as cosine's
@@ -40,7 +43,7 @@ class Drawn:
 
 @torch.no_grad()
 def draw(
-    process: Process, model: Model, config: SamplerConfig, x_T: NCHW, generator: torch.Generator, *, clip: bool
+    process: AnyProcess, model: Model, config: SamplerConfig, x_T: NCHW, generator: torch.Generator, *, clip: bool
 ) -> Drawn:
     """Images x_0 from x_T, float32. `clip` allows the kinds that do so to clip x_0_hat.
 
@@ -53,16 +56,20 @@ def draw(
     if entry.form == "whole":
         drawn: Drawn = function(process, model, config, x_T, generator)
         return replace(drawn, evaluations=drawn.evaluations * count_passes(config))
-    if entry.form == "step":
+    if entry.form == "path":
+        x_0 = function(process, model, config, x_T, generator).float()
+    elif entry.form == "step":
+        assert isinstance(process, Process), f"{config.kind} is a step of a chain, which a continuous process has not"
         x_0 = _run_chain(process.strided(config.steps), model, function, config, x_T, generator=generator, clip=clip)
     else:
-        ladder = Ladder.of(process.kept(find_nearest_times(process, load(entry.levels), config.steps)), model, clip)
-        x_0 = function(ladder, config, x_T.double() * float((1 + ladder.sigma[-1] ** 2).sqrt()), generator).float()
+        ladder = Ladder.at(process, load(entry.levels), config.steps, model=model, clip=clip)
+        start = process.prior_variance(float(ladder.sigma[-1])) ** 0.5
+        x_0 = function(ladder, config, x_T.double() * start, generator).float()
     return Drawn(x_0, torch.full((len(x_T),), plan_evaluations(config, process.T)))
 
 
 def sample(
-    process: Process,
+    process: AnyProcess,
     model: Model,
     config: SamplerConfig,
     shape: tuple[int, ...],
@@ -160,17 +167,28 @@ class Ladder:
     """The noise levels sigma_1 < ... < sigma_S of a sampler, and the network at each of them."""
 
     sigma: Float64[Tensor, "S"]
-    times: Int64[Tensor, "S"]  # the t of each
+    times: Shaped[Tensor, "S"]  # the t of each, whole numbers of a discrete process
     model: Model
     clip: bool
+    divisor: Float64[Tensor, "S"]  # y / x_t at each
 
     @staticmethod
     def of(process: Process, model: Model, clip: bool) -> "Ladder":
-        return Ladder(process.noise_level, process.times, model, clip)
+        """All times of the process."""
+        return Ladder(process.noise_level, process.times, model, clip, process.divisor_at(process.noise_level))
+
+    @staticmethod
+    def at(process: AnyProcess, levels: Levels, steps: int | None, *, model: Model, clip: bool) -> "Ladder":
+        """So many levels: of a discrete process the nearest of its times."""
+        if isinstance(process, Process):
+            return Ladder.of(process.kept(find_nearest_times(process, levels, steps)), model, clip)
+        assert steps, "a continuous process has no T times to be the steps"
+        sigma = torch.from_numpy(levels(*process.ends, max(steps, 2))[-steps:].copy())
+        return Ladder(sigma, process.time_at(sigma), model, clip, process.divisor_at(sigma))
 
     def eps(self, y: NCHW, level: int) -> NCHW:
         """eps in y, float64, whose noise is that of `level` in 1..S."""
-        x_t = (y / float((1 + self.sigma[level - 1] ** 2).sqrt())).float()
+        x_t = (y / float(self.divisor[level - 1])).float()
         return self.model(x_t, self.times[level - 1].to(y.device).expand(len(y))).eps.double()
 
     def x_0_hat(self, y: NCHW, level: int) -> NCHW:
@@ -188,9 +206,6 @@ def power(low: float, high: float, steps: int) -> Sigmas:
     """Levels evenly spaced in sigma^(1 / rho), rho = 7, within 0.002..80: Karras et al. 2022, eq. (5)."""
     ends = max(low, LEAST) ** (1 / RHO), min(high, MOST) ** (1 / RHO)
     return np.asarray(np.linspace(*ends, steps) ** RHO)
-
-
-Levels = Callable[[float, float, int], Sigmas]
 
 
 def find_nearest_times(process: Process, levels: Levels, steps: int | None) -> Int64[Tensor, "S"]:
@@ -252,10 +267,77 @@ def langevin(ladder: Ladder, config: SamplerConfig, y: NCHW, generator: torch.Ge
     return ladder.x_0_hat(y, 1)
 
 
-def ode(process: Process, model: Model, config: SamplerConfig, x_T: NCHW, generator: torch.Generator) -> Drawn:
+# ---- Along real times -------------------------------------------------------------------------------------------
+#
+# x_t of a continuous process over the times of its own path, from noise to sigma = 0, float64.
+
+
+def _predict(model: Model, x: NCHW, t: PerImage64) -> Prediction:
+    """In float64, of a network in float32."""
+    prediction = model(x.float(), t)
+    return Prediction(prediction.x_0.double(), prediction.eps.double())
+
+
+def _follow(process: Continuous, model: Model, steps: int | None, x_T: NCHW, *, corrects: bool) -> NCHW:
+    """x_t along the path, by Euler's rule or Heun's; the last step, to sigma = 0, is Euler's."""
+    assert steps, "a continuous process has no T times to be the steps"
+    path = process.formulation.path(process.config, steps).to(x_T.device)
+
+    def slope(x: NCHW, k: int) -> NCHW:
+        t = path[k].expand(len(x))
+        drift: NCHW = process.formulation.drift(process.config, t, _predict(model, x, t))
+        return drift
+
+    x = x_T.double() * float(process.noise_at(path[:1]))
+    for k in range(steps):
+        now, step = slope(x, k), float(path[k + 1] - path[k])
+        reached = x + step * now
+        x = x + step * (now + slope(reached, k + 1)) / 2 if corrects and k + 1 < steps else reached
+    return x
+
+
+def euler(process: Continuous, model: Model, config: SamplerConfig, x_T: NCHW, generator: torch.Generator) -> NCHW:
+    """x_s = x_t + (s - t) dx_t / dt: of `flow` the velocity (Lipman et al. 2023), of `edm` eps."""
+    return _follow(process, model, config.steps, x_T, corrects=False)
+
+
+def path_heun(process: Continuous, model: Model, config: SamplerConfig, x_T: NCHW, generator: torch.Generator) -> NCHW:
+    """The same with the mean of the slopes at t and s, but for the last step; of `edm` it is `heun`."""
+    return _follow(process, model, config.steps, x_T, corrects=True)
+
+
+def churn(process: Continuous, model: Model, config: SamplerConfig, x_T: NCHW, generator: torch.Generator) -> NCHW:
+    """Heun's rule with noise put back before each step: Karras et al. 2022, Algorithm 2, in y = x_0 + sigma eps.
+
+    sigma^ = (1 + gamma) sigma, y^ = y + sqrt(sigma^^2 - sigma^2) S_noise z, gamma = min(S_churn / N, sqrt(2) - 1) where
+    S_tmin <= sigma <= S_tmax, and 0 elsewhere; then Heun's step from sigma^. Levels are those of `heun`.
+    """
+    steps = config.steps
+    assert steps, "a continuous process has no T times to be the steps"
+    sigmas = [0.0, *power(*process.ends, max(steps, 2))[-steps:].tolist()]
+    most = min(config.churn / steps, 2**0.5 - 1)
+    y = x_T.double() * process.prior_variance(sigmas[-1]) ** 0.5
+
+    def slope(y: NCHW, sigma: float) -> NCHW:
+        return flow.eps_at(process, model, y, torch.full((len(y),), sigma, dtype=torch.float64, device=y.device))
+
+    for level in range(steps, 0, -1):
+        sigma, below = sigmas[level], sigmas[level - 1]
+        if most > 0 and config.churn_min <= sigma <= config.churn_max:
+            raised = (1 + most) * sigma
+            z = _draw_normal_like(y, generator)
+            y, sigma = y + (raised**2 - sigma**2) ** 0.5 * config.churn_noise * z, raised
+        eps = slope(y, sigma)
+        reached = y + (below - sigma) * eps
+        y = reached if level == 1 else y + (below - sigma) * (eps + slope(reached, below)) / 2
+    return y
+
+
+def ode(process: AnyProcess, model: Model, config: SamplerConfig, x_T: NCHW, generator: torch.Generator) -> Drawn:
     """The flow by a solver with error control (`flow.solve`) down to sigma_1, then x_0_hat."""
-    solution = flow.solve(process, model, x_T.double() * float(process.alpha_bar[-1] ** -0.5), config.tolerance)
-    sigma = process.noise_level[:1].to(x_T.device).expand(len(x_T))
+    low, high = process.ends
+    solution = flow.solve(process, model, x_T.double() * process.prior_variance(high) ** 0.5, config.tolerance)
+    sigma = torch.full((len(x_T),), low, dtype=torch.float64, device=x_T.device)
     x_0 = solution.y - spread(sigma, solution.y) * flow.eps_at(process, model, solution.y, sigma)
     return Drawn(x_0.float(), solution.evaluations.cpu() + 1)
 

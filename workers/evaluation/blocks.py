@@ -81,15 +81,18 @@ def count_nll_images(m: Measurement, images: Images) -> int:
 
 
 def count_strata(m: Measurement) -> int | None:
-    """Timesteps sampled an image, besides t = 1; None where every t is measured."""
+    """Timesteps sampled an image, besides t = 1 or the least real t; None where every t is measured."""
     assert m.evaluation.nll
     timesteps = m.evaluation.nll.timesteps
+    if m.T is None:
+        assert timesteps != "all", "a continuous process has no T times that could all be measured"
+        return timesteps - 1
     return None if timesteps == "all" or timesteps >= m.T else max(1, timesteps - 1)
 
 
 def count_time_blocks(m: Measurement) -> int:
     """Blocks that share the same images."""
-    return 1 if count_strata(m) is not None else math.ceil(m.T / TIMES)
+    return 1 if m.T is None or count_strata(m) is not None else math.ceil(m.T / TIMES)
 
 
 def list_nll_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:

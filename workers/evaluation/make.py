@@ -21,10 +21,12 @@ from workers.config import FIDConfig, Measurement
 from workers.data.dataset import Dataset
 from workers.data.pixels import QUANTISERS, to_model
 from workers.diffusion.flow import integrate_log_density
+from workers.diffusion.formulations import AnyProcess, Continuous
 from workers.diffusion.guidance import tell_labels
+from workers.diffusion.integral import draw_real_times, measure
 from workers.diffusion.likelihood import draw_stratified_times, list_all_times, measure_pairs
 from workers.diffusion.predictions import Denoiser
-from workers.diffusion.process import Prediction, Process
+from workers.diffusion.process import Prediction
 from workers.diffusion.samplers import draw
 from workers.evaluation import blocks
 from workers.evaluation.blocks import Block, count_strata, count_time_blocks
@@ -50,7 +52,7 @@ class LoadedModel:
     """A loaded checkpoint on its device."""
 
     network: Denoiser
-    process: Process
+    process: AnyProcess
     device: torch.device
     precision: str = "float32"
 
@@ -103,15 +105,20 @@ def move_to_device(network: N, device: torch.device) -> N:
     return moved
 
 
-def make_measured_process(m: Measurement, process: Process) -> Process:
+def make_measured_process(m: Measurement, process: AnyProcess) -> AnyProcess:
     """The checkpoint's process with the variance that the measurement asks for."""
+    if isinstance(process, Continuous):
+        return process
     return replace(process, variance=m.evaluation.variance) if m.evaluation.variance else process
 
 
 def make_nll_block(bench: Bench, block: Block) -> pa.Table:
-    """|x_0 - x_0_hat|^2 and decoder terms of IMAGES x TIMES pairs: a row a pair."""
+    """|x_0 - x_0_hat|^2 and decoder terms of IMAGES x TIMES pairs: a row a pair. Of real t see `_make_integral`."""
     m, dataset, model = bench.m, bench.dataset, bench.model
     assert m.evaluation.nll and m.T == model.process.T, (m.T, model.process.T)
+    if isinstance(model.process, Continuous):
+        return _make_integral(bench, model.process, block)
+    assert m.T is not None
     i, j = divmod(block.number, count_time_blocks(m))
     image = np.arange(i * blocks.IMAGES, min((i + 1) * blocks.IMAGES, len(dataset.held_out)))
     where = (m.seed, "nll", i, j)
@@ -131,6 +138,20 @@ def make_nll_block(bench: Bench, block: Block) -> pa.Table:
     rows, weight = (pairs, t.reshape(-1)), weight.reshape(-1)
     ledger = measure_pairs(model.process, told, x_0, *rows, weight=weight, noise=noise, levels=dataset.levels)
     return ledger.make_table()
+
+
+def _make_integral(bench: Bench, process: Continuous, block: Block) -> pa.Table:
+    """The terms of the bound in continuous time, of IMAGES images at sampled t: a row a pair (`RealLedger`)."""
+    m, dataset, model = bench.m, bench.dataset, bench.model
+    nll, strata = m.evaluation.nll, count_strata(m)
+    assert nll and strata is not None
+    image = np.arange(block.number * blocks.IMAGES, min((block.number + 1) * blocks.IMAGES, len(dataset.held_out)))
+    where = (m.seed, "nll", block.number, 0)
+    drawn = draw_real_times(process, strata, len(image), make_generator(*where, "t"), nll.proposal)
+    x_0 = to_model(torch.from_numpy(np.array(dataset.held_out[image])), dataset.levels).to(model.device)
+    labels = None if dataset.held_out_labels is None else dataset.held_out_labels[np.repeat(image, strata + 1)]
+    told, noise = tell_labels(model.predict, model.place_labels(labels)), make_generator(*where, "eps")
+    return measure(process, told, x_0, image, drawn=drawn, noise=noise, levels=dataset.levels).make_table()
 
 
 def make_ode_nll_block(bench: Bench, block: Block) -> pa.Table:

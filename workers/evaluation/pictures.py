@@ -9,6 +9,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from workers.config import SamplerConfig
+from workers.diffusion.formulations import AnyProcess
 from workers.diffusion.guidance import take_rows
 from workers.diffusion.ledger import compute_rate_distortion
 from workers.diffusion.likelihood import compute_squared_norms, list_all_times, measure_pairs
@@ -24,7 +25,7 @@ ByTime = Float64[np.ndarray, "T"]
 
 @torch.no_grad()
 def draw_progressive(
-    process: Process, model: Model, config: SamplerConfig, x_T: NCHW, generator: torch.Generator, *, frames: int
+    process: AnyProcess, model: Model, config: SamplerConfig, x_T: NCHW, generator: torch.Generator, *, frames: int
 ) -> Frames:
     """x_0_hat along the chain of each sample, evenly spaced, the sample last (figure 6)."""
     seen: list[Tensor] = []

@@ -11,6 +11,7 @@ their own: eval/density_bpd, density_per_image, eval/ode_density_bpd.
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -24,8 +25,11 @@ from workers.config import FIDConfig, Measurement
 from workers.data.dataset import Dataset
 from workers.data.pixels import to_model
 from workers.data.ranges import compute_unit_bits
+from workers.diffusion.formulations import AnyProcess, Continuous
+from workers.diffusion.integral import RealLedger, compute_integral_bound
 from workers.diffusion.ledger import (
     OPTIMAL,
+    Bound,
     Ledger,
     compute_bits_by_t,
     compute_bound,
@@ -59,7 +63,7 @@ from workers.evaluation.make import make_measured_process, read_block
 from workers.identity import describe_sampler
 from workers.kinds import MEASURES, SAMPLERS
 from workers.passes import count_evaluations
-from workers.shapes import Features
+from workers.shapes import NCHW, Features
 from workers.storage import Storage
 
 Blocks = list[Float[np.ndarray, "_ d"]]  # of features
@@ -70,7 +74,13 @@ NEIGHBOURS = 10_000  # samples and images that precision and recall take at most
 
 
 def summarise(
-    storage: Storage, m: Measurement, dataset: Dataset, process: Process, checkpoint: str, *, space: FeatureSpace | None
+    storage: Storage,
+    m: Measurement,
+    dataset: Dataset,
+    process: AnyProcess,
+    checkpoint: str,
+    *,
+    space: FeatureSpace | None,
 ) -> dict[str, Any]:
     """The metrics of a checkpoint from its blocks, all of which must be there. Raises DamagedBlock.
 
@@ -84,43 +94,65 @@ def summarise(
         return table
 
     process, ema = make_measured_process(m, process), m.ema if m.evaluation.ema is None else m.evaluation.ema
-    subject = {"checkpoint": checkpoint, "ema": ema, "T": process.T, "variance": process.variance, "seed": m.seed}
+    subject = {"checkpoint": checkpoint, "ema": ema, **process.describe(), "seed": m.seed}
     conditional = {"labels": OWN_LABELS} if m.labels else {}
     summary: dict[str, Any] = {"metrics": {}, "passports": {}}
     images = Images.of(dataset)
     if m.evaluation.nll:
         tables = [read(block) for block in blocks.list_nll_blocks(m, checkpoint, images)]
-        _add(summary, _summarise_likelihood(m, dataset, process, Ledger.join([Ledger.from_table(t) for t in tables])))
+        if isinstance(process, Continuous):
+            _add(summary, _summarise_integral(m, dataset, process, RealLedger.join(tables)))
+        else:
+            whole = Ledger.join([Ledger.from_table(t) for t in tables])
+            _add(summary, _summarise_likelihood(m, dataset, process, whole))
         one_step = {"sigma_1^2": "beta_1: there is no beta_tilde_2"} if process.T == 1 else {}
         summary["passports"]["nll"]["subject"] = subject | conditional | ({} if process.learned else one_step)
     if m.evaluation.ode_nll:
         n = blocks.count_ode_nll_images(m, images)
         tables = [read(block) for block in blocks.list_ode_nll_blocks(m, checkpoint, images)]
-        _add(summary, _summarise_ode_likelihood(m, dataset, pa.concat_tables(tables).slice(0, n)))
+        _add(summary, _summarise_ode_likelihood(m, dataset, process, pa.concat_tables(tables).slice(0, n)))
         mean = _average_evaluations(tables, n)
         summary["passports"]["ode_nll"]["subject"] = {**subject, **conditional, "network_evaluations": mean}
-    if fid := m.evaluation.fid:
+    if m.evaluation.fid:
         assert space
-        samples = [_stack_features(read(b)) for b in blocks.list_feature_blocks(m, checkpoint, images)]
-        real = [_stack_features(read(b)) for b in list_reference_blocks(m, images)]
-        last = fid.samples - (len(samples) - 1) * blocks.SAMPLES
-        last_real = count_reference_images(fid, images) - (len(real) - 1) * blocks.REAL
-        samples[-1], real[-1] = samples[-1][:last], real[-1][:last_real]
-        _add(summary, _summarise_fidelity(m, fid, dataset, space, samples=samples, real=real))
-        count: float | None = count_evaluations(fid.sampler, process.T)
-        if count is None:
-            count = _average_evaluations(
-                [read(b) for b in blocks.list_sample_blocks(m, checkpoint, images)], fid.samples
-            )
-        drawn = {"labels": "in the proportions of the training images, by the sample's number"} if m.labels else {}
-        summary["passports"]["samples"]["subject"] = {**subject, **drawn, "network_evaluations": count}
-        summary["metrics"]["eval/network_evaluations"] = count
+        _add(summary, _summarise_samples(m, dataset, process, checkpoint, read=read, space=space, subject=subject))
     if not m.evaluation.measures:
         return summary
     # The same blocks give other numbers where fewer images of the last are asked for.
     protocols = {kind: passport["protocol"] for kind, passport in summary["passports"].items()}
     sha256.update(json.dumps(protocols, sort_keys=True).encode())
     return {**summary, "hash": sha256.hexdigest()[:16]}
+
+
+def _summarise_samples(
+    m: Measurement,
+    dataset: Dataset,
+    process: AnyProcess,
+    checkpoint: str,
+    *,
+    read: Callable[[Block], pa.Table],
+    space: FeatureSpace,
+    subject: dict[str, Any],
+) -> dict[str, Any]:
+    """What is measured of samples, and how they were drawn."""
+    fid, images = m.evaluation.fid, Images.of(dataset)
+    assert fid
+    samples = [_stack_features(read(b)) for b in blocks.list_feature_blocks(m, checkpoint, images)]
+    real = [_stack_features(read(b)) for b in list_reference_blocks(m, images)]
+    last = fid.samples - (len(samples) - 1) * blocks.SAMPLES
+    last_real = count_reference_images(fid, images) - (len(real) - 1) * blocks.REAL
+    samples[-1], real[-1] = samples[-1][:last], real[-1][:last_real]
+    found = _summarise_fidelity(m, fid, dataset, space, samples=samples, real=real)
+    passport = found["passports"]["samples"]
+    if times := _describe_times(process, SAMPLERS[fid.sampler.kind].form):
+        passport["protocol"]["times"] = times
+    count: float | None = count_evaluations(fid.sampler, process.T)
+    if count is None:
+        count = _average_evaluations([read(b) for b in blocks.list_sample_blocks(m, checkpoint, images)], fid.samples)
+    drawn = {"labels": "in the proportions of the training images, by the sample's number"} if m.labels else {}
+    passport["subject"] = {**subject, **drawn, "network_evaluations": count}
+    found["metrics"]["eval/network_evaluations"] = count
+    return found
 
 
 def _add_to_digest(sha256: Any, table: pa.Table) -> None:
@@ -145,17 +177,48 @@ def _add(summary: dict[str, Any], part: dict[str, Any]) -> None:
         summary[name] = {**summary[name], **value} if name in ("metrics", "passports") else value
 
 
-def _summarise_likelihood(m: Measurement, dataset: Dataset, process: Process, whole: Ledger) -> dict[str, Any]:
+def _take_held_out(m: Measurement, dataset: Dataset) -> NCHW:
+    """The images that the bound is measured on."""
     n = blocks.count_nll_images(m, Images.of(dataset))
-    x_0 = to_model(torch.from_numpy(np.array(dataset.held_out[:n])), dataset.levels)
-    ledger, norms, dimensions = whole.take_first(n), compute_squared_norms(x_0), x_0[0].numel()
-    result, name = compute_bound(process, ledger, norms, dimensions), name_likelihood(dataset.levels)
-    metrics = {
-        **_name_with_error(f"eval/{name}_bpd", result.mean, result.standard_error),
-        f"eval/{name}_prior_bpd": float(result.prior.mean()),
-        f"eval/{name}_diffusion_bpd": float(result.diffusion.mean()),
-        f"eval/{name}_decoder_bpd": float(result.decoder.mean()),
+    return to_model(torch.from_numpy(np.array(dataset.held_out[:n])), dataset.levels)
+
+
+def _name_bound(name: str, bound: Bound) -> dict[str, float]:
+    """A bound and its parts as metrics."""
+    return {
+        **_name_with_error(f"eval/{name}_bpd", bound.mean, bound.standard_error),
+        f"eval/{name}_prior_bpd": float(bound.prior.mean()),
+        f"eval/{name}_diffusion_bpd": float(bound.diffusion.mean()),
+        f"eval/{name}_decoder_bpd": float(bound.decoder.mean()),
     }
+
+
+def _summarise_integral(m: Measurement, dataset: Dataset, process: Continuous, whole: RealLedger) -> dict[str, Any]:
+    """The bound in continuous time, which has a name and a protocol of its own."""
+    x_0, nll, strata = _take_held_out(m, dataset), m.evaluation.nll, count_strata(m)
+    assert nll and strata is not None
+    norms, name = compute_squared_norms(x_0), name_likelihood(dataset.levels)
+    bound = compute_integral_bound(process, whole.take_first(len(x_0)), norms, x_0[0].numel())
+    low, high = process.ends
+    protocol = {
+        "version": blocks.VERSION, "data": dataset.digest, "split": "held_out", "images": len(x_0),
+        **_describe_values(dataset), "dropped": 0, "time": f"continuous, sigma from {low:.4g} to {high:.4g}",
+        "timesteps": f"{strata + 1}, {nll.proposal}", "precision": m.evaluation.precision,
+        "x_0_hat": "clipped to [-1, 1]",
+        "decoder": f"{'Gaussian density' if name == 'density' else 'discrete'} around x_0_hat with the least sigma",
+    }  # fmt: skip
+    return {
+        "metrics": _name_bound(f"continuous_{name}", bound),
+        "passports": {"nll": {"protocol": protocol}},
+        f"{name}_per_image": bound.total.tolist(),
+    }
+
+
+def _summarise_likelihood(m: Measurement, dataset: Dataset, process: Process, whole: Ledger) -> dict[str, Any]:
+    x_0 = _take_held_out(m, dataset)
+    n, ledger, norms, dimensions = len(x_0), whole.take_first(len(x_0)), compute_squared_norms(x_0), x_0[0].numel()
+    result, name = compute_bound(process, ledger, norms, dimensions), name_likelihood(dataset.levels)
+    metrics = _name_bound(name, result)
     sampled, nll = count_strata(m), m.evaluation.nll
     assert nll
     protocol = {
@@ -190,7 +253,7 @@ def _summarise_likelihood(m: Measurement, dataset: Dataset, process: Process, wh
     }
 
 
-def _summarise_ode_likelihood(m: Measurement, dataset: Dataset, table: pa.Table) -> dict[str, Any]:
+def _summarise_ode_likelihood(m: Measurement, dataset: Dataset, process: AnyProcess, table: pa.Table) -> dict[str, Any]:
     ode, n = m.evaluation.ode_nll, len(table)
     assert ode
     bits = table["nats"].to_numpy() / (np.prod(dataset.shape) * np.log(2))
@@ -200,7 +263,8 @@ def _summarise_ode_likelihood(m: Measurement, dataset: Dataset, table: pa.Table)
         "version": blocks.VERSION, "data": dataset.digest, "split": "held_out", "images": n,
         **_describe_values(dataset), "dropped": 0, "trace": f"Hutchinson's, {ode.probes} of +-1",
         "dequantised": "uniformly over a level's bin" if dataset.levels else "not, as the data are not discrete",
-        "solver": f"Dormand-Prince from sigma_1 to sigma_T, tolerance {ode.tolerance:g}", "times": BETWEEN,
+        "solver": f"Dormand-Prince from sigma_1 to sigma_T, tolerance {ode.tolerance:g}",
+        "times": _describe_times(process, "whole"),
         "x_0_hat": "not clipped",
     }  # fmt: skip
     return {"metrics": metrics, "passports": {"ode_nll": {"protocol": protocol}}, f"{name}_per_image": bits.tolist()}
@@ -216,6 +280,13 @@ def _describe_values(dataset: Dataset) -> dict[str, Any]:
         "values": f"real; {low:.9g} to {high:.9g} is [-1, 1]",
         "units": f"of the density on [-1, 1]; add {compute_unit_bits(dataset.span):.9g} bits/dim for the data's own",
     }
+
+
+def _describe_times(process: AnyProcess, form: str) -> str:
+    """At which t a sampler of this form asks the network; of a chain's step it goes without saying."""
+    if isinstance(process, Continuous):
+        return "real t, as trained"
+    return {"step": "", "levels": "levels moved to the nearest trained t"}.get(form, BETWEEN)
 
 
 def _average_evaluations(tables: list[pa.Table], n: int) -> float:
@@ -238,8 +309,6 @@ def _summarise_fidelity(
         "x_0_hat": "clipped to [-1, 1]" if sampler.clips else "not clipped",
         "quantised": _describe_quantised(fid, dataset), "dropped": 0,
     }  # fmt: skip
-    if sampler.form != "step":
-        protocol["times"] = BETWEEN if sampler.form == "whole" else "levels moved to the nearest trained t"
     warnings = [
         f"{count} {what} are not more than the {len(ours.mean)} dimensions of {fid.features}: their covariance is "
         "singular, and most of the distance may be their small number"

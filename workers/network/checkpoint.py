@@ -2,17 +2,18 @@
 
     step-00002000/  model_index.json
                     unet/config.json, unet/diffusion_pytorch_model.safetensors     the EMA weights: those to evaluate
-                    scheduler/scheduler_config.json                                T, betas, prediction, variance
+                    scheduler/scheduler_config.json                                T, betas, prediction, variance;
+                                                                                   or that of a continuous formulation
                     averages/0.99.safetensors                                      EMA weights of other lengths
                     state/training.safetensors, state/progress.json                raw weights and Adam's moments
                     state/journal.jsonl                                            the journal up to this step
                     manifest.json                                                  written last
 
 `DDPMPipeline.from_pretrained` opens such a folder; of a network that is told labels its unet alone is of use, as that
-pipeline has none to tell. The other way round, `open_folder` opens what diffusers saves of an
-unconditional model on pixels: the same layout without state and manifest, or its files side by side; the weights in
-one file, in several with an index, or as a variant such as fp16 where that is all there is. Safetensors only: no pickle
-is ever loaded.
+pipeline has none to tell, and of EDM its unet and its scheduler, as it would not feed them. The other way round,
+`open_folder` opens what diffusers saves of an unconditional model on pixels: the same layout without state and
+manifest, or its files side by side; the weights in one file, in several with an index, or as a variant such as fp16
+where that is all there is. Safetensors only: no pickle is ever loaded.
 """
 
 import json
@@ -32,6 +33,7 @@ from workers import consent
 from workers.bundles import keep_code
 from workers.classes import Classes
 from workers.config import Mistake
+from workers.diffusion.formulations import AnyProcess, Continuous
 from workers.diffusion.gaussian import GaussianDenoiser
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Process
@@ -39,6 +41,7 @@ from workers.network.build import CLASS, Unfolding, build_network, is_foreign
 from workers.network.diffusers_config import (
     VERSION,
     Scheduler,
+    is_continuous,
     make_scheduler_config,
     read_foreign,
     read_gaussian,
@@ -87,9 +90,9 @@ class Description:
     """What the config files say of a checkpoint."""
 
     shape: tuple[int, int, int]  # height, width, channels of an image, as `Dataset.shape`
-    T: int
-    prediction: str  # a name in workers.diffusion.predictions.PREDICTIONS
-    variance: str  # a name in workers.kinds.VARIANCES
+    T: int | None  # None where it is continuous
+    prediction: str  # a name in workers.diffusion.predictions.PREDICTIONS; of a continuous formulation its own
+    variance: str  # a name in workers.kinds.VARIANCES; of a continuous formulation empty
     clip: bool  # whether the model's own scheduler clips x_0_hat to [-1, 1]
     parameters: int
     classes: Classes | None = None  # that its network is told
@@ -103,7 +106,7 @@ class Snapshot:
 
     step: int
     unet_config: dict[str, Any]
-    process: Process
+    process: AnyProcess
     prediction: str = "eps"
     ema: Mapping[str, Tensor]
     averages: Mapping[float, Mapping[str, Tensor]] = field(default_factory=dict)
@@ -118,11 +121,12 @@ def save(storage: Storage, folder: str, snapshot: Snapshot, kept: bool = False) 
     A checkpoint is kept whose step is asked for by a row of a sweep.
     """
     path = f"{folder}/{name_step(snapshot.step)}"
+    scheduler = make_scheduler_config(snapshot.process, snapshot.prediction)
     files = {
-        INDEX: _make_index(snapshot.unet_config),
+        INDEX: _make_index(snapshot.unet_config, scheduler),
         UNET: _write_json(snapshot.unet_config),
         WEIGHTS: _write_tensors(snapshot.ema),
-        SCHEDULER: _write_json(make_scheduler_config(snapshot.process, snapshot.prediction)),
+        SCHEDULER: _write_json(scheduler),
         STATE: _write_tensors(snapshot.state),
         PROGRESS: _write_json({**snapshot.progress, "step": snapshot.step}),
         JOURNAL: snapshot.journal,
@@ -192,15 +196,16 @@ def describe(checkpoint: Checkpoint) -> Description:
     process = scheduler.process
     parameters = sum(p.numel() for p in unet.parameters())
     told = Denoiser(unet, process, scheduler.prediction)
-    of = shape, process.T, scheduler.prediction, process.variance, scheduler.clip, parameters
+    variance = process.variance if isinstance(process, Process) else ""
+    of = shape, process.T, scheduler.prediction, variance, scheduler.clip, parameters
     return Description(*of, told.classes, told.takes_no_label, unet.sides if isinstance(unet, Unfolding) else ())
 
 
-def load(checkpoint: Checkpoint) -> tuple[Denoiser, Process]:
+def load(checkpoint: Checkpoint) -> tuple[Denoiser, AnyProcess]:
     """The model as a module in eval mode, and its process.
 
-    The module is called as a `Model` is, with t in 1..T, and returns a `Prediction` whatever its network predicts; its
-    weights are float32. Raises CheckpointError where bytes are damaged or of another kind of model.
+    The module is called as a `Model` is, with t in 1..T or real t, and returns a `Prediction` whatever its network
+    predicts; its weights are float32. Raises CheckpointError where bytes are damaged or of another kind of model.
     """
     unet, scheduler, _ = _load_configured(checkpoint)
     if isinstance(unet, GaussianDenoiser):
@@ -228,11 +233,11 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
     `DDPMPipeline.from_pretrained` and `open_folder` open it. Raises CheckpointError where bytes are damaged.
     """
     config, scheduler = (read_object(read_file(checkpoint, of), find_url(checkpoint, of)) for of in (UNET, SCHEDULER))
-    kinds = (config.get(CLASS), scheduler.get("prediction_type"), scheduler.get("variance_type"))
+    kinds = (config.get(CLASS), scheduler.get(CLASS), scheduler.get("prediction_type"), scheduler.get("variance_type"))
     keep_code(Storage(folder), (kind for kind in kinds if isinstance(kind, str)))
     for name in (INDEX, *EVALUATED):
         if name == INDEX:
-            content = _make_index(config)
+            content = _make_index(config, scheduler)
         elif name == WEIGHTS and checkpoint.weights.endswith(".json"):
             content = _write_tensors(_load_weights(checkpoint, checkpoint.weights))
         else:
@@ -241,7 +246,7 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def load_process(checkpoint: Checkpoint) -> Process:
+def load_process(checkpoint: Checkpoint) -> AnyProcess:
     """The process alone, from the config files. Raises CheckpointError as `load` does."""
     return _load_configured(checkpoint)[1].process
 
@@ -252,14 +257,15 @@ def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Ten
     return _load_weights(checkpoint, WEIGHTS), _load_weights(checkpoint, STATE), progress
 
 
-def _make_index(config: Mapping[str, Any]) -> bytes:
-    """What diffusers opens; of a network that is not ours it has no class."""
+def _make_index(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> bytes:
+    """What diffusers opens; of a network or a formulation that is not ours it has no class."""
+    name = scheduler[CLASS] if is_continuous(scheduler.get(CLASS)) else "DDPMScheduler"
     unet = [config[CLASS].partition(":")[0], config[CLASS]] if is_foreign(config) else ["diffusers", "UNet2DModel"]
     return _write_json(
         {
             "_class_name": "DDPMPipeline",
             "_diffusers_version": VERSION,
-            "scheduler": ["diffusers", "DDPMScheduler"],
+            "scheduler": [name.partition(":")[0] if ":" in name else "diffusers", name],
             "unet": unet,
         }
     )
@@ -271,6 +277,8 @@ def _load_configured(checkpoint: Checkpoint) -> tuple[nn.Module, Scheduler, tupl
     if config.get("_class_name") == "GaussianDenoiser":  # the canary's
         shape, beside = _read_meant(where, read_gaussian, config), find_url(checkpoint, SCHEDULER)
         scheduler = _read_meant(beside, read_scheduler, read_object(read_file(checkpoint, SCHEDULER), beside))
+        if not isinstance(scheduler.process, Process):
+            raise CheckpointError(f"{beside}: a GaussianDenoiser goes with a process of T times")
         return GaussianDenoiser(config, scheduler.process), scheduler, shape
     shape = _read_meant(where, read_foreign if is_foreign(config) else read_network, config)
     try:
@@ -281,8 +289,9 @@ def _load_configured(checkpoint: Checkpoint) -> tuple[nn.Module, Scheduler, tupl
     where = find_url(checkpoint, SCHEDULER)
     scheduler = _read_meant(where, read_scheduler, read_object(read_file(checkpoint, SCHEDULER), where))
     if (config["out_channels"] == 2 * config["in_channels"]) != scheduler.process.learned:
+        variance = "none" if isinstance(scheduler.process, Continuous) else scheduler.process.variance
         raise CheckpointError(
-            f"{where}: the variance is {scheduler.process.variance}, but the network beside it has out_channels "
+            f"{where}: the variance is {variance}, but the network beside it has out_channels "
             f"{config['out_channels']} for in_channels {config['in_channels']}: a learned variance takes twice as "
             "many, a fixed one as many"
         )

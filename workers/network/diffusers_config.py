@@ -7,16 +7,20 @@ key that is not known is passed over.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from workers.config import ScheduleConfig
+from workers.code import drop_pin
+from workers.config import DiffusionConfig, ScheduleConfig
 from workers.diffusion import schedules
+from workers.diffusion.formulations import TIMES_TOLD, AnyProcess, Continuous
 from workers.diffusion.process import Process
-from workers.kinds import PREDICTIONS, VARIANCES
+from workers.entries import is_outside
+from workers.identity import collect_settings_read
+from workers.kinds import FORMULATIONS, PREDICTIONS, VARIANCES
 from workers.network.unet_config import DEFAULTS
 from workers.sides import fold
 
@@ -63,11 +67,15 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "KDPM2DiscreteScheduler": _LATENT_BETAS,
     "KDPM2AncestralDiscreteScheduler": _LATENT_BETAS,
 }
+# Schedulers of continuous formulations. Shifts, orders and spacings are sampling here too.
+CONTINUOUS = {
+    "EDMEulerScheduler": "edm",
+    "EDMDPMSolverMultistepScheduler": "edm",
+    "FlowMatchEulerDiscreteScheduler": "flow",
+    "FlowMatchHeunDiscreteScheduler": "flow",
+}
+WRITTEN = {"edm": "EDMEulerScheduler", "flow": "FlowMatchEulerDiscreteScheduler"}
 OTHER_SCHEDULERS = {
-    "FlowMatchEulerDiscreteScheduler": "flow matching: straight paths from noise to data, a velocity for eps",
-    "FlowMatchHeunDiscreteScheduler": "flow matching: straight paths from noise to data, a velocity for eps",
-    "EDMEulerScheduler": "EDM (Karras et al. 2022): continuous sigmas and a preconditioned network",
-    "EDMDPMSolverMultistepScheduler": "EDM (Karras et al. 2022): continuous sigmas and a preconditioned network",
     "KarrasVeScheduler": "variance exploding (Karras et al. 2022): continuous sigmas, x_t is not scaled down",
     "ScoreSdeVeScheduler": "a score SDE, variance exploding (Song et al. 2020b): x_t is not scaled down",
     "ScoreSdeVpScheduler": "a score SDE in continuous time (Song et al. 2020b): it has no beta_1..beta_T",
@@ -140,12 +148,34 @@ class _Scheduler(_Config):
     use_flow_sigmas: bool = False
 
 
+class _EDM(_Config):
+    """The fields of the config of diffusers' schedulers of EDM that say what was trained, with their defaults."""
+
+    sigma_min: Annotated[float, Field(gt=0)] = 0.002
+    sigma_max: Annotated[float, Field(gt=0)] = 80.0
+    sigma_data: Annotated[float, Field(gt=0)] = 0.5
+    prediction_type: Literal["epsilon"] = "epsilon"  # v_prediction has c_out of the other sign
+
+
+class _Flow(_Config):
+    """The same of flow matching: the network is told t times the number of them."""
+
+    num_train_timesteps: Literal[1000] = 1000  # TIMES_TOLD
+    invert_sigmas: Literal[False] = False
+
+
+class _Outside(_Config):
+    """The fields of the config of a formulation from outside."""
+
+    settings: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Scheduler:
     """What a scheduler's config says of the model."""
 
-    process: Process
-    prediction: str  # a name in workers.diffusion.predictions.PREDICTIONS
+    process: AnyProcess
+    prediction: str  # a name in workers.diffusion.predictions.PREDICTIONS; of a continuous formulation its own
     clip: bool  # whether its own sampling clips x_0_hat to [-1, 1]
 
 
@@ -210,9 +240,11 @@ def read_gaussian(config: dict[str, Any]) -> tuple[int, int, int]:
 def read_scheduler(config: dict[str, Any]) -> Scheduler:
     """The process, prediction and clipping of a scheduler's config. Raises ValueError with all mistakes."""
     name = config.get("_class_name", "DDPMScheduler")
+    if is_continuous(name):
+        return _read_continuous(name, config)
     if not isinstance(name, str) or name not in SCHEDULERS:
         what = OTHER_SCHEDULERS.get(str(name), "not known here as a scheduler of the process of Ho et al. 2020")
-        raise ValueError(f"_class_name: {name!r} is {what}; choose from {list(SCHEDULERS)}")
+        raise ValueError(f"_class_name: {name!r} is {what}; choose from {[*SCHEDULERS, *CONTINUOUS]}")
     s = _check_config(_Scheduler, {**SCHEDULERS[name], **config})
     variance = s.variance_type or "fixed_small"  # most schedulers have none; it is DDPMScheduler's default
     mistakes = [
@@ -257,11 +289,48 @@ def read_scheduler(config: dict[str, Any]) -> Scheduler:
     return Scheduler(process, PREDICTION_TYPES.get(s.prediction_type, s.prediction_type), s.clip_sample)
 
 
-def make_scheduler_config(process: Process, prediction: str = "eps") -> dict[str, Any]:
-    """The config of a diffusers DDPMScheduler that samples the same process.
+def is_continuous(name: Any) -> bool:
+    """Whether the scheduler of this class is of a continuous formulation, of diffusers or from outside."""
+    if not isinstance(name, str):
+        return False
+    own = FORMULATIONS.get(drop_pin(name))
+    return name in CONTINUOUS or is_outside(name) or bool(own and own.continuous)
+
+
+def _read_continuous(name: str, config: dict[str, Any]) -> Scheduler:
+    """Of a scheduler of continuous time. What the noise levels of the training were, it does not say."""
+    formulation, settings = CONTINUOUS.get(name, name), dict[str, Any]()
+    if formulation == name:
+        settings = _check_config(_Outside, config).settings
+    elif formulation == "edm":
+        settings = _check_config(_EDM, config).model_dump(exclude={"prediction_type"})
+    else:
+        _check_config(_Flow, config)
+    diffusion = _check_config(DiffusionConfig, {"formulation": formulation, **settings})
+    process = Continuous.of(diffusion)
+    if process.ends[0] >= process.ends[1]:
+        raise ValueError(f"the noise levels go from {process.ends[0]} to {process.ends[1]}; the second must be larger")
+    return Scheduler(process, diffusion.formulation, False)
+
+
+def _make_continuous_config(process: Continuous) -> dict[str, Any]:
+    """Of edm and flow that of a scheduler of diffusers' that samples with the same network; else one of our own."""
+    name = process.config.formulation
+    settings = {n: v for n, v in collect_settings_read(process.config).items() if n != "formulation"}
+    if name not in WRITTEN:
+        return {"_class_name": name, "settings": settings}
+    fields = {"edm": ("sigma_min", "sigma_max", "sigma_data"), "flow": ()}[name]
+    own = {field: settings[field] for field in fields}
+    return {"_class_name": WRITTEN[name], "_diffusers_version": VERSION, "num_train_timesteps": TIMES_TOLD, **own}
+
+
+def make_scheduler_config(process: AnyProcess, prediction: str = "eps") -> dict[str, Any]:
+    """The config of a diffusers DDPMScheduler that samples the same process, or of one of continuous time.
 
     With the prediction `mu` it raises an error at its first step, and so does its sampling with a learned diagonal.
     """
+    if isinstance(process, Continuous):
+        return _make_continuous_config(process)
     variance = process.variance
     prediction_type = next((theirs for theirs, ours in PREDICTION_TYPES.items() if ours == prediction), prediction)
     variance_type = next((theirs for theirs, ours in VARIANCE_TYPES.items() if ours == variance), variance)
@@ -276,7 +345,7 @@ def make_scheduler_config(process: Process, prediction: str = "eps") -> dict[str
     }
 
 
-C = TypeVar("C", bound=_Config)
+C = TypeVar("C", bound=BaseModel)
 
 
 def _check_config(kind: type[C], config: dict[str, Any]) -> C:
