@@ -194,7 +194,7 @@ def test_masks_drawn_at_once_are_those_drawn_layer_by_layer() -> None:
     network = UNet(config, make_generator(0)).train()
     with torch.no_grad():
         for weights in network.parameters():  # some are zero at the start, behind which no mask shows
-            weights += 0.1
+            weights.add_(0.1)
     x, t = torch.randn(4, 1, 8, 8, generator=make_generator("x")), torch.arange(4)
 
     def draws() -> list[torch.Generator]:

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each line is a room, `workers` or `orchestrator` themselves where it names none; state stands above what uses it.
 ORDER = """
-    workers: seals syntax code entries continuous_kinds kinds sections sides bits mistakes warm_start
+    workers: seals syntax code entries process_kinds kinds sections sides bits mistakes warm_start
     workers: diffusion_settings config layout identity speed signals disk remote storage bundles sharing locks
     workers: noise memos pulse journal shapes pausing passes classes
     workers.data: splits hub mirror cache decoding tree shards built_in arrays parquet_files tar_files cifar10 idx
@@ -22,7 +22,8 @@ ORDER = """
     workers: peak world compiling first_weights learner conformity training calibration
     workers: ray_private jobs signs hosts ray_train data_parallel tasks
     orchestrator: interrupts streams cli ray_internals
-    orchestrator.experiment: settings metrics records starts expand needs continuous check load effort preflight dry_run profiles
+    orchestrator.experiment: settings metrics records starts expand needs continuous check load
+    orchestrator.experiment: effort preflight dry_run profiles
     orchestrator.state: rows events saved
     orchestrator.planning: changes decide deadline packing place makespan search
     orchestrator.measuring: differences seeds slowness subjects

@@ -1,9 +1,9 @@
 """The kinds that an experiment file can name: one entry each, which names the function and says all else of it.
 
-A new format of data, network, schedule, prediction, variance, objective, weighting, way of drawing t, sampler, feature
-space or metric of samples is one function and one entry here. Settings, checks, the JSON schema, the tables of docs/,
-plans of costs and dispatch follow from the entry. A function is named by "module:name" and imported where it is first
-used, so that a dry run imports no torch.
+A new format of data, network, objective, weighting, way of drawing t, sampler, feature space or metric of samples is
+one function and one entry here; that of a formulation, schedule, prediction or variance is in `workers.process_kinds`.
+Settings, checks, the JSON schema, the tables of docs/, plans of costs and dispatch follow from the entry. A function is
+named by "module:name" and imported where it is first used, so that a dry run imports no torch.
 
 A file of settings may name an entry from outside as `module:NAME` (`workers.code` says how it is found). An installed
 package may also bring kinds by an entry point of the group POINTS: a module that puts entries into these tables as it
@@ -15,9 +15,15 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from workers.continuous_kinds import FORMULATIONS as FORMULATIONS
-from workers.continuous_kinds import FormulationEntry as FormulationEntry
 from workers.entries import BrokenPackage, Entry, Kinds, register_for
+from workers.process_kinds import FORMULATIONS as FORMULATIONS
+from workers.process_kinds import PREDICTIONS as PREDICTIONS
+from workers.process_kinds import SCHEDULES as SCHEDULES
+from workers.process_kinds import VARIANCES as VARIANCES
+from workers.process_kinds import FormulationEntry as FormulationEntry
+from workers.process_kinds import PredictionEntry as PredictionEntry
+from workers.process_kinds import ScheduleEntry as ScheduleEntry
+from workers.process_kinds import VarianceEntry as VarianceEntry
 
 POINTS = "diffusion_orchestrator.kinds"
 
@@ -61,94 +67,6 @@ NETWORKS = Kinds(
         ),
     }
 )  # fmt: skip
-
-
-# ---- Noise schedules: (ScheduleConfig, T) -> beta_1..beta_T -----------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleEntry(Entry):
-    check: str = ""  # "module:name" of (ScheduleConfig, T) -> what is wrong with its settings
-    ends_at_zero: bool = False  # alpha_bar_T = 0 by design
-    more_noise: str = "take a larger T"  # what closes its prior gap, where it has no range to scale
-
-
-def _make_schedule(name: str, about: str, *reads: str, **more: Any) -> ScheduleEntry:
-    return ScheduleEntry(function=f"workers.diffusion.schedules:{name}", about=about, reads=reads, **more)
-
-
-_RANGE = ("beta_start", "beta_end", "scale")
-SCHEDULES = Kinds(
-    {
-        "linear": _make_schedule("linear", "beta_t linear in t (Ho et al. 2020)", *_RANGE),
-        "quadratic": _make_schedule("quadratic", "sqrt(beta_t) linear in t (Song et al. 2020a)", *_RANGE),
-        "constant": _make_schedule("constant", "beta_t = beta_end", "beta_end", "scale"),
-        "jsd": _make_schedule("jsd", "beta_t = 1 / (T - t + 1) (Sohl-Dickstein et al. 2015)", ends_at_zero=True),
-        "warmup10": _make_schedule("warmup10", "a linear rise over a tenth of the times, then beta_end", *_RANGE),
-        "warmup50": _make_schedule("warmup50", "a linear rise over half of the times, then beta_end", *_RANGE),
-        "cosine": _make_schedule("cosine", "alpha_bar_t a squared cosine (Nichol & Dhariwal 2021)"),
-        "sigmoid": _make_schedule("sigmoid", "beta_t a sigmoid in t (Xu et al. 2022)", *_RANGE),
-        "list": _make_schedule(
-            "given", "the betas of the file", "betas",
-            check="workers.diffusion.schedules:find_given_mistakes", more_noise="take larger betas",
-        ),
-        "log_snr": _make_schedule(
-            "log_snr", "log SNR_t linear in t (Kingma et al. 2021)", "log_snr_start", "log_snr_end",
-            check="workers.diffusion.schedules:find_log_snr_mistakes", more_noise="take a smaller log_snr_end",
-        ),
-    }
-)  # fmt: skip
-
-
-# ---- Predictions: a `workers.diffusion.predictions.Target` each ------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictionEntry(Entry):
-    without_signal: bool = True  # whether it determines x_0 where alpha_bar_t = 0
-    between_times: bool = True  # whether it means something at real t
-    in_bf16: bool = True  # whether bf16 has digits enough for it
-    diffusers: str = ""  # diffusers' name of it; its own where empty
-
-
-def _make_prediction(name: str, about: str, **more: Any) -> PredictionEntry:
-    return PredictionEntry(function=f"workers.diffusion.predictions:{name}", about=about, **more)
-
-
-PREDICTIONS = Kinds(
-    {
-        "eps": _make_prediction("EPS", "the noise (Ho et al. 2020, eq. 14)", without_signal=False, diffusers="epsilon"),
-        "x_0": _make_prediction("X_0", "the image", diffusers="sample"),
-        "mu": _make_prediction("MU", "the mean of the posterior (eq. 7)", between_times=False, in_bf16=False),
-        "v": _make_prediction("V", "the velocity (Salimans & Ho 2022)", diffusers="v_prediction"),
-    }
-)
-
-
-# ---- Variances of p_theta: (Process) -> sigma_1^2..sigma_T^2; learned: (Process, t, head) -> log sigma_t^2 -----------
-
-
-@dataclass(frozen=True, kw_only=True)
-class VarianceEntry(Entry):
-    learned: bool = False  # whether it is made of a second head of the network
-
-
-def _make_variance(name: str, about: str, **more: Any) -> VarianceEntry:
-    return VarianceEntry(function=f"workers.diffusion.process:{name}", about=about, **more)
-
-
-VARIANCES = Kinds(
-    {
-        "fixed_small": _make_variance("fixed_small", "beta_tilde_t, the best for a single point (Ho et al. 2020)"),
-        "fixed_large": _make_variance("fixed_large", "beta_t, the best for N(0, I) (Ho et al. 2020)"),
-        "learned": _make_variance(
-            "learned", "beta_t exp(head), each pixel its own (Ho et al. 2020, table 2)", learned=True
-        ),
-        "learned_range": _make_variance(
-            "learned_range", "between these two, in the logarithm (Nichol & Dhariwal 2021)", learned=True
-        ),
-    }
-)
 
 
 # ---- What is minimised: (Objective, Batch) -> losses by image; and (Process, LossConfig, own) -> weights by t --------

@@ -176,7 +176,7 @@ class _Loop:
         """
         training = self.trial.training
         point_every = max(1, training.validate_every // POINTS)
-        self._begin()
+        self._make_ready()
         first, busy = self.step, self.meter.now()
         self.clock.turn_to("training")
         while True:
@@ -202,7 +202,7 @@ class _Loop:
         images = (self.step - first) * training.batch_size // self.world.size
         self.meter.add(name_training_kind(training), images, self.meter.now() - busy)
 
-    def _begin(self) -> None:
+    def _make_ready(self) -> None:
         """Readies the network for the steps that follow."""
         if self.learner.network is None and self.learner.compiles:
             self.clock.turn_to("compiling")
