@@ -115,7 +115,7 @@ class Telling:
         self.console.print(make_table(rows, metric, self.console.width))
         if footnote := make_footnote(rows, metric):
             self.console.print(footnote, markup=False, highlight=False)
-        for line in list_closing_lines(rows):
+        for line in list_closing_lines(every):
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
         for row in every:
             if row.error:
