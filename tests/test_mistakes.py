@@ -74,7 +74,8 @@ EXPECTED = {
     "training.batch_size": "true is not a whole number of at least 1 and at most 65,536",
     "evaluation.nll.images": "'most' is not 'all' or a whole number of at least 1",
     "evaluation.nll.timesteps": "0 is not 'all' or a whole number of at least 2",
-    "search.metric": "across weightings, targets or T; valid: eval/nll_bpd, eval/fid, eval/fd_classifier",
+    "search.metric": "across weightings, targets or T; valid: eval/nll_bpd, eval/density_bpd, eval/fid, "
+    "eval/fd_classifier",
     "search.scheduler.kind": "'ahsa' is not one of none, asha, median; did you mean 'asha'?",
     "search.samples": "0 is an empty search",
     "search.space.diffusion.T.grid[1]": "0 is not a whole number of at least 1",
