@@ -16,7 +16,7 @@ from orchestrator.experiment.load import load as load_experiment
 from workers.config import DiffusionConfig, LossConfig, SamplerConfig, ScheduleConfig
 from workers.diffusion.flow import integrate_log_density
 from workers.diffusion.formulations import Continuous, Instants, make_process, space_by_power
-from workers.diffusion.integral import compute_integral_bound, draw_real_times, estimate_integral, measure
+from workers.diffusion.integral import compute_integral_bound, draw_real_times, estimate_integral, find_ends, measure
 from workers.diffusion.laws import log_snrs_of_edm, log_snrs_of_flow
 from workers.diffusion.likelihood import compute_squared_norms
 from workers.diffusion.objectives import Objective, weights_at
@@ -293,18 +293,26 @@ def images(n: int) -> torch.Tensor:
 def test_the_continuous_bound_is_exact_by_either_proposal(process, proposal):
     x_0, D, n = images(60), 16, 60
     strata = 40 if proposal == "log_uniform" else 400  # of EDM, uniform in sigma, few fall where the integrand is
-    drawn = draw_real_times(process, strata, n, make_generator("t", proposal), proposal)
+    drawn = draw_real_times(process, find_ends(process, 256), (n, strata), make_generator("t", proposal), proposal)
     assert drawn[0].shape == drawn[1].shape == (n, strata + 1) and (drawn[0][:, 0] == drawn[0][0, 0]).all()
     ledger = measure(process, best(process), x_0, np.arange(n), drawn=drawn, noise=make_generator("eps"), levels=256)
     norms = compute_squared_norms(x_0)
     found = compute_integral_bound(process, ledger, norms, D)
     unit = D * math.log(2)
-    difference = found.diffusion - exact_diffusion(process.ends, norms, D) / unit
+    difference = found.diffusion - exact_diffusion(find_ends(process, 256), norms, D) / unit
     assert abs(difference.mean()) < 4.5 * difference.std(ddof=1) / n**0.5
     last = process.ends[1]
     np.testing.assert_allclose(found.prior, norms / (2 * last**2) / unit, rtol=1e-9)
     one, every = (ledger.take_first(k).nats[:1] for k in (1, 60))
     assert np.array_equal(one, every) and found.decoder.min() > 0
+
+
+def test_the_bound_goes_no_further_than_the_levels(process):
+    """Down to the process's own least noise where data have no levels, and where it is more than theirs."""
+    low, high = process.ends
+    assert find_ends(process, None) == (low, high)
+    assert find_ends(process, 17) == (pytest.approx(0.3 / 8), high)
+    assert find_ends(process, 2**16) == (low, high)
 
 
 def test_the_continuous_bound_is_the_limit_of_the_discrete_one():

@@ -11,7 +11,7 @@ from workers.data.dataset import prepare
 from workers.data.pixels import to_model
 from workers.diffusion.formulations import Continuous, make_process
 from workers.diffusion.guidance import tell_labels
-from workers.diffusion.integral import draw_real_times, measure
+from workers.diffusion.integral import draw_real_times, find_ends, measure
 from workers.diffusion.likelihood import count_pairs_at_once, measure_pairs
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Model
@@ -64,7 +64,7 @@ def measure_speed(trial: Trial, storage_root: str) -> tuple[str, Spent]:
         model, weight = tell_any(batch), np.ones(batch)
         if isinstance(process, Continuous):  # two pairs of each image
             half = -(-batch // 2)
-            drawn = draw_real_times(process, 1, half, noise, "uniform")
+            drawn = draw_real_times(process, find_ends(process, dataset.levels), (half, 1), noise, "uniform")
             of = tell_any(2 * half), x_0[:half], rows[:half]
             return measure(process, *of, drawn=drawn, noise=noise, levels=dataset.levels)
         return measure_pairs(process, model, x_0, rows, t, weight=weight, noise=noise, levels=dataset.levels)

@@ -5,8 +5,8 @@ For a denoiser that is asked at every noise level sigma between two ends it is t
     L = KL(q(y_T | x_0) || p(y_T)) + 1/2 integral of E|eps - eps_hat|^2 over log SNR + E[-log p(x_0 | y_1)],
 
 with y = x_0 + sigma eps, |eps - eps_hat|^2 = SNR |x_0 - x_0_hat|^2 and log SNR = -2 log sigma: however x_t is scaled
-and t runs, it depends on the two ends alone. The decoder p(x_0 | y_1) is that of eq. (13) of Ho et al. 2020 around
-x_0_hat, or a Gaussian density, with the standard deviation sigma_1 of the noise that is left.
+and t runs, it depends on the two ends alone (`find_ends`). The decoder p(x_0 | y_1) is that of eq. (13) of Ho et al.
+2020 around x_0_hat, or a Gaussian density, with the standard deviation sigma_1 of the noise that is left.
 
 `measure` evaluates the network, at sampled t: one of each stratum of a proposal for each image, weighted so that the
 sum is unbiased for any network and proposal, and the least t for the decoder.
@@ -35,6 +35,10 @@ Doubles = Float64[np.ndarray, "n"]
 PerImage = Float64[np.ndarray, "images"]
 Pairs = Float64[np.ndarray, "images times"]
 Units = Float64[torch.Tensor, "images strata"]  # in [0, 1)
+
+# Of the distance between two levels: the least noise that the bound goes down to. Measured on EDM and a flow of the
+# digits: 2.78 and 2.65 bits/dim at 0.1, 2.20 and 2.11 at 0.2, 2.06 and 1.99 at 0.3, 2.05 and 2.00 at 0.5.
+LEAST = 0.3
 
 # From the least t and the largest, and v in [0, 1), to t between them, rising in v.
 PROPOSALS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -70,22 +74,35 @@ class RealLedger:
         return RealLedger(**{name: getattr(self, name)[kept] for name in self.__dataclass_fields__})
 
 
+def find_ends(process: Continuous, levels: int | None) -> tuple[float, float]:
+    """The least and the largest noise level of the bound, on images of `levels` values, None being any.
+
+    It is a bound from any least level on. The process's own may lie far below the distance of two levels, where a
+    network that does not see so little noise pays half a nat a dimension for each unit of log SNR, which the decoder
+    saves, as it knows the levels.
+    """
+    low, high = process.ends
+    return (low if levels is None else max(low, LEAST * 2 / (levels - 1))), high
+
+
 def draw_real_times(
-    process: Continuous, strata: int, images: int, noise: torch.Generator, proposal: str
+    process: Continuous, ends: tuple[float, float], shape: tuple[int, int], noise: torch.Generator, proposal: str
 ) -> tuple[Pairs, Pairs]:
-    """t and weights, both (images, 1 + strata): the least t, and one t of each of `strata` parts of the proposal.
+    """t and weights, both (images, 1 + strata): the t of the least noise level of `ends`, and one t of each of the
+    strata of the proposal. `shape` is (images, strata).
 
     The weight of a sampled term is |d log SNR / dv| / strata, v being what the proposal makes t of.
     """
+    images, strata = shape
     v = torch.from_numpy(draw_strata(strata, images, noise)).requires_grad_()
-    first, last = process.time_at(torch.tensor(process.ends, dtype=torch.float64)).unbind()
+    first, last = process.time_at(torch.tensor(ends, dtype=torch.float64)).unbind()
     with torch.enable_grad():
         t = PROPOSALS[proposal](first, last, v)
         log_snr = -2 * process.noise_level_at(t).log()
         [slope] = torch.autograd.grad(log_snr.sum(), v)
-    ends, ones = np.full((images, 1), float(first)), np.ones((images, 1))
+    firsts, ones = np.full((images, 1), float(first)), np.ones((images, 1))
     weight = slope.abs().numpy() / strata
-    return np.concatenate([ends, t.detach().numpy()], 1), np.concatenate([ones, weight], 1)
+    return np.concatenate([firsts, t.detach().numpy()], 1), np.concatenate([ones, weight], 1)
 
 
 @torch.no_grad()
@@ -116,7 +133,7 @@ def measure(
         found = (clean - x_0_hat).square().flatten(1).sum(1) / (2 * sigma**2)
         first = torch.from_numpy(decodes[part]).to(x_0.device)
         if first.any():
-            found[first] = decoder_term(clean[first], x_0_hat[first], process.ends[0], levels)
+            found[first] = decoder_term(clean[first], x_0_hat[first], find_ends(process, levels)[0], levels)
         nats.append(found)
     return RealLedger(image[pairs], t.reshape(-1), torch.cat(nats).cpu().numpy(), weight.reshape(-1), decodes)
 
@@ -141,7 +158,8 @@ def estimate_integral(
     process: Continuous, model: Model, x_0: NCHW, strata: int, levels: int | None, *where: int | str
 ) -> Bound:
     """The bound of each of x_0 from `strata` times per image; its noise lies at the address `where`."""
-    drawn = draw_real_times(process, strata, len(x_0), make_generator(*where, "t"), "log_uniform")
+    ends, shape = find_ends(process, levels), (len(x_0), strata)
+    drawn = draw_real_times(process, ends, shape, make_generator(*where, "t"), "log_uniform")
     image, noise = np.arange(len(x_0)), make_generator(*where, "eps", device=x_0.device)
     of_pairs = take_rows(model, torch.from_numpy(np.repeat(image, strata + 1)))
     ledger = measure(process, of_pairs, x_0, image, drawn=drawn, noise=noise, levels=levels)

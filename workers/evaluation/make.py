@@ -23,7 +23,7 @@ from workers.data.pixels import QUANTISERS, to_model
 from workers.diffusion.flow import integrate_log_density
 from workers.diffusion.formulations import AnyProcess, Continuous
 from workers.diffusion.guidance import tell_labels
-from workers.diffusion.integral import draw_real_times, measure
+from workers.diffusion.integral import draw_real_times, find_ends, measure
 from workers.diffusion.likelihood import draw_stratified_times, list_all_times, measure_pairs
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Prediction
@@ -147,7 +147,8 @@ def _make_integral(bench: Bench, process: Continuous, block: Block) -> pa.Table:
     assert nll and strata is not None
     image = np.arange(block.number * blocks.IMAGES, min((block.number + 1) * blocks.IMAGES, len(dataset.held_out)))
     where = (m.seed, "nll", block.number, 0)
-    drawn = draw_real_times(process, strata, len(image), make_generator(*where, "t"), nll.proposal)
+    ends, shape = find_ends(process, dataset.levels), (len(image), strata)
+    drawn = draw_real_times(process, ends, shape, make_generator(*where, "t"), nll.proposal)
     x_0 = to_model(torch.from_numpy(np.array(dataset.held_out[image])), dataset.levels).to(model.device)
     labels = None if dataset.held_out_labels is None else dataset.held_out_labels[np.repeat(image, strata + 1)]
     told, noise = tell_labels(model.predict, model.place_labels(labels)), make_generator(*where, "eps")

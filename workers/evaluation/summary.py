@@ -26,7 +26,7 @@ from workers.data.dataset import Dataset
 from workers.data.pixels import to_model
 from workers.data.ranges import compute_unit_bits
 from workers.diffusion.formulations import AnyProcess, Continuous
-from workers.diffusion.integral import RealLedger, compute_integral_bound
+from workers.diffusion.integral import RealLedger, compute_integral_bound, find_ends
 from workers.diffusion.ledger import (
     OPTIMAL,
     Bound,
@@ -199,7 +199,7 @@ def _summarise_integral(m: Measurement, dataset: Dataset, process: Continuous, w
     assert nll and strata is not None
     norms, name = compute_squared_norms(x_0), name_likelihood(dataset.levels)
     bound = compute_integral_bound(process, whole.take_first(len(x_0)), norms, x_0[0].numel())
-    low, high = process.ends
+    low, high = find_ends(process, dataset.levels)
     protocol = {
         "version": blocks.VERSION, "data": dataset.digest, "split": "held_out", "images": len(x_0),
         **_describe_values(dataset), "dropped": 0, "time": f"continuous, sigma from {low:.4g} to {high:.4g}",
