@@ -330,6 +330,24 @@ def test_the_continuous_bound_is_the_limit_of_the_discrete_one():
     assert gaps[0] / gaps[1] == pytest.approx(2, rel=0.1) and gaps[1] / gaps[2] == pytest.approx(2, rel=0.1)
 
 
+@pytest.mark.parametrize("name", ["edm", "flow"])
+def test_the_bound_of_levels_is_above_their_entropy_by_what_the_decoder_costs(name):
+    """Pixels that are any of 17 levels, and E[x_0 | x_t] of them: 1/2 of the integral is I(x_0; y_1), so that with the
+    decoder it is H(x_0) - H(x_0 | y_1) and what the decoder says, which knows the level but for about 0.1 nats."""
+    process, levels, n = make(name), torch.linspace(-1, 1, 17, dtype=F64), 400
+
+    def model(x_t: torch.Tensor, t: torch.Tensor) -> Prediction:
+        a, sigma = (c[:, None, None, None] for c in (process.signal_at(t), process.noise_level_at(t)))
+        y = x_t.double() / a
+        x_0 = (torch.softmax(-((y[..., None] - levels) ** 2) / (2 * sigma[..., None] ** 2), dim=-1) * levels).sum(-1)
+        return Prediction(x_0.to(x_t.dtype), ((y - x_0) / sigma).to(x_t.dtype), None)
+
+    which = torch.randint(0, 17, (n, 1, 4, 4), generator=make_generator("levels"))
+    bound = estimate_integral(process, model, levels[which].float(), 64, 17, "levels")
+    assert bound.standard_error is not None and bound.standard_error < 0.03
+    assert -3 * bound.standard_error < bound.mean - math.log2(17) < 0.2 + 3 * bound.standard_error
+
+
 def test_formulations_with_the_same_ends_have_the_same_bound():
     """And more strata a smaller error, as many images."""
     low, high = make("flow").ends
