@@ -53,7 +53,8 @@ def draw_schedules(report: Report) -> list[Plot]:
             names = shorten_params(_keep_schedule(row.variant))
             label = " ".join(f"{n}={v}" for n, v in names.items()) or _name_noise(diffusion)
             series[key] = Series(label, t.tolist(), snr.tolist(), len(series))
-    return [draw_curves("schedules", list(series.values()), "t / T", "log SNR", legend=len(series) <= 10)]
+    of = list(series.values()), "share of the t trained on (t / T of a chain)", "log SNR"
+    return [draw_curves("schedules", *of, legend=len(series) <= 10)]
 
 
 def _name_noise(diffusion: DiffusionConfig) -> str:
