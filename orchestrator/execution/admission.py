@@ -164,7 +164,9 @@ class Admission(SearchAlgorithm):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self._running.pop(trial_id, None)
-        self._chosen, self._looked = False, -math.inf  # others may have waited for it
+        self._chosen = False
+        if self.aside:  # some may have waited for it
+            self._looked = -math.inf
         if kind := self._measuring.pop(trial_id, ""):
             if not self._learn_shares([kind]):
                 self._given_up.add(kind)
