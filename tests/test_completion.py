@@ -51,7 +51,7 @@ def test_settings_come_section_by_section() -> None:
     assert complete("x sweep f.yaml train") == ["training."]
     assert complete("x sweep f.yaml training.ste") == ["training.steps="]
     assert "training.lr=" in complete("x sweep f.yaml training.") and "seed=" in complete("x sweep f.yaml ")
-    assert complete("x sweep f.yaml a.b=1 --storage s loss.wei") == ["loss.weighting="], "after an option too"
+    assert complete("x sweep f.yaml a.b=1 --storage s loss.obj") == ["loss.objective="], "after an option too"
     assert complete("x sweep f.yaml 'search.space.diffusion.T.g") == ["search.space.diffusion.T.grid="]
     assert complete("x evaluate t evaluation.nll.i") == ["evaluation.nll.images="]
     assert complete("x evaluate t training.s") == [], "which an evaluation cannot set"

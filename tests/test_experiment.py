@@ -122,7 +122,10 @@ def test_importing_it_stays_quick(module: str) -> None:
 
 
 def test_every_setting_of_a_trial_can_be_searched_or_says_why_not() -> None:
-    given: dict[str, Any] = {"evaluation": {"ode_nll": {}}}
+    given: dict[str, Any] = {
+        "evaluation": {"ode_nll": {}},
+        "training": {"steps": 5, "init": {"source": "base@0123456789abcdef"}},
+    }
     for path in list_paths(Trial):
         value = experiment(**given).trial
         for name in path.split("."):
