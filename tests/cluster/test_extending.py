@@ -62,6 +62,7 @@ EDITS = {
     ),
 }
 SPACES = ["my_features:RANDOM", "my_features:TAUGHT"]
+SLOWER = {"schedule", "variance", "format"}  # of which the others are like enough for each change of the program
 SMALL = {  # beside the file's own `smoke`
     "format": ["training.steps=4", "search.space.loss.weighting.grid=[simple]"],
     "weighting": ["training.steps=4"],
@@ -97,7 +98,9 @@ def one_ray() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.faults] * (name in SLOWER)) for name in EDITS]
+)
 def test_an_edit_makes_again_what_depends_on_it(
     name: str, tmp_path: Path, one_ray: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
