@@ -61,7 +61,6 @@ EDITS = {
         "is trained again: my_variances.py has changed",
     ),
 }
-SPACES = ["my_features:RANDOM", "my_features:TAUGHT"]
 SLOWER = {"schedule", "variance", "format"}  # of which the others are like enough for each change of the program
 SMALL = {  # beside the file's own `smoke`
     "format": ["training.steps=4", "search.space.loss.weighting.grid=[simple]"],
@@ -98,9 +97,7 @@ def one_ray() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.faults] * (name in SLOWER)) for name in EDITS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.faults] * (name in SLOWER)) for name in EDITS])
 def test_an_edit_makes_again_what_depends_on_it(
     name: str, tmp_path: Path, one_ray: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
