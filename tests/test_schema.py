@@ -60,7 +60,7 @@ def test_every_file_names_its_schema_and_is_valid(file: Path) -> None:
         {"search": {"space": {"diffusion.T": {}}}},
         {"search": {"space": {"diffusion.T": {"grid": [10], "choice": [20]}}}},
         {"search": {"space": {"diffusion.T": {"grid": None}}}},
-        {"search": {"space": {"diffusion.t": {"grid": [10]}}}},
+        {"search": {"space": {"training.step": {"grid": [10]}}}},
         {"search": {"space": {"training.lr": {"uniform": [1]}}}},
         {"search": {"metric": "train/loss_simple"}},
         {"smoke": {"training.stepz": 1}},
