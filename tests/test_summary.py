@@ -326,7 +326,7 @@ def test_a_bound_in_continuous_time_has_its_own_name_and_protocol(tmp_path):
     assert metrics["eval/continuous_nll_bpd"] == pytest.approx(np.mean(found["nll_per_image"]))
     parts = [metrics[f"eval/continuous_nll_{part}_bpd"] for part in ("prior", "diffusion", "decoder")]
     assert sum(parts) == pytest.approx(metrics["eval/continuous_nll_bpd"]) and min(parts) > 0
-    assert passport["protocol"]["time"] == "continuous, sigma from 0.002 to 20"
+    assert passport["protocol"]["time"] == "continuous, sigma from 0.0375 to 20"
     assert passport["protocol"]["timesteps"] == "9, log_uniform" and "T" not in passport["subject"]
     assert passport["subject"]["formulation"] == "edm" and passport["subject"]["sigma_max"] == 20
     samples = found["passports"]["samples"]
