@@ -1,8 +1,11 @@
 """MLflow's own pages on a storage, in Debian's Chromium: what stands on them, and their pictures.
 
-`python tests/browsing.py STORAGE SWEEP FOLDER` (make pictures) takes the pictures of docs/.
+`python tests/browsing.py STORAGE SWEEP FOLDER` (make pictures) takes the pictures of docs/, and of a sweep over the
+scale of guidance a figure of it.
 """
 
+import base64
+import html
 import json
 import os
 import re
@@ -19,11 +22,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from playwright.sync_api import Page, sync_playwright
 
-from orchestrator import ui
+from orchestrator import load_results, open_model, ui
+from workers.data.pixels import draw_grid
 
 CHROMIUM = shutil.which("chromium")
 OPTIONS = (
@@ -128,7 +133,7 @@ class Browser:
     def page(self, base: str, where: str, height: int = 2600, width: int = 1500) -> Iterator[Page]:
         page = self._context.new_page()
         page.set_viewport_size({"width": width, "height": height})
-        page.goto(f"{base}/{where}")
+        page.goto(f"{base}{where}" if base == "about:" else f"{base}/{where}")
         yield page
         page.close()
 
@@ -176,7 +181,39 @@ def texts(page: Page, *wanted: str) -> None:
         page.get_by_text(text).first.wait_for()
 
 
+SCALE = "evaluation.fid.sampler.guidance"
+SHOWN = (0.0, 1.0, 2.0, 5.0)  # scales of which samples are shown
+
+
+def take_guidance(storage: Path, sweep: str, folder: Path) -> None:
+    """guidance.png: the sweep's own plots by the scale, and below them samples of the guided network, a row a class."""
+    trials = load_results(sweep, storage)
+    guided = trials.loc[trials[SCALE].ne(1), "trial"].iloc[0].partition("-")[0]
+    model = open_model(guided, storage)
+    labels = [label for label in range(len(model.class_names)) for _ in range(10)]
+    plots = [(p.stem, p.read_bytes()) for p in sorted((storage / f"sweeps/{sweep}").glob("guidance-*.png"))]
+    grids = [
+        (f"scale {scale:g}", draw_grid(torch.from_numpy(drawn), 256))
+        for scale in SHOWN
+        for drawn in [model.sample(len(labels), steps=20, labels=labels, guidance=scale)]
+    ]
+    rows = (
+        "".join(
+            f"<figure style='margin:8px'><img width={width} src='data:image/png;base64,"
+            f"{base64.b64encode(png).decode()}'><figcaption>{html.escape(name)}</figcaption></figure>"
+            for name, png in row
+        )
+        for row, width in ((plots, 480), (grids, 350))
+    )
+    style = "display:flex;font:15px sans-serif;text-align:center"
+    with browser() as chromium, chromium.page("about:", "blank", 672, 1490) as page:
+        page.set_content("".join(f"<div style='{style}'>{row}</div>" for row in rows))
+        page.screenshot(path=folder / "guidance.png", full_page=True)
+
+
 def main(storage: Path, sweep: str, folder: Path) -> None:
+    if any((storage / f"sweeps/{sweep}").glob("guidance-*.png")):
+        return take_guidance(storage, sweep, folder)
     recorded = Recorded.of(storage, sweep)
     images_shown = min(len(recorded.trials), 10)  # MLflow shows the pictures of ten runs at most
     with served(storage) as base, browser() as chromium:
