@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from orchestrator.experiment.expand import expand
-from orchestrator.experiment.needs import find_source, list_named, list_sources, sort_needs
+from orchestrator.experiment.needs import find_sources, list_named, list_sources, sort_needs
 from orchestrator.experiment.records import Experiment, ExperimentError
 from orchestrator.experiment.starts import make_pin
 from orchestrator.state.saved import list_sweeps
@@ -19,7 +19,7 @@ from workers.identity import compute_trial_id
 from workers.layout import name_start_folder
 from workers.network.manifest import find_newest
 from workers.storage import Storage
-from workers.warm_start import split_pin
+from workers.warm_start import list_models, split_pin
 
 if TYPE_CHECKING:
     from workers.first_weights import Offer
@@ -30,15 +30,15 @@ def pin_starts(experiment: Experiment, root: str) -> Experiment:
     """The experiment with all that its trials start from pinned. Raises ExperimentError with all that is not found, is
     ambiguous or does not fit."""
     needs = experiment.needs
-    sources = dict.fromkeys([*list_sources(experiment), *filter(None, map(find_source, needs.values()))])
-    if not sources:
+    slots = [*list_sources(experiment), *(one for overrides in needs.values() for one in find_sources(overrides))]
+    if not slots:
         return experiment
     from workers import first_weights  # torch takes seconds: what starts from nothing does without
 
     storage, problems = Storage(root), list[str]()
     pins: dict[str, str] = {}
     offers: dict[str, Offer] = {}
-    for source in sources:
+    for source, slot in {source: slot for slot, source in reversed(slots)}.items():
         try:
             if source in needs:
                 _check_unambiguous(source, storage)
@@ -48,7 +48,7 @@ def pin_starts(experiment: Experiment, root: str) -> Experiment:
             offers[source] = first_weights.describe_checkpoint(checkpoint)
         except Mistake as mistake:
             known = f". The names of needs are {', '.join(needs)}" if needs and source not in needs else ""
-            problems.append(f"training.init.source: {mistake}{known}")
+            problems.append(f"{slot}.source: {mistake}{known}")
     for name in () if problems else sort_needs(needs):
         trial = list_named(experiment.pin(pins))[name]
         data = describe(trial.data)
@@ -76,14 +76,14 @@ def _list_misfits(experiment: Experiment, offers: Mapping[str, "Offer"]) -> list
     named = [(f"needs.{name}: ", trial) for name, trial in list_named(experiment).items()]
     checked = set[object]()
     for where, trial in [*named, *(("", variant.trial) for variant in expand(experiment))]:
-        init = trial.training.init
-        key = where, trial.data, trial.model, trial.diffusion.learned, trial.training.label_dropout, init
-        if init is None or key in checked:
-            continue
-        checked.add(key)
-        source, _ = split_pin(init.source)
-        for text in find_misfits(trial, describe(trial.data), offers[source]):
-            found[f"{where}training.init.source: {source}: {text}"] = None
+        for slot, model in list_models(trial).items():
+            key = where, trial.data, trial.model, trial.diffusion, trial.loss, trial.training.label_dropout, slot, model
+            if key in checked:
+                continue
+            checked.add(key)
+            source, _ = split_pin(model.source)
+            for text in find_misfits(slot, trial, describe(trial.data), offers[source]):
+                found[f"{where}{slot}.source: {source}: {text}"] = None
     return list(found)
 
 
@@ -113,11 +113,11 @@ def keep_copies(experiment: Experiment, trials: Iterable[Trial], storage: Storag
     """
     from workers import first_weights
 
-    for source in dict.fromkeys(trial.training.init.source for trial in trials if trial.training.init):
+    for source, slot in {model.source: slot for t in trials for slot, model in list_models(t).items()}.items():
         name, pin = split_pin(source)
         if name in experiment.needs or find_newest(storage, name_start_folder(pin)):
             continue
         checkpoint = find_checkpoint(name, storage, experiment.tracking.uri)
         if first_weights.digest_content(checkpoint) != pin:
-            raise Mistake(f"training.init.source: {name} has changed since the command began; run it again")
+            raise Mistake(f"{slot}.source: {name} has changed since the command began; run it again")
         first_weights.keep_copy(storage, name_start_folder(pin), checkpoint)

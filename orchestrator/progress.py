@@ -15,7 +15,7 @@ from orchestrator.execution.halt import Halt
 from orchestrator.execution.hangs import Watchdog
 from orchestrator.planning.decide import Turn, decide, decide_turn, find_missing_blocks
 from orchestrator.planning.place import Node
-from orchestrator.standing import Standing
+from orchestrator.standing import Standing, explain_absent
 from orchestrator.telling import Telling, sum_seconds_used
 from workers.bits import SEEN, find_validation
 from workers.config import Measurement, Trial
@@ -83,7 +83,7 @@ class RowsInProgress:
         rows = self._list_waiting(trial)
         if not rows:  # what it starts from could not be made
             return "take"
-        if any(self.standing.starts.get(row) in self.training for row in rows):
+        if any(start in self.training for row in rows for start in self.standing.starts.get(row, {}).values()):
             return "wait"
         holder, scheduler = self.standing.find_holder(trial), self.standing.scheduler
         taken = [row for row in rows if decide(self.standing.look(row), scheduler).action != "train"]
@@ -183,9 +183,10 @@ class RowsInProgress:
 
     def _fail_those_on(self, row: RowId, why: str) -> None:
         """What starts from the row cannot be made."""
-        for other in [other for other in self.training if self.standing.starts.get(other) == row]:
-            self.training.discard(other)
-            self._fail_row(other, f"it starts from {row[:8]}, which is not there: {why}")
+        for other, slot in self.standing.list_users(row):
+            if other in self.training:
+                self.training.discard(other)
+                self._fail_row(other, explain_absent(slot, row, why))
 
     def restart_trial(self, trial: TrialId, why: str) -> None:
         session.check()  # with Ray itself gone it does not start again
@@ -295,8 +296,9 @@ def _make_job(standing: Standing, trial: TrialId, nodes: Sequence[Node]) -> Job:
     gpus = session.count_gpus_a_worker(config.training, nodes)
     session.check_precision(config.evaluation, nodes)
     steps = standing.list_further_steps(trial)
-    of = {"share": _share_file(config, standing) if gpus else "", "start": standing.find_start_folder(row)}
-    return make_job(standing.storage, trial, config, gpus, standing.owner, also_keep=steps, **of)
+    share, starts = _share_file(config, standing) if gpus else "", standing.find_start_folders(row)
+    of = standing.storage, trial, config, gpus, standing.owner
+    return make_job(*of, also_keep=steps, share=share, starts=starts)
 
 
 def _order_blocks(standing: Standing, row: RowId, gpus: float, halt: Halt) -> tuple[Order, list[Block], list[Block]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.experiment.expand import find_starting_rows
 from orchestrator.experiment.records import Experiment, Variant
+from orchestrator.experiment.starts import list_slots, shorten_slot
 from orchestrator.planning.changes import CodeChange, list_changes
 from orchestrator.planning.decide import Decision, decide, make_scheduler_key
 from orchestrator.state.events import EVENTS
@@ -37,7 +38,12 @@ from workers.locks import Leases
 from workers.network import manifest
 from workers.network.manifest import Checkpoint, CheckpointError
 from workers.storage import Storage
-from workers.warm_start import split_pin
+from workers.warm_start import BEGINNINGS, split_pin
+
+
+def explain_absent(slot: str, start: RowId, why: str) -> str:
+    """Why a trial cannot be made that starts from a row."""
+    return f"it starts from {start[:8]} ({shorten_slot(slot)}), which is not there: {why}"
 
 
 @dataclass
@@ -52,7 +58,7 @@ class Standing:
     found: dict[RowId, Found] = field(default_factory=dict)
     errors: dict[RowId, str] = field(default_factory=dict)  # why this command could not make a row
     sharing: dict[TrialId, list[RowId]] = field(default_factory=dict)
-    starts: dict[RowId, RowId] = field(default_factory=dict)  # the rows that others start from
+    starts: dict[RowId, dict[str, RowId]] = field(default_factory=dict)  # the rows that each starts from, by slot
     changes: dict[RowId, CodeChange] = field(default_factory=dict)  # of code from outside, since the command before
     evaluation_s: dict[str, dict[str, float]] = field(default_factory=dict)  # what blocks used, as events tell
 
@@ -102,28 +108,37 @@ class Standing:
 
     def explain_stuck(self, row: RowId) -> str:
         """Why the row cannot be made: what it starts from is not there, and will not be. Empty where it can."""
-        start = self.starts.get(row)
-        if start is None or self.found[row].checkpoint:
+        starts = self.starts.get(row)
+        if not starts or self.found[row].checkpoint:
             return ""
-        decision = self.decide(start)
-        if decision.action != "nothing" or self.found[start].checkpoint or self._has_begun(row):
-            return ""
-        return f"it starts from {start[:8]}, which is not there: {decision.why}"
+        gone_by = BEGINNINGS if self._has_begun(row) else ()
+        for slot, start in starts.items():
+            decision = self.decide(start)
+            if decision.action == "nothing" and not self.found[start].checkpoint and slot not in gone_by:
+                return explain_absent(slot, start, decision.why)
+        return ""
+
+    def list_users(self, row: RowId) -> list[tuple[RowId, str]]:
+        """The rows that start from one, each with the slot that it fills."""
+        return [(user, slot) for user, starts in self.starts.items() for slot, at in starts.items() if at == row]
 
     def count_shared_steps(self, row: RowId) -> int:
         """The steps that what the row's trial starts from has made for it."""
-        return self.get_trial(row).training.trunk_steps if row in self.starts else 0
+        return self.get_trial(row).training.trunk_steps
 
     def _has_begun(self, row: RowId) -> bool:
         return bool(self.storage.list(name_checkpoints_folder(get_trial_of_row(row))))
 
-    def find_start_folder(self, row: RowId) -> str:
-        """The folder of the checkpoint that the row's trial starts from, below the root; empty where there is none."""
-        init = self.get_trial(row).training.init
-        if (start := self.starts.get(row)) is None:
-            return f"{name_start_folder(split_pin(init.source)[1])}/{manifest.name_step(0)}" if init else ""
-        step = manifest.name_step(self.get_trial(start).training.steps)
-        return f"{name_checkpoints_folder(get_trial_of_row(start))}/{step}"
+    def find_start_folders(self, row: RowId) -> dict[str, str]:
+        """The folder of the checkpoint, below the root, of each slot of what the row's trial starts from."""
+        found = {}
+        for slot, source in list_slots(self.get_trial(row)).items():
+            if start := self.starts.get(row, {}).get(slot):
+                step = manifest.name_step(self.get_trial(start).training.steps)
+                found[slot] = f"{name_checkpoints_folder(get_trial_of_row(start))}/{step}"
+            else:
+                found[slot] = f"{name_start_folder(split_pin(source)[1])}/{manifest.name_step(0)}"
+        return found
 
     # What the storage holds.
 

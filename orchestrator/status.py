@@ -20,6 +20,7 @@ from rich.text import Text
 from orchestrator import cli, streams
 from orchestrator.clusters.slurm import QueuedJob, list_jobs
 from orchestrator.experiment.metrics import head_metric
+from orchestrator.experiment.starts import shorten_slot
 from orchestrator.measuring.seeds import are_over_seeds, group_rows
 from orchestrator.measuring.slowness import SlowTrial, find_slow_trials
 from orchestrator.output.speed_table import describe_peaks, format_share
@@ -127,7 +128,7 @@ def _describe_sweep(storage: Storage, kept: SavedSweep, queue: Sequence[QueuedJo
         {
             "trial": row.digest,
             "role": row.variant.role,
-            "starts_from": kept.starts.get(row.digest),
+            "starts_from": kept.starts.get(row.digest, {}),
             "params": shorten_params(row.variant),
             "state": describe_standing(row, driver, last.get(row.digest)),
             "step": row.found.step,
@@ -276,7 +277,8 @@ def _make_trials_table(sweep: Mapping[str, Any], width: int) -> Group:
 
 def _describe_start(line: Mapping[str, Any]) -> str:
     """What a trial starts from, or what it is to those that start from it."""
-    return (line["starts_from"] or "")[:8] or line["role"] or "-"
+    starts = [f"{shorten_slot(slot)} {start[:8]}" for slot, start in line["starts_from"].items()]
+    return ", ".join(starts) or line["role"] or "-"
 
 
 def _format(line: Mapping[str, Any], metric: str) -> str:

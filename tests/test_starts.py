@@ -13,20 +13,21 @@ from orchestrator.experiment.expand import expand, find_starting_rows
 from orchestrator.experiment.records import Experiment, ExperimentError, Variant
 from orchestrator.experiment.settings import merge
 from orchestrator.origins import keep_copies, pin_starts
+from orchestrator.state.saved import keep_sweep, open_sweep
 from orchestrator.sweep import list_trials
 from workers.config import TrainingConfig, Trial
 from workers.data.dataset import prepare
 from workers.data.sources import describe
 from workers.first_weights import compare_shapes, load_first_weights
 from workers.identity import compute_trial_id
-from workers.layout import RowId, get_trial_of_row, name_start_folder
+from workers.layout import RowId, get_trial_of_row, name_start_folder, name_sweep_file
 from workers.learner import Learner, compute_learning_rate
 from workers.network import checkpoint as checkpoints
 from workers.network import manifest
 from workers.speed import name_training_kind
 from workers.storage import Storage
 from workers.training import train
-from workers.warm_start import InitConfig, split_pin
+from workers.warm_start import INIT, TRUNK, InitConfig, split_pin
 from workers.world import World
 
 SMALL = {
@@ -43,7 +44,7 @@ def rows_of(**sections: Any) -> dict[RowId, Variant]:
     return digests(expand(experiment(**sections)))[0]
 
 
-def starts_of(rows: dict[RowId, Variant], data: str = "d") -> dict[RowId, RowId]:
+def starts_of(rows: dict[RowId, Variant], data: str = "d") -> dict[RowId, dict[str, RowId]]:
     return find_starting_rows(rows, lambda config: data)
 
 
@@ -79,14 +80,14 @@ def test_branches_of_all_lengths_share_one_trunk() -> None:
     assert not any(v.trial.evaluation.measures for v in trunks.values())
     starts = starts_of(rows)
     branches = [row for row in rows if row not in trunks]
-    assert [starts[row] for row in branches] == list(trunks) and len(starts) == 3
+    assert [starts[row] for row in branches] == [{TRUNK: row} for row in trunks] and len(starts) == 3
 
 
 def test_a_trunk_that_is_asked_for_itself_is_no_other_row() -> None:
     space = {"training": {"grid": [{"steps": 6}, {"steps": 10, "cooldown": 4}]}}
     rows = rows_of(search=search(space))
     plain, branch = rows
-    assert not rows[plain].role and starts_of(rows) == {branch: plain}
+    assert not rows[plain].role and starts_of(rows) == {branch: {TRUNK: plain}}
 
 
 def test_a_sweep_over_steps_costs_the_longest_trunk_and_the_cooldowns() -> None:
@@ -110,7 +111,7 @@ def test_a_branch_ends_in_the_bits_of_a_run_alone(tmp_path: Path, steps: int, st
     assert run(branch, "trials/alone")[0] == 0
     run(trunk, "trials/trunk")
     place = f"trials/trunk/checkpoints/{manifest.name_step(start)}"
-    assert run(branch, "trials/branch", start=place)[-1] == steps
+    assert run(branch, "trials/branch", starts={TRUNK: place})[-1] == steps
     alone, made = (
         manifest.open_committed(storage, f"trials/{name}/checkpoints/{manifest.name_step(steps)}")
         for name in ("alone", "branch")
@@ -125,13 +126,13 @@ def test_a_branch_ends_in_the_bits_of_a_run_alone(tmp_path: Path, steps: int, st
 # ---- Warm starts
 
 
-def chain(**init: Any) -> Experiment:
+def chain(cooldown: int = 0, **init: Any) -> Experiment:
     """Two learning rates of a fine-tuning from `mid`, which starts from `base`."""
     needs = {
         "mid": {"training.steps": 8, "training.init.source": "base", "diffusion.T": 30},
         "base": {"training.steps": 6, "training.lr": 1e-3},
     }
-    training = {"init": {"source": "mid", **init}}
+    training = {"init": {"source": "mid", **init}, "cooldown": cooldown}
     space = {"training.lr": {"grid": [1e-3, 2e-3]}}
     return experiment(**merge(SMALL, {"training": training, "needs": needs, "search": search(space)}))
 
@@ -145,8 +146,25 @@ def test_a_chain_is_made_once_for_all_that_need_it(tmp_path: Path) -> None:
     base, mid, one, other = rows
     assert [rows[row].role for row in (base, mid, one, other)] == ["base", "mid", "", ""]
     starts = starts_of(rows, describe(rows[base].trial.data).digest)
-    assert starts == {mid: base, one: mid, other: mid}
+    assert starts == {mid: {INIT: base}, one: {INIT: mid}, other: {INIT: mid}}
     assert rows[base].trial.training.init is None and rows[mid].trial.diffusion.T == 30
+
+
+def test_a_sweep_of_before_is_read_whose_rows_start_from_one_other(tmp_path: Path) -> None:
+    rows = all_rows(pin_starts(cooled := chain(cooldown=4), str(tmp_path)))
+    storage, sources = Storage(tmp_path), {cooled.data: describe(cooled.data)}
+    keep_sweep(storage, cooled, rows, sources)
+    kept = open_sweep(storage, cooled.name)
+    assert kept.starts == starts_of(rows, sources[cooled.data].digest) != {}
+    content = storage.read_sealed(path := name_sweep_file(cooled.name, "sweep.json"))
+    assert content
+    for row in content["trials"].values():
+        for start in row.pop("starts", {}).values():
+            row["start"] = start
+    storage.write_sealed(path, content, sort=False)
+    assert open_sweep(storage, cooled.name).starts == kept.starts
+    keep_sweep(storage, cooled, rows, sources)
+    assert "start" not in (storage.read_sealed(path) or {})["trials"][next(reversed(rows))]
 
 
 def test_the_id_of_what_is_needed_is_in_the_id(tmp_path: Path) -> None:
@@ -187,7 +205,7 @@ def test_a_training_begins_with_the_weights_that_it_names(tmp_path: Path, weight
         assert torch.equal(own["conv_out.weight"], random) and not torch.equal(random, expected["conv_out.weight"])
 
     def run(folder: str, stop: bool = False) -> str:
-        loop: Any = train(tuned, dataset, storage, folder, start=place)
+        loop: Any = train(tuned, dataset, storage, folder, starts={INIT: place})
         for _ in range(2 if stop else 100):
             next(loop, None)
         loop.close()

@@ -1,6 +1,6 @@
 """The weights that a training begins with: read from a checkpoint, and held against the network that takes them."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +27,7 @@ from workers.network.manifest import (
 )
 from workers.noise import make_generator
 from workers.storage import Storage
+from workers.warm_start import INIT, list_models
 
 Choice = Literal["ema", "raw"] | float
 Shapes = Mapping[str, tuple[int, ...]]
@@ -45,7 +46,7 @@ def load_first_weights(checkpoint: Checkpoint, choice: Choice) -> dict[str, Tens
         return ema
     if raw := {name.removeprefix(RAW): weights for name, weights in state.items() if name.startswith(RAW)}:
         return raw
-    raise CheckpointError(f"{checkpoint.url} holds no weights of its last step; take training.init.weights: ema")
+    raise CheckpointError(f"{checkpoint.url} holds no weights of its last step; take weights: ema")
 
 
 def digest_content(checkpoint: Checkpoint) -> str:
@@ -96,13 +97,21 @@ def describe_trial(trial: Trial, source: Source) -> Offer:
     return Offer(_measure_network(trial, source), ("ema", "raw", *trial.training.averages))
 
 
-def find_misfits(trial: Trial, source: Source, offer: Offer) -> list[str]:
-    """What keeps a trial from beginning as it says with what is offered. Empty where it can."""
-    init = trial.training.init
-    assert init
-    if init.weights not in offer.choices:
-        return [f"has no weights {init.weights}; it has {', '.join(map(str, offer.choices))}"]
-    return compare_shapes(_measure_network(trial, source), offer.shapes, init.fresh)
+def find_misfits(slot: str, trial: Trial, source: Source, offer: Offer) -> list[str]:
+    """What keeps a trial from going on with what is offered for one of its slots. Empty where it can."""
+    model = list_models(trial)[slot]
+    if model.weights not in offer.choices:
+        return [f"has no weights {model.weights}; it has {', '.join(map(str, offer.choices))}"]
+    return CHECKS[slot](trial, source, offer)
+
+
+def _find_init_misfits(trial: Trial, source: Source, offer: Offer) -> list[str]:
+    assert trial.training.init
+    return compare_shapes(_measure_network(trial, source), offer.shapes, trial.training.init.fresh)
+
+
+# What keeps a trial from going on with a model that has the weights, by the slot that names it.
+CHECKS: dict[str, Callable[[Trial, Source, Offer], list[str]]] = {INIT: _find_init_misfits}
 
 
 def _measure_network(trial: Trial, source: Source) -> Shapes:

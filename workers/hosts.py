@@ -48,7 +48,7 @@ def report_results(job: Job, world: World) -> Generator[dict[str, Any], None, No
     trial, storage, folder = read_trial(job), Storage(job["storage"]), name_trial_folder(job["digest"])
     if world.rank == 0:
         storage.remove_leftovers(folder)
-    of = {"also_keep": job["also_keep"], "start": job["start"]}
+    of = {"also_keep": job["also_keep"], "starts": job["starts"]}
     for progress in training_loop(trial, prepare(trial.data), storage, folder, world, **of):
         seen = find_validation(progress.metrics)
         yield {

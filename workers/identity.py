@@ -18,7 +18,7 @@ from workers.config import Record, SamplerConfig, Trial
 from workers.kinds import NAMED_AT
 from workers.layout import TrialId
 from workers.seals import compute_digest as compute_digest
-from workers.warm_start import split_pin
+from workers.warm_start import list_models, split_pin
 
 TRAINING_VERSION = (
     1  # of what training computes from given settings; tests/test_recorded_losses.py says when to raise it
@@ -156,9 +156,12 @@ def compute_trial_id(trial: Trial, data_digest: str) -> TrialId:
     training = trial.training
     of_length = () if training.decay != "none" or training.cooldown_steps else ("steps", "cooldown")
     content["training"] = {n: v for n, v in content["training"].items() if n not in (*PLACING, *of_length)}
-    if training.init:
-        content["training"]["init"]["source"] = pin = split_pin(training.init.source)[1]
-        assert pin, f"{training.init.source} is not pinned"
+    for slot, model in list_models(trial).items():
+        section, _, name = slot.partition(".")
+        pin = split_pin(model.source)[1]
+        assert pin, f"{slot}.source: {model.source} is not pinned"
+        read = {**collect_settings_read(model, only_set=True), "source": pin}
+        content[section] = {**content[section], name: read}
     if training.cooldown_steps:  # however it is said
         content["training"]["cooldown"] = training.cooldown_steps
     return TrialId(compute_digest([TRAINING_VERSION, content]))

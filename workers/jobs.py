@@ -1,6 +1,7 @@
 """A trial as it crosses processes: where its files are, and who trains it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from workers.storage import Storage
 # {"storage": root, "digest": the id of the trial, "trial": Trial as JSON, "gpus": GPUs per worker, "owner": for whom it
 # is trained, "also_keep": the steps whose checkpoints stay, "share": where the storage notes what part of a GPU trials
 # of its kind need, or "" where the experiment says it, "measures": whether this one is measured for that, "makes_room":
-# whether others wait for it, "start": the folder of the checkpoint that it starts from, below the root, or ""}
+# whether others wait for it, "starts": the folder of the checkpoint, below the root, of each slot of what it
+# starts from (`workers.warm_start`)}
 Job = dict[str, Any]
 
 
@@ -27,12 +29,12 @@ def make_job(
     *,
     also_keep: Collection[int] = (),
     share: str = "",
-    start: str = "",
+    starts: Mapping[str, str] = MappingProxyType({}),
 ) -> Job:
     trial = trial.model_copy(update={"data": make_absolute(trial.data)})
     job = {"storage": storage.root, "digest": digest, "trial": trial.model_dump_json(), "gpus": gpus}
     of_share = {"share": share, "measures": False, "makes_room": False}
-    return {**job, **of_share, "owner": owner, "also_keep": sorted(also_keep), "start": start}
+    return {**job, **of_share, "owner": owner, "also_keep": sorted(also_keep), "starts": dict(starts)}
 
 
 def read_trial(job: Job) -> Trial:

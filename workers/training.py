@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -45,6 +46,7 @@ from workers.pausing import Lookout, Paused
 from workers.peak import describe_peak
 from workers.speed import Meter, name_training_kind
 from workers.storage import Storage
+from workers.warm_start import INIT, TRUNK, list_models
 from workers.world import World
 
 State = Literal["running", "finished", "diverged", "pruned", "paused"]
@@ -78,11 +80,12 @@ def train(
     world: World | None = None,
     *,
     also_keep: Collection[int] = (),
-    start: str = "",
+    starts: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Progress]:
     """Trains `trial` in `folder` of the storage until the checkpoints of its last step, and of the steps to
-    `also_keep`, are there: each from the nearest checkpoint before it, or else from the one of another trial in the
-    folder `start`. Without that it begins at step 0.
+    `also_keep`, are there: each from the nearest checkpoint before it, or else from the one of another trial that
+    is to begin it. Without that it begins at step 0. `starts` has the folders of the checkpoints that the trial names,
+    and of its trunk, by their slots (`workers.warm_start`).
 
     Yields at step 0, every `validate_every` steps and at each of those. Raises CheckpointError where a checkpoint is
     damaged, and RuntimeError of torch where memory runs out.
@@ -90,11 +93,11 @@ def train(
     world, asked = world or World(), sorted({*also_keep, trial.training.steps})
     there = [step for step in asked if manifest.find_at_step(storage, name_checkpoints_folder(folder), step)]
     missing = [step for step in asked if step not in there] or asked[-1:]
-    loop, told = _Loop(trial, dataset, storage, folder, world, asked=asked, start=start), -1
+    loop, told = _Loop(trial, dataset, storage, folder, world, asked=asked, starts=starts), -1
     try:
         for target in missing:
             if not loop.leads_to(target):
-                loop, told = _Loop(trial, dataset, storage, folder, world, asked=asked, start=start), -1
+                loop, told = _Loop(trial, dataset, storage, folder, world, asked=asked, starts=starts), -1
             loop.resume(target)
             while True:
                 if loop.is_due(trial.training.validate_every) and loop.step != told:
@@ -125,13 +128,14 @@ class _Loop:
         world: World,
         *,
         asked: Sequence[int],
-        start: str,
+        starts: Mapping[str, str],
     ) -> None:
         """At step 0. The checkpoints of the steps that are `asked` for stay."""
         self.trial, self.dataset, self.storage, self.folder, self.world = trial, dataset, storage, folder, world
-        self.asked, self.start = asked, start
-        assert start or not trial.training.init, "what the trial starts from was not handed over"
-        self.first = trial.training.trunk_steps if start else 0  # the steps that another trial has made
+        self.asked, self.starts = asked, starts
+        absent = set(list_models(trial)) - starts.keys() - ({INIT} if TRUNK in starts else set())
+        assert not absent, f"what the trial starts from was not handed over: {absent}"
+        self.first = trial.training.trunk_steps if TRUNK in starts else 0  # the steps that another trial has made
         self.learner = Learner(trial, dataset, world)
         self.clock = world.clock
         self.clock.resume({})
@@ -156,15 +160,19 @@ class _Loop:
         if nearest and (nearest.step or 0) > self.step:
             self._restore(nearest)
             self.checkpoint = nearest
-        elif self.start and self.step == 0:
-            self._begin(manifest.open_committed(self.storage, self.start))
+        elif self.step == 0:
+            self._begin()
 
-    def _begin(self, start: manifest.Checkpoint) -> None:
-        """From the checkpoint of another trial: as if its training went on, or with its weights alone."""
-        if self.first:
-            self._restore(start, of_other=True)
+    def _begin(self) -> None:
+        """From the checkpoint of another trial, where there is one: as if its training went on, or with its weights
+        alone."""
+        if TRUNK in self.starts:
+            self._restore(self._open_start(TRUNK), of_other=True)
         elif init := self.trial.training.init:
-            self.learner.begin_with(load_first_weights(start, init.weights), init.fresh)
+            self.learner.begin_with(load_first_weights(self._open_start(INIT), init.weights), init.fresh)
+
+    def _open_start(self, slot: str) -> manifest.Checkpoint:
+        return manifest.open_committed(self.storage, self.starts[slot])
 
     def is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step in self.asked

@@ -1,20 +1,31 @@
-"""What a training begins with in place of random weights: how a file says it, and how the program pins it.
+"""Other models that a trial names: those that its training begins with or goes by. How a file says it, and how the
+program pins it.
 
 A source in a trial is pinned: `base@0f3a9c5d2b7e4816`, of which the digest alone counts in ids. It is that of the id
 and the step of a trial of the same sweep, which are known before that is trained, and else of a checkpoint's content.
 """
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
 from workers.mistakes import Open
 from workers.sections import Record
 
+# The settings that name another model, by their path in a trial: each is a `ModelSource`, or null. A trial is made when
+# all that it names are. With the trunk, of which it goes on, these are the slots of what a trial starts from.
+INIT = "training.init"
+SLOTS = (INIT,)
+TRUNK = "trunk"
+BEGINNINGS = (TRUNK, INIT)  # what a training needs to begin, and not to go on
 
-class InitConfig(Record):
-    """The weights that a training begins with."""
+SettingsT = TypeVar("SettingsT", bound=Record)
+
+
+class ModelSource(Record):
+    """Another model, and which of its weights."""
 
     source: Open = Field(
         description="a name of `needs`, a sweep (its best trial), a trial's id, a registered model NAME@ALIAS, or the "
@@ -25,6 +36,11 @@ class InitConfig(Record):
         description="which of its weights: the average that is measured, those of the last step, or one of its "
         "training.averages",
     )
+
+
+class InitConfig(ModelSource):
+    """The weights that a training begins with."""
+
     fresh: tuple[str, ...] = Field(
         default=(),
         strict=False,
@@ -36,3 +52,30 @@ def split_pin(source: str) -> tuple[str, str]:
     """What a file says of a source, and the 16 hex digits that it is pinned to; the latter empty where it is not."""
     found = re.fullmatch(r"(.+)@([0-9a-f]{16})", source, flags=re.DOTALL)
     return (found[1], found[2]) if found else (source, "")
+
+
+def list_models(trial: Record) -> dict[str, Any]:
+    """The `ModelSource` of each slot of a trial, or of an experiment, that names one."""
+    found = {slot: getattr(getattr(trial, slot.partition(".")[0]), slot.partition(".")[2], None) for slot in SLOTS}
+    return {slot: model for slot, model in found.items() if model is not None}
+
+
+def replace_models(trial: SettingsT, models: Mapping[str, ModelSource | None]) -> SettingsT:
+    """The same trial or experiment with other models in these slots."""
+    for slot, model in models.items():
+        section, _, name = slot.partition(".")
+        changed = getattr(trial, section).model_copy(update={name: model})
+        trial = trial.model_copy(update={section: changed})
+    return trial
+
+
+def pin_models(trial: SettingsT, pins: Mapping[str, str]) -> SettingsT:
+    """The same with the sources pinned of which the pins are known."""
+    return replace_models(
+        trial,
+        {
+            slot: model.model_copy(update={"source": f"{model.source}@{pins[model.source]}"})
+            for slot, model in list_models(trial).items()
+            if model.source in pins
+        },
+    )

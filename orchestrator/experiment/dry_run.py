@@ -7,6 +7,7 @@ from orchestrator.experiment.expand import find_starting_rows
 from orchestrator.experiment.preflight import measure_chain
 from orchestrator.experiment.records import Variant
 from orchestrator.experiment.settings import show
+from orchestrator.experiment.starts import list_ancestors, shorten_slot
 from workers.config import DataConfig
 from workers.data.sources import Source
 from workers.layout import RowId, get_trial_of_row
@@ -22,7 +23,7 @@ def format_dry_run(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig,
     head += ["training", "validation", "nll", "sampling", "ode_nll"]
     rows = [
         [digest, *(_format_cell(v) for v in variant.params.values())]
-        + [_describe_start(starts.get(digest), trials) or variant.role or "-"] * bool(starts)
+        + [_describe_starts(starts.get(digest, {}), trials) or variant.role or "-"] * bool(starts)
         + [f"{end.alpha_bar_T:.1e}", f"{end.prior_bpd:.2g}", f"{end.log_snr_1:.1f}..{end.log_snr_T:.1f}"]
         + [format_count(n) for n in price.parts]
         for (digest, variant), end, price in zip(trials.items(), ends, prices, strict=True)
@@ -43,22 +44,24 @@ def format_dry_run(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig,
     )
 
 
-def _describe_start(start: RowId | None, trials: Mapping[RowId, Variant]) -> str:
-    """The trial that one starts from, and at which step of it."""
-    return f"{start[:8]} at {trials[start].trial.training.steps}" if start else ""
+def _describe_starts(starts: Mapping[str, RowId], trials: Mapping[RowId, Variant]) -> str:
+    """The trials that one starts from, each with what it is to it, and at which step."""
+    at = {slot: f"{start[:8]} at {trials[start].trial.training.steps}" for slot, start in starts.items()}
+    return ", ".join(f"{shorten_slot(slot)} {text}" for slot, text in at.items())
 
 
-def _describe_sharing(trials: Mapping[RowId, Variant], total: Cost, starts: Mapping[RowId, RowId]) -> list[str]:
+def _describe_sharing(
+    trials: Mapping[RowId, Variant], total: Cost, starts: Mapping[RowId, Mapping[str, RowId]]
+) -> list[str]:
     """What training costs beside that of the same trials, each by itself."""
     if not starts:
         return []
-
-    def count_alone(row: RowId) -> int:
-        training, start = trials[row].trial.training, starts.get(row)
-        own = (training.steps - training.trunk_steps * bool(start)) * training.batch_size
-        return own + (count_alone(start) if start else 0)
-
-    alone = sum(count_alone(row) for row, variant in trials.items() if not variant.role)
+    own = {
+        row: (v.trial.training.steps - v.trial.training.trunk_steps) * v.trial.training.batch_size
+        for row, v in trials.items()
+    }
+    asked = [row for row, variant in trials.items() if not variant.role]
+    alone = sum(own[each] for row in asked for each in (row, *list_ancestors(row, starts)))
     return [
         f"Trained each by itself, the trials would take {format_count(alone)} evaluations of training in place of "
         f"{format_count(total.training_evaluations)}."

@@ -16,12 +16,12 @@ from orchestrator.experiment.settings import (
     merge,
     put,
 )
-from orchestrator.experiment.starts import find_start, list_needed, make_pin
-from workers.config import DataConfig, Measurement, Record, TrainingConfig, Trial
+from orchestrator.experiment.starts import find_origins, list_needed, list_slots, make_pin
+from workers.config import DataConfig, Measurement, Record, Trial
 from workers.identity import collect_settings_read, compute_digest, compute_trial_id
 from workers.layout import RowId, TrialId, get_trial_of_row, make_row_id
 from workers.sections import OWN_ONLY
-from workers.warm_start import split_pin
+from workers.warm_start import TRUNK, pin_models, split_pin
 
 # From u uniform in [0, 1) and the values or ends of an axis to the value drawn.
 DRAWS: dict[str, Callable[[tuple[Any, ...], float], Any]] = {
@@ -76,7 +76,7 @@ def expand(experiment: Experiment) -> tuple[Variant, ...]:
 def make_variants(experiment: Experiment, points: Iterable[Mapping[str, Any]]) -> tuple[Variant, ...]:
     """The trials at points of the search space, each its values by path."""
     base = _dump_to_change(experiment.trial)
-    trial = experiment.trial.model_copy(update={"training": _pin(experiment.training, experiment.pins)})
+    trial = experiment.trial
     made: dict[str, Any] = {}  # sections by what changes them: thousands of trials have few different ones
 
     def get_section(name: str, params: dict[str, Any]) -> Any:
@@ -90,19 +90,10 @@ def make_variants(experiment: Experiment, points: Iterable[Mapping[str, Any]]) -
         for path, value in params.items():
             changed.setdefault(path.partition(".")[0], {})[path] = value
         sections = {name: get_section(name, values) for name, values in changed.items()}
-        if "training" in sections:
-            sections["training"] = _pin(sections["training"], experiment.pins)
-        return Variant(params=dict(params), trial=trial.model_copy(update=sections))
+        pinned = pin_models(trial.model_copy(update=sections), experiment.pins)
+        return Variant(params=dict(params), trial=pinned)
 
     return tuple(map(make_variant, points))
-
-
-def _pin(training: TrainingConfig, pins: Mapping[str, str]) -> TrainingConfig:
-    """The settings with what they start from pinned, where it is known."""
-    if training.init is None or training.init.source not in pins:
-        return training
-    source = f"{training.init.source}@{pins[training.init.source]}"
-    return training.model_copy(update={"init": training.init.model_copy(update={"source": source})})
 
 
 def _dump_to_change(record: Record) -> dict[str, Any]:
@@ -180,17 +171,21 @@ def _drop_unneeded(measurements: Mapping[str, Sequence[Variant]]) -> dict[str, l
     return {name: group for name, group in kept.items() if group}
 
 
-def find_starting_rows(rows: Mapping[RowId, Variant], data_digests: Callable[[DataConfig], str]) -> dict[RowId, RowId]:
-    """The row that each of those which start from another one starts from."""
-    if not any(variant.trial.training.trunk_steps or variant.trial.training.init for variant in rows.values()):
+def find_starting_rows(
+    rows: Mapping[RowId, Variant], data_digests: Callable[[DataConfig], str]
+) -> dict[RowId, dict[str, RowId]]:
+    """The rows that each of those which start from others starts from, by their slots."""
+    slots = {row: sources for row, variant in rows.items() if (sources := list_slots(variant.trial))}
+    if not slots:
         return {}
     by_pin = {make_pin(get_trial_of_row(row), variant.trial.training.steps): row for row, variant in rows.items()}
-    found: dict[RowId, RowId] = {}
-    for row, variant in rows.items():
-        training = variant.trial.training
-        if trunk := find_start(variant.trial, {}):
-            trial = compute_trial_id(trunk.trial, data_digests(trunk.trial.data))
-            found[row] = by_pin[make_pin(trial, training.trunk_steps)]
-        elif training.init and (pin := split_pin(training.init.source)[1]) in by_pin:
-            found[row] = by_pin[pin]
+    found: dict[RowId, dict[str, RowId]] = {}
+    for row, sources in slots.items():
+        pins = {slot: split_pin(source)[1] for slot, source in sources.items()}
+        if TRUNK in pins:
+            trunk = find_origins(rows[row].trial, {})[TRUNK].trial
+            pins[TRUNK] = make_pin(compute_trial_id(trunk, data_digests(trunk.data)), trunk.training.steps)
+            assert pins[TRUNK] in by_pin, row
+        if there := {slot: by_pin[pin] for slot, pin in pins.items() if pin in by_pin}:
+            found[row] = there
     return found

@@ -1,7 +1,7 @@
 """The trials of an experiment that others start from by name: `needs`.
 
-Each is the file's own settings, some of them replaced, and begins with random weights unless `training.init` is one of
-the replaced. The search does not change them: all its variants share them. Pure functions of the experiment.
+Each is the file's own settings, some of them replaced, and names no other model (`workers.warm_start.SLOTS`) except in
+the replaced ones. The search does not change them: all its variants share them. Pure functions of the experiment.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,40 +10,43 @@ from typing import Any
 from orchestrator.experiment.expand import make_variants
 from orchestrator.experiment.records import Axis, Experiment, Variant
 from orchestrator.experiment.settings import find_invalid, list_leaves, list_paths, merge, put, suggest_path
-from orchestrator.experiment.starts import find_start
+from orchestrator.experiment.starts import find_origins
 from workers.config import TrainingConfig, Trial
+from workers.warm_start import SLOTS, list_models, replace_models
 
-SOURCE = "training.init.source"
 LEAST_TRIAL = {"data": {"source": "digits"}, "training": {"steps": 1}}  # in which any one setting can be tried
 
 
 def list_named(experiment: Experiment) -> dict[str, Trial]:
     """The trial that each name of `needs` means."""
-    training = experiment.training.model_copy(update={"init": None})
-    plain = experiment.model_copy(update={"training": training})
+    plain = replace_models(experiment, dict.fromkeys(list_models(experiment)))
     variants = make_variants(plain, experiment.needs.values()) if experiment.needs else ()
     return dict(zip(experiment.needs, (variant.trial for variant in variants), strict=True))
 
 
-def list_sources(experiment: Experiment) -> list[str]:
-    """What the trials of a search start from, as the file says it."""
-    init = experiment.training.init
-    leaves = (list_leaves(path, value) for path, axis in experiment.search.space.items() for value in axis.values)
-    searched = [found[SOURCE] for found in leaves if isinstance(found.get(SOURCE), str)]
-    return list(dict.fromkeys([*([init.source] if init else []), *searched]))
+def list_sources(experiment: Experiment) -> list[tuple[str, str]]:
+    """What the trials of a search start from, as the file says it: each slot, and a source that it takes."""
+    own = [(slot, model.source) for slot, model in list_models(experiment).items()]
+    axes = [{path: value} for path, axis in experiment.search.space.items() for value in axis.values]
+    return list(dict.fromkeys([*own, *(one for values in axes for one in find_sources(values))]))
 
 
-def find_source(overrides: Mapping[str, Any]) -> str:
-    """What a trial of `needs` starts from; empty where it begins with random weights."""
+def find_sources(overrides: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The slots that settings by their paths fill, such as those of a trial of `needs`, each with its source."""
     found = {leaf: v for path, value in overrides.items() for leaf, v in list_leaves(path, value).items()}
-    return str(found.get(SOURCE) or "")
+    return [(slot, source) for slot in SLOTS if isinstance(source := found.get(f"{slot}.source"), str)]
+
+
+def _list_used(sources: Iterable[tuple[str, str]]) -> list[str]:
+    return list(dict.fromkeys(source for _, source in sources))
 
 
 def sort_needs(needs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The names, each after the one that it starts from; those of a circle are left out."""
+    """The names, each after those that it starts from; those of a circle are left out."""
     order: list[str] = []
     for _ in needs:
-        order += [name for name in needs if name not in order and find_source(needs[name]) not in needs.keys() - order]
+        left = needs.keys() - order
+        order += [n for n in needs if n in left and not left.intersection(_list_used(find_sources(needs[n])))]
     return order
 
 
@@ -56,36 +59,41 @@ def find_need_mistakes(
         return found
     if circle := [name for name in needs if name not in sort_needs(needs)]:
         return [f"needs: {', '.join(circle)} start from each other in a circle; let one of them begin by itself"]
-    used = list_sources(experiment)
+    used = _list_used(list_sources(experiment))
     for name in used:  # grows
-        used += [source for source in [find_source(needs.get(name, {}))] if source and source not in used]
+        used += [source for source in _list_used(find_sources(needs.get(name, {}))) if source not in used]
     found = [
-        f"needs.{name}: nothing starts from it, but from {', '.join(used) or 'random weights'}; name it in {SOURCE}, "
-        "or leave it out"
+        f"needs.{name}: nothing starts from it, but from {', '.join(used) or 'random weights'}; name it in "
+        f"{_list_settings()}, or leave it out"
         for name in needs
         if name not in used
     ]
     named = list_named(experiment)
     found += [f"needs.{name}: {text}" for name, trial in named.items() for text in check(trial)]
     stopper = experiment.search.scheduler.kind
-    if stopper != "none" and any(find_start(variant.trial, named) for variant in variants):
+    if stopper != "none" and any(find_origins(variant.trial, named) for variant in variants):
         found.append(
             f"search.scheduler.kind: {stopper} would stop trials that others start from (training.cooldown, "
-            "training.init); take none, or leave those out"
+            f"{', '.join(SLOTS)}); take none, or leave those out"
         )
     return found
 
 
 def find_sourceless(trial: Trial, axes: Mapping[str, Axis]) -> list[str]:
-    """Axes of how trials begin with the weights of others, where nothing says which."""
-    leaves = (list_leaves(path, value) for path, axis in axes.items() for value in axis.values)
-    if trial.training.init or any(SOURCE in found for found in leaves):
-        return []
+    """Axes of how trials start from others, where nothing says from which."""
+    leaves = [list_leaves(path, value) for path, axis in axes.items() for value in axis.values]
     return [
-        f"search.space.{path}: nothing to start from; set {SOURCE}, or leave it out"
+        f"search.space.{path}: nothing to start from; set {slot}.source, or leave it out"
+        for slot in SLOTS
+        if slot not in list_models(trial) and not any(f"{slot}.source" in found for found in leaves)
         for path in axes
-        if path.startswith("training.init.")
+        if path.startswith(f"{slot}.")
     ]
+
+
+def _list_settings() -> str:
+    """The settings that can name a trial of `needs`, in words."""
+    return " or ".join(f"{slot}.source" for slot in SLOTS)
 
 
 def _find_override_mistakes(name: str, overrides: Mapping[str, Any]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from orchestrator.experiment.metrics import CONTINUOUS_DENSITY, CONTINUOUS_NLL, DENSITY, NLL, head_metric
+from orchestrator.experiment.starts import shorten_slot
 from orchestrator.measuring.differences import BY_IMAGE, Difference
 from orchestrator.measuring.seeds import Group, are_over_seeds, compare_groups, group_rows
 from orchestrator.output.importance import Forest, Share, compute_importance, grow_forest
@@ -145,12 +146,13 @@ def gather(storage: Storage, sweep: str, each: bool = False) -> Report:
     )
 
 
-def list_starts(report: Report) -> list[tuple[Row, list[Row]]]:
-    """What rows start from, each with those that do, in the order of the experiment."""
+def list_starts(report: Report) -> list[tuple[Row, list[tuple[str, Row]]]]:
+    """What rows start from, each with those that do and what it is to them, in the order of the experiment."""
     rows = {row.digest: row for row in (*report.needed, *report.rows)}
-    found: dict[RowId, list[Row]] = {}
-    for row, start in report.kept.starts.items():
-        found.setdefault(start, []).append(rows[row])
+    found: dict[RowId, list[tuple[str, Row]]] = {}
+    for row, starts in report.kept.starts.items():
+        for slot, start in starts.items():
+            found.setdefault(start, []).append((shorten_slot(slot), rows[row]))
     return [(rows[start], found[start]) for start in report.kept.trials if start in found]
 
 

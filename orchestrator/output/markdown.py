@@ -51,7 +51,8 @@ def write_markdown(report: Report) -> str:
                   f"{use.utilisation:.0%} of {use.slots:g} {use.slot}s held."]  # fmt: skip
     if starts := list_starts(report):
         lines += ["", "What starts from what:", ""]
-        lines += [f"- {row.name} ({row.state}): {'; '.join(other.name for other in others)}" for row, others in starts]
+        uses = [(row, "; ".join(f"{slot} of {other.name}" for slot, other in others)) for row, others in starts]
+        lines += [f"- {row.name} ({row.state}): {use}" for row, use in uses]
     lines += _write_speed(report)
     wrong = [tell_event(event) for event in list_faults(report.happened)]
     lines += ["", f"Faults and retries: {len(wrong) or 'none'}.", ""]

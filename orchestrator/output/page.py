@@ -191,8 +191,7 @@ def _list_costs(report: Report) -> list[RowCost]:
 
     def sum_stepping(row: Row) -> float:
         training = row.variant.trial.training
-        shared = training.trunk_steps if row.digest in report.kept.starts else 0
-        images = (row.found.step - shared) * training.batch_size
+        images = (row.found.step - training.trunk_steps) * training.batch_size
         return images / row.images_per_s if row.images_per_s else 0.0
 
     def make_cost(group: Group) -> RowCost:

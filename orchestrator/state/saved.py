@@ -50,6 +50,7 @@ from workers.layout import (
 from workers.network import manifest
 from workers.seals import open_text, seal_text
 from workers.storage import Storage
+from workers.warm_start import INIT, TRUNK
 
 SWEEP, IDS = "sweep.json", 2  # the file, and the kind of the ids that it names: 1 counted training.steps
 RERUN = "run the same sweep command again, which makes it again"
@@ -66,7 +67,7 @@ class SavedSweep:
     also: tuple[str, ...]  # further objectives
     drawn: bool  # whether settings were drawn, and are no full grid
     trials: Mapping[RowId, Variant]
-    starts: Mapping[RowId, RowId]  # the rows that others start from
+    starts: Mapping[RowId, Mapping[str, RowId]]  # the rows that each starts from, by slot
     protocols: Mapping[str, str]
     experiment: Mapping[str, Any]  # the file, with every setting
 
@@ -107,7 +108,7 @@ def keep_sweep(
     }
     starts = find_starting_rows(trials, lambda config: sources[config].digest)
     for row, v in trials.items():
-        more = {"role": v.role, "start": starts.get(row, "")}
+        more = {"role": v.role, "starts": starts.get(row, {})}
         content["trials"][row] |= {name: value for name, value in more.items() if value}
     path = name_sweep_file(experiment.name, SWEEP)
     if json.dumps(storage.read_sealed(path)) != json.dumps(content):
@@ -231,8 +232,15 @@ def open_sweep(storage: Storage, name: str) -> SavedSweep:
     search = content["experiment"]["search"]
     also, drawn = tuple(search.get("also", ())), search["algorithm"] != "grid"
     of = content["name"], content["metric"]
-    starts = {row: kept["start"] for row, kept in content["trials"].items() if "start" in kept}
+    starts = {row: found for row, kept in content["trials"].items() if (found := _read_starts(kept, trials[row].trial))}
     return SavedSweep(*of, also, drawn, trials, starts, protocols, content["experiment"])
+
+
+def _read_starts(kept: Mapping[str, Any], trial: Trial) -> Mapping[str, RowId]:
+    """What a row of `sweep.json` starts from, by slot; before there were several slots it was one `start`."""
+    if "start" not in kept:
+        return kept.get("starts", {})
+    return {TRUNK if trial.training.trunk_steps else INIT: kept["start"]}
 
 
 def _open_trial(storage: Storage, path: str, content: Mapping[str, Any]) -> Trial:

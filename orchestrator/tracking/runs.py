@@ -18,6 +18,7 @@ from orchestrator.experiment.load import resolve, to_yaml
 from orchestrator.experiment.metrics import choose_bound, choose_likelihood
 from orchestrator.experiment.records import Experiment, Variant
 from orchestrator.experiment.settings import list_leaves, write_yaml
+from orchestrator.experiment.starts import shorten_slot
 from orchestrator.measuring.seeds import are_over_seeds, group_rows
 from orchestrator.measuring.subjects import find_checkpoint
 from orchestrator.output import page as report
@@ -78,7 +79,7 @@ class SweepRuns:
     _ended: set[str] = field(default_factory=set)
     _joined: list[list[RowId]] = field(default_factory=list)  # rows that differ in the seed alone together
     _numbers: dict[RowId, tuple[int, int]] = field(default_factory=dict)  # of each row, and of its place in `_joined`
-    _starts: dict[RowId, RowId] = field(default_factory=dict)  # the row that each of some starts from
+    _starts: dict[RowId, dict[str, RowId]] = field(default_factory=dict)  # the rows that each starts from, by slot
     _standing: dict[str, dict[str, str]] = field(default_factory=dict)  # tags of the opened trials, as told last
 
     @property
@@ -165,7 +166,7 @@ class SweepRuns:
         tags = {**self.tags, "trial.digest": row_id, "data.digest": source.digest}
         tags |= {f"code.{path}": ", ".join(names) for path, names in list_outside(trial).items()}
         number, hue = self._number_and_hue(row_id)
-        tags |= {"trial.starts_from": self._starts[row_id]} if row_id in self._starts else {}
+        tags |= {f"trial.starts_from.{shorten_slot(slot)}": row for slot, row in self._starts.get(row_id, {}).items()}
         tags |= {"trial.role": role} if (role := self.trials[row_id].role) else {}
         tags[PART] = name_part(number)
         if SEED in (variant := self.trials[row_id]).params:

@@ -17,6 +17,7 @@ from workers.layout import get_trial_of_row, name_checkpoints_folder
 from workers.network import manifest
 from workers.storage import Storage
 from workers.training import train
+from workers.warm_start import INIT, TRUNK
 
 pytestmark = pytest.mark.faults
 
@@ -71,25 +72,26 @@ def test_a_graph_that_is_cut_off_ends_in_the_same_bits(graph: Path, tmp_path: Pa
     assert digests(storage, base)[200] == manifest.open_committed(plain, place).digest
     alone = rows[branches[-1]].trial
     whole = alone.model_copy(update={"training": alone.training.model_copy(update={"cooldown": 0, "steps": 80})})
-    list(train(whole, dataset, plain, "trunk", start=place, also_keep=(20, 50)))
+    list(train(whole, dataset, plain, "trunk", starts={INIT: place}, also_keep=(20, 50)))
     assert list(digests(storage, trunk)) == [20, 50, 80]
     for row, step in zip(branches, (20, 50, 80), strict=True):
         trial, end = rows[row].trial, rows[row].trial.training.steps
-        list(train(trial, dataset, plain, f"{end}", start=f"trunk/checkpoints/{manifest.name_step(step)}"))
+        list(train(trial, dataset, plain, f"{end}", starts={TRUNK: f"trunk/checkpoints/{manifest.name_step(step)}"}))
         newest = manifest.find_newest(plain, f"{end}/checkpoints")
         assert newest and digests(storage, row)[end] == newest.digest
     frame = pd.read_parquet(storage / "sweeps/graph/results.parquet")
     assert sorted(frame["trial"]) == sorted(branches) and set(frame["state"]) == {"done"}
     found = json.loads(run("orchestrator.status", "graph", "--json", "--storage", storage).stdout)["sweeps"][0]
-    assert found["starts"] == {trunks[0]: base, trunks[1]: base, trunks[2]: base} | dict(
-        zip(branches, trunks, strict=True)
-    )
+    assert found["starts"] == {trunk: {INIT: base} for trunk in trunks} | {
+        branch: {TRUNK: trunk} for branch, trunk in zip(branches, trunks, strict=True)
+    }
     assert "What starts from what" in (storage / "sweeps/graph/report.html").read_text()
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     experiment = client.get_experiment_by_name("graph")
     assert experiment
     tags = [told.data.tags for told in client.search_runs([experiment.experiment_id])]
-    assert {tag["trial.starts_from"] for tag in tags if "trial.starts_from" in tag} == {base, *trunks}
+    assert {tag["trial.starts_from.init"] for tag in tags if "trial.starts_from.init" in tag} == {base}
+    assert {tag["trial.starts_from.trunk"] for tag in tags if "trial.starts_from.trunk" in tag} == {*trunks}
     again = sweep(*arguments)
     assert again.returncode == 0 and "train " not in again.stdout
 
