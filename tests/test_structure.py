@@ -9,15 +9,15 @@ ROOT = Path(__file__).parent.parent
 # Each line is a room, `workers` or `orchestrator` themselves where it names none; state stands above what uses it.
 ORDER = """
     workers: seals syntax code entries process_kinds kinds sections sides bits mistakes warm_start
-    workers: diffusion_settings config layout identity speed signals disk remote storage bundles sharing locks
-    workers: noise memos pulse journal shapes pausing passes classes
+    workers: model_settings diffusion_settings config layout identity speed signals disk remote storage bundles
+    workers: sharing locks noise memos pulse journal shapes pausing passes classes
     workers.data: splits hub mirror cache decoding tree shards built_in arrays parquet_files tar_files cifar10 idx
     workers.data: formats locate survey order ranges sources proofs intake windows dataset pixels
     workers: consent
-    workers.network: unet_config unet build
+    workers.network: unet_config autoencoder_config unet build
     workers.diffusion: schedules laws process formulations guidance predictions bound objectives timesteps flow samplers
     workers.diffusion: gaussian ledger likelihood integral
-    workers.network: manifest diffusers_config checkpoint
+    workers.network: autoencoder manifest diffusers_config weights checkpoint
     workers.evaluation: precision frechet fidelity inception blocks features make summary pictures canaries
     workers: peak world compiling first_weights learner conformity training calibration
     workers: ray_private jobs signs hosts ray_train data_parallel tasks

@@ -13,9 +13,9 @@ from workers.diffusion_settings import DiffusionConfig as DiffusionConfig
 from workers.diffusion_settings import ScheduleConfig as ScheduleConfig
 from workers.entries import add_settings_of
 from workers.kinds import (
+    DENOISER,
     FORMATS,
     MEASURES,
-    NETWORKS,
     OBJECTIVES,
     SAMPLERS,
     SPACES,
@@ -26,6 +26,8 @@ from workers.kinds import (
 from workers.mistakes import Mistake as Mistake
 from workers.mistakes import Open as Open
 from workers.mistakes import hide_secrets as hide_secrets
+from workers.model_settings import FAMILY_READS, KIND_READS
+from workers.model_settings import ModelConfig as ModelConfig
 from workers.sections import NameOf, OpenRecord
 from workers.sections import Record as Record
 from workers.sides import Resolution
@@ -54,7 +56,6 @@ BLOCK_GPUS = 0.25  # of a GPU, for an evaluation block where trials train on GPU
 # The names of kinds are those of their tables; no type checker sees those that come from installed packages.
 if TYPE_CHECKING:
     FormatName = str
-    NetworkName = str
     FixedName = str | None
     ObjectiveName = str
     WeightingName = str
@@ -64,7 +65,6 @@ if TYPE_CHECKING:
     MeasureName = str
 else:
     FormatName = Annotated[Literal[tuple(FORMATS)], NameOf(FORMATS)]
-    NetworkName = Annotated[Literal[tuple(NETWORKS)], NameOf(NETWORKS, takes_settings=True)]
     _FIXED = tuple(name for name, entry in VARIANCES.items() if not entry.learned)
     FixedName = Annotated[Literal[_FIXED] | None, NameOf(VARIANCES)]
     ObjectiveName = Annotated[Literal[tuple(OBJECTIVES)], NameOf(OBJECTIVES, takes_settings=True)]
@@ -110,44 +110,23 @@ class DataConfig(Record):
     )
 
 
-@add_settings_of(NETWORKS)
-class ModelConfig(OpenRecord):
-    """eps_theta: the U-Net of Ho et al. 2020, appendix B, or a network of one's own. Defaults are the paper's for
-    CIFAR-10 (35.7M parameters)."""
-
-    READS: ClassVar = {"kind": NETWORKS.reads}
-
-    kind: NetworkName = Field(default="unet", description="the network")
-    channels: int = Field(default=128, ge=1, le=8192, description="channels at the highest resolution")
-    multipliers: tuple[int, ...] = Field(
-        default=(1, 2, 2, 2),
-        min_length=1,
-        max_length=16,
-        strict=False,
-        description="of the channels, one per resolution; each further resolution is half the one before",
-    )
-    blocks: int = Field(default=2, ge=1, le=64, description="residual blocks per resolution")
-    attention: tuple[int, ...] = Field(
-        default=(16,), strict=False, description="resolutions with self-attention, by the smaller side"
-    )
-    dropout: float = Field(
-        default=0.1, ge=0, lt=1, description="part of the activations dropped in each residual block"
-    )
-    norm_groups: int = Field(
-        default=32, ge=1, description="groups of the group norms; never fewer than 4 channels in one"
-    )
-    labels: bool = Field(default=False, description="tell the network the class of each image, which the data label")
-
-
 @add_settings_of(OBJECTIVES, WEIGHTINGS)
 class LossConfig(OpenRecord):
     """What is minimised: `mse` the weighted squared error of the target, `kl` the bound, `hybrid` both together."""
 
-    READS: ClassVar = {"objective": OBJECTIVES.reads, "weighting": WEIGHTINGS.reads}
+    READS: ClassVar = {
+        "objective": OBJECTIVES.reads,
+        "weighting": WEIGHTINGS.reads,
+        "adversarial": {
+            "null": (),
+            "a number": ("adversarial_start", "game", "discriminator_channels", "discriminator_layers"),
+        },
+    }
 
     objective: ObjectiveName = Field(
         default="mse",
-        description="mse: the weighted squared error of the prediction; kl: the bound; hybrid: both together",
+        description="mse: the weighted squared error of the prediction; kl: the bound; hybrid: both together; elbo: of "
+        "an autoencoder",
     )
     weighting: WeightingName = Field(default="simple", description="what each t counts in the squared error")
     gamma: float = Field(default=5.0, gt=0, description="the cap of min-SNR-gamma")
@@ -160,6 +139,22 @@ class LossConfig(OpenRecord):
     vlb_weight: float = Field(
         default=0.001, gt=0, description="lambda of the hybrid: what a bit/dim of the bound counts"
     )
+    beta: float = Field(default=1.0, ge=0, description="of elbo: what a bit of rate counts beside one of distortion")
+    reconstruction: Literal["gaussian", "laplace"] = Field(
+        default="gaussian", description="of elbo: the law of p(x | z), by the discrete decoder; its scale is learned"
+    )
+    adversarial: float | None = Field(
+        default=None,
+        gt=0,
+        description="of elbo: a discriminator's part in the gradient of the decoder's last layer, as a multiple of the "
+        "distortion's; null: none",
+    )
+    adversarial_start: int = Field(
+        default=0, ge=0, le=MOST_STEPS, description="the first step with the discriminator's part"
+    )
+    game: Literal["hinge", "non_saturating"] = Field(default="hinge", description="that the discriminator plays")
+    discriminator_channels: int = Field(default=64, ge=1, le=8192, description="of its first layer")
+    discriminator_layers: int = Field(default=3, ge=1, le=8, description="its layers of stride 2")
 
 
 def _check_gpus(gpus: object) -> object:
@@ -321,6 +316,11 @@ class EvaluationConfig(Record):
     ema: float | None = Field(
         default=None, ge=0, lt=1, description="one of training.averages to measure; null: that of training.ema"
     )
+    reconstructions: Count | None = Field(
+        default="all",
+        description="held-out images of whose reconstructions by an autoencoder the distance is measured, in the "
+        "features of evaluation.fid; null: none",
+    )
 
     @property
     def measures(self) -> bool:
@@ -330,6 +330,8 @@ class EvaluationConfig(Record):
 
 class Trial(Record):
     """One resolved configuration: all that training it and evaluating it take."""
+
+    READS: ClassVar = {"model.kind": KIND_READS}
 
     seed: Seed = Field(default=0, description="of all noise: the first weights, training and evaluation")
     data: DataConfig = Field(description="which images")
@@ -342,12 +344,19 @@ class Trial(Record):
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="what is measured of a checkpoint")
 
 
+def _is_measured(path: str) -> bool:
+    return path.startswith("evaluation.")
+
+
 class Measurement(Record):
     """What is measured of a checkpoint, whatever made it. `ema` is the length of its average, where it is known."""
 
+    READS: ClassVar = {"family": {family: tuple(filter(_is_measured, reads)) for family, reads in FAMILY_READS.items()}}
+
     seed: Seed = 0
     data: DataConfig
-    T: int | None = Field(ge=1)  # None: its process is continuous
+    family: str = DENOISER  # that its network is of
+    T: int | None = Field(ge=1)  # None: its process is continuous, or it has none
     labels: bool = False  # whether its network is told the class of each image
     ema: float | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -368,8 +377,10 @@ class Measurement(Record):
 
     @staticmethod
     def of(trial: Trial) -> "Measurement":
-        ema, T, evaluation = trial.training.ema, trial.diffusion.steps, trial.evaluation
+        ema, T, evaluation, family = trial.training.ema, trial.diffusion.steps, trial.evaluation, trial.model.family
         if evaluation.variance == trial.diffusion.variance and T is not None:
             evaluation = evaluation.model_copy(update={"variance": None})
-        labels = trial.model.labels
-        return Measurement(seed=trial.seed, data=trial.data, T=T, labels=labels, ema=ema, evaluation=evaluation)
+        T, labels = (T, trial.model.labels) if family == DENOISER else (None, False)
+        return Measurement(
+            seed=trial.seed, data=trial.data, family=family, T=T, labels=labels, ema=ema, evaluation=evaluation
+        )

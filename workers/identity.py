@@ -7,14 +7,14 @@ value on that is not its default, so a setting that comes later moves no id; whe
 changes, `TRAINING_VERSION` or `evaluation.blocks.VERSION` is raised.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
 from workers.code import drop_pin
-from workers.config import Record, SamplerConfig, Trial
+from workers.config import Measurement, Record, SamplerConfig, Trial
 from workers.kinds import NAMED_AT
 from workers.layout import TrialId
 from workers.seals import compute_digest as compute_digest
@@ -54,8 +54,16 @@ class Unread(NamedTuple):
 
 def get_choice(record: Record, field: str) -> str:
     """What is chosen, as `Record.READS` names it."""
-    value = getattr(record, field)
+    value = get_setting(record, field)
     return value if isinstance(value, str) else "null" if value is None else "a number"
+
+
+def get_setting(record: Record, path: str) -> Any:
+    """What is at a dotted path; None below a section that is null."""
+    value: Any = record
+    for name in path.split("."):
+        value = None if value is None else getattr(value, name)
+    return value
 
 
 def find_unread(record: Record) -> list[Unread]:
@@ -74,7 +82,10 @@ def find_unread(record: Record) -> list[Unread]:
 def list_own_unread(record: Record, where: str = "") -> Iterator[tuple[str, Any, Unread]]:
     """(dotted path, value, why) of every setting of the record itself that is set and not read."""
     for one in find_unread(record):
-        if (value := getattr(record, one.name)) != type(record).model_fields[one.name].get_default():
+        above, _, name = one.name.rpartition(".")
+        section = get_setting(record, above) if above else record
+        is_there = section is not None and name in type(section).model_fields
+        if is_there and (value := getattr(section, name)) != type(section).model_fields[name].get_default():
             yield f"{where}{one.name}", value, one
     for name, readers in record.find_foreign().items():
         chooser = next(iter(record.READS))
@@ -104,8 +115,29 @@ def collect_settings_read(record: Record, only_set: bool = False) -> dict[str, A
         if name not in left_out:
             value = getattr(record, name)
             plain = _collect_section(value, only_set) if isinstance(value, Record) else _make_plain(value)
+            inner = [path.removeprefix(f"{name}.") for path in left_out if path.startswith(f"{name}.")]
+            plain = _leave_out(plain, inner, only_set) if inner else plain
             if name not in defaults or plain != defaults[name]:
                 content[name] = plain
+    return content
+
+
+def _leave_out(content: Any, paths: Sequence[str], only_set: bool) -> Any:
+    """Plain settings without those at dotted paths, and with `only_set` without sections of which nothing is left."""
+    if not isinstance(content, dict):
+        return content
+    found = {}
+    for name, value in content.items():
+        inner = [path.removeprefix(f"{name}.") for path in paths if path.startswith(f"{name}.")]
+        kept = _leave_out(value, inner, only_set) if inner else value
+        if name not in paths and not (only_set and inner and kept == {}):
+            found[name] = kept
+    return found
+
+
+def describe_evaluation(m: Measurement) -> dict[str, Any]:
+    """What is measured, in plain types, as ids have it."""
+    content: dict[str, Any] = collect_settings_read(m, only_set=True).get("evaluation", {})
     return content
 
 

@@ -52,10 +52,20 @@ FORMATS = Kinds(
 
 # ---- Networks: (ModelConfig, Signature) -> module, which `workers.network.build` describes ---------------------
 
+# What trials are: of a denoiser x_t becomes x_0; an autoencoder is a bound of its own, and the first stage of latent
+# diffusion; a generator makes images of noise at once. `workers.lessons` says what each learns in a step.
+DENOISER, AUTOENCODER = "denoiser", "autoencoder"
+FAMILIES = (DENOISER, AUTOENCODER)
+
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkEntry(Entry):
+    """Of a family of ours beside denoisers `function` takes (config.json, generator of first weights)."""
+
+    family: str = DENOISER  # one of FAMILIES, which decides about all that its trials have beside the network
     check: str = ""  # "module:name" of (ModelConfig, (height, width, channels)) -> what is wrong with its settings
+    config: str = ""  # "module:name" of (ModelConfig, (height, width, channels)) -> config.json, of such a family
+    written: str = ""  # its _class_name there
 
 
 NETWORKS = Kinds(
@@ -64,6 +74,13 @@ NETWORKS = Kinds(
             function="workers.network.unet:UNet", about="the U-Net of Ho et al. 2020, appendix B",
             reads=("channels", "multipliers", "blocks", "attention", "dropout", "norm_groups"),
             check="workers.network.unet_config:find_mistakes",
+        ),
+        "autoencoder": NetworkEntry(
+            function="workers.network.autoencoder:Autoencoder", family=AUTOENCODER,
+            about="a variational autoencoder, as AutoencoderKL of latent diffusion (Rombach et al. 2022)",
+            reads=("channels", "multipliers", "blocks", "norm_groups", "latent_channels"),
+            check="workers.network.autoencoder_config:find_stage_mistakes",
+            config="workers.network.autoencoder_config:make_autoencoder_config", written="AutoencoderKL",
         ),
     }
 )  # fmt: skip
@@ -74,7 +91,10 @@ NETWORKS = Kinds(
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveEntry(Entry):
-    teaches_variance: bool  # whether it trains a learned variance
+    """Of a denoiser the function takes (Objective, Batch); of another family it is that of `workers.lessons`."""
+
+    family: str = DENOISER  # that it is for
+    teaches_variance: bool = False  # whether it trains a learned variance
     needs_learned: bool = False  # whether it is for a learned variance alone
     needs_steps: bool = False  # whether it is made of the steps of a chain, so that no continuous formulation has it
 
@@ -95,12 +115,17 @@ def _make_weighting(name: str, about: str, *reads: str, **more: Any) -> Weightin
 OBJECTIVES = Kinds(
     {
         "mse": _make_objective(
-            "mse", "the weighted squared error of the prediction", "weighting", teaches_variance=False
+            "mse", "the weighted squared error of the prediction", "weighting"
         ),
         "kl": _make_objective("kl", "the bound in bits/dim (eq. 5)", teaches_variance=True, needs_steps=True),
         "hybrid": _make_objective(
             "hybrid", "mse, and the bound for the variance (Nichol & Dhariwal 2021)", "weighting", "vlb_weight",
             teaches_variance=True, needs_learned=True, needs_steps=True,
+        ),
+        "elbo": ObjectiveEntry(
+            function="workers.autoencoding:Autoencoding", family=AUTOENCODER,
+            about="distortion and beta times the rate, in bits/dim (Kingma & Welling 2014, eq. 3)",
+            reads=("beta", "reconstruction", "adversarial"),
         ),
     }
 )  # fmt: skip

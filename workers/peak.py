@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from workers.identity import compute_digest
 from workers.layout import name_peak_file
-from workers.network.build import build_network, is_foreign
+from workers.network.build import build_network, is_foreign, make_inputs
 from workers.noise import make_generator
 from workers.speed import name_hardware
 from workers.storage import Storage
@@ -67,13 +67,10 @@ def count_training_flops(config: str) -> int:
     `config` is the network's config.json. A U-Net is built without memory, so that nothing is computed.
     """
     c = json.loads(config)
-    height, width = size if isinstance(size := c["sample_size"], list) else (size, size)
     with torch.device("cpu" if is_foreign(c) else "meta"), torch.no_grad():
         network = build_network(c, make_generator(0)).eval()
         with FlopCounterMode(display=False) as counted:
-            one = torch.zeros(1)
-            told = [one.long()] if c.get("num_class_embeds") else []
-            network(torch.zeros(1, c["in_channels"], height, width), one, *told)
+            network(*make_inputs(c))
     return 3 * int(counted.get_total_flops())
 
 

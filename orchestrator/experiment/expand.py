@@ -18,7 +18,7 @@ from orchestrator.experiment.settings import (
 )
 from orchestrator.experiment.starts import find_origins, list_needed, list_slots, make_pin
 from workers.config import DataConfig, Measurement, Record, Trial
-from workers.identity import collect_settings_read, compute_digest, compute_trial_id
+from workers.identity import compute_digest, compute_trial_id, describe_evaluation
 from workers.layout import RowId, TrialId, get_trial_of_row, make_row_id
 from workers.sections import OWN_ONLY
 from workers.warm_start import TRUNK, pin_models, split_pin
@@ -141,7 +141,7 @@ def group_by_row(
     trained: dict[TrialId, dict[str, list[Variant]]] = {}
     for variant in (*list_needed(variants, named), *variants):
         measurements = trained.setdefault(compute_trial_id(variant.trial, data_digests[variant.trial.data]), {})
-        evaluation = collect_settings_read(Measurement.of(variant.trial).evaluation, only_set=True)
+        evaluation = describe_evaluation(Measurement.of(variant.trial))
         measured = compute_digest([variant.trial.training.steps, evaluation])[:8]
         measurements.setdefault(measured, []).append(variant)
     found, repeats = dict[RowId, Variant](), list[set[str]]()

@@ -8,6 +8,7 @@ computed where the network is (`model_terms`).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -69,18 +70,48 @@ def log_normal_interval(lower: Doubles, upper: Doubles) -> Doubles:
     return log_upper + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - log_upper))
 
 
-def decoder_term(x_0: Pixels, mean: Pixels, sigma: Beside | float, levels: int | None) -> PerImage64:
+def log_laplace_interval(lower: Doubles, upper: Doubles) -> Doubles:
+    """log(F(upper) - F(lower)) for lower < upper, F the standard Laplace distribution, accurate in both tails."""
+    flip = lower + upper < 0
+    lower, upper = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
+    above = -math.log(2) - lower.clamp(min=0) + torch.log(-torch.expm1(-(upper - lower)))  # e^-x / 2 from 0 on
+    around = torch.log(-(torch.expm1(lower.clamp(max=0)) + torch.expm1(-upper)) / 2)  # the centre lies between
+    return torch.where(lower < 0, around, above)
+
+
+def normal_nats(error: Doubles, log_scale: Tensor) -> Doubles:
+    """-log of the density of N(0, scale^2) at an error, which is counted in scales."""
+    return 0.5 * math.log(2 * math.pi) + log_scale + error.square() / 2
+
+
+def laplace_nats(error: Doubles, log_scale: Tensor) -> Doubles:
+    """The same of the Laplace distribution of that scale."""
+    return math.log(2) + log_scale + error.abs()
+
+
+# Laws of a decoder around its mean: the logarithm of an interval's probability, and -log of a density.
+LAWS: dict[str, tuple[Callable[[Doubles, Doubles], Doubles], Callable[[Doubles, Tensor], Doubles]]] = {
+    "gaussian": (log_normal_interval, normal_nats),
+    "laplace": (log_laplace_interval, laplace_nats),
+}
+
+
+def decoder_term(
+    x_0: Pixels, mean: Pixels, sigma: Beside | float, levels: int | None, *, law: str = "gaussian"
+) -> PerImage64:
     """L_0 = -log p_theta(x_0 | x_1) in nats: the discrete decoder, eq. (13).
 
     x_0: one of `levels` values evenly spaced on [-1, 1]; mean: mu_theta(x_1, 1). A level's bin
     reaches 1 / (levels - 1) to either side; the outermost two reach to infinity. Where `levels` is None, x_0 is not
-    discrete, and p_theta(x_0 | x_1) is the density N(x_0; mean, sigma^2 I) itself, whose L_0 may be below 0.
+    discrete, and p_theta(x_0 | x_1) is the density N(x_0; mean, sigma^2 I) itself, whose L_0 may be below 0. The `law`
+    may be another one of LAWS, of which `sigma` is the scale.
     """
     x_0, mean = x_0.double(), mean.double()
+    log_interval, find_nats = LAWS[law]
     if levels is None:
         sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x_0.device)
-        return (0.5 * math.log(2 * math.pi) + sigma.log() + ((x_0 - mean) / sigma).square() / 2).flatten(1).sum(1)
+        return find_nats((x_0 - mean) / sigma, sigma.log()).flatten(1).sum(1)
     half = 1 / (levels - 1)
     upper = torch.where(x_0 > 1 - half, math.inf, (x_0 + half - mean) / sigma)
     lower = torch.where(x_0 < -1 + half, -math.inf, (x_0 - half - mean) / sigma)
-    return -log_normal_interval(lower, upper).flatten(1).sum(1)
+    return -log_interval(lower, upper).flatten(1).sum(1)

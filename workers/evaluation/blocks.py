@@ -19,7 +19,7 @@ from workers.code import drop_pin
 from workers.config import Count, FIDConfig, Measurement
 from workers.data.dataset import Dataset
 from workers.data.sources import Source
-from workers.identity import collect_settings_read, compute_digest
+from workers.identity import collect_settings_read, compute_digest, describe_evaluation
 from workers.kinds import MEASURES, SAMPLERS, SPACES
 from workers.layout import name_evaluation_folder, name_reference_file, name_summary_file
 
@@ -202,7 +202,7 @@ def name_summary(m: Measurement, checkpoint: str, images: Images) -> str:
 
 def make_protocol_key(m: Measurement, images: Images) -> str:
     """What names a way of measuring: the same key, the same protocol."""
-    return compute_digest([VERSION, images.digest, m.seed, collect_settings_read(m.evaluation, only_set=True)])
+    return compute_digest([VERSION, images.digest, m.seed, describe_evaluation(m)])
 
 
 def name_distance(fid: FIDConfig) -> str:

@@ -1,8 +1,9 @@
 """The network of a trial, from its settings to its config.json, and from that to a module.
 
-Ours is the U-Net, whose config.json is that of diffusers' UNet2DModel. A network of another kind of `NETWORKS` is a
-function or class (ModelConfig, Signature) -> nn.Module; its config.json names it and holds its settings. What such a
-module has to do is said in docs/extending.md, and `orchestrator.conform` looks whether it does.
+Ours are the U-Net, whose config.json is that of diffusers' UNet2DModel, and those of other families, whose entries say
+how theirs is made. A network of another kind of `NETWORKS` is a function or class (ModelConfig, Signature) ->
+nn.Module; its config.json names it and holds its settings. What such a module has to do is said in docs/extending.md,
+and `orchestrator.conform` looks whether it does.
 """
 
 import traceback
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from workers.classes import NO_LABEL, Classes
 from workers.code import drop_pin
 from workers.config import ModelConfig
-from workers.entries import is_outside
+from workers.entries import is_outside, load
 from workers.identity import collect_settings_read
-from workers.kinds import NETWORKS
+from workers.kinds import DENOISER, NETWORKS, NetworkEntry
+from workers.network.autoencoder_config import find_latent_size
 from workers.network.unet import Dropout, UNet, draw_bits
 from workers.network.unet_config import UNET, make_class_fields, make_unet_config, read_classes
 from workers.noise import make_generator
@@ -55,6 +57,9 @@ def make_network_config(
     `classes` and `label_dropout` are those of a network that is told labels. Raises ValueError.
     """
     height, width, channels = shape
+    if model.family != DENOISER:
+        config: dict[str, Any] = load(NETWORKS[model.kind].config)(model, shape)
+        return config
     if model.kind == UNET:
         return make_unet_config(
             model, image_channels=channels, resolution=(height, width), learned=learned, classes=classes,
@@ -72,6 +77,20 @@ def make_network_config(
     }
 
 
+def find_entry(config: Mapping[str, Any]) -> NetworkEntry | None:
+    """That of a config.json of another family than denoisers; None of a denoiser."""
+    return next((entry for entry in NETWORKS.values() if entry.written and entry.written == config.get(CLASS)), None)
+
+
+def make_inputs(config: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """What a training step calls the network of this config.json with, for an image of zeros."""
+    height, width = size if isinstance(size := config["sample_size"], list) else (size, size)
+    x, one = torch.zeros(1, config["in_channels"], height, width), torch.zeros(1)
+    if find_entry(config):
+        return x, torch.zeros(1, *find_latent_size(config))
+    return x, one, *([one.long()] if config.get("num_class_embeds") else [])
+
+
 def is_foreign(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of a network that is not ours."""
     kind = config.get(CLASS)
@@ -84,6 +103,9 @@ def build_network(config: dict[str, Any], generator: torch.Generator | None = No
     One of another kind draws them from PyTorch's global generator, as its modules do by themselves; here that begins
     at the seed of `generator`, and is as before afterwards.
     """
+    if entry := find_entry(config):
+        made: nn.Module = entry.load()(config, generator)
+        return made
     if not is_foreign(config):
         return UNet(config, generator)
     model = ModelConfig.model_validate({"kind": config[CLASS], **config["settings"]})

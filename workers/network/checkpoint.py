@@ -9,6 +9,7 @@
                     state/journal.jsonl                                            the journal up to this step
                     manifest.json                                                  written last
 
+An autoencoder's has vae/, as diffusers' pipelines of latents have, in place of unet/ and scheduler/.
 `DDPMPipeline.from_pretrained` opens such a folder; of a network that is told labels its unet alone is of use, as that
 pipeline has none to tell, and of EDM its unet and its scheduler, as it would not feed them. The other way round,
 `open_folder` opens what diffusers saves of an unconditional model on pixels: the same layout without state and
@@ -24,9 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from workers import consent
@@ -37,7 +36,9 @@ from workers.diffusion.formulations import AnyProcess, Continuous
 from workers.diffusion.gaussian import GaussianDenoiser
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Process
-from workers.network.build import CLASS, Unfolding, build_network, is_foreign
+from workers.kinds import DENOISER
+from workers.network.autoencoder import Autoencoder
+from workers.network.build import CLASS, Unfolding, build_network, find_entry, is_foreign
 from workers.network.diffusers_config import (
     VERSION,
     Scheduler,
@@ -48,6 +49,7 @@ from workers.network.diffusers_config import (
     read_index,
     read_network,
     read_scheduler,
+    read_stage,
 )
 from workers.network.manifest import (
     EVALUATED,
@@ -55,10 +57,8 @@ from workers.network.manifest import (
     JOURNAL,
     MANIFEST,
     PROGRESS,
-    SAFE,
     SCHEDULER,
     STATE,
-    UNET,
     WEIGHTS,
     Checkpoint,
     CheckpointError,
@@ -74,7 +74,7 @@ from workers.network.manifest import (
     read_object,
     write_manifest,
 )
-from workers.network.unet import UNet
+from workers.network.weights import load_weights, read_shards, write_tensors
 from workers.noise import make_generator
 from workers.storage import Storage
 
@@ -98,6 +98,7 @@ class Description:
     classes: Classes | None = None  # that its network is told
     takes_no_label: bool = False  # whether it was trained without labels, too, so that it can be guided
     sides: tuple[int, ...] = ()  # of signals and volumes, which are folded into `shape` (`workers.sides`)
+    family: str = DENOISER  # of another one T is None, prediction and variance are empty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +106,8 @@ class Snapshot:
     """What a checkpoint is written from: all that an evaluation and the training's next step need."""
 
     step: int
-    unet_config: dict[str, Any]
-    process: AnyProcess
+    unet_config: dict[str, Any]  # the network's, of any family
+    process: AnyProcess | None = None  # of a denoiser
     prediction: str = "eps"
     ema: Mapping[str, Tensor]
     averages: Mapping[float, Mapping[str, Tensor]] = field(default_factory=dict)
@@ -121,16 +122,18 @@ def save(storage: Storage, folder: str, snapshot: Snapshot, kept: bool = False) 
     A checkpoint is kept whose step is asked for by a row of a sweep.
     """
     path = f"{folder}/{name_step(snapshot.step)}"
-    scheduler = make_scheduler_config(snapshot.process, snapshot.prediction)
+    family = find_family(snapshot.unet_config)
+    config, weights, *_ = EVALUATED[family]
+    scheduler = make_scheduler_config(snapshot.process, snapshot.prediction) if snapshot.process else {}
     files = {
         INDEX: _make_index(snapshot.unet_config, scheduler),
-        UNET: _write_json(snapshot.unet_config),
-        WEIGHTS: _write_tensors(snapshot.ema),
-        SCHEDULER: _write_json(scheduler),
-        STATE: _write_tensors(snapshot.state),
+        config: _write_json(snapshot.unet_config),
+        weights: write_tensors(snapshot.ema),
+        **({SCHEDULER: _write_json(scheduler)} if scheduler else {}),
+        STATE: write_tensors(snapshot.state),
         PROGRESS: _write_json({**snapshot.progress, "step": snapshot.step}),
         JOURNAL: snapshot.journal,
-        **{name_average(decay): _write_tensors(weights) for decay, weights in snapshot.averages.items()},
+        **{name_average(decay): write_tensors(weights) for decay, weights in snapshot.averages.items()},
     }
     for name, content in files.items():
         storage.write(f"{path}/{name}", content)
@@ -139,15 +142,16 @@ def save(storage: Storage, folder: str, snapshot: Snapshot, kept: bool = False) 
     for other in storage.list(folder):
         if other < name_step(snapshot.step) and not is_kept(storage, f"{folder}/{other}"):
             storage.delete(f"{folder}/{other}")
-    return make_checkpoint(storage.root, path, snapshot.step, sums, kept=kept)
+    return make_checkpoint(storage.root, path, snapshot.step, sums, family=family, kept=kept)
 
 
 def open_folder(folder: str | Path) -> Checkpoint:
     """The checkpoint in one folder, given by its path or URI: one of ours, or what diffusers saved.
 
     Of diffusers' it takes an unconditional model on pixels: a pipeline's folder, whose two parts may lie in unet/ and
-    scheduler/ or beside model_index.json, or a UNet2DModel's with a scheduler_config.json beside it. Such a folder is
-    loaded once on the way. Raises CheckpointError with what is wrong with the folder and what to do.
+    scheduler/ or beside model_index.json, or a UNet2DModel's with a scheduler_config.json beside it; and the folder of
+    an AutoencoderKL. Such a folder is loaded once on the way. Raises CheckpointError with what is wrong with the folder
+    and what to do.
     """
     try:
         storage = Storage(folder)
@@ -171,59 +175,91 @@ def open_folder(folder: str | Path) -> Checkpoint:
             storage.find_url(INDEX), read_index, read_object(read_bytes(storage, INDEX), storage.find_url(INDEX))
         )
     weights = _place_in_folder("unet", _find_weights(storage.root, parts.get("unet", parts[""])), parts)
-    names = [_place_in_folder("unet", "config.json", parts), weights]
-    names.append(_place_in_folder("scheduler", PurePosixPath(SCHEDULER).name, parts))
+    names, family = [_place_in_folder("unet", "config.json", parts), weights], DENOISER
+    if names[0] in parts[""]:
+        family = find_family(read_object(read_bytes(storage, names[0]), storage.find_url(names[0])))
+    if family == DENOISER:
+        names.append(_place_in_folder("scheduler", PurePosixPath(SCHEDULER).name, parts))
     there = {f"{part}/{name}".lstrip("/") for part, inside in parts.items() for name in inside}
     if weights in there and weights.endswith(".json"):
-        shards = _read_shards(read_bytes(storage, weights), storage.find_url(weights))
+        shards = read_shards(read_bytes(storage, weights), storage.find_url(weights))
         names += [_place_in_folder("unet", shard, parts) for shard in sorted(set(shards.values()))]
     if missing := [name for name in names if name not in there]:
         raise CheckpointError(f"{storage.root} lacks {' and '.join(missing)}: {_advise(there)}")
     sums = {name: hash_bytes(read_bytes(storage, name)) for name in names}
-    checkpoint = make_checkpoint(storage.root, "", None, sums, weights)
-    load(checkpoint)
+    checkpoint = make_checkpoint(storage.root, "", None, sums, weights, family=family)
+    load_network(checkpoint)
     return checkpoint
 
 
 def load_averages(checkpoint: Checkpoint, decays: Iterable[float]) -> dict[float, dict[str, Tensor]]:
     """The further averages, to resume from. Raises CheckpointError where bytes are damaged."""
-    return {decay: _load_weights(checkpoint, name_average(decay)) for decay in decays}
+    return {decay: load_weights(checkpoint, name_average(decay)) for decay in decays}
 
 
 def describe(checkpoint: Checkpoint) -> Description:
     """What the checkpoint holds, from its config files alone. Raises CheckpointError as `load` does."""
-    unet, scheduler, shape = _load_configured(checkpoint)
+    network, scheduler, shape = _load_configured(checkpoint)
+    parameters = sum(p.numel() for p in network.parameters())
+    if scheduler is None:
+        return Description(shape, None, "", "", False, parameters, family=checkpoint.family)
     process = scheduler.process
-    parameters = sum(p.numel() for p in unet.parameters())
-    told = Denoiser(unet, process, scheduler.prediction)
+    told = Denoiser(network, process, scheduler.prediction)
     variance = process.variance if isinstance(process, Process) else ""
     of = shape, process.T, scheduler.prediction, variance, scheduler.clip, parameters
-    return Description(*of, told.classes, told.takes_no_label, unet.sides if isinstance(unet, Unfolding) else ())
+    return Description(*of, told.classes, told.takes_no_label, network.sides if isinstance(network, Unfolding) else ())
 
 
 def load(checkpoint: Checkpoint) -> tuple[Denoiser, AnyProcess]:
-    """The model as a module in eval mode, and its process.
+    """The model of a denoiser as a module in eval mode, and its process.
 
     The module is called as a `Model` is, with t in 1..T or real t, and returns a `Prediction` whatever its network
     predicts; its weights are float32. Raises CheckpointError where bytes are damaged or of another kind of model.
     """
-    unet, scheduler, _ = _load_configured(checkpoint)
-    if isinstance(unet, GaussianDenoiser):
-        return Denoiser(unet, scheduler.process, "eps").eval(), scheduler.process
-    where, weights = find_url(checkpoint, checkpoint.weights), _load_weights(checkpoint, checkpoint.weights)
+    network, scheduler = _load_whole(checkpoint)
+    if scheduler is None:
+        raise CheckpointError(
+            f"{checkpoint.url} is an {checkpoint.family}, which predicts no noise; give a trial of a network that "
+            "does, such as model.kind: unet"
+        )
+    prediction = "eps" if isinstance(network, GaussianDenoiser) else scheduler.prediction
+    return Denoiser(network, scheduler.process, prediction).eval(), scheduler.process
+
+
+def load_autoencoder(checkpoint: Checkpoint) -> Autoencoder:
+    """The autoencoder of a checkpoint in eval mode, its weights float32. Raises CheckpointError as `load` does."""
+    network = load_network(checkpoint)
+    if not isinstance(network, Autoencoder):
+        raise CheckpointError(
+            f"{checkpoint.url} is a {checkpoint.family} and no autoencoder; give a trial with model.kind: autoencoder, "
+            "or the folder of diffusers' AutoencoderKL"
+        )
+    return network
+
+
+def load_network(checkpoint: Checkpoint) -> nn.Module:
+    """The network alone, of any family, in eval mode. Raises CheckpointError as `load` does."""
+    return _load_whole(checkpoint)[0].eval()
+
+
+def _load_whole(checkpoint: Checkpoint) -> tuple[nn.Module, Scheduler | None]:
+    network, scheduler, _ = _load_configured(checkpoint)
+    if isinstance(network, GaussianDenoiser):
+        return network, scheduler
+    where, weights = find_url(checkpoint, checkpoint.weights), load_weights(checkpoint, checkpoint.weights)
     for name, w in weights.items():
         if w.dtype not in FLOATS or not torch.isfinite(w.float()).all():
             raise CheckpointError(f"{where}: {name} ({w.dtype}) holds other things than finite numbers: save it again")
-    try:  # of a U-Net first without memory for what the config claims
-        is_built = isinstance(unet, UNet)
-        unet.load_state_dict({name: w.to("meta") if is_built else w for name, w in weights.items()})
+    is_ours = next(network.parameters()).is_meta
+    try:  # of one of ours first without memory for what the config claims
+        network.load_state_dict({name: w.to("meta") if is_ours else w for name, w in weights.items()})
     except RuntimeError as error:
         raise CheckpointError(
             f"{where} does not fit the config.json beside it, or one of the two is damaged: {error}"
         ) from error
-    if isinstance(unet, UNet):
-        unet.to_empty(device="cpu").load_state_dict(weights)
-    return Denoiser(unet, scheduler.process, scheduler.prediction).eval(), scheduler.process
+    if is_ours:
+        network.to_empty(device="cpu").load_state_dict(weights)
+    return network, scheduler
 
 
 def export(checkpoint: Checkpoint, folder: Path) -> None:
@@ -232,33 +268,39 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
 
     `DDPMPipeline.from_pretrained` and `open_folder` open it. Raises CheckpointError where bytes are damaged.
     """
-    config, scheduler = (read_object(read_file(checkpoint, of), find_url(checkpoint, of)) for of in (UNET, SCHEDULER))
+    config_name, weights_name, *others = EVALUATED[checkpoint.family]
+    config = _read_object_of(checkpoint, config_name)
+    scheduler = _read_object_of(checkpoint, SCHEDULER) if others else {}
     kinds = (config.get(CLASS), scheduler.get(CLASS), scheduler.get("prediction_type"), scheduler.get("variance_type"))
     keep_code(Storage(folder), (kind for kind in kinds if isinstance(kind, str)))
-    for name in (INDEX, *EVALUATED):
+    for name in (INDEX, *EVALUATED[checkpoint.family]):
         if name == INDEX:
             content = _make_index(config, scheduler)
-        elif name == WEIGHTS and checkpoint.weights.endswith(".json"):
-            content = _write_tensors(_load_weights(checkpoint, checkpoint.weights))
+        elif name == weights_name and checkpoint.weights.endswith(".json"):
+            content = write_tensors(load_weights(checkpoint, checkpoint.weights))
         else:
-            content = read_file(checkpoint, checkpoint.weights if name == WEIGHTS else name)
+            content = read_file(checkpoint, checkpoint.weights if name == weights_name else name)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
 
 
 def load_process(checkpoint: Checkpoint) -> AnyProcess:
-    """The process alone, from the config files. Raises CheckpointError as `load` does."""
-    return _load_configured(checkpoint)[1].process
+    """The process of a denoiser alone, from the config files. Raises CheckpointError as `load` does."""
+    scheduler = _load_configured(checkpoint)[1]
+    assert scheduler, checkpoint.family
+    return scheduler.process
 
 
 def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """(EMA weights, training state, progress), to resume from. Raises CheckpointError where bytes are damaged."""
-    progress = read_object(read_file(checkpoint, PROGRESS), find_url(checkpoint, PROGRESS))
-    return _load_weights(checkpoint, WEIGHTS), _load_weights(checkpoint, STATE), progress
+    progress = _read_object_of(checkpoint, PROGRESS)
+    return load_weights(checkpoint, EVALUATED[checkpoint.family][1]), load_weights(checkpoint, STATE), progress
 
 
 def _make_index(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> bytes:
     """What diffusers opens; of a network or a formulation that is not ours it has no class."""
+    if find_entry(config):
+        return _write_json({"_diffusers_version": VERSION, "vae": ["diffusers", config[CLASS]]})
     name = scheduler[CLASS] if is_continuous(scheduler.get(CLASS)) else "DDPMScheduler"
     unet = [config[CLASS].partition(":")[0], config[CLASS]] if is_foreign(config) else ["diffusers", "UNet2DModel"]
     return _write_json(
@@ -271,23 +313,34 @@ def _make_index(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> byte
     )
 
 
-def _load_configured(checkpoint: Checkpoint) -> tuple[nn.Module, Scheduler, tuple[int, int, int]]:
-    """(network, scheduler, image shape) of the config files. A U-Net is on the meta device: without memory."""
-    config, where = read_object(read_file(checkpoint, UNET), find_url(checkpoint, UNET)), find_url(checkpoint, UNET)
+def find_family(config: Mapping[str, Any]) -> str:
+    """That of the network of a config.json."""
+    entry = find_entry(config)
+    return entry.family if entry else DENOISER
+
+
+def _load_configured(checkpoint: Checkpoint) -> tuple[nn.Module, Scheduler | None, tuple[int, int, int]]:
+    """(network, scheduler of a denoiser, image shape) of the config files. A network of ours is on the meta device:
+    without memory."""
+    config, where = _read_object_of(checkpoint, checkpoint.config), find_url(checkpoint, checkpoint.config)
     if config.get("_class_name") == "GaussianDenoiser":  # the canary's
         shape, beside = _read_meant(where, read_gaussian, config), find_url(checkpoint, SCHEDULER)
-        scheduler = _read_meant(beside, read_scheduler, read_object(read_file(checkpoint, SCHEDULER), beside))
+        scheduler = _read_meant(beside, read_scheduler, _read_object_of(checkpoint, SCHEDULER))
         if not isinstance(scheduler.process, Process):
             raise CheckpointError(f"{beside}: a GaussianDenoiser goes with a process of T times")
         return GaussianDenoiser(config, scheduler.process), scheduler, shape
-    shape = _read_meant(where, read_foreign if is_foreign(config) else read_network, config)
+    is_stage = checkpoint.family != DENOISER
+    read = read_stage if is_stage else read_foreign if is_foreign(config) else read_network
+    shape = _read_meant(where, read, config)
     try:
         with nullcontext() if is_foreign(config) else torch.device("meta"):
-            unet = build_network(config, make_generator(0) if is_foreign(config) else None)
+            network = build_network(config, make_generator(0) if is_foreign(config) else None)
     except (ValueError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{where} does not describe a network that can be built here: {error}") from error
+    if is_stage:
+        return network, None, shape
     where = find_url(checkpoint, SCHEDULER)
-    scheduler = _read_meant(where, read_scheduler, read_object(read_file(checkpoint, SCHEDULER), where))
+    scheduler = _read_meant(where, read_scheduler, _read_object_of(checkpoint, SCHEDULER))
     if (config["out_channels"] == 2 * config["in_channels"]) != scheduler.process.learned:
         variance = "none" if isinstance(scheduler.process, Continuous) else scheduler.process.variance
         raise CheckpointError(
@@ -295,7 +348,11 @@ def _load_configured(checkpoint: Checkpoint) -> tuple[nn.Module, Scheduler, tupl
             f"{config['out_channels']} for in_channels {config['in_channels']}: a learned variance takes twice as "
             "many, a fixed one as many"
         )
-    return unet, scheduler, shape
+    return network, scheduler, shape
+
+
+def _read_object_of(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    return read_object(read_file(checkpoint, name), find_url(checkpoint, name))
 
 
 def _read_meant(where: str, read: Callable[[dict[str, Any]], R], content: dict[str, Any]) -> R:
@@ -321,15 +378,6 @@ def _find_weights(root: str, inside: list[str]) -> str:
     return [*whole, *variants, usual][0]
 
 
-def _read_shards(index: bytes, where: str) -> dict[str, str]:
-    """The file of each tensor, by an index of several files with weights. Raises CheckpointError."""
-    found = read_object(index, where).get("weight_map")
-    files = list(found.values()) if isinstance(found, dict) else []
-    if not files or not all(isinstance(f, str) and f.endswith(SAFE) and PurePosixPath(f).name == f for f in files):
-        raise CheckpointError(f"{where} is damaged: weight_map does not name a file beside it for each of the weights")
-    return dict(found or {})
-
-
 def _advise(there: set[str]) -> str:
     if pickles := sorted(name for name in there if name.endswith(PICKLES)):
         return (
@@ -342,37 +390,5 @@ def _advise(there: set[str]) -> str:
     )
 
 
-def _load_weights(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
-    content, where = read_file(checkpoint, name), find_url(checkpoint, name)
-    if name.endswith(".json"):
-        return _join_weights(checkpoint, _read_shards(content, where), where)
-    if content.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{where} is a pointer of Git LFS in the place of the weights: run git lfs pull there")
-    try:
-        return dict(safetensors.torch.load(content))
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{where} is damaged: it is not safetensors ({error}); restore or save it again"
-        ) from error
-
-
-def _join_weights(checkpoint: Checkpoint, files: Mapping[str, str], where: str) -> dict[str, Tensor]:
-    """Weights from several files, each of which holds what the index at `where` says."""
-    weights: dict[str, Tensor] = {}
-    for file in sorted(set(files.values())):
-        found = _load_weights(checkpoint, file)
-        if wrong := sorted(found.keys() ^ {name for name, of in files.items() if of == file}):
-            raise CheckpointError(
-                f"{find_url(checkpoint, file)} does not hold what {where} says: they differ in {', '.join(wrong[:3])}"
-                f"{', ...' * (len(wrong) > 3)}. Download or save the folder again"
-            )
-        weights |= found
-    return weights
-
-
 def _write_json(content: Any) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _write_tensors(tensors: Mapping[str, Tensor]) -> bytes:
-    return safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})

@@ -16,11 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from workers.code import drop_pin
 from workers.config import DiffusionConfig, ScheduleConfig
 from workers.diffusion import schedules
+from workers.diffusion.bound import LAWS
 from workers.diffusion.formulations import TIMES_TOLD, AnyProcess, Continuous
 from workers.diffusion.process import Process
 from workers.entries import is_outside
 from workers.identity import collect_settings_read
 from workers.kinds import FORMULATIONS, PREDICTIONS, VARIANCES
+from workers.network.autoencoder_config import AUTOENCODER_DEFAULTS, DECODER
 from workers.network.unet_config import DEFAULTS
 from workers.sides import fold
 
@@ -112,6 +114,17 @@ class _Network(_Config):
     norm_eps: Annotated[float, Field(gt=0)]
 
 
+class _Stage(_Config):
+    """Those of the config of an autoencoder or a generator, which checks the values itself."""
+
+    sample_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)]
+    in_channels: Colours
+    block_out_channels: Annotated[list[Size], Field(min_length=1, max_length=16)]
+    layers_per_block: Annotated[int, Field(ge=1, le=64)]
+    latent_channels: Size
+    norm_num_groups: Size
+
+
 class _Foreign(_Config):
     """The fields of the config of a network that is not ours, but for its own settings."""
 
@@ -198,6 +211,18 @@ def read_foreign(config: dict[str, Any]) -> tuple[int, int, int]:
     if network.sides and fold(tuple(network.sides)) != tuple(network.sample_size):
         raise ValueError(f"sides {network.sides} are not those of sample_size {network.sample_size}")
     return network.sample_size[0], network.sample_size[1], network.in_channels
+
+
+def read_stage(config: dict[str, Any]) -> tuple[int, int, int]:
+    """Image shape (height, width, channels) of the config of an autoencoder or a generator. Raises ValueError."""
+    network = _check_config(_Stage, {**AUTOENCODER_DEFAULTS, **config})
+    size, halvings = network.sample_size, len(network.block_out_channels) - 1
+    height, width = size if isinstance(size, list) else (size, size)
+    if height % 2**halvings or width % 2**halvings:
+        raise ValueError(f"sample_size {size} cannot be halved {halvings} times, as block_out_channels asks")
+    if (law := config.get(DECODER, "gaussian")) not in LAWS:
+        raise ValueError(f"{DECODER}: {law!r:.40} is no law of p(x | z); choose from {list(LAWS)}")
+    return height, width, network.in_channels
 
 
 def read_network(config: dict[str, Any]) -> tuple[int, int, int]:

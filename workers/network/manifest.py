@@ -14,13 +14,18 @@ from typing import Any
 from workers import seals
 from workers.config import Mistake
 from workers.identity import compute_digest
+from workers.kinds import AUTOENCODER, DENOISER
 from workers.storage import Storage
 
 UNET, WEIGHTS = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
 SCHEDULER, INDEX, MANIFEST = "scheduler/scheduler_config.json", "model_index.json", "manifest.json"
 STATE, PROGRESS, JOURNAL = "state/training.safetensors", "state/progress.json", "state/journal.jsonl"
 AVERAGES, SAFE = "averages/", ".safetensors"
-EVALUATED = (UNET, WEIGHTS, SCHEDULER)  # what an evaluation reads
+# What an evaluation reads of a checkpoint, by the family of its network: its config.json and its weights first.
+EVALUATED = {
+    DENOISER: (UNET, WEIGHTS, SCHEDULER),
+    AUTOENCODER: ("vae/config.json", "vae/diffusion_pytorch_model.safetensors"),
+}
 MOST_JSON = 2**26  # bytes
 
 
@@ -42,12 +47,18 @@ class Checkpoint:
     digest: str
     sums: tuple[tuple[str, str], ...]  # (file below path, sha256 in hex), of every file that is read
     weights: str = WEIGHTS  # the file that is loaded, or the index of several
+    family: str = DENOISER  # of its network
     kept: bool = field(default=False, compare=False)  # whether a row of a sweep asks for it
 
     @property
     def url(self) -> str:
         """Where a person finds it."""
         return Storage(self.root).find_url(self.path)
+
+    @property
+    def config(self) -> str:
+        """The config.json of its network."""
+        return EVALUATED[self.family][0]
 
 
 def name_step(step: int) -> str:
@@ -120,7 +131,8 @@ def choose_average(checkpoint: Checkpoint, ema: float | None) -> Checkpoint:
     if name_average(ema) not in sums:
         held = ", ".join(name.removeprefix(AVERAGES).removesuffix(SAFE) for name in sums if name.startswith(AVERAGES))
         raise CheckpointError(f"{checkpoint.url} holds no average of evaluation.ema = {ema}; it has {held or 'none'}")
-    files = {name: sums[find_name(sums, name)] for name in EVALUATED} | {WEIGHTS: sums[name_average(ema)]}
+    config, usual, *more = EVALUATED[checkpoint.family]
+    files = {name: sums[find_name(sums, name)] for name in (config, *more)} | {usual: sums[name_average(ema)]}
     return replace(checkpoint, digest=compute_digest(files), weights=name_average(ema))
 
 
@@ -154,12 +166,12 @@ def open_committed(storage: Storage, path: str) -> Checkpoint:
     manifest = _read_manifest(storage, path)
     try:
         given = manifest["sha256"]
-        sums = {name: str(given[name]) for name in (INDEX, *EVALUATED, STATE, PROGRESS)}
+        family = next((f for f, (config, *_) in EVALUATED.items() if config in given), DENOISER)
+        sums = {name: str(given[name]) for name in (INDEX, *EVALUATED[family], STATE, PROGRESS)}
         more = {check_average_name(name): str(sha) for name, sha in given.items() if name.startswith(AVERAGES)}
         more |= {JOURNAL: str(given[JOURNAL])} if JOURNAL in given else {}
-        return make_checkpoint(
-            storage.root, path, int(manifest["step"]), sums | more, kept=manifest.get("kept") is True
-        )
+        step, kept = int(manifest["step"]), manifest.get("kept") is True
+        return make_checkpoint(storage.root, path, step, sums | more, family=family, kept=kept)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise _make_error(storage, path, error) from error
 
@@ -191,12 +203,22 @@ def _is_unsealed(manifest: bytes) -> bool:
 
 
 def make_checkpoint(
-    root: str, path: str, step: int | None, sums: dict[str, str], weights: str = WEIGHTS, *, kept: bool = False
+    root: str,
+    path: str,
+    step: int | None,
+    sums: dict[str, str],
+    weights: str = "",
+    *,
+    family: str = DENOISER,
+    kept: bool = False,
 ) -> Checkpoint:
-    files = {name: sums[find_name(sums, weights if name == WEIGHTS else name)] for name in EVALUATED}
+    """`weights` is the file that is loaded where it is not the usual one."""
+    names, usual = EVALUATED[family], EVALUATED[family][1]
+    weights = weights or usual
+    files = {name: sums[find_name(sums, weights if name == usual else name)] for name in names}
     if weights.endswith(".json"):
         files |= {PurePosixPath(name).name: sha for name, sha in sums.items() if name.endswith(SAFE)}
-    return Checkpoint(root, path, step, compute_digest(files), tuple(sorted(sums.items())), weights, kept)
+    return Checkpoint(root, path, step, compute_digest(files), tuple(sorted(sums.items())), weights, family, kept)
 
 
 def read_file(checkpoint: Checkpoint, name: str) -> bytes:
@@ -217,7 +239,10 @@ def read_file(checkpoint: Checkpoint, name: str) -> bytes:
 
 def find_name(names: Iterable[str], name: str) -> str:
     """Which of `names` is our `name`; of diffusers' layouts, some have the same files without folders."""
-    [found] = [n for n in names if PurePosixPath(n).name == PurePosixPath(name).name]
+    there = list(names)
+    if name in there:
+        return name
+    [found] = [n for n in there if PurePosixPath(n).name == PurePosixPath(name).name]
     return found
 
 
