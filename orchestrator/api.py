@@ -81,8 +81,8 @@ def preview(file: str | Path, *overrides: str, smoke: bool = False, storage: str
         {
             "trial": row,
             **{path: values[i] for path, values in params.items()},
-            "alpha_bar_T": measure_chain(variant.trial.diffusion).alpha_bar_T,
-            "prior_bpd": measure_chain(variant.trial.diffusion).prior_bpd,
+            "alpha_bar_T": measure_chain(variant.trial.diffusion).alpha_bar_T if variant.trial.diffuses else None,
+            "prior_bpd": measure_chain(variant.trial.diffusion).prior_bpd if variant.trial.diffuses else None,
             **dict(zip(names, price.parts, strict=True)),
         }
         for i, ((row, variant), price) in enumerate(zip(trials.items(), count_costs(trials, sources), strict=True))

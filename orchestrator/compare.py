@@ -90,8 +90,12 @@ def compare_summaries(first: Mapping[str, Any], second: Mapping[str, Any]) -> tu
         lines += [f"not of one kind: {text}" for text in list_differences_of_kind(first, second, kind)]
         if kind == "nll" and not ours:
             lines.append(_describe_paired(NLL if NLL in first["metrics"] else DENSITY, first, second))
-        if kind == "samples" and not ours:
-            shared = [name for name in first["metrics"] if is_distance(name) and name in second["metrics"]]
+        if kind in ("samples", "reconstructions") and not ours:
+            shared = [
+                name
+                for name in first["metrics"]
+                if is_distance(name) and name in second["metrics"] and ("reconstruction" in name) == (kind != "samples")
+            ]
             lines += [_describe_unpaired(name, first["metrics"], second["metrics"]) for name in shared]
     return lines, differing
 

@@ -20,6 +20,7 @@ from orchestrator import cli
 from orchestrator.experiment.settings import show
 from workers.config import SAMPLE_GRID_STEPS, Measurement, Mistake, SamplerConfig
 from workers.identity import describe_sampler
+from workers.kinds import DENOISER
 from workers.layout import name_pictures_folder
 
 EXAMPLES = (
@@ -78,7 +79,10 @@ def run(options: argparse.Namespace) -> int:
     problems += [f"--between {k}: the held-out images of {source.name} are 0..{source.held_out - 1}"
                  for k in options.between if not 0 <= k < source.held_out]  # fmt: skip
     T = subject.m.T
-    if T is None and options.at:
+    is_stage = subject.m.family != DENOISER
+    if is_stage and (options.at or options.label):
+        problems.append("--at and --label are of denoisers, and this model decodes noise by one pass; leave them out")
+    elif T is None and options.at:
         problems.append("--at: the model is of continuous time, and pictures at times are of those with T of them")
     problems += [f"--at {t}: the times are 1..{T}" for t in options.at or () if T and not 1 <= t <= T]
     if problems:
@@ -86,8 +90,8 @@ def run(options: argparse.Namespace) -> int:
     label = None if options.label is None else find_label(subject.checkpoint, options.label)
     storage.check_writable()
     times = options.at or sorted({max(1, T * k // 8) for k in range(1, 9)}, reverse=True) if T else []
-    sampler = describe_sampler(choose_sampler(subject.m))
-    print(f"samples by evaluation.fid.sampler = {show(sampler)}", file=sys.stderr)
+    sampler = show(describe_sampler(choose_sampler(subject.m)))
+    print("samples of the prior" if is_stage else f"samples by evaluation.fid.sampler = {sampler}", file=sys.stderr)
     folder = name_pictures_folder(subject.checkpoint.digest)
     storage.remove_leftovers(folder)
     paths = {}
@@ -181,6 +185,8 @@ def make_pictures(
     from workers.diffusion.samplers import draw
     from workers.evaluation.pictures import draw_progressive
 
+    if subject.checkpoint.family != DENOISER:
+        return make_stage_pictures(subject, n)
     opened = _Opened(subject)
     process, sampler, levels = opened.process, opened.sampler, opened.dataset.levels
     grid, strips = (_arrange_grid(opened.network.classes, count, label) for count in (n, ROWS))
@@ -196,6 +202,32 @@ def make_pictures(
     }
     if isinstance(process, Process):
         found |= _make_pictures_of_chain(storage, subject, opened, between, times)
+    return found
+
+
+def make_stage_pictures(subject: Any, n: int) -> dict[str, bytes]:
+    """Those of a network without a process: samples of z from N(0, I), and of an autoencoder held-out images beside
+    x_hat of them."""
+    import numpy as np
+    import torch
+
+    from workers.autoencoding import draw_pairs
+    from workers.data.dataset import prepare
+    from workers.data.pixels import draw_grid, to_data, to_model
+    from workers.network.autoencoder import FirstStage
+    from workers.network.autoencoder_config import find_latent_size
+    from workers.network.checkpoint import load_decoder
+    from workers.noise import make_generator
+
+    stage, dataset, seed = load_decoder(subject.checkpoint), prepare(subject.m.data), subject.m.seed
+    x = to_model(torch.from_numpy(np.array(dataset.held_out[:ROWS])), dataset.levels)
+    size = find_latent_size(stage.config)
+    with torch.no_grad():
+        z = torch.randn((n, *size), generator=make_generator(seed, "pictures", "samples"))
+        eps = torch.randn((len(x), *size), generator=make_generator(seed, "pictures", "reconstructions"))
+        found = {"samples": draw_grid(to_data(stage.decode(z), dataset.levels), dataset.levels)}
+        if isinstance(stage, FirstStage):
+            found["reconstructions"] = draw_pairs(x, stage(x, eps).x_hat, dataset.levels)
     return found
 
 

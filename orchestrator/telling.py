@@ -136,7 +136,7 @@ def sum_seconds_used(spents: Mapping[str, Spent]) -> dict[str, Any]:
     for hardware, spent in spents.items():
         used["core_s" if hardware.endswith(CORE) else "gpu_s"] += sum(seconds for _, seconds in spent.values())
         for name, (_, seconds) in spent.items():
-            kind = "features" if name == "reference" else name
+            kind = "features" if name in ("reference", "held_out") else name
             kinds[kind] = kinds.get(kind, 0.0) + seconds
     by_kind = {kind: round(seconds, 3) for kind, seconds in kinds.items()}
     return {**{unit: round(seconds, 3) for unit, seconds in used.items()}, "seconds": by_kind}

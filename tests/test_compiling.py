@@ -89,7 +89,7 @@ def check_steps(trial: Trial, digits: Dataset, steps: int, tolerance: float) -> 
     never = trial.model_copy(update={"training": trial.training.model_copy(update={"compile": "never"})})
     eager, compiled = Learner(never, digits, World()), Learner(trial, digits, World())
     assert losses(compiled, steps) == pytest.approx(losses(eager, steps), rel=tolerance)
-    assert not compiled.uncompiled and compiled.network is not compiled.unet and eager.network is eager.unet
+    assert not compiled.uncompiled and compiled.network is not compiled.module and eager.network is eager.module
     for weights, expected in zip(compiled.raw, eager.raw, strict=True):
         torch.testing.assert_close(weights, expected, rtol=0, atol=20 * tolerance)
 
@@ -298,7 +298,7 @@ def test_a_network_of_one_s_own_need_not_be_one_graph(
     monkeypatch.setattr(compiling, "BACKEND", FAST)
     monkeypatch.setattr("workers.learner.is_foreign", lambda config: foreign)
     learner = Learner(changed(batch_size=8 if foreign else 24), digits, World())
-    network = learner.unet = Branching(4)
+    network = learner.module = Branching(4)
     learner.optimizer = torch.optim.Adam(network.parameters())
     learner.raw = list(network.state_dict().values())
     learner.ema = {name: weights.clone() for name, weights in network.state_dict().items()}

@@ -122,8 +122,10 @@ def test_no_step_waits_for_its_device(monkeypatch: pytest.MonkeyPatch, timesteps
         return OnMeta() if device == META else make_generator(*words)
 
     adam = torch.optim.Adam
-    monkeypatch.setattr("workers.learner.send", send)
-    monkeypatch.setattr("workers.learner.make_generator", generator)
+    for module in ("learner", "denoising"):
+        monkeypatch.setattr(f"workers.{module}.send", send)
+    for module in ("learner", "denoising", "lessons"):
+        monkeypatch.setattr(f"workers.{module}.make_generator", generator)
     monkeypatch.setattr("workers.learner.choose_autocast", lambda *_: nullcontext())
     monkeypatch.setattr("torch.optim.Adam", lambda weights, lr, fused: adam(weights, lr=lr, foreach=True))
     learner = Learner(trial, prepare(trial.data), World(device=META))

@@ -198,9 +198,9 @@ def test_a_training_begins_with_the_weights_that_it_names(tmp_path: Path, weight
     init = InitConfig(source="base@0123456789abcdef", weights=weights, fresh=("conv_out",))
     tuned = trial.model_copy(update={"training": trial.training.model_copy(update={"init": init, "steps": 6})})
     learner = Learner(tuned, dataset, World())
-    random = learner.unet.state_dict()["conv_out.weight"].clone()
+    random = learner.module.state_dict()["conv_out.weight"].clone()
     learner.begin_with(load_first_weights(made, weights), init.fresh)
-    for own in (learner.unet.state_dict(), learner.ema, learner.averages[0.5]):
+    for own in (learner.module.state_dict(), learner.ema, learner.averages[0.5]):
         assert all(torch.equal(own[name], expected[name]) for name in expected if not name.startswith("conv_out"))
         assert torch.equal(own["conv_out.weight"], random) and not torch.equal(random, expected["conv_out.weight"])
 

@@ -159,7 +159,7 @@ def test_a_training_by_a_stream_ends_in_the_weights_of_the_map(tmp_path: Path) -
         learner = Learner(trial, prepare(trial.data), World())
         for _ in range(9):
             learner.train_step()
-        return [p.detach().numpy() for p in learner.unet.parameters()]
+        return [p.detach().numpy() for p in learner.module.parameters()]
 
     assert all(map(np.array_equal, train(mapped), train(streamed)))
     digest = describe(mapped.data).digest

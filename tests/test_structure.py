@@ -17,9 +17,11 @@ ORDER = """
     workers.network: unet_config autoencoder_config unet build
     workers.diffusion: schedules laws process formulations guidance predictions bound objectives timesteps flow samplers
     workers.diffusion: gaussian ledger likelihood integral
-    workers.network: autoencoder manifest diffusers_config weights checkpoint
-    workers.evaluation: precision frechet fidelity inception blocks features make summary pictures canaries
-    workers: peak world compiling first_weights learner conformity training calibration
+    workers.network: autoencoder discriminator generator manifest diffusers_config weights checkpoint
+    workers.evaluation: precision frechet fidelity inception blocks features make rates summary pictures
+    workers.evaluation: canaries
+    workers: peak world compiling first_weights lessons denoising adversarial autoencoding playing learner conformity
+    workers: training calibration
     workers: ray_private jobs signs hosts ray_train data_parallel tasks
     orchestrator: interrupts streams cli ray_internals
     orchestrator.experiment: settings metrics records starts expand needs continuous check load

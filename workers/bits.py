@@ -6,7 +6,8 @@ of [-1, 1], `density`: these may be below 0 and never stand beside the others, s
 
 from collections.abc import Iterable
 
-VALIDATIONS = ("valid/nll_bpd", "valid/density_bpd")
+PIXEL_KID = "valid/pixel_kid"  # of generators, which have no bound
+VALIDATIONS = ("valid/nll_bpd", "valid/density_bpd", PIXEL_KID)
 SEEN = "validation_bpd"  # in a result of Ray Tune: the trial's validation under the one name that schedulers know
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from workers.config import SamplerConfig, Trial
-from workers.data.dataset import prepare
+from workers.data.dataset import Dataset, prepare
 from workers.data.pixels import to_model
 from workers.diffusion.formulations import Continuous, make_process
 from workers.diffusion.guidance import tell_labels
@@ -16,11 +16,12 @@ from workers.diffusion.likelihood import count_pairs_at_once, measure_pairs
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Model
 from workers.diffusion.samplers import sample
-from workers.evaluation.blocks import SAMPLES
+from workers.evaluation.blocks import IMAGES, SAMPLES
 from workers.evaluation.features import load_feature_space
 from workers.evaluation.make import LoadedModel
-from workers.learner import make_trial_config, repeat_steps
-from workers.network.build import build_network
+from workers.learner import repeat_steps
+from workers.lessons import make_trial_config
+from workers.network.build import build_network, make_inputs
 from workers.noise import make_generator
 from workers.passes import plan_evaluations
 from workers.speed import Meter, Spent, name_training_kind
@@ -45,6 +46,29 @@ def measure_speed(trial: Trial, storage_root: str) -> tuple[str, Spent]:
     training = repeat_steps(trial.model_copy(update={"training": alone}), dataset, device)
     _repeat(meter, name_training_kind(trial.training), batch, lambda: next(training))
     torch.set_num_threads(1)  # as evaluation has it
+    if trial.diffuses:
+        _measure_denoiser(trial, dataset, meter, device)
+    else:
+        _measure_passes(trial, dataset, meter, device)
+    if fid := trial.evaluation.fid:
+        space = load_feature_space(Storage(storage_root), dataset, fid.features, device, trial.evaluation.precision)
+        images = np.array(dataset.train[:SAMPLES])
+        _repeat(meter, f"features-{fid.features}", len(images), lambda: space.compute_features(images))
+    return meter.hardware, meter.spent
+
+
+def _measure_passes(trial: Trial, dataset: Dataset, meter: Meter, device: torch.device) -> None:
+    """Of a network that is no denoiser: passes through the whole of it, by which its blocks are counted."""
+    config = make_trial_config(trial, dataset)
+    network = build_network(config, make_generator(trial.seed, "weights")).to(device).eval()
+    inputs = [value.to(device).expand(IMAGES, *value.shape[1:]).contiguous() for value in make_inputs(config)]
+    with torch.no_grad():
+        for kind in ("nll", "samples"):
+            _repeat(meter, kind, IMAGES, lambda: network(*inputs))
+
+
+def _measure_denoiser(trial: Trial, dataset: Dataset, meter: Meter, device: torch.device) -> None:
+    """The bound and samples of a denoiser."""
     process = make_process(trial.diffusion)
     config = make_trial_config(trial, dataset)
     network = build_network(config, make_generator(trial.seed, "weights")).to(device).eval()
@@ -70,16 +94,12 @@ def measure_speed(trial: Trial, storage_root: str) -> tuple[str, Spent]:
         return measure_pairs(process, model, x_0, rows, t, weight=weight, noise=noise, levels=dataset.levels)
 
     _repeat(meter, "nll", batch, pairs)
-    if fid := trial.evaluation.fid:
+    if trial.evaluation.fid:
         model, shape = tell_any(SAMPLES), (SAMPLES, dataset.shape[2], *dataset.shape[:2])
         sampler = SAMPLER if process.T else CONTINUOUS_SAMPLER
         made = SAMPLES * plan_evaluations(sampler, process.T)
         with torch.no_grad():
             _repeat(meter, "samples", made, lambda: sample(process, model, sampler, shape, noise, device=device))
-        space = load_feature_space(Storage(storage_root), dataset, fid.features, device, trial.evaluation.precision)
-        images = np.array(dataset.train[:SAMPLES])
-        _repeat(meter, f"features-{fid.features}", len(images), lambda: space.compute_features(images))
-    return meter.hardware, meter.spent
 
 
 def _repeat(meter: Meter, kind: str, count: float, work: Callable[[], object]) -> None:

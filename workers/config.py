@@ -13,6 +13,7 @@ from workers.diffusion_settings import DiffusionConfig as DiffusionConfig
 from workers.diffusion_settings import ScheduleConfig as ScheduleConfig
 from workers.entries import add_settings_of
 from workers.kinds import (
+    AUTOENCODER,
     DENOISER,
     FORMATS,
     MEASURES,
@@ -26,7 +27,7 @@ from workers.kinds import (
 from workers.mistakes import Mistake as Mistake
 from workers.mistakes import Open as Open
 from workers.mistakes import hide_secrets as hide_secrets
-from workers.model_settings import FAMILY_READS, KIND_READS
+from workers.model_settings import KIND_READS, MEASURED_READS, reset_unread
 from workers.model_settings import ModelConfig as ModelConfig
 from workers.sections import NameOf, OpenRecord
 from workers.sections import Record as Record
@@ -119,14 +120,14 @@ class LossConfig(OpenRecord):
         "weighting": WEIGHTINGS.reads,
         "adversarial": {
             "null": (),
-            "a number": ("adversarial_start", "game", "discriminator_channels", "discriminator_layers"),
+            "a number": ("adversarial_start", "game", "discriminator_channels", "discriminator_layers", "r1"),
         },
     }
 
     objective: ObjectiveName = Field(
         default="mse",
         description="mse: the weighted squared error of the prediction; kl: the bound; hybrid: both together; elbo: of "
-        "an autoencoder",
+        "an autoencoder; gan: of a generator",
     )
     weighting: WeightingName = Field(default="simple", description="what each t counts in the squared error")
     gamma: float = Field(default=5.0, gt=0, description="the cap of min-SNR-gamma")
@@ -149,10 +150,11 @@ class LossConfig(OpenRecord):
         description="of elbo: a discriminator's part in the gradient of the decoder's last layer, as a multiple of the "
         "distortion's; null: none",
     )
-    adversarial_start: int = Field(
-        default=0, ge=0, le=MOST_STEPS, description="the first step with the discriminator's part"
-    )
+    adversarial_start: int = Field(default=0, ge=0, le=MOST_STEPS, description="the first step with that part")
     game: Literal["hinge", "non_saturating"] = Field(default="hinge", description="that the discriminator plays")
+    r1: float = Field(
+        default=0.0, ge=0, description="what the squared gradient of the discriminator at real images counts"
+    )
     discriminator_channels: int = Field(default=64, ge=1, le=8192, description="of its first layer")
     discriminator_layers: int = Field(default=3, ge=1, le=8, description="its layers of stride 2")
 
@@ -343,15 +345,21 @@ class Trial(Record):
     training: TrainingConfig = Field(description="how it is trained, and on what")
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="what is measured of a checkpoint")
 
+    @property
+    def diffuses(self) -> bool:
+        """Whether it has a process, so that it reads `diffusion`."""
+        return self.model.family == DENOISER
 
-def _is_measured(path: str) -> bool:
-    return path.startswith("evaluation.")
+    @property
+    def continuous(self) -> bool:
+        """Whether that is one in continuous time."""
+        return self.diffuses and self.diffusion.continuous
 
 
 class Measurement(Record):
     """What is measured of a checkpoint, whatever made it. `ema` is the length of its average, where it is known."""
 
-    READS: ClassVar = {"family": {family: tuple(filter(_is_measured, reads)) for family, reads in FAMILY_READS.items()}}
+    READS: ClassVar = {"family": MEASURED_READS}
 
     seed: Seed = 0
     data: DataConfig
@@ -375,12 +383,18 @@ class Measurement(Record):
         ema = None if evaluation.ema == info.data.get("ema") else evaluation.ema
         return evaluation.model_copy(update={"nll": nll, "fid": fid, "ema": ema})
 
+    @property
+    def reconstructs(self) -> bool:
+        """Whether reconstructions are measured."""
+        return self.family == AUTOENCODER and bool(self.evaluation.fid and self.evaluation.reconstructions)
+
     @staticmethod
     def of(trial: Trial) -> "Measurement":
         ema, T, evaluation, family = trial.training.ema, trial.diffusion.steps, trial.evaluation, trial.model.family
         if evaluation.variance == trial.diffusion.variance and T is not None:
             evaluation = evaluation.model_copy(update={"variance": None})
         T, labels = (T, trial.model.labels) if family == DENOISER else (None, False)
+        evaluation = reset_unread(evaluation, family)
         return Measurement(
             seed=trial.seed, data=trial.data, family=family, T=T, labels=labels, ema=ema, evaluation=evaluation
         )

@@ -49,7 +49,7 @@ def check_network(model: ModelConfig, shape: tuple[int, int, int]) -> Iterator[L
         training=TrainingConfig(steps=STEPS, batch_size=BATCH, lr=2e-3, ema=0.0, precision="float32"),
     )  # fmt: skip
     learner = Learner(trial, _draw_gaussian(shape), World())
-    network, t = learner.unet, torch.arange(8) * 6
+    network, t = learner.module, torch.arange(8) * 6
     inputs = (_draw_images(shape), t, *([torch.arange(8) % CLASSES] if model.labels else []))
     yield Law("seed", _check_seed(learner.config))
     yield Law("noise", _check_noise(network, inputs))
@@ -117,10 +117,10 @@ def _check_noise(network: nn.Module, inputs: Sequence[Tensor]) -> str:
 
 
 def _check_state(learner: Learner, inputs: Sequence[Tensor]) -> str:
-    kept = safetensors.torch.save({n: w.detach().contiguous() for n, w in learner.unet.state_dict().items()})
+    kept = safetensors.torch.save({n: w.detach().contiguous() for n, w in learner.module.state_dict().items()})
     other = build_network(learner.config, make_generator("another")).eval()
     other.load_state_dict(safetensors.torch.load(kept))
-    if torch.equal(_call(other, inputs), _call(learner.unet, inputs)):
+    if torch.equal(_call(other, inputs), _call(learner.module, inputs)):
         return ""
     return "another network with its state_dict gives another output: register all that it learns as parameters"
 
@@ -140,7 +140,7 @@ def _check_learning(learner: Learner) -> str:
     eps = torch.randn(x_0.shape, generator=make_generator("eps"))
     t = torch.arange(len(x_0)) % T + 1
     told = [t % CLASSES] if learner.trial.model.labels else []
-    error = float((_call(learner.unet, (process.q_sample(x_0, t, eps), t - 1, *told)) - eps).square().mean())
+    error = float((_call(learner.module, (process.q_sample(x_0, t, eps), t - 1, *told)) - eps).square().mean())
     signal = process.alpha_bar * GAUSSIAN_SD**2
     least = float((signal / (signal + 1 - process.alpha_bar)).mean())
     if error - least < (1 - least) / 2:

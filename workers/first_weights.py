@@ -11,13 +11,13 @@ from workers.classes import Classes
 from workers.config import Trial
 from workers.data.sources import Source
 from workers.identity import compute_digest
+from workers.kinds import DENOISER
 from workers.network import checkpoint as checkpoints
 from workers.network.build import build_network, is_foreign, make_network_config
 from workers.network.manifest import (
     AVERAGES,
     SAFE,
     STATE,
-    UNET,
     Checkpoint,
     CheckpointError,
     choose_average,
@@ -60,16 +60,17 @@ def keep_copy(storage: Storage, folder: str, checkpoint: Checkpoint) -> None:
 
     Raises CheckpointError where bytes are damaged.
     """
-    model, process = checkpoints.load(checkpoint)
+    network, is_denoiser = checkpoints.load_network(checkpoint), checkpoint.family == DENOISER
+    model, process = checkpoints.load(checkpoint) if is_denoiser else (None, None)
     names = [name.removeprefix(AVERAGES).removesuffix(SAFE) for name, _ in checkpoint.sums if name.startswith(AVERAGES)]
     averages = {float(name): dict(checkpoints.load_averages(checkpoint, [float(name)])[float(name)]) for name in names}
     state = checkpoints.load_state(checkpoint)[1] if STATE in dict(checkpoint.sums) else {}
     snapshot = checkpoints.Snapshot(
         step=0,
-        unet_config=read_object(read_file(checkpoint, UNET), find_url(checkpoint, UNET)),
+        unet_config=read_object(read_file(checkpoint, checkpoint.config), find_url(checkpoint, checkpoint.config)),
         process=process,
-        prediction=model.prediction,
-        ema=model.network.state_dict(),
+        prediction=model.prediction if model else "",
+        ema=network.state_dict(),
         averages=averages,
         state={name: weights for name, weights in state.items() if name.startswith(RAW)},
     )
@@ -89,7 +90,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Offer:
     names = [name for name, _ in checkpoint.sums]
     averages = [float(name.removeprefix(AVERAGES).removesuffix(SAFE)) for name in names if name.startswith(AVERAGES)]
     raw: list[Choice] = ["raw"] if STATE in names else []
-    return Offer(measure_weights(checkpoints.load(checkpoint)[0].network.state_dict()), ("ema", *raw, *averages))
+    return Offer(measure_weights(checkpoints.load_network(checkpoint).state_dict()), ("ema", *raw, *averages))
 
 
 def describe_trial(trial: Trial, source: Source) -> Offer:

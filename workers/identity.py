@@ -67,25 +67,30 @@ def get_setting(record: Record, path: str) -> Any:
 
 
 def find_unread(record: Record) -> list[Unread]:
-    """The fields of the record itself that nothing reads, whatever their values."""
-    found: dict[str, Unread] = {}
+    """The fields of the record itself that nothing reads, whatever their values: what several choices can read is read
+    where one of them does."""
+    found, read = dict[str, Unread](), set[str]()
     for field, choices in record.READS.items():
         choice = get_choice(record, field)
-        reads = () if field in found else choices[choice]
+        reads = () if field in found.keys() - read else choices[choice]
+        read.update(reads)
         for name in dict.fromkeys(name for names in choices.values() for name in names):
             if name not in reads:
                 readers = tuple(other for other, names in choices.items() if name in names)
                 found[name] = Unread(name, field, drop_pin(choice), tuple(reads), readers)
-    return list(found.values())
+    return [one for name, one in found.items() if name not in read]
 
 
 def list_own_unread(record: Record, where: str = "") -> Iterator[tuple[str, Any, Unread]]:
     """(dotted path, value, why) of every setting of the record itself that is set and not read."""
-    for one in find_unread(record):
+    unread = find_unread(record)
+    inside = {one.name for one in unread for other in unread if one.name.startswith(f"{other.name}.")}
+    for one in (one for one in unread if one.name not in inside):
         above, _, name = one.name.rpartition(".")
         section = get_setting(record, above) if above else record
         is_there = section is not None and name in type(section).model_fields
-        if is_there and (value := getattr(section, name)) != type(section).model_fields[name].get_default():
+        value = getattr(section, name) if is_there else None
+        if value is not None and value != type(section).model_fields[name].get_default():
             yield f"{where}{one.name}", value, one
     for name, readers in record.find_foreign().items():
         chooser = next(iter(record.READS))

@@ -54,15 +54,14 @@ FORMATS = Kinds(
 
 # What trials are: of a denoiser x_t becomes x_0; an autoencoder is a bound of its own, and the first stage of latent
 # diffusion; a generator makes images of noise at once. `workers.lessons` says what each learns in a step.
-DENOISER, AUTOENCODER = "denoiser", "autoencoder"
-FAMILIES = (DENOISER, AUTOENCODER)
+DENOISER, AUTOENCODER, GENERATOR = "denoiser", "autoencoder", "generator"
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkEntry(Entry):
     """Of a family of ours beside denoisers `function` takes (config.json, generator of first weights)."""
 
-    family: str = DENOISER  # one of FAMILIES, which decides about all that its trials have beside the network
+    family: str = DENOISER  # which decides about all that its trials have beside the network
     check: str = ""  # "module:name" of (ModelConfig, (height, width, channels)) -> what is wrong with its settings
     config: str = ""  # "module:name" of (ModelConfig, (height, width, channels)) -> config.json, of such a family
     written: str = ""  # its _class_name there
@@ -82,6 +81,13 @@ NETWORKS = Kinds(
             check="workers.network.autoencoder_config:find_stage_mistakes",
             config="workers.network.autoencoder_config:make_autoencoder_config", written="AutoencoderKL",
         ),
+        "generator": NetworkEntry(
+            function="workers.network.generator:Generator", family=GENERATOR,
+            about="the generator of a GAN: noise to images by one pass (Goodfellow et al. 2014)",
+            reads=("channels", "multipliers", "blocks", "norm_groups", "latent_channels"),
+            check="workers.network.autoencoder_config:find_stage_mistakes",
+            config="workers.network.autoencoder_config:make_generator_config", written="ImageGenerator",
+        ),
     }
 )  # fmt: skip
 
@@ -91,7 +97,7 @@ NETWORKS = Kinds(
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveEntry(Entry):
-    """Of a denoiser the function takes (Objective, Batch); of another family it is that of `workers.lessons`."""
+    """Of a denoiser the function takes (Objective, Batch); that of another family is for its `workers.lessons`."""
 
     family: str = DENOISER  # that it is for
     teaches_variance: bool = False  # whether it trains a learned variance
@@ -123,9 +129,14 @@ OBJECTIVES = Kinds(
             teaches_variance=True, needs_learned=True, needs_steps=True,
         ),
         "elbo": ObjectiveEntry(
-            function="workers.autoencoding:Autoencoding", family=AUTOENCODER,
+            function="workers.autoencoding:elbo", family=AUTOENCODER,
             about="distortion and beta times the rate, in bits/dim (Kingma & Welling 2014, eq. 3)",
             reads=("beta", "reconstruction", "adversarial"),
+        ),
+        "gan": ObjectiveEntry(
+            function="workers.playing:Playing", family=GENERATOR,
+            about="the game against a discriminator (Goodfellow et al. 2014)",
+            reads=("game", "discriminator_channels", "discriminator_layers", "r1"),
         ),
     }
 )  # fmt: skip

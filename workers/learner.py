@@ -1,11 +1,11 @@
-"""What is trained: the network with its averages, its optimizer and the history of its losses, and a step of it.
+"""What is trained: the network with its averages and its optimizer, and a step of it, whatever its family learns.
 
 Data order and noise are addressed by (seed, step, sub-batch): the same at any number of workers.
 """
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
@@ -15,31 +15,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from workers.classes import NO_LABEL
+from workers.autoencoding import Autoencoding
 from workers.compiling import CannotCompile, compile_network, must_compile, try_out
-from workers.config import (
-    TrainingConfig,
-    Trial,
-    count_sub_batches,
-)
+from workers.config import TrainingConfig, Trial, count_sub_batches
 from workers.data.dataset import Dataset
 from workers.data.pixels import to_model
 from workers.data.windows import ShardOrder
-from workers.diffusion.formulations import Continuous
-from workers.diffusion.objectives import Loss, Objective
-from workers.diffusion.predictions import Denoiser
-from workers.diffusion.process import Model
-from workers.diffusion.timesteps import History, Part
+from workers.denoising import Denoising
 from workers.first_weights import compare_shapes, is_part, measure_weights
-from workers.kinds import PREDICTIONS, TIMESTEPS
-from workers.network.build import Masks, build_network, hand_noise, is_foreign, make_network_config
+from workers.kinds import AUTOENCODER, DENOISER, GENERATOR, PREDICTIONS
+from workers.lessons import Lesson, Losses, StepBatch, send
+from workers.network.build import Masks, hand_noise, is_foreign
 from workers.network.manifest import CheckpointError
 from workers.network.unet_config import UNET
 from workers.noise import compute_address, make_generator
 from workers.peak import count_training_flops
+from workers.playing import Playing
 from workers.world import World, take_share
 
-FINE = 2**40  # whole numbers that real t are made of
+# What a trial learns, by its family.
+LESSONS: dict[str, type[Lesson]] = {DENOISER: Denoising, AUTOENCODER: Autoencoding, GENERATOR: Playing}
 
 
 class Learner:
@@ -48,23 +43,22 @@ class Learner:
     def __init__(self, trial: Trial, dataset: Dataset, world: World) -> None:
         """At step 0."""
         self.trial, self.dataset, self.world = trial, dataset, world
-        objective = Objective.of(trial.diffusion, trial.loss, dataset.levels)
-        self.process, self.history = objective.process, History.empty(trial.diffusion.T)
-        self.objective = objective.to(world.device)
-        self.config = make_trial_config(trial, dataset)
-        self.unet = build_network(self.config, make_generator(trial.seed, "weights")).to(world.device)
-        self.raw = list(self.unet.state_dict().values())  # views of the parameters, not copies
-        self.ema = {name: p.clone() for name, p in self.unet.state_dict().items()}
+        self.parts = take_share(range(count_sub_batches(trial.training.batch_size)), world)
+        self.lesson = LESSONS[trial.model.family](trial, dataset, world, self.parts)
+        self.config, self.module = self.lesson.config, self.lesson.module
+        self.raw = list(self.module.state_dict().values())  # views of the parameters, not copies
+        self.ema = {name: p.clone() for name, p in self.module.state_dict().items()}
         self.averages = {decay: {n: p.clone() for n, p in self.ema.items()} for decay in trial.training.averages}
-        self.optimizer = torch.optim.Adam(self.unet.parameters(), lr=trial.training.lr, fused=True)
+        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=trial.training.lr, fused=True)
         self.autocast = choose_autocast(trial, world.device)
         self.step = 0
-        self.parts = take_share(range(count_sub_batches(trial.training.batch_size)), world)
         self.noises = [make_generator(device=world.device) for _ in self.parts]  # seeded at each step
         self.network: nn.Module | None = None  # what a step calls, from `begin` on
         self.masks: Masks | None = None  # where they are drawn for all layers at once
         self.uncompiled = ""  # why it is not compiled, where it was to be
-        self.sums = torch.zeros(5, dtype=torch.float64, device=world.device)
+        # Of the steps since the last point of the journal: what is minimised, what the lesson tells, the norm of the
+        # gradient, their number; and whether to stop, which workers tell each other with them.
+        self.sums = torch.zeros(len(self.lesson.told) + 4, dtype=torch.float64, device=world.device)
         self.orders: dict[int, np.ndarray] = {}
         window = trial.data.shuffle
         self.shard_order = None if window is None else ShardOrder(trial.seed, dataset.shards, window)
@@ -72,19 +66,23 @@ class Learner:
     @cached_property
     def compiles(self) -> bool:
         """Whether the network is to be compiled."""
-        size = self.trial.training.batch_size
-        return must_compile(self.trial, self.world.device, lambda: size * count_training_flops(json.dumps(self.config)))
+        if not self.lesson.goes_back_once:
+            return False
+        count = self.trial.training.batch_size
+        return must_compile(
+            self.trial, self.world.device, lambda: count * count_training_flops(json.dumps(self.config))
+        )
 
     def begin(self) -> None:
         """What comes before the first step: compiles the network where it is to be, and joins it with the workers'.
 
         Raises CannotCompile, on all workers if on one, where the trial must not do without.
         """
-        self.unet.train()
-        self.network, device = self.unet, self.world.device
+        self.module.train()
+        self.network, device = self.module, self.world.device
         if self.compiles or device.type == "cuda":
             with torch.no_grad():
-                self.masks = Masks.of(self.unet, self._compute_losses, len(self.parts))
+                self.masks = Masks.of(self.module, self._compute_losses, len(self.parts))
         if self.compiles:
             self._compile()
         if self.world.size > 1:
@@ -99,8 +97,8 @@ class Learner:
             if self.masks is None:
                 raise CannotCompile("the network calls one of its dropouts twice, and each has one mask a step")
             whole = not is_foreign(self.config)
-            self.network = compile_network(self.unet, device, (json.dumps(self.config), *of), whole=whole)
-            try_out(self.unet, lambda: self._compute_losses()[2].mean().backward())
+            self.network = compile_network(self.module, device, (json.dumps(self.config), *of), whole=whole)
+            try_out(self.module, lambda: self._compute_losses().minimised.mean().backward())
         except CannotCompile as error:
             self.uncompiled = str(error)
         if self.world.size > 1:
@@ -108,7 +106,7 @@ class Learner:
             torch.distributed.all_reduce(failed, torch.distributed.ReduceOp.MAX)
             self.uncompiled = self.uncompiled or ("another worker of the trial can't" if failed else "")
         if self.uncompiled:
-            self.network = self.unet
+            self.network = self.module
             if self.trial.training.compile == "always":
                 raise CannotCompile(f"training.compile: always, but {self.uncompiled}; or set it to auto or never")
 
@@ -118,36 +116,29 @@ class Learner:
             self.begin()
         for group in self.optimizer.param_groups:
             group["lr"] = compute_learning_rate(training, self.step)
-        t, loss, weighted = self._compute_losses()
-        if TIMESTEPS[training.timesteps].remembers:
-            self._remember(t, loss.weighted.detach())
-        weighted.mean().backward()
-        norm = nn.utils.clip_grad_norm_(self.unet.parameters(), training.grad_clip)
+        losses = self._compute_losses()
+        losses.minimised.mean().backward()
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), training.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.lesson.finish_step(compute_learning_rate(training, self.step))
         self._average()
-        self.sums[:4] += torch.stack([weighted.detach().mean(), loss.eps_mse.mean(), norm, torch.ones_like(norm)])
+        told = [losses.minimised.detach().mean(), *losses.told, norm, torch.ones_like(norm)]
+        self.sums[:-1] += torch.stack([value.to(self.sums) for value in told])
         self.step += 1
 
-    def _compute_losses(self) -> tuple[Tensor, Loss, Tensor]:
-        """The t of this step's batch, the losses of its images, and what is minimised, each (n,)."""
+    def _compute_losses(self) -> Losses:
+        """Of this worker's part of the step's batch."""
         for part, noise in zip(self.parts, self.noises, strict=True):
             noise.manual_seed(compute_address(self.trial.seed, "train", self.step, part))
-        probability, network = self.history.probability(), self.network
-        assert network is not None
-        rows = self._draw_rows()
-        x_0, t, eps = self._make_batch(rows, self.noises, probability)
-        told = [self._draw_labels(rows)] if self.trial.model.labels else []
+        assert self.network is not None
+        batch = self._make_batch(self._draw_rows())
         if self.masks:
             self.masks.hand(self.noises, self.world.device)
         else:
-            hand_noise(self.unet, self.noises)
+            hand_noise(self.module, self.noises)
         with self.autocast:
-            loss = self.objective(lambda x, s: network(*self.process.feed(x, s), *told), x_0, t, eps)
-        weighted = loss.weighted
-        if TIMESTEPS[self.trial.training.timesteps].remembers:
-            weighted = weighted / (len(probability) * probability.to(t.device)[t - 1]).to(weighted.dtype)
-        return t, loss, weighted
+            return self.lesson.compute_losses(self.network, batch)
 
     def _draw_rows(self) -> np.ndarray:
         """The training images of this worker's part of the global batch."""
@@ -158,55 +149,17 @@ class Learner:
         rows = draw_batch_rows(self.trial.seed, self.step, size, len(self.dataset.train), self.orders)
         return np.asarray(take_share(rows, self.world))
 
-    def _draw_labels(self, rows: np.ndarray) -> Tensor:
-        """int64 (n,): the labels of these images, some of them kept from the network.
-
-        Their coins have an address of their own, so that with other dropout all other noise is the same.
-        """
-        assert self.dataset.train_labels is not None
-        training = self.trial.training
-        labels = torch.from_numpy(self.dataset.train_labels[rows])
-        if training.label_dropout:
-            n = len(rows) // len(self.parts)
-            coins = [
-                torch.rand(n, generator=make_generator(self.trial.seed, "labels", self.step, j)) for j in self.parts
-            ]
-            labels[torch.cat(coins) < training.label_dropout] = NO_LABEL
-        return send(labels, self.world.device)
-
-    def _make_batch(
-        self, rows: np.ndarray, noises: Sequence[torch.Generator], probability: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The images of these rows and their noise: x_0 and eps float32 (n, C, H, W), t int64 (n,) in 1..T, or real.
-
-        Real t are made of whole numbers of FINE: so each way of drawing is the same in continuous time.
-        """
-        size, flip = self.trial.training.batch_size, self.trial.data.flip
-        device = self.world.device
+    def _make_batch(self, rows: np.ndarray) -> StepBatch:
+        """The images of these rows, some of them mirrored, and their noise."""
+        device, noises = self.world.device, self.noises
         images = send(torch.from_numpy(self.dataset.train[rows]), device)
         x_0 = to_model(images, self.dataset.levels)
-        n = len(x_0) // len(noises)
-        count = count_sub_batches(size)
-        parts = take_share([Part(n, index, count) for index in range(count)], self.world)
-        draw, T = TIMESTEPS[self.trial.training.timesteps].load(), self.process.T or FINE
-        t = torch.cat([draw(T, part, g, probability) for part, g in zip(parts, noises, strict=True)])
-        if isinstance(self.process, Continuous):
-            t = self.process.draw_times((t.double() - 0.5) / FINE)
-        eps = torch.cat([torch.randn((n, *x_0.shape[1:]), generator=g, device=device) for g in noises])
-        if flip:
+        noise = self.lesson.draw_noise(noises, tuple(x_0.shape))
+        if self.trial.data.flip:
+            n = len(x_0) // len(noises)
             coins = torch.cat([torch.rand(n, generator=g, device=device) for g in noises]) < 0.5
             x_0 = torch.where(coins[:, None, None, None], x_0.flip(3), x_0)
-        return x_0, t, eps
-
-    def _remember(self, t: Tensor, loss: Tensor) -> None:
-        """Adds the losses of the whole batch, in its order, to the history of every worker."""
-        rows = torch.stack([t.double(), loss.double()], dim=1)
-        if self.world.size > 1:
-            every = [torch.empty_like(rows) for _ in range(self.world.size)]
-            torch.distributed.all_gather(every, rows)
-            rows = torch.cat(every)
-        t, loss = rows.cpu().unbind(1)
-        self.history.add(t.long(), loss)
+        return StepBatch(self.step, rows, x_0, noise)
 
     def _average(self) -> None:
         """EMA of the weights, with min(ema, (1 + n) / (10 + n)) so that the start is forgotten early."""
@@ -215,30 +168,28 @@ class Learner:
             torch._foreach_lerp_(list(weights.values()), self.raw, 1 - decay)
 
     def use_averaged(self) -> "_Averaged":
-        return _Averaged(self.unet, self.ema, Denoiser(self.unet, self.process, self.trial.diffusion.prediction))
+        return _Averaged(self.module, self.ema)
 
     def collect_state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside the averages, so that the training goes on as if it had not stopped."""
-        state = {f"weights.{name}": p for name, p in self.unet.state_dict().items()}
+        state = {f"weights.{name}": p for name, p in self.module.state_dict().items()}
         moments = self.optimizer.state_dict()["state"]
-        for (name, _), values in zip(self.unet.named_parameters(), moments.values(), strict=True):
+        for (name, _), values in zip(self.module.named_parameters(), moments.values(), strict=True):
             state |= {f"{key}.{name}": value for key, value in values.items()}
-        if TIMESTEPS[self.trial.training.timesteps].remembers:
-            state |= {"history.losses": self.history.losses, "history.seen": self.history.seen}
-        return state
+        return state | self.lesson.collect_state()
 
     def begin_with(self, weights: Mapping[str, Tensor], fresh: Collection[str]) -> None:
         """Takes the weights in place of the random ones, except for the modules and weights that are `fresh`.
 
         Raises CheckpointError where others do not fit.
         """
-        own = self.unet.state_dict()
+        own = self.module.state_dict()
         if misfits := compare_shapes(measure_weights(own), measure_weights(weights), fresh):
             raise CheckpointError("; ".join(misfits))
         taken = {name: weights[name] for name in own if not is_part(name, fresh)}
-        self.unet.load_state_dict({**own, **taken})
+        self.module.load_state_dict({**own, **taken})
         for average in (self.ema, *self.averages.values()):
-            average.update({name: p.clone() for name, p in self.unet.state_dict().items()})
+            average.update({name: p.clone() for name, p in self.module.state_dict().items()})
 
     def restore(
         self,
@@ -251,37 +202,28 @@ class Learner:
         self.ema = {name: ema[name].to(self.world.device) for name in self.ema}
         for decay, weights in averages.items():
             self.averages[decay] = {name: weights[name].to(self.world.device) for name in self.ema}
-        self.unet.load_state_dict({name: state[f"weights.{name}"] for name in self.ema})
-        names = [name for name, _ in self.unet.named_parameters()]
+        self.module.load_state_dict({name: state[f"weights.{name}"] for name in self.ema})
+        names = [name for name, _ in self.module.named_parameters()]
         keys = ("step", "exp_avg", "exp_avg_sq")
         moments = {i: {key: state[f"{key}.{name}"] for key in keys} for i, name in enumerate(names)}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        if TIMESTEPS[self.trial.training.timesteps].remembers:
-            self.history = History(state["history.losses"], state["history.seen"])
+        self.lesson.restore(state)
         self.step = step
 
 
 class _Averaged:
-    """Puts the EMA weights into the network for the length of a `with`, and gives the `model` that it is part of."""
+    """Puts the EMA weights into the network for the length of a `with`."""
 
-    def __init__(self, unet: nn.Module, ema: dict[str, Tensor], model: Denoiser) -> None:
-        self.unet, self.ema, self.model = unet, ema, model
+    def __init__(self, network: nn.Module, ema: dict[str, Tensor]) -> None:
+        self.network, self.ema = network, ema
 
-    def __enter__(self) -> Model:
-        self.raw = {name: p.clone() for name, p in self.unet.state_dict().items()}
-        self.unet.load_state_dict(self.ema)
-        self.unet.eval()
-        return self.model
+    def __enter__(self) -> nn.Module:
+        self.raw = {name: p.clone() for name, p in self.network.state_dict().items()}
+        self.network.load_state_dict(self.ema)
+        return self.network.eval()
 
     def __exit__(self, *_: object) -> None:
-        self.unet.load_state_dict(self.raw)
-
-
-def make_trial_config(trial: Trial, dataset: Dataset) -> dict[str, Any]:
-    """The config.json of the trial's network for images of the data set."""
-    learned, dropout = trial.diffusion.learned, trial.training.label_dropout
-    classes, sides = dataset.classes, dataset.sides
-    return make_network_config(trial.model, dataset.shape, learned, sides=sides, classes=classes, label_dropout=dropout)
+        self.network.load_state_dict(self.raw)
 
 
 def repeat_steps(trial: Trial, dataset: Dataset, device: torch.device) -> Iterator[None]:
@@ -290,11 +232,6 @@ def repeat_steps(trial: Trial, dataset: Dataset, device: torch.device) -> Iterat
     while True:
         learner.train_step()
         yield
-
-
-def send(values: Tensor, device: torch.device) -> Tensor:
-    """The values on the device; a GPU gets them without anybody waiting until it has done what it was told before."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def compute_learning_rate(training: TrainingConfig, step: int) -> float:
@@ -329,13 +266,14 @@ def choose_autocast(trial: Trial, device: torch.device) -> AbstractContextManage
 
     `auto` takes it on GPUs that have it, and on CPUs with AMX or AVX512-BF16 for a U-Net from a width of 32 channels
     on: below, it measured no faster than float32. Never for the prediction mu, which differs from x_t in digits that
-    bf16 has not.
+    bf16 has not, and not for other families than denoisers, of which nobody has measured it.
     """
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported()
     else:
         has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         fast = has_bf16 and trial.model.kind == UNET and trial.model.channels >= 32
-    fast = fast and (trial.diffusion.continuous or PREDICTIONS[trial.diffusion.prediction].in_bf16)
+    is_fine = trial.diffusion.continuous or PREDICTIONS[trial.diffusion.prediction].in_bf16
+    fast = fast and is_fine and trial.model.family == DENOISER
     enabled = trial.training.precision == "bf16" or (trial.training.precision == "auto" and fast)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

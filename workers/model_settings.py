@@ -1,13 +1,15 @@
 """The settings of the network, which decides what a trial is: its family, and what that reads of the other sections."""
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import Field
 
 from workers.entries import add_settings_of
-from workers.kinds import AUTOENCODER, DENOISER, NETWORKS
-from workers.sections import NameOf, OpenRecord
+from workers.kinds import AUTOENCODER, DENOISER, GENERATOR, NETWORKS
+from workers.sections import NameOf, OpenRecord, Record
+
+E = TypeVar("E", bound=Record)
 
 # No type checker sees the kinds that come from installed packages.
 if TYPE_CHECKING:
@@ -19,10 +21,37 @@ else:
 FAMILY_READS: dict[str, tuple[str, ...]] = {
     DENOISER: (
         "model.labels", "diffusion", "training.timesteps", "training.label_dropout", "evaluation.ode_nll",
-        "evaluation.variance", "evaluation.nll.timesteps", "evaluation.nll.proposal", "evaluation.fid.sampler",
+        "evaluation.variance", "evaluation.nll", "evaluation.nll.timesteps", "evaluation.nll.proposal",
+        "evaluation.fid.sampler",
     ),
-    AUTOENCODER: ("evaluation.reconstructions",),
+    AUTOENCODER: ("evaluation.nll", "evaluation.reconstructions"),
+    GENERATOR: (),
 }  # fmt: skip
+
+
+# Those of them that are of a measurement.
+MEASURED_READS = {
+    family: tuple(path for path in reads if path.startswith("evaluation.")) for family, reads in FAMILY_READS.items()
+}
+
+
+def reset_unread(evaluation: E, family: str) -> E:
+    """The section `evaluation` without what the family does not read, which a search over families may have for
+    others: null where a setting takes that, else its default."""
+    for path in dict.fromkeys(path for reads in MEASURED_READS.values() for path in reads):
+        if path not in MEASURED_READS[family]:
+            evaluation = _reset(evaluation, path.split(".")[1:])
+    return evaluation
+
+
+def _reset(section: Any, path: Sequence[str]) -> Any:
+    """The section with nothing of its own at a path; as it is where that goes through null."""
+    if section is None:
+        return None
+    name, *inner = path
+    field = type(section).model_fields[name]
+    nothing = None if type(None) in get_args(field.annotation) else field.get_default()
+    return section.model_copy(update={name: _reset(getattr(section, name), inner) if inner else nothing})
 
 
 class _ReadsByKind(Mapping[str, tuple[str, ...]]):
@@ -67,7 +96,9 @@ class ModelConfig(OpenRecord):
     norm_groups: int = Field(
         default=32, ge=1, description="groups of the group norms; never fewer than 4 channels in one"
     )
-    latent_channels: int = Field(default=4, ge=1, le=8192, description="channels of the latents of an autoencoder")
+    latent_channels: int = Field(
+        default=4, ge=1, le=8192, description="channels of latents: of an autoencoder, and of a generator's noise"
+    )
     labels: bool = Field(default=False, description="tell the network the class of each image, which the data label")
 
     @property

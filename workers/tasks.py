@@ -18,8 +18,10 @@ from workers.data.dataset import prepare
 from workers.data.locate import make_absolute
 from workers.evaluation.blocks import Block, Images, list_blocks, name_summary
 from workers.evaluation.make import Bench, find_unusable, make
+from workers.evaluation.rates import Stage
 from workers.evaluation.summary import summarise
 from workers.jobs import choose_device
+from workers.kinds import DENOISER
 from workers.layout import REFERENCES, name_evaluation_folder
 from workers.network.checkpoint import load_process
 from workers.network.manifest import Checkpoint
@@ -121,7 +123,8 @@ def make_summary(order: Order, *after: Any) -> tuple[int, dict[Block, str]] | No
         space = bench.space if bench.m.evaluation.fid else None
         if unusable := find_unusable(bench.storage, list_blocks(bench.m, digest, images), space):
             return count_attempts(), unusable
-        summary = summarise(bench.storage, bench.m, bench.dataset, load_process(order.checkpoint), digest, space=space)
+        process = load_process(order.checkpoint) if bench.m.family == DENOISER else Stage.of(order.checkpoint)
+        summary = summarise(bench.storage, bench.m, bench.dataset, process, digest, space=space)
         bench.storage.write_sealed(name_summary(bench.m, digest, images), summary)
         for folder in (name_evaluation_folder(digest), REFERENCES):
             bench.storage.remove_leftovers(folder)

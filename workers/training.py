@@ -14,34 +14,19 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
-from workers.bits import VALIDATIONS, name_validation
+from workers.bits import VALIDATIONS
 from workers.code import drop_pin
 from workers.config import (
-    SAMPLE_GRID,
-    SAMPLE_GRID_COLUMNS,
-    SAMPLE_GRID_ROWS,
-    VALIDATION_IMAGES,
-    VALIDATION_TIMESTEPS,
     Trial,
 )
 from workers.data.dataset import Dataset
-from workers.data.pixels import draw_grid, to_data, to_model
-from workers.diffusion.formulations import Continuous
-from workers.diffusion.guidance import LabelledModel, tell_labels
-from workers.diffusion.integral import estimate_integral
-from workers.diffusion.likelihood import estimate
-from workers.diffusion.process import Model
-from workers.diffusion.samplers import sample
 from workers.first_weights import load_first_weights
 from workers.journal import Journal
 from workers.learner import Learner, compute_learning_rate
 from workers.network import checkpoint as checkpoints
 from workers.network import manifest
-from workers.noise import make_generator
-from workers.passes import choose_grid_sampler
 from workers.pausing import Lookout, Paused
 from workers.peak import describe_peak
 from workers.speed import Meter, name_training_kind
@@ -216,19 +201,19 @@ class _Loop:
             self.clock.turn_to("compiling")
             with self.meter.measure("compiling", 1):
                 self.learner.begin()
-        self.learner.unet.train()
+        self.learner.module.train()
 
     def _note_training(self) -> None:
         """A point of means since the last one, over all workers. Raises Diverged or Pruned on all of them at once."""
         sums = self.learner.sums.clone()
         self.learner.sums.zero_()
-        sums[4] = self.world.rank == 0 and self.storage.exists(name_stop_file(self.folder))
+        sums[-1] = self.world.rank == 0 and self.storage.exists(name_stop_file(self.folder))
         if self.world.size > 1:
             torch.distributed.all_reduce(sums)
         *totals, steps, stopped = sums.tolist()  # a GPU is waited for here, once a point
         if stopped:
             raise Pruned
-        weighted, mse, norm = (total / steps for total in totals)
+        weighted, *told, norm = (total / steps for total in totals)
         if not (math.isfinite(weighted) and math.isfinite(norm)):
             raise Diverged(f"loss {weighted:g}, gradient norm {norm:g}")
         loss = self.trial.loss
@@ -236,7 +221,7 @@ class _Loop:
             self.step,
             {
                 f"train/loss_{drop_pin(loss.weighting if loss.objective == 'mse' else loss.objective)}": weighted,
-                "train/eps_mse": mse,
+                **dict(zip(self.learner.lesson.told, told, strict=True)),
                 "train/grad_norm": norm,
                 "train/lr": compute_learning_rate(self.trial.training, self.step - 1),
             },
@@ -244,49 +229,25 @@ class _Loop:
 
     @torch.no_grad()
     def validate(self) -> None:
-        """bits/dim of held-out images and a grid of samples, both with the EMA weights and noise that trials share.
+        """What the lesson measures with the EMA weights.
 
         Rank 0 does it. The others learn only whether it was finite, so that all of them end together.
         """
         self.clock.turn_to("validation")
-        name = name_validation(self.dataset.levels)
-        bpd = torch.zeros(1, dtype=torch.float64, device=self.world.device)
+        name = self.learner.lesson.measure
+        measured = torch.zeros(1, dtype=torch.float64, device=self.world.device)
         if self.world.rank == 0 and self.journal.get(self.step, name) is None:
-            with self.learner.use_averaged() as model, self.learner.autocast:
-                seed, levels, device = self.trial.seed, self.dataset.levels, self.world.device
-                process = self.learner.process
-                held_out = torch.from_numpy(np.array(self.dataset.held_out[:VALIDATION_IMAGES])).to(device)
-                x_0 = to_model(held_out, levels)
-                labels = self.dataset.held_out_labels if self.trial.model.labels else None
-                told = None if labels is None else torch.from_numpy(np.array(labels[: len(x_0)])).to(device)
-                conditional = tell_labels(model, told)
-                of = conditional, x_0, VALIDATION_TIMESTEPS, levels, seed, "valid"
-                bound = estimate_integral(process, *of) if isinstance(process, Continuous) else estimate(process, *of)
-                grid = self._draw_samples(model)
-            bpd[0] = bound.mean
-            if math.isfinite(bound.mean):
-                error = bound.standard_error  # of a single image there is none
-                values = {name: bound.mean} | ({} if error is None else {f"{name}_se": error})
-                self.journal.add_metrics(self.step, {**values, "train/images_per_s": self.images_per_s})
-                self.journal.add_image(self.step, "samples", grid)
+            with self.learner.use_averaged() as network, self.learner.autocast:
+                found = self.learner.lesson.validate(network)
+            measured[0] = found.values[name]
+            if math.isfinite(found.values[name]):
+                self.journal.add_metrics(self.step, {**found.values, "train/images_per_s": self.images_per_s})
+                for image, png in found.images.items():
+                    self.journal.add_image(self.step, image, png)
         if self.world.size > 1:
-            torch.distributed.broadcast(bpd, src=0)
-        if not math.isfinite(bpd.item()):
-            raise Diverged(f"{name} {bpd.item():g}")
-
-    def _draw_samples(self, model: LabelledModel | Model) -> bytes:
-        """A grid of samples as PNG: a row of each of the first classes where the network is told them."""
-        process, device, levels = self.learner.process, self.world.device, self.dataset.levels
-        classes = self.dataset.classes if self.trial.model.labels else None
-        rows = classes.list_trained()[:SAMPLE_GRID_ROWS] if classes else []
-        labels = torch.tensor(rows, device=device).repeat_interleave(SAMPLE_GRID_COLUMNS) if rows else None
-        height, width, channels = self.dataset.shape
-        shape = (SAMPLE_GRID if labels is None else len(labels), channels, height, width)
-        sampler = choose_grid_sampler(process.T)
-        noise = make_generator(self.trial.seed, "grid", device=device)
-        images = to_data(sample(process, tell_labels(model, labels), sampler, shape, noise), levels)
-        names = [classes.names[label] for label in rows] if classes else []
-        return draw_grid(images, levels, columns=SAMPLE_GRID_COLUMNS, names=names)
+            torch.distributed.broadcast(measured, src=0)
+        if not math.isfinite(measured.item()):
+            raise Diverged(f"{name} {measured.item():g}")
 
     def report_reached(self, finished: bool) -> Progress:
         return self._report("finished" if finished else "running")
@@ -296,7 +257,7 @@ class _Loop:
 
     def _report(self, state: State, detail: str = "") -> Progress:
         self.clock.turn_to("waiting")
-        name = name_validation(self.dataset.levels)
+        name = self.learner.lesson.measure
         metrics = {n: v for n in (name, f"{name}_se") if (v := self.journal.get(self.step, n)) is not None}
         progress = Progress(self.step, state, metrics, self.images_per_s, detail)
         if self.world.rank == 0:
@@ -321,7 +282,7 @@ class _Loop:
 
     def _save(self) -> None:
         sums = self.learner.sums
-        if self.world.size > 1 and sums[3]:  # between two points of the journal: rank 0 keeps what all have summed
+        if self.world.size > 1 and sums[-2]:  # between two points of the journal: rank 0 keeps what all have summed
             torch.distributed.all_reduce(sums)
             sums *= self.world.rank == 0
         if self.world.rank != 0:
@@ -330,8 +291,8 @@ class _Loop:
         snapshot = checkpoints.Snapshot(
             step=self.step,
             unet_config=self.learner.config,
-            process=self.learner.process,
-            prediction=self.trial.diffusion.prediction,
+            process=self.learner.lesson.process,
+            prediction=self.learner.lesson.prediction,
             ema=self.learner.ema,
             averages=self.learner.averages,
             state=self.learner.collect_state(),

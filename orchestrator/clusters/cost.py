@@ -23,7 +23,7 @@ from orchestrator.planning.place import Node, Size, find_nodes_in_use, list_neve
 from workers import speed
 from workers.config import DataConfig, Measurement, Mistake, Record, Trial
 from workers.data.sources import Source
-from workers.evaluation.blocks import Images, count_reference_images, list_blocks
+from workers.evaluation.blocks import Images, count_reconstructions, count_reference_images, list_blocks
 from workers.identity import compute_trial_id
 from workers.layout import RowId, name_speed_file
 from workers.sharing import round_as_ray
@@ -102,20 +102,22 @@ def _count_work(trial: Trial, source: Source) -> dict[str, float]:
     """How much work the blocks of each kind are together."""
     price = count_cost(trial, source)
     bounds = {"nll": price.nll_evaluations, "ode_nll": price.ode_nll_evaluations}
-    return {**bounds, "samples": price.sampling_evaluations, **_count_feature_images(trial, source)}
+    images = _count_feature_images(trial, source)
+    made = {"samples": price.sampling_evaluations - images["held_out"], "reconstructions": images["held_out"]}
+    return {**bounds, **made, **images}
 
 
 def _name_work(kind: str, trial: Trial) -> str:
     """The kind of work in a speed file that blocks of a kind are."""
     fid = trial.evaluation.fid
-    return f"features-{fid.features}" if fid and kind in ("features", "reference") else kind
+    kind = "samples" if kind == "reconstructions" else kind  # either is a pass through the network an image
+    return f"features-{fid.features}" if fid and kind in ("features", "reference", "held_out") else kind
 
 
 def _count_feature_images(trial: Trial, source: Source) -> dict[str, int]:
-    fid = trial.evaluation.fid
-    if fid is None:
-        return {"features": 0, "reference": 0}
-    return {"features": fid.samples, "reference": count_reference_images(fid, Images.of(source))}
+    fid, again = trial.evaluation.fid, count_reconstructions(Measurement.of(trial), Images.of(source))
+    real = count_reference_images(fid, Images.of(source)) if fid else 0
+    return {"features": (fid.samples if fid else 0) + again, "reference": real, "held_out": again}
 
 
 # ---- Prices ----------------------------------------------------------------------------------------------------
@@ -238,7 +240,7 @@ def _count_evaluation(trial: Trial, source: Source, price: Cost, first: bool) ->
     if fid := trial.evaluation.fid:
         images = _count_feature_images(trial, source)
         wanted["samples"] = price.sampling_evaluations
-        wanted[f"features-{fid.features}"] = images["features"] + (images["reference"] if first else 0)
+        wanted[f"features-{fid.features}"] = images["features"] + first * (images["reference"] + images["held_out"])
     return wanted
 
 

@@ -4,13 +4,14 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 from orchestrator.experiment.continuous import (
     find_bound_mistakes,
     find_continuous_mistakes,
+    find_family_mistakes,
     find_sampler_mistakes,
+    find_schedule_mistakes,
     list_objectives,
 )
 from orchestrator.experiment.expand import DRAWS, expand
@@ -35,19 +36,25 @@ from orchestrator.experiment.settings import (
     show,
     suggest_path,
 )
-from workers.code import describe_error
+from workers.code import drop_pin
 from workers.config import (
-    DiffusionConfig,
     EvaluationConfig,
     Record,
-    ScheduleConfig,
     Trial,
     count_sub_batches,
 )
-from workers.entries import ask, is_outside
 from workers.evaluation.blocks import list_comparable_metrics
-from workers.identity import PLACING, Unread, list_own_unread, list_unread
-from workers.kinds import MEASURES, OBJECTIVES, PREDICTIONS, SAMPLERS, SCHEDULES, VARIANCES, WEIGHTINGS
+from workers.identity import PLACING, Unread, collect_settings_read, list_own_unread, list_unread
+from workers.identity import find_unread as list_unread_of
+from workers.kinds import (
+    MEASURES,
+    OBJECTIVES,
+    PREDICTIONS,
+    SAMPLERS,
+    SCHEDULES,
+    VARIANCES,
+    WEIGHTINGS,
+)
 
 
 def find_experiment_mistakes(content: Mapping[str, Any]) -> list[str]:
@@ -83,8 +90,9 @@ def find_unread(records: Sequence[Record], searched: Sequence[str] = (), where: 
     found: dict[str, list[tuple[Any, Unread]]] = {}
     known: dict[int, list[tuple[str, Any, Unread]]] = {}  # thousands of trials share few different sections
     for record in records:
+        left_out = {one.name for one in list_unread_of(record)}
         for name, section in [("", record), *record]:
-            if name and not isinstance(section, Record):
+            if name and (not isinstance(section, Record) or name in left_out):
                 continue
             if id(section) not in known:
                 prefix = f"{where}{name}." if name else where
@@ -98,12 +106,12 @@ def _describe_unread(path: str, cases: Sequence[tuple[Any, Unread]], searched: S
     value, why = cases[0]
     choices = " or ".join(dict.fromkeys(case.choice for _, case in cases))
     key = next((key for key in searched if overlap({path}, {key})), None)
+    value = collect_settings_read(value, only_set=True) if isinstance(value, Record) else value
     shown = "any value" if key else value if isinstance(value, str) else show(value)
     reads = f", which reads {', '.join(why.reads)}" if why.reads else ""
-    return (
-        f"{f'search.space.{key}' if key else path}: {shown} is without effect on {why.chooser}: {choices}{reads}; "
-        f"leave it out, or take {why.chooser}: {' or '.join(why.readers)}"
-    )
+    other = "" if why.chooser == "family" else f", or take {why.chooser}: {' or '.join(why.readers)}"  # no setting
+    where = f"search.space.{key}" if key else path
+    return f"{where}: {shown} is without effect on {why.chooser}: {choices}{reads}; leave it out{other}"
 
 
 def tell_once(found: Iterable[tuple[str, Variant]], total: int) -> list[str]:
@@ -137,10 +145,8 @@ def _find_axis_mistakes(path: str, axis: Axis) -> list[str]:
 
 def find_trial_mistakes(trial: Trial) -> list[str]:
     """Settings, each valid by itself, that do not go together."""
-    T, training, continuous = trial.diffusion.steps, trial.training, trial.diffusion.continuous
-    of_process = find_continuous_mistakes(trial) if continuous else _find_schedule_mistakes(trial.diffusion)
-    found = [*of_process, *_find_objective_mistakes(trial)]
-    found += find_cooldown_mistakes(training)
+    training = trial.training
+    found = [*find_family_mistakes(trial), *find_cooldown_mistakes(training)]
     parts = count_sub_batches(training.batch_size)
     if parts % training.workers:
         found.append(
@@ -159,6 +165,14 @@ def find_trial_mistakes(trial: Trial) -> list[str]:
             f"evaluation.ema: {ema:g} is no average that is kept in training, which are {', '.join(map(str, kept))}; "
             "take one of them, or add it to training.averages"
         )
+    return found + (_find_denoiser_mistakes(trial) if trial.diffuses else find_measuring_mistakes(trial.evaluation))
+
+
+def _find_denoiser_mistakes(trial: Trial) -> list[str]:
+    """The same of a process, what is predicted of it, and samplers."""
+    T, training, continuous = trial.diffusion.steps, trial.training, trial.diffusion.continuous
+    of_process = find_continuous_mistakes(trial) if continuous else find_schedule_mistakes(trial.diffusion)
+    found = [*of_process, *_find_objective_mistakes(trial)]
     found += [] if continuous else find_flow_mistakes(trial.evaluation, trial.diffusion.prediction)
     labels, dropped = trial.model.labels, training.label_dropout
     if dropped and not labels:
@@ -180,35 +194,11 @@ def find_trial_mistakes(trial: Trial) -> list[str]:
     return found + find_evaluation_mistakes(trial.evaluation, T)
 
 
-def _find_schedule_mistakes(diffusion: DiffusionConfig) -> Iterator[str]:
-    s, entry = diffusion.schedule, SCHEDULES[diffusion.schedule.kind]
-    if "beta_start" in entry.reads and s.beta_start > s.beta_end:
-        yield (
-            f"diffusion.schedule.beta_start: {s.beta_start:g} is above beta_end = {s.beta_end:g}; the range is reversed"
-        )
-    yield from ask(s.kind, entry.check, s, diffusion.T)
-    if is_outside(s.kind):
-        yield from _try_schedule(s, diffusion.T)
-
-
-@lru_cache
-def _try_schedule(schedule: ScheduleConfig, T: int) -> list[str]:
-    """What is wrong with the form of what a schedule from outside makes; of the betas the preflight tells."""
-    try:
-        made = SCHEDULES[schedule.kind].load()(schedule, T)
-    except Exception as error:  # noqa: BLE001 somebody's own code
-        return [f"diffusion.schedule.kind: {describe_error(error, schedule.kind)}"]
-    if getattr(made, "shape", None) != (T,) or made.dtype != "float64":
-        what = f"{made.dtype} {made.shape}" if hasattr(made, "shape") else type(made).__name__
-        return [f"diffusion.schedule.kind: {schedule.kind} makes {what} of T = {T}, in place of float64 {(T,)}"]
-    return []
-
-
 def _find_objective_mistakes(trial: Trial) -> Iterator[str]:
     """What is predicted, its variance and the loss must go together."""
     d, loss = trial.diffusion, trial.loss
     objective, weighting = OBJECTIVES[loss.objective], WEIGHTINGS[loss.weighting]
-    if d.continuous:
+    if d.continuous or objective.family != trial.model.family:
         return
     if d.learned and not objective.teaches_variance:
         yield (
@@ -276,6 +266,12 @@ def find_evaluation_mistakes(evaluation: EvaluationConfig, T: int | None) -> lis
     if T is not None and nll and nll.timesteps != "all" and nll.timesteps > T:
         found.append(f"evaluation.nll.timesteps: {nll.timesteps} is more than diffusion.T = {T}; at most T, or all")
     found += find_sampler_mistakes(fid.sampler, T) if fid else []
+    return found + find_measuring_mistakes(evaluation)
+
+
+def find_measuring_mistakes(evaluation: EvaluationConfig) -> list[str]:
+    """The same of settings that have nothing to do with a process."""
+    found, fid = list[str](), evaluation.fid
     if evaluation.precision != "float32":
         own = {"ode_nll": evaluation.ode_nll, "fid.sampler": fid and SAMPLERS[fid.sampler.kind].form == "whole"}
         found += [
@@ -352,10 +348,16 @@ def _find_round_mistakes(search: SearchConfig) -> Iterator[str]:
 def _find_metric_mistakes(search: SearchConfig, trial: Trial) -> list[str]:
     """A search must rank on something that is measured, and so its objectives; a single trial is not ranked."""
     found, fid = [], trial.evaluation.fid
+    unread = {one.name for one in list_unread_of(trial)} if "model.kind" not in search.space else set()
     measured = list_comparable_metrics(fid) if fid else []
     for where, name in list_objectives(search):
         part = list_metrics()[name].part if search.space else None
-        if part and getattr(trial.evaluation, part) is None:
+        if part and search.space and f"evaluation.{part}" in unread:
+            found.append(
+                f"{where}: {name} is not measured of model.kind: {drop_pin(trial.model.kind)}, which has no such "
+                f"likelihood; take {' or '.join(measured) or 'evaluation.fid'}"
+            )
+        elif part and getattr(trial.evaluation, part) is None:
             found.append(f"{where}: {name} is not measured, as evaluation.{part} is null; take another metric")
         elif part == "fid" and name not in (EVALUATIONS, *measured):
             made = " and ".join(measured)

@@ -8,7 +8,7 @@ from orchestrator.experiment.preflight import measure_chain
 from orchestrator.experiment.records import Variant
 from orchestrator.experiment.settings import show
 from orchestrator.experiment.starts import list_ancestors, shorten_slot
-from workers.config import DataConfig
+from workers.config import DataConfig, Trial
 from workers.data.sources import Source
 from workers.layout import RowId, get_trial_of_row
 
@@ -18,15 +18,14 @@ def format_dry_run(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig,
     prices = count_costs(trials, sources)
     searched = list(next(iter(trials.values())).params) if trials else []
     starts = find_starting_rows(trials, lambda config: sources[config].digest)
-    ends = [measure_chain(v.trial.diffusion) for v in trials.values()]
     head = ["trial", *searched, *["starts from"] * bool(starts), "alpha_bar_T", "L_T <=", "log SNR"]
     head += ["training", "validation", "nll", "sampling", "ode_nll"]
     rows = [
         [digest, *(_format_cell(v) for v in variant.params.values())]
         + [_describe_starts(starts.get(digest, {}), trials) or variant.role or "-"] * bool(starts)
-        + [f"{end.alpha_bar_T:.1e}", f"{end.prior_bpd:.2g}", f"{end.log_snr_1:.1f}..{end.log_snr_T:.1f}"]
+        + _describe_ends(variant.trial)
         + [format_count(n) for n in price.parts]
-        for (digest, variant), end, price in zip(trials.items(), ends, prices, strict=True)
+        for (digest, variant), price in zip(trials.items(), prices, strict=True)
     ]
     trained = len({get_trial_of_row(row) for row in trials})
     one = f"{trained} trial" + "s" * (trained != 1) + f", {len(trials)} rows" * (len(trials) != trained)
@@ -48,6 +47,14 @@ def _describe_starts(starts: Mapping[str, RowId], trials: Mapping[RowId, Variant
     """The trials that one starts from, each with what it is to it, and at which step."""
     at = {slot: f"{start[:8]} at {trials[start].trial.training.steps}" for slot, start in starts.items()}
     return ", ".join(f"{shorten_slot(slot)} {text}" for slot, text in at.items())
+
+
+def _describe_ends(trial: Trial) -> list[str]:
+    """Where its chain ends; a network that is no denoiser has none."""
+    if not trial.diffuses:
+        return ["-"] * 3
+    end = measure_chain(trial.diffusion)
+    return [f"{end.alpha_bar_T:.1e}", f"{end.prior_bpd:.2g}", f"{end.log_snr_1:.1f}..{end.log_snr_T:.1f}"]
 
 
 def _describe_sharing(

@@ -14,9 +14,11 @@ from workers.config import (
     VALIDATION_IMAGES,
     VALIDATION_TIMESTEPS,
     DataConfig,
+    Measurement,
     Trial,
 )
 from workers.data.sources import Source
+from workers.evaluation.blocks import Images, count_nll_images, count_reconstructions
 from workers.kinds import guess_adaptive_evaluations
 from workers.layout import RowId, TrialId, get_trial_of_row
 from workers.passes import choose_grid_sampler, plan_evaluations
@@ -47,6 +49,8 @@ def count_cost(trial: Trial, source: Source) -> Cost:
     Solvers with error control are counted as they were measured: `workers.kinds.ADAPTIVE`.
     """
     T, training, nll, fid = trial.diffusion.steps, trial.training, trial.evaluation.nll, trial.evaluation.fid
+    if not trial.diffuses:
+        return _count_of_stage(trial, source)
     images = source.held_out if nll is None or nll.images == "all" else nll.images
     timesteps = T or 0 if nll is None or nll.timesteps == "all" else nll.timesteps
     ode = trial.evaluation.ode_nll
@@ -57,6 +61,18 @@ def count_cost(trial: Trial, source: Source) -> Cost:
         nll_evaluations=images * timesteps if nll else 0,
         sampling_evaluations=fid.samples * plan_evaluations(fid.sampler, T) if fid else 0,
         ode_nll_evaluations=flows * guess_adaptive_evaluations("ode_nll", ode.tolerance) if ode else 0,
+    )
+
+
+def _count_of_stage(trial: Trial, source: Source) -> Cost:
+    """The same of a network that is no denoiser: one evaluation for each image that it is shown or makes."""
+    training, m, images = trial.training, Measurement.of(trial), Images.of(source)
+    shown = min(VALIDATION_IMAGES, source.held_out) + SAMPLE_GRID
+    return Cost(
+        training_evaluations=(training.steps - training.trunk_steps) * training.batch_size,
+        validation_evaluations=count_validations(trial) * shown,
+        nll_evaluations=count_nll_images(m, images),
+        sampling_evaluations=(m.evaluation.fid.samples if m.evaluation.fid else 0) + count_reconstructions(m, images),
     )
 
 

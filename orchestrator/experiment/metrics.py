@@ -23,6 +23,8 @@ def _list_measures(measures: Iterable[MeasureEntry], spaces: Sequence[str]) -> I
     named = [name_space(space) for space in spaces if space != "inception"]
     for name in (f"fd_{space}" for space in named):
         yield f"eval/{name}", Metric(head=name, part="fid")
+    for name in (f"reconstruction_fd_{name_space(space)}" for space in spaces):
+        yield f"eval/{name}", Metric(head=name, part="fid", is_rank=False)
     for measure in measures:
         for key in measure.lower:
             for name in (key,) if measure.needs else (key, *(f"{key}_{space}" for space in named)):

@@ -27,6 +27,7 @@ from workers.diffusion.schedules import alpha_bars, betas, log_snrs, prior_bpd
 from workers.entries import ask, is_outside, load
 from workers.evaluation.blocks import MOST_BLOCKS, Images, count_blocks
 from workers.kinds import FORMULATIONS, MEASURES, NETWORKS, PREDICTIONS, SCHEDULES, SPACES
+from workers.network.autoencoder_config import find_discriminator_mistakes
 from workers.network.unet_config import UNET
 
 PHOTOGRAPHS = 0.25  # E[x_0^2] of photographs on the [-1, 1] scale, about
@@ -119,7 +120,8 @@ def _warn_of_held_out(
 
 def check_trial(experiment: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
     """All that there is to say of a trial before it starts."""
-    return (finding for check in CHECKS for finding in check(experiment, trial, source))
+    checks = (*(OF_PROCESSES if trial.diffuses else ()), *CHECKS)
+    return (finding for check in checks for finding in check(experiment, trial, source))
 
 
 def _check_noise(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Finding]:
@@ -214,14 +216,17 @@ def _check_weighting(_: Experiment, trial: Trial, __: Source) -> Iterator[Findin
 
 def _check_network(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
     entry = NETWORKS[trial.model.kind]
-    if source.sides and trial.model.kind == UNET:
+    is_ours = trial.model.kind == UNET or bool(entry.written)
+    if source.sides and is_ours:
         yield Finding(
-            f"model.kind: unet is of images, and {source.name} has {describe_sides(source)}; name a network of your "
-            "own (docs/extending.md), or read arrays of images with data.dimensions: 2"
+            f"model.kind: {trial.model.kind} is of images, and {source.name} has {describe_sides(source)}; name a "
+            "network of your own (docs/extending.md), or read arrays of images with data.dimensions: 2"
         )
         return
     mistakes = ask(trial.model.kind, entry.check, trial.model, source.shape)
-    if not mistakes and trial.model.kind != UNET:
+    if entry.written:
+        mistakes += find_discriminator_mistakes(trial.loss, source.shape)
+    if not mistakes and not is_ours:
         mistakes = load(TRY)(trial.model, source.shape, trial.diffusion.learned, source.sides)
     yield from map(Finding, mistakes)
 
@@ -361,11 +366,10 @@ def _check_search(experiment: Experiment, trial: Trial, _: Source) -> Iterator[F
         )
 
 
-CHECKS: tuple[Callable[[Experiment, Trial, Source], Iterator[Finding]], ...] = (
-    _check_noise,
-    _check_weighting,
+Check = Callable[[Experiment, Trial, Source], Iterator[Finding]]
+OF_PROCESSES: tuple[Check, ...] = (_check_noise, _check_weighting, _check_variance)  # of denoisers alone
+CHECKS: tuple[Check, ...] = (
     _check_network,
-    _check_variance,
     _check_images,
     _check_likelihood,
     _check_search,

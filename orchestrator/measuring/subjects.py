@@ -15,6 +15,7 @@ from orchestrator.experiment.check import (
     find_evaluation_mistakes,
     find_flow_mistakes,
     find_guidance_mistakes,
+    find_measuring_mistakes,
     find_unread,
 )
 from orchestrator.experiment.load import list_measurement_settings, parse_assignment
@@ -29,7 +30,7 @@ from workers.config import DataConfig, Measurement, Mistake, Trial
 from workers.data.sources import Source, describe
 from workers.diffusion.process import Process, try_variance
 from workers.entries import is_outside
-from workers.kinds import SAMPLERS
+from workers.kinds import DENOISER, GENERATOR, SAMPLERS
 from workers.layout import SWEEPS, TRIALS, get_trial_of_row, name_checkpoints_folder, name_trial_file
 from workers.network import checkpoint as checkpoints
 from workers.network import manifest
@@ -217,8 +218,10 @@ def _open_folder(folder: str, update: Update) -> Subject:
                 return _find_of_trial(trial_id, storage, update, checkpoints.open_folder(place + options))
     checkpoint = checkpoints.open_folder(folder)
     described = checkpoints.describe(checkpoint)
-    evaluation = CONTINUOUS if described.T is None else {}
-    content = update.of({"T": described.T, "labels": described.classes is not None, "evaluation": evaluation})
+    family, told = described.family, described.classes is not None
+    evaluation = CONTINUOUS if described.T is None and family == DENOISER else {}
+    evaluation = {"nll": None} if family == GENERATOR else evaluation
+    content = update.of({"family": family, "T": described.T, "labels": told, "evaluation": evaluation})
     if "source" not in content.get("data", {}):
         raise Mistake(f"{folder}: it does not say which images it was trained on; give data.source=...")
     return _check_name(place.rpartition("/")[2], content, checkpoint, None, None)
@@ -233,7 +236,9 @@ def _check_name(name: str, content: Any, checkpoint: Checkpoint, trial: str | No
     if problems := [f"{path}: {text}" for path, text in find_invalid(Measurement, content)]:
         raise ExperimentError(problems, name)
     m = Measurement.model_validate(content)
-    if problems := [*find_unread([m]), *find_evaluation_mistakes(m.evaluation, m.T)]:
+    of = m.evaluation
+    mistakes = find_evaluation_mistakes(of, m.T) if m.family == DENOISER else find_measuring_mistakes(of)
+    if problems := [*find_unread([m]), *mistakes]:
         raise ExperimentError(problems, name)
     if not m.evaluation.measures:
         raise ExperimentError(["evaluation: nll, ode_nll and fid are all null, so nothing would be measured"], name)

@@ -45,6 +45,8 @@ def draw_schedules(report: Report) -> list[Plot]:
     series: dict[str, Series] = {}
     for row in report.rows:
         diffusion = row.variant.trial.diffusion
+        if not row.variant.trial.diffuses:
+            continue
         read = collect_settings_read(diffusion)
         key = json.dumps({n: v for n, v in read.items() if n not in ("prediction", "variance")}, sort_keys=True)
         if key not in series:
@@ -54,7 +56,7 @@ def draw_schedules(report: Report) -> list[Plot]:
             label = " ".join(f"{n}={v}" for n, v in names.items()) or _name_noise(diffusion)
             series[key] = Series(label, t.tolist(), snr.tolist(), len(series))
     of = list(series.values()), "share of the t trained on (t / T of a chain)", "log SNR"
-    return [draw_curves("schedules", *of, legend=len(series) <= 10)]
+    return [draw_curves("schedules", *of, legend=len(series) <= 10)] if series else []
 
 
 def _name_noise(diffusion: DiffusionConfig) -> str:

@@ -187,4 +187,5 @@ def find_pareto_front(points: Mapping[str, Sequence[float]]) -> set[str]:
 
 def is_distance(name: str) -> bool:
     """Whether a metric is a Fréchet distance at the n that was asked for."""
-    return name.startswith(("eval/fd_", "eval/fid")) and not name.endswith(("_se", "_infinity"))
+    starts = "eval/fd_", "eval/fid", "eval/reconstruction_fd_"
+    return name.startswith(starts) and not name.endswith(("_se", "_infinity"))

@@ -16,6 +16,7 @@ own levels; float32 in the data's own units where these are not discrete.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -30,8 +31,8 @@ from workers.config import FIDConfig, Mistake, SamplerConfig
 from workers.data.decoding import choose_type
 from workers.data.ranges import scale_from_unit
 from workers.evaluation.blocks import SAMPLES
-from workers.evaluation.make import LoadedModel, draw_block, move_to_device
-from workers.kinds import SAMPLERS
+from workers.evaluation.make import LoadedModel, draw_block, draw_from_prior, move_to_device
+from workers.kinds import DENOISER, SAMPLERS
 from workers.network import checkpoint as checkpoints
 
 MOST = 100_000  # images a row of a request: whoever asks may be anybody
@@ -49,10 +50,14 @@ class ImageModel(PythonModel):
                 "fetch the model again"
             )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        network, process = checkpoints.load(checkpoint)
-        if settings["variance"]:
-            process = replace(process, variance=settings["variance"])
-        self.model = LoadedModel(move_to_device(network, device), process, device, settings["precision"])
+        self.stage = None
+        if checkpoint.family == DENOISER:
+            network, process = checkpoints.load(checkpoint)
+            if settings["variance"]:
+                process = replace(process, variance=settings["variance"])
+            self.model = LoadedModel(move_to_device(network, device), process, device, settings["precision"])
+        else:
+            self.stage = move_to_device(checkpoints.load_decoder(checkpoint), device)
         self.shape = checkpoints.describe(checkpoint).shape
         self.levels, self.fid = settings["levels"], FIDConfig.model_validate(settings["fid"])
         self.span = tuple(settings["span"] or ())
@@ -64,15 +69,24 @@ class ImageModel(PythonModel):
         """
         parts: list[np.ndarray] = []
         for row in model_input.to_dict("records"):
-            n, seed, fid, label = int(row["n"]), int(row["seed"]), self._read_request(row), self._read_label(row)
+            n, seed = int(row["n"]), int(row["seed"])
             if not 0 <= n <= MOST:
                 raise ValueError(f"n = {n} images were asked for; give 0 to {MOST:,}")
+            draw = self._read_way(row)
             for block in range(math.ceil(n / SAMPLES)):
-                of = {"shape": self.shape, "levels": self.levels, "label": label}
-                images, _ = draw_block(self.model, fid, seed, block, **of)
-                images = images[: n - block * SAMPLES]
+                images = draw(seed, block)[: n - block * SAMPLES]
                 parts.append(scale_from_unit(images, self.span) if self.span else images)
         return np.concatenate([np.zeros((0, *self.shape), choose_type(self.levels)), *parts])
+
+    def _read_way(self, row: dict[Any, Any]) -> Callable[[int, int], np.ndarray]:
+        """What draws the images of (seed, block) as the row asks."""
+        if stage := self.stage:
+            if asked := [name for name in ("sampler", "steps") if not pd.isna(row.get(name))]:
+                raise ValueError(f"{' and '.join(asked)} were asked for, and this model decodes noise by one pass")
+            return lambda seed, block: draw_from_prior(stage, self.fid, seed, block, levels=self.levels)
+        of = {"shape": self.shape, "levels": self.levels, "label": self._read_label(row)}
+        fid = self._read_request(row)
+        return lambda seed, block: draw_block(self.model, fid, seed, block, **of)[0]
 
     def _read_label(self, row: dict[Any, Any]) -> int | None:
         """The label that a row asks for."""

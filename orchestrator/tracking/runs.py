@@ -115,7 +115,7 @@ class SweepRuns:
         names = {f"eval/{name_distance(fid)}" for v in trials if (fid := v.trial.evaluation.fid)}
         levels = [self.sources[v.trial.data].levels for v in trials]
         bounds = {
-            choose_likelihood(choose_bound(v.trial.diffusion.continuous), n)
+            choose_likelihood(choose_bound(v.trial.continuous), n)
             for n, v in zip(levels, trials, strict=True)
             if v.trial.evaluation.nll
         }

@@ -1,9 +1,11 @@
 """Which blocks an evaluation is made of, and where they lie: pure functions of what is measured.
 
     evaluations/<checkpoint>/nll-<key>/block-00007.parquet                    |x_0 - x_0_hat|^2 of images x timesteps
+    evaluations/<checkpoint>/nll-<key>/...                                    of an autoencoder rate and distortion
     evaluations/<checkpoint>/ode_nll-<key>/block-00007.parquet                -log P of images along the ODE
     evaluations/<checkpoint>/samples-<key>/block-00007.parquet                images by seed
     evaluations/<checkpoint>/samples-<key>-<features>/block-00007.parquet     their features
+    evaluations/<checkpoint>/reconstructions-<key>/block-00007.parquet        held-out images by an autoencoder
     references/<data>-<split>-<features>-v<version>/block-00007.parquet       features of real images
 
 <features> is the name of a space, and of one from outside what tells its code apart, too.
@@ -12,15 +14,16 @@ the others where they are.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from workers.code import drop_pin
 from workers.config import Count, FIDConfig, Measurement
 from workers.data.dataset import Dataset
 from workers.data.sources import Source
 from workers.identity import collect_settings_read, compute_digest, describe_evaluation
-from workers.kinds import MEASURES, SAMPLERS, SPACES
+from workers.kinds import DENOISER, MEASURES, SAMPLERS, SPACES
 from workers.layout import name_evaluation_folder, name_reference_file, name_summary_file
 
 VERSION = 3  # of what blocks hold: raise it when the same checkpoint would give other numbers
@@ -92,6 +95,8 @@ def count_strata(m: Measurement) -> int | None:
 
 def count_time_blocks(m: Measurement) -> int:
     """Blocks that share the same images."""
+    if m.family != DENOISER:
+        return 1
     return 1 if m.T is None or count_strata(m) is not None else math.ceil(m.T / TIMES)
 
 
@@ -99,11 +104,20 @@ def list_nll_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Blo
     """The blocks that hold the first `nll.images` of the held-out split; numbers grow by image, then by t."""
     if m.evaluation.nll is None:
         return []
+    rows = math.ceil(count_nll_images(m, images) / IMAGES)
+    if m.family != DENOISER:
+        folder = _name_stage_folder(m, checkpoint, "nll", images.digest)
+        return [Block("nll", folder, k) for k in range(rows)]
     sampled = None if count_strata(m) is None else [count_strata(m), m.evaluation.nll.proposal]
     content = [VERSION, images.digest, m.seed, sampled, *_describe_precision(m)]
     folder = f"{name_evaluation_folder(checkpoint)}/nll-{compute_digest(content)}"
-    rows = math.ceil(count_nll_images(m, images) / IMAGES)
     return [Block("nll", folder, k) for k in range(rows * count_time_blocks(m))]
+
+
+def _name_stage_folder(m: Measurement, checkpoint: str, kind: str, *more: Any) -> str:
+    """Of blocks of a network that is no denoiser."""
+    content = compute_digest([VERSION, m.seed, *more, *_describe_precision(m)])
+    return f"{name_evaluation_folder(checkpoint)}/{kind}-{content}"
 
 
 def count_ode_nll_images(m: Measurement, images: Images) -> int:
@@ -124,12 +138,33 @@ def list_sample_blocks(m: Measurement, checkpoint: str, images: Images) -> list[
     fid = m.evaluation.fid
     if fid is None:
         return []
+    count = math.ceil(fid.samples / SAMPLES)
+    if m.family != DENOISER:
+        folder = _name_stage_folder(m, checkpoint, "samples", fid.quantise, images.levels)
+        return [Block("samples", folder, k) for k in range(count)]
     what = [VERSION, m.seed, collect_settings_read(fid.sampler, only_set=True), fid.quantise, images.levels]
     if SAMPLERS[fid.sampler.kind].reads_variance and m.evaluation.variance:
         what.append(m.evaluation.variance)
     what += _describe_precision(m)
     folder = f"{name_evaluation_folder(checkpoint)}/samples-{compute_digest(what)}"
-    return [Block("samples", folder, k) for k in range(math.ceil(fid.samples / SAMPLES))]
+    return [Block("samples", folder, k) for k in range(count)]
+
+
+def count_reconstructions(m: Measurement, images: Images) -> int:
+    asked = m.evaluation.reconstructions
+    return count_asked(asked, images.held_out) if m.reconstructs and asked else 0
+
+
+def list_reconstruction_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
+    """Held-out images as an autoencoder makes them again."""
+    if not m.reconstructs:
+        return []
+    assert m.evaluation.fid
+    folder = _name_stage_folder(
+        m, checkpoint, "reconstructions", images.digest, m.evaluation.fid.quantise, images.levels
+    )
+    count = math.ceil(count_reconstructions(m, images) / SAMPLES)
+    return [Block("reconstructions", folder, k) for k in range(count)]
 
 
 def list_feature_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
@@ -137,8 +172,22 @@ def list_feature_blocks(m: Measurement, checkpoint: str, images: Images) -> list
     fid = m.evaluation.fid
     if fid is None:
         return []
+    return _list_features(m, fid, list_sample_blocks(m, checkpoint, images), images)
+
+
+def _list_features(m: Measurement, fid: FIDConfig, made: Sequence[Block], images: Images) -> list[Block]:
     space = _name_made_space(m, fid) + (f"-{images.digest}" if SPACES[fid.features].train else "")
-    return [Block("features", f"{b.folder}-{space}", b.number, (b,)) for b in list_sample_blocks(m, checkpoint, images)]
+    return [Block("features", f"{block.folder}-{space}", block.number, (block,)) for block in made]
+
+
+def list_reconstruction_features(m: Measurement, checkpoint: str, images: Images) -> tuple[list[Block], list[Block]]:
+    """The features of reconstructions, and those of the held-out images themselves."""
+    made, fid = list_reconstruction_blocks(m, checkpoint, images), m.evaluation.fid
+    if not made or fid is None:
+        return [], []
+    folder = name_reference_folder(m, fid.model_copy(update={"reference": "held_out"}), images)
+    count = math.ceil(count_reconstructions(m, images) / REAL)
+    return _list_features(m, fid, made, images), [Block("held_out", folder, k) for k in range(count)]
 
 
 def list_reference_blocks(m: Measurement, images: Images) -> list[Block]:
@@ -177,20 +226,27 @@ def count_reference_images(fid: FIDConfig, images: Images) -> int:
 
 def list_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
     """All blocks of an evaluation, each after those that it needs."""
+    reconstructed, held_out = list_reconstruction_features(m, checkpoint, images)
     return [
         *list_nll_blocks(m, checkpoint, images),
         *list_ode_nll_blocks(m, checkpoint, images),
         *list_reference_blocks(m, images),
         *list_sample_blocks(m, checkpoint, images),
         *list_feature_blocks(m, checkpoint, images),
+        *list_reconstruction_blocks(m, checkpoint, images),
+        *held_out,
+        *reconstructed,
     ]
 
 
 def count_blocks(m: Measurement, images: Images) -> int:
     """How many `list_blocks` has, without making them."""
     fid, rows = m.evaluation.fid, math.ceil(count_nll_images(m, images) / IMAGES)
+    again = count_reconstructions(m, images)
     return (
-        (rows * count_time_blocks(m) if m.evaluation.nll else 0)
+        2 * math.ceil(again / SAMPLES)
+        + math.ceil(again / REAL)
+        + (rows * count_time_blocks(m) if m.evaluation.nll else 0)
         + math.ceil(count_ode_nll_images(m, images) / IMAGES)
         + (math.ceil(count_reference_images(fid, images) / REAL) + 2 * math.ceil(fid.samples / SAMPLES) if fid else 0)
     )
@@ -217,6 +273,11 @@ def make_measure_suffix(fid: FIDConfig, measure: str) -> str:
     """What the names of a measure of samples end with: as the distance's do, unless it is for one feature space."""
     name = name_distance(fid)
     return "" if name == "fid" or MEASURES[measure].needs else name.removeprefix("fd")
+
+
+def name_reconstruction_distance(fid: FIDConfig) -> str:
+    """Of reconstructions of held-out images to these."""
+    return f"reconstruction_fd_{name_space(fid.features)}"
 
 
 def list_comparable_metrics(fid: FIDConfig) -> list[str]:

@@ -32,7 +32,10 @@ from workers.evaluation import blocks
 from workers.evaluation.blocks import Block, count_strata, count_time_blocks
 from workers.evaluation.features import FeatureSpace, load_feature_space
 from workers.evaluation.precision import compute_in
+from workers.kinds import AUTOENCODER, GENERATOR
 from workers.network import checkpoint as checkpoints
+from workers.network.autoencoder import Autoencoder, FromLatents
+from workers.network.autoencoder_config import find_latent_size
 from workers.network.manifest import Checkpoint
 from workers.noise import make_generator
 from workers.passes import count_evaluations
@@ -89,6 +92,15 @@ class Bench:
     def model(self) -> LoadedModel:
         network, process = checkpoints.load(self.checkpoint)
         return LoadedModel(move_to_device(network, self.device), process, self.device, self.m.evaluation.precision)
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder:
+        return move_to_device(checkpoints.load_autoencoder(self.checkpoint), self.device)
+
+    @cached_property
+    def decoder(self) -> FromLatents:
+        """Of a network that is no denoiser."""
+        return move_to_device(checkpoints.load_decoder(self.checkpoint), self.device)
 
     @cached_property
     def space(self) -> FeatureSpace:
@@ -243,12 +255,78 @@ def _make_feature_table(bench: Bench, images: NHWC) -> pa.Table:
     return table.replace_schema_metadata({SPACE: bench.space.digest})
 
 
+def _take_held_out(bench: Bench, block: Block, size: int) -> tuple[Ints, NCHW]:
+    """The held-out images of a block of so many, and their numbers."""
+    dataset = bench.dataset
+    image = np.arange(block.number * size, min((block.number + 1) * size, len(dataset.held_out)))
+    return image, to_model(torch.from_numpy(np.array(dataset.held_out[image])), dataset.levels).to(bench.device)
+
+
+def make_rate_block(bench: Bench, block: Block) -> pa.Table:
+    """KL(q(z | x) || p(z)) and -log p(x | z), in nats, of IMAGES images with one z of each: a row an image."""
+    image, x = _take_held_out(bench, block, blocks.IMAGES)
+    stage, noise = bench.autoencoder, make_generator(bench.m.seed, "nll", block.number, "z")
+    with compute_in(bench.m.evaluation.precision, bench.device):
+        posterior = stage.encode(x)
+        x_hat = stage.decode(posterior.sample(torch.randn(posterior.mean.shape, generator=noise).to(x)))
+    rate, distortion = posterior.compute_rate(), stage.compute_distortion(x, x_hat, bench.dataset.levels)
+    return pa.table({"image": image, "rate": rate.cpu().numpy(), "distortion": distortion.cpu().numpy()})
+
+
+def make_prior_block(bench: Bench, block: Block) -> pa.Table:
+    """SAMPLES samples by their seed, x_hat of z from N(0, I), quantised as `make_sample_block` says: a row a sample."""
+    m, first = bench.m, block.number * blocks.SAMPLES
+    assert m.evaluation.fid
+    with compute_in(m.evaluation.precision, bench.device):
+        images = draw_from_prior(bench.decoder, m.evaluation.fid, m.seed, block.number, levels=bench.dataset.levels)
+    numbers = np.arange(first, first + len(images))
+    return pa.table({"sample": numbers, "image": [row.tobytes() for row in images]})
+
+
+@torch.no_grad()
+def draw_from_prior(stage: FromLatents, fid: FIDConfig, seed: int, block: int, *, levels: int | None) -> NHWC:
+    """The SAMPLES images of a block, here and in a registered model: a function of (seed, block) alone."""
+    size, noise = (blocks.SAMPLES, *find_latent_size(stage.config)), make_generator(seed, "samples", block)
+    x_hat = stage.decode(torch.randn(size, generator=noise).to(next(stage.parameters()).device)).float()
+    kept: NHWC = QUANTISERS[fid.quantise](x_hat, levels).cpu().numpy()
+    return kept
+
+
+def make_reconstruction_block(bench: Bench, block: Block) -> pa.Table:
+    """x_hat of SAMPLES held-out images, by one z of each: a row an image."""
+    image, x = _take_held_out(bench, block, blocks.SAMPLES)
+    noise = make_generator(bench.m.seed, "reconstructions", block.number)
+    with compute_in(bench.m.evaluation.precision, bench.device):
+        posterior = bench.autoencoder.encode(x)
+        z = posterior.sample(torch.randn(posterior.mean.shape, generator=noise).to(x))
+        x_hat = bench.autoencoder.decode(z).float()
+    assert bench.m.evaluation.fid
+    kept = QUANTISERS[bench.m.evaluation.fid.quantise](x_hat, bench.dataset.levels).cpu().numpy()
+    return pa.table({"sample": image, "image": [row.tobytes() for row in kept]})
+
+
+def make_held_out_block(bench: Bench, block: Block) -> pa.Table:
+    """The features of REAL held-out images: a row an image."""
+    part = bench.dataset.held_out[block.number * blocks.REAL : (block.number + 1) * blocks.REAL]
+    return _make_feature_table(bench, np.asarray(part))
+
+
 KINDS: dict[str, Callable[[Bench, Block], pa.Table]] = {
     "nll": make_nll_block,
     "ode_nll": make_ode_nll_block,
     "samples": make_sample_block,
     "features": make_feature_block,
     "reference": make_reference_block,
+}
+# Those of other families than denoisers.
+FAMILY_KINDS: dict[str, dict[str, Callable[[Bench, Block], pa.Table]]] = {
+    AUTOENCODER: {
+        "nll": make_rate_block,
+        "samples": make_prior_block,
+        "reconstructions": make_reconstruction_block,
+        "held_out": make_held_out_block,
+    },
+    GENERATOR: {"samples": make_prior_block},
 }
 
 
@@ -263,7 +341,7 @@ def make(bench: Bench, block: Block) -> dict[Block, str]:
     again = find_unusable(bench.storage, list(block.needs), None)
     for needed in again:
         make(bench, needed)
-    table = KINDS[block.kind](bench, block)
+    table = (KINDS | FAMILY_KINDS.get(bench.m.family, {}))[block.kind](bench, block)
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), HOST: socket.gethostname()})
     stream = io.BytesIO()
     pq.write_table(table, stream)

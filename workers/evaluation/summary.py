@@ -24,7 +24,6 @@ from workers.bits import name_likelihood
 from workers.config import FIDConfig, Measurement
 from workers.data.dataset import Dataset
 from workers.data.pixels import to_model
-from workers.data.ranges import compute_unit_bits
 from workers.diffusion.formulations import AnyProcess, Continuous
 from workers.diffusion.integral import RealLedger, compute_integral_bound, find_ends
 from workers.diffusion.ledger import (
@@ -49,6 +48,7 @@ from workers.evaluation.blocks import (
     list_reference_blocks,
     make_measure_suffix,
     name_distance,
+    name_reconstruction_distance,
 )
 from workers.evaluation.features import FeatureSpace
 from workers.evaluation.frechet import (
@@ -60,6 +60,7 @@ from workers.evaluation.frechet import (
 )
 from workers.evaluation.inception import Inception
 from workers.evaluation.make import make_measured_process, read_block
+from workers.evaluation.rates import FROM_PRIOR, Stage, describe_values, name_with_error, summarise_rates
 from workers.identity import describe_sampler
 from workers.kinds import MEASURES, SAMPLERS
 from workers.passes import count_evaluations
@@ -77,12 +78,14 @@ def summarise(
     storage: Storage,
     m: Measurement,
     dataset: Dataset,
-    process: AnyProcess,
+    process: AnyProcess | Stage,
     checkpoint: str,
     *,
     space: FeatureSpace | None,
 ) -> dict[str, Any]:
     """The metrics of a checkpoint from its blocks, all of which must be there. Raises DamagedBlock.
+
+    A `Stage` stands in the place of the process where the network is no denoiser.
 
     `metrics` maps MLflow's names to numbers. Of the rest, what was not asked for is left out.
     """
@@ -93,21 +96,20 @@ def summarise(
         _add_to_digest(sha256, table)
         return table
 
-    process, ema = make_measured_process(m, process), m.ema if m.evaluation.ema is None else m.evaluation.ema
+    ema = m.ema if m.evaluation.ema is None else m.evaluation.ema
+    process = process if isinstance(process, Stage) else make_measured_process(m, process)
     subject = {"checkpoint": checkpoint, "ema": ema, **process.describe(), "seed": m.seed}
     conditional = {"labels": OWN_LABELS} if m.labels else {}
     summary: dict[str, Any] = {"metrics": {}, "passports": {}}
     images = Images.of(dataset)
     if m.evaluation.nll:
         tables = [read(block) for block in blocks.list_nll_blocks(m, checkpoint, images)]
-        if isinstance(process, Continuous):
-            _add(summary, _summarise_integral(m, dataset, process, RealLedger.join(tables)))
-        else:
-            whole = Ledger.join([Ledger.from_table(t) for t in tables])
-            _add(summary, _summarise_likelihood(m, dataset, process, whole))
-        one_step = {"sigma_1^2": "beta_1: there is no beta_tilde_2"} if process.T == 1 else {}
-        summary["passports"]["nll"]["subject"] = subject | conditional | ({} if process.learned else one_step)
-    if m.evaluation.ode_nll:
+        _add(summary, _summarise_bound(m, dataset, process, tables))
+        one_step = {}
+        if isinstance(process, Process) and process.T == 1 and not process.learned:
+            one_step = {"sigma_1^2": "beta_1: there is no beta_tilde_2"}
+        summary["passports"]["nll"]["subject"] = subject | conditional | one_step
+    if m.evaluation.ode_nll and not isinstance(process, Stage):
         n = blocks.count_ode_nll_images(m, images)
         tables = [read(block) for block in blocks.list_ode_nll_blocks(m, checkpoint, images)]
         _add(summary, _summarise_ode_likelihood(m, dataset, process, pa.concat_tables(tables).slice(0, n)))
@@ -116,6 +118,10 @@ def summarise(
     if m.evaluation.fid:
         assert space
         _add(summary, _summarise_samples(m, dataset, process, checkpoint, read=read, space=space, subject=subject))
+    if m.reconstructs:
+        assert space
+        _add(summary, _summarise_reconstructions(m, dataset, checkpoint, read, space))
+        summary["passports"]["reconstructions"]["subject"] = subject
     if not m.evaluation.measures:
         return summary
     # The same blocks give other numbers where fewer images of the last are asked for.
@@ -124,10 +130,44 @@ def summarise(
     return {**summary, "hash": sha256.hexdigest()[:16]}
 
 
+def _summarise_bound(
+    m: Measurement, dataset: Dataset, process: AnyProcess | Stage, tables: list[pa.Table]
+) -> dict[str, Any]:
+    if isinstance(process, Stage):
+        n = blocks.count_nll_images(m, Images.of(dataset))
+        return summarise_rates(m, dataset, pa.concat_tables(tables).slice(0, n))
+    if isinstance(process, Continuous):
+        return _summarise_integral(m, dataset, process, RealLedger.join(tables))
+    return _summarise_likelihood(m, dataset, process, Ledger.join([Ledger.from_table(t) for t in tables]))
+
+
+def _summarise_reconstructions(
+    m: Measurement, dataset: Dataset, checkpoint: str, read: Callable[[Block], pa.Table], space: FeatureSpace
+) -> dict[str, Any]:
+    """The distance of held-out images as they are made again to these images themselves."""
+    fid, images = m.evaluation.fid, Images.of(dataset)
+    assert fid
+    n = blocks.count_reconstructions(m, images)
+    made, real = (
+        np.concatenate([_stack_features(read(block)) for block in part])[:n]
+        for part in blocks.list_reconstruction_features(m, checkpoint, images)
+    )
+    name, (ours, theirs) = name_reconstruction_distance(fid), (merge_moments([part]) for part in (made, real))
+    metrics = {f"eval/{name}": compute_distance(ours, theirs)}
+    if not ours.singular:
+        metrics[f"eval/{name}_se"] = estimate_sampling_error(made, theirs)
+    protocol = {
+        "version": blocks.VERSION, "features": fid.features, "features_digest": space.digest, "data": dataset.digest,
+        "split": "held_out", "images": n, "reconstructions": "x_hat of one z from q(z | x), to the images themselves",
+        "precision": m.evaluation.precision, "quantised": _describe_quantised(fid, dataset), "dropped": 0,
+    }  # fmt: skip
+    return {"metrics": metrics, "passports": {"reconstructions": {"protocol": protocol}}}
+
+
 def _summarise_samples(
     m: Measurement,
     dataset: Dataset,
-    process: AnyProcess,
+    process: AnyProcess | Stage,
     checkpoint: str,
     *,
     read: Callable[[Block], pa.Table],
@@ -144,6 +184,11 @@ def _summarise_samples(
     samples[-1], real[-1] = samples[-1][:last], real[-1][:last_real]
     found = _summarise_fidelity(m, fid, dataset, space, samples=samples, real=real)
     passport = found["passports"]["samples"]
+    if isinstance(process, Stage):
+        passport["protocol"] |= {"sampler": FROM_PRIOR, "x_0_hat": "not clipped"}
+        passport["subject"] = {**subject, "network_evaluations": 1}
+        found["metrics"]["eval/network_evaluations"] = 1.0
+        return found
     if times := _describe_times(process, SAMPLERS[fid.sampler.kind].form):
         passport["protocol"]["times"] = times
     count: float | None = count_evaluations(fid.sampler, process.T)
@@ -167,11 +212,6 @@ def _add_to_digest(sha256: Any, table: pa.Table) -> None:
             sha256.update(values.to_numpy(zero_copy_only=False).tobytes())
 
 
-def _name_with_error(name: str, value: float, error: float | None) -> dict[str, float]:
-    """A metric and its standard error, where it has one."""
-    return {name: value} if error is None else {name: value, f"{name}_se": error}
-
-
 def _add(summary: dict[str, Any], part: dict[str, Any]) -> None:
     for name, value in part.items():
         summary[name] = {**summary[name], **value} if name in ("metrics", "passports") else value
@@ -186,7 +226,7 @@ def _take_held_out(m: Measurement, dataset: Dataset) -> NCHW:
 def _name_bound(name: str, bound: Bound) -> dict[str, float]:
     """A bound and its parts as metrics."""
     return {
-        **_name_with_error(f"eval/{name}_bpd", bound.mean, bound.standard_error),
+        **name_with_error(f"eval/{name}_bpd", bound.mean, bound.standard_error),
         f"eval/{name}_prior_bpd": float(bound.prior.mean()),
         f"eval/{name}_diffusion_bpd": float(bound.diffusion.mean()),
         f"eval/{name}_decoder_bpd": float(bound.decoder.mean()),
@@ -202,7 +242,7 @@ def _summarise_integral(m: Measurement, dataset: Dataset, process: Continuous, w
     low, high = find_ends(process, dataset.levels)
     protocol = {
         "version": blocks.VERSION, "data": dataset.digest, "split": "held_out", "images": len(x_0),
-        **_describe_values(dataset), "dropped": 0, "time": f"continuous, sigma from {low:.4g} to {high:.4g}",
+        **describe_values(dataset), "dropped": 0, "time": f"continuous, sigma from {low:.4g} to {high:.4g}",
         "timesteps": f"{strata + 1}, {nll.proposal}", "precision": m.evaluation.precision,
         "x_0_hat": "clipped to [-1, 1]",
         "decoder": f"{'Gaussian density' if name == 'density' else 'discrete'} around x_0_hat with the least sigma",
@@ -223,7 +263,7 @@ def _summarise_likelihood(m: Measurement, dataset: Dataset, process: Process, wh
     assert nll
     protocol = {
         "version": blocks.VERSION, "data": dataset.digest, "split": "held_out", "images": n,
-        **_describe_values(dataset), "dropped": 0,
+        **describe_values(dataset), "dropped": 0,
         "timesteps": "all" if sampled is None else f"{sampled + 1}, {nll.proposal}",
         "precision": m.evaluation.precision, "x_0_hat": "clipped to [-1, 1]",
         "decoder": f"{'Gaussian density' if name == 'density' else 'discrete'}; a fixed sigma_1^2 is beta_tilde_2",
@@ -245,7 +285,7 @@ def _summarise_likelihood(m: Measurement, dataset: Dataset, process: Process, wh
         chains = {process.variance: [whole_chain], **chains}
     rate, distortion = compute_rate_distortion(process, ledger, norms, dimensions)
     best = chains[OPTIMAL][0]
-    metrics |= _name_with_error(f"eval/{name}_optimal_variance_bpd", best["bpd"], best["bpd_se"])
+    metrics |= name_with_error(f"eval/{name}_optimal_variance_bpd", best["bpd"], best["bpd_se"])
     return found | {
         "nll_by_t": compute_bits_by_t(process, ledger, norms, dimensions).tolist(),
         "ledger": chains,
@@ -258,28 +298,16 @@ def _summarise_ode_likelihood(m: Measurement, dataset: Dataset, process: AnyProc
     assert ode
     bits = table["nats"].to_numpy() / (np.prod(dataset.shape) * np.log(2))
     name = f"ode_{name_likelihood(dataset.levels)}"
-    metrics = _name_with_error(f"eval/{name}_bpd", float(bits.mean()), compute_standard_error(bits))
+    metrics = name_with_error(f"eval/{name}_bpd", float(bits.mean()), compute_standard_error(bits))
     protocol = {
         "version": blocks.VERSION, "data": dataset.digest, "split": "held_out", "images": n,
-        **_describe_values(dataset), "dropped": 0, "trace": f"Hutchinson's, {ode.probes} of +-1",
+        **describe_values(dataset), "dropped": 0, "trace": f"Hutchinson's, {ode.probes} of +-1",
         "dequantised": "uniformly over a level's bin" if dataset.levels else "not, as the data are not discrete",
         "solver": f"Dormand-Prince from sigma_1 to sigma_T, tolerance {ode.tolerance:g}",
         "times": _describe_times(process, "whole"),
         "x_0_hat": "not clipped",
     }  # fmt: skip
     return {"metrics": metrics, "passports": {"ode_nll": {"protocol": protocol}}, f"{name}_per_image": bits.tolist()}
-
-
-def _describe_values(dataset: Dataset) -> dict[str, Any]:
-    """Of a protocol: which values a likelihood is of, and of a density also in which units, and in the data's own."""
-    if dataset.levels is not None:
-        return {"levels": dataset.levels}
-    assert dataset.span
-    low, high = dataset.span
-    return {
-        "values": f"real; {low:.9g} to {high:.9g} is [-1, 1]",
-        "units": f"of the density on [-1, 1]; add {compute_unit_bits(dataset.span):.9g} bits/dim for the data's own",
-    }
 
 
 def _describe_times(process: AnyProcess, form: str) -> str:
@@ -331,7 +359,7 @@ def _summarise_fidelity(
         suffix = make_measure_suffix(fid, other)
         values, how = MEASURES[other].load()(space, features, real)
         for key, (value, error) in values.items():
-            metrics |= _name_with_error(f"eval/{key}{suffix}", value, error)
+            metrics |= name_with_error(f"eval/{key}{suffix}", value, error)
         found["passports"]["samples"]["also"][other] = how
     return found
 

@@ -63,7 +63,17 @@ class Pass(NamedTuple):
         return Posterior(self.mean, self.log_variance)
 
 
-class FirstStage(nn.Module):
+class FromLatents(nn.Module):
+    """A network that makes images of z, by one pass: an autoencoder, or the generator of a GAN."""
+
+    config: dict[str, Any]
+
+    def decode(self, z: Latents) -> Image:
+        """x_hat, an image on [-1, 1] or near."""
+        raise NotImplementedError
+
+
+class FirstStage(FromLatents):
     """What training, evaluation and latent diffusion ask of an autoencoder. Images are on [-1, 1].
 
     `law` names that of p(x | z) around x_hat (`workers.diffusion.bound.LAWS`), whose scale is learned, one for all
@@ -71,14 +81,10 @@ class FirstStage(nn.Module):
     """
 
     law: str
-    log_scale: nn.Parameter
+    log_scale: nn.Parameter  # `decode` gives the centre of p(x | z)
 
     def encode(self, x: Image) -> Posterior:
         """q(z | x)."""
-        raise NotImplementedError
-
-    def decode(self, z: Latents) -> Image:
-        """x_hat, the centre of p(x | z)."""
         raise NotImplementedError
 
     def forward(self, x: Image, eps: Latents) -> Pass:
@@ -136,7 +142,7 @@ class Residual(nn.Module):
         return y
 
 
-class Level(nn.Module):
+class Scale(nn.Module):
     """The blocks of one resolution, and what leads to the next."""
 
     def __init__(self, widths: list[tuple[int, int]], config: dict[str, Any], down: bool, last: bool) -> None:
@@ -180,7 +186,7 @@ class Encoder(nn.Module):
         self.down_blocks = nn.ModuleList()
         for before, width in zip([widths[0], *widths], widths, strict=False):
             shapes = [(before if j == 0 else width, width) for j in range(blocks)]
-            self.down_blocks.append(Level(shapes, config, True, len(self.down_blocks) == len(widths) - 1))
+            self.down_blocks.append(Scale(shapes, config, True, len(self.down_blocks) == len(widths) - 1))
         self.mid_block = Centre(widths[-1], config)
         self.conv_norm_out = GroupNorm(config["norm_num_groups"], widths[-1], eps=config["norm_eps"])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config["latent_channels"], 3, padding=1)
@@ -204,7 +210,7 @@ class ImageDecoder(nn.Module):
         self.up_blocks = nn.ModuleList()
         for before, width in zip([widths[0], *widths], widths, strict=False):
             shapes = [(before if j == 0 else width, width) for j in range(blocks)]
-            self.up_blocks.append(Level(shapes, config, False, len(self.up_blocks) == len(widths) - 1))
+            self.up_blocks.append(Scale(shapes, config, False, len(self.up_blocks) == len(widths) - 1))
         self.conv_norm_out = GroupNorm(config["norm_num_groups"], widths[-1], eps=config["norm_eps"])
         self.conv_out = nn.Conv2d(widths[-1], config["out_channels"], 3, padding=1)
 
@@ -256,7 +262,9 @@ class Autoencoder(FirstStage):
     @property
     def last_layer(self) -> nn.Parameter:
         """The weights that the adversarial term is weighed at."""
-        return self.decoder.conv_out.weight  # type: ignore[return-value]
+        weights = self.decoder.conv_out.weight
+        assert isinstance(weights, nn.Parameter)
+        return weights
 
     def encode(self, x: Image) -> Posterior:
         mean, log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)

@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from workers.config import ModelConfig
+from workers.config import LossConfig, ModelConfig
+from workers.kinds import GENERATOR, OBJECTIVES
 from workers.network.unet_config import choose_norm_groups
 from workers.sides import get_sides, show_resolution
 
-AUTOENCODER_CLASS = "AutoencoderKL"
-# Ours in such a file, which diffusers keeps and passes over: the law of p(x | z), and the beta it was trained with.
-DECODER, BETA = "_decoder", "_beta"
+AUTOENCODER_CLASS, GENERATOR_CLASS = "AutoencoderKL", "ImageGenerator"
+# Ours in such a file, which diffusers keeps and passes over: the law of p(x | z), and how it was trained.
+DECODER, BETA, ADVERSARIAL = "_decoder", "_beta", "_adversarial"
 # What diffusers takes for a field that is left out.
 AUTOENCODER_DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
@@ -59,6 +60,11 @@ def make_autoencoder_config(model: ModelConfig, shape: tuple[int, int, int]) -> 
     }
 
 
+def make_generator_config(model: ModelConfig, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """That of a generator, which is the decoder of such an autoencoder."""
+    return make_autoencoder_config(model, shape) | {"_class_name": GENERATOR_CLASS}
+
+
 def find_stage_mistakes(model: ModelConfig, shape: tuple[int, int, int]) -> list[str]:
     """What keeps an autoencoder or a generator from being built for images of this shape, and what to do."""
     mistakes = []
@@ -78,6 +84,17 @@ def find_stage_mistakes(model: ModelConfig, shape: tuple[int, int, int]) -> list
             f"pixels can be halved only {most - 1} times; take at most {most} multipliers, or another data.resolution"
         )
     return mistakes
+
+
+def find_discriminator_mistakes(loss: LossConfig, shape: tuple[int, int, int]) -> list[str]:
+    """What keeps a discriminator from judging images of this shape."""
+    least, layers = min(shape[:2]), loss.discriminator_layers
+    if (loss.adversarial is None and OBJECTIVES[loss.objective].family != GENERATOR) or least >= 2**layers:
+        return []
+    return [
+        f"loss.discriminator_layers: {layers} layers halve the image as often, and its smaller side has {least} "
+        f"pixels; take at most {least.bit_length() - 1}"
+    ]
 
 
 def find_latent_size(config: Mapping[str, Any]) -> tuple[int, int, int]:

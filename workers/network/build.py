@@ -21,7 +21,7 @@ from workers.code import drop_pin
 from workers.config import ModelConfig
 from workers.entries import is_outside, load
 from workers.identity import collect_settings_read
-from workers.kinds import DENOISER, NETWORKS, NetworkEntry
+from workers.kinds import DENOISER, GENERATOR, NETWORKS, NetworkEntry
 from workers.network.autoencoder_config import find_latent_size
 from workers.network.unet import Dropout, UNet, draw_bits
 from workers.network.unet_config import UNET, make_class_fields, make_unet_config, read_classes
@@ -82,12 +82,19 @@ def find_entry(config: Mapping[str, Any]) -> NetworkEntry | None:
     return next((entry for entry in NETWORKS.values() if entry.written and entry.written == config.get(CLASS)), None)
 
 
+def find_family(config: Mapping[str, Any]) -> str:
+    """That of the network of a config.json."""
+    entry = find_entry(config)
+    return entry.family if entry else DENOISER
+
+
 def make_inputs(config: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """What a training step calls the network of this config.json with, for an image of zeros."""
     height, width = size if isinstance(size := config["sample_size"], list) else (size, size)
     x, one = torch.zeros(1, config["in_channels"], height, width), torch.zeros(1)
-    if find_entry(config):
-        return x, torch.zeros(1, *find_latent_size(config))
+    if entry := find_entry(config):
+        latents = torch.zeros(1, *find_latent_size(config))
+        return (latents,) if entry.family == GENERATOR else (x, latents)
     return x, one, *([one.long()] if config.get("num_class_embeds") else [])
 
 

@@ -9,7 +9,8 @@
                     state/journal.jsonl                                            the journal up to this step
                     manifest.json                                                  written last
 
-An autoencoder's has vae/, as diffusers' pipelines of latents have, in place of unet/ and scheduler/.
+An autoencoder's has vae/, as diffusers' pipelines of latents have, in place of unet/ and scheduler/, and that of a
+generator, which diffusers does not know, generator/.
 `DDPMPipeline.from_pretrained` opens such a folder; of a network that is told labels its unet alone is of use, as that
 pipeline has none to tell, and of EDM its unet and its scheduler, as it would not feed them. The other way round,
 `open_folder` opens what diffusers saves of an unconditional model on pixels: the same layout without state and
@@ -36,9 +37,9 @@ from workers.diffusion.formulations import AnyProcess, Continuous
 from workers.diffusion.gaussian import GaussianDenoiser
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Process
-from workers.kinds import DENOISER
-from workers.network.autoencoder import Autoencoder
-from workers.network.build import CLASS, Unfolding, build_network, find_entry, is_foreign
+from workers.kinds import AUTOENCODER, DENOISER
+from workers.network.autoencoder import Autoencoder, FromLatents
+from workers.network.build import CLASS, Unfolding, build_network, find_entry, find_family, is_foreign
 from workers.network.diffusers_config import (
     VERSION,
     Scheduler,
@@ -82,6 +83,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The weights of a network as diffusers names them, a variant's among them, or the index of several files with them.
 NAMED = re.compile(r"(diffusion_pytorch_)?model(\.\w+)?\.safetensors(\.index(\.\w+)?\.json)?")
 PICKLES = (".bin", ".ckpt", ".pth", ".pt")
+NETWORKS = tuple(PurePosixPath(config).parts[0] for config, *_ in EVALUATED.values())  # the folders of networks
 R = TypeVar("R")
 
 
@@ -155,7 +157,8 @@ def open_folder(folder: str | Path) -> Checkpoint:
     """
     try:
         storage = Storage(folder)
-        parts = {part: storage.list(part) for part in ("", "unet", "scheduler") if not part or storage.exists(part)}
+        folders = ("", *NETWORKS, "scheduler")
+        parts = {part: storage.list(part) for part in folders if not part or storage.exists(part)}
     except Mistake as error:
         raise CheckpointError(str(error)) from error
     except OSError as error:
@@ -170,20 +173,21 @@ def open_folder(folder: str | Path) -> Checkpoint:
             f"{folder} is not a folder, or an empty one; give the folder that holds model_index.json or config.json. "
             "A repository of the Hugging Face hub is downloaded first: hf download NAME --local-dir FOLDER"
         )
-    if INDEX in parts[""]:
+    part = next((name for name in NETWORKS if name in parts), NETWORKS[0])
+    if INDEX in parts[""] and part == NETWORKS[0]:
         _read_meant(
             storage.find_url(INDEX), read_index, read_object(read_bytes(storage, INDEX), storage.find_url(INDEX))
         )
-    weights = _place_in_folder("unet", _find_weights(storage.root, parts.get("unet", parts[""])), parts)
-    names, family = [_place_in_folder("unet", "config.json", parts), weights], DENOISER
-    if names[0] in parts[""]:
+    weights = _place_in_folder(part, _find_weights(storage.root, parts.get(part, parts[""])), parts)
+    names, family = [_place_in_folder(part, "config.json", parts), weights], DENOISER
+    if part != NETWORKS[0] or names[0] in parts[""]:
         family = find_family(read_object(read_bytes(storage, names[0]), storage.find_url(names[0])))
     if family == DENOISER:
         names.append(_place_in_folder("scheduler", PurePosixPath(SCHEDULER).name, parts))
     there = {f"{part}/{name}".lstrip("/") for part, inside in parts.items() for name in inside}
     if weights in there and weights.endswith(".json"):
         shards = read_shards(read_bytes(storage, weights), storage.find_url(weights))
-        names += [_place_in_folder("unet", shard, parts) for shard in sorted(set(shards.values()))]
+        names += [_place_in_folder(part, shard, parts) for shard in sorted(set(shards.values()))]
     if missing := [name for name in names if name not in there]:
         raise CheckpointError(f"{storage.root} lacks {' and '.join(missing)}: {_advise(there)}")
     sums = {name: hash_bytes(read_bytes(storage, name)) for name in names}
@@ -219,8 +223,8 @@ def load(checkpoint: Checkpoint) -> tuple[Denoiser, AnyProcess]:
     network, scheduler = _load_whole(checkpoint)
     if scheduler is None:
         raise CheckpointError(
-            f"{checkpoint.url} is an {checkpoint.family}, which predicts no noise; give a trial of a network that "
-            "does, such as model.kind: unet"
+            f"{checkpoint.url} holds no denoiser, but a model of the {checkpoint.family}s; give a trial of a network "
+            "that is one, such as model.kind: unet"
         )
     prediction = "eps" if isinstance(network, GaussianDenoiser) else scheduler.prediction
     return Denoiser(network, scheduler.process, prediction).eval(), scheduler.process
@@ -231,10 +235,16 @@ def load_autoencoder(checkpoint: Checkpoint) -> Autoencoder:
     network = load_network(checkpoint)
     if not isinstance(network, Autoencoder):
         raise CheckpointError(
-            f"{checkpoint.url} is a {checkpoint.family} and no autoencoder; give a trial with model.kind: autoencoder, "
-            "or the folder of diffusers' AutoencoderKL"
+            f"{checkpoint.url} holds no autoencoder, but a model of the {checkpoint.family}s; give a trial with "
+            "model.kind: autoencoder, or the folder of diffusers' AutoencoderKL"
         )
     return network
+
+
+def load_decoder(checkpoint: Checkpoint) -> FromLatents:
+    """What makes images of z, in eval mode. Raises CheckpointError as `load` does."""
+    network = load_network(checkpoint)
+    return network if isinstance(network, FromLatents) else load_autoencoder(checkpoint)
 
 
 def load_network(checkpoint: Checkpoint) -> nn.Module:
@@ -300,7 +310,8 @@ def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Ten
 def _make_index(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> bytes:
     """What diffusers opens; of a network or a formulation that is not ours it has no class."""
     if find_entry(config):
-        return _write_json({"_diffusers_version": VERSION, "vae": ["diffusers", config[CLASS]]})
+        part, library = ("vae", "diffusers") if find_family(config) == AUTOENCODER else ("generator", "workers")
+        return _write_json({"_diffusers_version": VERSION, part: [library, config[CLASS]]})
     name = scheduler[CLASS] if is_continuous(scheduler.get(CLASS)) else "DDPMScheduler"
     unet = [config[CLASS].partition(":")[0], config[CLASS]] if is_foreign(config) else ["diffusers", "UNet2DModel"]
     return _write_json(
@@ -311,12 +322,6 @@ def _make_index(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> byte
             "unet": unet,
         }
     )
-
-
-def find_family(config: Mapping[str, Any]) -> str:
-    """That of the network of a config.json."""
-    entry = find_entry(config)
-    return entry.family if entry else DENOISER
 
 
 def _load_configured(checkpoint: Checkpoint) -> tuple[nn.Module, Scheduler | None, tuple[int, int, int]]:

@@ -14,7 +14,7 @@ from typing import Any
 from workers import seals
 from workers.config import Mistake
 from workers.identity import compute_digest
-from workers.kinds import AUTOENCODER, DENOISER
+from workers.kinds import AUTOENCODER, DENOISER, GENERATOR
 from workers.storage import Storage
 
 UNET, WEIGHTS = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
@@ -25,6 +25,7 @@ AVERAGES, SAFE = "averages/", ".safetensors"
 EVALUATED = {
     DENOISER: (UNET, WEIGHTS, SCHEDULER),
     AUTOENCODER: ("vae/config.json", "vae/diffusion_pytorch_model.safetensors"),
+    GENERATOR: ("generator/config.json", "generator/diffusion_pytorch_model.safetensors"),
 }
 MOST_JSON = 2**26  # bytes
 

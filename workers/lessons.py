@@ -1,0 +1,106 @@
+"""What a family of trials learns in a step, and how it is validated: all else of a training is common to all families.
+
+The learner draws the images of a step and its noise, goes backward, and keeps weights, averages and the optimizer; the
+loop around it keeps the journal and the checkpoints. A `Lesson` is what stands between: a family is one of them, and a
+few functions of evaluation (`workers.evaluation`). Its noise comes from the handed generators alone, one for each
+sub-batch in their order, so that any number of workers draws the same.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from workers.bits import name_validation
+from workers.config import Trial
+from workers.data.dataset import Dataset
+from workers.diffusion.formulations import AnyProcess
+from workers.network.build import build_network, make_network_config
+from workers.noise import make_generator
+from workers.world import World
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """This worker's part of the global batch of a step."""
+
+    step: int
+    rows: np.ndarray  # of the training images
+    x_0: Tensor  # float32 (n, C, H, W)
+    noise: Any  # what the lesson drew for them
+
+
+@dataclass(frozen=True)
+class Losses:
+    minimised: Tensor  # (n,): its mean is
+    told: Sequence[Tensor]  # means over the images, detached, which the journal has by the names in `Lesson.told`
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What is measured of held-out images while training. `values` has the lesson's own measure."""
+
+    values: Mapping[str, float]
+    images: Mapping[str, bytes] = field(default_factory=dict)  # PNG, by name
+
+
+class Lesson(ABC):
+    """What a trial of one family learns."""
+
+    told: tuple[str, ...] = ()  # names of what a step tells beside what it minimises
+    goes_back_once: bool = True  # whether a step goes backward once, as compiled networks can
+    process: AnyProcess | None = None  # of a denoiser, for its checkpoints
+    prediction: str = ""
+
+    def __init__(self, trial: Trial, dataset: Dataset, world: World, parts: Sequence[int]) -> None:
+        """At step 0, of a worker that has these of the sub-batches."""
+        self.trial, self.dataset, self.world, self.parts = trial, dataset, world, parts
+        self.config = self.make_config()
+        self.module: nn.Module = build_network(self.config, make_generator(trial.seed, "weights")).to(world.device)
+
+    @property
+    def measure(self) -> str:
+        """The name of what a validation measures, which has to be finite and which schedulers see."""
+        return name_validation(self.dataset.levels)
+
+    def make_config(self) -> dict[str, Any]:
+        """The config.json of the network."""
+        return make_trial_config(self.trial, self.dataset)
+
+    @abstractmethod
+    def draw_noise(self, generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> Any:
+        """For so many images (n, C, H, W), in equal parts from each generator."""
+
+    @abstractmethod
+    def compute_losses(self, network: nn.Module, batch: StepBatch) -> Losses:
+        """`network` is the lesson's module, perhaps compiled or joined with those of other workers."""
+
+    def finish_step(self, rate: float) -> None:  # noqa: B027 most families have nothing more to do
+        """After the optimizer's step, at that learning rate."""
+
+    @abstractmethod
+    def validate(self, network: nn.Module) -> Validation:
+        """By the averaged weights, with noise that all trials of a seed share."""
+
+    def collect_state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the training beside weights and the optimizer."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 see `collect_state`
+        """Goes on from that; `state` has all that the checkpoint keeps."""
+
+
+def make_trial_config(trial: Trial, dataset: Dataset) -> dict[str, Any]:
+    """The config.json of the trial's network for images of the data set."""
+    learned, dropout = trial.diffusion.learned, trial.training.label_dropout
+    classes, sides = dataset.classes, dataset.sides
+    return make_network_config(trial.model, dataset.shape, learned, sides=sides, classes=classes, label_dropout=dropout)
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """The values on the device; a GPU gets them without anybody waiting until it has done what it was told before."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
