@@ -164,19 +164,48 @@ class DiffusionModel:
         return self.network.classes.names if self.network.classes else ()
 
     def __call__(
-        self, x_t: "torch.Tensor", t: "torch.Tensor", *, labels: "torch.Tensor | None" = None
+        self,
+        x_t: "torch.Tensor",
+        t: "torch.Tensor",
+        *,
+        labels: "torch.Tensor | None" = None,
+        vectors: "np.ndarray | torch.Tensor | None" = None,
     ) -> "torch.Tensor":
         """eps_theta(x_t, t): x_t float32 (N, C, H, W), t int64 (N,) in 1..T; of a continuous process real, float64.
 
-        A model that is told classes takes `labels`, int64 (N,): -1 tells none, where it was trained without, too.
+        A model that is told classes takes `labels`, int64 (N,): -1 tells none, where it was trained without, too. One
+        that is told vectors takes `vectors`, float32 (N, length, width), or (length, width) for all; zeros tell none.
         """
         import torch
 
-        told = self._check_labels(labels, len(x_t))
-        if told is None and self.class_names:
-            raise Mistake("this model is told the class of each image; give labels=...")
+        told = self._check_told(labels, vectors, len(x_t))
+        if told is None and self.network.told:
+            what = "the class of each image; give labels" if self.class_names else "vectors of each image; give vectors"
+            raise Mistake(f"this model is told {what}=...")
         with torch.no_grad():
             return torch.as_tensor(self.network(x_t, t, told).eps)
+
+    def _check_told(self, labels: Any, vectors: Any, n: int) -> "torch.Tensor | None":
+        """What n images are said to be of: labels, or vectors, float32 (n, length, width). Raises Mistake."""
+        import torch
+
+        from workers.classes import Vectors
+
+        if vectors is None:
+            return self._check_labels(labels, n)
+        told = self.network.told
+        if labels is not None or not isinstance(told, Vectors):
+            raise Mistake("this model is told no vectors; leave vectors out")
+        found = torch.as_tensor(vectors, dtype=torch.float32)
+        found = found.expand(n, *found.shape) if found.dim() == 2 else found
+        fits = found.dim() == 3 and len(found) == n and told.fits(found.shape[1], found.shape[2])
+        if not fits or not found.isfinite().all():
+            one = f"{told.length or 'length'}, {told.width}"
+            raise Mistake(
+                f"vectors: {tuple(found.shape)} were given; give finite numbers, ({one}) for all or ({n}, {one}), a "
+                f"row for each of {n} images"
+            )
+        return found
 
     def _check_labels(self, labels: Any, n: int) -> "torch.Tensor | None":
         """int64 (n,): of one label for all, by name or number, or of one each. Raises Mistake."""
@@ -214,6 +243,7 @@ class DiffusionModel:
         steps: int | None = None,
         eta: float = 0.0,
         labels: "int | str | Sequence[int | str] | None" = None,
+        vectors: "np.ndarray | torch.Tensor | None" = None,
         guidance: float | None = None,
         levels: int | None = 256,
     ) -> "np.ndarray":
@@ -225,14 +255,15 @@ class DiffusionModel:
         Of a continuous process they are by Heun's rule, in 18 steps where none are given; `eta` is not for it.
 
         Of a model that is told classes they are of `labels`, one for all or one each, by number or name, and else in
-        the proportions of the training images; `guidance` is the scale of `workers.diffusion.guidance`.
+        the proportions of the training images; of one that is told vectors they are of `vectors`, (length, width) for
+        all or (n, length, width). `guidance` is the scale of `workers.diffusion.guidance`.
         """
         import numpy as np
         import torch
 
         from workers.data.decoding import choose_type
         from workers.data.pixels import to_data
-        from workers.diffusion.guidance import tell_labels
+        from workers.diffusion.guidance import tell
         from workers.diffusion.samplers import sample
         from workers.network.manifest import get_most_bytes
         from workers.noise import make_generator
@@ -249,8 +280,10 @@ class DiffusionModel:
             raise Mistake(f"guidance={guidance}: it is {needed}")
         if levels is not None and not 2 <= levels <= 2**16:
             raise Mistake(f"levels={levels}: they are 2 to {2**16:,}, or None")
-        told = self._check_labels(labels, n)
-        if told is None and self.network.classes:
+        told = self._check_told(labels, vectors, n)
+        if told is None and self.network.told:
+            if not self.network.classes:
+                raise Mistake("this model is told vectors of each image; give vectors=...")
             told = torch.from_numpy(self.network.classes.assign(np.arange(n)))
         found = np.empty((n, height, width, channels), choose_type(levels))
         for first in range(0, n, DRAWN_AT_ONCE):  # the network's memory is that of so many, whatever n is
@@ -258,7 +291,7 @@ class DiffusionModel:
             noise = make_generator(seed, "model", *([first] if first else []))
             with torch.no_grad():
                 part = None if told is None else told[first : first + shape[0]]
-                x_0 = sample(self.process, tell_labels(self.network, part, guidance), config, shape, noise)
+                x_0 = sample(self.process, tell(self.network, part, guidance), config, shape, noise)
             found[first : first + len(x_0)] = to_data(x_0, levels).numpy()
         return found
 

@@ -1,6 +1,7 @@
 """`python -m orchestrator.sample TARGET`: pictures of what a checkpoint makes, as PNG files and MLflow images.
 
-    samples.png          a grid of samples by the sampler of the evaluation; a row a class where the model is told them
+    samples.png          a grid of samples by the sampler of the evaluation; a row a class where the model is told them,
+                         and a row a held-out image's vectors where it is told those
     progressive.png      x_0_hat along all T ancestral steps, a sample a row
     interpolation.png    two held-out images blended at several t and decoded, t a row with its number beside it
     coding.png           held-out images as x_0_hat(x_t) shows them, by the bits received
@@ -46,6 +47,9 @@ def make_parser() -> argparse.ArgumentParser:
     result.add_argument("--at", type=int, nargs="+", metavar="T", help="times to blend at (default: eighths of T)")
     result.add_argument("--label", metavar="CLASS", help="draw samples of this class alone, by its number or name, "
                         "where the model was trained with model.labels")  # fmt: skip
+    result.add_argument("--row", type=int, nargs="+", metavar="K", help="draw samples of the vectors of these held-out "
+                        "images, by their number, where the model was trained with model.conditions: vectors "
+                        f"(default: the first {ROWS})")  # fmt: skip
     cli.add_storage(result)
     cli.add_code(result)
     cli.add_trust(result)
@@ -76,8 +80,13 @@ def run(options: argparse.Namespace) -> int:
     cli.tell(describe_data(sources.values()), warnings)
     source = sources[subject.m.data]
     problems = [] if 1 <= options.n <= MOST else [f"--n {options.n}: 1 to {MOST:,}, which make one picture"]
-    problems += [f"--between {k}: the held-out images of {source.name} are 0..{source.held_out - 1}"
-                 for k in options.between if not 0 <= k < source.held_out]  # fmt: skip
+    problems += [f"{option} {k}: the held-out images of {source.name} are 0..{source.held_out - 1}"
+                 for option, rows in (("--between", options.between), ("--row", options.row or ()))
+                 for k in rows if not 0 <= k < source.held_out]  # fmt: skip
+    if options.row and subject.m.told != "vectors":
+        problems.append(
+            "--row: this model is told no vectors; leave it out, or train one with model.conditions: vectors"
+        )
     T = subject.m.T
     is_stage = subject.m.family != DENOISER
     if is_stage and (options.at or options.label):
@@ -95,7 +104,8 @@ def run(options: argparse.Namespace) -> int:
     folder = name_pictures_folder(subject.checkpoint.digest)
     storage.remove_leftovers(folder)
     paths = {}
-    for name, content in make_pictures(storage, subject, options.n, tuple(options.between), times, label=label).items():
+    asked = label if subject.m.told == "labels" else options.row
+    for name, content in make_pictures(storage, subject, options.n, tuple(options.between), times, of=asked).items():
         paths[name] = f"{folder}/{name}.png"
         storage.write(paths[name], content)
         print(storage.find_url(paths[name]))
@@ -124,6 +134,15 @@ def find_label(checkpoint: Any, text: str) -> int:
         raise Mistake(f"--label: {mistake}") from None
 
 
+class _Grid(NamedTuple):
+    """Of which classes the samples of a grid are, or of which images' vectors, and how they stand."""
+
+    n: int
+    asked: list[int]
+    columns: int | None = None  # None: as many as there are rows
+    names: Sequence[str] = ()  # of the rows
+
+
 class _Opened:
     """The model and the data of a `Subject` in memory, and the tensors that its pictures begin with."""
 
@@ -142,14 +161,20 @@ class _Opened:
         self.process: Any = make_measured_process(self.m, process)
         self.sampler = choose_sampler(self.m)
 
-    def tell(self, labels: Sequence[int], guidance: float | None = None) -> Any:
-        """The model of a batch of these classes, where it is told any."""
+    def tell(self, asked: Sequence[int], guidance: float | None = None) -> Any:
+        """The model of a batch of these classes, or of the vectors of these held-out images, where it is told any."""
+        import numpy as np
         import torch
 
-        from workers.diffusion.guidance import tell_labels
+        from workers.diffusion.guidance import tell
 
-        told = torch.tensor(labels, device=self.device) if self.network.classes else None
-        return tell_labels(self.network, told, guidance)
+        told = None
+        if self.network.classes:
+            told = torch.tensor(asked, device=self.device)
+        elif self.network.told:
+            assert self.dataset.held_out_vectors is not None
+            told = torch.from_numpy(np.array(self.dataset.held_out_vectors[list(asked)])).to(self.device)
+        return tell(self.network, told, guidance)
 
     def take_held_out(self, rows: Sequence[int]) -> tuple[Any, Any]:
         """Held-out images, float32 NCHW, and the model of them."""
@@ -159,8 +184,22 @@ class _Opened:
         from workers.data.pixels import to_model
 
         images, labels = self.dataset.held_out[list(rows)], self.dataset.held_out_labels
-        told = self.tell([0] * len(rows) if labels is None else [int(labels[row]) for row in rows])
+        told = self.tell(list(rows) if labels is None or not self.network.classes else [int(labels[k]) for k in rows])
         return to_model(torch.from_numpy(np.array(images)), self.dataset.levels).to(self.device), told
+
+    def arrange_grid(self, n: int, of: int | Sequence[int] | None) -> _Grid:
+        """About n samples: of one class, or else in rows of a class each, or of the vectors of an image each."""
+        classes = self.network.classes
+        if self.network.told is None or isinstance(of, int):
+            return _Grid(n, [of or 0] * n)  # type: ignore[list-item]
+        if classes:
+            rows = classes.list_trained()[:n]
+            names = [classes.names[row] for row in rows]
+        else:
+            rows = list(of or range(min(ROWS, len(self.dataset.held_out))))[:n]
+            names = [f"image {row}" for row in rows]
+        asked = [row for row in rows for _ in range(n // len(rows))]
+        return _Grid(len(asked), asked, n // len(rows), names)
 
     def draw_x_T(self, n: int, *where: str) -> tuple[Any, Any]:
         """x_T, and the generator that it comes from, at an address of its own."""
@@ -174,11 +213,18 @@ class _Opened:
 
 
 def make_pictures(
-    storage: Any, subject: Any, n: int, between: tuple[int, int], times: Sequence[int], *, label: int | None = None
+    storage: Any,
+    subject: Any,
+    n: int,
+    between: tuple[int, int],
+    times: Sequence[int],
+    *,
+    of: int | Sequence[int] | None = None,
 ) -> dict[str, bytes]:
     """The PNG files by name, of a `Subject`. Noise is addressed by its seed, so the same command draws the same.
 
-    Samples are of the class `label` where it is given; real images are shown as those of their own class.
+    Samples are `of` a class, or of the vectors of held-out images, where it is given; real images are shown as those of
+    their own class and vectors.
     """
     from workers.data.pixels import draw_grid, to_data
     from workers.diffusion.process import Process
@@ -189,11 +235,11 @@ def make_pictures(
         return make_stage_pictures(subject, n)
     opened = _Opened(subject)
     process, sampler, levels = opened.process, opened.sampler, opened.dataset.levels
-    grid, strips = (_arrange_grid(opened.network.classes, count, label) for count in (n, ROWS))
+    grid, strips = (opened.arrange_grid(count, of) for count in (n, ROWS))
     x_T, noise = opened.draw_x_T(grid.n, "samples")
-    samples = draw(process, opened.tell(grid.labels, sampler.guidance), sampler, x_T, noise, clip=True).x_0
+    samples = draw(process, opened.tell(grid.asked, sampler.guidance), sampler, x_T, noise, clip=True).x_0
     x_T, noise = opened.draw_x_T(strips.n, "progressive")
-    told = opened.tell(strips.labels, sampler.guidance)
+    told = opened.tell(strips.asked, sampler.guidance)
     along = SamplerConfig() if process.T else SamplerConfig(kind="euler", steps=SAMPLE_GRID_STEPS)
     strip = draw_progressive(process, told, along, x_T, noise, frames=FRAMES)
     found = {
@@ -280,24 +326,6 @@ def _find_curve(storage: Any, subject: Any, opened: _Opened) -> tuple[Any, Any]:
         return np.array(curve["rate_bpd"]), np.array(curve["rmse_255"])
     some, told = opened.take_held_out(range(min(CURVE_IMAGES, len(dataset.held_out))))
     return compute_coding_curve(opened.process, told, some, dataset.levels, make_generator(m.seed, "pictures", "curve"))
-
-
-class _Grid(NamedTuple):
-    """Of which classes the samples of a grid are, and how they stand."""
-
-    n: int
-    labels: list[int]
-    columns: int | None = None  # None: as many as there are rows
-    names: Sequence[str] = ()  # of the rows
-
-
-def _arrange_grid(classes: Any, n: int, label: int | None) -> _Grid:
-    """About n samples: of one class where a `label` is given, else in rows of a class each, where there are any."""
-    if classes is None or label is not None:
-        return _Grid(n, [label or 0] * n)
-    rows = classes.list_trained()[:n]
-    labels = [row for row in rows for _ in range(n // len(rows))]
-    return _Grid(len(labels), labels, n // len(rows), [classes.names[row] for row in rows])
 
 
 def _choose_steps(rmse: Any) -> list[int]:

@@ -23,8 +23,9 @@ from workers.data.dataset import Dataset, prepare
 from workers.journal import read_points
 from workers.learner import Learner
 from workers.network import manifest
+from workers.network.attention import GroupNorm
 from workers.network.build import Masks, hand_noise
-from workers.network.unet import GroupNorm, UNet
+from workers.network.unet import UNet
 from workers.network.unet_config import make_unet_config
 from workers.noise import make_generator
 from workers.storage import Storage

@@ -12,7 +12,7 @@ from workers import conformity
 from workers.config import ModelConfig
 from workers.conformity import check_network
 
-SHAPE = (4, 4, 1)
+SIDES = (4, 4)
 # A network that keeps all, with one line of it to be changed.
 PLAIN = """
 import torch
@@ -58,8 +58,44 @@ def write_network(folder: Path, old: str = "", new: str = "") -> ModelConfig:
 
 
 def test_all_is_kept_by_a_plain_network(tmp_path: Path) -> None:
-    laws = list(check_network(write_network(tmp_path), SHAPE))
+    laws = list(check_network(write_network(tmp_path), SIDES, 1))
     assert [law.broken for law in laws] == [""] * 8 and str(laws[0]) == "shapes    kept"
+
+
+OF_SIDES = """
+class Sided(nn.Module):
+    def __init__(self, settings, of):
+        super().__init__()
+        self.sides, kind = of.sides, {1: nn.Conv1d, 3: nn.Conv3d}[len(of.sides)]
+        self.first, self.last = kind(of.channels, 8, 3, padding=1), kind(8, of.outputs, 3, padding=1)
+        self.time, self.vectors = nn.Linear(1, 8), nn.Linear(of.vectors[1], 8)
+
+    def forward(self, x, t, vectors):
+        assert x.shape[2:] == self.sides and vectors.shape[1:] == (3, 4) or len(vectors) == 2
+        told = self.time(t[:, None].float() / 50) + READ
+        return self.last(torch.relu(self.first(x) + told.reshape(*told.shape, *[1] * len(self.sides))))
+
+SIDED = NetworkEntry(function=Sided, about="of signals and volumes, which is told vectors")
+"""
+
+
+@pytest.mark.parametrize("sides", [(12,), (3, 2, 4)])
+@pytest.mark.parametrize("reads", [True, False])
+def test_of_signals_and_volumes_and_of_vectors(
+    sides: tuple[int, ...], reads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conformity, "STEPS", 40)
+    told = "self.vectors(vectors.mean(1))" if reads else "self.vectors(0 * vectors.mean(1))"
+    (tmp_path / "plain.py").write_text(PLAIN + OF_SIDES.replace("READ", told))
+    assert open_code(["."], tmp_path, "plain:SIDED") == []
+    model = ModelConfig(kind="plain:SIDED", conditions="vectors")
+    laws = {law.name: law.broken for law in check_network(model, sides, 1)}
+    assert set(laws) == {"shapes", "seed", "noise", "gradient", "state", "batch", "time", "vectors", "learning"}
+    assert bool(laws["vectors"]) is not reads
+    assert {name for name, broken in laws.items() if broken} <= {
+        "learning",
+        *(() if reads else ("vectors", "gradient")),
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -67,7 +103,7 @@ def test_what_is_broken_is_told(case: str, tmp_path: Path, monkeypatch: pytest.M
     if case != "learning":
         monkeypatch.setattr(conformity, "STEPS", 40)
     old, new, words = CASES[case]
-    laws = {law.name: law.broken for law in check_network(write_network(tmp_path, old, new), SHAPE)}
+    laws = {law.name: law.broken for law in check_network(write_network(tmp_path, old, new), SIDES, 1)}
     name = case.partition(",")[0]
     assert re.search(words, laws[name]), laws
     assert {name for name, broken in laws.items() if broken} <= {name, "learning"}, laws  # 40 steps teach little
@@ -79,5 +115,6 @@ def test_the_command_says_it_and_its_status(tmp_path: Path, capsys: pytest.Captu
     assert "noise     BROKEN: in training" in capsys.readouterr().out
     assert main(["my_networks:DIT", "wdth=8", "--code", str(ROOT / "examples/dit")]) == 2
     assert "did you mean 'width'?" in capsys.readouterr().err
-    assert main(["unet", "--shape", "8"]) == 2 and "32x32x3" in capsys.readouterr().err
+    for shape, words in (("8", "32x32x3"), ("16x1", "the U-Net is of images"), ("2x2x2x2x1", "of volumes depth")):
+        assert main(["unet", "--shape", shape]) == 2 and words in capsys.readouterr().err
     assert main(["unet", "--code", str(tmp_path / "no")]) == 2 and "is no folder" in capsys.readouterr().err

@@ -25,7 +25,7 @@ from orchestrator.nights.suite import Rule
 from workers.config import DataConfig, ODENLLConfig
 from workers.data.dataset import Dataset, prepare
 from workers.data.pixels import draw_grid, to_data, to_model, to_picture
-from workers.data.ranges import scale_from_unit
+from workers.data.ranges import compute_unit_bits, list_ranges, scale_from_unit, show_span
 from workers.data.sources import describe, describe_source
 from workers.diffusion.bound import decoder_term, model_terms
 from workers.diffusion.flow import integrate_log_density
@@ -72,8 +72,30 @@ def test_the_values_to_train_on_become_the_model_s_range(tmp_path: Path, dtype: 
     found = scale_from_unit(np.concatenate([data.held_out, data.train]), data.span)
     assert np.allclose(np.sort(found.ravel()), np.sort(values.ravel().astype(np.float64)), rtol=1e-6)
     source = describe(DataConfig(source=str(tmp_path / "a.npy")))
-    low, high = source.span or (0, 0)
-    assert f"in real numbers, {low:.6g} to {high:.6g} to train on" in describe_source(source)
+    assert source.span and f"in real numbers, {show_span(source.span, 6)} to train on" in describe_source(source)
+
+
+def test_each_channel_can_have_a_range_of_its_own(tmp_path: Path) -> None:
+    """Two channels of other units are alike then, and the bits of a density add up to their own."""
+    values = np.concatenate([REAL[..., :1], 1000 + 50 * REAL[..., 1:2]], axis=3)
+    save(tmp_path / "a.npy", values)
+    config = DataConfig(source=str(tmp_path / "a.npy"), ranges="channel")
+    data, source = prepare(config), describe(config)
+    assert data.train.min(axis=(0, 1, 2)).tolist() == [-1, -1] and data.train.max(axis=(0, 1, 2)).tolist() == [1, 1]
+    assert data.span and prepare(config).span == data.span == source.span, "from the cache"
+    found = scale_from_unit(np.concatenate([data.held_out, data.train]), data.span)
+    for channel in range(2):
+        expected = np.sort(values[..., channel].ravel())
+        assert np.allclose(np.sort(found[..., channel].ravel()), expected, rtol=1e-5, atol=1e-5)
+    (low, high), (least, most) = list_ranges(data.span)
+    assert compute_unit_bits(data.span) == pytest.approx((math.log2(high - low) + math.log2(most - least)) / 2 - 1)
+    assert f"in real numbers, {low:.6g} to {high:.6g}, {least:.6g} to {most:.6g} to train on" in describe_source(source)
+    assert source.digest != describe(DataConfig(source=str(tmp_path / "a.npy"))).digest
+    save(tmp_path / "same.npy", np.concatenate([REAL[..., :1], REAL[..., 1:2] * 0 + 3], axis=3))
+    fails(tmp_path / "same.npy", "the values to train on in channel 1 are all 3", ranges="channel")
+    save(tmp_path / "bytes.npy", (REAL * 10).clip(0, 255).astype(np.uint8))
+    told = warnings_of(tmp_path / "bytes.npy", ranges="channel")
+    assert "data.ranges is without effect: the values are discrete" in told
 
 
 def test_held_out_values_beyond_the_range_are_kept_and_told(tmp_path: Path) -> None:
@@ -89,7 +111,7 @@ def test_tiff_in_floats_is_read_and_resized_within_its_range(tmp_path: Path) -> 
         Image.fromarray(image.astype(np.float32)).save(tmp_path / f"{row:03}.tif")
     data, small_ = prepare(DataConfig(source=str(tmp_path))), prepare(DataConfig(source=str(tmp_path), resolution=3))
     assert (data.levels, data.shape, small_.shape) == (None, (6, 4, 1), (3, 3, 1))
-    assert data.span and data.span[1] <= REAL[:12, ..., 0].max() * (1 + 1e-6)
+    assert data.span and list_ranges(data.span)[0][1] <= REAL[:12, ..., 0].max() * (1 + 1e-6)
     assert (small_.train.min(), small_.train.max()) == (-1, 1) and small_.digest != data.digest
     Image.fromarray((REAL[0, :, :, 0] * 10).astype(np.uint8)).save(tmp_path / "999.tif")
     fails(tmp_path, "000.tif has floats a channel and 999.tif has 8 bits a channel")

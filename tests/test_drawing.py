@@ -26,7 +26,7 @@ def test_many_are_drawn_a_few_at_a_time(model: DiffusionModel, monkeypatch: pyte
         batches.append(len(x_t))
         return model.network(x_t, t)
 
-    network.classes = None  # type: ignore[attr-defined]
+    network.told = network.classes = None  # type: ignore[attr-defined]
     counted = dataclasses.replace(model, network=network)
     images = counted.sample(10, steps=2)
     assert images.shape == (10, 4, 4, 1) and images.dtype == np.uint8 and set(batches) == {4, 2}

@@ -149,7 +149,7 @@ def test_a_search_over_families_gives_each_what_it_reads() -> None:
     assert check_before_start(of, variants, {of.data: source}) == []
     measured = [Measurement.of(variant.trial) for variant in variants]
     assert [m.family for m in measured] == ["denoiser", "autoencoder", "generator"]
-    assert [m.T for m in measured] == [50, None, None] and [m.labels for m in measured] == [True, False, False]
+    assert [m.T for m in measured] == [50, None, None] and [m.told for m in measured] == ["labels", None, None]
     assert measured[1].evaluation.nll is not None and measured[2].evaluation.nll is None
     kinds = [{block.kind for block in blocks.list_blocks(m, "c", Images.of(source))} for m in measured]
     common = {"samples", "features", "reference"}

@@ -15,7 +15,7 @@ from workers.classes import NO_LABEL, Classes
 from workers.config import ModelConfig, SamplerConfig
 from workers.diffusion import likelihood
 from workers.diffusion.flow import integrate_log_density
-from workers.diffusion.guidance import Conditional, tell_labels
+from workers.diffusion.guidance import Conditional, tell
 from workers.diffusion.predictions import Denoiser, eps_by_x_0, find_target
 from workers.diffusion.process import Prediction, Process
 from workers.diffusion.samplers import sample
@@ -34,7 +34,7 @@ CONFIG = make_unet_config(
     ModelConfig(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0, labels=True),
     image_channels=1,
     resolution=8,
-    classes=CLASSES,
+    told=CLASSES,
     label_dropout=0.1,
 )
 
@@ -53,8 +53,8 @@ def test_guided_samples_are_those_of_the_mean_that_guidance_moves(kind: str) -> 
     p, labels, scale = process(30), torch.tensor([0, 1, 2, 1, 0]), 2.5
     sampler = SamplerConfig(kind=kind, guidance=scale)
     moved = MEANS[NO_LABEL] + scale * (MEANS - MEANS[NO_LABEL])
-    guided = tell_labels(lambda x, t, of: predict_exactly(p, x, t, MEANS[of]), labels, scale)
-    exact = tell_labels(lambda x, t, of: predict_exactly(p, x, t, moved[of]), labels)
+    guided = tell(lambda x, t, of: predict_exactly(p, x, t, MEANS[of]), labels, scale)
+    exact = tell(lambda x, t, of: predict_exactly(p, x, t, moved[of]), labels)
     shape = 5, 1, 2, 2
     found, expected = (sample(p, model, sampler, shape, make_generator(kind), clip=False) for model in (guided, exact))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -120,7 +120,7 @@ def test_each_pair_and_each_image_of_a_solver_has_its_own_label(monkeypatch: pyt
     x = MEANS[labels].double().reshape(-1, 1, 1, 1) + S * noise
     found, alone = (
         torch.cat([
-            integrate_log_density(p, tell_labels(model, labels[k]), x[k], torch.ones(1, *x[k].shape), 1e-6).log_p
+            integrate_log_density(p, tell(model, labels[k]), x[k], torch.ones(1, *x[k].shape), 1e-6).log_p
             for k in parts
         ])
         for parts in ([slice(0, 5)], [slice(k, k + 1) for k in range(5)])
@@ -129,7 +129,7 @@ def test_each_pair_and_each_image_of_a_solver_has_its_own_label(monkeypatch: pyt
     assert len(set(found.round(decimals=3).tolist())) == 5
     monkeypatch.setattr(likelihood, "PIXELS", {"cpu": 8})  # two pairs at once
     t, images = np.array([1, 4, 9, 16, 30]), np.arange(5)
-    told = tell_labels(model, labels)
+    told = tell(model, labels)
     ledger = likelihood.measure_pairs(
         p, told, x, images, t, weight=np.ones(5), noise=make_generator("pairs"), levels=17, clip=False
     )

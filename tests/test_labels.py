@@ -89,7 +89,7 @@ def find(storage: Storage) -> manifest.Checkpoint:
 def measure(storage: Storage, **fid: Any) -> tuple[Bench, dict[str, Any]]:
     sampler = SamplerConfig(kind="ddim", steps=2, **fid)
     evaluation = EvaluationConfig(nll=NLLConfig(images=30, timesteps=3), fid=FIDConfig(samples=70, sampler=sampler))
-    m = Measurement(data=DataConfig(source="digits"), T=30, labels=True, evaluation=evaluation)
+    m = Measurement(data=DataConfig(source="digits"), T=30, told="labels", evaluation=evaluation)
     data = prepare(m.data)
     bench = Bench(storage, m, data, find(storage), CPU)
     for block in list_blocks(m, bench.checkpoint.digest, Images.of(data)):

@@ -9,10 +9,13 @@ import re
 import tarfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import image_files
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import s3_storage
 from image_files import COLOUR, LABELS, encoded, fails, pairs, write_parquet
@@ -23,6 +26,8 @@ from workers.data.dataset import Dataset, prepare
 from workers.data.sources import describe, describe_source
 from workers.data.splits import DataError
 from workers.data.windows import ShardOrder
+from workers.evaluation import features
+from workers.evaluation.features import train_classifier
 from workers.identity import compute_trial_id
 from workers.learner import Learner
 from workers.storage import Storage
@@ -125,6 +130,49 @@ def test_each_epoch_has_each_image_once_window_after_window(window: int) -> None
 # ---- The stream is the map ---------------------------------------------------------------------------------------
 
 
+def test_a_stream_teaches_the_classifier_as_the_map_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its first images, piece by piece, in a room of two shards."""
+    mapped = DataConfig(source=str(write_shards(tmp_path / "d", "parquet")), shuffle=1)
+    here, there = (prepare(mapped.model_copy(update={"stream": room})) for room in (None, 12 * GB))
+    monkeypatch.setattr(features, "READ", 3)
+    whole = train_classifier(here).digest
+    assert train_classifier(there).digest == whole and features.name_classifier(there) == features.name_classifier(here)
+    monkeypatch.setattr(features, "TAUGHT", 8)
+    first = train_classifier(here).digest
+    assert train_classifier(there).digest == first != whole
+    assert features.name_classifier(there).endswith("-classifier-8.npz")
+
+
+def test_floats_have_a_stream_where_their_range_is_stated(tmp_path: Path) -> None:
+    """Of tensors in Parquet; a value that is none ends it, by its name."""
+    values, ends = np.random.RandomState(1).randn(30, 4, 4, 3).astype(np.float32), np.cumsum([0, *COUNTS, 10])
+
+    def save(k: int, images: np.ndarray) -> None:
+        name = "test-0" if k == len(COUNTS) else f"train-{k}"
+        table = {"image": pa.FixedShapeTensorArray.from_numpy_ndarray(images), "label": LABELS[: len(images)]}
+        pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+
+    for k, (first, end) in enumerate(itertools.pairwise(ends)):
+        save(k, values[first:end])
+    ranges = [[-1, 1], [-4, 4], [0, 2]]
+    config = DataConfig.model_validate({"source": str(tmp_path), "shuffle": 2, "stream": 80 * GB, "ranges": ranges})
+    here, there = prepare(config.model_copy(update={"stream": None})), prepare(config)
+    assert here.digest == there.digest and here.span == there.span == ((-1, -4, 0), (1, 4, 2))
+    for ours, theirs in zip(batches(there, config, range(5)), batches(here, config, range(5)), strict=True):
+        assert np.array_equal(ours[0], theirs[0])
+    assert here.train.max() > 1 and float(here.held_out[..., 1].max()) == pytest.approx(values[20:, ..., 1].max() / 4)
+    more = {"shuffle": 2, "stream": 80 * GB}
+    fails(tmp_path, "state it in data.ranges, as [[low, high]] or one for each channel", **more)
+    fails(
+        tmp_path, "data.ranges: there are 2; give one for all values or one for each of 3", **more, ranges=((0, 1),) * 2
+    )
+    fails(tmp_path, "data.ranges: [1.0, 0.0] is no range; give [low, high]", **more, ranges=((1, 0),))
+    values[1, 2, 3, 0] = np.nan
+    save(0, values[: COUNTS[0]])
+    with pytest.raises(DataError, match="row 1 has nan at row 2, column 3, channel 0; every value must be finite"):
+        prepare(config).train[:]
+
+
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 @pytest.mark.parametrize("test", [True, False])
 def test_the_rows_of_a_stream_are_those_of_the_map(tmp_path: Path, kind: str, test: bool) -> None:
@@ -191,7 +239,11 @@ def test_no_more_is_kept_than_there_is_room_for(tmp_path: Path, cache: Path) -> 
     data = prepare(config)
 
     def kept() -> int:
-        return sum(path.stat().st_size for path in room.glob("*/*") if path.suffix != ".lock")
+        sizes = []
+        for path in room.glob("*/*"):
+            with suppress(FileNotFoundError):  # a thread has renamed or removed it just now
+                sizes.append(0 if path.suffix == ".lock" else path.stat().st_size)
+        return sum(sizes)
 
     for _ in batches(data, config, range(40), 2):
         assert 0 < kept() <= (5 + 2) * (48 + 128), "a thread may hold what it has just made"

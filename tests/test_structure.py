@@ -11,10 +11,10 @@ ORDER = """
     workers: seals syntax code entries process_kinds kinds sections sides bits mistakes warm_start
     workers: model_settings diffusion_settings config layout identity speed signals disk remote storage bundles
     workers: sharing locks noise memos pulse journal shapes pausing passes classes
-    workers.data: splits hub mirror cache decoding tree shards built_in arrays parquet_files tar_files cifar10 idx
-    workers.data: formats locate survey order ranges sources proofs intake windows dataset pixels
+    workers.data: splits hub mirror cache decoding tree shards vectors built_in arrays parquet_files tar_files cifar10
+    workers.data: idx formats locate survey order ranges sources proofs intake windows dataset pixels
     workers: consent
-    workers.network: unet_config autoencoder_config unet build
+    workers.network: unet_config autoencoder_config attention unet build
     workers.diffusion: schedules laws process formulations guidance predictions bound objectives timesteps flow samplers
     workers.diffusion: gaussian ledger likelihood integral
     workers.network: autoencoder discriminator generator manifest diffusers_config weights checkpoint
@@ -24,7 +24,7 @@ ORDER = """
     workers: training calibration
     workers: ray_private jobs signs hosts ray_train data_parallel tasks
     orchestrator: interrupts streams cli ray_internals
-    orchestrator.experiment: settings metrics records starts expand needs continuous check load
+    orchestrator.experiment: settings metrics records starts expand needs continuous told check load
     orchestrator.experiment: effort preflight dry_run profiles
     orchestrator.state: rows events saved
     orchestrator.planning: changes decide deadline packing place makespan search

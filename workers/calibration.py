@@ -10,7 +10,6 @@ from workers.config import SamplerConfig, Trial
 from workers.data.dataset import Dataset, prepare
 from workers.data.pixels import to_model
 from workers.diffusion.formulations import Continuous, make_process
-from workers.diffusion.guidance import tell_labels
 from workers.diffusion.integral import draw_real_times, find_ends, measure
 from workers.diffusion.likelihood import count_pairs_at_once, measure_pairs
 from workers.diffusion.predictions import Denoiser
@@ -76,7 +75,7 @@ def _measure_denoiser(trial: Trial, dataset: Dataset, meter: Meter, device: torc
     loaded = LoadedModel(denoiser, process, device, trial.evaluation.precision)
 
     def tell_any(count: int) -> Model:
-        return tell_labels(loaded.predict, loaded.assign_labels(np.arange(count)))
+        return loaded.tell(loaded.assign_told(np.arange(count), dataset))
 
     first = to_model(torch.from_numpy(np.array(dataset.held_out[:1])), dataset.levels).to(device)
     batch = count_pairs_at_once(first)

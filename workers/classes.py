@@ -1,20 +1,22 @@
-"""The classes of a data set: their names, how many images are trained on of each, and which class a sample is of.
+"""What a network can be told of an image: its class, or a sequence of vectors.
 
 A label is the number of a class, from 0 on.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Int64
 
-from workers.config import Mistake
+from workers.config import Mistake, What
 
 Labels = Int64[np.ndarray, "n"]
 
 NO_LABEL = -1  # in the place of a label, where the class is not told
 MOST_CLASSES = 2**16  # that a network is told
+LONGEST, WIDEST = 4096, 2**16  # of the vectors that it is told
 # 2^64 / the golden ratio: its multiples, modulo 2^64, fill every interval as evenly as any sequence does.
 GOLDEN = 11400714819323198485
 
@@ -22,6 +24,8 @@ GOLDEN = 11400714819323198485
 @dataclass(frozen=True)
 class Classes:
     """By label: the name of the class, which is its number where the data have no name, and its images to train on."""
+
+    KIND: ClassVar[What] = "labels"  # as `model.told` has it
 
     names: tuple[str, ...]
     images: tuple[int, ...]
@@ -54,3 +58,24 @@ class Classes:
     def list_trained(self) -> list[int]:
         """The labels that there are images of to train on."""
         return [label for label, count in enumerate(self.images) if count]
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """A sequence of `length` vectors of `width` numbers, of each image; of any length where that is 0.
+
+    All zeros tell nothing of it.
+    """
+
+    KIND: ClassVar[What] = "vectors"
+
+    length: int
+    width: int
+    withheld: bool = False  # whether a network was trained without them, too
+
+    def fits(self, length: int, width: int) -> bool:
+        """Whether a network that is told these takes a sequence of so many vectors of so many numbers."""
+        return width == self.width and self.length in (0, length)
+
+
+Told = Classes | Vectors

@@ -29,6 +29,7 @@ from workers.mistakes import Open as Open
 from workers.mistakes import hide_secrets as hide_secrets
 from workers.model_settings import KIND_READS, MEASURED_READS, reset_unread
 from workers.model_settings import ModelConfig as ModelConfig
+from workers.model_settings import What as What
 from workers.sections import NameOf, OpenRecord
 from workers.sections import Record as Record
 from workers.sides import Resolution
@@ -36,6 +37,7 @@ from workers.warm_start import InitConfig
 
 Count = Literal["all"] | Annotated[int, Field(ge=1)]
 Level = Annotated[int, Field(ge=0, le=255)]
+Ends = Annotated[tuple[float, float], Field(strict=False), "[low, high]"]
 
 # Training noise is addressed by (seed, step, sub-batch): a global batch is cut into this many parts wherever it runs,
 # and each worker takes a whole number of them. A batch that 8 does not divide has fewer.
@@ -98,6 +100,15 @@ class DataConfig(Record):
     )
     flip: bool = Field(default=False, description="mirror training images at random, left to right")
     dimensions: Literal[1, 2, 3] = Field(default=2, description="of arrays, channels aside: 1 signals, 3 volumes")
+    ranges: Literal["all", "channel"] | Annotated[tuple[Ends, ...], Field(min_length=1, strict=False)] = Field(
+        default="all",
+        description="of values that are not discrete, what becomes [-1, 1]: the range of all to train on, or of each "
+        "channel, or these [low, high], one for all channels or one for each",
+    )
+    condition: str | None = Field(
+        default=None,
+        description="column of Parquet files with the vectors of each image, which model.conditions tells the network",
+    )
     shuffle: int | None = Field(
         default=None,
         ge=1,
@@ -216,7 +227,10 @@ class TrainingConfig(Record):
         default="uniform", description="how t is drawn; importance: by the second moment of the loss"
     )
     label_dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="probability that a label is kept from the network, which guidance needs"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="probability that the label or the vectors are kept from the network, which guidance needs",
     )
 
     @property
@@ -258,7 +272,7 @@ class SamplerConfig(OpenRecord):
     guidance: float | None = Field(
         default=None,
         ge=0,
-        description="scale of classifier-free guidance; 0: without the label, 1 or null: by the label alone",
+        description="scale of classifier-free guidance; 0: without the label or the vectors, 1 or null: by them alone",
     )
 
 
@@ -365,7 +379,7 @@ class Measurement(Record):
     data: DataConfig
     family: str = DENOISER  # that its network is of
     T: int | None = Field(ge=1)  # None: its process is continuous, or it has none
-    labels: bool = False  # whether its network is told the class of each image
+    told: What | None = None  # what its network is told of each image
     ema: float | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -393,8 +407,8 @@ class Measurement(Record):
         ema, T, evaluation, family = trial.training.ema, trial.diffusion.steps, trial.evaluation, trial.model.family
         if evaluation.variance == trial.diffusion.variance and T is not None:
             evaluation = evaluation.model_copy(update={"variance": None})
-        T, labels = (T, trial.model.labels) if family == DENOISER else (None, False)
+        T, told = (T, trial.model.told) if family == DENOISER else (None, None)
         evaluation = reset_unread(evaluation, family)
         return Measurement(
-            seed=trial.seed, data=trial.data, family=family, T=T, labels=labels, ema=ema, evaluation=evaluation
+            seed=trial.seed, data=trial.data, family=family, T=T, told=told, ema=ema, evaluation=evaluation
         )

@@ -21,9 +21,11 @@ from workers.diffusion.process import Process
 from workers.learner import Learner
 from workers.network.build import build_network, find_mistakes, hand_noise
 from workers.noise import make_generator
+from workers.sides import fold
 from workers.world import World
 
 STEPS, BATCH, IMAGES, LEVELS, CLASSES = 200, 64, 1024, 256, 2
+VECTORS = 3, 4  # the length of the sequence that a network is told, and their width
 DIFFUSION = DiffusionConfig(T=50, schedule=ScheduleConfig(scale="per_1000"))
 SAME = 1e-4  # of two outputs that are equal but for the order of their sums, relative to the largest
 
@@ -37,10 +39,12 @@ class Law:
         return f"{self.name:<9} {f'BROKEN: {self.broken}' if self.broken else 'kept'}"
 
 
-def check_network(model: ModelConfig, shape: tuple[int, int, int]) -> Iterator[Law]:
-    """The laws, one after the other, for images of this shape (height, width, channels); without the first no other."""
+def check_network(model: ModelConfig, sides: tuple[int, ...], channels: int) -> Iterator[Law]:
+    """The laws, one after the other, for images of these sides, (height, width), for signals, (length,), or for
+    volumes, (depth, height, width); without the first no other."""
     torch.set_num_threads(1)
-    mistakes = find_mistakes(model, shape, False) or find_mistakes(model, shape, True)
+    shape, own = (*fold(sides), channels), () if len(sides) == 2 else sides
+    mistakes = find_mistakes(model, shape, False, own) or find_mistakes(model, shape, True, own)
     yield Law("shapes", "".join(mistakes))
     if mistakes:
         return
@@ -48,9 +52,9 @@ def check_network(model: ModelConfig, shape: tuple[int, int, int]) -> Iterator[L
         data=DataConfig(source="gaussian"), model=model, diffusion=DIFFUSION, loss=LossConfig(),
         training=TrainingConfig(steps=STEPS, batch_size=BATCH, lr=2e-3, ema=0.0, precision="float32"),
     )  # fmt: skip
-    learner = Learner(trial, _draw_gaussian(shape), World())
+    learner = Learner(trial, _draw_gaussian(shape, own), World())
     network, t = learner.module, torch.arange(8) * 6
-    inputs = (_draw_images(shape), t, *([torch.arange(8) % CLASSES] if model.labels else []))
+    inputs = (_draw_images(shape), t, *_take_told(learner, 8))
     yield Law("seed", _check_seed(learner.config))
     yield Law("noise", _check_noise(network, inputs))
     unmoved = {name for name, p in network.named_parameters() if p.requires_grad}
@@ -70,16 +74,27 @@ def check_network(model: ModelConfig, shape: tuple[int, int, int]) -> Iterator[L
     yield Law("time", "the output is the same at any t: let it read t" if same else "")
     if told:
         same = torch.equal(_call(network, inputs), _call(network, (x, t, told[0].flip(0))))
-        yield Law("labels", "the output is the same for any label: let it read labels" if same else "")
+        what, one = ("labels", "label") if model.told == "labels" else ("vectors", "vectors")
+        yield Law(what, f"the output is the same for any {one}: let it read {what}" if same else "")
     yield Law("learning", _check_learning(learner))
 
 
-def _draw_gaussian(shape: tuple[int, int, int]) -> Dataset:
-    """Gaussian pixels in whole levels."""
+def _draw_gaussian(shape: tuple[int, int, int], sides: tuple[int, ...]) -> Dataset:
+    """Gaussian pixels in whole levels, with labels and vectors that say nothing of them."""
     noise = np.random.RandomState(0).randn(IMAGES, *shape)
     pixels = np.clip(np.rint((noise * GAUSSIAN_SD + 1) / 2 * (LEVELS - 1)), 0, LEVELS - 1).astype(np.uint8)
     labels = np.arange(IMAGES) % CLASSES
-    return Dataset("", "gaussian", LEVELS, shape, pixels, pixels[:BATCH], labels, labels[:BATCH])
+    vectors = np.random.RandomState(1).randn(IMAGES, *VECTORS).astype(np.float32)
+    return Dataset(
+        "", "gaussian", LEVELS, shape, pixels, pixels[:BATCH], labels, labels[:BATCH],
+        sides=sides, train_vectors=vectors, held_out_vectors=vectors[:BATCH],
+    )  # fmt: skip
+
+
+def _take_told(learner: Learner, n: int) -> list[Tensor]:
+    """What the network is told of the first n images, where it is told anything."""
+    values = learner.dataset.get_told(learner.trial.model.told, "train")
+    return [] if values is None else [torch.from_numpy(values[:n])]
 
 
 def _draw_images(shape: tuple[int, int, int]) -> Tensor:
@@ -139,7 +154,7 @@ def _check_learning(learner: Learner) -> str:
     x_0 = to_model(torch.from_numpy(learner.dataset.train), LEVELS)
     eps = torch.randn(x_0.shape, generator=make_generator("eps"))
     t = torch.arange(len(x_0)) % T + 1
-    told = [t % CLASSES] if learner.trial.model.labels else []
+    told = _take_told(learner, len(x_0))
     error = float((_call(learner.module, (process.q_sample(x_0, t, eps), t - 1, *told)) - eps).square().mean())
     signal = process.alpha_bar * GAUSSIAN_SD**2
     least = float((signal / (signal + 1 - process.alpha_bar)).mean())

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from workers.classes import NO_LABEL
 from workers.config import (
     SAMPLE_GRID,
     SAMPLE_GRID_COLUMNS,
@@ -19,7 +18,7 @@ from workers.config import (
 from workers.data.dataset import Dataset
 from workers.data.pixels import draw_grid, to_data, to_model
 from workers.diffusion.formulations import Continuous
-from workers.diffusion.guidance import LabelledModel, tell_labels
+from workers.diffusion.guidance import ToldModel, tell, withhold
 from workers.diffusion.integral import estimate_integral
 from workers.diffusion.likelihood import estimate
 from workers.diffusion.objectives import Objective
@@ -63,7 +62,7 @@ class Denoising(Lesson):
     def compute_losses(self, network: nn.Module, batch: StepBatch) -> Losses:
         process = self.objective.process
         t, eps = batch.noise
-        told = [self._draw_labels(batch)] if self.trial.model.labels else []
+        told = [self._draw_told(batch)] if self.trial.model.told else []
         loss = self.objective(lambda x, s: network(*process.feed(x, s), *told), batch.x_0, t, eps)
         weighted = loss.weighted
         if TIMESTEPS[self.trial.training.timesteps].remembers:
@@ -72,19 +71,22 @@ class Denoising(Lesson):
             weighted = weighted / (len(probability) * probability.to(t.device)[t - 1]).to(weighted.dtype)
         return Losses(weighted, [loss.eps_mse.mean()])
 
-    def _draw_labels(self, batch: StepBatch) -> Tensor:
-        """int64 (n,): the labels of these images, some of them kept from the network.
+    def _draw_told(self, batch: StepBatch) -> Tensor:
+        """What the network is told of these images, some of it kept from it: labels, int64 (n,), or vectors, float32
+        (n, length, width).
 
         Their coins have an address of their own, so that with other dropout all other noise is the same.
         """
-        assert self.dataset.train_labels is not None
         training, seed = self.trial.training, self.trial.seed
-        labels = torch.from_numpy(self.dataset.train_labels[batch.rows])
+        values = self.dataset.get_told(self.trial.model.told, "train")
+        assert values is not None
+        told = torch.from_numpy(values[batch.rows])
         if training.label_dropout:
             n = len(batch.rows) // len(self.parts)
             coins = [torch.rand(n, generator=make_generator(seed, "labels", batch.step, j)) for j in self.parts]
-            labels[torch.cat(coins) < training.label_dropout] = NO_LABEL
-        return send(labels, self.world.device)
+            dropped = torch.cat(coins) < training.label_dropout
+            told[dropped] = withhold(told[dropped])
+        return send(told, self.world.device)
 
     def finish_step(self, rate: float) -> None:
         """Adds the losses of the whole batch, in its order, to the history of every worker."""
@@ -114,24 +116,29 @@ class Denoising(Lesson):
         model = Denoiser(network, process, self.prediction)
         held_out = torch.from_numpy(np.array(self.dataset.held_out[:VALIDATION_IMAGES])).to(device)
         x_0 = to_model(held_out, levels)
-        labels = self.dataset.held_out_labels if self.trial.model.labels else None
-        told = None if labels is None else torch.from_numpy(np.array(labels[: len(x_0)])).to(device)
-        of = tell_labels(model, told), x_0, VALIDATION_TIMESTEPS, levels, seed, "valid"
+        of = tell(model, self._take_told(len(x_0))), x_0, VALIDATION_TIMESTEPS, levels, seed, "valid"
         bound = estimate_integral(process, *of) if isinstance(process, Continuous) else estimate(process, *of)
         error = bound.standard_error  # of a single image there is none
         values = {self.measure: bound.mean} | ({} if error is None else {f"{self.measure}_se": error})
         return Validation(values, {"samples": self._draw_samples(model)})
 
-    def _draw_samples(self, model: LabelledModel | Model) -> bytes:
-        """A grid of samples as PNG: a row of each of the first classes where the network is told them."""
+    def _take_told(self, n: int) -> Tensor | None:
+        """What the network is told of the first n held-out images, from the first on again where there are fewer."""
+        values = self.dataset.get_told(self.trial.model.told, "held_out")
+        rows = np.arange(n) % len(self.dataset.held_out)
+        return None if values is None else torch.from_numpy(values[rows]).to(self.world.device)
+
+    def _draw_samples(self, model: ToldModel | Model) -> bytes:
+        """A grid of samples as PNG: a row of each of the first classes, or by the first held-out images' vectors."""
         process, device, levels = self.objective.process, self.world.device, self.dataset.levels
-        classes = self.dataset.classes if self.trial.model.labels else None
+        classes = self.dataset.classes if self.trial.model.told == "labels" else None
         rows = classes.list_trained()[:SAMPLE_GRID_ROWS] if classes else []
-        labels = torch.tensor(rows, device=device).repeat_interleave(SAMPLE_GRID_COLUMNS) if rows else None
+        each = torch.tensor(rows, device=device).repeat_interleave(SAMPLE_GRID_COLUMNS)
+        told = each if rows else self._take_told(SAMPLE_GRID)
         height, width, channels = self.dataset.shape
-        shape = (SAMPLE_GRID if labels is None else len(labels), channels, height, width)
+        shape = (SAMPLE_GRID if told is None else len(told), channels, height, width)
         sampler = choose_grid_sampler(process.T)
         noise = make_generator(self.trial.seed, "grid", device=device)
-        images = to_data(sample(process, tell_labels(model, labels), sampler, shape, noise), levels)
+        images = to_data(sample(process, tell(model, told), sampler, shape, noise), levels)
         names = [classes.names[label] for label in rows] if classes else []
         return draw_grid(images, levels, columns=SAMPLE_GRID_COLUMNS, names=names)

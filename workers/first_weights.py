@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from workers.classes import Classes
 from workers.config import Trial
 from workers.data.sources import Source
 from workers.identity import compute_digest
@@ -117,11 +116,9 @@ CHECKS: dict[str, Callable[[Trial, Source, Offer], list[str]]] = {INIT: _find_in
 
 def _measure_network(trial: Trial, source: Source) -> Shapes:
     """The shapes of the weights of a trial's network for images of the data set."""
-    count = source.largest_label + 1
-    classes = Classes(tuple(map(str, range(count))), (1,) * count) if source.labelled else None
-    learned, dropout = trial.diffusion.learned, trial.training.label_dropout
+    learned, dropout, told = trial.diffusion.learned, trial.training.label_dropout, source.find_told(trial.model.told)
     config = make_network_config(
-        trial.model, source.shape, learned, sides=source.sides, classes=classes, label_dropout=dropout
+        trial.model, source.shape, learned, sides=source.sides, told=told, label_dropout=dropout
     )
     if is_foreign(config):
         return measure_weights(build_network(config, make_generator(0)).state_dict())

@@ -279,6 +279,7 @@ class SpaceEntry(Entry):
     form: str = "network"
     train: str = ""  # "module:name" of (module, Dataset) -> None, which teaches a network the data; else it is as built
     labelled: bool = False  # whether the data must have labels
+    streams: bool = False  # whether `train` takes training images piece by piece, as `data.stream` has them
     channels: tuple[int, ...] = ()  # that images can have; any number where empty
     reads_precision: bool = True  # whether it computes in TF32 where `evaluation.precision` is below float32
 
@@ -289,7 +290,7 @@ SPACES = Kinds(
             function="workers.evaluation.features:load_classifier",
             about="the hidden layer of a perceptron that learns the labels of the data",
             form="whole", train="workers.evaluation.features:train_classifier", dimensions=64, labelled=True,
-            reads_precision=False,
+            streams=True, reads_precision=False,
         ),
         "inception": SpaceEntry(
             function="workers.evaluation.features:load_inception_space",

@@ -97,8 +97,8 @@ class Lesson(ABC):
 def make_trial_config(trial: Trial, dataset: Dataset) -> dict[str, Any]:
     """The config.json of the trial's network for images of the data set."""
     learned, dropout = trial.diffusion.learned, trial.training.label_dropout
-    classes, sides = dataset.classes, dataset.sides
-    return make_network_config(trial.model, dataset.shape, learned, sides=sides, classes=classes, label_dropout=dropout)
+    told, sides = dataset.find_told(trial.model.told), dataset.sides
+    return make_network_config(trial.model, dataset.shape, learned, sides=sides, told=told, label_dropout=dropout)
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:

@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 else:
     NetworkName = Annotated[Literal[tuple(NETWORKS)], NameOf(NETWORKS, takes_settings=True)]
 
+What = Literal["labels", "vectors"]  # that a network is told of an image
+
 # Settings that not every family reads, by their paths in a trial; what is in none of these lists all read.
 FAMILY_READS: dict[str, tuple[str, ...]] = {
     DENOISER: (
-        "model.labels", "diffusion", "training.timesteps", "training.label_dropout", "evaluation.ode_nll",
-        "evaluation.variance", "evaluation.nll", "evaluation.nll.timesteps", "evaluation.nll.proposal",
+        "model.labels", "model.conditions", "diffusion", "training.timesteps", "training.label_dropout",
+        "evaluation.ode_nll", "evaluation.variance", "evaluation.nll", "evaluation.nll.timesteps",
+        "evaluation.nll.proposal",
         "evaluation.fid.sampler",
     ),
     AUTOENCODER: ("evaluation.nll", "evaluation.reconstructions"),
@@ -100,6 +103,16 @@ class ModelConfig(OpenRecord):
         default=4, ge=1, le=8192, description="channels of latents: of an autoencoder, and of a generator's noise"
     )
     labels: bool = Field(default=False, description="tell the network the class of each image, which the data label")
+    conditions: What | None = Field(
+        default=None,
+        description="what the network is told of each image by cross-attention: its class, or the vectors in "
+        "data.condition",
+    )
+
+    @property
+    def told(self) -> What | None:
+        """What the network is told of each image, whichever way."""
+        return "labels" if self.labels else self.conditions
 
     @property
     def family(self) -> str:

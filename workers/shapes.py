@@ -16,6 +16,7 @@ RealTimes = Int64[Tensor, "n"] | Float64[Tensor, "n"]  # t in [1, T]: between th
 PerImage = Float[Tensor, "n"]
 PerImage64 = Float64[Tensor, "n"]
 Counts = Int64[Tensor, "n"]
+Conditions = Int64[Tensor, "n"] | Float[Tensor, "n length width"]  # what a network is told: a label each, or vectors
 Beside = Shaped[Tensor, "n ..."]  # numbers of each image, that multiply its pixels: (n, 1, 1, 1) or a pixel each
 
 # Of a process: index t - 1.

@@ -36,6 +36,7 @@ from orchestrator.experiment.settings import (
     show,
     suggest_path,
 )
+from orchestrator.experiment.told import find_told_mistakes
 from workers.code import drop_pin
 from workers.config import (
     EvaluationConfig,
@@ -170,17 +171,11 @@ def find_trial_mistakes(trial: Trial) -> list[str]:
 
 def _find_denoiser_mistakes(trial: Trial) -> list[str]:
     """The same of a process, what is predicted of it, and samplers."""
-    T, training, continuous = trial.diffusion.steps, trial.training, trial.diffusion.continuous
+    T, continuous = trial.diffusion.steps, trial.diffusion.continuous
     of_process = find_continuous_mistakes(trial) if continuous else find_schedule_mistakes(trial.diffusion)
     found = [*of_process, *_find_objective_mistakes(trial)]
     found += [] if continuous else find_flow_mistakes(trial.evaluation, trial.diffusion.prediction)
-    labels, dropped = trial.model.labels, training.label_dropout
-    if dropped and not labels:
-        found.append(
-            f"training.label_dropout: {dropped:g} keeps labels from a network that is told none; set model.labels: "
-            "true, or leave it out"
-        )
-    found += find_guidance_mistakes(trial.evaluation, labels, dropped > 0)
+    found += find_told_mistakes(trial)
     fid, kind = trial.evaluation.fid, trial.diffusion.schedule.kind
     ends_at_zero = not continuous and SCHEDULES[kind].ends_at_zero
     if ends_at_zero and fid and not SAMPLERS[fid.sampler.kind].without_signal:
@@ -233,19 +228,6 @@ def find_flow_mistakes(evaluation: EvaluationConfig, prediction: str) -> list[st
     if fid and SAMPLERS[fid.sampler.kind].form == "whole":
         found.append(f"evaluation.fid.sampler.kind: {fid.sampler.kind} {why}; take heun or dpmpp")
     return found
-
-
-def find_guidance_mistakes(evaluation: EvaluationConfig, labels: bool, dropped: bool) -> list[str]:
-    """Guidance needs a network that is told labels, and that was trained without them, too."""
-    scale = evaluation.fid.sampler.guidance if evaluation.fid else None
-    if scale in (None, 1) or (labels and dropped):
-        return []
-    missing = "training.label_dropout above 0" if labels else "model.labels: true and training.label_dropout above 0"
-    was = "that was always told the label" if labels else "that is told none"
-    return [
-        f"evaluation.fid.sampler.guidance: {scale:g} needs predictions with the label and without, and this is a "
-        f"network {was}; train one with {missing}, or take 1"
-    ]
 
 
 def find_evaluation_mistakes(evaluation: EvaluationConfig, T: int | None) -> list[str]:

@@ -119,5 +119,5 @@ def _count_validation(trial: Trial, source: Source) -> int:
     """The evaluations of one: t = 1 and the strata of 2..T for each image, and the grid of samples."""
     T, classes = trial.diffusion.steps, min(SAMPLE_GRID_ROWS, source.classes)
     timesteps = 1 + (VALIDATION_TIMESTEPS if T is None else min(VALIDATION_TIMESTEPS, T - 1))
-    grid = classes * SAMPLE_GRID_COLUMNS if trial.model.labels else SAMPLE_GRID
+    grid = classes * SAMPLE_GRID_COLUMNS if trial.model.told == "labels" else SAMPLE_GRID
     return min(VALIDATION_IMAGES, source.held_out) * timesteps + grid * plan_evaluations(choose_grid_sampler(T), T)

@@ -13,7 +13,7 @@ import numpy as np
 from orchestrator.experiment.check import tell_once
 from orchestrator.experiment.metrics import NLLS, choose_likelihood
 from orchestrator.experiment.records import MOST_VARIANTS, Experiment, ExperimentError, Variant
-from workers.classes import MOST_CLASSES
+from orchestrator.experiment.told import find_missing
 from workers.code import drop_digests
 from workers.config import (
     DataConfig,
@@ -255,16 +255,7 @@ def _check_images(_: Experiment, trial: Trial, source: Source) -> Iterator[Findi
 def check_evaluation(m: Measurement, source: Source) -> Iterator[Finding]:
     """Whether the data have what an evaluation asks for, and whether it is of a size that can be planned."""
     evaluation, fid = m.evaluation, m.evaluation.fid
-    if m.labels and not source.labelled:
-        yield Finding(
-            f"model.labels: the network is told the class of each image, and {source.name} has no labels; use labelled "
-            "data, or a network without model.labels"
-        )
-    if m.labels and source.largest_label >= MOST_CLASSES:
-        yield Finding(
-            f"model.labels: the labels of {source.name} go up to {source.largest_label:,}, and a network is told "
-            f"{MOST_CLASSES:,} classes at most; number them from 0 on"
-        )
+    yield from map(Finding, find_missing(m.told, source))
     if (count := count_blocks(m, Images.of(source))) > MOST_BLOCKS:
         yield Finding(
             f"evaluation: {count:,} blocks, a file and a task each, are more than {MOST_BLOCKS:,}; take fewer "
@@ -295,11 +286,12 @@ def _check_fid(fid: FIDConfig, source: Source) -> Iterator[Finding]:
             f"evaluation.fid.features: {fid.features} cannot be trained on {source.name}, which has no labels; "
             f"set evaluation.fid: null or features: {SPACES.list_names(lambda s: not s.labelled)}, or use labelled data"
         )
-    if space.train and source.streamed:
+    if space.train and source.streamed and not space.streams:
         yield Finding(
             f"evaluation.fid.features: {fid.features} is trained on all images of {source.name} in memory, and "
             "data.stream reads them as they are needed; set evaluation.fid: null or features: "
-            f"{SPACES.list_names(lambda s: not s.train)}"
+            f"{SPACES.list_names(lambda s: not s.train or s.streams)}, or say streams=True in its entry where it takes "
+            "them piece by piece"
         )
     if space.channels and source.sides:
         yield Finding(

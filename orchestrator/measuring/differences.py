@@ -13,6 +13,7 @@ CONFIDENCE = 0.95
 # Metrics that are means over images: where their values by image are, and what of a summary's passports they are of.
 N = TypeVar("N", bound=str)  # the name of what was measured
 BY_IMAGE = {name: (metric.by_image, str(metric.part)) for name, metric in METRICS.items() if metric.by_image}
+WORDS = {"labels": "label", "vectors": "vectors"}  # of what a network is told, by its name in a passport
 DRAWING = ("sampler", "x_0_hat", "times")  # of the protocol of samples: what a search over samplers compares
 
 
@@ -91,11 +92,16 @@ def list_protocol_differences(
 
 def list_differences_of_kind(first: Mapping[str, Any], second: Mapping[str, Any], kind: str) -> list[str]:
     """What to know of two likelihoods that may stand beside each other: whether one is conditional and one is not."""
-    told = [s["passports"].get(kind, {}).get("subject", {}).get("labels") for s in (first, second)]
-    if kind == "samples" or bool(told[0]) == bool(told[1]):
+    subjects = [s["passports"].get(kind, {}).get("subject", {}) for s in (first, second)]
+    told = [next((what for what in WORDS if what in subject), None) for subject in subjects]
+    if kind == "samples" or told[0] == told[1]:
         return []
+    if all(told):
+        a, b = (WORDS[what] for what in told if what)
+        return [f"{kind}: A was told the {a} of each image and B the {b}: p(x | {a}) against p(x | {b})"]
     one, other = ("A", "B") if told[0] else ("B", "A")
-    return [f"{kind}: {one} was told the label of each image and {other} was not: p(x | label) against p(x)"]
+    word = WORDS[told[0] or told[1] or ""]
+    return [f"{kind}: {one} was told the {word} of each image and {other} was not: p(x | {word}) against p(x)"]
 
 
 def compare_with_best(

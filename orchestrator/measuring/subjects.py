@@ -5,7 +5,7 @@ A folder of diffusers says nothing of data, so `data.source` is given with it; e
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -14,7 +14,6 @@ from typing import Any
 from orchestrator.experiment.check import (
     find_evaluation_mistakes,
     find_flow_mistakes,
-    find_guidance_mistakes,
     find_measuring_mistakes,
     find_unread,
 )
@@ -23,9 +22,11 @@ from orchestrator.experiment.preflight import check_evaluation, list_source_warn
 from orchestrator.experiment.profiles import PROFILES
 from orchestrator.experiment.records import ExperimentError
 from orchestrator.experiment.settings import find_invalid, put, suggest_choice, suggest_path
+from orchestrator.experiment.told import find_guidance_mistakes
 from orchestrator.state.rows import list_asked, rank_rows
 from orchestrator.state.saved import list_sweeps, open_sweep, open_trial, read_rows
 from workers import layout
+from workers.classes import Told, Vectors
 from workers.config import DataConfig, Measurement, Mistake, Trial
 from workers.data.sources import Source, describe
 from workers.diffusion.process import Process, try_variance
@@ -218,10 +219,10 @@ def _open_folder(folder: str, update: Update) -> Subject:
                 return _find_of_trial(trial_id, storage, update, checkpoints.open_folder(place + options))
     checkpoint = checkpoints.open_folder(folder)
     described = checkpoints.describe(checkpoint)
-    family, told = described.family, described.classes is not None
+    family, what = described.family, described.told.KIND if described.told else None
     evaluation = CONTINUOUS if described.T is None and family == DENOISER else {}
     evaluation = {"nll": None} if family == GENERATOR else evaluation
-    content = update.of({"family": family, "T": described.T, "labels": told, "evaluation": evaluation})
+    content = update.of({"family": family, "T": described.T, "told": what, "evaluation": evaluation})
     if "source" not in content.get("data", {}):
         raise Mistake(f"{folder}: it does not say which images it was trained on; give data.source=...")
     return _check_name(place.rpartition("/")[2], content, checkpoint, None, None)
@@ -255,12 +256,14 @@ def check(subjects: Sequence[Subject]) -> tuple[dict[DataConfig, Source], list[s
         source, shape = sources[subject.m.data], described.shape
         if described.T is not None:
             problems += find_flow_mistakes(subject.m.evaluation, described.prediction)
-        told = described.classes
-        problems += find_guidance_mistakes(subject.m.evaluation, told is not None, described.takes_no_label)
-        if told and source.largest_label >= len(told.names):
+        told, classes = described.told, described.classes
+        what = told.KIND if told else None
+        problems += find_guidance_mistakes(subject.m.evaluation, what, described.takes_no_label)
+        problems += _find_other_vectors(subject.name, told, source)
+        if classes and source.largest_label >= len(classes.names):
             problems.append(
-                f"{subject.name}: the model knows {len(told.names)} classes, and the labels of {source.name} go up to "
-                f"{source.largest_label}; give the data it was trained on"
+                f"{subject.name}: the model knows {len(classes.names)} classes, and the labels of {source.name} go up "
+                f"to {source.largest_label}; give the data it was trained on"
             )
         if (shape, described.sides) != (source.shape, source.sides):
             made, there = _describe_size(shape, described.sides), _describe_size(source.shape, source.sides)
@@ -278,6 +281,18 @@ def check(subjects: Sequence[Subject]) -> tuple[dict[DataConfig, Source], list[s
     if problems:
         raise ExperimentError(dict.fromkeys(problems), "evaluation")
     return sources, list(dict.fromkeys(warnings))
+
+
+def _find_other_vectors(name: str, told: Told | None, source: Source) -> Iterator[str]:
+    """Vectors of the data that are not like those that the model is told."""
+    if not isinstance(told, Vectors) or source.vectors is None:
+        return
+    length, width = source.vectors
+    if not told.fits(length, width):
+        yield (
+            f"{name}: the model is told {told.length or 'any number of'} vectors of {told.width} numbers, and "
+            f"data.condition of {source.name} has {length} of {width}; give the data it was trained on"
+        )
 
 
 def _describe_size(shape: tuple[int, int, int], sides: tuple[int, ...]) -> str:

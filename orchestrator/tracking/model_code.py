@@ -9,6 +9,7 @@ diffusers keeps it (the artifact `diffusers`). A table asks for images, a row a 
     steps     network evaluations per image; without the column, the evaluation's
     label     of a model that is told classes: that of all images of the row, by number or name; without the column they
               are of classes in the proportions of the training images
+    vectors   of a model that is told vectors: those of all images of the row, a list of lists of numbers
     guidance  the scale of `workers.diffusion.guidance`; without the column, the evaluation's
 
 `predict` returns the images of all rows one after the other, (N, H, W, C): uint8 or uint16 in 0..levels-1, the data's
@@ -26,12 +27,13 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+from workers.classes import Vectors
 from workers.code import drop_pin
 from workers.config import FIDConfig, Mistake, SamplerConfig
 from workers.data.decoding import choose_type
-from workers.data.ranges import scale_from_unit
+from workers.data.ranges import read_span, scale_from_unit
 from workers.evaluation.blocks import SAMPLES
-from workers.evaluation.make import LoadedModel, draw_block, draw_from_prior, move_to_device
+from workers.evaluation.make import LoadedModel, draw_block, draw_from_prior, list_samples, move_to_device
 from workers.kinds import DENOISER, SAMPLERS
 from workers.network import checkpoint as checkpoints
 
@@ -60,7 +62,7 @@ class ImageModel(PythonModel):
             self.stage = move_to_device(checkpoints.load_decoder(checkpoint), device)
         self.shape = checkpoints.describe(checkpoint).shape
         self.levels, self.fid = settings["levels"], FIDConfig.model_validate(settings["fid"])
-        self.span = tuple(settings["span"] or ())
+        self.span = read_span(settings["span"]) if settings["span"] else None
 
     def predict(self, context: PythonModelContext, model_input: pd.DataFrame) -> np.ndarray:
         """`model_input` is a table with the columns above. Raises ValueError for a request that means nothing.
@@ -84,9 +86,30 @@ class ImageModel(PythonModel):
             if asked := [name for name in ("sampler", "steps") if not pd.isna(row.get(name))]:
                 raise ValueError(f"{' and '.join(asked)} were asked for, and this model decodes noise by one pass")
             return lambda seed, block: draw_from_prior(stage, self.fid, seed, block, levels=self.levels)
-        of = {"shape": self.shape, "levels": self.levels, "label": self._read_label(row)}
-        fid = self._read_request(row)
-        return lambda seed, block: draw_block(self.model, fid, seed, block, **of)[0]
+        fid, told, of = self._read_request(row), self._read_told(row), {"shape": self.shape, "levels": self.levels}
+
+        def draw(seed: int, block: int) -> np.ndarray:
+            each = self.model.assign_told(list_samples(block)) if told is None else np.stack([told] * SAMPLES)
+            return draw_block(self.model, fid, seed, block, **of, told=each)[0]
+
+        return draw
+
+    def _read_told(self, row: dict[Any, Any]) -> Any:
+        """The label or the vectors, float32 (length, width), that a row asks for; None where it asks for no label."""
+        told, vectors = self.model.network.told, row.get("vectors")
+        if not isinstance(told, Vectors):
+            if vectors is not None and np.ndim(vectors):
+                raise ValueError("vectors were given, and this model is told none")
+            return self._read_label(row)
+        expected = f"({told.length or 'length'}, {told.width})"
+        if vectors is None or not np.ndim(vectors):
+            raise ValueError(f"this model is told vectors {expected} of each image; give them in the column vectors")
+        found = np.array([list(vector) for vector in vectors], np.float32)
+        if found.ndim != 2 or not told.fits(*found.shape):
+            raise ValueError(f"vectors of {found.shape} were given; this model is told {expected}")
+        if not np.isfinite(found).all():
+            raise ValueError("vectors with numbers that are not finite were given")
+        return found
 
     def _read_label(self, row: dict[Any, Any]) -> int | None:
         """The label that a row asks for."""

@@ -23,6 +23,7 @@ from typing import Any
 
 import workers
 from workers.bundles import keep_code
+from workers.classes import Vectors
 from workers.config import FIDConfig
 from workers.data.decoding import choose_type
 from workers.data.ranges import Span
@@ -75,12 +76,17 @@ def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
     from mlflow.models import ModelSignature
     from mlflow.pyfunc import save_model
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+    from mlflow.types.schema import Array
 
     inputs = [ColSpec(DataType.long, "n"), ColSpec(DataType.long, "seed")]
     inputs += [ColSpec(DataType.string, "sampler", required=False), ColSpec(DataType.long, "steps", required=False)]
     described = checkpoints.describe(candidate.checkpoint)
     if described.classes:
         inputs += [ColSpec(DataType.string, "label", required=False)]
+    example: dict[str, Any] = {"n": [4], "seed": [0]}
+    if isinstance(described.told, Vectors):
+        inputs += [ColSpec(Array(Array(DataType.double)), "vectors")]
+        example["vectors"] = [np.zeros((described.told.length or 1, described.told.width)).tolist()]
     if described.takes_no_label:
         inputs += [ColSpec(DataType.double, "guidance", required=False)]
     outputs = [TensorSpec(np.dtype(choose_type(candidate.levels)), (-1, *described.shape))]
@@ -103,7 +109,7 @@ def save(candidate: Candidate, folder: Path, record: Any = None) -> None:
                 "precision": candidate.precision,
             },
             signature=ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs)),
-            input_example=pd.DataFrame({"n": [4], "seed": [0]}),
+            input_example=pd.DataFrame(example),
             pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIRED],
         )
     for cache in folder.rglob("__pycache__"):

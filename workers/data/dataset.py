@@ -18,7 +18,8 @@ What is kept, under the cache folder; all of it can be made again, and is where 
     ranges/<digest>.json     between which values data that are not discrete lie
     headers/, versions/      what shards tell of themselves, and which they are
     streams/<digest>/        decoded shards of a stream, as many as `data.stream` has room for
-    data/<digest>/           images.npy, labels.npy, and meta.json, which is written last and holds their sha256
+    data/<digest>/           images.npy, labels.npy, vectors.npy, and meta.json, which is written last and holds their
+                             sha256
     proofs/<digest>.json     of a big data set: that its files were read through and found whole since the boot
     sources/<source>/        copies of an object store's files, and a memo beside them
 
@@ -35,21 +36,21 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from workers import memos
-from workers.classes import Classes
-from workers.config import DataConfig
+from workers.classes import Classes, Told, Vectors
+from workers.config import DataConfig, What
 from workers.data.cache import find_default_cache, lock_cache, reserve_file
 from workers.data.decoding import Item, Pixels, check_size, choose_type, decode, explain_damage, look
 from workers.data.intake import Intake, Room
 from workers.data.locate import find_name, name_source
 from workers.data.order import number_rows
 from workers.data.proofs import is_whole, note_whole
-from workers.data.ranges import Span, scale_to_unit
+from workers.data.ranges import Span, check_finite, scale_to_unit
 from workers.data.sources import LEVELS, Source, describe_with_files
 from workers.data.splits import DataError, show_name
 from workers.data.tree import CHUNK, PIECE, Files, Shard, Split
@@ -78,6 +79,8 @@ class Dataset:
     sides: tuple[int, ...] = ()  # of signals and volumes, which are folded into `shape` (`workers.sides`)
     shards: tuple[int, ...] = ()  # training images in each file of the source, where `data.shuffle` is of them
     intake: Intake | None = None  # of a stream
+    train_vectors: NDArray[np.float32] | None = None  # float32 (N, length, width), where there is data.condition
+    held_out_vectors: NDArray[np.float32] | None = None
 
     def expect(self, shards: Sequence[int]) -> None:
         """Images of these shards are needed next, in this order."""
@@ -91,6 +94,17 @@ class Dataset:
             return None
         count = int(max(self.train_labels.max(), self.held_out_labels.max())) + 1
         return Classes.of(np.asarray(self.train_labels), self.class_names, count)
+
+    def get_told(self, what: What | None, split: Literal["train", "held_out"]) -> NDArray[Any] | None:
+        """What a network that is told `what` is told of the images of a split, a row each; None of nothing."""
+        found: NDArray[Any] | None = getattr(self, f"{split}_{what}") if what else None
+        return found
+
+    def find_told(self, what: What | None) -> Told | None:
+        """The classes of these labels, or what the vectors are like."""
+        if what == "vectors":
+            return None if self.train_vectors is None else Vectors(*self.train_vectors.shape[1:])
+        return self.classes if what else None
 
 
 def prepare(config: DataConfig, cache: Path | None = None) -> Dataset:
@@ -153,15 +167,19 @@ def _build(config: DataConfig, files: Files, source: Source, folder: Path, cache
 
 
 def _decode_all(config: DataConfig, files: Files, source: Source, folder: Path) -> None:
-    """Writes images.npy and, where there are labels, labels.npy. Raises DataError."""
+    """Writes images.npy and, where there are any, labels.npy and vectors.npy. Raises DataError."""
     test = files.held_out if isinstance(files.held_out, Split) else None
     items = chain(test.read(), files.train.read()) if test else files.train.read()
     rows = number_rows(source.held_out, source.train, test is not None, config.shuffle is not None)
     file = reserve_file(folder / "images.npy", (len(rows), *source.shape), choose_type(source.levels))
     images = np.asarray(file)  # the same memory, twice as quick to write into
-    labels = np.zeros(len(rows), np.int64)
-    _decode(config, source, zip(rows, items, strict=True), images, labels)
+    labels, vectors = np.zeros(len(rows), np.int64), None
+    if source.vectors:
+        vectors = reserve_file(folder / "vectors.npy", (len(rows), *source.vectors), np.float32)
+    _decode(config, source, zip(rows, items, strict=True), images, labels, vectors=vectors)
     file.flush()
+    if vectors is not None:
+        vectors.flush()
     if source.labelled:
         np.save(folder / "labels.npy", labels)
 
@@ -218,6 +236,8 @@ def _decode(
     items: Iterable[tuple[int | np.int64, Item]],
     images: Pixels,
     labels: NDArray[np.int64],
+    *,
+    vectors: NDArray[np.float32] | None = None,
 ) -> None:
     """Decodes items into their rows, by several threads. Raises DataError."""
 
@@ -225,8 +245,12 @@ def _decode(
         for row, item in part:
             pixels = decode(item, source.shape[2], config.resolution, config.background)
             check_size(item.name, pixels.shape, source.shape)
+            if source.levels is None:
+                check_finite(item.name, pixels)
             images[row] = _fit_into_type(pixels, source)
             labels[row] = item.label or 0
+            if vectors is not None:
+                vectors[row] = item.vectors
 
     threads = min(8, os.cpu_count() or 1)  # Pillow frees the GIL while it decodes
     with ThreadPoolExecutor(threads) as pool:
@@ -264,10 +288,12 @@ def _open(folder: Path, name: str, source: Source) -> Dataset:
     with explain_damage(f"the prepared folder {folder}"):
         images = np.load(folder / "images.npy", mmap_mode="r")
         labels = np.load(folder / "labels.npy", mmap_mode="r") if meta["labelled"] else None
+        vectors = np.load(folder / "vectors.npy", mmap_mode="r") if source.vectors else None
     assert images.shape == (n + meta["train"], *shape), f"{folder}: {images.shape}"
-    train_labels, held_out_labels = (None, None) if labels is None else (labels[n:], labels[:n])
+    of_labels, of_vectors = ((None, None) if rows is None else (rows[n:], rows[:n]) for rows in (labels, vectors))
     splits = images[n:], images[:n]
     return Dataset(
-        folder.name, name, meta["levels"], shape, *splits, train_labels, held_out_labels,
+        folder.name, name, meta["levels"], shape, *splits, of_labels[0], of_labels[1],
         class_names=source.class_names, span=source.span, sides=source.sides,
+        train_vectors=of_vectors[0], held_out_vectors=of_vectors[1],
     )  # fmt: skip

@@ -52,6 +52,7 @@ class Item(NamedTuple):
     name: str  # for messages: the file, or the file and row
     image: bytes | Path | Pixels  # encoded, or pixels
     label: int | None = None
+    vectors: NDArray[np.float32] | None = None  # (length, width), where data.condition names a column of them
 
 
 class Look(NamedTuple):

@@ -96,7 +96,8 @@ def _check_unread(config: DataConfig) -> None:
 def _open_tree(config: DataConfig, cache: Path) -> Tree:
     """What lies at the source. Raises DataError where nothing does."""
     key = compute_digest(config.source)
-    memo = cache / "headers" / f"{compute_digest([HEADERS, config.source, config.stream is not None])}.json"
+    of = [HEADERS, config.source, config.stream is not None, *([config.condition] if config.condition else [])]
+    memo = cache / "headers" / f"{compute_digest(of)}.json"
     if is_remote(config) and config.stream is not None:
         from workers.data.mirror import Remote
 
@@ -122,7 +123,8 @@ def _open_tree(config: DataConfig, cache: Path) -> Tree:
         close = difflib.get_close_matches(path.name, [*BUILT_IN, *siblings], n=1)
         meant = f"; did you mean {siblings.get(close[0], close[0])!r}?" if close else "."
         raise DataError(f"{path.absolute()} does not exist{meant} {CHOICES}")
-    return replace(list_files(path), dimensions=config.dimensions, memo=memo, with_labels=config.stream is not None)
+    tree = replace(list_files(path), dimensions=config.dimensions, memo=memo, with_labels=config.stream is not None)
+    return replace(tree, condition=config.condition)
 
 
 def _choose_files(tree: Tree, config: DataConfig) -> tuple[Tree, tuple[str, ...]]:

@@ -14,6 +14,7 @@ from workers.data.decoding import SUFFIXES, Item, Pixels, explain_damage
 from workers.data.shards import Header, join_shards, read_headers
 from workers.data.splits import DataError, list_names, show_name
 from workers.data.tree import CHUNK, PIECE, Files, Shard, Tree, warn_of_missing_labels
+from workers.data.vectors import holds_vectors, split_vectors
 
 UNPACKED = 200  # times its size that a column of images may claim to be unpacked, above PIECE: images don't compress
 
@@ -21,7 +22,7 @@ UNPACKED = 200  # times its size that a column of images may claim to be unpacke
 def find_parquet(tree: Tree) -> Files | None:
     """The Hugging Face layout: a struct column of (bytes, path), or one of plain bytes, called `img` or `image` or said
     to be images by the schema's metadata, and, perhaps, an integer `label`, or another one that they say is of classes.
-    Or a column of tensors, height x width or height x width x channels.
+    Or a column of tensors, height x width or height x width x channels. `data.condition` names a column of vectors.
 
     In a folder, names say which files are which split: `workers.data.splits.arrange_shards`.
     """
@@ -55,6 +56,7 @@ def find_parquet(tree: Tree) -> Files | None:
         known=frozenset(names),
         class_names=tuple(first["classes"]) or tree.classes.get(first["label"] or "", ()),
         shards=tuple(parts[0]),
+        has_vectors=tree.condition is not None,
     )
 
 
@@ -73,6 +75,7 @@ def _read_header(tree: Tree, name: str) -> Header:
             "tensor": shape and [shape, np.dtype(kind.value_type.to_pandas_dtype()).name],
             "label": label,
             "classes": _read_class_names(features, label),
+            "vectors": [field.name for field in schema if holds_vectors(field.type)],
             "columns": ", ".join(f"{show_name(field.name)} ({field.type})" for field in schema),
             "warnings": [*_warn_of_columns_left_out([column for column, _ in columns]), *warnings],
         }
@@ -184,21 +187,28 @@ def _make_shard(tree: Tree, name: str, header: Header) -> Shard:
             f"tensors; its columns: {header.about['columns']}"
         )
     column, inner = header.about["image"]
+    if (vectors := tree.condition) and vectors not in header.about["vectors"]:
+        found = list_names(header.about["vectors"]) or "none"
+        raise DataError(
+            f"data.condition: {show_name(short)} has no column {show_name(vectors)} of lists of floats, or of lists of "
+            f"these, one an image; it has {found}; its columns: {header.about['columns']}"
+        )
 
     def read() -> Iterator[Item]:
-        for number, row in enumerate(_read_rows(tree, name, [inner, label] if label else [inner])):
+        columns = [inner, *([label] if label else []), *([vectors] if vectors else [])]
+        for number, row in enumerate(_read_rows(tree, name, columns, vectors)):
             told, image, number_of_class = f"{short} row {number}", row[column], row.get(label) if label else None
             image = image["bytes"] if isinstance(image, dict) else image
             if image is None or len(image) == 0 or (label and number_of_class is None):
                 raise DataError(f"{show_name(told)} has no {label if image else inner}; every row needs one")
-            yield Item(told, image, number_of_class)
+            yield Item(told, image, number_of_class, row[vectors] if vectors else None)
 
     return Shard(
         name, header.images, label is not None, header.labels, read, None if tree.store else tree.get_path(name)
     )
 
 
-def _read_rows(tree: Tree, name: str, columns: list[str]) -> Iterator[dict[str, Any]]:
+def _read_rows(tree: Tree, name: str, columns: list[str], vectors: str | None) -> Iterator[dict[str, Any]]:
     """The rows of a file, PIECE bytes of images in memory at a time or one image. Raises DataError.
 
     A value of a dictionary is stored once, however many rows have it: so a batch is held to what its column's header
@@ -224,7 +234,7 @@ def _read_rows(tree: Tree, name: str, columns: list[str]) -> Iterator[dict[str, 
                 )
             at_once = max(1, min(CHUNK, PIECE // max(size, 1)))
             for batch in file.iter_batches(at_once, row_groups=[group], columns=columns):
-                yield from _list_rows(batch)
+                yield from _list_rows(batch) if vectors is None else _list_rows_with_vectors(batch, vectors)
 
 
 def _list_rows(batch: Any) -> Iterator[dict[str, Any]]:
@@ -237,3 +247,10 @@ def _list_rows(batch: Any) -> Iterator[dict[str, Any]]:
     images = tensors.to_numpy_ndarray().reshape(len(tensors), *(*tensors.type.shape, 1)[:3])
     for number, image in enumerate(images):  # Arrow itself refuses a file where one is missing
         yield {name: others.column(name)[number].as_py() for name in others.schema.names} | {column: image}
+
+
+def _list_rows_with_vectors(batch: Any, column: str) -> Iterator[dict[str, Any]]:
+    """The same, with the vectors of each row."""
+    rows = _list_rows(batch.drop_columns(column))
+    for row, vectors in zip(rows, split_vectors(batch.column(column), column), strict=True):
+        yield {**row, column: vectors}

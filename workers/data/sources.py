@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from workers.classes import Classes, Told, Vectors
 from workers.code import drop_pin
-from workers.config import DataConfig
+from workers.config import DataConfig, What
 from workers.data import decoding
 from workers.data.cache import find_default_cache
 from workers.data.decoding import DEEP, FLOATS, check_resolution, check_size
 from workers.data.locate import find_name, locate, name_source
-from workers.data.ranges import Span, find_spans
+from workers.data.ranges import Span, check_stated, find_spans, show_span
 from workers.data.splits import DataError, list_names, show_name
 from workers.data.survey import Survey, hash_files, survey_files
 from workers.data.tree import Files, Split
@@ -52,6 +53,14 @@ class Source:
     warnings: tuple[str, ...] = ()
     span: Span | None = None  # of data that are not discrete: the values that become -1 and 1
     sides: tuple[int, ...] = ()  # of signals and volumes, which are folded into `shape` (`workers.sides`)
+    vectors: tuple[int, int] | None = None  # (length, width) of those that data.condition names
+
+    def find_told(self, what: What | None) -> Told | None:
+        """The classes, each with one image, or what the vectors are like; None of what there is not."""
+        if what == "vectors":
+            return Vectors(*self.vectors) if self.vectors else None
+        count = self.largest_label + 1
+        return Classes(tuple(map(str, range(count))), (1,) * count) if what and self.labelled else None
 
 
 def compute_fingerprint(config: DataConfig, cache: Path | None = None) -> str:
@@ -69,8 +78,10 @@ def describe(config: DataConfig, cache: Path | None = None) -> Source:
 def describe_with_files(config: DataConfig, cache: Path) -> tuple[Source, Files]:
     kind, files, others, warnings = locate(config, cache)
     hashes = files.sha256 or hash_files(config, files, cache)
-    survey = survey_files(kind, files, hashes, cache, streamed=config.stream is not None)
+    _check_condition(config, kind, files)
+    survey = survey_files(kind, files, hashes, cache, config)
     own, counts = isinstance(files.held_out, Split), _count_images(config, files)
+    shape, levels = _find_shape(config, files, survey), LEVELS.get(survey.depth, files.levels)
     content: dict[str, Any] = {
         "version": VERSION,
         "format": kind,
@@ -80,6 +91,8 @@ def describe_with_files(config: DataConfig, cache: Path) -> tuple[Source, Files]
     }
     if config.shuffle is not None:
         content["order"] = "shards"
+    content |= {"condition": config.condition} if config.condition is not None else {}
+    content |= {"ranges": config.ranges} if levels is None and config.ranges != "all" else {}
     if files.like is None:
         content["decoding"] = decoding.VERSION
     if survey.transparent:
@@ -88,11 +101,12 @@ def describe_with_files(config: DataConfig, cache: Path) -> tuple[Source, Files]
         content["sides"] = list(files.sides)
     labelled = files.train.labelled and (not isinstance(files.held_out, Split) or files.held_out.labelled)
     labelled = labelled and not survey.unlabelled
-    shape, levels = _find_shape(config, files, survey), LEVELS.get(survey.depth, files.levels)
-    if levels is None and config.stream is not None:
+    if levels is None and config.stream is not None and isinstance(config.ranges, str):
         raise DataError(
-            "data.stream: of values that are not discrete the range must be known, and so all images read; leave it out"
+            "data.stream: of values that are not discrete the range must be known, and so all images read; state it in "
+            "data.ranges, as [[low, high]] or one for each channel, or leave data.stream out"
         )
+    check_stated(config, shape[2])
     spans = find_spans(config, files, content, counts=counts, cache=cache) if levels is None else None
     found = [*_list_findings(config, kind, files, hashes, survey), *(spans.list_warnings() if spans else ())]
     source = Source(
@@ -115,10 +129,27 @@ def describe_with_files(config: DataConfig, cache: Path) -> tuple[Source, Files]
         warnings=(*files.warnings, *warnings, *found),
         span=spans.train if spans else None,
         sides=files.sides,
+        vectors=survey.vectors,
     )
     if config.stream is not None:
         _check_room(config, files, source)
     return source, files
+
+
+def _check_condition(config: DataConfig, kind: str, files: Files) -> None:
+    """Raises DataError where the source can't have such a column, or a stream would leave it behind."""
+    if config.condition is None:
+        return
+    if not files.has_vectors:
+        raise DataError(
+            f"data.condition: {show_name(config.condition)} is a column of Parquet files, and these are "
+            f"{'built in' if files.sha256 else drop_pin(kind)}; write images and vectors to Parquet, or leave it out"
+        )
+    if config.stream is not None:
+        raise DataError(
+            "data.condition: the vectors of all images are prepared with them, and data.stream reads these as they are "
+            "needed; leave one of the two out"
+        )
 
 
 def _check_room(config: DataConfig, files: Files, source: Source) -> None:
@@ -173,6 +204,8 @@ def _list_findings(config: DataConfig, kind: str, files: Files, hashes: Sequence
         yield describe_held_out(config)
     if config.background != default["background"] and not survey.transparent:
         yield f"data.background = {list(config.background)} is without effect: no image has transparent pixels"
+    if config.ranges != default["ranges"] and LEVELS.get(survey.depth, files.levels) is not None:
+        yield "data.ranges is without effect: the values are discrete, and have levels"
     if survey.animated:
         yield f"{survey.animated:,} images are animated: the first picture of each is taken"
     if survey.unlabelled:
@@ -203,6 +236,9 @@ def describe_source(source: Source) -> str:
         f"{source.classes:,} class{'es' * (source.classes != 1)}{named}" if source.labelled else "no labels",
         f"{describe_sides(source)} {colour}{_describe_values(source)}",
     ]
+    if source.vectors:
+        length, width = source.vectors
+        parts.append(f"{length} vector{'s' * (length > 1)} of {width} numbers each")
     parts += [source.composited] if source.composited else []
     return ", ".join(parts) + f"; left out: {source.left_out}" * bool(source.left_out)
 
@@ -216,6 +252,5 @@ def describe_sides(source: Source) -> str:
 
 def _describe_values(source: Source) -> str:
     if source.span:
-        low, high = source.span
-        return f" in real numbers, {low:.6g} to {high:.6g} to train on"
+        return f" in real numbers, {show_span(source.span, 6)} to train on"
     return f" in {source.levels} levels" * (source.levels != 256)

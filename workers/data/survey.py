@@ -5,10 +5,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from workers.classes import LONGEST, WIDEST
 from workers.config import DataConfig
 from workers.data import decoding
 from workers.data.cache import is_settled
-from workers.data.decoding import BYTES, look
+from workers.data.decoding import BYTES, Item, look
 from workers.data.locate import make_absolute
 from workers.data.splits import DataError, show_name
 from workers.data.tree import Files, Split
@@ -35,6 +38,7 @@ class Survey:
     depth: str  # of a channel, where headers tell; BYTES where they do not
     unlabelled: bool  # all labels of a split are negative, which says that there are none
     largest_label: int  # -1 without labels
+    vectors: tuple[int, int] | None = None  # (length, width) of those that data.condition names
 
 
 def hash_files(config: DataConfig, files: Files, cache: Path) -> list[tuple[str, str]]:
@@ -56,7 +60,7 @@ def hash_files(config: DataConfig, files: Files, cache: Path) -> list[tuple[str,
 
 
 def survey_files(
-    kind: str, files: Files, hashes: str | list[tuple[str, str]], cache: Path, *, streamed: bool = False
+    kind: str, files: Files, hashes: str | list[tuple[str, str]], cache: Path, config: DataConfig
 ) -> Survey:
     """What headers and labels say, remembered by the content of the files. Raises DataError where one is damaged.
 
@@ -80,11 +84,13 @@ def survey_files(
             unlabelled=False,
             largest_label=classes - 1,
         )
-    of = [SURVEYED, decoding.VERSION, kind, hashes, *(["streamed"] if streamed else [])]
+    streamed, column = config.stream is not None, [config.condition] if config.condition else []
+    of = [SURVEYED, decoding.VERSION, kind, hashes, *(["streamed"] if streamed else []), *column]
     memo = cache / "surveys" / f"{compute_digest(of)}.json"
     if found := recall(memo):
         sizes = {name: found[name] and tuple(found[name]) for name in ("first", "other", "lowest", "narrowest")}
-        return Survey(**(found | sizes))
+        vectors = tuple(found["vectors"]) if found.get("vectors") else None
+        return Survey(**(found | sizes | {"vectors": vectors}))
     splits = [split for split in (files.train, files.held_out) if isinstance(split, Split)]
     survey = _read_stream(files) if streamed else _read_survey(files, splits)
     remember(memo, asdict(survey))
@@ -107,6 +113,7 @@ def _read_survey(files: Files, splits: list[Split], known: Set[int] = frozenset(
     colour, transparent, animated, labels, unlabelled = False, 0, 0, set(known), False
     first = other = lowest = narrowest = None
     of_depth: dict[str, str] = {}  # the first image of each depth
+    vectors: tuple[int, int] | None = None
     if files.like is not None:
         height, width, _ = files.like.shape
         first = "an image", width, height
@@ -118,6 +125,8 @@ def _read_survey(files: Files, splits: list[Split], known: Set[int] = frozenset(
                 if item.label < 0:
                     negative, told = negative + 1, told or f"{show_name(item.name)} has the label {item.label}"
                 labels.add(item.label)
+            if files.has_vectors:
+                vectors = _check_vectors(item, vectors)
             if files.like is not None:
                 continue
             seen = look(item)
@@ -154,4 +163,29 @@ def _read_survey(files: Files, splits: list[Split], known: Set[int] = frozenset(
         depth=next(iter(of_depth), BYTES),
         unlabelled=unlabelled,
         largest_label=max(labels, default=-1),
+        vectors=vectors,
     )
+
+
+def _check_vectors(item: Item, others: tuple[int, int] | None) -> tuple[int, int]:
+    """(length, width) of those of an item, which are the `others'`. Raises DataError."""
+    assert item.vectors is not None
+    length, width = shape = item.vectors.shape
+    name = show_name(item.name)
+    if others and shape != others:
+        raise DataError(
+            f"data.condition: {name} has {length} vectors of {width} numbers, and the first image {others[0]} of "
+            f"{others[1]}; pad or cut all to one size"
+        )
+    if not (1 <= length <= LONGEST and 1 <= width <= WIDEST):
+        raise DataError(
+            f"data.condition: {name} has {length} vectors of {width} numbers; a network is told 1 to {LONGEST} of 1 to "
+            f"{WIDEST}"
+        )
+    if not np.isfinite(item.vectors).all():
+        row, column = np.argwhere(~np.isfinite(item.vectors))[0]
+        raise DataError(
+            f"data.condition: {name} has {item.vectors[row, column]} in vector {row}, number {column}; every number "
+            "must be finite: fill it in, or leave the image out"
+        )
+    return length, width

@@ -57,6 +57,7 @@ class Files:
     known: frozenset[str] = frozenset()  # names of files that were used, or told of in the warnings
     versions: Mapping[Path, str] | None = None  # of the files, where they are not on this machine
     shards: tuple[Shard, ...] = ()  # of the training split, where its files hold many images each
+    has_vectors: bool = False  # whether its items have those that data.condition asks for
     drawn: bool = False  # whether what is held out are shards, drawn by `data.held_out`
 
     @property
@@ -91,6 +92,7 @@ class Tree:
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # names of classes by column, from metadata
     memo: Path | None = None  # of what the headers of its files tell
     with_labels: bool = False  # whether labels are wanted before images are read
+    condition: str | None = None  # the column of vectors that are wanted
 
     def get_path(self, name: str) -> Path:
         return self.root / name

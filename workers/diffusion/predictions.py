@@ -8,12 +8,12 @@ real times too, but for `mu`, which belongs to a step.
 import torch
 from torch import nn
 
-from workers.classes import Classes
+from workers.classes import Classes, Told
 from workers.diffusion.formulations import AnyProcess, Continuous
 from workers.diffusion.process import EpsModel, Model, Prediction, Process, at, spread
 from workers.diffusion.process import Target as Target
 from workers.kinds import PREDICTIONS
-from workers.shapes import NCHW, Counts, Heads, RealTimes, Times
+from workers.shapes import NCHW, Conditions, Heads, RealTimes, Times
 
 
 def eps_by_x_0(process: Process, x_t: NCHW, t: RealTimes, x_0: NCHW) -> NCHW:
@@ -110,15 +110,20 @@ class Denoiser(nn.Module):
         self.network, self.process, self.prediction = network, process, prediction
 
     @property
+    def told(self) -> Told | None:
+        """What the network is told of each image; None where it is told nothing."""
+        return getattr(self.network, "told", None)
+
+    @property
     def classes(self) -> Classes | None:
         """The classes that the network is told; None where it is told none."""
-        return getattr(self.network, "classes", None)
+        return self.told if isinstance(self.told, Classes) else None
 
     @property
     def takes_no_label(self) -> bool:
-        """Whether it was trained without labels, too, so that it can be guided."""
+        """Whether it was trained without what it is told, too, so that it can be guided."""
         return bool(getattr(self.network, "takes_no_label", False))
 
-    def forward(self, x_t: NCHW, t: RealTimes, labels: Counts | None = None) -> Prediction:
-        told = () if labels is None else (labels,)
-        return interpret(self.process, self.prediction, x_t, t, self.network(*self.process.feed(x_t, t), *told))
+    def forward(self, x_t: NCHW, t: RealTimes, told: Conditions | None = None) -> Prediction:
+        more = () if told is None else (told,)
+        return interpret(self.process, self.prediction, x_t, t, self.network(*self.process.feed(x_t, t), *more))

@@ -47,7 +47,7 @@ def draw(
 ) -> Drawn:
     """Images x_0 from x_T, float32. `clip` allows the kinds that do so to clip x_0_hat.
 
-    A guided `model` is guided by the scale of `config` (`guidance.tell_labels`), of which only the count is made here.
+    A guided `model` is guided by the scale of `config` (`guidance.tell`), of which only the count is made here.
 
     Noise is drawn where the generator is, so that one on the CPU makes the same noise for every device.
     """

@@ -146,6 +146,8 @@ def list_sample_blocks(m: Measurement, checkpoint: str, images: Images) -> list[
     if SAMPLERS[fid.sampler.kind].reads_variance and m.evaluation.variance:
         what.append(m.evaluation.variance)
     what += _describe_precision(m)
+    if m.told == "vectors":  # those of the training images
+        what.append(images.digest)
     folder = f"{name_evaluation_folder(checkpoint)}/samples-{compute_digest(what)}"
     return [Block("samples", folder, k) for k in range(count)]
 

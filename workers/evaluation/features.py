@@ -36,6 +36,8 @@ from workers.storage import Storage
 HIDDEN = 64  # features of the classifier
 EPOCHS = 60  # at most
 SEEN = 300_000  # images, over all epochs: beyond, the epochs get fewer, down to 5
+TAUGHT = SEEN // 5  # images at most: the first ones, which are in a shuffled order
+READ = 1_000  # of them at once, so that of a stream no more shards are kept than its room is for
 AT_ONCE = 100  # images that a network is called with, always as many
 
 
@@ -84,17 +86,19 @@ def train_classifier(dataset: Dataset) -> Classifier:
 
     if dataset.train_labels is None or dataset.held_out_labels is None:
         raise ValueError("evaluation.fid.features: the classifier needs labels, and the data set has none")
-    epochs = max(5, min(EPOCHS, SEEN // len(dataset.train)))
+    count = min(TAUGHT, len(dataset.train))
+    images = np.concatenate([dataset.train[k : min(k + READ, count)] for k in range(0, count, READ)])
+    epochs = max(5, min(EPOCHS, SEEN // count))
     model = MLPClassifier((HIDDEN,), max_iter=epochs, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a fixed number of epochs is the recipe
-        model.fit(_flatten(dataset.train, dataset.levels), dataset.train_labels)
+        model.fit(_flatten(images, dataset.levels), dataset.train_labels[:count])
     accuracy = model.score(_flatten(dataset.held_out, dataset.levels), dataset.held_out_labels)
     return Classifier(model.coefs_[0], model.intercepts_[0], dataset.levels, float(accuracy))
 
 
 def load_classifier(storage: Storage, dataset: Dataset, device: torch.device, tf32: bool) -> Classifier:
-    path = name_classifier(dataset.digest)
+    path = name_classifier(dataset)
     if (content := storage.read_checked(path, open_bytes, "it is trained again")) is not None:
         return Classifier.from_bytes(content)
     trained = train_classifier(dataset)
@@ -102,8 +106,9 @@ def load_classifier(storage: Storage, dataset: Dataset, device: torch.device, tf
     return trained
 
 
-def name_classifier(data: str) -> str:
-    return name_reference_file(f"{data}-classifier.npz")
+def name_classifier(dataset: Dataset) -> str:
+    taught = f"-{TAUGHT}" * (len(dataset.train) > TAUGHT)
+    return name_reference_file(f"{dataset.digest}-classifier{taught}.npz")
 
 
 def load_inception_space(storage: Storage, dataset: Dataset, device: torch.device, tf32: bool) -> Inception:

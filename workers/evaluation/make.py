@@ -17,16 +17,17 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Int64
 
+from workers.classes import Vectors
 from workers.config import FIDConfig, Measurement
 from workers.data.dataset import Dataset
 from workers.data.pixels import QUANTISERS, to_model
 from workers.diffusion.flow import integrate_log_density
 from workers.diffusion.formulations import AnyProcess, Continuous
-from workers.diffusion.guidance import tell_labels
+from workers.diffusion.guidance import take_rows, tell
 from workers.diffusion.integral import draw_real_times, find_ends, measure
 from workers.diffusion.likelihood import draw_stratified_times, list_all_times, measure_pairs
 from workers.diffusion.predictions import Denoiser
-from workers.diffusion.process import Prediction
+from workers.diffusion.process import Model, Prediction
 from workers.diffusion.samplers import draw
 from workers.evaluation import blocks
 from workers.evaluation.blocks import Block, count_strata, count_time_blocks
@@ -40,7 +41,7 @@ from workers.network.manifest import Checkpoint
 from workers.noise import make_generator
 from workers.passes import count_evaluations
 from workers.seals import Damage, open_parquet, seal_parquet
-from workers.shapes import NCHW, NHWC, Counts, RealTimes
+from workers.shapes import NCHW, NHWC, Conditions, RealTimes
 from workers.storage import Storage
 
 Ints = Int64[np.ndarray, "n"]
@@ -59,23 +60,33 @@ class LoadedModel:
     device: torch.device
     precision: str = "float32"
 
-    def predict(self, x_t: NCHW, t: RealTimes, labels: Counts | None = None) -> Prediction:
+    def predict(self, x_t: NCHW, t: RealTimes, told: Conditions | None = None) -> Prediction:
         """In the dtype of x_t, whatever the network computes in."""
         with compute_in(self.precision, self.device):
-            prediction: Prediction = self.network(x_t, t, labels)
+            prediction: Prediction = self.network(x_t, t, told)
         return prediction
 
-    def assign_labels(self, samples: Ints) -> Counts | None:
-        """The labels of the samples with these numbers (`Classes.assign`); None where the network is told none."""
-        classes = self.network.classes
-        return None if classes is None else self.place_labels(classes.assign(samples))
+    def tell(self, told: np.ndarray | None, guidance: float | None = None) -> Model:
+        """The model of a batch that is told of so: labels, int64 (n,), or vectors, float32 (n, length, width)."""
+        assert self.network.told is None or told is not None, "the network is told something of each image"
+        if self.network.told is None or told is None:
+            return self.predict
+        return tell(self.predict, torch.from_numpy(np.array(told)).to(self.device), guidance)
 
-    def place_labels(self, labels: Ints | None) -> Counts | None:
-        """The labels on the device; None where the network is told none."""
-        if self.network.classes is None:
-            return None
-        assert labels is not None, "the network is told the class of each image, and the data have none"
-        return torch.from_numpy(np.array(labels)).to(self.device)
+    def tell_held_out(self, dataset: Dataset, rows: Ints) -> Model:
+        """The model of held-out images, each told of as it is."""
+        told = self.network.told
+        values = dataset.get_told(told.KIND, "held_out") if told else None
+        images, places = np.unique(rows, return_inverse=True)
+        return take_rows(self.tell(None if values is None else values[images]), torch.from_numpy(places))
+
+    def assign_told(self, samples: Ints, dataset: Dataset | None = None) -> np.ndarray | None:
+        """What the network is told of the samples with these numbers: labels by `Classes.assign`, or the vectors of the
+        training images, one after the other, which are in a shuffled order; None where it is told nothing."""
+        if isinstance(self.network.told, Vectors):
+            assert dataset and dataset.train_vectors is not None, "the network is told vectors, and the data have none"
+            return np.array(dataset.train_vectors[samples % len(dataset.train_vectors)])
+        return self.network.classes.assign(samples) if self.network.classes else None
 
 
 @dataclass(frozen=True)
@@ -144,8 +155,7 @@ def make_nll_block(bench: Bench, block: Block) -> pa.Table:
         )
     pairs = np.repeat(image, t.shape[1])
     x_0 = to_model(torch.from_numpy(dataset.held_out[pairs]), dataset.levels).to(model.device)
-    labels = None if dataset.held_out_labels is None else dataset.held_out_labels[pairs]
-    told = tell_labels(model.predict, model.place_labels(labels))
+    told = model.tell_held_out(dataset, pairs)
     noise = make_generator(*where, "eps")  # on the CPU, as a GPU's generator would draw other numbers
     rows, weight = (pairs, t.reshape(-1)), weight.reshape(-1)
     ledger = measure_pairs(model.process, told, x_0, *rows, weight=weight, noise=noise, levels=dataset.levels)
@@ -162,8 +172,7 @@ def _make_integral(bench: Bench, process: Continuous, block: Block) -> pa.Table:
     ends, shape = find_ends(process, dataset.levels), (len(image), strata)
     drawn = draw_real_times(process, ends, shape, make_generator(*where, "t"), nll.proposal)
     x_0 = to_model(torch.from_numpy(np.array(dataset.held_out[image])), dataset.levels).to(model.device)
-    labels = None if dataset.held_out_labels is None else dataset.held_out_labels[np.repeat(image, strata + 1)]
-    told, noise = tell_labels(model.predict, model.place_labels(labels)), make_generator(*where, "eps")
+    told, noise = model.tell_held_out(dataset, np.repeat(image, strata + 1)), make_generator(*where, "eps")
     return measure(process, told, x_0, image, drawn=drawn, noise=noise, levels=dataset.levels).make_table()
 
 
@@ -183,9 +192,7 @@ def make_ode_nll_block(bench: Bench, block: Block) -> pa.Table:
     u = torch.rand(x_0.shape, generator=make_generator(*where, "u"), dtype=torch.float64) - 0.5
     probes = 2 * torch.randint(0, 2, (ode.probes, *x_0.shape), generator=make_generator(*where, "probes")) - 1
     x, probes = (x_0 + bin_ * u if bin_ else x_0).to(model.device), probes.to(model.device)
-    labels = None if dataset.held_out_labels is None else dataset.held_out_labels[image]
-    told = tell_labels(model.predict, model.place_labels(labels))
-    density = integrate_log_density(model.process, told, x, probes, ode.tolerance)
+    density = integrate_log_density(model.process, model.tell_held_out(dataset, image), x, probes, ode.tolerance)
     nats = -density.log_p.cpu().numpy() - (x_0[0].numel() * np.log(bin_) if bin_ else 0)
     return pa.table({"image": image, "nats": nats, "evaluations": density.evaluations.cpu().numpy()})
 
@@ -199,11 +206,18 @@ def make_sample_block(bench: Bench, block: Block) -> pa.Table:
     fid = m.evaluation.fid
     assert fid
     model = replace(model, process=make_measured_process(m, model.process))
-    images, counts = draw_block(model, fid, m.seed, block.number, shape=dataset.shape, levels=dataset.levels)
+    told = model.assign_told(list_samples(block.number), dataset)
+    of = model, fid, m.seed, block.number
+    images, counts = draw_block(*of, shape=dataset.shape, levels=dataset.levels, told=told)
     first = block.number * blocks.SAMPLES
     rows = {"sample": np.arange(first, first + len(images)), "image": [row.tobytes() for row in images]}
     counted = {} if count_evaluations(fid.sampler, m.T) else {"evaluations": counts}
     return pa.table(rows | counted)
+
+
+def list_samples(block: int) -> Ints:
+    """The numbers of the samples in a block."""
+    return np.arange(block * blocks.SAMPLES, (block + 1) * blocks.SAMPLES)
 
 
 def draw_block(
@@ -214,20 +228,17 @@ def draw_block(
     *,
     shape: tuple[int, int, int],
     levels: int | None,
-    label: int | None = None,
+    told: np.ndarray | None = None,
 ) -> tuple[NHWC, Ints]:
     """The SAMPLES images of a block, drawn as `fid` says, and the evaluations that each took; shape is (h, w, c).
 
-    They are a function of (seed, block) alone, here and in a registered model; of one class where a `label` is given,
-    and else of classes in the proportions of the training images.
+    They are a function of (seed, block) and of what is `told` of each, here and in a registered model.
     """
     height, width, channels = shape
-    sample = np.arange(block * blocks.SAMPLES, (block + 1) * blocks.SAMPLES)
-    labels = model.assign_labels(sample) if label is None else model.place_labels(np.full(len(sample), label))
-    told = tell_labels(model.predict, labels, fid.sampler.guidance)
+    conditional = model.tell(told, fid.sampler.guidance)
     noise = make_generator(seed, "samples", block)
     x_T = torch.randn((blocks.SAMPLES, channels, height, width), generator=noise).to(model.device)
-    drawn = draw(model.process, told, fid.sampler, x_T, noise, clip=True)
+    drawn = draw(model.process, conditional, fid.sampler, x_T, noise, clip=True)
     return QUANTISERS[fid.quantise](drawn.x_0, levels).cpu().numpy(), drawn.evaluations.numpy()
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 from workers.bits import name_likelihood
 from workers.config import Measurement
 from workers.data.dataset import Dataset
-from workers.data.ranges import compute_unit_bits
+from workers.data.ranges import compute_unit_bits, show_span
 from workers.diffusion.ledger import compute_standard_error
 from workers.evaluation import blocks
 from workers.network.autoencoder import Autoencoder
@@ -81,8 +81,7 @@ def describe_values(dataset: Dataset) -> dict[str, Any]:
     if dataset.levels is not None:
         return {"levels": dataset.levels}
     assert dataset.span
-    low, high = dataset.span
     return {
-        "values": f"real; {low:.9g} to {high:.9g} is [-1, 1]",
+        "values": f"real; {show_span(dataset.span, 9)} is [-1, 1]",
         "units": f"of the density on [-1, 1]; add {compute_unit_bits(dataset.span):.9g} bits/dim for the data's own",
     }

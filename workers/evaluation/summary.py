@@ -70,7 +70,15 @@ from workers.storage import Storage
 Blocks = list[Float[np.ndarray, "_ d"]]  # of features
 
 BETWEEN = "real t, log sigma_t linear between trained t"  # of what solves the ODE with levels of its own
-OWN_LABELS = "each image's own, so that the bound is one of its class"  # what a network was told, for the passport
+# What a network was told, for the passport: by what it was told, of images and of samples.
+TOLD = {
+    "labels": "each image's own, so that the bound is one of its class",
+    "vectors": "each image's own, so that the bound is of the image given its vectors",
+}
+DRAWN = {
+    "labels": "in the proportions of the training images, by the sample's number",
+    "vectors": "those of the training images in the data's order, by the sample's number",
+}
 NEIGHBOURS = 10_000  # samples and images that precision and recall take at most: their cost grows with the square
 
 
@@ -99,7 +107,7 @@ def summarise(
     ema = m.ema if m.evaluation.ema is None else m.evaluation.ema
     process = process if isinstance(process, Stage) else make_measured_process(m, process)
     subject = {"checkpoint": checkpoint, "ema": ema, **process.describe(), "seed": m.seed}
-    conditional = {"labels": OWN_LABELS} if m.labels else {}
+    conditional = {str(m.told): TOLD[m.told]} if m.told else {}
     summary: dict[str, Any] = {"metrics": {}, "passports": {}}
     images = Images.of(dataset)
     if m.evaluation.nll:
@@ -194,7 +202,7 @@ def _summarise_samples(
     count: float | None = count_evaluations(fid.sampler, process.T)
     if count is None:
         count = _average_evaluations([read(b) for b in blocks.list_sample_blocks(m, checkpoint, images)], fid.samples)
-    drawn = {"labels": "in the proportions of the training images, by the sample's number"} if m.labels else {}
+    drawn = {str(m.told): DRAWN[m.told]} if m.told else {}
     passport["subject"] = {**subject, **drawn, "network_evaluations": count}
     found["metrics"]["eval/network_evaluations"] = count
     return found

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from workers.diffusion.bound import decoder_term
+from workers.network.attention import Attention, GroupNorm
 from workers.network.autoencoder_config import AUTOENCODER_DEFAULTS, DECODER
-from workers.network.unet import Attention, Downsample, GroupNorm, Upsample
+from workers.network.unet import Downsample, Upsample
 from workers.shapes import NCHW, PerImage64
 
 Latents = Float[Tensor, "n z height width"]

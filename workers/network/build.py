@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.classes import NO_LABEL, Classes
+from workers.classes import NO_LABEL, Classes, Told, Vectors
 from workers.code import drop_pin
 from workers.config import ModelConfig
 from workers.entries import is_outside, load
@@ -24,7 +24,14 @@ from workers.identity import collect_settings_read
 from workers.kinds import DENOISER, GENERATOR, NETWORKS, NetworkEntry
 from workers.network.autoencoder_config import find_latent_size
 from workers.network.unet import Dropout, UNet, draw_bits
-from workers.network.unet_config import UNET, make_class_fields, make_unet_config, read_classes
+from workers.network.unet_config import (
+    UNET,
+    count_rows,
+    make_told_fields,
+    make_unet_config,
+    read_told,
+    takes_nothing,
+)
 from workers.noise import make_generator
 
 CLASS = "_class_name"  # in a config.json, diffusers' name for it
@@ -40,6 +47,7 @@ class Signature:
     outputs: int  # the channels, twice as many where a variance is learned
     classes: int = 0  # rows of a class embedding, the last of which may stand for no label; 0: it is told no labels
     sides: tuple[int, ...] = ()  # of signals, (length,), and volumes: x is (n, channels, *sides), and so the output
+    vectors: tuple[int, int] | None = None  # (length, width) of the sequence that it is told, all zeros being nothing
 
 
 def make_network_config(
@@ -48,27 +56,30 @@ def make_network_config(
     learned: bool,
     *,
     sides: tuple[int, ...] = (),
-    classes: Classes | None = None,
+    told: Told | None = None,
     label_dropout: float = 0.0,
 ) -> dict[str, Any]:
     """The config.json of the network for images of this shape (height, width, channels).
 
     `sides` are those of signals and volumes, which are folded into it (`workers.sides`); a U-Net takes none.
-    `classes` and `label_dropout` are those of a network that is told labels. Raises ValueError.
+    `told` is what the data have of what `model` is told, and `label_dropout` keeps it from the network in training.
+    Raises ValueError.
     """
+    told = told if model.told else None
+    assert not model.told or told, f"the network is told {model.told}, and the data have none"
     height, width, channels = shape
     if model.family != DENOISER:
         config: dict[str, Any] = load(NETWORKS[model.kind].config)(model, shape)
         return config
     if model.kind == UNET:
         return make_unet_config(
-            model, image_channels=channels, resolution=(height, width), learned=learned, classes=classes,
+            model, image_channels=channels, resolution=(height, width), learned=learned, told=told,
             label_dropout=label_dropout,
         )  # fmt: skip
     settings = {name: value for name, value in collect_settings_read(model).items() if name != "kind"}
     return {
         CLASS: model.kind,
-        **make_class_fields(model, classes, label_dropout),
+        **make_told_fields(told, label_dropout),
         "sample_size": [height, width],
         "in_channels": channels,
         "out_channels": channels * (1 + learned),
@@ -95,7 +106,7 @@ def make_inputs(config: Mapping[str, Any]) -> tuple[Tensor, ...]:
     if entry := find_entry(config):
         latents = torch.zeros(1, *find_latent_size(config))
         return (latents,) if entry.family == GENERATOR else (x, latents)
-    return x, one, *([one.long()] if config.get("num_class_embeds") else [])
+    return x, one, *make_blank(read_told(config), 1)
 
 
 def is_foreign(config: Mapping[str, Any]) -> bool:
@@ -117,17 +128,27 @@ def build_network(config: dict[str, Any], generator: torch.Generator | None = No
         return UNet(config, generator)
     model = ModelConfig.model_validate({"kind": config[CLASS], **config["settings"]})
     height, width = config["sample_size"]
-    rows = config.get("num_class_embeds") or 0
-    sides = tuple(config.get("sides", ()))
-    signature = Signature(config["in_channels"], height, width, config["out_channels"], rows, sides)
+    sides, told = tuple(config.get("sides", ())), read_told(config)
+    vectors = (told.length, told.width) if isinstance(told, Vectors) else None
+    rows, of = count_rows(config), (config["in_channels"], height, width, config["out_channels"])
+    signature = Signature(*of, rows, sides, vectors)
     with torch.random.fork_rng(devices=[]) if generator else nullcontext():
         if generator:
             torch.manual_seed(generator.initial_seed())
         network: Any = NETWORKS[model.kind].load()(model, signature)
     network = Unfolding(network, sides) if sides else network
-    network.classes = read_classes(config)
-    network.takes_no_label = bool(network.classes and rows > len(network.classes.names))
+    network.told, network.takes_no_label = told, takes_nothing(config)
     return network
+
+
+def make_blank(told: Told | None, n: int) -> list[Tensor]:
+    """What tells a network nothing of n images, where it is told something."""
+    match told:
+        case Classes():
+            return [torch.full((n,), NO_LABEL)]
+        case Vectors(length, width):
+            return [torch.zeros(n, length or 1, width)]
+    return []
 
 
 class Unfolding(nn.Module):
@@ -156,11 +177,11 @@ def find_mistakes(
     what = {1: "signals", 3: "volumes"}.get(len(sides), "images")
     of = f"model.kind: {drop_pin(model.kind)}, built for {size} {what} of {channels} channels,"
     try:
-        told = Classes(("a", "b"), (1, 1))
-        config = make_network_config(model, shape, learned, sides=sides, classes=told, label_dropout=0.5)
+        told = Vectors(2, 3) if model.told == "vectors" else Classes(("a", "b"), (1, 1))
+        config = make_network_config(model, shape, learned, sides=sides, told=told, label_dropout=0.5)
         network = build_network(config, make_generator(0)).eval()
         with torch.no_grad():
-            output = network(x, t, *([torch.tensor([1, NO_LABEL])] if model.labels else []))
+            output = network(x, t, *make_blank(read_told(config), 2))
     except Exception as error:  # noqa: BLE001 whatever the code of another one raises: told with its place
         return [f"{of} fails: {' '.join(f'{type(error).__name__}: {error}'.split())}{_locate(error)}"]
     if not isinstance(output, torch.Tensor) or output.shape != expected:

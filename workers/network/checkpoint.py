@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from workers import consent
 from workers.bundles import keep_code
-from workers.classes import Classes
+from workers.classes import Classes, Told
 from workers.config import Mistake
 from workers.diffusion.formulations import AnyProcess, Continuous
 from workers.diffusion.gaussian import GaussianDenoiser
@@ -97,10 +97,15 @@ class Description:
     variance: str  # a name in workers.kinds.VARIANCES; of a continuous formulation empty
     clip: bool  # whether the model's own scheduler clips x_0_hat to [-1, 1]
     parameters: int
-    classes: Classes | None = None  # that its network is told
-    takes_no_label: bool = False  # whether it was trained without labels, too, so that it can be guided
+    told: Told | None = None  # what its network is told of each image
+    takes_no_label: bool = False  # whether it was trained without that, too, so that it can be guided
     sides: tuple[int, ...] = ()  # of signals and volumes, which are folded into `shape` (`workers.sides`)
     family: str = DENOISER  # of another one T is None, prediction and variance are empty
+
+    @property
+    def classes(self) -> Classes | None:
+        """The classes that its network is told; None where it is told none."""
+        return self.told if isinstance(self.told, Classes) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +216,7 @@ def describe(checkpoint: Checkpoint) -> Description:
     told = Denoiser(network, process, scheduler.prediction)
     variance = process.variance if isinstance(process, Process) else ""
     of = shape, process.T, scheduler.prediction, variance, scheduler.clip, parameters
-    return Description(*of, told.classes, told.takes_no_label, network.sides if isinstance(network, Unfolding) else ())
+    return Description(*of, told.told, told.takes_no_label, network.sides if isinstance(network, Unfolding) else ())
 
 
 def load(checkpoint: Checkpoint) -> tuple[Denoiser, AnyProcess]:
@@ -313,7 +318,8 @@ def _make_index(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> byte
         part, library = ("vae", "diffusers") if find_family(config) == AUTOENCODER else ("generator", "workers")
         return _write_json({"_diffusers_version": VERSION, part: [library, config[CLASS]]})
     name = scheduler[CLASS] if is_continuous(scheduler.get(CLASS)) else "DDPMScheduler"
-    unet = [config[CLASS].partition(":")[0], config[CLASS]] if is_foreign(config) else ["diffusers", "UNet2DModel"]
+    kind = config.get(CLASS, "UNet2DModel")
+    unet = [kind.partition(":")[0] if is_foreign(config) else "diffusers", kind]
     return _write_json(
         {
             "_class_name": "DDPMPipeline",

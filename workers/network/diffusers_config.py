@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from workers.classes import WIDEST
 from workers.code import drop_pin
 from workers.config import DiffusionConfig, ScheduleConfig
 from workers.diffusion import schedules
@@ -23,7 +24,7 @@ from workers.entries import is_outside
 from workers.identity import collect_settings_read
 from workers.kinds import FORMULATIONS, PREDICTIONS, VARIANCES
 from workers.network.autoencoder_config import AUTOENCODER_DEFAULTS, DECODER
-from workers.network.unet_config import DEFAULTS
+from workers.network.unet_config import CROSS, CROSS_DEFAULTS, DEFAULTS
 from workers.sides import fold
 
 VERSION = "0.35.0"  # the diffusers release whose layout is written
@@ -123,6 +124,14 @@ class _Stage(_Config):
     layers_per_block: Annotated[int, Field(ge=1, le=64)]
     latent_channels: Size
     norm_num_groups: Size
+
+
+class _CrossNetwork(_Network):
+    """The same of UNet2DConditionModel's."""
+
+    attention_head_dim: Size
+    cross_attention_dim: Annotated[int, Field(ge=1, le=WIDEST)]
+    encoder_hid_dim: Annotated[int, Field(ge=1, le=WIDEST)] | None
 
 
 class _Foreign(_Config):
@@ -226,18 +235,19 @@ def read_stage(config: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def read_network(config: dict[str, Any]) -> tuple[int, int, int]:
-    """Image shape (height, width, channels) of a UNet2DModel's config. Raises ValueError."""
+    """Image shape (height, width, channels) of a UNet2DModel's or UNet2DConditionModel's config. Raises ValueError."""
     name = config.get("_class_name", "UNet2DModel")
-    if name != "UNet2DModel":
+    if name not in ("UNet2DModel", CROSS):
         raise ValueError(
-            f"a {name}, not a UNet2DModel: text-conditional networks, other dimensions and other architectures cannot "
-            "be measured here"
+            f"a {name}, not a UNet2DModel or UNet2DConditionModel: other dimensions and other architectures cannot be "
+            "measured here"
         )
     if kind := config.get("class_embed_type"):
         raise ValueError(f"class_embed_type {kind!r}: classes are told by an embedding of num_class_embeds rows alone")
     if config.get("sample_size") is None:
         raise ValueError("sample_size is missing: set it to the side, in pixels, of the images it was trained on")
-    network = _check_config(_Network, {**DEFAULTS, **config})
+    kind, defaults = (_CrossNetwork, CROSS_DEFAULTS) if name == CROSS else (_Network, DEFAULTS)
+    network = _check_config(kind, {**defaults, **config})
     if network.out_channels not in (network.in_channels, 2 * network.in_channels):
         raise ValueError(
             f"out_channels {network.out_channels} for in_channels {network.in_channels}: there must be as many, or "

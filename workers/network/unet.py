@@ -1,7 +1,8 @@
 """eps_theta(x_t, t): the U-Net of Ho et al. 2020, appendix B, under diffusers' parameter names.
 
 The modules are named and shaped as in diffusers' UNet2DModel, so that one set of weights opens in both; what they
-compute is the same, how they compute it is not: see `Dropout`, `GroupNorm`, `Attention` and `UNet.forward`.
+compute is the same, how they compute it is not: see `Dropout`, `GroupNorm`, `Attention` and `UNet.forward`. With
+conditions by cross-attention it is diffusers' UNet2DConditionModel.
 """
 
 import math
@@ -13,8 +14,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int16, Shaped
 from torch import Tensor, nn
 
-from workers.network.unet_config import DEFAULTS, read_classes
-from workers.shapes import NCHW, Counts, Heads
+from workers.classes import Classes, Vectors
+from workers.network.attention import GroupNorm, NoAttention, Vectored, make_attention
+from workers.network.unet_config import CROSS, CROSS_DEFAULTS, DEFAULTS, count_rows, read_told, takes_nothing
+from workers.shapes import NCHW, Conditions, Heads
 
 Timed = Float[Tensor, "n time"]  # what the network makes of t
 Wider = Float[Tensor, "n out h w"]
@@ -40,19 +43,26 @@ BUILT = {
     "norm_eps",
     "num_class_embeds",
 }
-DOWN = {"DownBlock2D": False, "AttnDownBlock2D": True}  # name -> whether it has attention
-UP = {"UpBlock2D": False, "AttnUpBlock2D": True}
+BUILT_CROSS = {"cross_attention_dim", "encoder_hid_dim", "encoder_hid_dim_type"}
+# By the class: the names of blocks, the second of which has attention.
+DOWN = {"UNet2DModel": ("DownBlock2D", "AttnDownBlock2D"), CROSS: ("DownBlock2D", "CrossAttnDownBlock2D")}
+UP = {"UNet2DModel": ("UpBlock2D", "AttnUpBlock2D"), CROSS: ("UpBlock2D", "CrossAttnUpBlock2D")}
 
 
 def check_config(config: dict[str, Any]) -> dict[str, Any]:
     """`config` with diffusers' default for each field left out; ValueError naming every field not supported here."""
-    full = {**DEFAULTS, **{name: value for name, value in config.items() if not name.startswith("_")}}
+    network, defaults, built = "UNet2DModel", DEFAULTS, BUILT
+    if config.get("_class_name") == CROSS:
+        network, defaults, built = CROSS, CROSS_DEFAULTS, BUILT - {"num_class_embeds"} | BUILT_CROSS
+    full = {**defaults, **{name: value for name, value in config.items() if not name.startswith("_")}}
     mistakes = [
-        f"{name}: {value!r} is not supported" + (f"; only {DEFAULTS[name]!r} is" if name in DEFAULTS else "")
+        f"{name}: {value!r} is not supported" + (f"; only {defaults[name]!r} is" if name in defaults else "")
         for name, value in full.items()
-        if name not in BUILT and (name not in DEFAULTS or value != DEFAULTS[name])
+        if name not in built and (name not in defaults or value != defaults[name])
     ]
-    for field, known in (("down_block_types", DOWN), ("up_block_types", UP)):
+    if full.get("encoder_hid_dim_type") not in (None, "text_proj"):
+        mistakes.append(f"encoder_hid_dim_type: {full['encoder_hid_dim_type']!r} is not supported; only 'text_proj' is")
+    for field, known in (("down_block_types", DOWN[network]), ("up_block_types", UP[network])):
         mistakes += [
             f"{field}: {kind!r} is not supported; choose from {list(known)}"
             for kind in full[field]
@@ -70,7 +80,9 @@ def check_config(config: dict[str, Any]) -> dict[str, Any]:
                 f"attention_head_dim: {full['attention_head_dim']} must divide the block_out_channels {width}"
             )
     try:
-        read_classes(config)
+        told = read_told(config)
+        if isinstance(told, Vectors) and told.width != (full["encoder_hid_dim"] or full["cross_attention_dim"]):
+            mistakes.append(f"_vectors: of {told.width} numbers each, which encoder_hid_dim is not")
     except ValueError as error:
         mistakes.append(str(error))
     if mistakes:
@@ -120,27 +132,6 @@ def draw_bits(generators: Sequence[torch.Generator], n: int, device: torch.devic
     return words.view(torch.int16)[:, :n]
 
 
-class GroupNorm(nn.GroupNorm):
-    """Group norm in the dtype of its weights, float32, under autocast too, as CUDA's autocast has it.
-
-    The CPU's kernel for bfloat16 in channels_last takes a quarter of a training step; the casts cost less.
-    """
-
-    def forward(self, x: NCHW) -> NCHW:
-        if torch.compiler.is_compiling():
-            return self.reduce(x)
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
-
-    def reduce(self, x: NCHW) -> NCHW:
-        """The same as plain reductions in the order of channels_last, for a compiler, which makes two passes of it that
-        hold the casts, the SiLU and the dropout after it too. CUDA's own kernel goes to NCHW and back."""
-        N, C, H, W = x.shape
-        pixels = x.permute(0, 2, 3, 1).reshape(N, H * W, self.num_groups, -1).to(self.weight.dtype)
-        variance, mean = torch.var_mean(pixels, dim=(1, 3), correction=0, keepdim=True)
-        y = ((pixels - mean) * torch.rsqrt(variance + self.eps)).view(N, H, W, C) * self.weight + self.bias
-        return y.permute(0, 3, 1, 2).to(x.dtype)
-
-
 class ResnetBlock(nn.Module):
     """x + conv(dropout(silu(norm(conv(silu(norm(x))) + time)))), with a 1x1 convolution of x where widths differ."""
 
@@ -160,40 +151,6 @@ class ResnetBlock(nn.Module):
         h = h + self.time_emb_proj(time)[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         y: Tensor = self.conv_shortcut(x) + h
-        return y
-
-
-class Attention(nn.Module):
-    """x + self-attention over the H x W positions of norm(x)."""
-
-    def __init__(self, channels: int, config: dict[str, Any]) -> None:
-        super().__init__()
-        self.heads = channels // (config["attention_head_dim"] or channels)
-        self.group_norm = GroupNorm(config["norm_num_groups"], channels, eps=config["norm_eps"])
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Weights published in 2022, google/ddpm-cifar10-32's among them, have other names for the four layers."""
-        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
-            for part in ("weight", "bias"):
-                if f"{prefix}{old}.{part}" in state_dict:
-                    state_dict[f"{prefix}{new}.{part}"] = state_dict.pop(f"{prefix}{old}.{part}")
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    def forward(self, x: NCHW) -> NCHW:
-        N, C, H, W = x.shape
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (N, HW, C)
-        q, k, v = (
-            to(tokens).view(N, H * W, self.heads, -1).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v)
-        )  # (N, heads, HW, C / heads)
-        # Two plain products: with few tokens the backward pass of scaled_dot_product_attention on a CPU is so slow in
-        # bfloat16 that it takes a third of a small model's training step.
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (N, heads, HW, HW)
-        mixed = (scores.softmax(dim=3) @ v).transpose(1, 2).reshape(N, H * W, C)
-        y: Tensor = x + self.to_out[0](mixed).transpose(1, 2).view(N, C, H, W)
         return y
 
 
@@ -245,13 +202,15 @@ class Down(nn.Module):
     def __init__(self, widths: Sequence[tuple[int, int]], attends: bool, last: bool, config: dict[str, Any]) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(i, o, config) for i, o in widths)
-        self.attentions = nn.ModuleList(Attention(o, config) if attends else nn.Identity() for _, o in widths)
+        self.attentions = nn.ModuleList(make_attention(o, config) if attends else NoAttention() for _, o in widths)
         resize = [] if last else [Downsample(widths[-1][1], config["downsample_padding"])]
         self.downsamplers = nn.ModuleList(resize)
 
-    def forward(self, h: NCHW, time: Timed, skips: list[Tensor]) -> Float[Tensor, "n out height width"]:
+    def forward(
+        self, h: NCHW, time: Timed, skips: list[Tensor], told: Vectored | None = None
+    ) -> Float[Tensor, "n out height width"]:
         for block, attention in zip(self.resnets, self.attentions, strict=True):
-            h = attention(block(h, time))
+            h = attention(block(h, time), told)
             skips.append(h)
         for downsample in self.downsamplers:
             h = downsample(h)
@@ -265,10 +224,10 @@ class Middle(nn.Module):
     def __init__(self, width: int, config: dict[str, Any]) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(width, width, config) for _ in range(2))
-        self.attentions = nn.ModuleList([Attention(width, config)])
+        self.attentions = nn.ModuleList([make_attention(width, config)])
 
-    def forward(self, h: NCHW, time: Timed) -> NCHW:
-        y: Tensor = self.resnets[1](self.attentions[0](self.resnets[0](h, time)), time)
+    def forward(self, h: NCHW, time: Timed, told: Vectored | None = None) -> NCHW:
+        y: Tensor = self.resnets[1](self.attentions[0](self.resnets[0](h, time), told), time)
         return y
 
 
@@ -278,19 +237,21 @@ class Up(nn.Module):
     def __init__(self, widths: Sequence[tuple[int, int]], attends: bool, last: bool, config: dict[str, Any]) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(i, o, config) for i, o in widths)
-        self.attentions = nn.ModuleList(Attention(o, config) if attends else nn.Identity() for _, o in widths)
+        self.attentions = nn.ModuleList(make_attention(o, config) if attends else NoAttention() for _, o in widths)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(widths[-1][1])])
 
-    def forward(self, h: NCHW, time: Timed, skips: list[Tensor]) -> Float[Tensor, "n out height width"]:
+    def forward(
+        self, h: NCHW, time: Timed, skips: list[Tensor], told: Vectored | None = None
+    ) -> Float[Tensor, "n out height width"]:
         for block, attention in zip(self.resnets, self.attentions, strict=True):
-            h = attention(block(torch.cat([h, skips.pop()], dim=1), time))
+            h = attention(block(torch.cat([h, skips.pop()], dim=1), time), told)
         for upsample in self.upsamplers:
             h = upsample(h)
         return h
 
 
 class UNet(nn.Module):
-    """eps_theta, built from the config.json of a diffusers UNet2DModel (see `unet_config`).
+    """eps_theta, built from the config.json of a diffusers UNet2DModel or UNet2DConditionModel (see `unet_config`).
 
     The state dict has diffusers' names and shapes, and equal weights give equal outputs. Initial weights come from
     `generator` (None: torch's global one) and are the paper's: the last convolution of each residual block, the
@@ -305,9 +266,14 @@ class UNet(nn.Module):
         self.config = dict(config)
         self.conv_in = nn.Conv2d(c["in_channels"], widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], c)
-        self.classes = read_classes(config)
-        if self.classes is not None:
-            self.class_embedding = nn.Embedding(c["num_class_embeds"], 4 * widths[0])
+        self.told, self.takes_no_label = read_told(config), takes_nothing(config)
+        self.rows = count_rows(config) if isinstance(self.told, Classes) else 0
+        self.crosses = "cross_attention_dim" in c
+        self.projects = self.crosses and bool(c["encoder_hid_dim"])
+        if self.projects:
+            self.encoder_hid_proj = nn.Linear(c["encoder_hid_dim"], c["cross_attention_dim"])
+        if self.rows and not self.crosses:
+            self.class_embedding = nn.Embedding(self.rows, 4 * widths[0])
 
         # `skips` holds the widths of what forward() pushes on the way down and pops on the way up.
         width, skips = widths[0], [widths[0]]
@@ -315,7 +281,7 @@ class UNet(nn.Module):
         for level, kind in enumerate(c["down_block_types"]):
             out, last = widths[level], level == final
             shapes = [(width if j == 0 else out, out) for j in range(blocks)]
-            self.down_blocks.append(Down(shapes, DOWN[kind], last, c))
+            self.down_blocks.append(Down(shapes, kind.endswith("AttnDownBlock2D"), last, c))
             skips += [out] * (blocks if last else blocks + 1)
             width = out
 
@@ -325,7 +291,7 @@ class UNet(nn.Module):
         for level, kind in zip(reversed(range(final + 1)), c["up_block_types"], strict=True):
             out = widths[level]
             shapes = [((width if j == 0 else out) + skips.pop(), out) for j in range(blocks + 1)]
-            self.up_blocks.append(Up(shapes, UP[kind], level == 0, c))
+            self.up_blocks.append(Up(shapes, kind.endswith("AttnUpBlock2D"), level == 0, c))
             width = out
         assert not skips
 
@@ -333,43 +299,51 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], c["out_channels"], 3, padding=1)
         self._initialise(generator)
 
-    @property
-    def takes_no_label(self) -> bool:
-        """Whether it has a row for no label, which guidance needs."""
-        return self.classes is not None and self.class_embedding.num_embeddings > len(self.classes.names)
-
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator | None) -> None:
         """The paper's initial weights: uniform with variance 1 / mean(fan in, fan out), biases 0, last layers 0."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
-                if name.endswith(("conv2", "to_out.0", "conv_out")):
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+                within = ".transformer_blocks." in name  # whose last layer is proj_out
+                if name.endswith(("conv2", "to_out.0", "conv_out", "proj_out")) and not within:
                     nn.init.zeros_(module.weight)
                 else:
                     nn.init.xavier_uniform_(module.weight, generator=generator)
-        if self.classes is not None:  # last, so that all other weights are those of a network without labels
-            nn.init.normal_(self.class_embedding.weight, generator=generator)
+        if self.rows:  # last, so that all other weights are those of a network without labels
+            embedding = self.encoder_hid_proj if self.crosses else self.class_embedding
+            nn.init.normal_(embedding.weight, generator=generator)
 
-    def forward(self, x: NCHW, t: Steps, labels: Counts | None = None) -> Heads:
-        """t is counted from 0: the paper's t - 1. NO_LABEL, a label of -1, is the last row of the class embedding.
+    def _embed_told(self, told: Conditions) -> Vectored:
+        """The sequence that is attended to: the vectors, or a single one of each label."""
+        if self.rows:
+            told = F.one_hot(told.remainder(self.rows), self.rows)[:, None]
+        y: Tensor = self.encoder_hid_proj(told.to(self.conv_in.weight.dtype)) if self.projects else told
+        return y
+
+    def forward(self, x: NCHW, t: Steps, told: Conditions | None = None) -> Heads:
+        """t is counted from 0: the paper's t - 1. It is told labels or vectors, as `self.told` says; NO_LABEL, a label
+        of -1, is the last row of their embedding.
 
         The sinusoids are smooth in t, so that times between those of the training are asked for as any other.
         """
         time = self.time_embedding(t)
-        if self.classes is not None:
-            assert labels is not None, "this network is told the class of each image"
-            rows = labels.remainder(self.class_embedding.num_embeddings)
-            time = time + self.class_embedding(rows).to(time.dtype)
+        sequence = None
+        if self.told is not None:
+            assert told is not None, "this network is told something of each image"
+            if self.crosses:
+                sequence = self._embed_told(told)
+            else:
+                time = time + self.class_embedding(told.remainder(self.rows)).to(time.dtype)
         time = F.silu(time)  # every block begins with the same SiLU of it
         # In channels_last a convolution on a CPU with AMX takes half the time in bfloat16, four fifths in float32.
         h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for level in self.down_blocks:
-            h = level(h, time, skips)
-        h = self.mid_block(h, time)
+            h = level(h, time, skips, sequence)
+        h = self.mid_block(h, time, sequence)
         for level in self.up_blocks:
-            h = level(h, time, skips)
+            h = level(h, time, skips, sequence)
         y: Tensor = self.conv_out(F.silu(self.conv_norm_out(h)))
         return y.contiguous()

@@ -1,12 +1,13 @@
-"""The shape of eps_theta as data: from our `ModelConfig` to the config.json of diffusers' UNet2DModel.
+"""The shape of eps_theta as data: from our `ModelConfig` to the config.json of diffusers' UNet2DModel, and of its
+UNet2DConditionModel where conditions enter by cross-attention.
 
 Pure Python, so that an experiment file can be checked, and its mistakes told, without importing torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from workers.classes import MOST_CLASSES, Classes
+from workers.classes import LONGEST, MOST_CLASSES, WIDEST, Classes, Told, Vectors
 from workers.config import ModelConfig
 from workers.sides import Resolution, get_sides, show_resolution
 
@@ -41,9 +42,51 @@ DEFAULTS: dict[str, Any] = {
     "num_class_embeds": None,
     "num_train_timesteps": None,
 }
+CROSS = "UNet2DConditionModel"
+_SHARED = ("sample_size", "center_input_sample", "freq_shift", "flip_sin_to_cos", "layers_per_block",
+           "mid_block_scale_factor", "downsample_padding", "dropout", "act_fn", "attention_head_dim", "norm_num_groups",
+           "norm_eps", "class_embed_type", "num_class_embeds", "time_embedding_type", "time_embedding_dim",
+           "resnet_time_scale_shift")  # fmt: skip
+# The same of UNet2DConditionModel. Its attention_head_dim is the number of heads, whatever it is called.
+CROSS_DEFAULTS: dict[str, Any] = {
+    **{name: DEFAULTS[name] for name in _SHARED},
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 1280,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "only_cross_attention": False,
+    "mid_block_only_cross_attention": None,
+    "dual_cross_attention": False,
+    "transformer_layers_per_block": 1,
+    "reverse_transformer_layers_per_block": None,
+    "num_attention_heads": None,
+    "use_linear_projection": False,
+    "upcast_attention": False,
+    "attention_type": "default",
+    "cross_attention_norm": None,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "addition_embed_type_num_heads": 64,
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "projection_class_embeddings_input_dim": None,
+    "class_embeddings_concat": False,
+}
 UNET = "unet"  # what it is called in an experiment file
 MOST_WEIGHTS = 20e9  # 80 GB in float32, and four times that in training
-LABELS = "_labels"  # ours in such a file, which diffusers keeps and passes over: [name, images], a class each
+# Ours in such a file, which diffusers keeps and passes over.
+LABELS = "_labels"  # [name, images], a class each
+VECTORS = "_vectors"  # [length, width, whether it was trained without them, too]
 
 
 def choose_norm_groups(model: ModelConfig) -> int:
@@ -85,7 +128,7 @@ def find_unet_mistakes(model: ModelConfig, *, resolution: Resolution) -> list[st
         mistakes.append(
             f"model.multipliers: {levels} levels halve the image {halvings} times, but {show_resolution(sides)} pixels "
             f"can be halved only {most - 1} times; take at most {most} multipliers, "
-            f"or data.resolution: {' or '.join(sizes)}"
+            f"or data.resolution: {' or '.join(sizes)}, or a network of your own (docs/extending.md)"
         )
     else:
         present = list_resolutions(model, resolution)
@@ -117,33 +160,71 @@ def count_weights(model: ModelConfig, *, resolution: Resolution) -> int:
     def count_block(before: int, width: int) -> int:
         return 9 * width * (before + width) + 4 * c * width + before * width * (before != width)
 
+    def count_attention(width: int) -> int:
+        return 20 * width**2 + 8 * c * width if model.conditions else 4 * width**2
+
     total, before, skips = 4 * c * c + 16 * c * c, c, [c]
     for level, width in enumerate(widths):
         last = level == levels - 1
         total += sum(count_block(before if k == 0 else width, width) for k in range(model.blocks))
-        total += 4 * width**2 * model.blocks * attends[level] + 9 * width**2 * (not last)
+        total += count_attention(width) * model.blocks * attends[level] + 9 * width**2 * (not last)
         skips += [width] * (model.blocks + (not last))
         before = width
-    total += 2 * count_block(before, before) + 4 * before**2
+    total += 2 * count_block(before, before) + count_attention(before)
     for level in reversed(range(levels)):
         width = widths[level]
         total += sum(count_block((before if k == 0 else width) + skips.pop(), width) for k in range(model.blocks + 1))
-        total += 4 * width**2 * (model.blocks + 1) * attends[level] + 9 * width**2 * (level > 0)
+        total += count_attention(width) * (model.blocks + 1) * attends[level] + 9 * width**2 * (level > 0)
         before = width
     return total
 
 
-def read_classes(config: Mapping[str, Any]) -> Classes | None:
-    """The classes that a network of this config.json is told; None where it is told none.
-
-    A row of its embedding beyond theirs stands for no label. Without our field every row is a class, and none is more
-    frequent than another. Raises ValueError.
-    """
-    rows = config.get("num_class_embeds")
-    if rows is None:
+def read_told(config: Mapping[str, Any]) -> Told | None:
+    """What a network of this config.json is told of each image; None where it is told nothing. Raises ValueError."""
+    kind = config.get("_class_name", "UNet2DModel")
+    crosses = kind == CROSS
+    if crosses and LABELS in config:
+        return _read_classes(config, "encoder_hid_dim")
+    if config.get("num_class_embeds") is not None:
+        return _read_classes(config, "num_class_embeds")
+    if kind == "UNet2DModel":
         return None
+    if VECTORS not in config:  # one that was trained elsewhere takes a sequence of any length
+        width = config.get("encoder_hid_dim") or config.get(
+            "cross_attention_dim", CROSS_DEFAULTS["cross_attention_dim"]
+        )
+        return Vectors(0, width) if crosses else None
+    match config[VECTORS]:
+        case [int(length), int(width), bool(withheld)] if 0 < length <= LONGEST and 0 < width <= WIDEST:
+            return Vectors(length, width, withheld)
+    raise ValueError(f"{VECTORS}: {config[VECTORS]!r:.60} is no [length, width, whether they were withheld, too]")
+
+
+def takes_nothing(config: Mapping[str, Any]) -> bool:
+    """Whether a network of this config.json was trained without what it is told, too. Raises ValueError."""
+    match read_told(config):
+        case Classes(names):
+            return count_rows(config) > len(names)
+        case Vectors(withheld=withheld):
+            return withheld
+    return False
+
+
+def count_rows(config: Mapping[str, Any]) -> int:
+    """The rows of the embedding of classes that a network of this config.json has, whichever way they enter."""
+    rows = config.get("encoder_hid_dim") if config.get("_class_name") == CROSS else config.get("num_class_embeds")
+    return rows or 0
+
+
+def _read_classes(config: Mapping[str, Any], of: str) -> Classes:
+    """The classes, of whose embedding the field `of` says the rows.
+
+    A row beyond theirs stands for no label. Without our field every row is a class, and none is more frequent than
+    another. Raises ValueError.
+    """
+    rows = config.get(of)
     if not isinstance(rows, int) or not 1 <= rows <= MOST_CLASSES:
-        raise ValueError(f"num_class_embeds: {rows!r} is no number of 1 to {MOST_CLASSES:,}")
+        raise ValueError(f"{of}: {rows!r} is no number of 1 to {MOST_CLASSES:,}")
     listed = config.get(LABELS) or [[str(label), 1] for label in range(rows)]
     try:
         names, images = zip(*((str(name), int(count)) for name, count in listed), strict=True)
@@ -151,19 +232,24 @@ def read_classes(config: Mapping[str, Any]) -> Classes | None:
         raise ValueError(f"{LABELS}: {listed!r:.60} is no list of [name, number of images]") from error
     if len(names) not in (rows, rows - 1) or min(images) < 0 or max(images) < 1:
         raise ValueError(
-            f"{LABELS}: {len(names)} classes with {sum(images)} images in all for num_class_embeds {rows}; there must "
-            "be as many, or one fewer"
+            f"{LABELS}: {len(names)} classes with {sum(images)} images in all for {of} {rows}; there must be as many, "
+            "or one fewer"
         )
     return Classes(names, images)
 
 
-def make_class_fields(model: ModelConfig, classes: Classes | None, label_dropout: float) -> dict[str, Any]:
-    """What a config.json says of the classes that the network is told; nothing where it is told none."""
-    if not model.labels:
-        return {}
-    assert classes, "model.labels needs data with labels"
-    listed = [[name, images] for name, images in zip(classes.names, classes.images, strict=True)]
-    return {"num_class_embeds": len(listed) + (label_dropout > 0), LABELS: listed}
+def make_told_fields(told: Told | None, label_dropout: float, rows: str = "num_class_embeds") -> dict[str, Any]:
+    """What a config.json says of what the network is told; nothing where it is told nothing.
+
+    The field `rows` is that of an embedding of classes.
+    """
+    match told:
+        case Classes(names, images):
+            listed = [[name, count] for name, count in zip(names, images, strict=True)]
+            return {rows: len(listed) + (label_dropout > 0), LABELS: listed}
+        case Vectors(length, width):
+            return {VECTORS: [length, width, label_dropout > 0]}
+    return {}
 
 
 def make_unet_config(
@@ -172,14 +258,13 @@ def make_unet_config(
     image_channels: int,
     resolution: Resolution,
     learned: bool = False,
-    classes: Classes | None = None,
+    told: Told | None = None,
     label_dropout: float = 0.0,
 ) -> dict[str, Any]:
-    """The config.json of the UNet2DModel that `model` means for images of that size.
+    """The config.json of the UNet2DModel that `model` means for images of that size, or of the UNet2DConditionModel.
 
     With a `learned` variance the last convolution has twice the channels: the second head is its second half. A network
-    that is told labels has a row of its class embedding for each of the `classes`, and with `label_dropout` a last one
-    for no label.
+    that is `told` classes has a row of an embedding for each of them, and with `label_dropout` a last one for no label.
 
     `ModelConfig()` with 3 channels at 32 x 32 gives google/ddpm-cifar10-32 (Ho et al. 2020, appendix B). Raises
     ValueError with all that `find_unet_mistakes` finds.
@@ -189,21 +274,39 @@ def make_unet_config(
     attends = [size in model.attention for size in list_resolutions(model, resolution)]
     height, width = get_sides(resolution)
     return {
-        "_class_name": "UNet2DModel",
-        **DEFAULTS,
-        **make_class_fields(model, classes, label_dropout),
+        **_make_attention_fields(model, attends, told, label_dropout),
         "sample_size": height if height == width else [height, width],
         "in_channels": image_channels,
         "out_channels": image_channels * (1 + learned),
         "freq_shift": 1,
         "flip_sin_to_cos": False,
-        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         "block_out_channels": [model.channels * multiplier for multiplier in model.multipliers],
         "layers_per_block": model.blocks,
         "downsample_padding": 0,
         "dropout": model.dropout,
-        "attention_head_dim": None,  # one head of the full width
         "norm_num_groups": choose_norm_groups(model),
         "norm_eps": 1e-6,
     }
+
+
+def _make_attention_fields(
+    model: ModelConfig, attends: Sequence[bool], told: Told | None, label_dropout: float
+) -> dict[str, Any]:
+    """The class of the network with its defaults, its attention, of one head of the full width, and what it is told.
+
+    Vectors and one-hot labels go through a linear layer, and become as wide as the time embedding is.
+    """
+    kind, defaults, heads = ("CrossAttn", CROSS_DEFAULTS, 1) if model.conditions else ("Attn", DEFAULTS, None)
+    found = {
+        "_class_name": CROSS if model.conditions else "UNet2DModel",
+        **defaults,
+        "down_block_types": [f"{kind}DownBlock2D" if a else "DownBlock2D" for a in attends],
+        "up_block_types": [f"{kind}UpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "attention_head_dim": heads,
+    }
+    if not model.conditions:
+        return found | make_told_fields(told, label_dropout)
+    fields = make_told_fields(told, label_dropout, rows="encoder_hid_dim")
+    width = told.width if isinstance(told, Vectors) else fields["encoder_hid_dim"]
+    of = {"cross_attention_dim": 4 * model.channels, "encoder_hid_dim": width, "encoder_hid_dim_type": "text_proj"}
+    return found | fields | of
