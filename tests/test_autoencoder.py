@@ -35,6 +35,7 @@ from workers.network.manifest import CheckpointError
 from workers.noise import make_generator
 from workers.storage import Storage
 from workers.training import train
+from workers.warm_start import INIT
 from workers.world import World
 
 BASE: dict[str, Any] = {
@@ -252,8 +253,8 @@ def test_another_autoencoder_is_a_start(tmp_path: Path) -> None:
     assert copied and copied.digest == saved.digest
     source, offer = describe(DataConfig(source="digits")), describe_checkpoint(copied)
     init = {"init": {"source": "a"}}
-    assert find_misfits(trial(training=init), source, offer) == []
-    [misfit] = find_misfits(trial(training=init, model={"latent_channels": 3}), source, offer)
+    assert find_misfits(INIT, trial(training=init), source, offer) == []
+    [misfit] = find_misfits(INIT, trial(training=init, model={"latent_channels": 3}), source, offer)
     assert "quant_conv.weight (6x6x1x1 here, 4x4x1x1 there)" in misfit
     learner = Learner(trial(), prepare(DataConfig(source="digits")), World())
     learner.begin_with(load_first_weights(copied, "ema"), ())

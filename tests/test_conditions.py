@@ -230,7 +230,7 @@ def test_the_id_counts_what_is_told_and_its_column(data: DataConfig) -> None:
 def test_vectors_are_kept_from_the_network_as_often_as_is_asked(data: DataConfig) -> None:
     trial, dataset = make_trial(data, batch_size=64), prepare(data)
     learner, seen = Learner(trial, dataset, World()), []
-    learner.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
+    learner.module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
     for _ in range(20):
         learner.train_step()
     told = torch.cat([each for each in seen if len(each) == 64])
