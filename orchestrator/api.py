@@ -29,6 +29,7 @@ from workers.consent import give_consent
 from workers.data.sources import Source
 from workers.layout import RowId
 from workers.storage import Storage
+from workers.students import check_drawing, choose_own_sampler
 
 if TYPE_CHECKING:  # torch and pandas take seconds: each function loads what it needs
     import numpy as np
@@ -225,10 +226,14 @@ class DiffusionModel:
 
     def _choose_sampler(self, n: int, steps: int | None, eta: float) -> SamplerConfig:
         """Raises Mistake where so many samples or steps cannot be drawn."""
-        T = self.process.T
+        T, student = self.process.T, self.process.student
         if n < 1 or (steps is not None and not 1 <= steps <= (T or max(steps, 1))):
             most = f"1 to T = {T}" if T else "at least 1"
             raise Mistake(f"sample({n}, steps={steps}): n is at least 1, and steps are {most} or None")
+        if student:
+            own = choose_own_sampler(student, steps).model_copy(update={"eta": eta})
+            check_drawing(student, own)
+            return own
         if T is None and eta:
             raise Mistake(f"sample(eta={eta}): DDIM steps along T times, and the process is continuous; leave it out")
         if T is None:
@@ -252,7 +257,8 @@ class DiffusionModel:
         In 0..levels-1, of uint8 or uint16; where `levels` are None, which is for data that are not discrete, float32
         in [-1, 1].
 
-        Of a continuous process they are by Heun's rule, in 18 steps where none are given; `eta` is not for it.
+        Of a continuous process they are by Heun's rule, in 18 steps where none are given; `eta` is not for it. Of a
+        student they are as it was made to be drawn.
 
         Of a model that is told classes they are of `labels`, one for all or one each, by number or name, and else in
         the proportions of the training images; of one that is told vectors they are of `vectors`, (length, width) for

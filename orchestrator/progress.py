@@ -183,10 +183,9 @@ class RowsInProgress:
 
     def _fail_those_on(self, row: RowId, why: str) -> None:
         """What starts from the row cannot be made."""
-        for other, slot in self.standing.list_users(row):
-            if other in self.training:
-                self.training.discard(other)
-                self._fail_row(other, explain_absent(slot, row, why))
+        for other, slot in [user for user in self.standing.list_users(row) if user[0] in self.training]:
+            self.training.discard(other)
+            self._fail_row(other, explain_absent(slot, row, why))
 
     def restart_trial(self, trial: TrialId, why: str) -> None:
         session.check()  # with Ray itself gone it does not start again

@@ -23,6 +23,7 @@ from workers.config import SAMPLE_GRID_STEPS, Measurement, Mistake, SamplerConfi
 from workers.identity import describe_sampler
 from workers.kinds import DENOISER
 from workers.layout import name_pictures_folder
+from workers.students import Student, choose_own_sampler
 
 EXAMPLES = (
     "aca8d9a9 evaluation.fid.sampler.kind=heun evaluation.fid.sampler.steps=18 --n 100",
@@ -67,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
     from orchestrator.experiment.preflight import describe_data
     from orchestrator.measuring import subjects  # torch loads here: --help does without
     from orchestrator.tracking.outside import record_pictures
+    from workers.network import checkpoint as checkpoints
     from workers.storage import Storage
 
     open_folders(options.code, list_values(options.overrides))
@@ -99,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
     label = None if options.label is None else find_label(subject.checkpoint, options.label)
     storage.check_writable()
     times = options.at or sorted({max(1, T * k // 8) for k in range(1, 9)}, reverse=True) if T else []
-    sampler = show(describe_sampler(choose_sampler(subject.m)))
+    sampler = show(describe_sampler(choose_sampler(subject.m, checkpoints.describe(subject.checkpoint).student)))
     print("samples of the prior" if is_stage else f"samples by evaluation.fid.sampler = {sampler}", file=sys.stderr)
     folder = name_pictures_folder(subject.checkpoint.digest)
     storage.remove_leftovers(folder)
@@ -114,10 +116,12 @@ def run(options: argparse.Namespace) -> int:
     return cli.DONE
 
 
-def choose_sampler(m: Measurement) -> SamplerConfig:
-    """The evaluation's; where it draws no samples, that of the papers."""
+def choose_sampler(m: Measurement, student: Student | None) -> SamplerConfig:
+    """The evaluation's; where it draws no samples, that of the papers, or of the student that it is."""
     if m.evaluation.fid:
         return m.evaluation.fid.sampler
+    if student:
+        return choose_own_sampler(student)
     return SamplerConfig() if m.T else SamplerConfig(kind="heun", steps=18)
 
 
@@ -159,7 +163,7 @@ class _Opened:
         network, process = checkpoints.load(subject.checkpoint)
         self.network: Any = network.to(self.device)
         self.process: Any = make_measured_process(self.m, process)
-        self.sampler = choose_sampler(self.m)
+        self.sampler = choose_sampler(self.m, process.student)
 
     def tell(self, asked: Sequence[int], guidance: float | None = None) -> Any:
         """The model of a batch of these classes, or of the vectors of these held-out images, where it is told any."""
@@ -238,12 +242,15 @@ def make_pictures(
     grid, strips = (opened.arrange_grid(count, of) for count in (n, ROWS))
     x_T, noise = opened.draw_x_T(grid.n, "samples")
     samples = draw(process, opened.tell(grid.asked, sampler.guidance), sampler, x_T, noise, clip=True).x_0
+    drawn = {"samples": draw_grid(to_data(samples, levels), levels, columns=grid.columns, names=grid.names)}
+    if process.student:  # what is between noise and image means nothing of it
+        return drawn
     x_T, noise = opened.draw_x_T(strips.n, "progressive")
     told = opened.tell(strips.asked, sampler.guidance)
     along = SamplerConfig() if process.T else SamplerConfig(kind="euler", steps=SAMPLE_GRID_STEPS)
     strip = draw_progressive(process, told, along, x_T, noise, frames=FRAMES)
     found = {
-        "samples": draw_grid(to_data(samples, levels), levels, columns=grid.columns, names=grid.names),
+        **drawn,
         "progressive": draw_grid(to_data(strip.flatten(0, 1), levels), levels, columns=strip.shape[1]),
     }
     if isinstance(process, Process):

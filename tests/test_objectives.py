@@ -17,7 +17,7 @@ from workers.diffusion.bound import model_terms
 from workers.diffusion.objectives import Objective, weights
 from workers.diffusion.predictions import find_target, interpret
 from workers.diffusion.process import Prediction, Process
-from workers.kinds import OBJECTIVES, PREDICTIONS, VARIANCES, WEIGHTINGS
+from workers.kinds import PREDICTIONS, VARIANCES, WEIGHTINGS
 from workers.noise import make_generator
 
 F64 = torch.float64
@@ -107,7 +107,7 @@ def test_a_weighting_is_one_objective_whatever_is_predicted(weighting):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ("mse", "kl", "hybrid"))
 def test_the_exact_network_has_no_squared_error(objective, prediction):
     variance = "learned_range" if objective == "hybrid" else "fixed_small"
     p = process(variance)

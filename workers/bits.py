@@ -7,7 +7,8 @@ of [-1, 1], `density`: these may be below 0 and never stand beside the others, s
 from collections.abc import Iterable
 
 PIXEL_KID = "valid/pixel_kid"  # of generators, which have no bound
-VALIDATIONS = ("valid/nll_bpd", "valid/density_bpd", PIXEL_KID)
+STUDENT = "valid/teacher_mse"  # of a student, which has no bound: how far it is from its teacher
+VALIDATIONS = ("valid/nll_bpd", "valid/density_bpd", PIXEL_KID, STUDENT)
 SEEN = "validation_bpd"  # in a result of Ray Tune: the trial's validation under the one name that schedulers know
 
 
@@ -16,9 +17,9 @@ def name_likelihood(levels: int | None) -> str:
     return "density" if levels is None else "nll"
 
 
-def name_validation(levels: int | None) -> str:
-    """What a validation measures of data in so many levels."""
-    return f"valid/{name_likelihood(levels)}_bpd"
+def name_validation(levels: int | None, is_student: bool = False) -> str:
+    """What a validation measures of data in so many levels, or of a student."""
+    return STUDENT if is_student else f"valid/{name_likelihood(levels)}_bpd"
 
 
 def find_validation(names: Iterable[str]) -> str | None:

@@ -22,8 +22,8 @@ from workers.kinds import (
     SPACES,
     TIMESTEPS,
     VARIANCES,
-    WEIGHTINGS,
 )  # fmt: skip
+from workers.loss_settings import LossConfig as LossConfig
 from workers.mistakes import Mistake as Mistake
 from workers.mistakes import Open as Open
 from workers.mistakes import hide_secrets as hide_secrets
@@ -60,8 +60,6 @@ BLOCK_GPUS = 0.25  # of a GPU, for an evaluation block where trials train on GPU
 if TYPE_CHECKING:
     FormatName = str
     FixedName = str | None
-    ObjectiveName = str
-    WeightingName = str
     TimestepsName = str
     SamplerName = str
     SpaceName = str
@@ -70,8 +68,6 @@ else:
     FormatName = Annotated[Literal[tuple(FORMATS)], NameOf(FORMATS)]
     _FIXED = tuple(name for name, entry in VARIANCES.items() if not entry.learned)
     FixedName = Annotated[Literal[_FIXED] | None, NameOf(VARIANCES)]
-    ObjectiveName = Annotated[Literal[tuple(OBJECTIVES)], NameOf(OBJECTIVES, takes_settings=True)]
-    WeightingName = Annotated[Literal[tuple(WEIGHTINGS)], NameOf(WEIGHTINGS, takes_settings=True)]
     TimestepsName = Annotated[Literal[tuple(TIMESTEPS)], NameOf(TIMESTEPS)]
     SamplerName = Annotated[Literal[tuple(SAMPLERS)], NameOf(SAMPLERS, takes_settings=True)]
     SpaceName = Annotated[Literal[tuple(SPACES)], NameOf(SPACES)]
@@ -120,54 +116,6 @@ class DataConfig(Record):
         gt=0,
         description="GB of a node's disk for training images, read as they are needed; null: all are prepared before",
     )
-
-
-@add_settings_of(OBJECTIVES, WEIGHTINGS)
-class LossConfig(OpenRecord):
-    """What is minimised: `mse` the weighted squared error of the target, `kl` the bound, `hybrid` both together."""
-
-    READS: ClassVar = {
-        "objective": OBJECTIVES.reads,
-        "weighting": WEIGHTINGS.reads,
-        "adversarial": {
-            "null": (),
-            "a number": ("adversarial_start", "game", "discriminator_channels", "discriminator_layers", "r1"),
-        },
-    }
-
-    objective: ObjectiveName = Field(
-        default="mse",
-        description="mse: the weighted squared error of the prediction; kl: the bound; hybrid: both together; elbo: of "
-        "an autoencoder; gan: of a generator",
-    )
-    weighting: WeightingName = Field(default="simple", description="what each t counts in the squared error")
-    gamma: float = Field(default=5.0, gt=0, description="the cap of min-SNR-gamma")
-    p2_gamma: float = Field(default=1.0, ge=0, description="the exponent of P2")
-    p2_k: float = Field(default=1.0, gt=0, description="what P2 adds to the SNR")
-    sigmoid_bias: float = Field(
-        default=0.0, description="of sigmoid: the log SNR up to which the error of x_0 counts SNR_t"
-    )
-    weighting_sigma_data: float = Field(default=0.5, gt=0, description="of the weighting edm: its sigma_data")
-    vlb_weight: float = Field(
-        default=0.001, gt=0, description="lambda of the hybrid: what a bit/dim of the bound counts"
-    )
-    beta: float = Field(default=1.0, ge=0, description="of elbo: what a bit of rate counts beside one of distortion")
-    reconstruction: Literal["gaussian", "laplace"] = Field(
-        default="gaussian", description="of elbo: the law of p(x | z), by the discrete decoder; its scale is learned"
-    )
-    adversarial: float | None = Field(
-        default=None,
-        gt=0,
-        description="of elbo: a discriminator's part in the gradient of the decoder's last layer, as a multiple of the "
-        "distortion's; null: none",
-    )
-    adversarial_start: int = Field(default=0, ge=0, le=MOST_STEPS, description="the first step with that part")
-    game: Literal["hinge", "non_saturating"] = Field(default="hinge", description="that the discriminator plays")
-    r1: float = Field(
-        default=0.0, ge=0, description="what the squared gradient of the discriminator at real images counts"
-    )
-    discriminator_channels: int = Field(default=64, ge=1, le=8192, description="of its first layer")
-    discriminator_layers: int = Field(default=3, ge=1, le=8, description="its layers of stride 2")
 
 
 def _check_gpus(gpus: object) -> object:
@@ -365,6 +313,13 @@ class Trial(Record):
         return self.model.family == DENOISER
 
     @property
+    def chain_steps(self) -> int | None:
+        """The steps of the chain that samples come along: T, fewer of a progressive student, None where there is no
+        chain."""
+        own = "student_steps" in OBJECTIVES[self.loss.objective].reads
+        return (self.loss.student_steps if own else None) or self.diffusion.steps
+
+    @property
     def continuous(self) -> bool:
         """Whether that is one in continuous time."""
         return self.diffuses and self.diffusion.continuous
@@ -404,7 +359,7 @@ class Measurement(Record):
 
     @staticmethod
     def of(trial: Trial) -> "Measurement":
-        ema, T, evaluation, family = trial.training.ema, trial.diffusion.steps, trial.evaluation, trial.model.family
+        ema, T, evaluation, family = trial.training.ema, trial.chain_steps, trial.evaluation, trial.model.family
         if evaluation.variance == trial.diffusion.variance and T is not None:
             evaluation = evaluation.model_copy(update={"variance": None})
         T, told = (T, trial.model.told) if family == DENOISER else (None, None)

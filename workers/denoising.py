@@ -21,7 +21,7 @@ from workers.diffusion.formulations import Continuous
 from workers.diffusion.guidance import ToldModel, tell, withhold
 from workers.diffusion.integral import estimate_integral
 from workers.diffusion.likelihood import estimate
-from workers.diffusion.objectives import Objective
+from workers.diffusion.objectives import Objective, Teaching
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Model
 from workers.diffusion.samplers import sample
@@ -40,8 +40,9 @@ class Denoising(Lesson):
 
     def __init__(self, trial: Trial, dataset: Dataset, world: World, parts: Sequence[int]) -> None:
         objective = Objective.of(trial.diffusion, trial.loss, dataset.levels)
-        self.process, self.prediction = objective.process, trial.diffusion.prediction
-        self.objective, self.history = objective.to(world.device), History.empty(trial.diffusion.T)
+        self.process, self.prediction, self.student = objective.whole, trial.diffusion.prediction, objective.student
+        self.objective = objective.to(world.device)
+        self.history = History.empty(objective.process.T or trial.diffusion.T)
         self.last: tuple[Tensor, Tensor] | None = None  # t and losses of the step, to be remembered
         super().__init__(trial, dataset, world, parts)
 
@@ -63,13 +64,18 @@ class Denoising(Lesson):
         process = self.objective.process
         t, eps = batch.noise
         told = [self._draw_told(batch)] if self.trial.model.told else []
-        loss = self.objective(lambda x, s: network(*process.feed(x, s), *told), batch.x_0, t, eps)
+        teaching = self.make_teaching(batch.step, *told)
+        loss = self.objective(lambda x, s: network(*process.feed(x, s), *told), batch.x_0, t, eps, teaching)
         weighted = loss.weighted
         if TIMESTEPS[self.trial.training.timesteps].remembers:
             self.last = t, loss.weighted.detach()
             probability = self.history.probability()
             weighted = weighted / (len(probability) * probability.to(t.device)[t - 1]).to(weighted.dtype)
         return Losses(weighted, [loss.eps_mse.mean()])
+
+    def make_teaching(self, step: int, told: Tensor | None = None) -> Teaching | None:
+        """What a student goes by in a step."""
+        return None
 
     def _draw_told(self, batch: StepBatch) -> Tensor:
         """What the network is told of these images, some of it kept from it: labels, int64 (n,), or vectors, float32
@@ -116,28 +122,28 @@ class Denoising(Lesson):
         model = Denoiser(network, process, self.prediction)
         held_out = torch.from_numpy(np.array(self.dataset.held_out[:VALIDATION_IMAGES])).to(device)
         x_0 = to_model(held_out, levels)
-        of = tell(model, self._take_told(len(x_0))), x_0, VALIDATION_TIMESTEPS, levels, seed, "valid"
+        of = tell(model, self.take_told(len(x_0))), x_0, VALIDATION_TIMESTEPS, levels, seed, "valid"
         bound = estimate_integral(process, *of) if isinstance(process, Continuous) else estimate(process, *of)
         error = bound.standard_error  # of a single image there is none
         values = {self.measure: bound.mean} | ({} if error is None else {f"{self.measure}_se": error})
-        return Validation(values, {"samples": self._draw_samples(model)})
+        return Validation(values, {"samples": self.draw_samples(model)})
 
-    def _take_told(self, n: int) -> Tensor | None:
+    def take_told(self, n: int) -> Tensor | None:
         """What the network is told of the first n held-out images, from the first on again where there are fewer."""
         values = self.dataset.get_told(self.trial.model.told, "held_out")
         rows = np.arange(n) % len(self.dataset.held_out)
         return None if values is None else torch.from_numpy(values[rows]).to(self.world.device)
 
-    def _draw_samples(self, model: ToldModel | Model) -> bytes:
+    def draw_samples(self, model: ToldModel | Model) -> bytes:
         """A grid of samples as PNG: a row of each of the first classes, or by the first held-out images' vectors."""
         process, device, levels = self.objective.process, self.world.device, self.dataset.levels
         classes = self.dataset.classes if self.trial.model.told == "labels" else None
         rows = classes.list_trained()[:SAMPLE_GRID_ROWS] if classes else []
         each = torch.tensor(rows, device=device).repeat_interleave(SAMPLE_GRID_COLUMNS)
-        told = each if rows else self._take_told(SAMPLE_GRID)
+        told = each if rows else self.take_told(SAMPLE_GRID)
         height, width, channels = self.dataset.shape
         shape = (SAMPLE_GRID if told is None else len(told), channels, height, width)
-        sampler = choose_grid_sampler(process.T)
+        sampler = choose_grid_sampler(process.T, self.student)
         noise = make_generator(self.trial.seed, "grid", device=device)
         images = to_data(sample(process, tell(model, told), sampler, shape, noise), levels)
         names = [classes.names[label] for label in rows] if classes else []

@@ -7,8 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from workers.config import Trial
+from workers.code import drop_pin
+from workers.config import Trial, What
 from workers.data.sources import Source
+from workers.diffusion.formulations import AnyProcess, Continuous, make_process, take_student
+from workers.diffusion.predictions import Denoiser
 from workers.identity import compute_digest
 from workers.kinds import DENOISER
 from workers.network import checkpoint as checkpoints
@@ -26,7 +29,8 @@ from workers.network.manifest import (
 )
 from workers.noise import make_generator
 from workers.storage import Storage
-from workers.warm_start import INIT, list_models
+from workers.students import Student, describe_student
+from workers.warm_start import INIT, TEACHER, list_models
 
 Choice = Literal["ema", "raw"] | float
 Shapes = Mapping[str, tuple[int, ...]]
@@ -48,6 +52,14 @@ def load_first_weights(checkpoint: Checkpoint, choice: Choice) -> dict[str, Tens
     raise CheckpointError(f"{checkpoint.url} holds no weights of its last step; take weights: ema")
 
 
+def load_teacher(checkpoint: Checkpoint, choice: Choice) -> Denoiser:
+    """The model of a checkpoint with those of its weights, which nothing trains. Raises CheckpointError."""
+    model, _ = checkpoints.load(checkpoint)
+    if choice != "ema":
+        model.network.load_state_dict(load_first_weights(checkpoint, choice))
+    return model.requires_grad_(False)
+
+
 def digest_content(checkpoint: Checkpoint) -> str:
     """16 hex digits of all weights that a checkpoint holds, wherever it lies."""
     more = {name: sha for name, sha in checkpoint.sums if name.startswith(AVERAGES) or name == STATE}
@@ -67,7 +79,8 @@ def keep_copy(storage: Storage, folder: str, checkpoint: Checkpoint) -> None:
     snapshot = checkpoints.Snapshot(
         step=0,
         unet_config=read_object(read_file(checkpoint, checkpoint.config), find_url(checkpoint, checkpoint.config)),
-        process=process,
+        process=model.process if model else None,
+        student=process.student if process else None,
         prediction=model.prediction if model else "",
         ema=network.state_dict(),
         averages=averages,
@@ -78,10 +91,15 @@ def keep_copy(storage: Storage, folder: str, checkpoint: Checkpoint) -> None:
 
 @dataclass(frozen=True)
 class Offer:
-    """What can be taken from a checkpoint: the shapes of its weights by name, and which of them there are."""
+    """What can be taken from a checkpoint: the shapes of its weights by name, which of them there are, and of which
+    model they are."""
 
     shapes: Shapes
     choices: tuple[Choice, ...]
+    process: AnyProcess | None = None  # of a denoiser
+    prediction: str = ""
+    told: What | None = None  # what its network is told of each image
+    takes_no_label: bool = False  # and is also asked without
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> Offer:
@@ -89,12 +107,22 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Offer:
     names = [name for name, _ in checkpoint.sums]
     averages = [float(name.removeprefix(AVERAGES).removesuffix(SAFE)) for name in names if name.startswith(AVERAGES)]
     raw: list[Choice] = ["raw"] if STATE in names else []
-    return Offer(measure_weights(checkpoints.load_network(checkpoint).state_dict()), ("ema", *raw, *averages))
+    shapes = measure_weights(checkpoints.load_network(checkpoint).state_dict())
+    if checkpoint.family != DENOISER:
+        return Offer(shapes, ("ema", *raw, *averages))
+    model, process = checkpoints.load(checkpoint)
+    told = model.told.KIND if model.told else None, model.takes_no_label
+    return Offer(shapes, ("ema", *raw, *averages), process, model.prediction, *told)
 
 
 def describe_trial(trial: Trial, source: Source) -> Offer:
     """The same of what a trial will have made."""
-    return Offer(_measure_network(trial, source), ("ema", "raw", *trial.training.averages))
+    if not trial.diffuses:
+        return Offer(_measure_network(trial, source), ("ema", "raw", *trial.training.averages))
+    process = take_student(make_process(trial.diffusion), describe_student(trial.loss))
+    told = trial.model.told, trial.training.label_dropout > 0
+    choices: tuple[Choice, ...] = ("ema", "raw", *trial.training.averages)
+    return Offer(_measure_network(trial, source), choices, process, trial.diffusion.prediction, *told)
 
 
 def find_misfits(slot: str, trial: Trial, source: Source, offer: Offer) -> list[str]:
@@ -110,8 +138,63 @@ def _find_init_misfits(trial: Trial, source: Source, offer: Offer) -> list[str]:
     return compare_shapes(_measure_network(trial, source), offer.shapes, trial.training.init.fresh)
 
 
+def _find_teacher_misfits(trial: Trial, source: Source, offer: Offer) -> list[str]:
+    """A student sees the noise levels of its teacher, at the same times, and begins with its weights."""
+    student, teacher = describe_student(trial.loss) or Student(trial.loss.objective, ""), trial.loss.teacher
+    assert teacher
+    if offer.process is None:
+        return ["is no denoiser, and has nothing that a student could learn; take a model of noise"]
+    found = compare_processes(take_student(make_process(trial.diffusion), student), offer.process)
+    if offer.told != trial.model.told:
+        found.append(f"its network is told {offer.told or 'nothing'}; let its student be told the same")
+    if teacher.guidance not in (None, 1) and not offer.takes_no_label:
+        found.append(
+            f"loss.teacher.guidance: {teacher.guidance:g} needs a teacher that is told labels and was trained without "
+            "them, too (training.label_dropout); take another, or leave it out"
+        )
+    if found or trial.training.init:
+        return found
+    if offer.prediction != trial.diffusion.prediction and not trial.diffusion.continuous:
+        return [
+            f"predicts {drop_pin(offer.prediction)}, and its student {drop_pin(trial.diffusion.prediction)}, which "
+            "would begin with its weights; take the same, or name other first weights in training.init"
+        ]
+    differing = compare_shapes(_measure_network(trial, source), offer.shapes, ())
+    return [text.replace("training.init.fresh", "training.init, fresh,") for text in differing]
+
+
+def compare_processes(student: AnyProcess, teacher: AnyProcess) -> list[str]:
+    """What keeps a student from learning from a teacher of that process."""
+    own = student.student
+    assert own
+    if isinstance(student, Continuous) or isinstance(teacher, Continuous):
+        names = [p.config.formulation if isinstance(p, Continuous) else "discrete" for p in (student, teacher)]
+        if names[0] != names[1]:
+            return [f"is of diffusion.formulation: {names[1]}, and its student of {names[0]}; take the same"]
+        if teacher.student:
+            return [f"is {teacher.student}, which teaches nobody; take its teacher"]
+        assert isinstance(student, Continuous) and isinstance(teacher, Continuous)
+        own_data, taught_data = student.config.sigma_data, teacher.config.sigma_data
+        differs = own_data != taught_data
+        return [f"has diffusion.sigma_data: {taught_data:g}, and its student {own_data:g}; take the same"] * differs
+    if teacher.student and not (own.steps and teacher.student.steps == 2 * own.steps):
+        wanted = f"one of {2 * own.steps} steps by {own.objective}, or " if own.steps else ""
+        return [f"is {teacher.student}, and {own.objective} learns from {wanted}no student"]
+    steps = own.steps or student.T
+    last, taught = (int(p.times[-1]) for p in (student, teacher))
+    if last != taught:
+        return [f"has diffusion.T = {taught}, and its student {last}; take the same"]
+    places = [round(teacher.T * k / steps) - 1 for k in range(1, steps + 1)]
+    if not torch.allclose(teacher.noise_level[places], student.noise_level, rtol=1e-4):
+        return ["has another noise schedule (diffusion.schedule); take the same"]
+    return []
+
+
 # What keeps a trial from going on with a model that has the weights, by the slot that names it.
-CHECKS: dict[str, Callable[[Trial, Source, Offer], list[str]]] = {INIT: _find_init_misfits}
+CHECKS: dict[str, Callable[[Trial, Source, Offer], list[str]]] = {
+    INIT: _find_init_misfits,
+    TEACHER: _find_teacher_misfits,
+}
 
 
 def _measure_network(trial: Trial, source: Source) -> Shapes:

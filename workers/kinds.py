@@ -103,6 +103,8 @@ class ObjectiveEntry(Entry):
     teaches_variance: bool = False  # whether it trains a learned variance
     needs_learned: bool = False  # whether it is for a learned variance alone
     needs_steps: bool = False  # whether it is made of the steps of a chain, so that no continuous formulation has it
+    needs_teacher: bool = False
+    drawn_by: tuple[str, ...] = ()  # where it makes students (`workers.students`), the samplers that draw from them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +139,18 @@ OBJECTIVES = Kinds(
             function="workers.playing:Playing", family=GENERATOR,
             about="the game against a discriminator (Goodfellow et al. 2014)",
             reads=("game", "discriminator_channels", "discriminator_layers", "r1"),
+        ),
+        "progressive": ObjectiveEntry(
+            function="workers.diffusion.distillation:progressive",
+            about="in one step of DDIM where its teacher comes in two (Salimans & Ho 2022)",
+            reads=("weighting", "teacher", "student_steps"),
+            teaches_variance=False, needs_steps=True, needs_teacher=True, drawn_by=("ddim",),
+        ),
+        "consistency": ObjectiveEntry(
+            function="workers.diffusion.distillation:consistency",
+            about="from all points of its teacher's flow to the same end (Song et al. 2023)",
+            reads=("teacher", "pairs", "halve_every", "halvings"),
+            teaches_variance=False, needs_teacher=True, drawn_by=("consistency",),
         ),
     }
 )  # fmt: skip
@@ -212,10 +226,11 @@ class SamplerEntry(Entry):
     clips: bool = False  # whether x_0_hat is clipped to [-1, 1] on the way
     reads_variance: bool = False  # of p_theta
     without_signal: bool = False  # whether it can begin where alpha_bar_T = 0
+    of_students: bool = False  # whether it draws from students alone, by the objectives that name it in `drawn_by`
 
     def suits(self, continuous: bool) -> bool:
-        """Whether it can draw by such a process."""
-        return self.form != ("step" if continuous else "path")
+        """Whether it can draw by such a process, of a model that is no student."""
+        return self.form != ("step" if continuous else "path") and not self.of_students
 
 
 def _make_sampler(form: str, name: str, about: str, *reads: str, levels: str = "", **more: Any) -> SamplerEntry:
@@ -254,6 +269,10 @@ SAMPLERS = Kinds(
         "churn": _make_sampler(
             "path", "churn", "Heun's rule with churn (Karras et al. 2022, Algorithm 2)", "steps",
             "churn", "churn_min", "churn_max", "churn_noise", evaluations=lambda config, steps: 2 * steps - 1,
+        ),
+        "consistency": _make_sampler(
+            "levels", "consistency", "jumps of a student by consistency, noise between (Song et al. 2023)", "steps",
+            levels="power_without_least", clips=True, of_students=True,
         ),
         "ode": _make_sampler(
             "whole", "ode", "the flow by a solver with error control", "tolerance",

@@ -22,15 +22,18 @@ from workers.data.dataset import Dataset
 from workers.data.pixels import to_model
 from workers.data.windows import ShardOrder
 from workers.denoising import Denoising
+from workers.diffusion.formulations import make_process
+from workers.diffusion.predictions import Denoiser
 from workers.first_weights import compare_shapes, is_part, measure_weights
-from workers.kinds import AUTOENCODER, DENOISER, GENERATOR, PREDICTIONS
-from workers.lessons import Lesson, Losses, StepBatch, send
-from workers.network.build import Masks, hand_noise, is_foreign
+from workers.kinds import AUTOENCODER, DENOISER, GENERATOR, OBJECTIVES, PREDICTIONS
+from workers.lessons import Lesson, Losses, StepBatch, make_trial_config, send
+from workers.network.build import Masks, build_network, hand_noise, is_foreign
 from workers.network.manifest import CheckpointError
 from workers.network.unet_config import UNET
 from workers.noise import compute_address, make_generator
 from workers.peak import count_training_flops
 from workers.playing import Playing
+from workers.studying import Studying
 from workers.world import World, take_share
 
 # What a trial learns, by its family.
@@ -40,11 +43,15 @@ LESSONS: dict[str, type[Lesson]] = {DENOISER: Denoising, AUTOENCODER: Autoencodi
 class Learner:
     """All that a training step reads and changes, on this worker."""
 
-    def __init__(self, trial: Trial, dataset: Dataset, world: World) -> None:
+    def __init__(self, trial: Trial, dataset: Dataset, world: World, teacher: Denoiser | None = None) -> None:
         """At step 0."""
         self.trial, self.dataset, self.world = trial, dataset, world
         self.parts = take_share(range(count_sub_batches(trial.training.batch_size)), world)
-        self.lesson = LESSONS[trial.model.family](trial, dataset, world, self.parts)
+        studies = OBJECTIVES[trial.loss.objective].needs_teacher
+        lesson = Studying if studies else LESSONS[trial.model.family]
+        self.lesson = lesson(trial, dataset, world, self.parts)
+        assert teacher or not studies, "the teacher was not handed over"
+        self.lesson.teacher = teacher and teacher.to(world.device)
         self.config, self.module = self.lesson.config, self.lesson.module
         self.raw = list(self.module.state_dict().values())  # views of the parameters, not copies
         self.ema = {name: p.clone() for name, p in self.module.state_dict().items()}
@@ -228,7 +235,11 @@ class _Averaged:
 
 def repeat_steps(trial: Trial, dataset: Dataset, device: torch.device) -> Iterator[None]:
     """Steps of a training that is neither validated nor kept, without end: what they take can be measured."""
-    learner = Learner(trial, dataset, World(device=device))
+    teacher = None
+    if OBJECTIVES[trial.loss.objective].needs_teacher:  # one of the same network takes as long as any
+        network = build_network(make_trial_config(trial, dataset), make_generator(trial.seed, "weights"))
+        teacher = Denoiser(network, make_process(trial.diffusion), trial.diffusion.prediction).eval()
+    learner = Learner(trial, dataset, World(device=device), teacher)
     while True:
         learner.train_step()
         yield

@@ -21,6 +21,7 @@ from workers.data.dataset import Dataset
 from workers.diffusion.formulations import AnyProcess
 from workers.network.build import build_network, make_network_config
 from workers.noise import make_generator
+from workers.students import Student
 from workers.world import World
 
 
@@ -55,6 +56,8 @@ class Lesson(ABC):
     goes_back_once: bool = True  # whether a step goes backward once, as compiled networks can
     process: AnyProcess | None = None  # of a denoiser, for its checkpoints
     prediction: str = ""
+    student: Student | None = None
+    teacher: Any = None  # the model that a student learns from, which is handed over before the first step
 
     def __init__(self, trial: Trial, dataset: Dataset, world: World, parts: Sequence[int]) -> None:
         """At step 0, of a worker that has these of the sub-batches."""

@@ -3,6 +3,9 @@
 from workers.config import SAMPLE_GRID_STEPS, SamplerConfig
 from workers.entries import call
 from workers.kinds import SAMPLERS
+from workers.students import Student, choose_own_sampler
+
+JUMP, TEACHER_STEPS = SamplerConfig(kind="consistency", steps=1), 10  # what a validation holds against each other
 
 
 def is_guided(guidance: float | None) -> bool:
@@ -30,8 +33,11 @@ def count_evaluations(sampler: SamplerConfig, T: int | None) -> int | None:
     return plan_evaluations(sampler, T) if SAMPLERS[sampler.kind].exact else None
 
 
-def choose_grid_sampler(T: int | None) -> SamplerConfig:
-    """How the samples of a validation are drawn: DDIM, or of a continuous process, whose T is None, Heun's rule."""
+def choose_grid_sampler(T: int | None, student: Student | None = None) -> SamplerConfig:
+    """How the samples of a validation are drawn: DDIM, or of a continuous process, whose T is None, Heun's rule; of a
+    student as it was made to be."""
+    if student:
+        return choose_own_sampler(student)
     if T is None:
         return SamplerConfig(kind="heun", steps=SAMPLE_GRID_STEPS // 2)
     return SamplerConfig(kind="ddim", steps=min(SAMPLE_GRID_STEPS, T))

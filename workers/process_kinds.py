@@ -87,6 +87,7 @@ class PredictionEntry(Entry):
     without_signal: bool = True  # whether it determines x_0 where alpha_bar_t = 0
     between_times: bool = True  # whether it means something at real t
     in_bf16: bool = True  # whether bf16 has digits enough for it
+    ends_clean: bool = False  # whether x_0 is x_t itself at sigma = 0, whatever the network says
     diffusers: str = ""  # diffusers' name of it; its own where empty
 
 
@@ -96,10 +97,12 @@ def _make_prediction(name: str, about: str, **more: Any) -> PredictionEntry:
 
 PREDICTIONS = Kinds(
     {
-        "eps": _make_prediction("EPS", "the noise (Ho et al. 2020, eq. 14)", without_signal=False, diffusers="epsilon"),
+        "eps": _make_prediction(
+            "EPS", "the noise (Ho et al. 2020, eq. 14)", without_signal=False, diffusers="epsilon", ends_clean=True
+        ),
         "x_0": _make_prediction("X_0", "the image", diffusers="sample"),
         "mu": _make_prediction("MU", "the mean of the posterior (eq. 7)", between_times=False, in_bf16=False),
-        "v": _make_prediction("V", "the velocity (Salimans & Ho 2022)", diffusers="v_prediction"),
+        "v": _make_prediction("V", "the velocity (Salimans & Ho 2022)", diffusers="v_prediction", ends_clean=True),
     }
 )
 

@@ -22,7 +22,7 @@ from workers.config import (
     Trial,
 )
 from workers.data.dataset import Dataset
-from workers.first_weights import load_first_weights
+from workers.first_weights import load_first_weights, load_teacher
 from workers.journal import Journal
 from workers.learner import Learner, compute_learning_rate
 from workers.network import checkpoint as checkpoints
@@ -31,7 +31,7 @@ from workers.pausing import Lookout, Paused
 from workers.peak import describe_peak
 from workers.speed import Meter, name_training_kind
 from workers.storage import Storage
-from workers.warm_start import INIT, TRUNK, list_models
+from workers.warm_start import INIT, TEACHER, TRUNK, list_models
 from workers.world import World
 
 State = Literal["running", "finished", "diverged", "pruned", "paused"]
@@ -121,7 +121,10 @@ class _Loop:
         absent = set(list_models(trial)) - starts.keys() - ({INIT} if TRUNK in starts else set())
         assert not absent, f"what the trial starts from was not handed over: {absent}"
         self.first = trial.training.trunk_steps if TRUNK in starts else 0  # the steps that another trial has made
-        self.learner = Learner(trial, dataset, world)
+        teacher = trial.loss.teacher if TEACHER in starts else None
+        self.learner = Learner(
+            trial, dataset, world, load_teacher(self._open_start(TEACHER), teacher.weights) if teacher else None
+        )
         self.clock = world.clock
         self.clock.resume({})
         self.meter = Meter(world.device, share=world.gpus)
@@ -155,6 +158,8 @@ class _Loop:
             self._restore(self._open_start(TRUNK), of_other=True)
         elif init := self.trial.training.init:
             self.learner.begin_with(load_first_weights(self._open_start(INIT), init.weights), init.fresh)
+        elif (teacher := self.trial.loss.teacher) and TEACHER in self.starts:
+            self.learner.begin_with(load_first_weights(self._open_start(TEACHER), teacher.weights), ())
 
     def _open_start(self, slot: str) -> manifest.Checkpoint:
         return manifest.open_committed(self.storage, self.starts[slot])
@@ -292,6 +297,7 @@ class _Loop:
             step=self.step,
             unet_config=self.learner.config,
             process=self.learner.lesson.process,
+            student=self.learner.lesson.student,
             prediction=self.learner.lesson.prediction,
             ema=self.learner.ema,
             averages=self.learner.averages,

@@ -16,8 +16,8 @@ from workers.sections import Record
 
 # The settings that name another model, by their path in a trial: each is a `ModelSource`, or null. A trial is made when
 # all that it names are. With the trunk, of which it goes on, these are the slots of what a trial starts from.
-INIT = "training.init"
-SLOTS = (INIT,)
+INIT, TEACHER = "training.init", "loss.teacher"
+SLOTS = (INIT, TEACHER)
 TRUNK = "trunk"
 BEGINNINGS = (TRUNK, INIT)  # what a training needs to begin, and not to go on
 
@@ -55,9 +55,20 @@ def split_pin(source: str) -> tuple[str, str]:
 
 
 def list_models(trial: Record) -> dict[str, Any]:
-    """The `ModelSource` of each slot of a trial, or of an experiment, that names one."""
-    found = {slot: getattr(getattr(trial, slot.partition(".")[0]), slot.partition(".")[2], None) for slot in SLOTS}
-    return {slot: model for slot, model in found.items() if model is not None}
+    """The `ModelSource` of each slot of a trial, or of an experiment, that names one and reads it."""
+    found = {}
+    for slot in SLOTS:
+        section, name = (getattr(trial, slot.partition(".")[0]), slot.partition(".")[2])
+        model = getattr(section, name, None)
+        if model is not None and _reads(section, name):
+            found[slot] = model
+    return found
+
+
+def _reads(section: Record, name: str) -> bool:
+    """Whether what is chosen in a section reads a setting of it (`Record.READS`)."""
+    choosers = [field for field, choices in section.READS.items() if any(name in names for names in choices.values())]
+    return all(name in section.READS[field][getattr(section, field)] for field in choosers)
 
 
 def replace_models(trial: SettingsT, models: Mapping[str, ModelSource | None]) -> SettingsT:

@@ -14,6 +14,7 @@ from orchestrator.experiment.continuous import (
     find_schedule_mistakes,
     list_objectives,
 )
+from orchestrator.experiment.distilling import find_distilling_mistakes
 from orchestrator.experiment.expand import DRAWS, expand
 from orchestrator.experiment.metrics import EVALUATIONS, list_metrics
 from orchestrator.experiment.needs import LEAST_TRIAL, find_cooldown_mistakes, find_need_mistakes, find_sourceless
@@ -148,6 +149,7 @@ def find_trial_mistakes(trial: Trial) -> list[str]:
     """Settings, each valid by itself, that do not go together."""
     training = trial.training
     found = [*find_family_mistakes(trial), *find_cooldown_mistakes(training)]
+    found += find_distilling_mistakes(trial) if trial.diffuses else []
     parts = count_sub_batches(training.batch_size)
     if parts % training.workers:
         found.append(
@@ -205,7 +207,7 @@ def _find_objective_mistakes(trial: Trial) -> Iterator[str]:
         yield (
             f"loss.objective: {loss.objective} adds the bound to teach a variance, but diffusion.variance: "
             f"{d.variance} is not learned; take variance: {VARIANCES.list_names(lambda v: v.learned)}, or objective: "
-            f"{OBJECTIVES.list_names(lambda other: not other.needs_learned)}"
+            f"{OBJECTIVES.list_names(lambda other: not other.needs_learned and not other.needs_teacher)}"
         )
     if d.learned and "weighting" in objective.reads and weighting.needs_fixed:
         yield (
@@ -294,7 +296,8 @@ def _find_search_mistakes(search: SearchConfig) -> list[str]:
     if size > MOST_VARIANTS:
         found.append(f"search.space: {size:,} variants are more than {MOST_VARIANTS:,}; take fewer values or samples")
     for index, left_out in enumerate(search.without):
-        known = list(search.space)
+        inside = (name for path, axis in search.space.items() for name in list_settings_set(path, axis))
+        known = list(dict.fromkeys([*search.space, *inside]))
         found += [
             f"search.without[{index}].{p}: not a path of search.space{suggest_path(p, known)}"
             for p in left_out

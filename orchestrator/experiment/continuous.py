@@ -63,8 +63,11 @@ def find_continuous_mistakes(trial: Trial) -> Iterator[str]:
     yield from ask(d.formulation, FORMULATIONS[d.formulation].check, d)
     if is_outside(d.formulation):
         yield from _try_ends(d)
-    if OBJECTIVES[loss.objective].needs_steps:
-        possible = OBJECTIVES.list_names(lambda other: not other.needs_steps)
+    if OBJECTIVES[loss.objective].needs_steps and OBJECTIVES[loss.objective].needs_teacher:
+        possible = OBJECTIVES.list_names(lambda other: other.needs_teacher and not other.needs_steps)
+        yield f"loss.objective: {loss.objective} halves the steps of a chain, and {of} has none; take {possible}"
+    elif OBJECTIVES[loss.objective].needs_steps:
+        possible = OBJECTIVES.list_names(lambda other: not other.needs_steps and not other.needs_teacher)
         yield (
             f"loss.objective: {loss.objective} is a sum over the steps of a chain, and {of} has none; take objective: "
             f"{possible}, with weighting: vlb for the bound"
@@ -113,7 +116,7 @@ def find_bound_mistakes(search: SearchConfig | None, trial: Trial) -> Iterator[s
 def find_sampler_mistakes(sampler: SamplerConfig, T: int | None) -> list[str]:
     """A sampler of another kind of process, more steps than there are times, a plan that cannot be made."""
     entry, continuous = SAMPLERS[sampler.kind], T is None
-    if not entry.suits(continuous):
+    if not entry.suits(continuous) and not entry.of_students:
         why = "steps along the times of a chain, and" if continuous else "follows real times, and"
         here = "the process is continuous" if continuous else f"there are diffusion.T = {T} whole ones"
         return [

@@ -21,7 +21,8 @@ from workers.data.sources import Source
 from workers.evaluation.blocks import Images, count_nll_images, count_reconstructions
 from workers.kinds import guess_adaptive_evaluations
 from workers.layout import RowId, TrialId, get_trial_of_row
-from workers.passes import choose_grid_sampler, plan_evaluations
+from workers.passes import TEACHER_STEPS, choose_grid_sampler, plan_evaluations
+from workers.students import describe_student
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def count_cost(trial: Trial, source: Source) -> Cost:
 
     Solvers with error control are counted as they were measured: `workers.kinds.ADAPTIVE`.
     """
-    T, training, nll, fid = trial.diffusion.steps, trial.training, trial.evaluation.nll, trial.evaluation.fid
+    T, training, nll, fid = trial.chain_steps, trial.training, trial.evaluation.nll, trial.evaluation.fid
     if not trial.diffuses:
         return _count_of_stage(trial, source)
     images = source.held_out if nll is None or nll.images == "all" else nll.images
@@ -116,8 +117,13 @@ def count_validations(trial: Trial) -> int:
 
 
 def _count_validation(trial: Trial, source: Source) -> int:
-    """The evaluations of one: t = 1 and the strata of 2..T for each image, and the grid of samples."""
-    T, classes = trial.diffusion.steps, min(SAMPLE_GRID_ROWS, source.classes)
-    timesteps = 1 + (VALIDATION_TIMESTEPS if T is None else min(VALIDATION_TIMESTEPS, T - 1))
+    """The evaluations of one: t = 1 and the strata of 2..T for each image, and the grid of samples; see
+    `workers.denoising`."""
+    T, student, classes = trial.chain_steps, describe_student(trial.loss), min(SAMPLE_GRID_ROWS, source.classes)
     grid = classes * SAMPLE_GRID_COLUMNS if trial.model.told == "labels" else SAMPLE_GRID
-    return min(VALIDATION_IMAGES, source.held_out) * timesteps + grid * plan_evaluations(choose_grid_sampler(T), T)
+    drawn = grid * plan_evaluations(choose_grid_sampler(T, student), T)
+    if student:  # its own samples, and its teacher's of the same noise
+        steps = 3 * student.steps if student.steps else 2 * TEACHER_STEPS
+        return min(VALIDATION_IMAGES, source.held_out) * steps + drawn
+    timesteps = 1 + (VALIDATION_TIMESTEPS if T is None else min(VALIDATION_TIMESTEPS, T - 1))
+    return min(VALIDATION_IMAGES, source.held_out) * timesteps + drawn

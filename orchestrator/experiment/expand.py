@@ -114,7 +114,19 @@ def _list_points(search: SearchConfig, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def is_left_out(search: SearchConfig, point: Mapping[str, Any]) -> bool:
-    return any(values.items() <= point.items() for values in search.without)
+    """Whether the file leaves a point out: by all values of one of `search.without`, each that of a path of the space
+    or of a setting inside of one, or a list of such values."""
+    if not search.without:
+        return False
+    found = {**{leaf: v for path, value in point.items() for leaf, v in list_leaves(path, value).items()}, **point}
+    return any(
+        all(path in found and _is_one_of(found[path], value) for path, value in values.items())
+        for values in search.without
+    )
+
+
+def _is_one_of(value: Any, wanted: Any) -> bool:
+    return value == wanted or (isinstance(wanted, list) and value in wanted)
 
 
 def _make_update(params: Mapping[str, Any]) -> dict[str, Any]:

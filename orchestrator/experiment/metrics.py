@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from workers.bits import STUDENT
 from workers.evaluation.blocks import name_space
 from workers.kinds import MEASURES, SPACES, MeasureEntry
 
@@ -42,6 +43,7 @@ METRICS = {
     CONTINUOUS_DENSITY: Metric(head="continuous density bits/dim", part="nll", by_image="density_per_image"),
     "valid/nll_bpd": Metric(head="validation bits/dim", part=None),
     "valid/density_bpd": Metric(head="validation density bits/dim", part=None),
+    STUDENT: Metric(head="teacher MSE", part=None),
     EVALUATIONS: Metric(head="network_evaluations", part="fid", is_rank=False),
     **dict(_list_measures(MEASURES.values(), list(SPACES))),
 }

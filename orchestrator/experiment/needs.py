@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.experiment.expand import make_variants
 from orchestrator.experiment.records import Axis, Experiment, Variant
 from orchestrator.experiment.settings import find_invalid, list_leaves, list_paths, merge, put, suggest_path
-from orchestrator.experiment.starts import find_origins
+from orchestrator.experiment.starts import UNMEASURED, find_origins
 from workers.config import TrainingConfig, Trial
 from workers.warm_start import SLOTS, list_models, replace_models
 
@@ -18,8 +18,9 @@ LEAST_TRIAL = {"data": {"source": "digits"}, "training": {"steps": 1}}  # in whi
 
 
 def list_named(experiment: Experiment) -> dict[str, Trial]:
-    """The trial that each name of `needs` means."""
+    """The trial that each name of `needs` means, which is not measured."""
     plain = replace_models(experiment, dict.fromkeys(list_models(experiment)))
+    plain = plain.model_copy(update={"evaluation": UNMEASURED})
     variants = make_variants(plain, experiment.needs.values()) if experiment.needs else ()
     return dict(zip(experiment.needs, (variant.trial for variant in variants), strict=True))
 

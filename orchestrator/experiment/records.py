@@ -199,7 +199,9 @@ class SearchConfig(Record):
         default_factory=dict, description="dotted paths of settings, each with the values that it takes"
     )
     without: tuple[dict[str, Any], ...] = Field(
-        default=(), strict=False, description="values by path of the space: variants that have them all are left out"
+        default=(),
+        strict=False,
+        description="values by path of the space, or lists of them: variants that have one of each are left out",
     )
     algorithm: Literal["grid", "random", "sobol", "optuna"] = Field(
         default="grid", description="random and sobol (quasi-random) draw; optuna asks for rounds by what was measured"
@@ -266,8 +268,8 @@ class Experiment(Trial):
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="where MLflow is")
     needs: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="trials that others start from, by a name for training.init.source: overrides by their path, which "
-        "make each of what stands outside of the search",
+        description="trials that others start from, by a name for training.init.source or loss.teacher.source: "
+        "overrides by their path, which make each of what stands outside of the search",
     )
     preflight: PreflightConfig = Field(default=PreflightConfig(), description="what is refused before anything starts")
 

@@ -41,7 +41,7 @@ def list_slots(trial: Trial) -> dict[str, str]:
 
 
 def find_origins(trial: Trial, named: Mapping[str, Trial]) -> dict[str, Origin]:
-    """What a trial starts from, of the same sweep, by its slot. `named` are the trials of `needs`."""
+    """What a trial starts from, of the same sweep, by its slot. `named` are the trials of `needs`, unmeasured."""
     found = {}
     for slot, source in list_slots(trial).items():
         name, _ = split_pin(source)
@@ -49,7 +49,7 @@ def find_origins(trial: Trial, named: Mapping[str, Trial]) -> dict[str, Origin]:
             training = trial.training.model_copy(update={"steps": trial.training.trunk_steps, "cooldown": 0})
             found[slot] = Origin(trial.model_copy(update={"training": training, "evaluation": UNMEASURED}), TRUNK)
         elif name in named:
-            found[slot] = Origin(named[name].model_copy(update={"evaluation": UNMEASURED}), name)
+            found[slot] = Origin(named[name], name)
     return found
 
 
@@ -90,6 +90,6 @@ def _read(content: Any, path: str, like: Any) -> Any:
     """The value of a trial at a path of the search space, whose other values are `like` it; None where it has none."""
     for name in path.split("."):
         content = getattr(content, name, None)
-    if isinstance(like, Mapping):
+    if isinstance(like, Mapping) and content is not None:
         return {name: _read(content, name, value) for name, value in like.items()}
     return content.model_dump(mode="json") if isinstance(content, Record) else content

@@ -38,6 +38,7 @@ from workers.network import manifest
 from workers.network.manifest import Checkpoint
 from workers.remote import explain_download
 from workers.storage import Storage
+from workers.students import choose_own_sampler, find_drawing_mistakes, find_student_mistakes
 
 SETTINGS = list_measurement_settings()
 # What is measured of a folder in continuous time where nothing else is asked for: it has no T times to be all of them.
@@ -220,8 +221,10 @@ def _open_folder(folder: str, update: Update) -> Subject:
     checkpoint = checkpoints.open_folder(folder)
     described = checkpoints.describe(checkpoint)
     family, what = described.family, described.told.KIND if described.told else None
-    evaluation = CONTINUOUS if described.T is None and family == DENOISER else {}
+    evaluation: dict[str, Any] = CONTINUOUS if described.T is None and family == DENOISER else {}
     evaluation = {"nll": None} if family == GENERATOR else evaluation
+    if described.student:
+        evaluation = {"nll": None, "fid": {"sampler": choose_own_sampler(described.student).model_dump()}}
     content = update.of({"family": family, "T": described.T, "told": what, "evaluation": evaluation})
     if "source" not in content.get("data", {}):
         raise Mistake(f"{folder}: it does not say which images it was trained on; give data.source=...")
@@ -254,6 +257,11 @@ def check(subjects: Sequence[Subject]) -> tuple[dict[DataConfig, Source], list[s
     for subject in subjects:
         described = checkpoints.describe(subject.checkpoint)
         source, shape = sources[subject.m.data], described.shape
+        evaluation, student = subject.m.evaluation, described.student
+        if student:
+            problems += find_student_mistakes(student, evaluation)
+        elif evaluation.fid:
+            problems += find_drawing_mistakes(None, evaluation.fid.sampler)
         if described.T is not None:
             problems += find_flow_mistakes(subject.m.evaluation, described.prediction)
         told, classes = described.told, described.classes

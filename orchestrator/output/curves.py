@@ -120,8 +120,8 @@ def draw_validation(report: Report) -> list[Plot]:
                 x, y, e = zip(*sorted(points), strict=True)
                 low, high = ([b + s * d for b, d in zip(y, e, strict=True)] for s in (-1, 1))
                 series.append(_make_series(report, row, x, y, low=low, high=high))
-        label, of, log_y = f"{name} (± its standard error)", "validation", name == VALIDATIONS[0]
-        of += "-density" * (not log_y)  # which may be below 0
+        label, log_y = f"{name} (± its standard error)", name != VALIDATIONS[1]  # a density, which may be below 0
+        of = dict(zip(VALIDATIONS, ("validation", "validation-density", "validation-student"), strict=True))[name]
         drawn += [draw_curves(of, series, "step", label, log_y=log_y, markers=True)] if series else []
     return drawn
 

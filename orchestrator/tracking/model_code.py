@@ -36,6 +36,7 @@ from workers.evaluation.blocks import SAMPLES
 from workers.evaluation.make import LoadedModel, draw_block, draw_from_prior, list_samples, move_to_device
 from workers.kinds import DENOISER, SAMPLERS
 from workers.network import checkpoint as checkpoints
+from workers.students import find_drawing_mistakes
 
 MOST = 100_000  # images a row of a request: whoever asks may be anybody
 MOST_CONTINUOUS_STEPS = 1_000  # of a sampler in continuous time
@@ -143,6 +144,8 @@ class ImageModel(PythonModel):
         if scale is not None and (scale < 0 or (scale != 1 and not self.model.network.takes_no_label)):
             raise ValueError(f"guidance = {scale:g} was asked for; give at least 0, and to a model that knows none, 1")
         sampler = SamplerConfig.model_validate({**base.model_dump(), "steps": steps, "guidance": scale})
+        if problems := list(find_drawing_mistakes(self.model.process.student, sampler)):
+            raise ValueError("; ".join(problems))
         return self.fid.model_copy(update={"sampler": sampler})
 
 

@@ -9,7 +9,7 @@ and `workers.diffusion.laws` says in NumPy which t are trained on.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from workers.entries import load
 from workers.identity import collect_settings_read
 from workers.kinds import FORMULATIONS
 from workers.shapes import NCHW, PerImage64
+from workers.students import Student
 
 Reals = Float64[Tensor, "*times"]  # t, or noise levels
 Rising = Float64[Tensor, "steps_and_end"]
@@ -50,6 +51,7 @@ class Continuous:
 
     formulation: Formulation
     config: DiffusionConfig
+    student: Student | None = None  # what is drawn along it, where it is one
 
     T: ClassVar[None] = None
     learned: ClassVar[bool] = False
@@ -104,7 +106,7 @@ class Continuous:
 
     def describe(self) -> dict[str, Any]:
         """For a passport: its settings."""
-        return {name: value for name, value in collect_settings_read(self.config).items()}
+        return {**collect_settings_read(self.config), **(self.student.describe() if self.student else {})}
 
 
 AnyProcess = Process | Continuous
@@ -113,6 +115,13 @@ AnyProcess = Process | Continuous
 def make_process(config: DiffusionConfig) -> AnyProcess:
     """The process of these settings, of T times or continuous."""
     return Continuous.of(config) if config.continuous else Process.of(config)
+
+
+def take_student(process: AnyProcess, student: Student | None) -> AnyProcess:
+    """The process that a student is drawn along: of T times those at the ends of its own steps, T among them."""
+    if student and student.steps and isinstance(process, Process):
+        process = process.kept(process.T // student.steps * torch.arange(1, student.steps + 1))
+    return replace(process, student=student)
 
 
 @dataclass(frozen=True)

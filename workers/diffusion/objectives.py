@@ -13,11 +13,12 @@ import torch
 
 from workers.config import DiffusionConfig, LossConfig
 from workers.diffusion.bound import model_terms
-from workers.diffusion.formulations import AnyProcess, Continuous, Instants, make_process
+from workers.diffusion.formulations import AnyProcess, Continuous, Instants, make_process, take_student
 from workers.diffusion.predictions import choose_target, find_target, interpret, split_heads
-from workers.diffusion.process import Prediction, Process, Target
+from workers.diffusion.process import Model, Prediction, Process, Target
 from workers.kinds import OBJECTIVES, WEIGHTINGS
 from workers.shapes import NCHW, Heads, PerImage, PerImage64, PerTime, RealTimes
+from workers.students import Student, describe_student
 
 SHARES = 10_000  # of the law of real t, over which a weighting's mean is taken
 Weighed = Process | Instants  # what weightings are functions of: a process at its T times, or at some real ones
@@ -107,6 +108,14 @@ def _find_mean_weight(process: Continuous, loss: LossConfig) -> float:
 
 
 @dataclass(frozen=True)
+class Teaching:
+    """What the objective of a student goes by beside a batch. `teacher` is asked at the times of the whole process."""
+
+    step: int  # of the training, from 0 on
+    teacher: Model
+
+
+@dataclass(frozen=True)
 class Batch:
     """Noisy images and what the network says of them."""
 
@@ -115,6 +124,10 @@ class Batch:
     target: NCHW  # what it should be
     output: NCHW  # the part of it that is of the target
     prediction: Prediction
+    x_t: NCHW
+    eps: NCHW
+    ask: Model  # the network once more, at other x_t and t
+    teaching: Teaching | None = None
 
 
 @dataclass(frozen=True)
@@ -131,10 +144,23 @@ class Objective:
     prediction: str
     loss: LossConfig
     levels: int | None  # of the data, for the decoder
+    teacher_process: AnyProcess | None = None  # that of the times that the network is told; None: `process` itself
 
     @staticmethod
     def of(diffusion: DiffusionConfig, loss: LossConfig, levels: int | None) -> "Objective":
-        return Objective(make_process(diffusion), diffusion.prediction, loss, levels)
+        whole = make_process(diffusion)
+        process = take_student(whole, describe_student(loss))
+        return Objective(process, diffusion.prediction, loss, levels, whole)
+
+    @property
+    def whole(self) -> AnyProcess:
+        """The process of all times that the network is told, of which a student may have some."""
+        return self.teacher_process or self.process
+
+    @property
+    def student(self) -> Student | None:
+        """What it makes, where it has no bound."""
+        return self.process.student
 
     def to(self, device: torch.device) -> "Objective":
         """The same with its coefficients on that device; the weighting is asked before, as it may make tensors.
@@ -143,7 +169,8 @@ class Objective:
         """
         if isinstance(self.process, Continuous):
             return self
-        moved = replace(self, process=self.process.to(device))
+        assert isinstance(self.whole, Process)
+        moved = replace(self, process=self.process.to(device), teacher_process=self.whole.to(device))
         if "weighting" in OBJECTIVES[self.loss.objective].reads:
             vars(moved)["weights"] = self.weights.to(device)
         return moved
@@ -159,18 +186,29 @@ class Objective:
             return weights_at(self.process, t, self.loss)
         return self.weights.to(t.device)[t - 1]
 
-    def __call__(self, network: Callable[[NCHW, RealTimes], Heads], x_0: NCHW, t: RealTimes, eps: NCHW) -> Loss:
+    def __call__(
+        self,
+        network: Callable[[NCHW, RealTimes], Heads],
+        x_0: NCHW,
+        t: RealTimes,
+        eps: NCHW,
+        teaching: Teaching | None = None,
+    ) -> Loss:
+        def ask(x: NCHW, s: RealTimes) -> Prediction:
+            return interpret(self.process, self.prediction, x, s, network(x, s).to(eps.dtype))
+
         x_t = self.process.q_sample(x_0, t, eps)
         raw = network(x_t, t).to(eps.dtype)
         target = choose_target(self.process, self.prediction).of(self.process, x_0, x_t, t, eps)
         prediction = interpret(self.process, self.prediction, x_t, t, raw)
-        batch = Batch(x_0, t, target, split_heads(self.process, raw)[0], prediction)
-        return Loss(OBJECTIVES[self.loss.objective].load()(self, batch), _mean_square(eps - prediction.eps).detach())
+        output = split_heads(self.process, raw)[0]
+        batch = Batch(x_0, t, target, output, prediction, x_t=x_t, eps=eps, ask=ask, teaching=teaching)
+        return Loss(OBJECTIVES[self.loss.objective].load()(self, batch), mean_square(eps - prediction.eps).detach())
 
 
 def mse(objective: Objective, batch: Batch) -> PerImage:
     """w_t |target - output|^2 a dimension, eq. (8), (12) and (14)."""
-    error = _mean_square(batch.target - batch.output)
+    error = mean_square(batch.target - batch.output)
     return objective.find_weights(batch.t).to(error.dtype) * error
 
 
@@ -196,5 +234,5 @@ def _bits(objective: Objective, batch: Batch, prediction: Prediction) -> PerImag
     return bits
 
 
-def _mean_square(error: NCHW) -> PerImage:
+def mean_square(error: NCHW) -> PerImage:
     return error.square().flatten(1).mean(1)

@@ -19,6 +19,7 @@ from workers.config import DiffusionConfig
 from workers.diffusion import schedules
 from workers.kinds import VARIANCES
 from workers.shapes import NCHW, Beside, Heads, PerImage64, PerTime, RealTimes, Times
+from workers.students import Student
 
 # eps_theta(x_t, t): the noise in x_t. What integrates an ODE over the times asks between the trained ones too.
 EpsModel = Callable[[NCHW, RealTimes], Heads]
@@ -58,6 +59,7 @@ class Process:
     beta: PerTime
     variance: str  # a name in VARIANCES
     times: Int64[Tensor, "T"]  # the t that the network was trained with, at each step of this process
+    student: Student | None = None  # what is drawn along it, where it is one
 
     @staticmethod
     def of(config: DiffusionConfig) -> "Process":
@@ -69,7 +71,7 @@ class Process:
 
     def to(self, device: torch.device) -> "Process":
         """The same process with its coefficients on that device, so that none is copied there when it is used."""
-        return Process(self.beta.to(device), self.variance, self.times.to(device))
+        return replace(self, beta=self.beta.to(device), times=self.times.to(device))
 
     @property
     def T(self) -> int:
@@ -165,12 +167,12 @@ class Process:
         return (1 + sigma**2).sqrt()
 
     def feed(self, x_t: NCHW, t: RealTimes) -> tuple[NCHW, RealTimes]:
-        """What the network is called with: it counts t from 0."""
-        return x_t, t - 1
+        """What the network is called with: it counts the times of its training from 0."""
+        return x_t, t - 1 if t.is_floating_point() else self.times.to(t.device)[t - 1] - 1
 
     def describe(self) -> dict[str, Any]:
         """For a passport."""
-        return {"T": self.T, "variance": self.variance}
+        return {"T": self.T, "variance": self.variance, **(self.student.describe() if self.student else {})}
 
     def alpha_bar_at(self, t: RealTimes) -> PerImage64:
         """alpha_bar at times t in [1, T]: between whole ones, log noise_level is linear in t."""
@@ -213,7 +215,7 @@ class Process:
         """The process of some of its steps, rising in 1..T; betas recomputed from alpha_bar."""
         alpha_bar = self.alpha_bar[steps - 1]
         before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        return Process(1 - alpha_bar / before, self.variance, self.times[steps - 1])
+        return replace(self, beta=1 - alpha_bar / before, times=self.times[steps - 1])
 
 
 def fixed_large(process: Process) -> PerTime:

@@ -27,6 +27,7 @@ from workers.entries import load
 from workers.kinds import SAMPLERS
 from workers.passes import count_passes, plan_evaluations
 from workers.shapes import NCHW, Counts, PerImage64, Times
+from workers.students import check_drawing
 
 Sigmas = Float64[np.ndarray, "S"]  # noise levels, rising
 Levels = Callable[[float, float, int], Sigmas]  # (low, high, steps) -> so many between them
@@ -49,8 +50,10 @@ def draw(
 
     A guided `model` is guided by the scale of `config` (`guidance.tell`), of which only the count is made here.
 
-    Noise is drawn where the generator is, so that one on the CPU makes the same noise for every device.
+    Noise is drawn where the generator is, so that one on the CPU makes the same noise for every device. Raises Mistake
+    where the sampler does not draw from the student that the model is.
     """
+    check_drawing(process.student, config)
     entry = SAMPLERS[config.kind]
     function, clip = entry.load(), clip and entry.clips
     if entry.form == "whole":
@@ -208,6 +211,11 @@ def power(low: float, high: float, steps: int) -> Sigmas:
     return np.asarray(np.linspace(*ends, steps) ** RHO)
 
 
+def power_without_least(low: float, high: float, steps: int) -> Sigmas:
+    """The same without the least of one more: a student by consistency jumps from each of them to the end."""
+    return power(low, high, steps + 1)[1:]
+
+
 def find_nearest_times(process: Process, levels: Levels, steps: int | None) -> Int64[Tensor, "S"]:
     """The times, rising in 1..T, whose noise levels are nearest to `steps` levels between sigma_1 and sigma_T.
 
@@ -265,6 +273,18 @@ def langevin(ladder: Ladder, config: SamplerConfig, y: NCHW, generator: torch.Ge
             score = -ladder.eps(y, level) / float(ladder.sigma[level - 1])
             y = y + a / 2 * score + a**0.5 * _draw_normal_like(y, generator)
     return ladder.x_0_hat(y, 1)
+
+
+def consistency(ladder: Ladder, config: SamplerConfig, y: NCHW, generator: torch.Generator) -> NCHW:
+    """x_0 = f(y, sigma), and from each further level f(x_0 + sigma z, sigma): Song et al. 2023, Algorithm 1.
+
+    The f of `workers.diffusion.distillation` is the identity at sigma = 0, so that their epsilon is 0.
+    """
+    x_0 = ladder.x_0_hat(y, len(ladder.sigma))
+    for level in range(len(ladder.sigma) - 1, 0, -1):
+        y = x_0 + float(ladder.sigma[level - 1]) * _draw_normal_like(y, generator)
+        x_0 = ladder.x_0_hat(y, level)
+    return x_0
 
 
 # ---- Along real times -------------------------------------------------------------------------------------------

@@ -44,12 +44,10 @@ from workers.network.diffusers_config import (
     VERSION,
     Scheduler,
     is_continuous,
-    make_scheduler_config,
     read_foreign,
     read_gaussian,
     read_index,
     read_network,
-    read_scheduler,
     read_stage,
 )
 from workers.network.manifest import (
@@ -75,9 +73,11 @@ from workers.network.manifest import (
     read_object,
     write_manifest,
 )
+from workers.network.student_config import make_config, read_config
 from workers.network.weights import load_weights, read_shards, write_tensors
 from workers.noise import make_generator
 from workers.storage import Storage
+from workers.students import Student
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The weights of a network as diffusers names them, a variant's among them, or the index of several files with them.
@@ -101,6 +101,7 @@ class Description:
     takes_no_label: bool = False  # whether it was trained without that, too, so that it can be guided
     sides: tuple[int, ...] = ()  # of signals and volumes, which are folded into `shape` (`workers.sides`)
     family: str = DENOISER  # of another one T is None, prediction and variance are empty
+    student: Student | None = None  # what it is where it has no bound
 
     @property
     def classes(self) -> Classes | None:
@@ -114,7 +115,8 @@ class Snapshot:
 
     step: int
     unet_config: dict[str, Any]  # the network's, of any family
-    process: AnyProcess | None = None  # of a denoiser
+    process: AnyProcess | None = None  # of a denoiser: of all times that the network is told
+    student: Student | None = None
     prediction: str = "eps"
     ema: Mapping[str, Tensor]
     averages: Mapping[float, Mapping[str, Tensor]] = field(default_factory=dict)
@@ -124,14 +126,11 @@ class Snapshot:
 
 
 def save(storage: Storage, folder: str, snapshot: Snapshot, kept: bool = False) -> Checkpoint:
-    """Writes `folder/step-<step>` whole; then removes those before it that are not `kept`: it makes them superfluous.
-
-    A checkpoint is kept whose step is asked for by a row of a sweep.
-    """
+    """Writes `folder/step-<step>` whole; then removes those before it that no row of a sweep asks for (`kept`)."""
     path = f"{folder}/{name_step(snapshot.step)}"
-    family = find_family(snapshot.unet_config)
+    family, process = find_family(snapshot.unet_config), snapshot.process
     config, weights, *_ = EVALUATED[family]
-    scheduler = make_scheduler_config(snapshot.process, snapshot.prediction) if snapshot.process else {}
+    scheduler = make_config(process, snapshot.prediction, snapshot.student) if process else {}
     files = {
         INDEX: _make_index(snapshot.unet_config, scheduler),
         config: _write_json(snapshot.unet_config),
@@ -212,15 +211,16 @@ def describe(checkpoint: Checkpoint) -> Description:
     parameters = sum(p.numel() for p in network.parameters())
     if scheduler is None:
         return Description(shape, None, "", "", False, parameters, family=checkpoint.family)
-    process = scheduler.process
-    told = Denoiser(network, process, scheduler.prediction)
+    process = scheduler.drawn_along
+    told = Denoiser(network, scheduler.process, scheduler.prediction)
     variance = process.variance if isinstance(process, Process) else ""
     of = shape, process.T, scheduler.prediction, variance, scheduler.clip, parameters
-    return Description(*of, told.told, told.takes_no_label, network.sides if isinstance(network, Unfolding) else ())
+    sides = network.sides if isinstance(network, Unfolding) else ()
+    return Description(*of, told.told, told.takes_no_label, sides, student=scheduler.student)
 
 
 def load(checkpoint: Checkpoint) -> tuple[Denoiser, AnyProcess]:
-    """The model of a denoiser as a module in eval mode, and its process.
+    """The model of a denoiser as a module in eval mode, and its process, of a student that of its own steps.
 
     The module is called as a `Model` is, with t in 1..T or real t, and returns a `Prediction` whatever its network
     predicts; its weights are float32. Raises CheckpointError where bytes are damaged or of another kind of model.
@@ -232,7 +232,7 @@ def load(checkpoint: Checkpoint) -> tuple[Denoiser, AnyProcess]:
             "that is one, such as model.kind: unet"
         )
     prediction = "eps" if isinstance(network, GaussianDenoiser) else scheduler.prediction
-    return Denoiser(network, scheduler.process, prediction).eval(), scheduler.process
+    return Denoiser(network, scheduler.process, prediction).eval(), scheduler.drawn_along
 
 
 def load_autoencoder(checkpoint: Checkpoint) -> Autoencoder:
@@ -303,7 +303,7 @@ def load_process(checkpoint: Checkpoint) -> AnyProcess:
     """The process of a denoiser alone, from the config files. Raises CheckpointError as `load` does."""
     scheduler = _load_configured(checkpoint)[1]
     assert scheduler, checkpoint.family
-    return scheduler.process
+    return scheduler.drawn_along
 
 
 def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
@@ -317,12 +317,12 @@ def _make_index(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> byte
     if find_entry(config):
         part, library = ("vae", "diffusers") if find_family(config) == AUTOENCODER else ("generator", "workers")
         return _write_json({"_diffusers_version": VERSION, part: [library, config[CLASS]]})
-    name = scheduler[CLASS] if is_continuous(scheduler.get(CLASS)) else "DDPMScheduler"
+    name = scheduler[CLASS] if is_continuous(scheduler.get(CLASS)) or "student" in scheduler else "DDPMScheduler"
     kind = config.get(CLASS, "UNet2DModel")
     unet = [kind.partition(":")[0] if is_foreign(config) else "diffusers", kind]
     return _write_json(
         {
-            "_class_name": "DDPMPipeline",
+            "_class_name": "DDIMPipeline" if name == "DDIMScheduler" else "DDPMPipeline",
             "_diffusers_version": VERSION,
             "scheduler": [name.partition(":")[0] if ":" in name else "diffusers", name],
             "unet": unet,
@@ -336,7 +336,7 @@ def _load_configured(checkpoint: Checkpoint) -> tuple[nn.Module, Scheduler | Non
     config, where = _read_object_of(checkpoint, checkpoint.config), find_url(checkpoint, checkpoint.config)
     if config.get("_class_name") == "GaussianDenoiser":  # the canary's
         shape, beside = _read_meant(where, read_gaussian, config), find_url(checkpoint, SCHEDULER)
-        scheduler = _read_meant(beside, read_scheduler, _read_object_of(checkpoint, SCHEDULER))
+        scheduler = _read_meant(beside, read_config, _read_object_of(checkpoint, SCHEDULER))
         if not isinstance(scheduler.process, Process):
             raise CheckpointError(f"{beside}: a GaussianDenoiser goes with a process of T times")
         return GaussianDenoiser(config, scheduler.process), scheduler, shape
@@ -351,7 +351,7 @@ def _load_configured(checkpoint: Checkpoint) -> tuple[nn.Module, Scheduler | Non
     if is_stage:
         return network, None, shape
     where = find_url(checkpoint, SCHEDULER)
-    scheduler = _read_meant(where, read_scheduler, _read_object_of(checkpoint, SCHEDULER))
+    scheduler = _read_meant(where, read_config, _read_object_of(checkpoint, SCHEDULER))
     if (config["out_channels"] == 2 * config["in_channels"]) != scheduler.process.learned:
         variance = "none" if isinstance(scheduler.process, Continuous) else scheduler.process.variance
         raise CheckpointError(

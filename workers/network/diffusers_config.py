@@ -18,7 +18,7 @@ from workers.code import drop_pin
 from workers.config import DiffusionConfig, ScheduleConfig
 from workers.diffusion import schedules
 from workers.diffusion.bound import LAWS
-from workers.diffusion.formulations import TIMES_TOLD, AnyProcess, Continuous
+from workers.diffusion.formulations import TIMES_TOLD, AnyProcess, Continuous, take_student
 from workers.diffusion.process import Process
 from workers.entries import is_outside
 from workers.identity import collect_settings_read
@@ -26,6 +26,7 @@ from workers.kinds import FORMULATIONS, PREDICTIONS, VARIANCES
 from workers.network.autoencoder_config import AUTOENCODER_DEFAULTS, DECODER
 from workers.network.unet_config import CROSS, CROSS_DEFAULTS, DEFAULTS
 from workers.sides import fold
+from workers.students import Student
 
 VERSION = "0.35.0"  # the diffusers release whose layout is written
 
@@ -199,6 +200,12 @@ class Scheduler:
     process: AnyProcess
     prediction: str  # a name in workers.diffusion.predictions.PREDICTIONS; of a continuous formulation its own
     clip: bool  # whether its own sampling clips x_0_hat to [-1, 1]
+    student: Student | None = None
+
+    @property
+    def drawn_along(self) -> AnyProcess:
+        """The process that samples come along, where a student has fewer steps."""
+        return take_student(self.process, self.student)
 
 
 def read_index(index: dict[str, Any]) -> None:
