@@ -70,7 +70,7 @@ class LossConfig(OpenRecord):
     halvings: int = Field(default=8, ge=0, le=30, description="of consistency: how often it is halved at most")
     beta: float = Field(default=1.0, ge=0, description="of elbo: what a bit of rate counts beside one of distortion")
     reconstruction: Literal["gaussian", "laplace"] = Field(
-        default="gaussian", description="of elbo: the law of p(x | z), by the discrete decoder; its scale is learned"
+        default="gaussian", description="of elbo: the law of the discrete decoder, whose scale is learned"
     )
     adversarial: float | None = Field(
         default=None,

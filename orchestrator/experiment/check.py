@@ -49,6 +49,7 @@ from workers.evaluation.blocks import list_comparable_metrics
 from workers.identity import PLACING, Unread, collect_settings_read, list_own_unread, list_unread
 from workers.identity import find_unread as list_unread_of
 from workers.kinds import (
+    DENOISER,
     MEASURES,
     OBJECTIVES,
     PREDICTIONS,
@@ -207,7 +208,7 @@ def _find_objective_mistakes(trial: Trial) -> Iterator[str]:
         yield (
             f"loss.objective: {loss.objective} adds the bound to teach a variance, but diffusion.variance: "
             f"{d.variance} is not learned; take variance: {VARIANCES.list_names(lambda v: v.learned)}, or objective: "
-            f"{OBJECTIVES.list_names(lambda other: not other.needs_learned and not other.needs_teacher)}"
+            f"{OBJECTIVES.list_names(lambda o: o.family == DENOISER and not o.needs_learned and not o.needs_teacher)}"
         )
     if d.learned and "weighting" in objective.reads and weighting.needs_fixed:
         yield (

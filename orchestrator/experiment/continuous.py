@@ -67,7 +67,9 @@ def find_continuous_mistakes(trial: Trial) -> Iterator[str]:
         possible = OBJECTIVES.list_names(lambda other: other.needs_teacher and not other.needs_steps)
         yield f"loss.objective: {loss.objective} halves the steps of a chain, and {of} has none; take {possible}"
     elif OBJECTIVES[loss.objective].needs_steps:
-        possible = OBJECTIVES.list_names(lambda other: not other.needs_steps and not other.needs_teacher)
+        possible = OBJECTIVES.list_names(
+            lambda other: other.family == DENOISER and not other.needs_steps and not other.needs_teacher
+        )
         yield (
             f"loss.objective: {loss.objective} is a sum over the steps of a chain, and {of} has none; take objective: "
             f"{possible}, with weighting: vlb for the bound"
