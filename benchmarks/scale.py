@@ -37,6 +37,7 @@ from workers.data.pixels import draw_grid
 from workers.data.sources import Source
 from workers.evaluation.blocks import Images, make_protocol_key
 from workers.journal import Journal
+from workers.kinds import DENOISER
 from workers.layout import RowId, name_checkpoints_folder, name_status_file, name_summary_file, name_trial_folder
 from workers.network import manifest
 from workers.storage import Storage
@@ -92,7 +93,7 @@ def leave_as_trained(storage: Storage, row: RowId, number: int, picture: bytes) 
         journal.add_image(step, "samples", picture)
     journal.flush()
     path = f"{name_checkpoints_folder(row)}/{manifest.name_step(STEPS)}"
-    names = (manifest.INDEX, *manifest.EVALUATED, manifest.STATE, manifest.PROGRESS)
+    names = (manifest.INDEX, *manifest.EVALUATED[DENOISER], manifest.STATE, manifest.PROGRESS)
     manifest.write_manifest(storage, path, STEPS, {name: f"{row} {name}" for name in names}, kept=True)
     status = {"state": "finished", "step": STEPS, "steps": STEPS, "images_per_s": 40.0, "detail": "", "host": "a",
               "checkpoint": manifest.open_committed(storage, path).digest, "valid_nll_bpd": nll_bpd,

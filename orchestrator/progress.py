@@ -304,7 +304,7 @@ def _order_blocks(standing: Standing, row: RowId, gpus: float, halt: Halt) -> tu
     """How a trained row is measured, all of the blocks of that, and those that are not there."""
     trial = standing.get_trial(row)
     source, m = standing.sources[trial.data], Measurement.of(trial)
-    checkpoint = manifest.choose_average(standing.open_checkpoint(row), m.evaluation.ema)
+    checkpoint = manifest.choose_weights(standing.open_checkpoint(row), m.evaluation)
     planned = list_blocks(m, checkpoint.digest, Images.of(source))
     missing = find_missing_blocks(planned, standing.storage.list)
     block_s = cost.estimate_longest_block_s(standing.storage, trial, source, on_gpu=gpus > 0)

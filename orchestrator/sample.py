@@ -33,6 +33,7 @@ EXAMPLES = (
 )
 ROWS, FRAMES, BLENDS, RATES = 8, 11, 9, 8  # of the pictures
 MOST = 10_000  # samples of the grid, all drawn at once
+LEAST_BLENDED = 0.1  # noise level: of less the blends are seen as they are
 CURVE_IMAGES = 25  # held-out images of the coding curve where the evaluation has not measured it
 
 
@@ -94,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
     if is_stage and (options.at or options.label):
         problems.append("--at and --label are of denoisers, and this model decodes noise by one pass; leave them out")
     elif T is None and options.at:
-        problems.append("--at: the model is of continuous time, and pictures at times are of those with T of them")
+        problems.append("--at: the model is of continuous time, whose blends are at noise levels; leave it out")
     problems += [f"--at {t}: the times are 1..{T}" for t in options.at or () if T and not 1 <= t <= T]
     if problems:
         raise Mistake("\n".join(problems))
@@ -254,8 +255,35 @@ def make_pictures(
         "progressive": draw_grid(to_data(strip.flatten(0, 1), levels), levels, columns=strip.shape[1]),
     }
     if isinstance(process, Process):
-        found |= _make_pictures_of_chain(storage, subject, opened, between, times)
-    return found
+        return found | _make_pictures_of_chain(storage, subject, opened, between, times)
+    return found | {"interpolation": _interpolate_in_continuous_time(opened, between)}
+
+
+def _interpolate_in_continuous_time(opened: _Opened, between: tuple[int, int]) -> bytes:
+    """Blends of two held-out images at noise levels, each as far from the next as a factor says."""
+    import numpy as np
+    import torch
+
+    from workers.diffusion.guidance import take_rows
+    from workers.evaluation.pictures import interpolate_along_flow
+    from workers.noise import make_generator
+
+    (ends, told), weights, rows = opened.take_held_out(between), torch.linspace(0, 1, BLENDS), []
+    nearer, (low, high) = take_rows(told, (weights > 0.5).long()), opened.process.ends
+    sigmas = np.geomspace(high, max(low, LEAST_BLENDED), ROWS).tolist()
+    for k, sigma in enumerate(sigmas):
+        noise = make_generator(opened.m.seed, "pictures", "interpolation", k)
+        blends = interpolate_along_flow(opened.process, nearer, ends, sigma, weights, generator=noise)
+        rows += [ends[:1], blends, ends[1:]]
+    return _tabulate_blends(torch.cat(rows), between, weights, [f"σ = {sigma:.2g}" for sigma in sigmas], opened)
+
+
+def _tabulate_blends(x: Any, between: tuple[int, int], weights: Any, sides: Sequence[str], opened: _Opened) -> bytes:
+    from workers.data.pixels import to_data, to_picture
+
+    levels = opened.dataset.levels
+    heads = [f"image {between[0]}", *(f"{w:.3g}" for w in weights.tolist()), f"image {between[1]}"]
+    return draw_labelled(to_picture(to_data(x, levels), levels).numpy(), heads, sides, "share of the second image")
 
 
 def make_stage_pictures(subject: Any, n: int) -> dict[str, bytes]:
@@ -297,9 +325,6 @@ def _make_pictures_of_chain(
 
     m, process, levels = opened.m, opened.process, opened.dataset.levels
 
-    def tabulate(x: torch.Tensor, heads: Sequence[str], sides: Sequence[str], title: str) -> bytes:
-        return draw_labelled(to_picture(to_data(x, levels), levels).numpy(), heads, sides, title)
-
     (ends, told), weights, rows = opened.take_held_out(between), torch.linspace(0, 1, BLENDS), []
     nearer = take_rows(told, (weights > 0.5).long())
     for t in times:
@@ -311,10 +336,10 @@ def _make_pictures_of_chain(
     noise = make_generator(m.seed, "pictures", "coding")
     shown = decode_at(process, told, real, [process.T - k for k in sent], noise)
     coded = torch.cat([shown, real[:, None]], dim=1)
-    blends = [f"image {between[0]}", *(f"{w:.3g}" for w in weights.tolist()), f"image {between[1]}"]
+    pictures, heads = to_picture(to_data(coded.flatten(0, 1), levels), levels), [f"{rate[k]:.3g}" for k in sent]
     return {
-        "interpolation": tabulate(torch.cat(rows), blends, [f"t = {t}" for t in times], "share of the second image"),
-        "coding": tabulate(coded.flatten(0, 1), [*(f"{rate[k]:.3g}" for k in sent), "image"], (), "bits/dim received"),
+        "interpolation": _tabulate_blends(torch.cat(rows), between, weights, [f"t = {t}" for t in times], opened),
+        "coding": draw_labelled(pictures.numpy(), [*heads, "image"], title="bits/dim received"),
         "coding_curve": draw_curve(rate, rmse),
     }
 

@@ -201,10 +201,13 @@ class Standing:
             if kept := self._explain_kept(trial, shared):
                 self.say(f"fresh      keeps {trial[:8]}: {kept}")
                 continue
+            asked = {self.get_trial(row).evaluation.ema_width for row in self.sharing[trial]}
+            widths = [width for width in asked if width is not None]
             for name in self.storage.list(name_checkpoints_folder(trial)):
                 with suppress(CheckpointError):  # a damaged one goes as well; what it was measured at stays
                     path = f"{name_checkpoints_folder(trial)}/{name}"
-                    for model in manifest.list_models(manifest.open_committed(self.storage, path)):
+                    checkpoint = manifest.open_committed(self.storage, path)
+                    for model in manifest.list_models(checkpoint, widths):
                         self.storage.delete(name_evaluation_folder(model.digest))
             self.storage.delete(name_trial_folder(trial))
         self.storage.delete(name_sweep_file(self.experiment.name, EVENTS))

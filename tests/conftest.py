@@ -25,6 +25,7 @@ from orchestrator.experiment.load import load
 from workers.config import Trial
 from workers.data.dataset import prepare
 from workers.data.sources import describe
+from workers.kinds import DENOISER
 from workers.layout import name_checkpoints_folder
 from workers.network import manifest
 from workers.storage import Storage
@@ -187,7 +188,7 @@ def own(finished: tuple[Path, Path, str], tmp_path: Path) -> tuple[Path, Path]:
 def commit(storage: Storage, trial: str, step: int) -> str:
     """Commits a checkpoint without files, as far as those see it who read manifests alone. Returns its digest."""
     path = f"{name_checkpoints_folder(trial)}/{manifest.name_step(step)}"
-    names = (manifest.INDEX, *manifest.EVALUATED, manifest.STATE, manifest.PROGRESS)
+    names = (manifest.INDEX, *manifest.EVALUATED[DENOISER], manifest.STATE, manifest.PROGRESS)
     manifest.write_manifest(storage, path, step, {name: f"{trial} {step} {name}" for name in names}, kept=True)
     return manifest.open_committed(storage, path).digest
 

@@ -14,7 +14,7 @@ import torch
 from diffusers_folder import WEIGHTS, T, diffusers, halved, put, saved
 from safetensors.torch import load_file, save_file
 
-from workers.config import SamplerConfig
+from workers.config import DiffusionConfig, SamplerConfig
 from workers.diffusion.formulations import Continuous
 from workers.diffusion.process import Process
 from workers.diffusion.samplers import ancestral
@@ -216,6 +216,22 @@ def test_a_variant_is_opened_where_it_is_alone_and_in_float32(unet, original, tm
 
 
 # Continuous time.
+
+
+def test_a_flow_is_measured_between_ends_of_its_own(folder):
+    """They stay with its folder, in names that diffusers keeps and does not read; without them it says nothing more."""
+    own = DiffusionConfig(formulation="flow", t_min=0.01, t_max=0.95)
+    config = make_scheduler_config(Continuous.of(own))
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    _, process = load(open_folder(folder))
+    assert process == Continuous.of(own) and process.ends == pytest.approx((0.01 / 0.99, 19))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    assert scheduler.config["_t_max"] == 0.95
+    assert set(config) - set(make_scheduler_config(Continuous.of(DiffusionConfig(formulation="flow")))) == {
+        "_t_min",
+        "_t_max",
+    }
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,27 @@ def test_other_protocols_are_not_compared() -> None:
     assert distance.verdict == "worse"
 
 
+def test_a_model_in_continuous_time_is_judged_by_the_rule_of_its_own_bound() -> None:
+    """A suite over both kinds of models has a rule for each, and one is not unknown for want of the other's bound."""
+    continuous = Rule(metric="eval/continuous_nll_bpd", standard_errors=3)
+
+    def flow(checkpoint: str, worse: float = 0.0, name: str = "f@candidate") -> ModelNumbers:
+        own = entry(name, checkpoint, worse)
+        metrics = {n.replace("eval/nll", "eval/continuous_nll"): value for n, value in own.metrics.items()}
+        return own.model_copy(update={"metrics": metrics})
+
+    before = find_earlier_entries([night("2026-03-01", entry("a@candidate", "x"), flow("x"))])
+    found = verdicts(compare([NLL, continuous], [entry("a@candidate", "y", 0.5), flow("y", 0.5)], before))
+    assert found == {
+        ("a@candidate", "last night", "eval/nll_bpd"): "worse",
+        ("f@candidate", "last night", "eval/continuous_nll_bpd"): "worse",
+    }
+    champion, better = flow("x", name="f@champion"), flow("y", -0.5)
+    of = [champion, better]
+    [promotion] = decide_promotions(of, compare([NLL, continuous], of, {}), drift=False)
+    assert promotion.promoted and "continuous_nll_bpd" in to_markdown(night("2026-03-02", *of))
+
+
 def test_a_metric_that_is_no_number_is_worse() -> None:
     before = find_earlier_entries([night("2026-03-01", entry("a@candidate", "x"))])
     broken = entry("a@candidate", "y", metrics={"eval/nll_bpd": math.nan})

@@ -13,9 +13,15 @@ from workers.config import DiffusionConfig, ModelConfig, SamplerConfig, Schedule
 from workers.data.pixels import draw_grid
 from workers.diffusion.formulations import AnyProcess, Continuous
 from workers.diffusion.predictions import from_eps
-from workers.diffusion.process import Process
+from workers.diffusion.process import Prediction, Process
 from workers.diffusion.samplers import draw
-from workers.evaluation.pictures import compute_coding_curve, decode_at, draw_progressive, interpolate
+from workers.evaluation.pictures import (
+    compute_coding_curve,
+    decode_at,
+    draw_progressive,
+    interpolate,
+    interpolate_along_flow,
+)
 from workers.network import checkpoint as checkpoints
 from workers.network.unet import UNet
 from workers.network.unet_config import make_unet_config
@@ -114,6 +120,25 @@ def test_a_name_stands_beside_each_row():
     assert all((rows < 128).any() for rows in np.array_split(margin, 3)), "ink in each third"
 
 
+@pytest.mark.parametrize("name", ["edm", "flow"])
+def test_blends_along_the_flow_are_those_of_gaussian_pixels(name):
+    """Of pixels N(0, s^2) the flow scales y = x_0 + sigma eps by sqrt((s^2 + low^2) / (s^2 + sigma^2))."""
+    process, s, sigma = Continuous.of(DiffusionConfig(formulation=name)), 0.1, 0.8
+
+    def exact(x_t, t):
+        level = process.noise_level_at(t)[:, None, None, None]
+        y = x_t * process.divisor_at(level)
+        x_0 = y * s**2 / (s**2 + level**2)
+        return Prediction(x_0=x_0, eps=(y - x_0) / level)
+
+    weights, ends = torch.tensor([0.0, 0.25, 1.0]), s * torch.randn((2, 1, 3, 3), generator=make_generator("ends"))
+    found = interpolate_along_flow(process, exact, ends, sigma, weights, generator=make_generator("noise"))
+    noise = torch.randn((1, 1, 3, 3), generator=make_generator("noise"))
+    blends = torch.lerp(ends[:1], ends[1:], weights[:, None, None, None]) + sigma * noise
+    low = process.ends[0]
+    torch.testing.assert_close(found, blends * ((s**2 + low**2) / (s**2 + sigma**2)) ** 0.5, rtol=0.02, atol=1e-3)
+
+
 # ---- The command -----------------------------------------------------------------------------------------------
 
 
@@ -151,7 +176,7 @@ def test_a_model_in_continuous_time_has_the_pictures_that_need_no_chain(tmp_path
     target = folder(tmp_path / "a", Continuous.of(DiffusionConfig(formulation="flow")))
     words = [target, "data.source=digits", "--storage", str(tmp_path / "runs"), "--n", "4"]
     assert command.main([*words, "evaluation.fid.sampler.steps=3"]) == 0
-    assert [Path(p).stem for p in capsys.readouterr().out.split()] == ["samples", "progressive"]
+    assert [Path(p).stem for p in capsys.readouterr().out.split()] == ["samples", "progressive", "interpolation"]
     assert command.main([*words, "--at", "5"]) == 2
     assert "--at: the model is of continuous time" in capsys.readouterr().err
 

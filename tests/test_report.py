@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from stored_sweep import FOUR, SOURCE, Page, experiment, stored
 from orchestrator import report as verb
 from orchestrator import status
 from orchestrator.experiment.expand import expand
+from orchestrator.experiment.records import Variant
 from orchestrator.output import curves, findings, page
 from orchestrator.output.importance import compute_importance
 from orchestrator.output.markdown import write_markdown
@@ -338,3 +340,28 @@ def test_several_training_steps_are_curves_of_the_bound_and_of_the_distance(tmp_
     assert [bound.name, distance.name] == ["training-steps-nll_bpd", "training-steps-fd_classifier"]
     assert page.render_report(report).count("Over training") == 1
     assert {"training-steps-nll_bpd.png", "training-steps-fd_classifier.png"} <= curves.draw_png_files(report).keys()
+
+
+def test_averages_made_afterwards_are_drawn_by_their_width_and_held_against_stored_ones(tmp_path: Path) -> None:
+    stored(tmp_path, FOUR)
+    report = findings.gather(Storage(tmp_path), "small")
+    error = {"profile_error": 0.007, "times_kept": 20, "stored_width": 0.1, "stored_profile_error": 0.0091}
+    error |= {"stored_error": 1.2e-4, "other_width": 0.05, "other_apart": 0.034}
+
+    def measure(row: Row, width: float) -> Row:
+        trial = row.variant.trial
+        evaluation = trial.evaluation.model_copy(update={"ema_width": width})
+        variant = Variant(
+            params={"evaluation.ema_width": width}, trial=trial.model_copy(update={"evaluation": evaluation})
+        )
+        summary = {**(row.found.summary or {}), "average": {"width": width, **error}}
+        return replace(row, variant=variant, found=replace(row.found, summary=summary))
+
+    made = replace(report, rows=[measure(row, w) for row, w in zip(report.rows, (0.03, 0.05, 0.08, 0.2), strict=True)])
+    bound, distance = curves.draw_widths(made)
+    assert [bound.name, distance.name] == ["widths-nll_bpd", "widths-fd_classifier"]
+    assert {"widths-nll_bpd.png", "widths-fd_classifier.png"} <= curves.draw_png_files(made).keys()
+    told = "width 0.08, made of averages that were kept 20 times: its profile is off by 0.007 of its norm. The"
+    for text in (" ".join(Page(page.render_report(made)).text), write_markdown(made)):
+        assert told in text and "is off by 0.00012 of its norm; from that of width 0.05 it is 0.034 away" in text
+    assert "Averages made afterwards" not in page.render_report(report)

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each line is a room, `workers` or `orchestrator` themselves where it names none; state stands above what uses it.
 ORDER = """
-    workers: seals syntax code entries process_kinds kinds sections sides bits mistakes warm_start
+    workers: seals syntax code entries process_kinds kinds sections sides bits mistakes warm_start posthoc gpu_parts
     workers: model_settings diffusion_settings loss_settings config layout identity speed signals disk remote storage
     workers: bundles sharing locks noise memos pulse journal shapes pausing students passes classes
     workers.data: splits hub mirror cache decoding tree shards vectors built_in arrays parquet_files tar_files cifar10
@@ -17,14 +17,16 @@ ORDER = """
     workers.network: unet_config autoencoder_config attention unet build
     workers.diffusion: schedules laws process formulations guidance predictions bound objectives distillation
     workers.diffusion: timesteps flow samplers gaussian ledger likelihood integral
-    workers.network: autoencoder discriminator generator manifest diffusers_config student_config weights checkpoint
+    workers.network: autoencoder discriminator generator manifest diffusers_config student_config weights averages
+    workers.network: checkpoint
     workers.evaluation: precision frechet fidelity inception blocks features make rates summary pictures
     workers.evaluation: canaries
     workers: peak world compiling first_weights lessons denoising studying adversarial autoencoding playing learner
     workers: conformity training calibration
     workers: ray_private jobs signs hosts ray_train data_parallel tasks
     orchestrator: interrupts streams cli ray_internals
-    orchestrator.experiment: settings metrics records starts expand needs continuous distilling told check load
+    orchestrator.experiment: settings metrics records starts expand needs continuous distilling told
+    orchestrator.experiment: measured_weights check load
     orchestrator.experiment: effort preflight dry_run profiles
     orchestrator.state: rows events saved
     orchestrator.planning: changes decide deadline packing place makespan search

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from orchestrator.experiment.records import ExperimentError
-from orchestrator.nights.suite import Suite, find_mistakes, load, split_registered
+from orchestrator.nights.suite import Suite, find_mistakes, load, note_missing_rules, split_registered
 
 SUITE: dict[str, Any] = {
     "name": "small",
@@ -62,6 +62,7 @@ def test_all_mistakes_are_told_at_once() -> None:
         ({"regression": {"rules": [{"metric": "eval/fd_classifer", "relative": 0.1}]}}, "mean 'eval/fd_classifier'"),
         ({"regression": {"rules": [{"metric": "eval/nll_bpd", "relative": 1}] * 2}}, "eval/nll_bpd is there twice"),
         ({"evaluation": {"nll": None, "fid": None}}, "nothing is measured"),
+        ({"regression": {"rules": [{"metric": "eval/ode_nll_bpd", "relative": 1}]}}, "not measured by this evaluation"),
         ({"evaluation": {"nll": {"images": 1}}}, "a single image has no error"),
         ({"evaluation": {"fid": {"also": ["inception_score"]}}}, "inception_score needs features: inception"),
         ({"models": ["*@candidate"]}, "against: champion takes a champion, and models names none; add '*@champion'"),
@@ -78,6 +79,17 @@ def test_a_rule_by_standard_errors_takes_a_metric_that_has_one() -> None:
     assert "has no standard error with so few samples" in told(evaluation=few, regression={"rules": [rule]})
     rule = {"metric": "eval/fd_classifier", "relative": 0.1}
     assert told(evaluation=few, regression={"rules": [rule]}) == ""
+
+
+def test_bounds_in_continuous_time_and_likelihoods_by_the_ode_have_rules() -> None:
+    names = ("eval/nll_bpd", "eval/continuous_nll_bpd", "eval/ode_nll_bpd")
+    rules = {"rules": [{"metric": name, "standard_errors": 3} for name in names]}
+    measured = {"nll": {"timesteps": 50}, "ode_nll": {"images": 20}, "fid": {"sampler": {"kind": "heun", "steps": 10}}}
+    assert told(evaluation=measured, regression=rules) == ""
+    suite = Suite.model_validate({**SUITE, "evaluation": measured, "regression": rules})
+    assert not [*note_missing_rules(suite, "flow@newest", 17, continuous=True)]
+    [note] = note_missing_rules(Suite.model_validate(SUITE), "flow@newest", 17, continuous=True)
+    assert note.startswith("flow@newest: what is measured of it is eval/continuous_nll_bpd, of which there is no rule")
 
 
 def test_what_looks_like_an_alias_is_one_and_a_path_is_not() -> None:

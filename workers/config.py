@@ -7,11 +7,12 @@ digest of what changes its weights (`workers.identity`). Importing this module i
 import math
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from workers.diffusion_settings import DiffusionConfig as DiffusionConfig
 from workers.diffusion_settings import ScheduleConfig as ScheduleConfig
 from workers.entries import add_settings_of
+from workers.gpu_parts import Gpus
 from workers.kinds import (
     AUTOENCODER,
     DENOISER,
@@ -30,6 +31,7 @@ from workers.mistakes import hide_secrets as hide_secrets
 from workers.model_settings import KIND_READS, MEASURED_READS, reset_unread
 from workers.model_settings import ModelConfig as ModelConfig
 from workers.model_settings import What as What
+from workers.posthoc import PosthocConfig, Width
 from workers.sections import NameOf, OpenRecord
 from workers.sections import Record as Record
 from workers.sides import Resolution
@@ -118,18 +120,6 @@ class DataConfig(Record):
     )
 
 
-def _check_gpus(gpus: object) -> object:
-    if isinstance(gpus, int | float) and not 0 <= gpus <= 1:
-        raise ValueError(
-            f"{str(gpus)[:20]} is not auto, 0, 1 or a part of a GPU such as 0.25; a worker uses at most one GPU; "
-            "for more take training.workers"
-        )
-    return gpus
-
-
-Gpus = Annotated[Literal["auto", 0, 1] | Annotated[float, Field(ge=0.01, lt=1)], BeforeValidator(_check_gpus)]
-
-
 class TrainingConfig(Record):
     """`batch_size` is global: it does not change with the number of workers."""
 
@@ -152,6 +142,9 @@ class TrainingConfig(Record):
         strict=False,
         max_length=16,
         description="decays of further averages to keep; 0 is the weights themselves",
+    )
+    posthoc: PosthocConfig | None = Field(
+        default=None, description="what is kept so that averages of any width can be made afterwards; null: nothing"
     )
     grad_clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
     precision: Literal["auto", "bf16", "float32"] = Field(
@@ -279,6 +272,10 @@ class EvaluationConfig(Record):
     )
     ema: float | None = Field(
         default=None, ge=0, lt=1, description="one of training.averages to measure; null: that of training.ema"
+    )
+    ema_width: Width | None = Field(
+        default=None,
+        description="sigma_rel of the average to measure in its place, made of what training.posthoc keeps",
     )
     reconstructions: Count | None = Field(
         default="all",

@@ -70,6 +70,8 @@ class DiffusionConfig(OpenRecord):
     )
     t_mean: float = Field(default=0.0, description="of logit_normal: the mean of log(t / (1 - t))")
     t_std: float = Field(default=1.0, gt=0, description="of logit_normal: its standard deviation")
+    t_min: float = Field(default=0.001, gt=0, lt=1, description="of flow: the least t of sampling and bounds")
+    t_max: float = Field(default=0.999, gt=0, lt=1, description="of flow: the largest t of the same")
 
     @property
     def learned(self) -> bool:

@@ -33,6 +33,7 @@ from workers.network.unet_config import UNET
 from workers.noise import compute_address, make_generator
 from workers.peak import count_training_flops
 from workers.playing import Playing
+from workers.posthoc import compute_decay, compute_gamma
 from workers.studying import Studying
 from workers.world import World, take_share
 
@@ -54,8 +55,10 @@ class Learner:
         self.lesson.teacher = teacher and teacher.to(world.device)
         self.config, self.module = self.lesson.config, self.lesson.module
         self.raw = list(self.module.state_dict().values())  # views of the parameters, not copies
-        self.ema = {name: p.clone() for name, p in self.module.state_dict().items()}
-        self.averages = {decay: {n: p.clone() for n, p in self.ema.items()} for decay in trial.training.averages}
+        self.ema, posthoc = _copy(self.module.state_dict()), trial.training.posthoc
+        of, widths = trial.training.averages, posthoc.widths if posthoc else ()
+        self.averages, self.widths = ({key: _copy(self.ema) for key in keys} for keys in (of, widths))
+        self.gammas = {width: compute_gamma(width) for width in widths}
         self.optimizer = torch.optim.Adam(self.module.parameters(), lr=trial.training.lr, fused=True)
         self.autocast = choose_autocast(trial, world.device)
         self.step = 0
@@ -169,9 +172,13 @@ class Learner:
         return StepBatch(self.step, rows, x_0, noise)
 
     def _average(self) -> None:
-        """EMA of the weights, with min(ema, (1 + n) / (10 + n)) so that the start is forgotten early."""
+        """EMA of the weights, with min(ema, (1 + n) / (10 + n)) so that the start is forgotten early; and averages by
+        powers of the step, which forget it at once."""
         for ema, weights in ((self.trial.training.ema, self.ema), *self.averages.items()):
             decay = min(ema, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(list(weights.values()), self.raw, 1 - decay)
+        for width, weights in self.widths.items():
+            decay = compute_decay(self.gammas[width], self.step + 1)
             torch._foreach_lerp_(list(weights.values()), self.raw, 1 - decay)
 
     def use_averaged(self) -> "_Averaged":
@@ -195,8 +202,8 @@ class Learner:
             raise CheckpointError("; ".join(misfits))
         taken = {name: weights[name] for name in own if not is_part(name, fresh)}
         self.module.load_state_dict({**own, **taken})
-        for average in (self.ema, *self.averages.values()):
-            average.update({name: p.clone() for name, p in self.module.state_dict().items()})
+        for average in (self.ema, *self.averages.values(), *self.widths.values()):
+            average.update(_copy(self.module.state_dict()))
 
     def restore(
         self,
@@ -204,11 +211,14 @@ class Learner:
         ema: Mapping[str, Tensor],
         averages: Mapping[float, Mapping[str, Tensor]],
         state: Mapping[str, Tensor],
+        *,
+        widths: Mapping[float, Mapping[str, Tensor]],
     ) -> None:
         """Goes on from a checkpoint of that step."""
         self.ema = {name: ema[name].to(self.world.device) for name in self.ema}
-        for decay, weights in averages.items():
-            self.averages[decay] = {name: weights[name].to(self.world.device) for name in self.ema}
+        for own, kept in ((self.averages, averages), (self.widths, widths)):
+            for key, weights in kept.items():
+                own[key] = {name: weights[name].to(self.world.device) for name in self.ema}
         self.module.load_state_dict({name: state[f"weights.{name}"] for name in self.ema})
         names = [name for name, _ in self.module.named_parameters()]
         keys = ("step", "exp_avg", "exp_avg_sq")
@@ -225,12 +235,16 @@ class _Averaged:
         self.network, self.ema = network, ema
 
     def __enter__(self) -> nn.Module:
-        self.raw = {name: p.clone() for name, p in self.network.state_dict().items()}
+        self.raw = _copy(self.network.state_dict())
         self.network.load_state_dict(self.ema)
         return self.network.eval()
 
     def __exit__(self, *_: object) -> None:
         self.network.load_state_dict(self.raw)
+
+
+def _copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in weights.items()}
 
 
 def repeat_steps(trial: Trial, dataset: Dataset, device: torch.device) -> Iterator[None]:

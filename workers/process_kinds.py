@@ -36,7 +36,9 @@ FORMULATIONS = Kinds(
             check="workers.diffusion.laws:check_of_edm", more_noise="take a larger diffusion.sigma_max",
         ),
         "flow": _make_formulation(
-            "flow", "(1 - t) x_0 + t eps, whose velocity is learned (Lipman et al. 2023)", "t_law", "t_mean", "t_std",
+            "flow", "(1 - t) x_0 + t eps, whose velocity is learned (Lipman et al. 2023)",
+            "t_law", "t_mean", "t_std", "t_min", "t_max",
+            check="workers.diffusion.laws:check_of_flow", more_noise="take a larger diffusion.t_max",
         ),
     }
 )  # fmt: skip

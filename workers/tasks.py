@@ -23,6 +23,7 @@ from workers.evaluation.summary import summarise
 from workers.jobs import choose_device
 from workers.kinds import DENOISER
 from workers.layout import REFERENCES, name_evaluation_folder
+from workers.network.averages import measure_error
 from workers.network.checkpoint import load_process
 from workers.network.manifest import Checkpoint
 from workers.ray_private import count_attempts
@@ -125,6 +126,8 @@ def make_summary(order: Order, *after: Any) -> tuple[int, dict[Block, str]] | No
             return count_attempts(), unusable
         process = load_process(order.checkpoint) if bench.m.family == DENOISER else Stage.of(order.checkpoint)
         summary = summarise(bench.storage, bench.m, bench.dataset, process, digest, space=space)
+        if (width := order.checkpoint.width) is not None:
+            summary["average"] = measure_error(order.checkpoint, width)
         bench.storage.write_sealed(name_summary(bench.m, digest, images), summary)
         for folder in (name_evaluation_folder(digest), REFERENCES):
             bench.storage.remove_leftovers(folder)

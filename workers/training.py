@@ -25,8 +25,8 @@ from workers.data.dataset import Dataset
 from workers.first_weights import load_first_weights, load_teacher
 from workers.journal import Journal
 from workers.learner import Learner, compute_learning_rate
+from workers.network import averages, manifest
 from workers.network import checkpoint as checkpoints
-from workers.network import manifest
 from workers.pausing import Lookout, Paused
 from workers.peak import describe_peak
 from workers.speed import Meter, name_training_kind
@@ -88,17 +88,17 @@ def train(
                 if loop.is_due(trial.training.validate_every) and loop.step != told:
                     with loop.meter.measure("validations", 1):
                         loop.validate()
-                    yield loop.report_reached(finished=loop.step == missing[-1])
+                    yield loop.report("finished" if loop.step == missing[-1] else "running")
                     told = loop.step
                 if loop.step == target:
                     break
                 loop.advance()
     except Diverged as diverged:
-        yield loop.report_ended("diverged", f"diverged by step {loop.step}: {diverged}")
+        yield loop.report("diverged", f"diverged by step {loop.step}: {diverged}")
     except Pruned:
-        yield loop.report_ended("pruned", f"pruned by step {loop.step}")
+        yield loop.report("pruned", f"pruned by step {loop.step}")
     except Paused:
-        yield loop.report_ended("paused", f"paused at step {loop.step}")
+        yield loop.report("paused", f"paused at step {loop.step}")
 
 
 class _Loop:
@@ -129,6 +129,7 @@ class _Loop:
         self.clock.resume({})
         self.meter = Meter(world.device, share=world.gpus)
         self.checkpoint: manifest.Checkpoint | None = None  # the newest that this training knows
+        self.posthoc: dict[str, str] = {}  # the files of averages that were kept up to now, with their sha256
         self.journal = Journal(storage, folder)
         self.lookout = Lookout(world.pulse, world.size, world.device)
 
@@ -183,14 +184,13 @@ class _Loop:
             self.world.gauge()
             if self.is_due(point_every):
                 self._note_training()
+            if training.posthoc and self.step % training.posthoc.every == 0:
+                self._keep_averages()  # before a checkpoint of the same step, which names them
+                self.clock.turn_to("training")
             if self.is_due(training.checkpoint_every):
-                self.world.pulse.rest()
-                self.clock.turn_to("checkpoints")
                 self._save()
                 self.clock.turn_to("training")
             if self.lookout.sees_pause():
-                self.world.pulse.rest()
-                self.clock.turn_to("checkpoints")
                 self._save()
                 raise Paused
             if self.is_due(training.validate_every):
@@ -254,13 +254,7 @@ class _Loop:
         if not math.isfinite(measured.item()):
             raise Diverged(f"{name} {measured.item():g}")
 
-    def report_reached(self, finished: bool) -> Progress:
-        return self._report("finished" if finished else "running")
-
-    def report_ended(self, state: State, why: str) -> Progress:
-        return self._report(state, why)
-
-    def _report(self, state: State, detail: str = "") -> Progress:
+    def report(self, state: State, detail: str = "") -> Progress:
         self.clock.turn_to("waiting")
         name = self.learner.lesson.measure
         metrics = {n: v for n in (name, f"{name}_se") if (v := self.journal.get(self.step, n)) is not None}
@@ -281,11 +275,19 @@ class _Loop:
 
     @property
     def images_per_s(self) -> float:
-        train_seconds = self.clock.seconds.get("training", 0.0)
-        images = (self.step - self.first) * self.trial.training.batch_size
-        return images / train_seconds if train_seconds else 0.0
+        seconds, steps = self.clock.seconds.get("training", 0.0), self.step - self.first
+        return steps * self.trial.training.batch_size / seconds if seconds else 0.0
+
+    def _keep_averages(self) -> None:
+        """What averages of other widths are made of, once the training is done."""
+        self.world.pulse.rest()
+        self.clock.turn_to("checkpoints")
+        if self.world.rank == 0:
+            self.posthoc |= averages.keep(self.storage, self.folder, self.step, self.learner.widths)
 
     def _save(self) -> None:
+        self.world.pulse.rest()
+        self.clock.turn_to("checkpoints")
         sums = self.learner.sums
         if self.world.size > 1 and sums[-2]:  # between two points of the journal: rank 0 keeps what all have summed
             torch.distributed.all_reduce(sums)
@@ -301,19 +303,21 @@ class _Loop:
             prediction=self.learner.lesson.prediction,
             ema=self.learner.ema,
             averages=self.learner.averages,
+            widths=self.learner.widths,
+            posthoc=self.posthoc,
             state=self.learner.collect_state(),
             progress={"seconds": self.clock.seconds, "sums": sums.tolist()},
             journal=self.journal.make_content(),
         )
-        self.checkpoint = checkpoints.save(
-            self.storage, name_checkpoints_folder(self.folder), snapshot, kept=self.step in self.asked
-        )
+        folder, kept = name_checkpoints_folder(self.folder), self.step in self.asked
+        self.checkpoint = checkpoints.save(self.storage, folder, snapshot, kept=kept)
 
     def _restore(self, checkpoint: manifest.Checkpoint, of_other: bool = False) -> None:
         """Goes on from a checkpoint of this trial, or of another one whose steps were the same until then."""
         ema, state, progress = checkpoints.load_state(checkpoint)
-        averages = checkpoints.load_averages(checkpoint, self.learner.averages)
-        self.learner.restore(progress["step"], ema, averages, state)
+        of, widths = checkpoints.load_averages(checkpoint, self.learner.averages), self.learner.widths
+        self.learner.restore(progress["step"], ema, of, state, widths=averages.load_widths(checkpoint, widths))
+        self.posthoc = dict(checkpoint.posthoc)
         if self.world.rank == 0 and "sums" in progress:
             self.learner.sums.copy_(torch.tensor(progress["sums"], dtype=torch.float64))
         if not of_other:  # of which the seconds are its own; a checkpoint of before knows those of training alone

@@ -11,6 +11,7 @@ from orchestrator.clusters.cluster import find_cluster_of_head
 from orchestrator.execution import session
 from orchestrator.execution.evaluations import Evaluations
 from orchestrator.execution.loss import repeat_where_lost
+from orchestrator.experiment.measured_weights import describe_average
 from orchestrator.measuring.subjects import Subject
 from orchestrator.output.table import format_metric, format_value
 from orchestrator.output.terminal import Display, Line
@@ -81,7 +82,7 @@ def _find_later(subject: Subject) -> Subject | None:
     if not folder or storage.exists(f"{own.path}/{manifest.MANIFEST}"):
         return None
     newest = manifest.find_newest(storage, folder)
-    return replace(subject, checkpoint=manifest.choose_average(newest, subject.m.evaluation.ema)) if newest else None
+    return replace(subject, checkpoint=manifest.choose_weights(newest, subject.m.evaluation)) if newest else None
 
 
 def _measure(
@@ -173,6 +174,8 @@ def format_measured(measured: Measured) -> str:
         values = zip((c["steps"] for c in chains), each, strict=True)
         told = ", ".join(f"{steps}: {format_metric('bpd', value)}" for steps, value in values)
         lines.append(f"  bits/dim by steps, {variance:<12} {told}")
+    if "average" in summary:
+        lines.append(f"  average          width {describe_average(summary['average'])}")
     for kind, passport in summary["passports"].items():
         protocol = ", ".join(f"{name} {format_value(value)}" for name, value in passport["protocol"].items())
         lines.append(f"  {kind + ' protocol':<16} {protocol}")

@@ -16,6 +16,7 @@ from orchestrator.experiment.continuous import (
 )
 from orchestrator.experiment.distilling import find_distilling_mistakes
 from orchestrator.experiment.expand import DRAWS, expand
+from orchestrator.experiment.measured_weights import find_average_mistakes
 from orchestrator.experiment.metrics import EVALUATIONS, list_metrics
 from orchestrator.experiment.needs import LEAST_TRIAL, find_cooldown_mistakes, find_need_mistakes, find_sourceless
 from orchestrator.experiment.records import (
@@ -163,12 +164,7 @@ def find_trial_mistakes(trial: Trial) -> list[str]:
             f"training.gpus: {training.gpus:g} with training.workers: {training.workers}: NCCL, by which the workers "
             "of a trial exchange gradients, refuses two of them on one GPU; take gpus: 1, or workers: 1"
         )
-    kept, ema = (training.ema, *training.averages), trial.evaluation.ema
-    if ema is not None and ema not in kept:
-        found.append(
-            f"evaluation.ema: {ema:g} is no average that is kept in training, which are {', '.join(map(str, kept))}; "
-            "take one of them, or add it to training.averages"
-        )
+    found += find_average_mistakes(training, trial.evaluation)
     return found + (_find_denoiser_mistakes(trial) if trial.diffuses else find_measuring_mistakes(trial.evaluation))
 
 
@@ -239,6 +235,11 @@ def find_evaluation_mistakes(evaluation: EvaluationConfig, T: int | None) -> lis
     T is None of a continuous process.
     """
     found, nll, fid = [], evaluation.nll, evaluation.fid
+    if evaluation.ema is not None and evaluation.ema_width is not None:
+        found.append(
+            f"evaluation.ema_width: {evaluation.ema_width:g} and evaluation.ema: {evaluation.ema:g} are two averages, "
+            "and one is measured; leave one out"
+        )
     if T is None and nll and nll.timesteps == "all":
         found.append(
             "evaluation.nll.timesteps: all T of them are not there in continuous time; give a number, so many an image"

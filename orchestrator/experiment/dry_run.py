@@ -36,9 +36,11 @@ def format_dry_run(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig,
         [
             *_align([head, *rows, total]),
             "",
-            "L_T: the prior gap in bits/dim at E[x_0^2] = 1; log SNR: of t = 1 and T. The columns after it count",
-            "evaluations of the network, an image at a time; one of training is a forward and a backward.",
+            "L_T: the prior gap in bits/dim at E[x_0^2] = 1; log SNR: of t = 1 and T, or of the ends that a continuous",
+            "process is measured at. The columns after it count evaluations of the network, an image at a time; one of",
+            "training is a forward and a backward.",
             *_describe_sharing(trials, sum(prices, Cost()), starts),
+            *_describe_kept(trials),
         ]
     )
 
@@ -73,6 +75,13 @@ def _describe_sharing(
         f"Trained each by itself, the trials would take {format_count(alone)} evaluations of training in place of "
         f"{format_count(total.training_evaluations)}."
     ]
+
+
+def _describe_kept(trials: Mapping[RowId, Variant]) -> list[str]:
+    """What `training.posthoc` takes of the storage."""
+    trainings = (variant.trial.training for variant in trials.values())
+    kept = [t.steps // t.posthoc.every * len(t.posthoc.widths) for t in trainings if t.posthoc]
+    return [f"training.posthoc keeps as much as {max(kept):,} networks of a trial, in float32."] if kept else []
 
 
 def _format_cell(value: object) -> str:

@@ -81,7 +81,7 @@ def count_costs(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig, So
     """Of the rows of a sweep, in their order: what several have in common counts once.
 
     A trial is trained as far as the longest of its rows asks, and each row counts the steps from the one before it. The
-    bound of a checkpoint, and its samples, count at the first of the rows that measure them.
+    bound of an average of a checkpoint, and its samples, count at the first of the rows that measure them.
     """
     found, trained, done = dict[RowId, Cost](), dict[TrialId, Cost](), set[Any]()
     for row, variant in sorted(trials.items(), key=lambda one: one[1].trial.training.steps):
@@ -92,7 +92,7 @@ def count_costs(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig, So
             training_evaluations=price.training_evaluations - before.training_evaluations,
             validation_evaluations=price.validation_evaluations - before.validation_evaluations,
         )
-        checkpoint = of, trial.training.steps
+        checkpoint = of, trial.training.steps, trial.evaluation.ema, trial.evaluation.ema_width
         for key, name in (
             ((checkpoint, trial.evaluation.nll), "nll_evaluations"),
             ((checkpoint, trial.evaluation.ode_nll), "ode_nll_evaluations"),
@@ -107,7 +107,7 @@ def count_costs(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig, So
 def _describe_samples(trial: Trial) -> tuple[Any, ...]:
     """What rows have in common that measure the same samples, in other feature spaces or by other metrics."""
     evaluation, fid = trial.evaluation, trial.evaluation.fid
-    return (fid and (fid.sampler, fid.samples, fid.quantise), evaluation.variance, evaluation.precision, evaluation.ema)
+    return fid and (fid.sampler, fid.samples, fid.quantise), evaluation.variance, evaluation.precision
 
 
 def count_validations(trial: Trial) -> int:

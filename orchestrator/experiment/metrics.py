@@ -55,6 +55,7 @@ DENSITIES = {
     "valid/nll_bpd": "valid/density_bpd",
 }
 NLLS = {density: nll for nll, density in DENSITIES.items()}
+BOUNDS = (NLL, DENSITY, CONTINUOUS_NLL, CONTINUOUS_DENSITY)  # of which a model has one
 RANKS = tuple(name for name, metric in METRICS.items() if metric.is_rank)
 
 
@@ -72,6 +73,13 @@ def list_metrics() -> dict[str, Metric]:
 def choose_likelihood(metric: str, levels: int | None) -> str:
     """What stands in the place of a metric of data in so many levels, None being not discrete: mostly itself."""
     return (DENSITIES if levels is None else NLLS).get(metric, metric)
+
+
+def list_other_kinds(metric: str) -> list[str]:
+    """Likelihoods that a model has in the place of this one, where its data or its time are of another kind."""
+    if metric in BOUNDS:
+        return [name for name in BOUNDS if name != metric]
+    return [other for table in (DENSITIES, NLLS) if (other := table.get(metric))]
 
 
 def head_metric(name: str) -> str:

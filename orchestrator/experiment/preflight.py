@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from orchestrator.experiment.check import tell_once
+from orchestrator.experiment.measured_weights import doubt_width
 from orchestrator.experiment.metrics import NLLS, choose_likelihood
 from orchestrator.experiment.records import MOST_VARIANTS, Experiment, ExperimentError, Variant
 from orchestrator.experiment.told import find_missing
@@ -154,13 +155,14 @@ def _check_noise(experiment: Experiment, trial: Trial, _: Source) -> Iterator[Fi
         return
     elif ends.alpha_bar_T == 0:
         yield Finding(
-            f"diffusion.schedule: alpha_bar_T = 0 in float64 at diffusion.T = {T}: nothing of x_0 is left, and the "
-            "first steps of sampling divide by it; take a smaller beta_end or T"
+            f"diffusion.schedule: alpha_bar_T = 0 in float64 at diffusion.T = {T}, a log SNR of -inf: nothing of x_0 "
+            "is left, and the first steps of sampling divide by it; take a smaller beta_end or T"
         )
     elif ends.alpha_bar_T < FLOAT32_TINY:
         yield Finding(
-            f"diffusion.schedule: alpha_bar_T = {ends.alpha_bar_T:.2g} at diffusion.T = {T} is zero in float32, so "
-            "many steps are spent on noise alone; a smaller beta_end or T would do",
+            f"diffusion.schedule: alpha_bar_T = {ends.alpha_bar_T:.2g} at diffusion.T = {T}, a log SNR of "
+            f"{ends.log_snr_T:.3g}, is zero in float32, so many steps are spent on noise alone; a smaller beta_end or "
+            "T would do",
             refused=False,
         )
     else:
@@ -171,14 +173,13 @@ def _check_prior_gap(diffusion: DiffusionConfig, ends: Chain, limit: float) -> I
     """What noise should hide of the data has to be small at the end."""
     if ends.prior_bpd > limit * WARN_AT:
         refused = ends.prior_bpd > limit
-        what, last = "chain", f"T = {diffusion.T}"
-        if diffusion.continuous:
-            what, last = "process", f"log SNR = {ends.log_snr_T:.3g}"
+        what = "process" if diffusion.continuous else f"chain of T = {diffusion.T}"
         yield Finding(
-            f"diffusion: the {what} stops short of noise at {last}: its prior gap L_T is up to {ends.prior_bpd:.3g} "
-            f"bits/dim (at E[x_0^2] = 1, the most that pixels in [-1, 1] have; {ends.photographs_bpd:.3g} at "
-            f"{PHOTOGRAPHS}, as in photographs), {'above' if refused else 'not far below'} "
-            f"preflight.max_prior_bpd = {limit:g}; {_suggest_remedy(diffusion, limit)}"
+            f"diffusion: the {what} stops short of noise at log SNR = {ends.log_snr_T:.3g}: its prior gap L_T is up to "
+            f"{ends.prior_bpd:.3g} bits/dim (at E[x_0^2] = 1, the most that pixels in [-1, 1] have; "
+            f"{ends.photographs_bpd:.3g} at {PHOTOGRAPHS}, as in photographs), "
+            f"{'above' if refused else 'not far below'} preflight.max_prior_bpd = {limit:g}; "
+            + _suggest_remedy(diffusion, limit)
             + (", or raise preflight.max_prior_bpd if the gap is what you study" if refused else ""),
             refused,
         )
@@ -239,6 +240,11 @@ def _check_variance(_: Experiment, trial: Trial, __: Source) -> Iterator[Finding
         if variance and is_outside(variance):
             for mistake in load(TRY_VARIANCE)(trial.diffusion, variance):
                 yield Finding(f"{section}.variance: {mistake}")
+
+
+def _check_average(_: Experiment, trial: Trial, __: Source) -> Iterator[Finding]:
+    if doubt := doubt_width(trial.training, trial.evaluation):
+        yield Finding(doubt, refused=False)
 
 
 def _check_images(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
@@ -362,6 +368,7 @@ Check = Callable[[Experiment, Trial, Source], Iterator[Finding]]
 OF_PROCESSES: tuple[Check, ...] = (_check_noise, _check_weighting, _check_variance)  # of denoisers alone
 CHECKS: tuple[Check, ...] = (
     _check_network,
+    _check_average,
     _check_images,
     _check_likelihood,
     _check_search,

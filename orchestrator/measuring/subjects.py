@@ -35,7 +35,9 @@ from workers.kinds import DENOISER, GENERATOR, SAMPLERS
 from workers.layout import SWEEPS, TRIALS, get_trial_of_row, name_checkpoints_folder, name_trial_file
 from workers.network import checkpoint as checkpoints
 from workers.network import manifest
+from workers.network.averages import list_profiles
 from workers.network.manifest import Checkpoint
+from workers.posthoc import Profile, describe_doubt
 from workers.remote import explain_download
 from workers.storage import Storage
 from workers.students import choose_own_sampler, find_drawing_mistakes, find_student_mistakes
@@ -101,7 +103,7 @@ def find_model(target: str, storage: Storage) -> Checkpoint:
         best = rank_rows(rows, kept.metric)[0]
         found = find_checkpoint(storage, best.digest, best.variant.trial)
         assert found, best.digest
-        return manifest.choose_average(found, Measurement.of(best.variant.trial).evaluation.ema)
+        return manifest.choose_weights(found, Measurement.of(best.variant.trial).evaluation)
     if "://" in target or is_there(target):
         return checkpoints.open_folder(target)
     [subject] = find(target, storage, (), None)
@@ -214,10 +216,10 @@ def _open_folder(folder: str, update: Update) -> Subject:
     """A folder that holds a checkpoint; one in a trial's folder belongs to the trial."""
     place, options = _split_options(folder)
     match place.split("/"):
-        case [*above, layout.TRIALS, trial_id, "checkpoints", _]:
+        case [*above, layout.TRIALS, trial_id, "checkpoints", step]:
             storage = Storage(("/".join(above) or "/") + options)
             if storage.exists(name_trial_file(trial_id, "trial.yaml")):
-                return _find_of_trial(trial_id, storage, update, checkpoints.open_folder(place + options))
+                return _find_of_trial(trial_id, storage, update, _open_inside(storage, trial_id, step))
     checkpoint = checkpoints.open_folder(folder)
     described = checkpoints.describe(checkpoint)
     family, what = described.family, described.told.KIND if described.told else None
@@ -229,6 +231,14 @@ def _open_folder(folder: str, update: Update) -> Subject:
     if "source" not in content.get("data", {}):
         raise Mistake(f"{folder}: it does not say which images it was trained on; give data.source=...")
     return _check_name(place.rpartition("/")[2], content, checkpoint, None, None)
+
+
+def _open_inside(storage: Storage, trial_id: str, step: str) -> Checkpoint:
+    """A trial's checkpoint with its storage as the root, which holds what the trial kept beside it."""
+    path = f"{name_checkpoints_folder(trial_id)}/{step}"
+    if storage.exists(f"{path}/{manifest.MANIFEST}"):
+        return manifest.open_committed(storage, path)
+    return checkpoints.open_folder(storage.find_url(path))
 
 
 def _make_subject(name: str, trial: Trial, checkpoint: Checkpoint, trial_id: str, update: Update) -> Subject:
@@ -246,7 +256,7 @@ def _check_name(name: str, content: Any, checkpoint: Checkpoint, trial: str | No
         raise ExperimentError(problems, name)
     if not m.evaluation.measures:
         raise ExperimentError(["evaluation: nll, ode_nll and fid are all null, so nothing would be measured"], name)
-    return Subject(name, m, manifest.choose_average(checkpoint, m.evaluation.ema), trial, own)
+    return Subject(name, m, manifest.choose_weights(checkpoint, m.evaluation), trial, own)
 
 
 def check(subjects: Sequence[Subject]) -> tuple[dict[DataConfig, Source], list[str]]:
@@ -284,6 +294,10 @@ def check(subjects: Sequence[Subject]) -> tuple[dict[DataConfig, Source], list[s
             if isinstance(process, Process):
                 tried = try_variance(replace(process, variance=variance))
                 problems += [f"evaluation.variance: {text}" for text in tried]
+        if (width := subject.checkpoint.width) is not None:
+            assert subject.checkpoint.step is not None
+            wanted = Profile(subject.checkpoint.step, width)
+            warnings += filter(None, [describe_doubt(list_profiles(subject.checkpoint), wanted)])
         for finding in check_evaluation(subject.m, source):
             (problems if finding.refused else warnings).append(finding.text)
     if problems:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from orchestrator import cli
-from orchestrator.experiment.metrics import DENSITIES, NLLS
+from orchestrator.experiment.metrics import list_other_kinds
 from orchestrator.experiment.settings import suggest_choice
 from orchestrator.measuring.differences import BY_IMAGE, compare_paired, list_protocol_differences
 from orchestrator.nights.suite import CANDIDATE, CHAMPION, EVERY, NEWEST, Rule, Suite, split_registered
@@ -29,6 +29,9 @@ from workers.evaluation import canaries
 
 # A metric of an unchanged checkpoint that moved by more than this part of its value did not do so by rounding.
 ROUNDING = 1e-4
+
+# Parts of a summary that hold values by image, which a night keeps.
+PER_IMAGE = ("nll_per_image", "density_per_image", "ode_nll_per_image", "ode_density_per_image")
 
 Verdict = Literal["better", "worse", "same", "unknown"]
 State = Literal["complete", "incomplete", "not believed"]
@@ -58,12 +61,13 @@ class ModelNumbers(Kept):
     passports: dict[str, Any] = Field(default_factory=dict)
     nll_per_image: tuple[float, ...] = ()
     density_per_image: tuple[float, ...] = ()  # of data that are not discrete, in its place
+    ode_nll_per_image: tuple[float, ...] = ()
+    ode_density_per_image: tuple[float, ...] = ()
     failed: str = ""
 
     @property
     def summary(self) -> dict[str, Any]:
-        by_image = {"nll_per_image": self.nll_per_image, "density_per_image": self.density_per_image}
-        return {"metrics": self.metrics, "passports": self.passports, **by_image}
+        return {"metrics": self.metrics, "passports": self.passports, **{key: getattr(self, key) for key in PER_IMAGE}}
 
 
 class ModelComparison(Kept):
@@ -236,14 +240,14 @@ def find_earlier_entries(history: Iterable[Night]) -> Before:
 def compare(rules: Sequence[Rule], entries: Sequence[ModelNumbers], before: Before) -> list[ModelComparison]:
     """Each model against itself the night before, and against its sweep's champion of tonight.
 
-    A rule of a likelihood is not for models whose likelihood is of the other kind (`metrics.DENSITIES`).
+    A rule of a likelihood is not for models whose likelihood is of another kind: of densities, in continuous time.
     """
     champions = {e.sweep: e for e in entries if e.alias == CHAMPION and not e.failed}
     found = []
     for entry in entries:
         if entry.failed:
             continue
-        own = [rule for rule in rules if DENSITIES.get(rule.metric, NLLS.get(rule.metric)) not in entry.metrics]
+        own = [r for r in rules if not any(other in entry.metrics for other in list_other_kinds(r.metric))]
         if entry.name in before:
             then, last = before[entry.name]
             found += [_compare_with(rule, entry, last, f"last night ({then.day})") for rule in own]

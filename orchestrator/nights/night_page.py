@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.experiment.metrics import DENSITY, NLL
+from orchestrator.measuring.differences import BY_IMAGE
 from orchestrator.nights.decisions import ModelComparison, ModelNumbers, Night
 from orchestrator.state.rows import is_distance
 
@@ -89,7 +89,7 @@ def make_sections(night: Night) -> list[Section]:
 
 
 def _make_models(night: Night) -> Table:
-    names = list(dict.fromkeys(n for e in night.entries for n in e.metrics if n in (NLL, DENSITY) or is_distance(n)))
+    names = list(dict.fromkeys(n for e in night.entries for n in e.metrics if n in BY_IMAGE or is_distance(n)))
     header = ("model", "version", "checkpoint", *(name.removeprefix("eval/") for name in names), "hash", "measured")
     rows = tuple(
         (
@@ -173,7 +173,7 @@ def draw_trend(nights: Sequence[Night]) -> str:
     """Each model's metrics by date with their standard errors, as SVG; empty where only one night has any."""
     nights = sorted((n for n in nights if n.state != "not believed"), key=lambda n: n.day)
     names = list(
-        dict.fromkeys(m for n in nights for e in n.entries for m in e.metrics if m in (NLL, DENSITY) or is_distance(m))
+        dict.fromkeys(m for n in nights for e in n.entries for m in e.metrics if m in BY_IMAGE or is_distance(m))
     )
     if len(nights) < 2 or not names:
         return ""

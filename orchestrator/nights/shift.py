@@ -201,7 +201,8 @@ def _find_models(
                 models.append(NightModel(entry.model_copy(update={"failed": str(mistake)})))
                 continue
             sources |= its
-            told = [*warnings, *note_missing_rules(suite, entry.name, its[subject.m.data].levels)]
+            levels, continuous = its[subject.m.data].levels, subject.m.T is None
+            told = [*warnings, *note_missing_rules(suite, entry.name, levels, continuous=continuous)]
             notes += [text for text in told if text not in notes]
             images, digest = Images.of(its[subject.m.data]), subject.checkpoint.digest
             entry = entry.model_copy(update={"protocol": make_protocol_key(subject.m, images)})
@@ -272,7 +273,7 @@ def _add_numbers(entry: ModelNumbers, summary: Mapping[str, Any] | None, measure
     if failed or summary is None:
         return entry.model_copy(update={"failed": failed or "its summary is gone"})
     numbers: dict[str, Any] = {key: summary[key] for key in ("hash", "metrics", "passports")}
-    numbers |= {key: tuple(summary.get(key, ())) for key in ("nll_per_image", "density_per_image")}
+    numbers |= {key: tuple(summary.get(key, ())) for key in decide.PER_IMAGE}
     numbers["blocks_run"] = sum(measured.missing.values()) if measured else 0
     return entry.model_copy(update=numbers)
 

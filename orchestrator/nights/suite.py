@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from orchestrator.experiment.check import find_evaluation_mistakes
 from orchestrator.experiment.load import open_code, parse_assignment
-from orchestrator.experiment.metrics import DENSITY, NLL, choose_likelihood
+from orchestrator.experiment.metrics import BOUNDS, choose_bound, choose_likelihood
 from orchestrator.experiment.records import ExperimentError, Name, TrackingConfig
 from orchestrator.experiment.settings import find_invalid, list_paths, put, read_file, suggest_choice, suggest_path
 from orchestrator.nights.calendar import Schedule
@@ -168,10 +168,11 @@ def find_mistakes(content: Mapping[str, Any]) -> list[str]:
 def _find_contradictions(suite: Suite) -> list[str]:
     """Settings, each valid by itself, that do not go together."""
     evaluation, found = suite.evaluation, find_evaluation_mistakes(suite.evaluation, LONGEST_T)
-    if not (evaluation.nll or evaluation.fid):
-        found.append("evaluation: nothing is measured; give nll, fid or both")
-    if evaluation.nll and evaluation.nll.images == 1:
-        found.append("evaluation.nll.images: a single image has no error to judge by; take 2 or more, or all")
+    if not evaluation.measures:
+        found.append("evaluation: nothing is measured; give nll, fid, ode_nll or several")
+    for name in ("nll", "ode_nll"):
+        if (part := getattr(evaluation, name)) and part.images == 1:
+            found.append(f"evaluation.{name}.images: a single image has no error to judge by; take 2 or more, or all")
     metrics = list_comparable(evaluation)
     for i, rule in enumerate(suite.regression.rules):
         where = f"regression.rules[{i}]"
@@ -201,16 +202,20 @@ def _find_contradictions(suite: Suite) -> list[str]:
 
 def list_comparable(evaluation: EvaluationConfig) -> dict[str, bool]:
     """The metrics that a rule may name, all of them better where lower; and whether each has a standard error."""
-    found = {NLL: True, DENSITY: True} if evaluation.nll else {}
+    found = dict.fromkeys(BOUNDS, True) if evaluation.nll else {}
+    found |= dict.fromkeys(("eval/ode_nll_bpd", "eval/ode_density_bpd"), True) if evaluation.ode_nll else {}
     if fid := evaluation.fid:
         distance, *others = list_comparable_metrics(fid)
         found |= {distance: fid.samples > SPACES[fid.features].dimensions, **dict.fromkeys(others, True)}
     return found
 
 
-def note_missing_rules(suite: Suite, model: str, levels: int | None) -> Iterator[str]:
+def note_missing_rules(suite: Suite, model: str, levels: int | None, *, continuous: bool) -> Iterator[str]:
     """That a model's likelihood is of another kind than those that the rules name."""
     names = [rule.metric for rule in suite.regression.rules]
+    told = set[str]()
     for name in names:
-        if (own := choose_likelihood(name, levels)) not in names:
-            yield f"{model}: what is measured of its data is {own}, of which there is no rule; {name} is not compared"
+        own = choose_likelihood(choose_bound(continuous) if name in BOUNDS else name, levels)
+        if own not in (*names, *told):
+            told.add(own)
+            yield f"{model}: what is measured of it is {own}, of which there is no rule; {name} is not compared"

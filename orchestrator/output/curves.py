@@ -199,6 +199,19 @@ def _get_guidance(group: Group) -> float | None:
     return None if fid is None else 1.0 if fid.sampler.guidance is None else fid.sampler.guidance
 
 
+def draw_widths(report: Report) -> list[Plot]:
+    """bits/dim and the distance by the width of the average that is measured, a line for each other setting."""
+    path = r"evaluation\.ema_width$"
+    drawn = []
+    for metric in filter(None, (report.bound, report.distance)):
+        series = _make_lines(report, metric, lambda group: group.variant.trial.evaluation.ema_width, path)
+        labels = "width of the average, sigma_rel", f"{_label_axis(metric)} (± its standard error)"
+        name = f"widths-{metric.removeprefix('eval/')}"
+        if series:
+            drawn.append(draw_curves(name, series, *labels, markers=True, legend=len(series) > 1))
+    return drawn
+
+
 def _make_lines(report: Report, metric: str, x_of: Callable[[Group], float | None], along: str) -> list[Series]:
     """A metric against `x_of`, a line for all that differ in settings `along` it alone (a pattern of their paths).
 
@@ -255,6 +268,7 @@ PLOTS: dict[str, Callable[[Report], list[Plot]]] = {
     "evaluations": draw_evaluations,
     "training_steps": draw_training_steps,
     "guidance": draw_guidance,
+    "widths": draw_widths,
 }
 # Those that lie beside a sweep's results as files, and in MLflow.
 FILES = {
@@ -270,5 +284,5 @@ def draw_png_files(report: Report) -> dict[str, bytes]:
     own = {name: file for name, file in FILES.items() if name != "pareto" or not report.kept.also}
     drawn = {file: plot for name, file in own.items() for plot in PLOTS[name](report)}
     drawn |= {plot.name: plot for plot in draw_front(report)} if report.kept.also else {}
-    drawn |= {plot.name: plot for draw in (draw_training_steps, draw_guidance) for plot in draw(report)}
+    drawn |= {plot.name: plot for draw in (draw_training_steps, draw_guidance, draw_widths) for plot in draw(report)}
     return {f"{name.replace('/', '_')}.png": to_png(plot) for name, plot in drawn.items()}

@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
-from orchestrator.experiment.metrics import CONTINUOUS_DENSITY, CONTINUOUS_NLL, DENSITY, NLL, head_metric
+from orchestrator.experiment.measured_weights import describe_average
+from orchestrator.experiment.metrics import BOUNDS, NLL, head_metric
 from orchestrator.experiment.starts import shorten_slot
 from orchestrator.measuring.differences import BY_IMAGE, Difference
 from orchestrator.measuring.seeds import Group, are_over_seeds, compare_groups, group_rows
@@ -25,7 +26,6 @@ from workers.layout import RowId, name_sweep_lock
 from workers.locks import is_locked
 from workers.storage import Storage
 
-BOUNDS = (NLL, DENSITY, CONTINUOUS_NLL, CONTINUOUS_DENSITY)
 GRIDS = 12  # trials whose samples and parts of the bound are shown
 
 
@@ -184,6 +184,12 @@ def list_protocols(rows: Iterable[Row]) -> list[tuple[str, Mapping[str, Any], li
             key = json.dumps([kind, how], sort_keys=True)
             found.setdefault(key, (kind, how, []))[2].append(row)
     return sorted(found.values(), key=lambda one: one[0])
+
+
+def list_averages(rows: Iterable[Row]) -> list[str]:
+    """How near the averages that were made of others come to stored ones."""
+    found = ((row.name, (row.found.summary or {}).get("average")) for row in rows)
+    return [f"{name}: width {describe_average(average)}." for name, average in found if average]
 
 
 def list_faults(happened: Sequence[Event]) -> list[Event]:

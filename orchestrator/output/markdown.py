@@ -9,6 +9,7 @@ from orchestrator.output.findings import (
     format_hours,
     format_utc,
     grow_trees,
+    list_averages,
     list_faults,
     list_protocols,
     list_starts,
@@ -57,6 +58,8 @@ def write_markdown(report: Report) -> str:
     wrong = [tell_event(event) for event in list_faults(report.happened)]
     lines += ["", f"Faults and retries: {len(wrong) or 'none'}.", ""]
     lines += [f"- {format_utc(e.time_ms)} {e.trial} {e.event}: {e.text}".replace("  ", " ") for e in wrong]
+    if averages := list_averages(report.rows):
+        lines += ["Averages made afterwards:", "", *(f"- {text}" for text in averages), ""]
     lines += ["<details><summary>How it was measured</summary>", ""]
     for kind, how, rows in list_protocols(report.rows):
         told = ", ".join(f"{name} {format_value(value)}" for name, value in how.items())

@@ -21,6 +21,7 @@ from orchestrator.output.findings import (
     format_hours,
     format_utc,
     grow_trees,
+    list_averages,
     list_faults,
     list_protocols,
     list_starts,
@@ -95,6 +96,7 @@ def render_report(report: Report) -> str:
         faults=[tell_event(e) for e in list_faults(report.happened)],
         events=[tell_event(e) for e in report.happened[-EVENTS:]],
         protocols=list_protocols(report.rows),
+        averages=list_averages(report.rows),
         warnings=sorted({text for row in report.rows for p in (row.found.summary or {}).get("passports", {}).values()
                          for text in p.get("warnings", ())}),
     )  # fmt: skip

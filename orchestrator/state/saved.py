@@ -300,7 +300,7 @@ def find(storage: Storage, row: RowId, trial: Trial, protocol: str, status: Mapp
     of, steps = get_trial_of_row(row), trial.training.steps
     try:
         checkpoint = manifest.find_at_step(storage, name_checkpoints_folder(of), steps)
-        measured = manifest.choose_average(checkpoint, Measurement.of(trial).evaluation.ema) if checkpoint else None
+        measured = manifest.choose_weights(checkpoint, Measurement.of(trial).evaluation) if checkpoint else None
     except manifest.CheckpointError as error:
         return Found(status, unread=str(error), steps=steps)
     summary = storage.read_sealed(name_summary_file(measured.digest, protocol), RERUN) if measured else None

@@ -261,7 +261,7 @@ class SweepRuns:
         trial = self.trials[best.digest].trial
         checkpoint = find_checkpoint(self.storage, best.digest, trial)
         assert checkpoint, best.digest
-        checkpoint = manifest.choose_average(checkpoint, Measurement.of(trial).evaluation.ema)
+        checkpoint = manifest.choose_weights(checkpoint, Measurement.of(trial).evaluation)
         source, fid = self.sources[trial.data], trial.evaluation.fid or FIDConfig()
         asked = Measurement.of(trial).evaluation
         return Candidate(

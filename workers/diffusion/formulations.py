@@ -52,6 +52,7 @@ class Continuous:
     formulation: Formulation
     config: DiffusionConfig
     student: Student | None = None  # what is drawn along it, where it is one
+    highest: float | None = None  # noise level that it begins at, where that is not the formulation's largest
 
     T: ClassVar[None] = None
     learned: ClassVar[bool] = False
@@ -64,7 +65,7 @@ class Continuous:
     def ends(self) -> tuple[float, float]:
         """The least and the largest noise level that it is measured at."""
         low, high = load(FORMULATIONS[self.config.formulation].ends)(self.config)
-        return float(low), float(high)
+        return float(low), float(high if self.highest is None else self.highest)
 
     def prior_variance(self, sigma: float) -> float:
         """Of a pixel of y = x_0 + sigma eps where sampling begins: that of the noise alone."""

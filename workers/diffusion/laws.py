@@ -15,7 +15,6 @@ from jaxtyping import Float64
 from workers.config import DiffusionConfig
 
 LogSNRs = Float64[np.ndarray, "shares"]
-FIRST, LAST = 1e-3, 1 - 1e-3  # the t between which a flow is measured: at 1 there is no signal, at 0 no noise
 REACH = 6.0  # standard deviations of a law beyond which a network has seen nothing
 
 
@@ -61,5 +60,11 @@ def log_snrs_of_flow(config: DiffusionConfig, shares: Sequence[float]) -> LogSNR
 
 
 def ends_of_flow(config: DiffusionConfig) -> tuple[float, float]:
-    """t / (1 - t) at FIRST and LAST."""
-    return FIRST / (1 - FIRST), LAST / (1 - LAST)
+    """t / (1 - t) at t_min and t_max: at t = 1 there would be no signal, and at 0 no noise."""
+    return config.t_min / (1 - config.t_min), config.t_max / (1 - config.t_max)
+
+
+def check_of_flow(config: DiffusionConfig) -> Iterator[str]:
+    """Ends in the wrong order."""
+    if config.t_min >= config.t_max:
+        yield f"diffusion.t_min: {config.t_min:g} is not below t_max = {config.t_max:g}; it is the end with less noise"

@@ -74,6 +74,12 @@ def _describe_precision(m: Measurement) -> list[str]:
     return [] if m.evaluation.precision == "float32" else [m.evaluation.precision]
 
 
+def describe_weights(m: Measurement) -> dict[str, float | None]:
+    """Which average of the weights is measured, for a passport."""
+    ema, width = m.evaluation.ema, m.evaluation.ema_width
+    return {"ema": m.ema if ema is None else ema} if width is None else {"ema_width": width}
+
+
 def count_asked(count: Count, available: int) -> int:
     return available if count == "all" else min(count, available)
 

@@ -3,13 +3,15 @@
 Each is a function of tensors, with the noise that is handed in; images are in [-1, 1].
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
 from workers.config import SamplerConfig
-from workers.diffusion.formulations import AnyProcess
+from workers.diffusion.formulations import AnyProcess, Continuous
 from workers.diffusion.guidance import take_rows
 from workers.diffusion.ledger import compute_rate_distortion
 from workers.diffusion.likelihood import compute_squared_norms, list_all_times, measure_pairs
@@ -21,6 +23,8 @@ Frames = Float[Tensor, "n frames c h w"]  # pictures of each image
 Two = Float[Tensor, "2 c h w"]
 Weights = Float[Tensor, "n"]
 ByTime = Float64[np.ndarray, "T"]
+
+LEVELS = 18  # of Heun's rule from a blend to an image (Karras et al. 2022)
 
 
 @torch.no_grad()
@@ -60,6 +64,18 @@ def interpolate(
         if step > 1:
             x = x + process.sigma(prediction, s) * torch.randn(ends[:1].shape, generator=generator).to(x)
     return x.clamp(-1, 1)
+
+
+@torch.no_grad()
+def interpolate_along_flow(
+    process: Continuous, model: Model, ends: Two, sigma: float, weights: Weights, *, generator: torch.Generator
+) -> NCHW:
+    """The same in continuous time: from blends of the two at a noise level, with one noise for all, along the flow."""
+    noise, weight = torch.randn(ends[:1].shape, generator=generator).to(ends), weights.to(ends)[:, None, None, None]
+    y = (1 - weight) * ends[:1] + weight * ends[1:] + sigma * noise
+    begun = replace(process, highest=sigma)  # samplers scale what they begin with by that level
+    config = SamplerConfig(kind="heun", steps=LEVELS)
+    return draw(begun, model, config, y / sigma, generator, clip=True).x_0.clamp(-1, 1)
 
 
 @torch.no_grad()

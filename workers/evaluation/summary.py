@@ -45,6 +45,7 @@ from workers.evaluation.blocks import (
     Images,
     count_reference_images,
     count_strata,
+    describe_weights,
     list_reference_blocks,
     make_measure_suffix,
     name_distance,
@@ -104,9 +105,8 @@ def summarise(
         _add_to_digest(sha256, table)
         return table
 
-    ema = m.ema if m.evaluation.ema is None else m.evaluation.ema
     process = process if isinstance(process, Stage) else make_measured_process(m, process)
-    subject = {"checkpoint": checkpoint, "ema": ema, **process.describe(), "seed": m.seed}
+    subject = {"checkpoint": checkpoint, **describe_weights(m), **process.describe(), "seed": m.seed}
     conditional = {str(m.told): TOLD[m.told]} if m.told else {}
     summary: dict[str, Any] = {"metrics": {}, "passports": {}}
     images = Images.of(dataset)

@@ -20,7 +20,7 @@ where that is all there is. Safetensors only: no pickle is ever loaded.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -39,6 +39,8 @@ from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Process
 from workers.kinds import AUTOENCODER, DENOISER
 from workers.network.autoencoder import Autoencoder, FromLatents
+from workers.network.averages import load_averages as load_averages
+from workers.network.averages import load_chosen
 from workers.network.build import CLASS, Unfolding, build_network, find_entry, find_family, is_foreign
 from workers.network.diffusers_config import (
     VERSION,
@@ -67,6 +69,7 @@ from workers.network.manifest import (
     make_checkpoint,
     name_average,
     name_step,
+    name_width,
     open_committed,
     read_bytes,
     read_file,
@@ -120,6 +123,8 @@ class Snapshot:
     prediction: str = "eps"
     ema: Mapping[str, Tensor]
     averages: Mapping[float, Mapping[str, Tensor]] = field(default_factory=dict)
+    widths: Mapping[float, Mapping[str, Tensor]] = field(default_factory=dict)
+    posthoc: Mapping[str, str] = field(default_factory=dict)  # the files of `workers.network.averages`, by sha256
     state: Mapping[str, Tensor] = field(default_factory=dict)
     progress: Mapping[str, Any] = field(default_factory=dict)
     journal: bytes = b""  # the trial's, as it is at that step
@@ -140,15 +145,16 @@ def save(storage: Storage, folder: str, snapshot: Snapshot, kept: bool = False) 
         PROGRESS: _write_json({**snapshot.progress, "step": snapshot.step}),
         JOURNAL: snapshot.journal,
         **{name_average(decay): write_tensors(weights) for decay, weights in snapshot.averages.items()},
+        **{name_width(width): write_tensors(weights) for width, weights in snapshot.widths.items()},
     }
     for name, content in files.items():
         storage.write(f"{path}/{name}", content)
     sums = {name: hash_bytes(content) for name, content in files.items()}
-    write_manifest(storage, path, snapshot.step, sums, kept)
+    write_manifest(storage, path, snapshot.step, sums, kept, posthoc=snapshot.posthoc)
     for other in storage.list(folder):
         if other < name_step(snapshot.step) and not is_kept(storage, f"{folder}/{other}"):
             storage.delete(f"{folder}/{other}")
-    return make_checkpoint(storage.root, path, snapshot.step, sums, family=family, kept=kept)
+    return make_checkpoint(storage.root, path, snapshot.step, sums, family=family, kept=kept, posthoc=snapshot.posthoc)
 
 
 def open_folder(folder: str | Path) -> Checkpoint:
@@ -198,11 +204,6 @@ def open_folder(folder: str | Path) -> Checkpoint:
     checkpoint = make_checkpoint(storage.root, "", None, sums, weights, family=family)
     load_network(checkpoint)
     return checkpoint
-
-
-def load_averages(checkpoint: Checkpoint, decays: Iterable[float]) -> dict[float, dict[str, Tensor]]:
-    """The further averages, to resume from. Raises CheckpointError where bytes are damaged."""
-    return {decay: load_weights(checkpoint, name_average(decay)) for decay in decays}
 
 
 def describe(checkpoint: Checkpoint) -> Description:
@@ -261,7 +262,7 @@ def _load_whole(checkpoint: Checkpoint) -> tuple[nn.Module, Scheduler | None]:
     network, scheduler, _ = _load_configured(checkpoint)
     if isinstance(network, GaussianDenoiser):
         return network, scheduler
-    where, weights = find_url(checkpoint, checkpoint.weights), load_weights(checkpoint, checkpoint.weights)
+    where, weights = find_url(checkpoint, checkpoint.weights), load_chosen(checkpoint)
     for name, w in weights.items():
         if w.dtype not in FLOATS or not torch.isfinite(w.float()).all():
             raise CheckpointError(f"{where}: {name} ({w.dtype}) holds other things than finite numbers: save it again")
@@ -291,8 +292,8 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
     for name in (INDEX, *EVALUATED[checkpoint.family]):
         if name == INDEX:
             content = _make_index(config, scheduler)
-        elif name == weights_name and checkpoint.weights.endswith(".json"):
-            content = write_tensors(load_weights(checkpoint, checkpoint.weights))
+        elif name == weights_name and (checkpoint.width is not None or checkpoint.weights.endswith(".json")):
+            content = write_tensors(load_chosen(checkpoint))
         else:
             content = read_file(checkpoint, checkpoint.weights if name == weights_name else name)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

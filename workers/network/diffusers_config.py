@@ -181,10 +181,12 @@ class _EDM(_Config):
 
 
 class _Flow(_Config):
-    """The same of flow matching: the network is told t times the number of them."""
+    """The same of flow matching: the network is told t times the number of them. `_t_min` and `_t_max` are our own."""
 
     num_train_timesteps: Literal[1000] = 1000  # TIMES_TOLD
     invert_sigmas: Literal[False] = False
+    t_min: float = Field(default=0.001, gt=0, lt=1, alias="_t_min")
+    t_max: float = Field(default=0.999, gt=0, lt=1, alias="_t_max")
 
 
 class _Outside(_Config):
@@ -347,7 +349,7 @@ def _read_continuous(name: str, config: dict[str, Any]) -> Scheduler:
     elif formulation == "edm":
         settings = _check_config(_EDM, config).model_dump(exclude={"prediction_type"})
     else:
-        _check_config(_Flow, config)
+        settings = _check_config(_Flow, config).model_dump(include={"t_min", "t_max"})
     diffusion = _check_config(DiffusionConfig, {"formulation": formulation, **settings})
     process = Continuous.of(diffusion)
     if process.ends[0] >= process.ends[1]:
@@ -361,8 +363,11 @@ def _make_continuous_config(process: Continuous) -> dict[str, Any]:
     settings = {n: v for n, v in collect_settings_read(process.config).items() if n != "formulation"}
     if name not in WRITTEN:
         return {"_class_name": name, "settings": settings}
-    fields = {"edm": ("sigma_min", "sigma_max", "sigma_data"), "flow": ()}[name]
-    own = {field: settings[field] for field in fields}
+    if name == "edm":
+        own = {field: settings[field] for field in ("sigma_min", "sigma_max", "sigma_data")}
+    else:  # names that begin with _ are kept by diffusers, and not read
+        set_ = collect_settings_read(process.config, only_set=True)
+        own = {f"_{field}": set_[field] for field in ("t_min", "t_max") if field in set_}
     return {"_class_name": WRITTEN[name], "_diffusers_version": VERSION, "num_train_timesteps": TIMES_TOLD, **own}
 
 

@@ -6,27 +6,33 @@ A checkpoint is a folder that commits by its manifest, which is written last; `c
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from workers import seals
-from workers.config import Mistake
+from workers.config import EvaluationConfig, Mistake
 from workers.identity import compute_digest
 from workers.kinds import AUTOENCODER, DENOISER, GENERATOR
+from workers.posthoc import NARROWEST, WIDEST
 from workers.storage import Storage
 
 UNET, WEIGHTS = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
 SCHEDULER, INDEX, MANIFEST = "scheduler/scheduler_config.json", "model_index.json", "manifest.json"
 STATE, PROGRESS, JOURNAL = "state/training.safetensors", "state/progress.json", "state/journal.jsonl"
-AVERAGES, SAFE = "averages/", ".safetensors"
+AVERAGES, WIDTHS, SAFE = "averages/", "widths/", ".safetensors"
 # What an evaluation reads of a checkpoint, by the family of its network: its config.json and its weights first.
 EVALUATED = {
     DENOISER: (UNET, WEIGHTS, SCHEDULER),
     AUTOENCODER: ("vae/config.json", "vae/diffusion_pytorch_model.safetensors"),
     GENERATOR: ("generator/config.json", "generator/diffusion_pytorch_model.safetensors"),
 }
+# A file of `workers.network.averages`.
+KEPT = re.compile(r"trials/[\w-]+/posthoc/step-(\d{8,})-[0-9a-f]{16}\.safetensors")
+COMBINING = 1  # version of how averages are combined: raise it where the same files would give other weights
 MOST_JSON = 2**26  # bytes
 
 
@@ -50,6 +56,8 @@ class Checkpoint:
     weights: str = WEIGHTS  # the file that is loaded, or the index of several
     family: str = DENOISER  # of its network
     kept: bool = field(default=False, compare=False)  # whether a row of a sweep asks for it
+    posthoc: tuple[tuple[str, str], ...] = ()  # (file below root, sha256) of averages that were kept up to this step
+    width: float | None = None  # of the average that is made of these when the weights are loaded
 
     @property
     def url(self) -> str:
@@ -98,9 +106,18 @@ def _open_unless_gone(storage: Storage, path: str) -> Checkpoint | None:
         return None  # the training went on to another one, and removed this
 
 
-def write_manifest(storage: Storage, path: str, step: int, sums: Mapping[str, str], kept: bool) -> None:
+def write_manifest(
+    storage: Storage,
+    path: str,
+    step: int,
+    sums: Mapping[str, str],
+    kept: bool,
+    *,
+    posthoc: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Commits the checkpoint. The manifest's seal is of no place: a folder may be moved."""
-    content = seals.seal_json({"step": step, "sha256": dict(sums), "kept": kept}, MANIFEST)
+    more = {"posthoc": dict(posthoc)} if posthoc else {}
+    content = seals.seal_json({"step": step, "sha256": dict(sums), "kept": kept, **more}, MANIFEST)
     storage.write(f"{path}/{MANIFEST}", (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
@@ -118,7 +135,54 @@ def keep(storage: Storage, checkpoint: Checkpoint) -> None:
     """From here on the checkpoint stays, however far its trial is trained."""
     if not checkpoint.kept:
         assert checkpoint.step is not None
-        write_manifest(storage, checkpoint.path, checkpoint.step, dict(checkpoint.sums), kept=True)
+        of = checkpoint.path, checkpoint.step, dict(checkpoint.sums)
+        write_manifest(storage, *of, kept=True, posthoc=dict(checkpoint.posthoc))
+
+
+def choose_weights(checkpoint: Checkpoint, evaluation: EvaluationConfig) -> Checkpoint:
+    """The same checkpoint with the weights to be loaded that are measured. Raises CheckpointError where it has none."""
+    return choose_width(choose_average(checkpoint, evaluation.ema), evaluation.ema_width)
+
+
+def choose_width(checkpoint: Checkpoint, width: float | None) -> Checkpoint:
+    """The same checkpoint with the average of a width to be loaded, which is one of its own or made of what was kept:
+    another model, with a digest of its own. None is the checkpoint as it is.
+
+    Raises CheckpointError where nothing was kept.
+    """
+    if width is None:
+        return checkpoint
+    sums, own = dict(checkpoint.sums), list_widths(checkpoint)
+    if not own:
+        raise CheckpointError(
+            f"{checkpoint.url} holds no averages that evaluation.ema_width = {width} could be made of; train with "
+            "training.posthoc, or leave it out"
+        )
+    config, usual, *more = EVALUATED[checkpoint.family]
+    files = {name: sums[find_name(sums, name)] for name in (config, *more)}
+    if width in own:
+        weights = name_width(width)
+        return replace(checkpoint, digest=compute_digest(files | {usual: sums[weights]}), weights=weights)
+    made_of = [sums[name_width(each)] for each in own] + [sha for _, sha in list_kept(checkpoint)]
+    return replace(checkpoint, digest=compute_digest([COMBINING, files, width, made_of]), width=width)
+
+
+def list_widths(checkpoint: Checkpoint) -> list[float]:
+    """Of the averages of the checkpoint's own step that others can be made of, rising."""
+    return sorted(_read_number(name, WIDTHS) for name, _ in checkpoint.sums if name.startswith(WIDTHS))
+
+
+def list_kept(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """The files, with their sha256, of averages that were kept before the checkpoint's step."""
+    assert checkpoint.step is not None
+    return [(path, sha) for path, sha in checkpoint.posthoc if get_step_of_kept(path) < checkpoint.step]
+
+
+def get_step_of_kept(path: str) -> int:
+    """Raises ValueError where it is the path of no such file."""
+    if (found := KEPT.fullmatch(path)) is None:
+        raise ValueError(f"{path!r} is no average that was kept")
+    return int(found[1])
 
 
 def choose_average(checkpoint: Checkpoint, ema: float | None) -> Checkpoint:
@@ -137,21 +201,27 @@ def choose_average(checkpoint: Checkpoint, ema: float | None) -> Checkpoint:
     return replace(checkpoint, digest=compute_digest(files), weights=name_average(ema))
 
 
-def list_models(checkpoint: Checkpoint) -> list[Checkpoint]:
-    """The checkpoint, and what each of its averages makes of it."""
-    kept = [name.removeprefix(AVERAGES) for name, _ in checkpoint.sums if name.startswith(AVERAGES)]
-    return [checkpoint, *(choose_average(checkpoint, float(name.removesuffix(SAFE))) for name in kept)]
+def list_models(checkpoint: Checkpoint, more: Iterable[float] = ()) -> list[Checkpoint]:
+    """The checkpoint, and what each average that it stores makes of it, and those of `more` widths."""
+    decays = [_read_number(name, AVERAGES) for name, _ in checkpoint.sums if name.startswith(AVERAGES)]
+    widths = (choose_width(checkpoint, width) for width in (*list_widths(checkpoint), *more))
+    return [checkpoint, *(choose_average(checkpoint, decay) for decay in decays), *widths]
 
 
 def name_average(decay: float) -> str:
     return f"{AVERAGES}{decay}{SAFE}"
 
 
-def check_average_name(name: str) -> str:
-    """Returns the name of an average's file, as a manifest has it. Raises ValueError for that of any other file."""
-    if name != name_average(float(name.removeprefix(AVERAGES).removesuffix(SAFE))):
+def name_width(width: float) -> str:
+    return f"{WIDTHS}{width}{SAFE}"
+
+
+def _read_number(name: str, folder: str) -> float:
+    """What an average's file is named by, as a manifest has it. Raises ValueError for any other file."""
+    number = float(name.removeprefix(folder).removesuffix(SAFE))
+    if name != f"{folder}{number}{SAFE}":
         raise ValueError(f"{name!r} is no average")
-    return name
+    return number
 
 
 def load_journal(checkpoint: Checkpoint) -> bytes | None:
@@ -169,11 +239,15 @@ def open_committed(storage: Storage, path: str) -> Checkpoint:
         given = manifest["sha256"]
         family = next((f for f, (config, *_) in EVALUATED.items() if config in given), DENOISER)
         sums = {name: str(given[name]) for name in (INDEX, *EVALUATED[family], STATE, PROGRESS)}
-        more = {check_average_name(name): str(sha) for name, sha in given.items() if name.startswith(AVERAGES)}
-        more |= {JOURNAL: str(given[JOURNAL])} if JOURNAL in given else {}
-        step, kept = int(manifest["step"]), manifest.get("kept") is True
-        return make_checkpoint(storage.root, path, step, sums | more, family=family, kept=kept)
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        more = {name: str(sha) for name, sha in given.items() if name.startswith((AVERAGES, WIDTHS)) or name == JOURNAL}
+        for name in more.keys() - {JOURNAL}:
+            number = _read_number(name, f"{name.partition('/')[0]}/")
+            if name.startswith(WIDTHS) and not NARROWEST <= number <= WIDEST:
+                raise ValueError(f"{name!r} is no average of a width of {NARROWEST} to {WIDEST}")
+        posthoc = {path: str(sha) for path, sha in manifest.get("posthoc", {}).items() if get_step_of_kept(path)}
+        of, kept = (storage.root, path, int(manifest["step"]), sums | more), manifest.get("kept") is True
+        return make_checkpoint(*of, family=family, kept=kept, posthoc=posthoc)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _make_error(storage, path, error) from error
 
 
@@ -212,6 +286,7 @@ def make_checkpoint(
     *,
     family: str = DENOISER,
     kept: bool = False,
+    posthoc: Mapping[str, str] = MappingProxyType({}),
 ) -> Checkpoint:
     """`weights` is the file that is loaded where it is not the usual one."""
     names, usual = EVALUATED[family], EVALUATED[family][1]
@@ -219,7 +294,8 @@ def make_checkpoint(
     files = {name: sums[find_name(sums, weights if name == usual else name)] for name in names}
     if weights.endswith(".json"):
         files |= {PurePosixPath(name).name: sha for name, sha in sums.items() if name.endswith(SAFE)}
-    return Checkpoint(root, path, step, compute_digest(files), tuple(sorted(sums.items())), weights, family, kept)
+    of = root, path, step, compute_digest(files), tuple(sorted(sums.items())), weights, family, kept
+    return Checkpoint(*of, tuple(sorted(posthoc.items(), key=lambda one: get_step_of_kept(one[0]))))
 
 
 def read_file(checkpoint: Checkpoint, name: str) -> bytes:
@@ -238,7 +314,7 @@ def read_file(checkpoint: Checkpoint, name: str) -> bytes:
     return content
 
 
-def find_name(names: Iterable[str], name: str) -> str:
+def find_name(names: Collection[str], name: str) -> str:
     """Which of `names` is our `name`; of diffusers' layouts, some have the same files without folders."""
     there = list(names)
     if name in there:

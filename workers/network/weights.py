@@ -16,6 +16,11 @@ def load_weights(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
         return _join_weights(checkpoint, read_shards(content, where), where)
     if content.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{where} is a pointer of Git LFS in the place of the weights: run git lfs pull there")
+    return open_tensors(content, where)
+
+
+def open_tensors(content: bytes, where: str) -> dict[str, Tensor]:
+    """Raises CheckpointError, which names the file, where they are none."""
     try:
         return dict(safetensors.torch.load(content))
     except (SafetensorError, KeyError, ValueError) as error:
