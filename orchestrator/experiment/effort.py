@@ -118,7 +118,7 @@ def count_validations(trial: Trial) -> int:
 
 def _count_validation(trial: Trial, source: Source) -> int:
     """The evaluations of one: t = 1 and the strata of 2..T for each image, and the grid of samples; see
-    `workers.denoising`."""
+    `workers.studying`."""
     T, student, classes = trial.chain_steps, describe_student(trial.loss), min(SAMPLE_GRID_ROWS, source.classes)
     grid = classes * SAMPLE_GRID_COLUMNS if trial.model.told == "labels" else SAMPLE_GRID
     drawn = grid * plan_evaluations(choose_grid_sampler(T, student), T)

@@ -13,7 +13,7 @@ from orchestrator.measuring.seeds import Group
 from orchestrator.output.figures import Plot, Series, draw_curves, draw_scatter, to_png
 from orchestrator.output.findings import Report
 from orchestrator.state.rows import Row, shorten_params
-from workers.bits import VALIDATIONS
+from workers.bits import STUDENT, VALIDATIONS
 from workers.code import drop_pin
 from workers.config import DiffusionConfig
 from workers.diffusion.schedules import betas, log_snrs
@@ -120,8 +120,8 @@ def draw_validation(report: Report) -> list[Plot]:
                 x, y, e = zip(*sorted(points), strict=True)
                 low, high = ([b + s * d for b, d in zip(y, e, strict=True)] for s in (-1, 1))
                 series.append(_make_series(report, row, x, y, low=low, high=high))
-        label, log_y = f"{name} (± its standard error)", name != VALIDATIONS[1]  # a density, which may be below 0
-        of = dict(zip(VALIDATIONS, ("validation", "validation-density", "validation-student"), strict=True))[name]
+        label, log_y = f"{name} (± its standard error)", name in (VALIDATIONS[0], STUDENT)  # others may be below 0
+        of = f"validation-{name.rpartition('/')[2]}".removesuffix("_bpd").removesuffix("-nll")
         drawn += [draw_curves(of, series, "step", label, log_y=log_y, markers=True)] if series else []
     return drawn
 
