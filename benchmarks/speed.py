@@ -38,7 +38,7 @@ from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Process
 from workers.diffusion.samplers import sample
 from workers.evaluation import inception
-from workers.evaluation.make import LoadedModel, move_to_device
+from workers.evaluation.loaded import LoadedModel, move_to_device
 from workers.evaluation.precision import list_precisions
 from workers.learner import repeat_steps
 from workers.network.unet_config import make_unet_config

@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # torch and pandas take seconds: each function loads what it 
     import torch
 
     from workers.diffusion.formulations import AnyProcess
+    from workers.network.latent_space import PixelSpace
     from workers.network.manifest import Checkpoint
 
 
@@ -158,6 +159,7 @@ class DiffusionModel:
     process: "AnyProcess"
     shape: tuple[int, int, int]
     checkpoint: "Checkpoint"
+    space: "PixelSpace"  # what is diffused: where it is a LatentSpace, x_t are latents
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -276,6 +278,7 @@ class DiffusionModel:
 
         config = self._choose_sampler(n, steps, eta)
         height, width, channels = self.shape
+        rows, columns, deep = self.space.find_shape(self.shape)
         if (size := n * height * width * channels) > get_most_bytes():
             raise Mistake(
                 f"sample({n}): {n:,} images of {height}x{width} are {size / 1e9:,.1f} GB, more than the "
@@ -293,12 +296,13 @@ class DiffusionModel:
             told = torch.from_numpy(self.network.classes.assign(np.arange(n)))
         found = np.empty((n, height, width, channels), choose_type(levels))
         for first in range(0, n, DRAWN_AT_ONCE):  # the network's memory is that of so many, whatever n is
-            shape = (min(DRAWN_AT_ONCE, n - first), channels, height, width)
+            shape = (min(DRAWN_AT_ONCE, n - first), deep, rows, columns)
             noise = make_generator(seed, "model", *([first] if first else []))
             with torch.no_grad():
                 part = None if told is None else told[first : first + shape[0]]
-                x_0 = sample(self.process, tell(self.network, part, guidance), config, shape, noise)
-            found[first : first + len(x_0)] = to_data(x_0, levels).numpy()
+                model, clip = tell(self.network, part, guidance), self.space.bounded
+                images = self.space.decode(sample(self.process, model, config, shape, noise, clip=clip))
+            found[first : first + len(images)] = to_data(images, levels).numpy()
         return found
 
 
@@ -310,9 +314,10 @@ def open_model(target: str | Path, storage: str | Path = "runs", *, trust_code: 
     """
     from orchestrator.measuring import subjects
     from workers.network import checkpoint as checkpoints
+    from workers.network.latent_space import load_space
 
     if trust_code:
         give_consent()
     checkpoint = subjects.find_model(str(target), Storage(storage))
     network, process = checkpoints.load(checkpoint)
-    return DiffusionModel(network, process, checkpoints.describe(checkpoint).shape, checkpoint)
+    return DiffusionModel(network, process, checkpoints.describe(checkpoint).shape, checkpoint, load_space(checkpoint))

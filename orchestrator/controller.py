@@ -187,6 +187,7 @@ class Sweep:
 
     def _make(self, rows: list[RowId], opened: ExitStack) -> None:
         """Makes what is missing of the rows; brings up Ray in `opened` the first time it has to."""
+        self.standing.mend_starts(rows)
         decisions = {row: self.standing.decide(row) for row in rows}
         self._tell_decisions(decisions)
         missing = [row for row, decision in decisions.items() if decision.action != "nothing"]

@@ -38,6 +38,10 @@ def pin_starts(experiment: Experiment, root: str) -> Experiment:
     storage, problems = Storage(root), list[str]()
     pins: dict[str, str] = {}
     offers: dict[str, Offer] = {}
+
+    def pin() -> Experiment:
+        return experiment.pin(pins, {name: offer.latents for name, offer in offers.items() if offer.latents})
+
     for source, slot in {source: slot for slot, source in reversed(slots)}.items():
         try:
             if source in needs:
@@ -50,11 +54,15 @@ def pin_starts(experiment: Experiment, root: str) -> Experiment:
             known = f". The names of needs are {', '.join(needs)}" if needs and source not in needs else ""
             problems.append(f"{slot}.source: {mistake}{known}")
     for name in () if problems else sort_needs(needs):
-        trial = list_named(experiment.pin(pins))[name]
+        trial = list_named(pin())[name]
         data = describe(trial.data)
         pins[name] = make_pin(compute_trial_id(trial, data.digest), trial.training.steps)
-        offers[name] = first_weights.describe_trial(trial, data)
-    pinned = experiment.pin(pins)
+        try:
+            offers[name] = first_weights.describe_trial(trial, data)
+        except ValueError as error:  # of a network that cannot be built; what needs it is not known then
+            problems += [f"needs.{name}: {line}" for line in str(error).splitlines()]
+            break
+    pinned = pin()
     if problems := problems or _list_misfits(pinned, offers):
         raise ExperimentError(problems, experiment.name)
     return pinned

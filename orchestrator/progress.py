@@ -324,7 +324,7 @@ def _share_file(trial: Trial, standing: Standing) -> str:
     training = trial.training
     if training.gpus != "auto" or training.workers > 1:
         return ""
-    model = make_model_key(trial.model, training, standing.sources[trial.data].shape)
+    model = make_model_key(trial.model, training, standing.sources[trial.data].diffused)
     return name_share_file(model, training.batch_size)
 
 

@@ -7,8 +7,8 @@
     coding.png           held-out images as x_0_hat(x_t) shows them, by the bits received
     coding_curve.png     rate against distortion of progressive coding
 
-The last three are made along T times, so of a model in continuous time there are the first two. One process, without
-Ray.
+The last three are made along T times of pixels, so of a model in continuous time or of latents there are the first two.
+One process, without Ray.
 """
 
 import argparse
@@ -90,12 +90,13 @@ def run(options: argparse.Namespace) -> int:
         problems.append(
             "--row: this model is told no vectors; leave it out, or train one with model.conditions: vectors"
         )
-    T = subject.m.T
+    T = None if subject.m.latent else subject.m.T
     is_stage = subject.m.family != DENOISER
     if is_stage and (options.at or options.label):
         problems.append("--at and --label are of denoisers, and this model decodes noise by one pass; leave them out")
     elif T is None and options.at:
-        problems.append("--at: the model is of continuous time, whose blends are at noise levels; leave it out")
+        what = "diffuses latents" if subject.m.latent else "is of continuous time, whose blends are at noise levels"
+        problems.append(f"--at: the model {what}, and pictures at times are of those of pixels with T of them")
     problems += [f"--at {t}: the times are 1..{T}" for t in options.at or () if T and not 1 <= t <= T]
     if problems:
         raise Mistake("\n".join(problems))
@@ -155,16 +156,17 @@ class _Opened:
         import torch
 
         from workers.data.dataset import prepare
+        from workers.evaluation.loaded import load_model
         from workers.evaluation.make import make_measured_process
-        from workers.network import checkpoint as checkpoints
 
         self.m = subject.m
         self.dataset = prepare(self.m.data)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        network, process = checkpoints.load(subject.checkpoint)
-        self.network: Any = network.to(self.device)
-        self.process: Any = make_measured_process(self.m, process)
-        self.sampler = choose_sampler(self.m, process.student)
+        loaded = load_model(subject.checkpoint, self.device)
+        self.network: Any = loaded.network
+        self.process: Any = make_measured_process(self.m, loaded.process)
+        self.space: Any = loaded.space
+        self.sampler = choose_sampler(self.m, loaded.process.student)
 
     def tell(self, asked: Sequence[int], guidance: float | None = None) -> Any:
         """The model of a batch of these classes, or of the vectors of these held-out images, where it is told any."""
@@ -212,7 +214,7 @@ class _Opened:
 
         from workers.noise import make_generator
 
-        height, width, channels = self.dataset.shape
+        height, width, channels = self.space.find_shape(self.dataset.shape)
         noise = make_generator(self.m.seed, "pictures", *where)
         return torch.randn((n, channels, height, width), generator=noise).to(self.device), noise
 
@@ -232,29 +234,31 @@ def make_pictures(
     their own class and vectors.
     """
     from workers.data.pixels import draw_grid, to_data
-    from workers.diffusion.process import Process
     from workers.diffusion.samplers import draw
     from workers.evaluation.pictures import draw_progressive
 
     if subject.checkpoint.family != DENOISER:
         return make_stage_pictures(subject, n)
     opened = _Opened(subject)
-    process, sampler, levels = opened.process, opened.sampler, opened.dataset.levels
+    process, sampler, levels, space = opened.process, opened.sampler, opened.dataset.levels, opened.space
     grid, strips = (opened.arrange_grid(count, of) for count in (n, ROWS))
     x_T, noise = opened.draw_x_T(grid.n, "samples")
-    samples = draw(process, opened.tell(grid.asked, sampler.guidance), sampler, x_T, noise, clip=True).x_0
+    told = opened.tell(grid.asked, sampler.guidance)
+    samples = space.decode(draw(process, told, sampler, x_T, noise, clip=space.bounded).x_0)
     drawn = {"samples": draw_grid(to_data(samples, levels), levels, columns=grid.columns, names=grid.names)}
     if process.student:  # what is between noise and image means nothing of it
         return drawn
     x_T, noise = opened.draw_x_T(strips.n, "progressive")
     told = opened.tell(strips.asked, sampler.guidance)
     along = SamplerConfig() if process.T else SamplerConfig(kind="euler", steps=SAMPLE_GRID_STEPS)
-    strip = draw_progressive(process, told, along, x_T, noise, frames=FRAMES)
+    strip = draw_progressive(process, told, along, x_T, noise, frames=FRAMES, space=space)
     found = {
         **drawn,
         "progressive": draw_grid(to_data(strip.flatten(0, 1), levels), levels, columns=strip.shape[1]),
     }
-    if isinstance(process, Process):
+    if not space.bounded:  # of latents, whose blends and whose coding are not those of images
+        return found
+    if process.T:
         return found | _make_pictures_of_chain(storage, subject, opened, between, times)
     return found | {"interpolation": _interpolate_in_continuous_time(opened, between)}
 

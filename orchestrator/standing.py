@@ -140,6 +140,18 @@ class Standing:
                 found[slot] = f"{name_start_folder(split_pin(source)[1])}/{manifest.name_step(0)}"
         return found
 
+    def mend_starts(self, rows: Iterable[RowId]) -> None:
+        """Removes each damaged checkpoint that one of the rows is still to start from, so that it is made again."""
+        needing = [row for row in rows if decide(self.found[row], self.scheduler).action == "train"]
+        for start in dict.fromkeys(start for row in needing for start in self.starts.get(row, {}).values()):
+            step = manifest.name_step(self.get_trial(start).training.steps)
+            path = f"{name_checkpoints_folder(get_trial_of_row(start))}/{step}"
+            if damage := manifest.find_damage(self.storage, path):
+                self.say(f"{start[:8]}  {damage}. Others start from it: it is removed, and made again")
+                self.storage.delete(path)
+                for row in self.sharing[get_trial_of_row(start)]:
+                    self.look(row)
+
     # What the storage holds.
 
     def look(self, row: RowId) -> Found:

@@ -16,13 +16,13 @@ ORDER = """
     workers: consent
     workers.network: unet_config autoencoder_config attention unet build
     workers.diffusion: schedules laws process formulations guidance predictions bound objectives distillation
-    workers.diffusion: timesteps flow samplers gaussian ledger likelihood integral
-    workers.network: autoencoder discriminator generator manifest diffusers_config student_config weights averages
-    workers.network: checkpoint
-    workers.evaluation: precision frechet fidelity inception blocks features make rates summary pictures
+    workers.diffusion: timesteps flow samplers gaussian ledger hierarchy likelihood integral
+    workers.network: autoencoder discriminator generator manifest diffusers_config student_config pipeline_index
+    workers.network: weights averages checkpoint latent_space
+    workers.evaluation: precision frechet fidelity inception blocks features loaded make rates nll summary pictures
     workers.evaluation: canaries
-    workers: peak world compiling first_weights lessons denoising studying adversarial autoencoding playing learner
-    workers: conformity training calibration
+    workers: peak world compiling first_weights latents lessons denoising studying adversarial autoencoding playing
+    workers: learner conformity training calibration
     workers: ray_private jobs signs hosts ray_train data_parallel tasks
     orchestrator: interrupts streams cli ray_internals
     orchestrator.experiment: settings metrics records starts expand needs continuous distilling told
@@ -31,7 +31,7 @@ ORDER = """
     orchestrator.state: rows events saved
     orchestrator.planning: changes decide deadline packing place makespan search
     orchestrator.measuring: differences seeds slowness subjects
-    orchestrator.output: terminal speed_table table importance findings markdown figures curves page
+    orchestrator.output: terminal speed_table table importance findings markdown figures graph curves page
     orchestrator.clusters: cluster allocation cost throughput sending slurm submission
     orchestrator: command
     orchestrator.execution: loss hangs session halt

@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from workers.diffusion.process import Model
 from workers.diffusion.samplers import sample
 from workers.evaluation.blocks import IMAGES, SAMPLES
 from workers.evaluation.features import load_feature_space
-from workers.evaluation.make import LoadedModel
+from workers.evaluation.loaded import LoadedModel
 from workers.learner import repeat_steps
 from workers.lessons import make_trial_config
 from workers.network.build import build_network, make_inputs
@@ -25,8 +27,10 @@ from workers.noise import make_generator
 from workers.passes import plan_evaluations
 from workers.speed import Meter, Spent, name_training_kind
 from workers.storage import Storage
+from workers.warm_start import find_latent_shape
 
 ENOUGH_S = 3.0  # of a kind of work
+STAND_IN = 1000  # images at most
 SAMPLER = SamplerConfig(kind="ddim", steps=5)
 CONTINUOUS_SAMPLER = SamplerConfig(kind="euler", steps=5)
 
@@ -39,7 +43,8 @@ def measure_speed(trial: Trial, storage_root: str) -> tuple[str, Spent]:
     """
     torch.set_num_threads(trial.training.cpus)
     device = torch.device("cuda" if torch.cuda.is_available() and trial.training.gpus != 0 else "cpu")
-    meter, dataset = Meter(device), prepare(trial.data)
+    meter, images = Meter(device), prepare(trial.data)
+    dataset = _make_stand_in(images, find_latent_shape(trial.data.encoder, images.shape))
     batch = trial.training.batch_size // trial.training.workers
     alone = trial.training.model_copy(update={"workers": 1, "batch_size": batch})
     training = repeat_steps(trial.model_copy(update={"training": alone}), dataset, device)
@@ -50,9 +55,9 @@ def measure_speed(trial: Trial, storage_root: str) -> tuple[str, Spent]:
     else:
         _measure_passes(trial, dataset, meter, device)
     if fid := trial.evaluation.fid:
-        space = load_feature_space(Storage(storage_root), dataset, fid.features, device, trial.evaluation.precision)
-        images = np.array(dataset.train[:SAMPLES])
-        _repeat(meter, f"features-{fid.features}", len(images), lambda: space.compute_features(images))
+        space = load_feature_space(Storage(storage_root), images, fid.features, device, trial.evaluation.precision)
+        some = np.array(images.train[:SAMPLES])
+        _repeat(meter, f"features-{fid.features}", len(some), lambda: space.compute_features(some))
     return meter.hardware, meter.spent
 
 
@@ -99,6 +104,19 @@ def _measure_denoiser(trial: Trial, dataset: Dataset, meter: Meter, device: torc
         made = SAMPLES * plan_evaluations(sampler, process.T)
         with torch.no_grad():
             _repeat(meter, "samples", made, lambda: sample(process, model, sampler, shape, noise, device=device))
+
+
+def _make_stand_in(images: Dataset, latents: tuple[int, int, int] | None) -> Dataset:
+    """The data to diffuse: of an autoencoder that is still to be trained noise in the place of its latents."""
+    if latents is None:
+        return images
+    splits: dict[str, Any] = {}
+    for split in ("train", "held_out"):
+        count = min(len(getattr(images, split)), STAND_IN)
+        splits[split] = np.random.RandomState(0).standard_normal((count, *latents)).astype(np.float32)
+        labels = getattr(images, f"{split}_labels")
+        splits[f"{split}_labels"] = None if labels is None else labels[:count]
+    return replace(images, levels=None, shape=latents, **splits)
 
 
 def _repeat(meter: Meter, kind: str, count: float, work: Callable[[], object]) -> None:

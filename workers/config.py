@@ -5,7 +5,7 @@ digest of what changes its weights (`workers.identity`). Importing this module i
 """
 
 import math
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -35,7 +35,7 @@ from workers.posthoc import PosthocConfig, Width
 from workers.sections import NameOf, OpenRecord
 from workers.sections import Record as Record
 from workers.sides import Resolution
-from workers.warm_start import InitConfig
+from workers.warm_start import EncoderConfig, InitConfig
 
 Count = Literal["all"] | Annotated[int, Field(ge=1)]
 Level = Annotated[int, Field(ge=0, le=255)]
@@ -118,6 +118,7 @@ class DataConfig(Record):
         gt=0,
         description="GB of a node's disk for training images, read as they are needed; null: all are prepared before",
     )
+    encoder: EncoderConfig | None = Field(default=None, description="whose latents are diffused; null: pixels are")
 
 
 class TrainingConfig(Record):
@@ -297,9 +298,7 @@ class Trial(Record):
     seed: Seed = Field(default=0, description="of all noise: the first weights, training and evaluation")
     data: DataConfig = Field(description="which images")
     model: ModelConfig = Field(default=ModelConfig(), description="the network")
-    diffusion: DiffusionConfig = Field(
-        default=DiffusionConfig(), description="the process, and what the network predicts of it"
-    )
+    diffusion: DiffusionConfig = Field(default=DiffusionConfig(), description="the process, and what is predicted")
     loss: LossConfig = Field(default=LossConfig(), description="what is minimised")
     training: TrainingConfig = Field(description="how it is trained, and on what")
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="what is measured of a checkpoint")
@@ -332,6 +331,7 @@ class Measurement(Record):
     family: str = DENOISER  # that its network is of
     T: int | None = Field(ge=1)  # None: its process is continuous, or it has none
     told: What | None = None  # what its network is told of each image
+    latent: bool = False  # whether it diffuses the latents of an autoencoder that its checkpoint holds
     ema: float | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -360,7 +360,6 @@ class Measurement(Record):
         if evaluation.variance == trial.diffusion.variance and T is not None:
             evaluation = evaluation.model_copy(update={"variance": None})
         T, told = (T, trial.model.told) if family == DENOISER else (None, None)
-        evaluation = reset_unread(evaluation, family)
-        return Measurement(
-            seed=trial.seed, data=trial.data, family=family, T=T, told=told, ema=ema, evaluation=evaluation
-        )
+        data, latent = trial.data.model_copy(update={"encoder": None}), trial.data.encoder is not None
+        of: Any = {"family": family, "T": T, "told": told, "latent": latent, "ema": ema, "data": data}
+        return Measurement(seed=trial.seed, evaluation=reset_unread(evaluation, family), **of)

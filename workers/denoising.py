@@ -19,6 +19,7 @@ from workers.data.dataset import Dataset
 from workers.data.pixels import draw_grid, to_data, to_model
 from workers.diffusion.formulations import Continuous
 from workers.diffusion.guidance import ToldModel, tell, withhold
+from workers.diffusion.hierarchy import bound_images
 from workers.diffusion.integral import estimate_integral
 from workers.diffusion.likelihood import estimate
 from workers.diffusion.objectives import Objective, Teaching
@@ -27,6 +28,7 @@ from workers.diffusion.process import Model
 from workers.diffusion.samplers import sample
 from workers.diffusion.timesteps import History, Part
 from workers.kinds import TIMESTEPS
+from workers.latents import TrainingLatents
 from workers.lessons import Lesson, Losses, StepBatch, Validation, send
 from workers.noise import make_generator
 from workers.passes import choose_grid_sampler
@@ -38,13 +40,21 @@ FINE = 2**40  # whole numbers that real t are made of
 class Denoising(Lesson):
     told = ("train/eps_mse",)
 
-    def __init__(self, trial: Trial, dataset: Dataset, world: World, parts: Sequence[int]) -> None:
-        objective = Objective.of(trial.diffusion, trial.loss, dataset.levels)
+    def __init__(
+        self,
+        trial: Trial,
+        dataset: Dataset,
+        world: World,
+        parts: Sequence[int],
+        *,
+        latents: TrainingLatents | None = None,
+    ) -> None:
+        objective = Objective.of(trial.diffusion, trial.loss, None if latents else dataset.levels)
         self.process, self.prediction, self.student = objective.whole, trial.diffusion.prediction, objective.student
         self.objective = objective.to(world.device)
         self.history = History.empty(objective.process.T or trial.diffusion.T)
         self.last: tuple[Tensor, Tensor] | None = None  # t and losses of the step, to be remembered
-        super().__init__(trial, dataset, world, parts)
+        super().__init__(trial, dataset, world, parts, latents=latents)
 
     def draw_noise(self, generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """t int64 (n,) in 1..T, or real, and eps float32 (n, C, H, W).
@@ -121,9 +131,15 @@ class Denoising(Lesson):
         seed, levels, device, process = self.trial.seed, self.dataset.levels, self.world.device, self.objective.process
         model = Denoiser(network, process, self.prediction)
         held_out = torch.from_numpy(np.array(self.dataset.held_out[:VALIDATION_IMAGES])).to(device)
-        x_0 = to_model(held_out, levels)
-        of = tell(model, self.take_told(len(x_0))), x_0, VALIDATION_TIMESTEPS, levels, seed, "valid"
-        bound = estimate_integral(process, *of) if isinstance(process, Continuous) else estimate(process, *of)
+        x, space = to_model(held_out, levels), self.space
+        x_0, terms = space.measure(x, levels, seed, np.arange(len(x)))
+        told = self.take_told(len(x_0))
+        of = tell(model, told), x_0, VALIDATION_TIMESTEPS, space.find_levels(levels), seed, "valid"
+        if isinstance(process, Continuous):
+            bound = estimate_integral(process, *of, clip=space.bounded)
+        else:
+            bound = estimate(process, *of, clip=space.bounded)
+        bound = bound_images(bound, terms, x[0].numel()) if terms else bound
         error = bound.standard_error  # of a single image there is none
         values = {self.measure: bound.mean} | ({} if error is None else {f"{self.measure}_se": error})
         return Validation(values, {"samples": self.draw_samples(model)})
@@ -141,10 +157,11 @@ class Denoising(Lesson):
         rows = classes.list_trained()[:SAMPLE_GRID_ROWS] if classes else []
         each = torch.tensor(rows, device=device).repeat_interleave(SAMPLE_GRID_COLUMNS)
         told = each if rows else self.take_told(SAMPLE_GRID)
-        height, width, channels = self.dataset.shape
+        height, width, channels = self.space.find_shape(self.dataset.shape)
         shape = (SAMPLE_GRID if told is None else len(told), channels, height, width)
         sampler = choose_grid_sampler(process.T, self.student)
         noise = make_generator(self.trial.seed, "grid", device=device)
-        images = to_data(sample(process, tell(model, told), sampler, shape, noise), levels)
+        x_0 = sample(process, tell(model, told), sampler, shape, noise, clip=self.space.bounded)
+        images = to_data(self.space.decode(x_0), levels)
         names = [classes.names[label] for label in rows] if classes else []
         return draw_grid(images, levels, columns=SAMPLE_GRID_COLUMNS, names=names)

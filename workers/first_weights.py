@@ -1,8 +1,8 @@
 """The weights that a training begins with: read from a checkpoint, and held against the network that takes them."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from workers.data.sources import Source
 from workers.diffusion.formulations import AnyProcess, Continuous, make_process, take_student
 from workers.diffusion.predictions import Denoiser
 from workers.identity import compute_digest
-from workers.kinds import DENOISER
+from workers.kinds import AUTOENCODER, DENOISER
 from workers.network import checkpoint as checkpoints
+from workers.network.autoencoder_config import find_latent_size
 from workers.network.build import build_network, is_foreign, make_network_config
 from workers.network.manifest import (
     AVERAGES,
@@ -30,7 +31,7 @@ from workers.network.manifest import (
 from workers.noise import make_generator
 from workers.storage import Storage
 from workers.students import Student, describe_student
-from workers.warm_start import INIT, TEACHER, list_models
+from workers.warm_start import ENCODER, INIT, TEACHER, list_models
 
 Choice = Literal["ema", "raw"] | float
 Shapes = Mapping[str, tuple[int, ...]]
@@ -71,22 +72,26 @@ def keep_copy(storage: Storage, folder: str, checkpoint: Checkpoint) -> None:
 
     Raises CheckpointError where bytes are damaged.
     """
-    network, is_denoiser = checkpoints.load_network(checkpoint), checkpoint.family == DENOISER
-    model, process = checkpoints.load(checkpoint) if is_denoiser else (None, None)
     names = [name.removeprefix(AVERAGES).removesuffix(SAFE) for name, _ in checkpoint.sums if name.startswith(AVERAGES)]
     averages = {float(name): dict(checkpoints.load_averages(checkpoint, [float(name)])[float(name)]) for name in names}
     state = checkpoints.load_state(checkpoint)[1] if STATE in dict(checkpoint.sums) else {}
+    own: dict[str, Any] = {}
+    if checkpoint.family == DENOISER:
+        model, process = checkpoints.load(checkpoint)
+        own = {"process": process, "prediction": model.prediction}
     snapshot = checkpoints.Snapshot(
         step=0,
-        unet_config=read_object(read_file(checkpoint, checkpoint.config), find_url(checkpoint, checkpoint.config)),
-        process=model.process if model else None,
-        student=process.student if process else None,
-        prediction=model.prediction if model else "",
-        ema=network.state_dict(),
+        unet_config=_read_config(checkpoint),
+        ema=checkpoints.load_network(checkpoint).state_dict(),
         averages=averages,
         state={name: weights for name, weights in state.items() if name.startswith(RAW)},
+        **own,
     )
     checkpoints.save(storage, folder, snapshot, kept=True)
+
+
+def _read_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    return read_object(read_file(checkpoint, checkpoint.config), find_url(checkpoint, checkpoint.config))
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,9 @@ class Offer:
 
     shapes: Shapes
     choices: tuple[Choice, ...]
+    family: str
+    image: tuple[int, int, int]  # height, width and channels of what its network takes
+    latents: tuple[int, int] | None = None  # of an autoencoder: their channels, and the halvings of an image
     process: AnyProcess | None = None  # of a denoiser
     prediction: str = ""
     told: What | None = None  # what its network is told of each image
@@ -108,21 +116,36 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Offer:
     averages = [float(name.removeprefix(AVERAGES).removesuffix(SAFE)) for name in names if name.startswith(AVERAGES)]
     raw: list[Choice] = ["raw"] if STATE in names else []
     shapes = measure_weights(checkpoints.load_network(checkpoint).state_dict())
+    offer = _make_offer(shapes, ("ema", *raw, *averages), checkpoint.family, _read_config(checkpoint))
     if checkpoint.family != DENOISER:
-        return Offer(shapes, ("ema", *raw, *averages))
+        return offer
     model, process = checkpoints.load(checkpoint)
-    told = model.told.KIND if model.told else None, model.takes_no_label
-    return Offer(shapes, ("ema", *raw, *averages), process, model.prediction, *told)
+    told = model.told.KIND if model.told else None
+    of: Any = {"prediction": model.prediction, "told": told, "takes_no_label": model.takes_no_label}
+    return replace(offer, process=process, **of)
 
 
 def describe_trial(trial: Trial, source: Source) -> Offer:
     """The same of what a trial will have made."""
-    if not trial.diffuses:
-        return Offer(_measure_network(trial, source), ("ema", "raw", *trial.training.averages))
-    process = take_student(make_process(trial.diffusion), describe_student(trial.loss))
-    told = trial.model.told, trial.training.label_dropout > 0
     choices: tuple[Choice, ...] = ("ema", "raw", *trial.training.averages)
-    return Offer(_measure_network(trial, source), choices, process, trial.diffusion.prediction, *told)
+    offer = _make_offer(_measure_network(trial, source), choices, trial.model.family, _make_config(trial, source))
+    if not trial.diffuses:
+        return offer
+    process = take_student(make_process(trial.diffusion), describe_student(trial.loss))
+    told, dropped = trial.model.told, trial.training.label_dropout > 0
+    of: Any = {"prediction": trial.diffusion.prediction, "told": told, "takes_no_label": dropped}
+    return replace(offer, process=process, **of)
+
+
+def _make_offer(shapes: Shapes, choices: tuple[Choice, ...], family: str, config: Mapping[str, Any]) -> Offer:
+    """Of a network with this config.json."""
+    side = config["sample_size"]
+    height, width = side if isinstance(side, list) else (side, side)
+    latents = None
+    if family == AUTOENCODER:
+        channels, rows, _ = find_latent_size(config)
+        latents = channels, (height // rows).bit_length() - 1
+    return Offer(shapes, choices, family, (height, width, config["in_channels"]), latents)
 
 
 def find_misfits(slot: str, trial: Trial, source: Source, offer: Offer) -> list[str]:
@@ -190,19 +213,39 @@ def compare_processes(student: AnyProcess, teacher: AnyProcess) -> list[str]:
     return []
 
 
+def _find_encoder_misfits(trial: Trial, source: Source, offer: Offer) -> list[str]:
+    if offer.latents is None:
+        return [
+            f"is a {offer.family}, which encodes nothing; name a trial with model.kind: autoencoder, or "
+            "the folder of diffusers' AutoencoderKL"
+        ]
+    if offer.image != source.shape:
+        made, there = (f"{width}x{height} in {deep}" for height, width, deep in (offer.image, source.shape))
+        return [
+            f"encodes images of {made} channels, and those of {source.name} are {there}; name one of such, or "
+            "set data.resolution"
+        ]
+    return []
+
+
 # What keeps a trial from going on with a model that has the weights, by the slot that names it.
 CHECKS: dict[str, Callable[[Trial, Source, Offer], list[str]]] = {
     INIT: _find_init_misfits,
     TEACHER: _find_teacher_misfits,
+    ENCODER: _find_encoder_misfits,
 }
 
 
-def _measure_network(trial: Trial, source: Source) -> Shapes:
-    """The shapes of the weights of a trial's network for images of the data set."""
+def _make_config(trial: Trial, source: Source) -> dict[str, Any]:
+    """The config.json of a trial's network for images of the data set."""
     learned, dropout, told = trial.diffusion.learned, trial.training.label_dropout, source.find_told(trial.model.told)
-    config = make_network_config(
-        trial.model, source.shape, learned, sides=source.sides, told=told, label_dropout=dropout
-    )
+    of: Any = {"sides": source.sides, "told": told, "label_dropout": dropout}
+    return make_network_config(trial.model, source.diffused, learned, **of)
+
+
+def _measure_network(trial: Trial, source: Source) -> Shapes:
+    """The shapes of the weights of that network."""
+    config = _make_config(trial, source)
     if is_foreign(config):
         return measure_weights(build_network(config, make_generator(0)).state_dict())
     with torch.device("meta"):

@@ -198,6 +198,7 @@ def compute_trial_id(trial: Trial, data_digest: str) -> TrialId:
         pin = split_pin(model.source)[1]
         assert pin, f"{slot}.source: {model.source} is not pinned"
         read = {**collect_settings_read(model, only_set=True), "source": pin}
+        read.pop("latents", None)  # which follow from it
         content[section] = {**content[section], name: read}
     if training.cooldown_steps:  # however it is said
         content["training"]["cooldown"] = training.cooldown_steps

@@ -19,14 +19,14 @@ from workers.autoencoding import Autoencoding
 from workers.compiling import CannotCompile, compile_network, must_compile, try_out
 from workers.config import TrainingConfig, Trial, count_sub_batches
 from workers.data.dataset import Dataset
-from workers.data.pixels import to_model
 from workers.data.windows import ShardOrder
 from workers.denoising import Denoising
 from workers.diffusion.formulations import make_process
 from workers.diffusion.predictions import Denoiser
 from workers.first_weights import compare_shapes, is_part, measure_weights
 from workers.kinds import AUTOENCODER, DENOISER, GENERATOR, OBJECTIVES, PREDICTIONS
-from workers.lessons import Lesson, Losses, StepBatch, make_trial_config, send
+from workers.latents import TrainingLatents
+from workers.lessons import Lesson, Losses, StepBatch, make_trial_config
 from workers.network.build import Masks, build_network, hand_noise, is_foreign
 from workers.network.manifest import CheckpointError
 from workers.network.unet_config import UNET
@@ -44,13 +44,22 @@ LESSONS: dict[str, type[Lesson]] = {DENOISER: Denoising, AUTOENCODER: Autoencodi
 class Learner:
     """All that a training step reads and changes, on this worker."""
 
-    def __init__(self, trial: Trial, dataset: Dataset, world: World, teacher: Denoiser | None = None) -> None:
-        """At step 0."""
+    def __init__(
+        self,
+        trial: Trial,
+        dataset: Dataset,
+        world: World,
+        *,
+        teacher: Denoiser | None = None,
+        latents: TrainingLatents | None = None,
+    ) -> None:
+        """At step 0. Where there are `latents`, they are diffused in place of the images of the data set."""
         self.trial, self.dataset, self.world = trial, dataset, world
         self.parts = take_share(range(count_sub_batches(trial.training.batch_size)), world)
         studies = OBJECTIVES[trial.loss.objective].needs_teacher
-        lesson = Studying if studies else LESSONS[trial.model.family]
-        self.lesson = lesson(trial, dataset, world, self.parts)
+        lesson: Any = Studying if studies else LESSONS[trial.model.family]
+        of_latents = {"latents": latents} if latents else {}  # which denoisers alone learn from
+        self.lesson: Lesson = lesson(trial, dataset, world, self.parts, **of_latents)
         assert teacher or not studies, "the teacher was not handed over"
         self.lesson.teacher = teacher and teacher.to(world.device)
         self.config, self.module = self.lesson.config, self.lesson.module
@@ -162,8 +171,7 @@ class Learner:
     def _make_batch(self, rows: np.ndarray) -> StepBatch:
         """The images of these rows, some of them mirrored, and their noise."""
         device, noises = self.world.device, self.noises
-        images = send(torch.from_numpy(self.dataset.train[rows]), device)
-        x_0 = to_model(images, self.dataset.levels)
+        x_0 = self.lesson.take(self.step, rows)
         noise = self.lesson.draw_noise(noises, tuple(x_0.shape))
         if self.trial.data.flip:
             n = len(x_0) // len(noises)
@@ -253,7 +261,7 @@ def repeat_steps(trial: Trial, dataset: Dataset, device: torch.device) -> Iterat
     if OBJECTIVES[trial.loss.objective].needs_teacher:  # one of the same network takes as long as any
         network = build_network(make_trial_config(trial, dataset), make_generator(trial.seed, "weights"))
         teacher = Denoiser(network, make_process(trial.diffusion), trial.diffusion.prediction).eval()
-    learner = Learner(trial, dataset, World(device=device), teacher)
+    learner = Learner(trial, dataset, World(device=device), teacher=teacher)
     while True:
         learner.train_step()
         yield

@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from workers.bits import name_validation
 from workers.config import Trial
 from workers.data.dataset import Dataset
+from workers.data.pixels import to_model
 from workers.diffusion.formulations import AnyProcess
+from workers.latents import TrainingLatents
 from workers.network.build import build_network, make_network_config
+from workers.network.latent_space import PIXELS, PixelSpace
 from workers.noise import make_generator
 from workers.students import Student
 from workers.world import World
@@ -59,9 +62,19 @@ class Lesson(ABC):
     student: Student | None = None
     teacher: Any = None  # the model that a student learns from, which is handed over before the first step
 
-    def __init__(self, trial: Trial, dataset: Dataset, world: World, parts: Sequence[int]) -> None:
-        """At step 0, of a worker that has these of the sub-batches."""
+    def __init__(
+        self,
+        trial: Trial,
+        dataset: Dataset,
+        world: World,
+        parts: Sequence[int],
+        *,
+        latents: TrainingLatents | None = None,
+    ) -> None:
+        """At step 0, of a worker that has these of the sub-batches. Where there are `latents`, they are learned from in
+        place of the training images."""
         self.trial, self.dataset, self.world, self.parts = trial, dataset, world, parts
+        self.latents, self.space = latents, latents.space if latents else PIXELS
         self.config = self.make_config()
         self.module: nn.Module = build_network(self.config, make_generator(trial.seed, "weights")).to(world.device)
 
@@ -72,7 +85,21 @@ class Lesson(ABC):
 
     def make_config(self) -> dict[str, Any]:
         """The config.json of the network."""
-        return make_trial_config(self.trial, self.dataset)
+        return make_trial_config(self.trial, self.dataset, self.space)
+
+    def take(self, step: int, rows: np.ndarray) -> Tensor:
+        """What is learned from of the training images of these rows, float32 (n, C, H, W).
+
+        Latents are drawn anew at each step, by noise with an address of its own, so that all other noise is as without.
+        """
+        if self.latents is None:
+            images = send(torch.from_numpy(self.dataset.train[rows]), self.world.device)
+            return to_model(images, self.dataset.levels)
+        posteriors = torch.from_numpy(self.latents.kept[rows])
+        high, wide, twice = posteriors.shape[1:]
+        size = len(rows) // len(self.parts), twice // 2, high, wide
+        noise = [torch.randn(size, generator=make_generator(self.trial.seed, "z", step, part)) for part in self.parts]
+        return send(self.latents.draw(posteriors, torch.cat(noise)), self.world.device)
 
     @abstractmethod
     def draw_noise(self, generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> Any:
@@ -97,11 +124,11 @@ class Lesson(ABC):
         """Goes on from that; `state` has all that the checkpoint keeps."""
 
 
-def make_trial_config(trial: Trial, dataset: Dataset) -> dict[str, Any]:
-    """The config.json of the trial's network for images of the data set."""
-    learned, dropout = trial.diffusion.learned, trial.training.label_dropout
+def make_trial_config(trial: Trial, dataset: Dataset, space: PixelSpace = PIXELS) -> dict[str, Any]:
+    """The config.json of the trial's network for images of the data set, or what a `space` makes of them."""
+    learned, dropout, shape = trial.diffusion.learned, trial.training.label_dropout, space.find_shape(dataset.shape)
     told, sides = dataset.find_told(trial.model.told), dataset.sides
-    return make_network_config(trial.model, dataset.shape, learned, sides=sides, told=told, label_dropout=dropout)
+    return make_network_config(trial.model, shape, learned, sides=sides, told=told, label_dropout=dropout)
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:

@@ -51,7 +51,7 @@ class Studying(Denoising):
         """
         whole, process, device = self.process, self.objective.process, self.world.device
         assert process.student and whole
-        height, width, channels = self.dataset.shape
+        height, width, channels = self.space.find_shape(self.dataset.shape)
         noise = make_generator(self.trial.seed, "valid", "student")
         n = min(VALIDATION_IMAGES, len(self.dataset.held_out))
         x_T = torch.randn((n, channels, height, width), generator=noise).to(device)

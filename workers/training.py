@@ -24,6 +24,7 @@ from workers.config import (
 from workers.data.dataset import Dataset
 from workers.first_weights import load_first_weights, load_teacher
 from workers.journal import Journal
+from workers.latents import open_latents
 from workers.learner import Learner, compute_learning_rate
 from workers.network import averages, manifest
 from workers.network import checkpoint as checkpoints
@@ -122,9 +123,9 @@ class _Loop:
         assert not absent, f"what the trial starts from was not handed over: {absent}"
         self.first = trial.training.trunk_steps if TRUNK in starts else 0  # the steps that another trial has made
         teacher = trial.loss.teacher if TEACHER in starts else None
-        self.learner = Learner(
-            trial, dataset, world, load_teacher(self._open_start(TEACHER), teacher.weights) if teacher else None
-        )
+        taught = load_teacher(self._open_start(TEACHER), teacher.weights) if teacher else None
+        latents = open_latents(trial, dataset, storage, starts, world.device)
+        self.learner = Learner(trial, dataset, world, teacher=taught, latents=latents)
         self.clock = world.clock
         self.clock.resume({})
         self.meter = Meter(world.device, share=world.gpus)
@@ -298,6 +299,7 @@ class _Loop:
         snapshot = checkpoints.Snapshot(
             step=self.step,
             unet_config=self.learner.config,
+            stage=self.learner.lesson.space.describe_stage(),
             process=self.learner.lesson.process,
             student=self.learner.lesson.student,
             prediction=self.learner.lesson.prediction,

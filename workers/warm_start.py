@@ -1,5 +1,5 @@
-"""Other models that a trial names: those that its training begins with or goes by. How a file says it, and how the
-program pins it.
+"""Other models that a trial names: those that its training begins with, goes by or is encoded by. How a file says it,
+and how the program pins it.
 
 A source in a trial is pinned: `base@0f3a9c5d2b7e4816`, of which the digest alone counts in ids. It is that of the id
 and the step of a trial of the same sweep, which are known before that is trained, and else of a checkpoint's content.
@@ -7,6 +7,7 @@ and the step of a trial of the same sweep, which are known before that is traine
 
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
@@ -16,8 +17,8 @@ from workers.sections import Record
 
 # The settings that name another model, by their path in a trial: each is a `ModelSource`, or null. A trial is made when
 # all that it names are. With the trunk, of which it goes on, these are the slots of what a trial starts from.
-INIT, TEACHER = "training.init", "loss.teacher"
-SLOTS = (INIT, TEACHER)
+INIT, TEACHER, ENCODER = "training.init", "loss.teacher", "data.encoder"
+SLOTS = (INIT, TEACHER, ENCODER)
 TRUNK = "trunk"
 BEGINNINGS = (TRUNK, INIT)  # what a training needs to begin, and not to go on
 
@@ -46,6 +47,24 @@ class InitConfig(ModelSource):
         strict=False,
         description="modules or weights of the network that are random all the same, such as conv_out",
     )
+
+
+class EncoderConfig(ModelSource):
+    """The autoencoder whose latents are diffused."""
+
+    latents: Annotated[tuple[int, int], Field(strict=False), "[channels, halvings]"] | None = Field(
+        default=None,
+        description="their channels, and how often an image is halved: found by the program, and never set",
+    )
+
+
+def find_latent_shape(encoder: EncoderConfig | None, shape: tuple[int, int, int]) -> tuple[int, int, int] | None:
+    """(height, width, channels) of the latents of images of that shape; None where nothing is encoded, or where it is
+    not known yet."""
+    if encoder is None or encoder.latents is None:
+        return None
+    channels, halvings = encoder.latents
+    return shape[0] >> halvings, shape[1] >> halvings, channels
 
 
 def split_pin(source: str) -> tuple[str, str]:
@@ -80,13 +99,13 @@ def replace_models(trial: SettingsT, models: Mapping[str, ModelSource | None]) -
     return trial
 
 
-def pin_models(trial: SettingsT, pins: Mapping[str, str]) -> SettingsT:
-    """The same with the sources pinned of which the pins are known."""
-    return replace_models(
-        trial,
-        {
-            slot: model.model_copy(update={"source": f"{model.source}@{pins[model.source]}"})
-            for slot, model in list_models(trial).items()
-            if model.source in pins
-        },
-    )
+def pin_models(
+    trial: SettingsT, pins: Mapping[str, str], latents: Mapping[str, tuple[int, int]] = MappingProxyType({})
+) -> SettingsT:
+    """The same with the sources pinned of which the pins are known, and an encoder with its latents."""
+    pinned = {}
+    for slot, model in list_models(trial).items():
+        if model.source in pins:
+            known = {"latents": latents.get(model.source)} if slot == ENCODER else {}
+            pinned[slot] = model.model_copy(update={"source": f"{model.source}@{pins[model.source]}", **known})
+    return replace_models(trial, pinned)

@@ -23,7 +23,7 @@ from orchestrator.planning.place import Node, Size, find_nodes_in_use, list_neve
 from workers import speed
 from workers.config import DataConfig, Measurement, Mistake, Record, Trial
 from workers.data.sources import Source
-from workers.evaluation.blocks import Images, count_reconstructions, count_reference_images, list_blocks
+from workers.evaluation.blocks import IMAGES, Images, count_reconstructions, count_reference_images, list_blocks
 from workers.identity import compute_trial_id
 from workers.layout import RowId, name_speed_file
 from workers.sharing import round_as_ray
@@ -58,7 +58,7 @@ def learn(storage: Storage, trial: Trial, source: Source, hardware: str, spent: 
 
 
 def _name_file(trial: Trial, source: Source) -> str:
-    return name_speed_file(make_model_key(trial.model, trial.training, source.shape, trial.evaluation.precision))
+    return name_speed_file(make_model_key(trial.model, trial.training, source.diffused, trial.evaluation.precision))
 
 
 def split_spent(made: Spent, trial: Trial, source: Source) -> Spent:
@@ -104,13 +104,13 @@ def _count_work(trial: Trial, source: Source) -> dict[str, float]:
     bounds = {"nll": price.nll_evaluations, "ode_nll": price.ode_nll_evaluations}
     images = _count_feature_images(trial, source)
     made = {"samples": price.sampling_evaluations - images["held_out"], "reconstructions": images["held_out"]}
-    return {**bounds, **made, **images}
+    return {**bounds, "latents": IMAGES * _count_blocks(trial, source)["latents"], **made, **images}
 
 
 def _name_work(kind: str, trial: Trial) -> str:
     """The kind of work in a speed file that blocks of a kind are."""
     fid = trial.evaluation.fid
-    kind = "samples" if kind == "reconstructions" else kind  # either is a pass through the network an image
+    kind = {"reconstructions": "samples", "latents": "nll"}.get(kind, kind)  # either is a pass an image
     return f"features-{fid.features}" if fid and kind in ("features", "reference", "held_out") else kind
 
 

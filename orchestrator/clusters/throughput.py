@@ -21,7 +21,7 @@ def calibrate(trials: Mapping[RowId, Variant], sources: Mapping[DataConfig, Sour
     distinct = {}
     for variant in trials.values():
         trial, fid = variant.trial, variant.trial.evaluation.fid
-        shape, precision = sources[trial.data].shape, trial.evaluation.precision
+        shape, precision = sources[trial.data].diffused, trial.evaluation.precision
         key = make_model_key(trial.model, trial.training, shape, precision), name_training_kind(trial.training)
         distinct[key, fid and fid.features] = trial
     for config in sources:

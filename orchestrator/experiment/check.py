@@ -18,7 +18,13 @@ from orchestrator.experiment.distilling import find_distilling_mistakes
 from orchestrator.experiment.expand import DRAWS, expand
 from orchestrator.experiment.measured_weights import find_average_mistakes
 from orchestrator.experiment.metrics import EVALUATIONS, list_metrics
-from orchestrator.experiment.needs import LEAST_TRIAL, find_cooldown_mistakes, find_need_mistakes, find_sourceless
+from orchestrator.experiment.needs import (
+    LEAST_TRIAL,
+    find_cooldown_mistakes,
+    find_encoder_mistakes,
+    find_need_mistakes,
+    find_sourceless,
+)
 from orchestrator.experiment.records import (
     MOST_VARIANTS,
     Axis,
@@ -150,7 +156,7 @@ def _find_axis_mistakes(path: str, axis: Axis) -> list[str]:
 def find_trial_mistakes(trial: Trial) -> list[str]:
     """Settings, each valid by itself, that do not go together."""
     training = trial.training
-    found = [*find_family_mistakes(trial), *find_cooldown_mistakes(training)]
+    found = [*find_family_mistakes(trial), *find_cooldown_mistakes(training), *find_encoder_mistakes(trial)]
     found += find_distilling_mistakes(trial) if trial.diffuses else []
     parts = count_sub_batches(training.batch_size)
     if parts % training.workers:

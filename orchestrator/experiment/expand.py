@@ -90,7 +90,7 @@ def make_variants(experiment: Experiment, points: Iterable[Mapping[str, Any]]) -
         for path, value in params.items():
             changed.setdefault(path.partition(".")[0], {})[path] = value
         sections = {name: get_section(name, values) for name, values in changed.items()}
-        pinned = pin_models(trial.model_copy(update=sections), experiment.pins)
+        pinned = pin_models(trial.model_copy(update=sections), experiment.pins, experiment.latents)
         return Variant(params=dict(params), trial=pinned)
 
     return tuple(map(make_variant, points))

@@ -197,7 +197,8 @@ def _find_smoke_mistakes(content: Mapping[str, Any]) -> list[str]:
 
 def list_measurement_settings() -> list[str]:
     """Those of a measurement, which may be others than those of the trial that is measured."""
-    return [path for path in list_paths(Measurement, own=True) if path.split(".")[0] in ("seed", "data", "evaluation")]
+    paths = (path for path in list_paths(Measurement, own=True) if not path.startswith("data.encoder"))
+    return [path for path in paths if path.split(".")[0] in ("seed", "data", "evaluation")]
 
 
 SETTINGS = list_paths(Experiment)

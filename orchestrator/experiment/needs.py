@@ -12,7 +12,7 @@ from orchestrator.experiment.records import Axis, Experiment, Variant
 from orchestrator.experiment.settings import find_invalid, list_leaves, list_paths, merge, put, suggest_path
 from orchestrator.experiment.starts import UNMEASURED, find_origins
 from workers.config import TrainingConfig, Trial
-from workers.warm_start import SLOTS, list_models, replace_models
+from workers.warm_start import SLOTS, list_models, replace_models, split_pin
 
 LEAST_TRIAL = {"data": {"source": "digits"}, "training": {"steps": 1}}  # in which any one setting can be tried
 
@@ -115,3 +115,26 @@ def find_cooldown_mistakes(training: TrainingConfig) -> Iterator[str]:
         )
     if training.cooldown_steps > training.steps:
         yield f"training.cooldown: {training.cooldown} is more than training.steps = {training.steps}; at most as many"
+
+
+def find_encoder_mistakes(trial: Trial) -> Iterator[str]:
+    """What does not go with diffusion of latents."""
+    data = trial.data
+    if data.encoder is None:
+        return
+    if not trial.diffuses:
+        yield (
+            f"data.encoder: model.kind: {trial.model.kind} diffuses nothing and learns from images; leave it out, or "
+            "take a network that does, such as unet"
+        )
+    if data.encoder.latents and not split_pin(data.encoder.source)[1]:
+        yield f"data.encoder.latents: {data.encoder.latents} is found by the program; leave it out"
+    if data.flip:
+        yield (
+            "data.flip: latents are made once, and those of a mirrored image are no mirrored latents; leave it out, or "
+            "train the autoencoder alone with it"
+        )
+    if data.stream is not None:
+        yield "data.stream: latents of all training images are made before they are needed; leave one of the two out"
+    if data.dimensions != 2:
+        yield f"data.dimensions: {data.dimensions} is of signals or volumes, and an autoencoder takes images; take 2"

@@ -33,6 +33,7 @@ from workers.network.unet_config import UNET
 
 PHOTOGRAPHS = 0.25  # E[x_0^2] of photographs on the [-1, 1] scale, about
 WARN_AT = 0.1  # of the prior gap that is refused
+STEEP = 0.5  # of a beta, above which a step of latents is told
 # These need torch, and are asked of kinds that are not ours alone.
 TRY = "workers.network.build:find_mistakes"
 TRY_VARIANCE = "workers.diffusion.process:find_variance_mistakes"
@@ -215,6 +216,18 @@ def _check_weighting(_: Experiment, trial: Trial, __: Source) -> Iterator[Findin
         )
 
 
+def _check_latents(_: Experiment, trial: Trial, __: Source) -> Iterator[Finding]:
+    """x_0_hat from eps has an error of eps over sqrt(SNR_t), which clipping keeps small where there is a range."""
+    d, most = trial.diffusion, measure_chain(trial.diffusion).beta_max
+    if trial.data.encoder and not d.continuous and d.prediction == "eps" and STEEP < most < 1:
+        yield Finding(
+            f"diffusion.prediction: eps says little of x_0 in steps like the last ones, of beta up to {most:.3g}, "
+            "and no prediction of latents is clipped: the bound may be many times too large, and samples far off; take "
+            "diffusion.prediction: v, or another diffusion.schedule",
+            refused=False,
+        )
+
+
 def _check_network(_: Experiment, trial: Trial, source: Source) -> Iterator[Finding]:
     entry = NETWORKS[trial.model.kind]
     is_ours = trial.model.kind == UNET or bool(entry.written)
@@ -224,11 +237,14 @@ def _check_network(_: Experiment, trial: Trial, source: Source) -> Iterator[Find
             "network of your own (docs/extending.md), or read arrays of images with data.dimensions: 2"
         )
         return
-    mistakes = ask(trial.model.kind, entry.check, trial.model, source.shape)
+    if trial.data.encoder and not source.latents:  # of an encoder that is not known yet there is nothing to say
+        return
+    shape = source.diffused
+    mistakes = ask(trial.model.kind, entry.check, trial.model, shape)
     if entry.written:
-        mistakes += find_discriminator_mistakes(trial.loss, source.shape)
+        mistakes += find_discriminator_mistakes(trial.loss, shape)
     if not mistakes and not is_ours:
-        mistakes = load(TRY)(trial.model, source.shape, trial.diffusion.learned, source.sides)
+        mistakes = load(TRY)(trial.model, shape, trial.diffusion.learned, source.sides)
     yield from map(Finding, mistakes)
 
 
@@ -365,7 +381,7 @@ def _check_search(experiment: Experiment, trial: Trial, _: Source) -> Iterator[F
 
 
 Check = Callable[[Experiment, Trial, Source], Iterator[Finding]]
-OF_PROCESSES: tuple[Check, ...] = (_check_noise, _check_weighting, _check_variance)  # of denoisers alone
+OF_PROCESSES: tuple[Check, ...] = (_check_noise, _check_weighting, _check_latents, _check_variance)  # of denoisers
 CHECKS: tuple[Check, ...] = (
     _check_network,
     _check_average,

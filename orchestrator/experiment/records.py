@@ -274,16 +274,22 @@ class Experiment(Trial):
     preflight: PreflightConfig = Field(default=PreflightConfig(), description="what is refused before anything starts")
 
     _pins: dict[str, str] = PrivateAttr(default_factory=dict)
+    _latents: dict[str, tuple[int, int]] = PrivateAttr(default_factory=dict)
 
     @property
     def pins(self) -> Mapping[str, str]:
         """What the sources of `training.init` are pinned to: see `workers.warm_start`."""
         return self._pins
 
-    def pin(self, pins: Mapping[str, str]) -> "Experiment":
-        """The same with these pins."""
+    @property
+    def latents(self) -> Mapping[str, tuple[int, int]]:
+        """Channels and halvings of the latents of those sources that are autoencoders."""
+        return self._latents
+
+    def pin(self, pins: Mapping[str, str], latents: Mapping[str, tuple[int, int]]) -> "Experiment":
+        """The same with these pins, and with these latents."""
         pinned = self.model_copy()
-        pinned._pins = dict(pins)
+        pinned._pins, pinned._latents = dict(pins), dict(latents)
         return pinned
 
     @property

@@ -227,7 +227,8 @@ def _open_folder(folder: str, update: Update) -> Subject:
     evaluation = {"nll": None} if family == GENERATOR else evaluation
     if described.student:
         evaluation = {"nll": None, "fid": {"sampler": choose_own_sampler(described.student).model_dump()}}
-    content = update.of({"family": family, "T": described.T, "told": what, "evaluation": evaluation})
+    of = {"family": family, "T": described.T, "told": what, "latent": described.latent}
+    content = update.of({**of, "evaluation": evaluation})
     if "source" not in content.get("data", {}):
         raise Mistake(f"{folder}: it does not say which images it was trained on; give data.source=...")
     return _check_name(place.rpartition("/")[2], content, checkpoint, None, None)

@@ -12,6 +12,7 @@ from orchestrator.experiment.records import Variant
 from orchestrator.measuring.seeds import Group
 from orchestrator.output.figures import Plot, Series, draw_curves, draw_scatter, to_png
 from orchestrator.output.findings import Report
+from orchestrator.output.graph import draw_graph
 from orchestrator.state.rows import Row, shorten_params
 from workers.bits import STUDENT, VALIDATIONS
 from workers.code import drop_pin
@@ -269,6 +270,7 @@ PLOTS: dict[str, Callable[[Report], list[Plot]]] = {
     "training_steps": draw_training_steps,
     "guidance": draw_guidance,
     "widths": draw_widths,
+    "graph": draw_graph,
 }
 # Those that lie beside a sweep's results as files, and in MLflow.
 FILES = {
@@ -284,5 +286,6 @@ def draw_png_files(report: Report) -> dict[str, bytes]:
     own = {name: file for name, file in FILES.items() if name != "pareto" or not report.kept.also}
     drawn = {file: plot for name, file in own.items() for plot in PLOTS[name](report)}
     drawn |= {plot.name: plot for plot in draw_front(report)} if report.kept.also else {}
-    drawn |= {plot.name: plot for draw in (draw_training_steps, draw_guidance, draw_widths) for plot in draw(report)}
+    drawers = draw_training_steps, draw_guidance, draw_widths, draw_graph
+    drawn |= {plot.name: plot for draw in drawers for plot in draw(report)}
     return {f"{name.replace('/', '_')}.png": to_png(plot) for name, plot in drawn.items()}

@@ -164,14 +164,14 @@ def _compute_interval(group: Group, metric: str) -> tuple[float, float, float] |
 def _list_parts(report: Report) -> list[tuple[Group, list[tuple[str, float]], float]]:
     """(trial, the parts of its bound in bits/dim, the largest bound of all) of the best GRIDS with an NLL.
 
-    The parts of a density are no shares of it, as L_0 may be below 0.
+    The parts of a density are no shares of it, nor of the bound by latents, as L_0 may be below 0.
     """
     names = {"prior": "L_T", "diffusion": "steps", "decoder": "L_0"}
     most = max((group.metrics[NLL] for group in report.groups if NLL in group.metrics), default=1.0)
     return [
         (group, [(label, group.metrics[f"eval/nll_{name}_bpd"]) for name, label in names.items()], most)
         for group in report.groups
-        if "eval/nll_prior_bpd" in group.metrics
+        if "eval/nll_prior_bpd" in group.metrics and "eval/nll_posterior_bpd" not in group.metrics
     ][:GRIDS]
 
 

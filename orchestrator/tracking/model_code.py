@@ -33,7 +33,8 @@ from workers.config import FIDConfig, Mistake, SamplerConfig
 from workers.data.decoding import choose_type
 from workers.data.ranges import read_span, scale_from_unit
 from workers.evaluation.blocks import SAMPLES
-from workers.evaluation.make import LoadedModel, draw_block, draw_from_prior, list_samples, move_to_device
+from workers.evaluation.loaded import load_model, move_to_device
+from workers.evaluation.make import draw_block, draw_from_prior, list_samples
 from workers.kinds import DENOISER, SAMPLERS
 from workers.network import checkpoint as checkpoints
 from workers.students import find_drawing_mistakes
@@ -55,10 +56,9 @@ class ImageModel(PythonModel):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.stage = None
         if checkpoint.family == DENOISER:
-            network, process = checkpoints.load(checkpoint)
+            self.model = load_model(checkpoint, device, settings["precision"])
             if settings["variance"]:
-                process = replace(process, variance=settings["variance"])
-            self.model = LoadedModel(move_to_device(network, device), process, device, settings["precision"])
+                self.model = replace(self.model, process=replace(self.model.process, variance=settings["variance"]))
         else:
             self.stage = move_to_device(checkpoints.load_decoder(checkpoint), device)
         self.shape = checkpoints.describe(checkpoint).shape

@@ -25,6 +25,7 @@ from workers.data.survey import Survey, hash_files, survey_files
 from workers.data.tree import Files, Split
 from workers.identity import compute_digest
 from workers.sides import get_sides
+from workers.warm_start import find_latent_shape
 
 LEVELS = {DEEP: 2**16, FLOATS: None}  # of encoded images that are not of 8 bits
 VERSION = 1  # of the storing below: raise it when the same files would give other bytes, and caches are rebuilt
@@ -54,6 +55,12 @@ class Source:
     span: Span | None = None  # of data that are not discrete: the values that become -1 and 1
     sides: tuple[int, ...] = ()  # of signals and volumes, which are folded into `shape` (`workers.sides`)
     vectors: tuple[int, int] | None = None  # (length, width) of those that data.condition names
+    latents: tuple[int, int, int] | None = None  # H, W, C of what images are encoded to, where they are
+
+    @property
+    def diffused(self) -> tuple[int, int, int]:
+        """H, W, C of what is diffused: of latents, where images are encoded."""
+        return self.latents or self.shape
 
     def find_told(self, what: What | None) -> Told | None:
         """The classes, each with one image, or what the vectors are like; None of what there is not."""
@@ -130,6 +137,7 @@ def describe_with_files(config: DataConfig, cache: Path) -> tuple[Source, Files]
         span=spans.train if spans else None,
         sides=files.sides,
         vectors=survey.vectors,
+        latents=find_latent_shape(config.encoder, shape),
     )
     if config.stream is not None:
         _check_room(config, files, source)
@@ -239,6 +247,9 @@ def describe_source(source: Source) -> str:
     if source.vectors:
         length, width = source.vectors
         parts.append(f"{length} vector{'s' * (length > 1)} of {width} numbers each")
+    if source.latents:
+        high, wide, deep = source.latents
+        parts.append(f"diffused as latents of {wide}x{high} in {deep} channel{'s' * (deep > 1)}")
     parts += [source.composited] if source.composited else []
     return ", ".join(parts) + f"; left out: {source.left_out}" * bool(source.left_out)
 

@@ -115,11 +115,13 @@ def measure(
     drawn: tuple[Pairs, Pairs],
     noise: torch.Generator,
     levels: int | None,
+    clip: bool = True,
 ) -> RealLedger:
     """Measures each of x_0, which goes by the names `image` and has `levels` values, None being any, at times `drawn`.
 
-    `model` is asked for the pairs as they lie in a row, an image after the other; x_0_hat is clipped to [-1, 1]. The
-    noise of all pairs is drawn from `noise` in their order, so that batches change nothing but rounding.
+    `model` is asked for the pairs as they lie in a row, an image after the other; x_0_hat is clipped to [-1, 1], unless
+    x_0 goes beyond. The noise of all pairs is drawn from `noise` in their order, so that batches change nothing but
+    rounding.
     """
     t, weight = drawn
     pairs, times = np.repeat(np.arange(len(x_0)), t.shape[1]), torch.from_numpy(t.reshape(-1)).to(x_0.device)
@@ -129,7 +131,8 @@ def measure(
         part = slice(k, k + batch)
         clean, when = x_0[torch.from_numpy(pairs[part]).to(x_0.device)], times[part]
         prediction = take_rows(model, part)(process.q_sample(clean, when, eps[part]), when)
-        x_0_hat, sigma = prediction.x_0.clamp(-1, 1).double(), process.noise_level_at(when)
+        x_0_hat = (prediction.x_0.clamp(-1, 1) if clip else prediction.x_0).double()
+        sigma = process.noise_level_at(when)
         found = (clean - x_0_hat).square().flatten(1).sum(1) / (2 * sigma**2)
         first = torch.from_numpy(decodes[part]).to(x_0.device)
         if first.any():
@@ -155,12 +158,18 @@ def compute_integral_bound(process: Continuous, ledger: RealLedger, squared_norm
 
 
 def estimate_integral(
-    process: Continuous, model: Model, x_0: NCHW, strata: int, levels: int | None, *where: int | str
+    process: Continuous,
+    model: Model,
+    x_0: NCHW,
+    strata: int,
+    levels: int | None,
+    *where: int | str,
+    clip: bool = True,
 ) -> Bound:
     """The bound of each of x_0 from `strata` times per image; its noise lies at the address `where`."""
     ends, shape = find_ends(process, levels), (len(x_0), strata)
     drawn = draw_real_times(process, ends, shape, make_generator(*where, "t"), "log_uniform")
     image, noise = np.arange(len(x_0)), make_generator(*where, "eps", device=x_0.device)
     of_pairs = take_rows(model, torch.from_numpy(np.repeat(image, strata + 1)))
-    ledger = measure(process, of_pairs, x_0, image, drawn=drawn, noise=noise, levels=levels)
+    ledger = measure(process, of_pairs, x_0, image, drawn=drawn, noise=noise, levels=levels, clip=clip)
     return compute_integral_bound(process, ledger, compute_squared_norms(x_0), x_0[0].numel())

@@ -106,10 +106,13 @@ class Bound:
     prior: PerImage  # L_T
     diffusion: PerImage  # sum over t > 1 of L_{t-1}
     decoder: PerImage  # L_0
+    posterior: PerImage | None = None  # where latents are diffused, log q(z | x) (`hierarchy`)
+    distortion: PerImage | None = None  # and -log p(x | z)
 
     @property
     def total(self) -> PerImage:
-        return np.asarray(self.prior + self.diffusion + self.decoder)
+        of_stage = (part for part in (self.posterior, self.distortion) if part is not None)
+        return np.asarray(sum(of_stage, self.prior + self.diffusion + self.decoder))
 
     @property
     def mean(self) -> float:

@@ -122,15 +122,22 @@ def draw_strata(strata: int, images: int, noise: torch.Generator) -> Float64[np.
     return np.asarray((np.arange(strata) + u) / strata)
 
 
-def estimate(process: Process, model: Model, x_0: NCHW, strata: int, levels: int | None, *where: int | str) -> Bound:
+def estimate(
+    process: Process,
+    model: Model,
+    x_0: NCHW,
+    strata: int,
+    levels: int | None,
+    *where: int | str,
+    clip: bool = True,
+) -> Bound:
     """The bound of each of x_0 from `strata` timesteps per image; its noise lies at the address `where`."""
     t, weight = draw_stratified_times(process.T, strata, len(x_0), make_generator(*where, "t"), "log_uniform")
     image = np.repeat(np.arange(len(x_0)), t.shape[1])
     noise = make_generator(*where, "eps", device=x_0.device)
     of_pairs = take_rows(model, torch.from_numpy(image))
-    ledger = measure_pairs(
-        process, of_pairs, x_0[image], image, t.reshape(-1), weight=weight.reshape(-1), noise=noise, levels=levels
-    )
+    rows, weight = (image, t.reshape(-1)), weight.reshape(-1)
+    ledger = measure_pairs(process, of_pairs, x_0[image], *rows, weight=weight, noise=noise, levels=levels, clip=clip)
     return compute_bound(process, ledger, compute_squared_norms(x_0), x_0[0].numel())
 
 

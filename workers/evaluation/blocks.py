@@ -3,6 +3,7 @@
     evaluations/<checkpoint>/nll-<key>/block-00007.parquet                    |x_0 - x_0_hat|^2 of images x timesteps
     evaluations/<checkpoint>/nll-<key>/...                                    of an autoencoder rate and distortion
     evaluations/<checkpoint>/ode_nll-<key>/block-00007.parquet                -log P of images along the ODE
+    evaluations/<checkpoint>/latents-<key>/block-00007.parquet                what the autoencoder says of images
     evaluations/<checkpoint>/samples-<key>/block-00007.parquet                images by seed
     evaluations/<checkpoint>/samples-<key>-<features>/block-00007.parquet     their features
     evaluations/<checkpoint>/reconstructions-<key>/block-00007.parquet        held-out images by an autoencoder
@@ -140,6 +141,17 @@ def list_ode_nll_blocks(m: Measurement, checkpoint: str, images: Images) -> list
     return [Block("ode_nll", folder, k) for k in range(math.ceil(count_ode_nll_images(m, images) / IMAGES))]
 
 
+def count_encoded_images(m: Measurement, images: Images) -> int:
+    """How many held-out images are encoded, for either likelihood; 0 where nothing is."""
+    return max(count_nll_images(m, images), count_ode_nll_images(m, images)) if m.latent else 0
+
+
+def list_latent_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
+    """The blocks that hold what the first stage of a latent model adds to its likelihoods."""
+    folder = f"{name_evaluation_folder(checkpoint)}/latents-{compute_digest([VERSION, images.digest, m.seed])}"
+    return [Block("latents", folder, k) for k in range(math.ceil(count_encoded_images(m, images) / IMAGES))]
+
+
 def list_sample_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
     fid = m.evaluation.fid
     if fid is None:
@@ -238,6 +250,7 @@ def list_blocks(m: Measurement, checkpoint: str, images: Images) -> list[Block]:
     return [
         *list_nll_blocks(m, checkpoint, images),
         *list_ode_nll_blocks(m, checkpoint, images),
+        *list_latent_blocks(m, checkpoint, images),
         *list_reference_blocks(m, images),
         *list_sample_blocks(m, checkpoint, images),
         *list_feature_blocks(m, checkpoint, images),
@@ -256,6 +269,7 @@ def count_blocks(m: Measurement, images: Images) -> int:
         + math.ceil(again / REAL)
         + (rows * count_time_blocks(m) if m.evaluation.nll else 0)
         + math.ceil(count_ode_nll_images(m, images) / IMAGES)
+        + math.ceil(count_encoded_images(m, images) / IMAGES)
         + (math.ceil(count_reference_images(fid, images) / REAL) + 2 * math.ceil(fid.samples / SAMPLES) if fid else 0)
     )
 

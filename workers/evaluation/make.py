@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,21 +17,18 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Int64
 
-from workers.classes import Vectors
 from workers.config import FIDConfig, Measurement
 from workers.data.dataset import Dataset
 from workers.data.pixels import QUANTISERS, to_model
 from workers.diffusion.flow import integrate_log_density
 from workers.diffusion.formulations import AnyProcess, Continuous
-from workers.diffusion.guidance import take_rows, tell
 from workers.diffusion.integral import draw_real_times, find_ends, measure
 from workers.diffusion.likelihood import draw_stratified_times, list_all_times, measure_pairs
-from workers.diffusion.predictions import Denoiser
-from workers.diffusion.process import Model, Prediction
 from workers.diffusion.samplers import draw
 from workers.evaluation import blocks
 from workers.evaluation.blocks import Block, count_strata, count_time_blocks
 from workers.evaluation.features import FeatureSpace, load_feature_space
+from workers.evaluation.loaded import LoadedModel, load_model, move_to_device
 from workers.evaluation.precision import compute_in
 from workers.kinds import AUTOENCODER, GENERATOR
 from workers.network import checkpoint as checkpoints
@@ -41,7 +38,7 @@ from workers.network.manifest import Checkpoint
 from workers.noise import make_generator
 from workers.passes import count_evaluations
 from workers.seals import Damage, open_parquet, seal_parquet
-from workers.shapes import NCHW, NHWC, Conditions, RealTimes
+from workers.shapes import NCHW, NHWC
 from workers.storage import Storage
 
 Ints = Int64[np.ndarray, "n"]
@@ -49,44 +46,6 @@ N = TypeVar("N", bound=torch.nn.Module)
 
 SPACE = b"feature_space"  # the stamp of features, in a block's metadata
 HOST = b"host"  # of the machine that made the block, in its metadata, which no hash of an evaluation counts
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A loaded checkpoint on its device."""
-
-    network: Denoiser
-    process: AnyProcess
-    device: torch.device
-    precision: str = "float32"
-
-    def predict(self, x_t: NCHW, t: RealTimes, told: Conditions | None = None) -> Prediction:
-        """In the dtype of x_t, whatever the network computes in."""
-        with compute_in(self.precision, self.device):
-            prediction: Prediction = self.network(x_t, t, told)
-        return prediction
-
-    def tell(self, told: np.ndarray | None, guidance: float | None = None) -> Model:
-        """The model of a batch that is told of so: labels, int64 (n,), or vectors, float32 (n, length, width)."""
-        assert self.network.told is None or told is not None, "the network is told something of each image"
-        if self.network.told is None or told is None:
-            return self.predict
-        return tell(self.predict, torch.from_numpy(np.array(told)).to(self.device), guidance)
-
-    def tell_held_out(self, dataset: Dataset, rows: Ints) -> Model:
-        """The model of held-out images, each told of as it is."""
-        told = self.network.told
-        values = dataset.get_told(told.KIND, "held_out") if told else None
-        images, places = np.unique(rows, return_inverse=True)
-        return take_rows(self.tell(None if values is None else values[images]), torch.from_numpy(places))
-
-    def assign_told(self, samples: Ints, dataset: Dataset | None = None) -> np.ndarray | None:
-        """What the network is told of the samples with these numbers: labels by `Classes.assign`, or the vectors of the
-        training images, one after the other, which are in a shuffled order; None where it is told nothing."""
-        if isinstance(self.network.told, Vectors):
-            assert dataset and dataset.train_vectors is not None, "the network is told vectors, and the data have none"
-            return np.array(dataset.train_vectors[samples % len(dataset.train_vectors)])
-        return self.network.classes.assign(samples) if self.network.classes else None
 
 
 @dataclass(frozen=True)
@@ -101,8 +60,7 @@ class Bench:
 
     @cached_property
     def model(self) -> LoadedModel:
-        network, process = checkpoints.load(self.checkpoint)
-        return LoadedModel(move_to_device(network, self.device), process, self.device, self.m.evaluation.precision)
+        return load_model(self.checkpoint, self.device, self.m.evaluation.precision)
 
     @cached_property
     def autoencoder(self) -> Autoencoder:
@@ -118,14 +76,6 @@ class Bench:
         assert self.m.evaluation.fid
         name, precision = self.m.evaluation.fid.features, self.m.evaluation.precision
         return load_feature_space(self.storage, self.dataset, name, self.device, precision)
-
-
-def move_to_device(network: N, device: torch.device) -> N:
-    """The network there, its weights in the order in which the convolutions take them, which those of volumes lack."""
-    flat = all(weights.dim() < 5 for weights in network.parameters())
-    layout = torch.channels_last if flat else torch.preserve_format
-    moved: N = network.to(device, memory_format=layout)  # type: ignore[call-overload]
-    return moved
 
 
 def make_measured_process(m: Measurement, process: AnyProcess) -> AnyProcess:
@@ -154,12 +104,32 @@ def make_nll_block(bench: Bench, block: Block) -> pa.Table:
             m.T, sampled, len(image), make_generator(*where, "t"), m.evaluation.nll.proposal
         )
     pairs = np.repeat(image, t.shape[1])
-    x_0 = to_model(torch.from_numpy(dataset.held_out[pairs]), dataset.levels).to(model.device)
+    x_0 = model.space.encode(_show_held_out(bench, image), m.seed, image).repeat_interleave(t.shape[1], dim=0)
     told = model.tell_held_out(dataset, pairs)
     noise = make_generator(*where, "eps")  # on the CPU, as a GPU's generator would draw other numbers
     rows, weight = (pairs, t.reshape(-1)), weight.reshape(-1)
-    ledger = measure_pairs(model.process, told, x_0, *rows, weight=weight, noise=noise, levels=dataset.levels)
-    return ledger.make_table()
+    of: Any = {"levels": model.space.find_levels(dataset.levels), "clip": model.space.bounded}
+    return measure_pairs(model.process, told, x_0, *rows, weight=weight, noise=noise, **of).make_table()
+
+
+def _show_held_out(bench: Bench, image: Ints) -> NCHW:
+    """The held-out images with these numbers, on the scale of the model."""
+    images = np.array(bench.dataset.held_out[image])
+    return to_model(torch.from_numpy(images), bench.dataset.levels).to(bench.device)
+
+
+def _take_held_out(bench: Bench, block: Block, size: int) -> tuple[Ints, NCHW]:
+    """The held-out images of a block of so many, and their numbers."""
+    image = np.arange(block.number * size, min((block.number + 1) * size, len(bench.dataset.held_out)))
+    return image, _show_held_out(bench, image)
+
+
+def make_latent_block(bench: Bench, block: Block) -> pa.Table:
+    """What the first stage of a latent model measures of IMAGES images: a row an image (`StageTerms`)."""
+    image, x = _take_held_out(bench, block, blocks.IMAGES)
+    _, terms = bench.model.space.measure(x, bench.dataset.levels, bench.m.seed, image)
+    assert terms, "nothing is encoded here"
+    return terms.make_table()
 
 
 def _make_integral(bench: Bench, process: Continuous, block: Block) -> pa.Table:
@@ -167,28 +137,29 @@ def _make_integral(bench: Bench, process: Continuous, block: Block) -> pa.Table:
     m, dataset, model = bench.m, bench.dataset, bench.model
     nll, strata = m.evaluation.nll, count_strata(m)
     assert nll and strata is not None
-    image = np.arange(block.number * blocks.IMAGES, min((block.number + 1) * blocks.IMAGES, len(dataset.held_out)))
+    (image, x), levels = _take_held_out(bench, block, blocks.IMAGES), model.space.find_levels(dataset.levels)
     where = (m.seed, "nll", block.number, 0)
-    ends, shape = find_ends(process, dataset.levels), (len(image), strata)
+    ends, shape = find_ends(process, levels), (len(image), strata)
     drawn = draw_real_times(process, ends, shape, make_generator(*where, "t"), nll.proposal)
-    x_0 = to_model(torch.from_numpy(np.array(dataset.held_out[image])), dataset.levels).to(model.device)
+    x_0 = model.space.encode(x, m.seed, image)
     told, noise = model.tell_held_out(dataset, np.repeat(image, strata + 1)), make_generator(*where, "eps")
-    return measure(process, told, x_0, image, drawn=drawn, noise=noise, levels=dataset.levels).make_table()
+    of: Any = {"drawn": drawn, "noise": noise, "levels": levels, "clip": model.space.bounded}
+    return measure(process, told, x_0, image, **of).make_table()
 
 
 def make_ode_nll_block(bench: Bench, block: Block) -> pa.Table:
     """-log P of IMAGES images in nats by the probability-flow ODE: a row an image.
 
     A level's probability is bounded by the density over its bin: -log P(x) <= -E log p(x + u) - D log(bin), with u
-    uniform over the bin (Theis et al. 2016, section 3.1). Of data that are not discrete it is -log p(x) itself.
+    uniform over the bin (Theis et al. 2016, section 3.1). Of what is not discrete, as latents are, it is -log p(x)
+    itself.
     """
     m, dataset, model = bench.m, bench.dataset, bench.model
     ode = m.evaluation.ode_nll
     assert ode
-    first = block.number * blocks.IMAGES
-    image = np.arange(first, min(first + blocks.IMAGES, len(dataset.held_out)))
-    x_0 = to_model(torch.from_numpy(np.array(dataset.held_out[image])), dataset.levels).double()
-    where, bin_ = (m.seed, "ode_nll", block.number), 2 / (dataset.levels - 1) if dataset.levels else None
+    (image, x), levels = _take_held_out(bench, block, blocks.IMAGES), model.space.find_levels(dataset.levels)
+    x_0 = model.space.encode(x, m.seed, image).double().cpu()
+    where, bin_ = (m.seed, "ode_nll", block.number), 2 / (levels - 1) if levels else None
     u = torch.rand(x_0.shape, generator=make_generator(*where, "u"), dtype=torch.float64) - 0.5
     probes = 2 * torch.randint(0, 2, (ode.probes, *x_0.shape), generator=make_generator(*where, "probes")) - 1
     x, probes = (x_0 + bin_ * u if bin_ else x_0).to(model.device), probes.to(model.device)
@@ -230,16 +201,17 @@ def draw_block(
     levels: int | None,
     told: np.ndarray | None = None,
 ) -> tuple[NHWC, Ints]:
-    """The SAMPLES images of a block, drawn as `fid` says, and the evaluations that each took; shape is (h, w, c).
+    """The SAMPLES images of a block, drawn as `fid` says, and the evaluations that each took; `shape` is (h, w, c).
 
     They are a function of (seed, block) and of what is `told` of each, here and in a registered model.
     """
-    height, width, channels = shape
+    height, width, channels = model.space.find_shape(shape)
     conditional = model.tell(told, fid.sampler.guidance)
     noise = make_generator(seed, "samples", block)
     x_T = torch.randn((blocks.SAMPLES, channels, height, width), generator=noise).to(model.device)
-    drawn = draw(model.process, conditional, fid.sampler, x_T, noise, clip=True)
-    return QUANTISERS[fid.quantise](drawn.x_0, levels).cpu().numpy(), drawn.evaluations.numpy()
+    drawn = draw(model.process, conditional, fid.sampler, x_T, noise, clip=model.space.bounded)
+    images = model.space.decode(drawn.x_0)
+    return QUANTISERS[fid.quantise](images, levels).cpu().numpy(), drawn.evaluations.numpy()
 
 
 def make_feature_block(bench: Bench, block: Block) -> pa.Table:
@@ -264,13 +236,6 @@ def _make_feature_table(bench: Bench, images: NHWC) -> pa.Table:
     """Features, stamped with the space they are in: those of another are no use beside them."""
     table = pa.table({"features": list(bench.space.compute_features(images))})
     return table.replace_schema_metadata({SPACE: bench.space.digest})
-
-
-def _take_held_out(bench: Bench, block: Block, size: int) -> tuple[Ints, NCHW]:
-    """The held-out images of a block of so many, and their numbers."""
-    dataset = bench.dataset
-    image = np.arange(block.number * size, min((block.number + 1) * size, len(dataset.held_out)))
-    return image, to_model(torch.from_numpy(np.array(dataset.held_out[image])), dataset.levels).to(bench.device)
 
 
 def make_rate_block(bench: Bench, block: Block) -> pa.Table:
@@ -325,6 +290,7 @@ def make_held_out_block(bench: Bench, block: Block) -> pa.Table:
 KINDS: dict[str, Callable[[Bench, Block], pa.Table]] = {
     "nll": make_nll_block,
     "ode_nll": make_ode_nll_block,
+    "latents": make_latent_block,
     "samples": make_sample_block,
     "features": make_feature_block,
     "reference": make_reference_block,

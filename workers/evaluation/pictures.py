@@ -17,6 +17,7 @@ from workers.diffusion.ledger import compute_rate_distortion
 from workers.diffusion.likelihood import compute_squared_norms, list_all_times, measure_pairs
 from workers.diffusion.process import Model, Prediction, Process, at
 from workers.diffusion.samplers import draw
+from workers.network.latent_space import PIXELS, PixelSpace
 from workers.shapes import NCHW, RealTimes
 
 Frames = Float[Tensor, "n frames c h w"]  # pictures of each image
@@ -29,19 +30,27 @@ LEVELS = 18  # of Heun's rule from a blend to an image (Karras et al. 2022)
 
 @torch.no_grad()
 def draw_progressive(
-    process: AnyProcess, model: Model, config: SamplerConfig, x_T: NCHW, generator: torch.Generator, *, frames: int
+    process: AnyProcess,
+    model: Model,
+    config: SamplerConfig,
+    x_T: NCHW,
+    generator: torch.Generator,
+    *,
+    frames: int,
+    space: PixelSpace = PIXELS,
 ) -> Frames:
-    """x_0_hat along the chain of each sample, evenly spaced, the sample last (figure 6)."""
+    """x_0_hat along the chain of each sample, evenly spaced, the sample last (figure 6): as images, where the chain is
+    in a `space` of latents."""
     seen: list[Tensor] = []
 
     def predict_watched(x_t: NCHW, t: RealTimes) -> Prediction:
         prediction = model(x_t, t)
-        seen.append(prediction.x_0.clamp(-1, 1))
+        seen.append(prediction.x_0)
         return prediction
 
-    x_0 = draw(process, predict_watched, config, x_T, generator, clip=True).x_0.clamp(-1, 1)
+    x_0 = draw(process, predict_watched, config, x_T, generator, clip=space.bounded).x_0
     kept = np.linspace(0, len(seen), min(frames, len(seen) + 1)).round().astype(int)
-    return torch.stack([[*seen, x_0][k] for k in kept], dim=1)
+    return torch.stack([space.decode([*seen, x_0][k]).clamp(-1, 1) for k in kept], dim=1)
 
 
 @torch.no_grad()

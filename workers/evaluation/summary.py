@@ -17,34 +17,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from jaxtyping import Float
 
-from workers.bits import name_likelihood
 from workers.config import FIDConfig, Measurement
 from workers.data.dataset import Dataset
-from workers.data.pixels import to_model
 from workers.diffusion.formulations import AnyProcess, Continuous
-from workers.diffusion.integral import RealLedger, compute_integral_bound, find_ends
-from workers.diffusion.ledger import (
-    OPTIMAL,
-    Bound,
-    Ledger,
-    compute_bits_by_t,
-    compute_bound,
-    compute_chain_bound,
-    compute_rate_distortion,
-    compute_standard_error,
-    list_shorter_chains,
-)
-from workers.diffusion.likelihood import compute_squared_norms
-from workers.diffusion.process import FIXED, Process
+from workers.diffusion.hierarchy import StageTerms
+from workers.diffusion.integral import RealLedger
+from workers.diffusion.ledger import Ledger
+from workers.diffusion.process import Process
 from workers.evaluation import blocks, fidelity
 from workers.evaluation.blocks import (
     Block,
     Images,
     count_reference_images,
-    count_strata,
     describe_weights,
     list_reference_blocks,
     make_measure_suffix,
@@ -61,16 +47,22 @@ from workers.evaluation.frechet import (
 )
 from workers.evaluation.inception import Inception
 from workers.evaluation.make import make_measured_process, read_block
-from workers.evaluation.rates import FROM_PRIOR, Stage, describe_values, name_with_error, summarise_rates
+from workers.evaluation.nll import (
+    describe_diffused,
+    describe_times,
+    summarise_integral,
+    summarise_likelihood,
+    summarise_ode_likelihood,
+)
+from workers.evaluation.rates import FROM_PRIOR, Stage, name_with_error, summarise_rates
 from workers.identity import describe_sampler
 from workers.kinds import MEASURES, SAMPLERS
 from workers.passes import count_evaluations
-from workers.shapes import NCHW, Features
+from workers.shapes import Features
 from workers.storage import Storage
 
 Blocks = list[Float[np.ndarray, "_ d"]]  # of features
 
-BETWEEN = "real t, log sigma_t linear between trained t"  # of what solves the ODE with levels of its own
 # What a network was told, for the passport: by what it was told, of images and of samples.
 TOLD = {
     "labels": "each image's own, so that the bound is one of its class",
@@ -110,9 +102,10 @@ def summarise(
     conditional = {str(m.told): TOLD[m.told]} if m.told else {}
     summary: dict[str, Any] = {"metrics": {}, "passports": {}}
     images = Images.of(dataset)
+    encoded = [read(block) for block in blocks.list_latent_blocks(m, checkpoint, images)]
     if m.evaluation.nll:
         tables = [read(block) for block in blocks.list_nll_blocks(m, checkpoint, images)]
-        _add(summary, _summarise_bound(m, dataset, process, tables))
+        _add(summary, _summarise_bound(m, dataset, process, tables, encoded))
         one_step = {}
         if isinstance(process, Process) and process.T == 1 and not process.learned:
             one_step = {"sigma_1^2": "beta_1: there is no beta_tilde_2"}
@@ -120,7 +113,8 @@ def summarise(
     if m.evaluation.ode_nll and not isinstance(process, Stage):
         n = blocks.count_ode_nll_images(m, images)
         tables = [read(block) for block in blocks.list_ode_nll_blocks(m, checkpoint, images)]
-        _add(summary, _summarise_ode_likelihood(m, dataset, process, pa.concat_tables(tables).slice(0, n)))
+        terms = StageTerms.join(encoded, n) if encoded else None
+        _add(summary, summarise_ode_likelihood(m, dataset, process, pa.concat_tables(tables).slice(0, n), terms))
         mean = _average_evaluations(tables, n)
         summary["passports"]["ode_nll"]["subject"] = {**subject, **conditional, "network_evaluations": mean}
     if m.evaluation.fid:
@@ -139,14 +133,21 @@ def summarise(
 
 
 def _summarise_bound(
-    m: Measurement, dataset: Dataset, process: AnyProcess | Stage, tables: list[pa.Table]
+    m: Measurement,
+    dataset: Dataset,
+    process: AnyProcess | Stage,
+    tables: list[pa.Table],
+    encoded: list[pa.Table],
 ) -> dict[str, Any]:
+    """`encoded` is what the first stage of a model of latents has measured."""
     if isinstance(process, Stage):
         n = blocks.count_nll_images(m, Images.of(dataset))
         return summarise_rates(m, dataset, pa.concat_tables(tables).slice(0, n))
+    diffused = describe_diffused(m, dataset, encoded)
     if isinstance(process, Continuous):
-        return _summarise_integral(m, dataset, process, RealLedger.join(tables))
-    return _summarise_likelihood(m, dataset, process, Ledger.join([Ledger.from_table(t) for t in tables]))
+        return summarise_integral(m, dataset, process, RealLedger.join(tables), diffused)
+    whole = Ledger.join([Ledger.from_table(t) for t in tables])
+    return summarise_likelihood(m, dataset, process, whole, diffused)
 
 
 def _summarise_reconstructions(
@@ -197,7 +198,7 @@ def _summarise_samples(
         passport["subject"] = {**subject, "network_evaluations": 1}
         found["metrics"]["eval/network_evaluations"] = 1.0
         return found
-    if times := _describe_times(process, SAMPLERS[fid.sampler.kind].form):
+    if times := describe_times(process, SAMPLERS[fid.sampler.kind].form):
         passport["protocol"]["times"] = times
     count: float | None = count_evaluations(fid.sampler, process.T)
     if count is None:
@@ -225,106 +226,6 @@ def _add(summary: dict[str, Any], part: dict[str, Any]) -> None:
         summary[name] = {**summary[name], **value} if name in ("metrics", "passports") else value
 
 
-def _take_held_out(m: Measurement, dataset: Dataset) -> NCHW:
-    """The images that the bound is measured on."""
-    n = blocks.count_nll_images(m, Images.of(dataset))
-    return to_model(torch.from_numpy(np.array(dataset.held_out[:n])), dataset.levels)
-
-
-def _name_bound(name: str, bound: Bound) -> dict[str, float]:
-    """A bound and its parts as metrics."""
-    return {
-        **name_with_error(f"eval/{name}_bpd", bound.mean, bound.standard_error),
-        f"eval/{name}_prior_bpd": float(bound.prior.mean()),
-        f"eval/{name}_diffusion_bpd": float(bound.diffusion.mean()),
-        f"eval/{name}_decoder_bpd": float(bound.decoder.mean()),
-    }
-
-
-def _summarise_integral(m: Measurement, dataset: Dataset, process: Continuous, whole: RealLedger) -> dict[str, Any]:
-    """The bound in continuous time, which has a name and a protocol of its own."""
-    x_0, nll, strata = _take_held_out(m, dataset), m.evaluation.nll, count_strata(m)
-    assert nll and strata is not None
-    norms, name = compute_squared_norms(x_0), name_likelihood(dataset.levels)
-    bound = compute_integral_bound(process, whole.take_first(len(x_0)), norms, x_0[0].numel())
-    low, high = find_ends(process, dataset.levels)
-    protocol = {
-        "version": blocks.VERSION, "data": dataset.digest, "split": "held_out", "images": len(x_0),
-        **describe_values(dataset), "dropped": 0, "time": f"continuous, sigma from {low:.4g} to {high:.4g}",
-        "timesteps": f"{strata + 1}, {nll.proposal}", "precision": m.evaluation.precision,
-        "x_0_hat": "clipped to [-1, 1]",
-        "decoder": f"{'Gaussian density' if name == 'density' else 'discrete'} around x_0_hat with the least sigma",
-    }  # fmt: skip
-    return {
-        "metrics": _name_bound(f"continuous_{name}", bound),
-        "passports": {"nll": {"protocol": protocol}},
-        f"{name}_per_image": bound.total.tolist(),
-    }
-
-
-def _summarise_likelihood(m: Measurement, dataset: Dataset, process: Process, whole: Ledger) -> dict[str, Any]:
-    x_0 = _take_held_out(m, dataset)
-    n, ledger, norms, dimensions = len(x_0), whole.take_first(len(x_0)), compute_squared_norms(x_0), x_0[0].numel()
-    result, name = compute_bound(process, ledger, norms, dimensions), name_likelihood(dataset.levels)
-    metrics = _name_bound(name, result)
-    sampled, nll = count_strata(m), m.evaluation.nll
-    assert nll
-    protocol = {
-        "version": blocks.VERSION, "data": dataset.digest, "split": "held_out", "images": n,
-        **describe_values(dataset), "dropped": 0,
-        "timesteps": "all" if sampled is None else f"{sampled + 1}, {nll.proposal}",
-        "precision": m.evaluation.precision, "x_0_hat": "clipped to [-1, 1]",
-        "decoder": f"{'Gaussian density' if name == 'density' else 'discrete'}; a fixed sigma_1^2 is beta_tilde_2",
-    }  # fmt: skip
-    by_image = {f"{name}_per_image": result.total.tolist()}
-    found = {"metrics": metrics, "passports": {"nll": {"protocol": protocol}}, **by_image}
-    if sampled is not None:
-        return found
-    chains: dict[str, list[dict[str, Any]]] = {
-        variance: [
-            {"steps": steps, "bpd": b.mean, "bpd_se": b.standard_error}
-            for steps in list_shorter_chains(process.T)
-            for b in [compute_chain_bound(process, ledger, norms, dimensions, variance, steps=steps)]
-        ]
-        for variance in dict.fromkeys([*([] if process.learned else [process.variance]), *FIXED, OPTIMAL])
-    }
-    if process.learned:
-        whole_chain = {"steps": process.T, "bpd": result.mean, "bpd_se": result.standard_error}
-        chains = {process.variance: [whole_chain], **chains}
-    rate, distortion = compute_rate_distortion(process, ledger, norms, dimensions)
-    best = chains[OPTIMAL][0]
-    metrics |= name_with_error(f"eval/{name}_optimal_variance_bpd", best["bpd"], best["bpd_se"])
-    return found | {
-        "nll_by_t": compute_bits_by_t(process, ledger, norms, dimensions).tolist(),
-        "ledger": chains,
-        "rate_distortion": {"rate_bpd": rate.tolist(), "rmse_255": distortion.tolist()},
-    }
-
-
-def _summarise_ode_likelihood(m: Measurement, dataset: Dataset, process: AnyProcess, table: pa.Table) -> dict[str, Any]:
-    ode, n = m.evaluation.ode_nll, len(table)
-    assert ode
-    bits = table["nats"].to_numpy() / (np.prod(dataset.shape) * np.log(2))
-    name = f"ode_{name_likelihood(dataset.levels)}"
-    metrics = name_with_error(f"eval/{name}_bpd", float(bits.mean()), compute_standard_error(bits))
-    protocol = {
-        "version": blocks.VERSION, "data": dataset.digest, "split": "held_out", "images": n,
-        **describe_values(dataset), "dropped": 0, "trace": f"Hutchinson's, {ode.probes} of +-1",
-        "dequantised": "uniformly over a level's bin" if dataset.levels else "not, as the data are not discrete",
-        "solver": f"Dormand-Prince from sigma_1 to sigma_T, tolerance {ode.tolerance:g}",
-        "times": _describe_times(process, "whole"),
-        "x_0_hat": "not clipped",
-    }  # fmt: skip
-    return {"metrics": metrics, "passports": {"ode_nll": {"protocol": protocol}}, f"{name}_per_image": bits.tolist()}
-
-
-def _describe_times(process: AnyProcess, form: str) -> str:
-    """At which t a sampler of this form asks the network; of a chain's step it goes without saying."""
-    if isinstance(process, Continuous):
-        return "real t, as trained"
-    return {"step": "", "levels": "levels moved to the nearest trained t"}.get(form, BETWEEN)
-
-
 def _average_evaluations(tables: list[pa.Table], n: int) -> float:
     """Evaluations of the network an image, over the first n rows."""
     return float(np.concatenate([table["evaluations"].to_numpy() for table in tables])[:n].mean())
@@ -342,7 +243,7 @@ def _summarise_fidelity(
         "dimensions": len(ours.mean),
         "reference": f"{dataset.digest} {fid.reference}", "reference_images": theirs.n, "samples": ours.n,
         "sampler": describe_sampler(fid.sampler), "precision": m.evaluation.precision,
-        "x_0_hat": "clipped to [-1, 1]" if sampler.clips else "not clipped",
+        "x_0_hat": "clipped to [-1, 1]" if sampler.clips and not m.latent else "not clipped",
         "quantised": _describe_quantised(fid, dataset), "dropped": 0,
     }  # fmt: skip
     warnings = [

@@ -10,7 +10,8 @@
                     manifest.json                                                  written last
 
 An autoencoder's has vae/, as diffusers' pipelines of latents have, in place of unet/ and scheduler/, and that of a
-generator, which diffusers does not know, generator/.
+generator, which diffusers does not know, generator/. That of a model of latents holds its autoencoder in vqvae/, and
+`LDMPipeline` opens it.
 `DDPMPipeline.from_pretrained` opens such a folder; of a network that is told labels its unet alone is of use, as that
 pipeline has none to tell, and of EDM its unet and its scheduler, as it would not feed them. The other way round,
 `open_folder` opens what diffusers saves of an unconditional model on pixels: the same layout without state and
@@ -23,6 +24,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -37,18 +39,15 @@ from workers.diffusion.formulations import AnyProcess, Continuous
 from workers.diffusion.gaussian import GaussianDenoiser
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Process
-from workers.kinds import AUTOENCODER, DENOISER
+from workers.kinds import DENOISER
 from workers.network.autoencoder import Autoencoder, FromLatents
 from workers.network.averages import load_averages as load_averages
 from workers.network.averages import load_chosen
-from workers.network.build import CLASS, Unfolding, build_network, find_entry, find_family, is_foreign
+from workers.network.build import CLASS, Unfolding, build_network, find_family, is_foreign
 from workers.network.diffusers_config import (
-    VERSION,
     Scheduler,
-    is_continuous,
     read_foreign,
     read_gaussian,
-    read_index,
     read_network,
     read_stage,
 )
@@ -59,6 +58,8 @@ from workers.network.manifest import (
     MANIFEST,
     PROGRESS,
     SCHEDULER,
+    STAGE,
+    STAGE_FILES,
     STATE,
     WEIGHTS,
     Checkpoint,
@@ -71,11 +72,13 @@ from workers.network.manifest import (
     name_step,
     name_width,
     open_committed,
+    open_stage,
     read_bytes,
     read_file,
     read_object,
     write_manifest,
 )
+from workers.network.pipeline_index import check_latents, make_index, read_index
 from workers.network.student_config import make_config, read_config
 from workers.network.weights import load_weights, read_shards, write_tensors
 from workers.noise import make_generator
@@ -105,6 +108,7 @@ class Description:
     sides: tuple[int, ...] = ()  # of signals and volumes, which are folded into `shape` (`workers.sides`)
     family: str = DENOISER  # of another one T is None, prediction and variance are empty
     student: Student | None = None  # what it is where it has no bound
+    latent: bool = False  # whether it diffuses the latents of an autoencoder
 
     @property
     def classes(self) -> Classes | None:
@@ -118,6 +122,7 @@ class Snapshot:
 
     step: int
     unet_config: dict[str, Any]  # the network's, of any family
+    stage: tuple[dict[str, Any], Mapping[str, Tensor]] | None = None  # of a model of latents its autoencoder's, weights
     process: AnyProcess | None = None  # of a denoiser: of all times that the network is told
     student: Student | None = None
     prediction: str = "eps"
@@ -135,15 +140,18 @@ def save(storage: Storage, folder: str, snapshot: Snapshot, kept: bool = False) 
     path = f"{folder}/{name_step(snapshot.step)}"
     family, process = find_family(snapshot.unet_config), snapshot.process
     config, weights, *_ = EVALUATED[family]
-    scheduler = make_config(process, snapshot.prediction, snapshot.student) if process else {}
+    latent, of = snapshot.stage is not None, (snapshot.prediction, snapshot.student)
+    scheduler = make_config(process, *of, clip=not latent) if process else {}
+    stage = [_write_json(snapshot.stage[0]), write_tensors(snapshot.stage[1])] if snapshot.stage else []
     files = {
-        INDEX: _make_index(snapshot.unet_config, scheduler),
+        INDEX: _write_json(make_index(snapshot.unet_config, scheduler, latent=latent)),
         config: _write_json(snapshot.unet_config),
         weights: write_tensors(snapshot.ema),
         **({SCHEDULER: _write_json(scheduler)} if scheduler else {}),
         STATE: write_tensors(snapshot.state),
         PROGRESS: _write_json({**snapshot.progress, "step": snapshot.step}),
         JOURNAL: snapshot.journal,
+        **dict(zip(STAGE_FILES, stage, strict=False)),
         **{name_average(decay): write_tensors(weights) for decay, weights in snapshot.averages.items()},
         **{name_width(width): write_tensors(weights) for width, weights in snapshot.widths.items()},
     }
@@ -167,7 +175,7 @@ def open_folder(folder: str | Path) -> Checkpoint:
     """
     try:
         storage = Storage(folder)
-        folders = ("", *NETWORKS, "scheduler")
+        folders = ("", *NETWORKS, "scheduler", STAGE)
         parts = {part: storage.list(part) for part in folders if not part or storage.exists(part)}
     except Mistake as error:
         raise CheckpointError(str(error)) from error
@@ -198,11 +206,14 @@ def open_folder(folder: str | Path) -> Checkpoint:
     if weights in there and weights.endswith(".json"):
         shards = read_shards(read_bytes(storage, weights), storage.find_url(weights))
         names += [_place_in_folder(part, shard, parts) for shard in sorted(set(shards.values()))]
+    names += STAGE_FILES if STAGE in parts else ()
     if missing := [name for name in names if name not in there]:
         raise CheckpointError(f"{storage.root} lacks {' and '.join(missing)}: {_advise(there)}")
     sums = {name: hash_bytes(read_bytes(storage, name)) for name in names}
     checkpoint = make_checkpoint(storage.root, "", None, sums, weights, family=family)
-    load_network(checkpoint)
+    for whole in filter(None, (checkpoint, open_stage(checkpoint))):
+        load_network(whole)
+    describe(checkpoint)
     return checkpoint
 
 
@@ -212,12 +223,16 @@ def describe(checkpoint: Checkpoint) -> Description:
     parameters = sum(p.numel() for p in network.parameters())
     if scheduler is None:
         return Description(shape, None, "", "", False, parameters, family=checkpoint.family)
+    if stage := open_stage(checkpoint):
+        _read_meant(checkpoint.url, partial(check_latents, shape), _read_object_of(stage, stage.config))
+        shape = describe(stage).shape
     process = scheduler.drawn_along
     told = Denoiser(network, scheduler.process, scheduler.prediction)
     variance = process.variance if isinstance(process, Process) else ""
     of = shape, process.T, scheduler.prediction, variance, scheduler.clip, parameters
     sides = network.sides if isinstance(network, Unfolding) else ()
-    return Description(*of, told.told, told.takes_no_label, sides, student=scheduler.student)
+    more: dict[str, Any] = {"student": scheduler.student, "latent": stage is not None}
+    return Description(*of, told.told, told.takes_no_label, sides, **more)
 
 
 def load(checkpoint: Checkpoint) -> tuple[Denoiser, AnyProcess]:
@@ -289,9 +304,10 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
     scheduler = _read_object_of(checkpoint, SCHEDULER) if others else {}
     kinds = (config.get(CLASS), scheduler.get(CLASS), scheduler.get("prediction_type"), scheduler.get("variance_type"))
     keep_code(Storage(folder), (kind for kind in kinds if isinstance(kind, str)))
-    for name in (INDEX, *EVALUATED[checkpoint.family]):
+    stage = STAGE_FILES if open_stage(checkpoint) else ()
+    for name in (INDEX, *EVALUATED[checkpoint.family], *stage):
         if name == INDEX:
-            content = _make_index(config, scheduler)
+            content = _write_json(make_index(config, scheduler, latent=bool(stage)))
         elif name == weights_name and (checkpoint.width is not None or checkpoint.weights.endswith(".json")):
             content = write_tensors(load_chosen(checkpoint))
         else:
@@ -311,24 +327,6 @@ def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Ten
     """(EMA weights, training state, progress), to resume from. Raises CheckpointError where bytes are damaged."""
     progress = _read_object_of(checkpoint, PROGRESS)
     return load_weights(checkpoint, EVALUATED[checkpoint.family][1]), load_weights(checkpoint, STATE), progress
-
-
-def _make_index(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> bytes:
-    """What diffusers opens; of a network or a formulation that is not ours it has no class."""
-    if find_entry(config):
-        part, library = ("vae", "diffusers") if find_family(config) == AUTOENCODER else ("generator", "workers")
-        return _write_json({"_diffusers_version": VERSION, part: [library, config[CLASS]]})
-    name = scheduler[CLASS] if is_continuous(scheduler.get(CLASS)) or "student" in scheduler else "DDPMScheduler"
-    kind = config.get(CLASS, "UNet2DModel")
-    unet = [kind.partition(":")[0] if is_foreign(config) else "diffusers", kind]
-    return _write_json(
-        {
-            "_class_name": "DDIMPipeline" if name == "DDIMScheduler" else "DDPMPipeline",
-            "_diffusers_version": VERSION,
-            "scheduler": [name.partition(":")[0] if ":" in name else "diffusers", name],
-            "unet": unet,
-        }
-    )
 
 
 def _load_configured(checkpoint: Checkpoint) -> tuple[nn.Module, Scheduler | None, tuple[int, int, int]]:

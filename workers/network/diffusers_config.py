@@ -210,19 +210,6 @@ class Scheduler:
         return take_student(self.process, self.student)
 
 
-def read_index(index: dict[str, Any]) -> None:
-    """Refuses a pipeline that is more than a network on pixels and a scheduler. Raises ValueError."""
-    name = index.get("_class_name", "pipeline")
-    present = {k: v for k, v in index.items() if not k.startswith("_") and isinstance(v, list) and v[:1] != [None]}
-    if more := sorted(present.keys() - {"unet", "scheduler"}):
-        raise ValueError(
-            f"a {name} with {', '.join(more)}: it works in a latent space or under a condition, and its unet alone "
-            "does not define images; give an unconditional pipeline on pixels, such as a DDPMPipeline"
-        )
-    if missing := sorted({"unet", "scheduler"} - present.keys()):
-        raise ValueError(f"a {name} without {' and '.join(missing)}; give a pipeline such as a DDPMPipeline")
-
-
 def read_foreign(config: dict[str, Any]) -> tuple[int, int, int]:
     """Image shape (height, width, channels) of the config of a network that is not ours. Raises ValueError."""
     network = _check_config(_Foreign, config)
@@ -371,8 +358,9 @@ def _make_continuous_config(process: Continuous) -> dict[str, Any]:
     return {"_class_name": WRITTEN[name], "_diffusers_version": VERSION, "num_train_timesteps": TIMES_TOLD, **own}
 
 
-def make_scheduler_config(process: AnyProcess, prediction: str = "eps") -> dict[str, Any]:
-    """The config of a diffusers DDPMScheduler that samples the same process, or of one of continuous time.
+def make_scheduler_config(process: AnyProcess, prediction: str = "eps", *, clip: bool = True) -> dict[str, Any]:
+    """The config of a diffusers DDPMScheduler that samples the same process, or of one of continuous time; `clip` says
+    whether it clips x_0_hat to [-1, 1].
 
     With the prediction `mu` it raises an error at its first step, and so does its sampling with a learned diagonal.
     """
@@ -388,7 +376,7 @@ def make_scheduler_config(process: AnyProcess, prediction: str = "eps") -> dict[
         "trained_betas": process.beta.tolist(),
         "variance_type": variance_type,
         "prediction_type": prediction_type,
-        "clip_sample": True,
+        "clip_sample": clip,
     }
 
 

@@ -33,6 +33,9 @@ EVALUATED = {
 # A file of `workers.network.averages`.
 KEPT = re.compile(r"trials/[\w-]+/posthoc/step-(\d{8,})-[0-9a-f]{16}\.safetensors")
 COMBINING = 1  # version of how averages are combined: raise it where the same files would give other weights
+# The autoencoder of a model of latents, which is a checkpoint within it, where diffusers' LDMPipeline looks for one.
+STAGE = "vqvae"
+STAGE_FILES = (f"{STAGE}/config.json", f"{STAGE}/diffusion_pytorch_model.safetensors")
 MOST_JSON = 2**26  # bytes
 
 
@@ -198,7 +201,20 @@ def choose_average(checkpoint: Checkpoint, ema: float | None) -> Checkpoint:
         raise CheckpointError(f"{checkpoint.url} holds no average of evaluation.ema = {ema}; it has {held or 'none'}")
     config, usual, *more = EVALUATED[checkpoint.family]
     files = {name: sums[find_name(sums, name)] for name in (config, *more)} | {usual: sums[name_average(ema)]}
+    files |= {name: sums[name] for name in STAGE_FILES if name in sums}
     return replace(checkpoint, digest=compute_digest(files), weights=name_average(ema))
+
+
+def open_stage(checkpoint: Checkpoint) -> Checkpoint | None:
+    """The autoencoder that a checkpoint of a model of latents holds; None of one of pixels."""
+    sums = dict(checkpoint.sums)
+    if STAGE_FILES[0] not in sums:
+        return None
+    own = {name.removeprefix(f"{STAGE}/"): sums[name] for name in STAGE_FILES}
+    where = join(checkpoint.path, STAGE)
+    return make_checkpoint(
+        checkpoint.root, where, checkpoint.step, own, PurePosixPath(WEIGHTS).name, family=AUTOENCODER
+    )
 
 
 def list_models(checkpoint: Checkpoint, more: Iterable[float] = ()) -> list[Checkpoint]:
@@ -239,11 +255,12 @@ def open_committed(storage: Storage, path: str) -> Checkpoint:
         given = manifest["sha256"]
         family = next((f for f, (config, *_) in EVALUATED.items() if config in given), DENOISER)
         sums = {name: str(given[name]) for name in (INDEX, *EVALUATED[family], STATE, PROGRESS)}
-        more = {name: str(sha) for name, sha in given.items() if name.startswith((AVERAGES, WIDTHS)) or name == JOURNAL}
-        for name in more.keys() - {JOURNAL}:
+        more = {name: str(sha) for name, sha in given.items() if name.startswith((AVERAGES, WIDTHS))}
+        for name in more:
             number = _read_number(name, f"{name.partition('/')[0]}/")
             if name.startswith(WIDTHS) and not NARROWEST <= number <= WIDEST:
                 raise ValueError(f"{name!r} is no average of a width of {NARROWEST} to {WIDEST}")
+        more |= {name: str(given[name]) for name in (JOURNAL, *STAGE_FILES) if name in given}
         posthoc = {path: str(sha) for path, sha in manifest.get("posthoc", {}).items() if get_step_of_kept(path)}
         of, kept = (storage.root, path, int(manifest["step"]), sums | more), manifest.get("kept") is True
         return make_checkpoint(*of, family=family, kept=kept, posthoc=posthoc)
@@ -292,6 +309,7 @@ def make_checkpoint(
     names, usual = EVALUATED[family], EVALUATED[family][1]
     weights = weights or usual
     files = {name: sums[find_name(sums, weights if name == usual else name)] for name in names}
+    files |= {name: sums[name] for name in STAGE_FILES if name in sums}
     if weights.endswith(".json"):
         files |= {PurePosixPath(name).name: sha for name, sha in sums.items() if name.endswith(SAFE)}
     of = root, path, step, compute_digest(files), tuple(sorted(sums.items())), weights, family, kept
@@ -312,6 +330,20 @@ def read_file(checkpoint: Checkpoint, name: str) -> bytes:
             )
         )
     return content
+
+
+def find_damage(storage: Storage, path: str) -> str:
+    """What is wrong with the checkpoint at `path`, all of whose files are read; empty where nothing is, or where there
+    is none."""
+    if not storage.exists(f"{path}/{MANIFEST}"):
+        return ""
+    try:
+        checkpoint = open_committed(storage, path)
+        for name, _ in checkpoint.sums:
+            read_file(checkpoint, name)
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def find_name(names: Collection[str], name: str) -> str:

@@ -22,13 +22,15 @@ def read_config(config: dict[str, Any]) -> Scheduler:
     return replace(read, student=student)
 
 
-def make_config(process: AnyProcess, prediction: str = "eps", student: Student | None = None) -> dict[str, Any]:
+def make_config(
+    process: AnyProcess, prediction: str = "eps", student: Student | None = None, *, clip: bool = True
+) -> dict[str, Any]:
     """`make_scheduler_config`, and of a student of N steps a DDIMScheduler that samples it in N steps.
 
     A student by consistency has none of diffusers': what they have for it tells the network other times. The class that
     is named is therefore unknown there.
     """
-    whole = make_scheduler_config(process, prediction)
+    whole = make_scheduler_config(process, prediction, clip=clip)
     if student is None:
         return whole
     own = {"student": write_student(student)}
