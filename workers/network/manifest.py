@@ -161,10 +161,8 @@ def choose_width(checkpoint: Checkpoint, width: float | None) -> Checkpoint:
             f"{checkpoint.url} holds no averages that evaluation.ema_width = {width} could be made of; train with "
             "training.posthoc, or leave it out"
         )
-    config, usual, *more = EVALUATED[checkpoint.family]
-    files = {name: sums[find_name(sums, name)] for name in (config, *more)}
+    files, usual, weights = _list_beside_weights(checkpoint), EVALUATED[checkpoint.family][1], name_width(width)
     if width in own:
-        weights = name_width(width)
         return replace(checkpoint, digest=compute_digest(files | {usual: sums[weights]}), weights=weights)
     made_of = [sums[name_width(each)] for each in own] + [sha for _, sha in list_kept(checkpoint)]
     return replace(checkpoint, digest=compute_digest([COMBINING, files, width, made_of]), width=width)
@@ -199,10 +197,16 @@ def choose_average(checkpoint: Checkpoint, ema: float | None) -> Checkpoint:
     if name_average(ema) not in sums:
         held = ", ".join(name.removeprefix(AVERAGES).removesuffix(SAFE) for name in sums if name.startswith(AVERAGES))
         raise CheckpointError(f"{checkpoint.url} holds no average of evaluation.ema = {ema}; it has {held or 'none'}")
-    config, usual, *more = EVALUATED[checkpoint.family]
-    files = {name: sums[find_name(sums, name)] for name in (config, *more)} | {usual: sums[name_average(ema)]}
-    files |= {name: sums[name] for name in STAGE_FILES if name in sums}
+    usual = EVALUATED[checkpoint.family][1]
+    files = _list_beside_weights(checkpoint) | {usual: sums[name_average(ema)]}
     return replace(checkpoint, digest=compute_digest(files), weights=name_average(ema))
+
+
+def _list_beside_weights(checkpoint: Checkpoint) -> dict[str, str]:
+    """What an evaluation reads beside the network's weights, with its sha256."""
+    sums, (config, _, *more) = dict(checkpoint.sums), EVALUATED[checkpoint.family]
+    files = {name: sums[find_name(sums, name)] for name in (config, *more)}
+    return files | {name: sums[name] for name in STAGE_FILES if name in sums}
 
 
 def open_stage(checkpoint: Checkpoint) -> Checkpoint | None:
