@@ -257,10 +257,8 @@ class DiffusionModel:
         """n samples (n, H, W, C): ancestral, or by DDIM where `steps` are given.
 
         In 0..levels-1, of uint8 or uint16; where `levels` are None, which is for data that are not discrete, float32
-        in [-1, 1].
-
-        Of a continuous process they are by Heun's rule, in 18 steps where none are given; `eta` is not for it. Of a
-        student they are as it was made to be drawn.
+        in [-1, 1]. Of a continuous process they are by Heun's rule, in 18 steps where none are given; `eta` is not for
+        it. Of a student they are as it was made to be drawn.
 
         Of a model that is told classes they are of `labels`, one for all or one each, by number or name, and else in
         the proportions of the training images; of one that is told vectors they are of `vectors`, (length, width) for

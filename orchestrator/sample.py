@@ -3,12 +3,12 @@
     samples.png          a grid of samples by the sampler of the evaluation; a row a class where the model is told them,
                          and a row a held-out image's vectors where it is told those
     progressive.png      x_0_hat along all T ancestral steps, a sample a row
-    interpolation.png    two held-out images blended at several t and decoded, t a row with its number beside it
+    interpolation.png    two held-out images blended at several t, or noise levels, and decoded, one a row
     coding.png           held-out images as x_0_hat(x_t) shows them, by the bits received
     coding_curve.png     rate against distortion of progressive coding
 
-The last three are made along T times of pixels, so of a model in continuous time or of latents there are the first two.
-One process, without Ray.
+Of a model in continuous time there is no coding, of one of latents there are the first two, and of an autoencoder or a
+generator samples and what it makes of held-out images. One process, without Ray.
 """
 
 import argparse
@@ -233,12 +233,16 @@ def make_pictures(
     Samples are `of` a class, or of the vectors of held-out images, where it is given; real images are shown as those of
     their own class and vectors.
     """
+    from workers.autoencoding import draw_stage
+    from workers.data.dataset import prepare
     from workers.data.pixels import draw_grid, to_data
     from workers.diffusion.samplers import draw
     from workers.evaluation.pictures import draw_progressive
+    from workers.network.checkpoint import load_decoder
 
     if subject.checkpoint.family != DENOISER:
-        return make_stage_pictures(subject, n)
+        stage, dataset = load_decoder(subject.checkpoint), prepare(subject.m.data)
+        return draw_stage(stage, dataset, subject.m.seed, n, ROWS)
     opened = _Opened(subject)
     process, sampler, levels, space = opened.process, opened.sampler, opened.dataset.levels, opened.space
     grid, strips = (opened.arrange_grid(count, of) for count in (n, ROWS))
@@ -288,32 +292,6 @@ def _tabulate_blends(x: Any, between: tuple[int, int], weights: Any, sides: Sequ
     levels = opened.dataset.levels
     heads = [f"image {between[0]}", *(f"{w:.3g}" for w in weights.tolist()), f"image {between[1]}"]
     return draw_labelled(to_picture(to_data(x, levels), levels).numpy(), heads, sides, "share of the second image")
-
-
-def make_stage_pictures(subject: Any, n: int) -> dict[str, bytes]:
-    """Those of a network without a process: samples of z from N(0, I), and of an autoencoder held-out images beside
-    x_hat of them."""
-    import numpy as np
-    import torch
-
-    from workers.autoencoding import draw_pairs
-    from workers.data.dataset import prepare
-    from workers.data.pixels import draw_grid, to_data, to_model
-    from workers.network.autoencoder import FirstStage
-    from workers.network.autoencoder_config import find_latent_size
-    from workers.network.checkpoint import load_decoder
-    from workers.noise import make_generator
-
-    stage, dataset, seed = load_decoder(subject.checkpoint), prepare(subject.m.data), subject.m.seed
-    x = to_model(torch.from_numpy(np.array(dataset.held_out[:ROWS])), dataset.levels)
-    size = find_latent_size(stage.config)
-    with torch.no_grad():
-        z = torch.randn((n, *size), generator=make_generator(seed, "pictures", "samples"))
-        eps = torch.randn((len(x), *size), generator=make_generator(seed, "pictures", "reconstructions"))
-        found = {"samples": draw_grid(to_data(stage.decode(z), dataset.levels), dataset.levels)}
-        if isinstance(stage, FirstStage):
-            found["reconstructions"] = draw_pairs(x, stage(x, eps).x_hat, dataset.levels)
-    return found
 
 
 def _make_pictures_of_chain(

@@ -199,7 +199,7 @@ def one_of_each(b: Bench) -> list[Block]:
 
 def test_any_damage_to_a_block_is_noticed(whole):
     """A changed bit at many places, the whole of both ends among them; a file cut off, or with more at its end."""
-    assert {block.kind for block in one_of_each(whole)} == set(KINDS)
+    assert {block.kind for block in one_of_each(whole)} == KINDS.keys() - {"latents"}  # of a first stage
     for block in one_of_each(whole):
         content = whole.storage.read(block.path)
         places = {*range(0, len(content), 17), *range(8), *range(len(content) - 12, len(content))}

@@ -68,7 +68,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "loss.objective: kl is for denoisers, and model.kind: autoencoder is of the autoencoders|"
         "take objective: elbo, or model.kind: unet",
     ),
-    "an autoencoder's objective": ({"loss": {"objective": "elbo"}}, "take objective: hybrid or kl or mse"),
+    "an autoencoder's objective": (
+        {"loss": {"objective": "elbo"}},
+        "take objective: consistency or hybrid or kl or mse or progressive",
+    ),
     "its beta": ({"loss": {"beta": 0.5}}, "loss.beta: 0.5 is without effect on objective: mse.*take objective: elbo"),
     "a discriminator's setting": (
         with_(VAE, loss={"game": "non_saturating"}),

@@ -122,7 +122,7 @@ def test_no_step_waits_for_its_device(monkeypatch: pytest.MonkeyPatch, timesteps
         return OnMeta() if device == META else make_generator(*words)
 
     adam = torch.optim.Adam
-    for module in ("learner", "denoising"):
+    for module in ("lessons", "denoising"):
         monkeypatch.setattr(f"workers.{module}.send", send)
     for module in ("learner", "denoising", "lessons"):
         monkeypatch.setattr(f"workers.{module}.make_generator", generator)

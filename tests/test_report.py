@@ -47,7 +47,7 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
                  "Rate and distortion", "Fewer steps", "Validation while training", "Samples", "Cost",
                  "Faults and retries", "How it was measured", "few samples", "2.400 ± 0.050", "≈ best"):  # fmt: skip
         assert message in text, message
-    assert content.count("<svg") == len(curves.PLOTS) - 3 and content.count("data:image/png") == 4
+    assert content.count("<svg") == len(curves.PLOTS) - 5 and content.count("data:image/png") == 4
     assert "samples-1/block-00007.parquet; its process died" in text
     assert "<script" not in content and "&lt;script&gt;alert(1)" in content
     identifiers = re.findall(r'\bid="([^"]+)"', content)
@@ -166,7 +166,7 @@ def test_the_front_is_of_the_objectives_of_the_search(tmp_path: Path) -> None:
         found = findings.gather(storage, "small")
         assert [row.digest for row in found.front] == addresses[:members]
         texts[len(also)] = page.render_report(found)
-        assert texts[len(also)].count("<svg") == len(curves.PLOTS) + len(also) - 4
+        assert texts[len(also)].count("<svg") == len(curves.PLOTS) + len(also) - 6
         assert ("Front of NLL bits/dim, " in write_markdown(found)) == (members > 1)
     assert "The front of NLL bits/dim, validation bits/dim" in texts[1] and "is the best in both" in texts[1]
     assert "The front of NLL bits/dim, fd_classifier, validation bits/dim" in texts[2]

@@ -16,7 +16,7 @@ from workers.data.dataset import Dataset
 from workers.data.pixels import draw_grid, to_data, to_model
 from workers.kinds import OBJECTIVES
 from workers.lessons import Lesson, Losses, StepBatch, Validation
-from workers.network.autoencoder import Autoencoder, FirstStage, Pass
+from workers.network.autoencoder import Autoencoder, FirstStage, FromLatents, Pass
 from workers.network.autoencoder_config import ADVERSARIAL, BETA, DECODER, find_latent_size
 from workers.noise import make_generator
 from workers.world import World
@@ -112,3 +112,17 @@ def draw_pairs(x: Tensor, x_hat: Tensor, levels: int | None) -> bytes:
     shown = torch.cat([x[:SHOWN], x_hat[:SHOWN].to(x)])
     names = ["images", "reconstructed"]
     return draw_grid(to_data(shown, levels), levels, side=100, columns=len(shown) // 2, names=names)
+
+
+@torch.no_grad()
+def draw_stage(stage: FromLatents, dataset: Dataset, seed: int, n: int, rows: int) -> dict[str, bytes]:
+    """Pictures, as PNG, of a network without a process: n samples of z from N(0, I), and of an autoencoder so many
+    held-out images beside x_hat of them."""
+    size = find_latent_size(stage.config)
+    z = torch.randn((n, *size), generator=make_generator(seed, "pictures", "samples"))
+    found = {"samples": draw_grid(to_data(stage.decode(z), dataset.levels), dataset.levels)}
+    if isinstance(stage, FirstStage):
+        x = to_model(torch.from_numpy(np.array(dataset.held_out[:rows])), dataset.levels)
+        eps = torch.randn((len(x), *size), generator=make_generator(seed, "pictures", "reconstructions"))
+        found["reconstructions"] = draw_pairs(x, stage(x, eps).x_hat, dataset.levels)
+    return found

@@ -20,7 +20,6 @@ where that is all there is. Safetensors only: no pickle is ever loaded.
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -61,7 +60,6 @@ from workers.network.manifest import (
     STAGE,
     STAGE_FILES,
     STATE,
-    WEIGHTS,
     Checkpoint,
     CheckpointError,
     find_url,
@@ -80,14 +78,13 @@ from workers.network.manifest import (
 )
 from workers.network.pipeline_index import check_latents, make_index, read_index
 from workers.network.student_config import make_config, read_config
-from workers.network.weights import load_weights, read_shards, write_tensors
+from workers.network.weights import find_weights, load_weights, read_shards, write_tensors
 from workers.noise import make_generator
 from workers.storage import Storage
 from workers.students import Student
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The weights of a network as diffusers names them, a variant's among them, or the index of several files with them.
-NAMED = re.compile(r"(diffusion_pytorch_)?model(\.\w+)?\.safetensors(\.index(\.\w+)?\.json)?")
 PICKLES = (".bin", ".ckpt", ".pth", ".pt")
 NETWORKS = tuple(PurePosixPath(config).parts[0] for config, *_ in EVALUATED.values())  # the folders of networks
 R = TypeVar("R")
@@ -196,7 +193,7 @@ def open_folder(folder: str | Path) -> Checkpoint:
         _read_meant(
             storage.find_url(INDEX), read_index, read_object(read_bytes(storage, INDEX), storage.find_url(INDEX))
         )
-    weights = _place_in_folder(part, _find_weights(storage.root, parts.get(part, parts[""])), parts)
+    weights = _place_in_folder(part, find_weights(storage.root, parts.get(part, parts[""])), parts)
     names, family = [_place_in_folder(part, "config.json", parts), weights], DENOISER
     if part != NETWORKS[0] or names[0] in parts[""]:
         family = find_family(read_object(read_bytes(storage, names[0]), storage.find_url(names[0])))
@@ -375,17 +372,6 @@ def _read_meant(where: str, read: Callable[[dict[str, Any]], R], content: dict[s
 def _place_in_folder(part: str, name: str, parts: dict[str, list[str]]) -> str:
     """Where diffusers looks for a file of `part`: in the folder of that name, or in the root if there is none."""
     return f"{part}/{name}" if part in parts else name
-
-
-def _find_weights(root: str, inside: list[str]) -> str:
-    """Which of the files in a network's folder holds its weights, or is the index of those that do; the usual name
-    where there is none. The weights themselves go before variants of them."""
-    usual = PurePosixPath(WEIGHTS).name
-    whole = [name for name in (usual, f"{usual}.index.json") if name in inside]
-    variants = [name for name in inside if NAMED.fullmatch(name)]
-    if not whole and len(variants) > 1:
-        raise CheckpointError(f"{root} holds several variants of its weights, {', '.join(variants)}: leave one there")
-    return [*whole, *variants, usual][0]
 
 
 def _advise(there: set[str]) -> str:

@@ -1,5 +1,6 @@
 """The weights in a checkpoint's files: safetensors, in one file or in several with an index."""
 
+import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 
@@ -7,7 +8,20 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from workers.network.manifest import SAFE, Checkpoint, CheckpointError, find_url, read_file, read_object
+from workers.network.manifest import SAFE, WEIGHTS, Checkpoint, CheckpointError, find_url, read_file, read_object
+
+NAMED = re.compile(r"(diffusion_pytorch_)?model(\.\w+)?\.safetensors(\.index(\.\w+)?\.json)?")
+
+
+def find_weights(root: str, inside: list[str]) -> str:
+    """Which of the files in a network's folder holds its weights, or is the index of those that do; the usual name
+    where there is none. The weights themselves go before variants of them."""
+    usual = PurePosixPath(WEIGHTS).name
+    whole = [name for name in (usual, f"{usual}.index.json") if name in inside]
+    variants = [name for name in inside if NAMED.fullmatch(name)]
+    if not whole and len(variants) > 1:
+        raise CheckpointError(f"{root} holds several variants of its weights, {', '.join(variants)}: leave one there")
+    return [*whole, *variants, usual][0]
 
 
 def load_weights(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
