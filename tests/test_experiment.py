@@ -124,15 +124,23 @@ def test_importing_it_stays_quick(module: str) -> None:
 def test_every_setting_of_a_trial_can_be_searched_or_says_why_not() -> None:
     given: dict[str, Any] = {
         "evaluation": {"ode_nll": {}},
-        "training": {"steps": 5, "init": {"source": "base@0123456789abcdef"}},
+        "training": {"steps": 5, "init": {"source": "base@0123456789abcdef"}, "posthoc": {"every": 1}},
+        "data": {"source": "digits", "encoder": {"source": "stage@0123456789abcdef"}},
+    }
+    student: dict[str, Any] = {
+        "loss": {"objective": "progressive", "teacher": {"source": "taught@0123456789abcdef"}, "student_steps": 1},
+        "evaluation": {"nll": None, "fid": {"sampler": {"kind": "ddim"}}},
+        "training": {"steps": 5},
     }
     for path in list_paths(Trial):
-        value = experiment(**given).trial
+        of = student if path.startswith("loss.teacher.") else given
+        ranked = {"metric": "eval/fd_classifier"} if of is student else {}
+        value = experiment(**of).trial
         for name in path.split("."):
             value = getattr(value, name)
         plain = value.model_dump(mode="json") if hasattr(value, "model_dump") else value
         try:
-            (variant,) = expand(experiment(**given, search=search({path: {"grid": [plain]}})))
-            assert variant.trial == experiment(**given).trial, path
+            (variant,) = expand(experiment(**of, search=search({path: {"grid": [plain]}}, **ranked)))
+            assert variant.trial == experiment(**of).trial, path
         except ExperimentError as error:
             assert "does not change what is trained" in str(error), (path, error)

@@ -104,7 +104,8 @@ def draw_curves(
             axes.set_xticks(places, [f"{x:g}" for x in places])
         if legend:
             handles, labels = axes.get_legend_handles_labels()
-            axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize=9, labelcolor=palette.ink)
+            above: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1)} if len(series) > 4 else {}
+            axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize=9, labelcolor=palette.ink, **above)
 
     return Plot(name, size, draw)
 
@@ -184,7 +185,8 @@ def to_png(plot: Plot) -> bytes:
     """On white, with a legend beside the axes unless it has one inside."""
     stream = io.BytesIO()
     with rc_context(_set_style(LIGHT)):
-        figure = Figure(figsize=PNG_SIZE, layout="constrained")
+        size = tuple(max(sides) for sides in zip(PNG_SIZE, plot.size, strict=True))
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         plot.draw(axes, LIGHT)
         handles, labels = axes.get_legend_handles_labels()
