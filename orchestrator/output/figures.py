@@ -185,8 +185,8 @@ def to_png(plot: Plot) -> bytes:
     """On white, with a legend beside the axes unless it has one inside."""
     stream = io.BytesIO()
     with rc_context(_set_style(LIGHT)):
-        size = tuple(max(sides) for sides in zip(PNG_SIZE, plot.size, strict=True))
-        figure = Figure(figsize=size, layout="constrained")
+        width, height = (max(sides) for sides in zip(PNG_SIZE, plot.size, strict=True))
+        figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots()
         plot.draw(axes, LIGHT)
         handles, labels = axes.get_legend_handles_labels()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
 from conftest import run, runs, statuses, sweep
 
 from orchestrator.api import load_results
@@ -74,6 +75,7 @@ def test_the_files_of_a_sweep_are_written_again_without_ray(own: tuple[Path, Pat
     assert quiet.returncode == 0 and "damaged" not in quiet.stdout
 
 
+@pytest.mark.faults
 def test_what_results_rest_on_is_made_again_to_the_same_numbers(own: tuple[Path, Path]) -> None:
     file, storage = own
     before, of_before = numbers(storage), points(storage)

@@ -41,6 +41,7 @@ def trained(own: tuple[Path, Path]) -> tuple[Path, str]:
     return own[1], min(statuses(own[1]))
 
 
+@pytest.mark.faults
 def test_one_two_and_four_tasks_a_kill_and_half_a_cache_give_the_same_bits(
     trained: tuple[Path, str], tmp_path: Path
 ) -> None:

@@ -61,7 +61,13 @@ EDITS = {
         "is trained again: my_variances.py has changed",
     ),
 }
-SLOWER = {"schedule", "variance", "format"}  # of which the others are like enough for each change of the program
+SLOWER = {
+    "schedule",
+    "variance",
+    "format",
+    "features",
+    "sampler",
+}  # of which the others are like enough for each change of the program
 SMALL = {  # beside the file's own `smoke`
     "format": ["training.steps=4", "search.space.loss.weighting.grid=[simple]"],
     "weighting": ["training.steps=4"],

@@ -168,6 +168,7 @@ def test_nights_with_a_promotion_a_regression_a_gap_and_repeats(
     assert status == 2 and "is skipped: that of 2026-03-06 is still running, since now, as process 7 on there" in output
 
 
+@pytest.mark.faults
 def test_a_canary_that_is_off_stops_the_night_which_can_be_run_again(
     registry: Registry, suite: Path, webhook: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +184,7 @@ def test_a_canary_that_is_off_stops_the_night_which_can_be_run_again(
     assert registry.nights()["2026-03-01"].info.status == "FINISHED"
 
 
+@pytest.mark.faults
 def test_numbers_that_move_by_themselves_and_checkpoints_that_are_gone_are_told(
     registry: Registry, suite: Path, webhook: list[dict[str, Any]]
 ) -> None:

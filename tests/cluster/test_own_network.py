@@ -36,6 +36,7 @@ def python(code: str, *arguments: object, **environment: str) -> subprocess.Comp
     )  # fmt: skip
 
 
+@pytest.mark.faults
 def test_a_network_of_ones_own_is_as_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, storage = shutil.copytree(ROOT / "examples/dit", tmp_path / "dit"), tmp_path / "runs"
 
