@@ -5,6 +5,7 @@ of `Autoencoder` are named and shaped as in diffusers' AutoencoderKL (Rombach et
 opens in both; beside these it has the scale of p(x | z), which diffusers has not.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,14 +65,14 @@ class Pass(NamedTuple):
         return Posterior(self.mean, self.log_variance)
 
 
-class FromLatents(nn.Module):
+class FromLatents(nn.Module, ABC):
     """A network that makes images of z, by one pass: an autoencoder, or the generator of a GAN."""
 
     config: dict[str, Any]
 
+    @abstractmethod
     def decode(self, z: Latents) -> Image:
         """x_hat, an image on [-1, 1] or near."""
-        raise NotImplementedError
 
 
 class FirstStage(FromLatents):
@@ -84,9 +85,9 @@ class FirstStage(FromLatents):
     law: str
     log_scale: nn.Parameter  # `decode` gives the centre of p(x | z)
 
+    @abstractmethod
     def encode(self, x: Image) -> Posterior:
         """q(z | x)."""
-        raise NotImplementedError
 
     def forward(self, x: Image, eps: Latents) -> Pass:
         """Encodes images, and decodes one z of each, drawn by `eps`."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from workers.config import LossConfig, ModelConfig
 from workers.kinds import GENERATOR, OBJECTIVES
-from workers.network.unet_config import choose_norm_groups
+from workers.network.unet_config import choose_norm_groups, find_width_mistakes
 from workers.sides import get_sides, show_resolution
 
 AUTOENCODER_CLASS, GENERATOR_CLASS = "AutoencoderKL", "ImageGenerator"
@@ -67,16 +67,8 @@ def make_generator_config(model: ModelConfig, shape: tuple[int, int, int]) -> di
 
 def find_stage_mistakes(model: ModelConfig, shape: tuple[int, int, int]) -> list[str]:
     """What keeps an autoencoder or a generator from being built for images of this shape, and what to do."""
-    mistakes = []
-    groups, halvings, sides = choose_norm_groups(model), len(model.multipliers) - 1, get_sides(shape[:2])
-    if model.channels % groups:
-        below = model.channels // groups * groups
-        mistakes.append(
-            f"model.channels: {model.channels} cannot be split into {groups} equal groups for the group norms; "
-            f"take {below} or {below + groups} channels, or another model.norm_groups"
-        )
-    if any(multiplier < 1 for multiplier in model.multipliers):
-        mistakes.append(f"model.multipliers: {list(model.multipliers)} must all be at least 1")
+    mistakes = find_width_mistakes(model)
+    halvings, sides = len(model.multipliers) - 1, get_sides(shape[:2])
     if any(side % 2**halvings for side in sides):
         most = min((side & -side).bit_length() for side in sides)
         mistakes.append(

@@ -103,16 +103,10 @@ def find_mistakes(model: ModelConfig, shape: tuple[int, int, int]) -> list[str]:
     return find_unet_mistakes(model, resolution=shape[:2])
 
 
-def find_unet_mistakes(model: ModelConfig, *, resolution: Resolution) -> list[str]:
-    """What keeps `model` from being built for images of that size, and what to do; empty if nothing does."""
-    mistakes = []
-    groups, levels = choose_norm_groups(model), len(model.multipliers)
-    if model.channels < 4 or model.channels % 2:
-        mistakes.append(
-            f"model.channels: {model.channels} must be even and at least 4, "
-            "as the time embedding is half sines and half cosines"
-        )
-    elif model.channels % groups:
+def find_width_mistakes(model: ModelConfig, of_channels: Sequence[str] = ()) -> list[str]:
+    """What is wrong with its channels, beside what is known `of_channels` already, and with their multipliers."""
+    mistakes, groups = list(of_channels), choose_norm_groups(model)
+    if model.channels % groups and not mistakes:
         below = model.channels // groups * groups
         mistakes.append(
             f"model.channels: {model.channels} cannot be split into {groups} equal groups for the group norms; "
@@ -120,6 +114,18 @@ def find_unet_mistakes(model: ModelConfig, *, resolution: Resolution) -> list[st
         )
     if any(multiplier < 1 for multiplier in model.multipliers):
         mistakes.append(f"model.multipliers: {list(model.multipliers)} must all be at least 1")
+    return mistakes
+
+
+def find_unet_mistakes(model: ModelConfig, *, resolution: Resolution) -> list[str]:
+    """What keeps `model` from being built for images of that size, and what to do; empty if nothing does."""
+    of_time, levels = [], len(model.multipliers)
+    if model.channels < 4 or model.channels % 2:
+        of_time.append(
+            f"model.channels: {model.channels} must be even and at least 4, "
+            "as the time embedding is half sines and half cosines"
+        )
+    mistakes = find_width_mistakes(model, of_time)
     halvings, sides = levels - 1, get_sides(resolution)
     if any(side % 2**halvings for side in sides):
         most = min((side & -side).bit_length() for side in sides)
