@@ -108,14 +108,14 @@ def test_near_the_end_of_the_time_nothing_begins_and_what_runs_goes_on() -> None
     assert a.next_trial() is None and a.is_finished() and a.waits
 
 
-def test_no_driver_of_a_data_parallel_trial_is_handed_to_another() -> None:
+def test_workers_are_handed_to_trials_of_their_size_alone() -> None:
     """Tune hands an actor over where the resources that it holds equal those that a trial asks for."""
-    trials = started(admission(8, 4, 1, 1))
+    trials = started(admission(8, 4, 4, 1, 1))
     for trial in trials:
         trial.create_placement_group_factory()
-    one, other, small, same = (trial.placement_group_factory for trial in trials)
-    assert one != other and one.bundles == other.bundles == [{"CPU": 0.01}]
-    assert small == same
+    eight, four, same, one, other = (trial.placement_group_factory for trial in trials)
+    assert eight != four == same and hash(four) == hash(same) and eight != one == other
+    assert eight.bundles == four.bundles == [{"CPU": 0.01}]
 
 
 def test_a_trial_bigger_than_a_machine_is_packed_over_several() -> None:

@@ -4,12 +4,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
 import small_evaluation as small
 import torch
 from experiment_files import experiment, problems, search
 from linear_stage import LinearStage, make_identity, make_stage
+from mlflow import MlflowClient
+from saved_model import asked
 
 from orchestrator.api import open_model
 from orchestrator.experiment.dry_run import format_dry_run
@@ -17,6 +20,8 @@ from orchestrator.experiment.records import ExperimentError
 from orchestrator.experiment.settings import merge
 from orchestrator.origins import keep_copies, pin_starts
 from orchestrator.sweep import list_trials
+from orchestrator.tracking.models import Candidate
+from orchestrator.tracking.tracker import Tracker
 from workers.config import (
     DataConfig,
     EvaluationConfig,
@@ -34,7 +39,7 @@ from workers.diffusion.hierarchy import StageTerms
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Process
 from workers.evaluation.blocks import Images, list_blocks
-from workers.evaluation.loaded import LoadedModel
+from workers.evaluation.loaded import LoadedModel, load_model
 from workers.evaluation.make import Bench, draw_block, make
 from workers.evaluation.summary import summarise
 from workers.kinds import VARIANCES, VarianceEntry
@@ -44,6 +49,7 @@ from workers.learner import Learner
 from workers.network import checkpoint as checkpoints
 from workers.network import manifest
 from workers.network.latent_space import PIXELS, LatentSpace
+from workers.network.manifest import Checkpoint
 from workers.noise import make_generator
 from workers.storage import Storage
 from workers.training import train
@@ -284,7 +290,21 @@ def train_latents(folder: Path, root: Path) -> tuple[Storage, Trial]:
     return storage, trial
 
 
-def test_a_trained_model_of_latents_draws_pixels_here_and_in_diffusers(folder: Path, tmp_path: Path) -> None:
+FID = FIDConfig(sampler=SamplerConfig(kind="ddim", steps=3))
+
+
+def draw_registered(storage: Storage, checkpoint: Checkpoint, n: int) -> np.ndarray:
+    """Images of the model that MLflow keeps of the checkpoint, registered as a sweep does it."""
+    tracker = Tracker(storage, "latents")
+    tracker.open_sweep({}, {})
+    tracker.open_trial("a", "a", {}, {})
+    tracker.register(Candidate(trial="a", checkpoint=checkpoint, levels=17, fid=FID))
+    assert (left := tracker.flush(120)).complete, str(left)
+    version = MlflowClient(tracker.uri).get_model_version_by_alias("latents", "candidate")
+    return np.asarray(mlflow.pyfunc.load_model(version.source).predict(asked(n=n, seed=0)))
+
+
+def test_a_trained_model_of_latents_draws_pixels_here_in_mlflow_and_in_diffusers(folder: Path, tmp_path: Path) -> None:
     import diffusers
 
     storage, _ = train_latents(folder, tmp_path / "runs")
@@ -303,6 +323,8 @@ def test_a_trained_model_of_latents_draws_pixels_here_and_in_diffusers(folder: P
     theirs = pipeline.vqvae.decode(z / pipeline.vqvae.config.scaling_factor).sample
     torch.testing.assert_close(model.space.decode(z), theirs.detach(), rtol=1e-4, atol=1e-5)
     assert model.sample(5, steps=3, levels=17).shape == (5, 8, 8, 1)
+    measured = draw_block(load_model(checkpoint, CPU), FID, 0, 0, shape=(8, 8, 1), levels=17)[0]
+    assert np.array_equal(draw_registered(storage, checkpoint, 5), measured[:5]) and len(np.unique(measured)) > 5
     weights = tmp_path / "exported" / manifest.STAGE_FILES[1]
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     assert checkpoints.open_folder(tmp_path / "exported").digest != checkpoint.digest
@@ -316,7 +338,7 @@ def test_a_trial_of_latents_is_measured_by_its_checkpoint_alone(folder: Path, tm
     m = Measurement.of(trial)
     m = m.model_copy(update={"evaluation": EvaluationConfig(
         nll=NLLConfig(images=30, timesteps=4), ode_nll=ODENLLConfig(images=2, tolerance=0.05),
-        fid=FIDConfig(samples=120, sampler=SamplerConfig(kind="ddim", steps=3)),
+        fid=FIDConfig(samples=120, sampler=FID.sampler),
     )})  # fmt: skip
     dataset = prepare(m.data)
     assert checkpoint and m.latent and m.data.encoder is None

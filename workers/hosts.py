@@ -15,7 +15,6 @@ from ray import tune
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from workers.bits import SEEN, find_validation
-from workers.config import DRIVER_CPUS
 from workers.data.dataset import prepare
 from workers.disk import Unwritable
 from workers.jobs import Job, choose_device, look_for_code, read_trial
@@ -91,6 +90,8 @@ def report_resized(job: Job, error: BaseException) -> dict[str, Any] | None:
 class OneWorker(tune.Trainable):
     """Host of a one-worker trial: `step()` is the loop's next. An actor serves one trial after another."""
 
+    NAME = "its worker"  # what it is called where signs of life are told
+
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
         training = read_trial(config["job"]).training
@@ -98,10 +99,10 @@ class OneWorker(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         self.job = config["job"]
-        self.results = self._hold_alone(self.job, begin_telling("its worker", self.job["digest"]))
+        self.results = self.hold_alone(self.job, begin_telling(self.NAME, self.job["digest"]))
 
-    @staticmethod
-    def _hold_alone(job: Job, pulse: Pulse) -> Generator[dict[str, Any], None, None]:
+    def hold_alone(self, job: Job, pulse: Pulse) -> Generator[dict[str, Any], None, None]:
+        """The results of the trial, which is locked against other sweeps until they end."""
         world = World(device=choose_device(job["gpus"]), pulse=pulse, gpus=job["gpus"])
         if job["measures"]:
             storage = Storage(job["storage"])
@@ -135,23 +136,6 @@ class OneWorker(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing: the loop resumes from the storage."""
-
-
-class DriverResources(tune.PlacementGroupFactory):
-    """What the driver of a data-parallel trial asks for: next to nothing, as Ray Train asks for its workers.
-
-    No two are equal, so that Tune never hands the driver's actor to another trial: a second TorchTrainer in the same
-    process sometimes does not return after an early stop.
-    """
-
-    def __init__(self) -> None:
-        super().__init__([{"CPU": DRIVER_CPUS}])
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __hash__(self) -> int:
-        return id(self)
 
 
 def ask_to_stop(job: Job) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import ray
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
-from ray.tune.integration.ray_train import TuneReportCallback
 
 
 class _MeetingInAFolder(_TorchBackend):
@@ -42,8 +41,3 @@ class MeetInAFolder(TorchConfig):
     @property
     def backend_cls(self) -> type[_TorchBackend]:
         return _MeetingInAFolder
-
-
-def end_with(callback: TuneReportCallback, result: dict[str, Any]) -> None:
-    """Has the trial of Ray Train's controller report a last result to Tune."""
-    callback._training_actor_item_queue.put(result)

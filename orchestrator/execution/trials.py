@@ -23,7 +23,7 @@ from orchestrator.planning.place import Size, admit_at_once, describe_nodes, fit
 from orchestrator.ray_internals import treat_out_of_memory_as_death
 from workers.config import Mistake
 from workers.disk import Unwritable
-from workers.hosts import CROWDED, HELD, MEASURED, UNWRITABLE, DriverResources, OneWorker, free_workers
+from workers.hosts import CROWDED, HELD, MEASURED, UNWRITABLE, OneWorker, free_workers
 from workers.jobs import Job, read_trial
 
 LOOK_S = 0.5  # at an evaluation that has its turn
@@ -34,9 +34,9 @@ def choose_hosts(sizes: Iterable[Size]) -> dict[str, Any]:
     """How trials are hosted, by name: what Tune calls for one worker, and where there are such for several."""
     found: dict[str, Any] = {"one_worker": OneWorker}
     if any(size.workers > 1 for size in sizes):
-        from workers.data_parallel import host_data_parallel  # Ray Train loads here, most of a second
+        from workers.data_parallel import SeveralWorkers  # Ray Train loads here, most of a second
 
-        found["data_parallel"] = tune.with_resources(host_data_parallel, lambda config: DriverResources())
+        found["data_parallel"] = SeveralWorkers
     return found
 
 

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import Started, state_of, sweep, title, trials_of, undisturbed
+from conftest import Started, state_of, statuses, sweep, title, trials_of, undisturbed
 
 pytestmark = pytest.mark.faults
 TWO = ["training.workers=2", "search.max_concurrent=1", "evaluation={nll: {images: 25}, fid: null}"]
@@ -52,6 +52,48 @@ def test_two_workers_one_of_them_killed_end_where_plain_python_does(tiny: Path, 
     assert ours.keys() == theirs.keys() and len(ours) > 20
     for key, value in theirs.items():
         assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
+
+
+def test_trials_of_one_size_are_trained_by_the_same_workers_until_one_dies(tiny: Path, tmp_path: Path) -> None:
+    """Ray Train's start, many seconds, is taken once. A death costs its trial the steps since the checkpoint alone."""
+    storage = tmp_path / "runs"
+    settings = [*TWO, "training.steps=60", "training.validate_every=20", "training.checkpoint_every=10",
+                "search.space={training.lr: {grid: [1.0e-3, 2.0e-3, 3.0e-3]}}"]  # fmt: skip
+    started = Started(tiny, "--storage", storage, *settings)
+    groups: dict[str, set[int]] = {}
+    before: dict[str, bytes] = {}
+
+    def look() -> str:
+        """Notes who trains, and returns the trial."""
+        running = [id for id, status in statuses(storage).items() if status["state"] == "running"]
+        if len(running) == 1:
+            workers = {pid for pid in started.family() if "RayTrainWorker" in title(pid)}
+            groups.setdefault(running[0], set()).update(workers)
+        return running[0] if len(running) == 1 else ""
+
+    def read_files(trial: str) -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in (storage / "trials" / trial).glob("*") if file.is_file()}
+
+    def is_in_the_second() -> bool:
+        trial = look()
+        return len(groups) == 2 and any((storage / f"trials/{trial}").glob("checkpoints/step-*10/manifest.json"))
+
+    try:
+        started.wait_until(is_in_the_second)
+        first, second = groups
+        before = read_files(first)
+        assert groups[first] == groups[second] and len(groups[first]) == 2
+        os.kill(min(groups[second]), signal.SIGKILL)
+        started.wait_until(lambda: bool(look()) and len(groups) == 3 and len(groups[look() or second]) >= 2)
+        assert started.process.wait(timeout=600) == 0, started.read_output()
+    finally:
+        started.end()
+    _, _, third = groups
+    assert len(groups[second]) > 2 and not groups[third] & groups[second], groups
+    assert read_files(first) == before
+    trials = trials_of(tiny, *settings)
+    assert state_of(storage) == {id: ("finished", trial.training.steps) for id, trial in trials.items()}
+    assert started.read_output().count("died") == 1, started.read_output()
 
 
 def _metrics(journal: Path) -> dict[tuple[int, str], float]:
