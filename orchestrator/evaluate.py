@@ -49,14 +49,9 @@ def run(options: argparse.Namespace) -> int:
     """Raises Mistake."""
     if options.tasks is not None and not 1 <= options.tasks <= MOST_TASKS:
         raise Mistake(f"--tasks {options.tasks}: 1 to {MOST_TASKS}, each a process")
-    from rich.console import Console  # these take a second: --help and the user's slips do without
-
-    from orchestrator.execution.measurements import describe_measured, format_measured, measure
     from orchestrator.experiment.load import list_values, open_folders
     from orchestrator.experiment.preflight import describe_data
-    from orchestrator.measuring import subjects
-    from orchestrator.output.terminal import Display, show_messages
-    from orchestrator.tracking.outside import record_measurement
+    from orchestrator.measuring import subjects  # with torch, which --help does without
     from workers.storage import Storage
 
     open_folders(options.code, list_values(options.overrides))
@@ -65,6 +60,12 @@ def run(options: argparse.Namespace) -> int:
     sources, warnings = subjects.check(found)
     cli.tell(describe_data(sources.values()), warnings, quiet=options.quiet)
     storage.check_writable()
+    from rich.console import Console  # Ray loads here: the user's slips do without
+
+    from orchestrator.execution.measurements import describe_measured, format_measured, measure
+    from orchestrator.output.terminal import Display, show_messages
+    from orchestrator.tracking.outside import record_measurement
+
     console = Console(width=None if Console().is_terminal else 200, stderr=options.json)
     display = Display({}, console, options.quiet, options.verbose)
     with show_messages(console, options.quiet, options.verbose):
