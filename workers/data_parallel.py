@@ -22,11 +22,12 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from workers.config import DRIVER_CPUS
 from workers.disk import Unwritable
-from workers.hosts import OneWorker, free_memory, free_workers, lock_trial, report_failure, report_results
+from workers.hosts import OneWorker, free_workers, lock_trial, report_failure, report_results
 from workers.jobs import Job, look_for_code, read_trial
 from workers.pulse import Pulse
 from workers.ray_private import delete_key, put_key, read_keys
 from workers.ray_train import MeetInAFolder
+from workers.sharing import free_memory
 from workers.signs import AT_WORK, begin_telling
 from workers.world import World
 
@@ -37,7 +38,7 @@ LOOK_S = 0.1  # at the job, at results
 TO_END_S = 30.0  # for a group that is handed no further job
 
 
-class Group:
+class WorkerGroup:
     """The controller and the workers of one Ray Train run, which train what they are handed until they are let go.
 
     Ray Train replaces all workers where one dies, and a new worker begins with the job that its group was handed last.
@@ -129,7 +130,7 @@ class SeveralWorkers(OneWorker):
     """Host of trials of several workers: `step()` is the next result of its group. An actor serves several trials."""
 
     NAME = "the driver of its workers"
-    _group: Group | None = None
+    _group: WorkerGroup | None = None
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
@@ -146,7 +147,7 @@ class SeveralWorkers(OneWorker):
         with lock_trial(job):
             if self._group and not self._group.can_train(self.config_now):
                 self.let_go()
-            self._group = self._group or Group(self.config_now)
+            self._group = self._group or WorkerGroup(self.config_now)
             yield from self._group.train(job)
 
     def let_go(self) -> None:
@@ -201,7 +202,7 @@ class _Reports(train.UserCallback):
 
     def _pass_on(self, result: dict[str, Any]) -> None:
         self._count += 1
-        put_key(f"{self._group}:result:{self._count:09}", json.dumps(result), GROUPS)
+        put_key(f"{self._group}:result:{self._count:09}", json.dumps(result, default=float), GROUPS)
 
 
 def _read_handed(group: str) -> tuple[int, Job | None]:
