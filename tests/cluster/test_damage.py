@@ -39,6 +39,7 @@ def flip(file: Path, place: int, bit: int = 1) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.faults
 def test_the_files_of_a_sweep_are_written_again_without_ray(own: tuple[Path, Path]) -> None:
     file, storage = own
     before, of_before = numbers(storage), points(storage)
@@ -109,6 +110,7 @@ def test_what_results_rest_on_is_made_again_to_the_same_numbers(own: tuple[Path,
     assert {r.info.run_id for r in again_children} == {r.info.run_id for r in children}
 
 
+@pytest.mark.faults
 def test_a_checkpoint_that_cannot_be_read_holds_up_no_other_trial(own: tuple[Path, Path]) -> None:
     file, storage = own
     a, b = sorted(statuses(storage))

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,7 @@ def test_trials_of_one_size_are_trained_by_the_same_workers_until_one_dies(tiny:
 
     def look() -> str:
         """Notes who trains, and returns the trial."""
+        time.sleep(0.5)  # to look at all processes takes a core
         running = [id for id, status in statuses(storage).items() if status["state"] == "running"]
         if len(running) == 1:
             workers = {pid for pid in started.family() if "RayTrainWorker" in title(pid)}

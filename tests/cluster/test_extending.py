@@ -63,6 +63,7 @@ EDITS = {
 }
 SLOWER = {
     "schedule",
+    "weighting",
     "variance",
     "format",
     "features",

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from conftest import run, sweep
 
 KEPT = ("sweep.json", "published.json", "mlflow.json", "experiment.yaml", "results.parquet")
 
 
+@pytest.mark.faults
 def test_each_file_of_a_sweep_may_be_gone(own: tuple[Path, Path]) -> None:
     file, storage = own
     folder = storage / "sweeps/tiny"

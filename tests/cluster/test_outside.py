@@ -31,6 +31,7 @@ def run_command(*arguments: object) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.faults
 def test_a_sweep_names_one_of_each(tiny: Path, tmp_path: Path) -> None:
     storage = tmp_path / "runs"
 

@@ -76,6 +76,7 @@ def test_a_trial_of_two_workers_goes_on_to_the_bits_of_one_that_was_asked_for_so
     assert list(longer) == [10, 20] and longer[20] == whole[20]
 
 
+@pytest.mark.faults
 def test_a_storage_from_before_is_recognised_and_left_alone(tiny: Path, tmp_path: Path) -> None:
     storage = Storage(tmp_path / "runs")
     storage.write_sealed("sweeps/tiny/sweep.json", {"name": "tiny", "trials": {}})
