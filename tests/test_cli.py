@@ -50,6 +50,7 @@ def commands(file: Path, storage: Path) -> list[tuple[object, ...]]:
     ]  # fmt: skip
 
 
+@pytest.mark.faults
 def test_no_command_minds_that_its_reader_leaves(own: tuple[Path, Path]) -> None:
     """As behind `| head`: none tells of it, and each does what it is there for, with the status of that."""
     for words in commands(*own):
@@ -87,6 +88,7 @@ def test_words_that_are_no_text_are_a_mistake() -> None:
     assert done.returncode == 2 and done.stderr == b"/tmp/\xff: not text in UTF-8; rename it\n"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_not_taken_for_files(own: tuple[Path, Path], closed: str) -> None:
     """The next file that is opened would get the number of a closed stream, and what is printed would go into it."""
@@ -108,6 +110,7 @@ def test_a_command_that_only_prints_fails_where_nothing_can_be_written(own: tupl
     assert run("sweep", own[0], "--storage", own[1], shell=f"> {FULL}").returncode == 0  # its work is done
 
 
+@pytest.mark.faults
 def test_a_sweep_does_its_work_whatever_its_terminal_does(tmp_path: Path) -> None:
     data, storage, file = tmp_path / "dätä ≈", tmp_path / "rüns", tmp_path / "tïny.yaml"
     for name in ("ä", "b"):

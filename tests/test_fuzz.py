@@ -12,6 +12,7 @@ from preparation import prepare_all
 SEED, TRY_S = 0, 50.0
 
 
+@pytest.mark.faults
 def test_whatever_is_read_is_proven_or_told(finished: tuple[Path, Path, str], tmp_path: Path) -> None:
     tries, found = fuzz(prepare_all(finished[1], tmp_path), SEED, TRY_S)
     assert tries > 10

@@ -140,6 +140,7 @@ def _worker(rank: int, size: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.faults
 def test_two_workers_keep_the_same_labels_from_the_network(storage: Storage, tmp_path: Path) -> None:
     """A label more or less would move the loss by far more than rounding does."""
     spawn(_worker, (2, str(tmp_path)), nprocs=2)

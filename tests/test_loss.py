@@ -113,6 +113,7 @@ except loss.ClusterLost as lost:
 """
 
 
+@pytest.mark.faults
 def test_a_ray_that_dies_as_it_starts_is_a_loss() -> None:
     done = subprocess.run([sys.executable, "-c", STARTING], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.stdout.startswith("lost: Ray did not start (") and "Traceback" not in done.stderr, (

@@ -77,6 +77,7 @@ def test_importing_the_package_loads_nothing() -> None:
     assert result.stdout == "[]\n", result.stderr
 
 
+@pytest.mark.faults
 def test_sweeps_run_in_any_thread_and_within_a_running_loop(tmp_path: Path) -> None:
     """As in a notebook, whose cells run within a loop, or a server: of two at once one waits for the other's Ray."""
     (tmp_path / "small.yaml").write_text(TINY)

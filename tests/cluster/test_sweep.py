@@ -105,6 +105,7 @@ def test_the_same_command_again_does_nothing(finished: tuple[Path, Path, str]) -
     assert {p for p in after if "mlflow.db" not in p.name and after[p] != before.get(p)} == set()
 
 
+@pytest.mark.faults
 def test_what_was_deleted_in_mlflow_is_made_again(finished: tuple[Path, Path, str], own: tuple[Path, Path]) -> None:
     """The database first, which holds the moved storage's runs, then the experiment, emptied from MLflow's bin."""
     file, storage = own
@@ -169,6 +170,7 @@ def test_more_samples_compute_only_the_missing_blocks(own: tuple[Path, Path]) ->
     )  # samples and their features
 
 
+@pytest.mark.faults
 def test_images_at_a_relative_path_reach_the_workers(tiny: Path, tmp_path: Path) -> None:
     for i in range(60):
         file = tmp_path / f"images/{i % 2}/{i}.png"
