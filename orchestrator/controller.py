@@ -18,7 +18,7 @@ from orchestrator.clusters import cost
 from orchestrator.clusters.allocation import find_allocation
 from orchestrator.clusters.cluster import Cluster, find_cluster_of_head
 from orchestrator.command import Command
-from orchestrator.execution import session, trials
+from orchestrator.execution import local_ray, session, trials
 from orchestrator.execution.halt import Halt
 from orchestrator.execution.loss import ClusterLost, repeat_where_lost
 from orchestrator.experiment.expand import expand
@@ -231,7 +231,7 @@ class Sweep:
                 progress.halt.end(is_left=bool(progress.training))
                 to_train = progress.wait_for_others(to_train)
             while progress.evaluations:
-                session.check_room()
+                local_ray.check_room()
                 progress.halt.end(is_left=False)
                 progress.tick(wait_s=0.5)
             if progress.evaluations.late:

@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.clusters import cost
 from orchestrator.clusters.cluster import Cluster
-from orchestrator.execution import session
+from orchestrator.execution import local_ray, session
 from orchestrator.execution.evaluations import Evaluations
 from orchestrator.execution.halt import Halt
 from orchestrator.execution.hangs import Watchdog
@@ -72,7 +72,7 @@ class RowsInProgress:
             jobs = [job for job in jobs if turns[job["digest"]] != "take"]
             if "train" in turns.values():
                 break
-            session.check_room()
+            local_ray.check_room()
             self.tick()
             time.sleep(LOOK_S)
         return jobs

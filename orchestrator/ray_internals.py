@@ -1,6 +1,7 @@
 """What is private of Ray and used by the driver: the place to look at when Ray is upgraded.
 
-The nodes' is `workers.ray_private`. Nothing else of `orchestrator` touches a name of Ray that begins with `_`.
+That of Ray Tune, which takes seconds to load, is in `tune_internals`, the nodes' in `workers.ray_private`. Nothing else
+of `orchestrator` touches a name of Ray that begins with `_`.
 """
 
 import logging
@@ -17,10 +18,7 @@ from ray._private import state as ray_state
 from ray._private import worker as ray_worker
 from ray._private.services import _thread_safe_find_gcs_addresses_cache_clear as forget_gcs_addresses
 from ray._private.services import find_gcs_addresses
-from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.core.generated.gcs_pb2 import AvailableResources, TotalResources
-from ray.tune.execution import class_cache
-from ray.tune.experiment import Trial
 
 log = logging.getLogger(__name__)
 
@@ -95,16 +93,6 @@ def find_processes(names: Mapping[str, str]) -> dict[str, Any]:
     return {text: started[kind][0].process for kind, text in names.items() if kind in started}
 
 
-def keep_keys_out_of_logs() -> None:
-    """Takes what is no setting of Ray from the variables that Tune copies into the environments of its actors.
-
-    The keys of AWS are among them, and Ray logs these environments in clear, for all to read. Nodes have keys of their
-    own; the processes of a local Ray inherit ours.
-    """
-    copied = class_cache.ENV_VARS_TO_PROPAGATE
-    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in copied if not name.startswith("AWS_")}
-
-
 @contextmanager
 def listen_on_loopback() -> Iterator[None]:
     """A local Ray that starts within the block listens on 127.0.0.1: its processes' services and their metrics too.
@@ -132,35 +120,6 @@ def set_environment(variables: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def treat_out_of_memory_as_death() -> Iterator[None]:
-    """Has Tune treat a trial whose process Ray killed on a full machine as one whose process died.
-
-    Ray's memory monitor gives the calls of such a process an error that Tune 2.60 does not count among the deaths of
-    an actor, and ends the whole sweep by.
-    """
-    task_failed, first_result = RayActorManager._actor_task_failed, Trial._get_default_result_or_future
-
-    def failed(manager: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
-        if isinstance(exception, ray.exceptions.OutOfMemoryError):
-            why = f"its machine was full, and Ray ended its process: {str(exception).splitlines()[0]}"
-            exception = ray.exceptions.RayActorError(error_msg=why)
-        task_failed(manager, tracked_actor_task, exception)
-
-    def result(trial: Trial) -> dict[str, Any] | None:
-        try:
-            return first_result(trial)
-        except ray.exceptions.OutOfMemoryError:  # it died before it had told anything
-            trial._default_result_or_future = None
-            return None
-
-    RayActorManager._actor_task_failed, Trial._get_default_result_or_future = failed, result
-    try:
-        yield
-    finally:
-        RayActorManager._actor_task_failed, Trial._get_default_result_or_future = task_failed, first_result
 
 
 def hear_ray() -> None:

@@ -29,7 +29,7 @@ from orchestrator.state.saved import read_code
 from workers.bundles import collect_bundles
 from workers.config import DataConfig, Mistake
 from workers.data.sources import Source, describe
-from workers.layout import RowId
+from workers.layout import RowId, name_published_file
 from workers.storage import Storage
 
 EXAMPLES = (
@@ -197,12 +197,20 @@ def make(
     command: Command,
 ) -> int:
     """Makes what is missing of a sweep, and returns the exit status. Raises Mistake, and ClusterLost."""
-    from orchestrator import controller  # torch, ray and MLflow load here: a dry run does without
-    from orchestrator.clusters.submission import check_attachable
+    from orchestrator.execution import local_ray  # Ray loads here: a dry run does without
 
     if command.ray_address:
+        from orchestrator.clusters.submission import check_attachable
+
         check_attachable(command.ray_address)
-    return controller.run(experiment, trials, sources, command)
+    elif command.fresh or not Storage(command.storage).exists(name_published_file(experiment.name)):
+        local_ray.start_early()
+    try:
+        from orchestrator import controller  # torch, Ray Tune and MLflow load here
+
+        return controller.run(experiment, trials, sources, command)
+    finally:
+        local_ray.end_early()
 
 
 if __name__ == "__main__":

@@ -110,12 +110,12 @@ def test_near_the_end_of_the_time_nothing_begins_and_what_runs_goes_on() -> None
 
 def test_workers_are_handed_to_trials_of_their_size_alone() -> None:
     """Tune hands an actor over where the resources that it holds equal those that a trial asks for."""
-    trials = started(admission(8, 4, 4, 1, 1))
+    trials = started(admission(4, 2, 2, 1, 1))
     for trial in trials:
         trial.create_placement_group_factory()
-    eight, four, same, one, other = (trial.placement_group_factory for trial in trials)
-    assert eight != four == same and hash(four) == hash(same) and eight != one == other
-    assert eight.bundles == four.bundles == [{"CPU": 0.01}]
+    four, two, same, one, other = (trial.placement_group_factory for trial in trials)
+    assert four != two == same and hash(two) == hash(same) and four != one == other
+    assert four.bundles == two.bundles == [{"CPU": 0.01}]
 
 
 def test_a_trial_bigger_than_a_machine_is_packed_over_several() -> None:

@@ -24,7 +24,7 @@ ORDER = """
     workers: peak world compiling first_weights latents lessons denoising studying adversarial autoencoding playing
     workers: learner conformity training calibration
     workers: ray_private jobs signs hosts ray_train data_parallel tasks
-    orchestrator: interrupts streams cli ray_internals
+    orchestrator: interrupts streams cli ray_internals tune_internals
     orchestrator.experiment: settings metrics records starts expand needs continuous distilling told
     orchestrator.experiment: measured_weights check load
     orchestrator.experiment: effort preflight dry_run profiles
@@ -34,7 +34,7 @@ ORDER = """
     orchestrator.output: terminal speed_table table importance findings markdown figures graph curves page
     orchestrator.clusters: cluster allocation cost throughput sending slurm submission
     orchestrator: command
-    orchestrator.execution: loss hangs session halt
+    orchestrator.execution: loss local_ray hangs session halt
     orchestrator.execution: scratch admission early_stopping trials evaluations measurements
     orchestrator.tracking: provenance glance server line views model_code models shipment catalogue
     orchestrator.tracking: writer shipper tracker registry runs outside
@@ -55,9 +55,10 @@ ROOMS = {
         *(f"workers.{name}" for name in ("ray_private", "ray_train", "signs", "hosts", "data_parallel", "tasks")),
         *(
             f"orchestrator.execution.{name}"
-            for name in ("hangs", "session", "admission", "early_stopping", "trials", "evaluations")
+            for name in ("local_ray", "hangs", "session", "admission", "early_stopping", "trials", "evaluations")
         ),
         "orchestrator.ray_internals",
+        "orchestrator.tune_internals",
         "orchestrator.clusters.submission",
     },
     "mlflow": {f"orchestrator.tracking.{name}" for name in ("catalogue", "writer", "server", "models", "model_code")},
@@ -71,7 +72,13 @@ ROOMS = {
 }
 MOST_LINES = {"file": 400, "function": 60, "class": 250}
 MOST_POSITIONAL = 5  # arguments of a function, beside self; what is beyond that is keyword-only
-OF_RAY = {"workers.ray_private", "workers.ray_train", "orchestrator.ray_internals"}  # what is private of it
+# What is private of Ray.
+OF_RAY = {
+    "workers.ray_private",
+    "workers.ray_train",
+    "orchestrator.ray_internals",
+    "orchestrator.tune_internals",
+}
 
 
 def modules() -> dict[str, Path]:

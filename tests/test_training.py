@@ -36,7 +36,7 @@ from workers.world import World
 TRIAL = Trial(
     data=DataConfig(source="digits"),
     model=ModelConfig(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.1),
-    diffusion=DiffusionConfig(T=50, schedule=ScheduleConfig(scale="per_1000")),
+    diffusion=DiffusionConfig(T=16, schedule=ScheduleConfig(scale="per_1000", beta_end=0.01)),
     training=TrainingConfig(
         steps=12, batch_size=32, lr=2e-3, ema=0.9, precision="float32", validate_every=6, checkpoint_every=3
     ),

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from orchestrator.clusters.cluster import find_cluster_of_head
-from orchestrator.execution import session
+from orchestrator.execution import local_ray, session
 from orchestrator.execution.evaluations import Evaluations
 from orchestrator.execution.loss import repeat_where_lost
 from orchestrator.experiment.measured_weights import describe_average
@@ -124,7 +124,7 @@ def _measure(
                 session.check_precision(subject.m.evaluation, nodes)
                 evaluations.submit(path, make_order(storage, subject.m, subject.checkpoint, gpus), planned, missing)
             while evaluations:
-                session.check_room()
+                local_ray.check_room()
                 session.check()
                 for path, why in evaluations.poll(0.2):
                     failed[path] = why

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from orchestrator.execution.session import check_room
+from orchestrator.execution.local_ray import check_room
 from workers.config import Mistake
 from workers.disk import Unwritable
 

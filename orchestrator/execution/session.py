@@ -1,19 +1,12 @@
 """A session of Ray, on this machine or attached to a cluster, and what its nodes have."""
 
-import errno
 import gc
 import logging
-import os
-import shutil
-import signal
-import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -23,22 +16,20 @@ from orchestrator.clusters.allocation import find_allocation
 from orchestrator.clusters.cluster import Cluster
 from orchestrator.clusters.submission import TOKEN, check_attachable, describe_environment, is_inside_job
 from orchestrator.execution.hangs import HANG_S, Watchdog
-from orchestrator.execution.loss import MARKER, ClusterLost, Watch, find_marked, stop
-from orchestrator.planning.place import Node
-from orchestrator.ray_internals import (
-    ask_after,
-    find_default_folder,
-    find_processes,
-    hear_ray,
-    keep_keys_out_of_logs,
-    listen_on_loopback,
-    set_environment,
+from orchestrator.execution.local_ray import (
+    STARTING,
+    WORKERS,
+    is_early,
+    prepare_environment,
+    start_whole,
+    take_or_start,
 )
+from orchestrator.execution.loss import Watch, find_marked
+from orchestrator.planning.place import Node
+from orchestrator.ray_internals import ask_after, find_processes
 from workers.compiling import find_missing_compiler
 from workers.config import EvaluationConfig, Mistake, TrainingConfig
-from workers.disk import StorageError, Unwritable, check_writable
 from workers.sharing import round_as_ray
-from workers.speed import count_cores
 from workers.storage import Storage
 from workers.tasks import sees
 
@@ -46,23 +37,8 @@ log = logging.getLogger(__name__)
 
 TO_JOIN_S, LOOK_S = 180.0, 0.5  # for the nodes of a job to join the Ray that they start together
 TO_ANSWER_S = 60.0  # for a node that is asked whether it sees the storage; one that is slower is believed
-# In its temporary folder Ray keeps sockets, whose paths Linux bounds, logs, and what Tune notes of a sweep.
-SOCKET, SOCKET_BYTES = "session_2026-11-26_15-21-23_069432_4194304/sockets/plasma_store", 107
-ROOM_MB, FULL_MB = 32, 0.1  # to start in, and with so little left it is full
-QUIET = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files beside our journal
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ctrl-C reaches us
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # how many may be started is `_Admission`'s to say
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
 VITAL = {"gcs_server": "GCS", "raylet": "raylet"}  # Ray's names of its processes, and ours
 SPARE = {"monitor": "monitor", "log_monitor": "log monitor", "dashboard": "dashboard"}
-# Ray Train looks at reports once in 2 s by default; on a laptop a validation may come more often.
-WORKERS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}
 
 
 @contextmanager
@@ -72,55 +48,28 @@ def open_session(ray_address: str | None, *, cpus: int | None = None, hang_s: fl
     `cpus` bounds the latter's logical cores, and so how many tasks run at once. Processes that hang for `hang_s` are
     ended. Within another session it is that one.
     """
-    with _ONE, _open_session(ray_address, cpus, hang_s) as watchdog:
+    with STARTING, _open_session(ray_address, cpus, hang_s) as watchdog:
         yield watchdog
-
-
-_ONE = threading.RLock()  # a process has one Ray at a time: sweeps of several threads come one after the other
 
 
 @contextmanager
 def _open_session(ray_address: str | None, cpus: int | None, hang_s: float) -> Iterator[Watchdog]:
-    if ray.is_initialized():
+    if ray.is_initialized() and not is_early():
         yield _watches[-1][1] if _watches else Watchdog(hang_s, lambda: True)
         return
     if ray_address is not None:
         check_attachable(ray_address)
-    os.environ.update({name: value for name, value in (QUIET | WORKERS).items() if name not in os.environ})
-    keep_keys_out_of_logs()
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it prints a page of, `_Relay` tells in a line
-    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    if ray_address is not None:  # a local Ray inherits them, and starts its processes faster with none to make
-        options["runtime_env"] = {"env_vars": WORKERS} | ({} if is_inside_job() else describe_environment())
-    else:
-        # A logical core more than the machine has, so that evaluation blocks run while the others train.
-        options |= {
-            "num_cpus": cpus or count_cores() + 1,
-            "include_dashboard": False,
-            "object_store_memory": 256 * 2**20,
-        }
-    marker, left = uuid.uuid4().hex, threading.Event()
+    left, marker = threading.Event(), uuid.uuid4().hex
     with ExitStack() as opened:
         opened.callback(left.set)
         opened.enter_context(interrupts.allow_interrupts())
         if ray_address is None:
-            options["_temp_dir"] = opened.enter_context(_make_temporary_folder())
-            opened.callback(stop, marker)
-        opened.callback(ray.shutdown)
-        with _start_ray(marker if ray_address is None else ""):
-            try:
-                ray.init(ray_address or "local", **options)
-            except Exception as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                if ray_address is None:  # whatever Ray raises, where a part of it died or hung as it started
-                    raise ClusterLost(f"Ray did not start ({reason})") from error
-                if isinstance(error, ConnectionError):
-                    raise Mistake(
-                        f"--address {ray_address}: no Ray cluster answers there ({reason}); "
-                        f"where it wants a token, {TOKEN}"
-                    ) from error
-                raise
+            local = take_or_start(cpus)
+            opened.enter_context(local.opened)
+            marker = local.marker
+        else:
+            opened.callback(ray.shutdown)
+            _attach(ray_address)
         watchdog = Watchdog(hang_s, lambda: bool(watch.explain_loss()))
         watch = Watch(
             find_processes(VITAL),
@@ -140,6 +89,21 @@ def _open_session(ray_address: str | None, cpus: int | None, hang_s: float) -> I
         if allocation := find_allocation() if ray_address is not None else None:
             _await_nodes(allocation.nodes)
         yield watchdog
+
+
+def _attach(ray_address: str) -> None:
+    """Connects to a cluster. Raises Mistake where none answers."""
+    prepare_environment()
+    # A local Ray inherits them, and starts its processes faster with none to make.
+    environment = {"env_vars": WORKERS} | ({} if is_inside_job() else describe_environment())
+    with start_whole(""):
+        try:
+            ray.init(ray_address, logging_level="ERROR", log_to_driver=False, runtime_env=environment)
+        except ConnectionError as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise Mistake(
+                f"--address {ray_address}: no Ray cluster answers there ({reason}); where it wants a token, {TOKEN}"
+            ) from error
 
 
 def _await_nodes(number: int) -> None:
@@ -168,23 +132,6 @@ def check() -> None:
         watch.check()
 
 
-@contextmanager
-def _start_ray(marker: str) -> Iterator[None]:
-    """Ray is brought up in the block, whole or not at all; where there is a `marker`, as a Ray of this machine alone.
-
-    The signals stay ours: Ray would end a driver by sys.exit.
-    """
-    with ExitStack() as opened:
-        opened.enter_context(interrupts.defer_interrupts())
-        if marker:
-            opened.enter_context(set_environment({MARKER: marker}))
-            opened.enter_context(listen_on_loopback())
-        if threading.current_thread() is threading.main_thread():
-            opened.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-        hear_ray()
-        yield
-
-
 def _find_addresses() -> dict[str, tuple[str, int]]:
     """What a cluster has to answer at: its head, and the raylet that this driver is connected to."""
     context = ray.get_runtime_context()
@@ -194,62 +141,6 @@ def _find_addresses() -> dict[str, tuple[str, int]]:
         "Ray's GCS": (host.strip("[]"), int(port)),
         "Ray's raylet of this machine": (own["NodeManagerAddress"], own["NodeManagerPort"]),
     }
-
-
-_in_use: list[Path] = []  # the temporary folder of a Ray of this machine, while there is one
-
-
-@contextmanager
-def _make_temporary_folder() -> Iterator[str]:
-    """Where a local Ray keeps its files: where it does so by itself, or else in /tmp/ray. Raises Mistake."""
-    try:
-        tempfile.gettempdir()  # Tune's place
-    except FileNotFoundError as error:
-        raise Mistake(f"{error.strerror}; set the environment variable TMPDIR to one that can be written") from error
-    folder, unfit = find_folder([find_default_folder(), Path("/tmp/ray")])
-    if folder is None:
-        raise Mistake(
-            f"{'; '.join(unfit)}. Set the environment variable RAY_TMPDIR to a short path with {ROOM_MB} MB free"
-        )
-    if unfit:
-        log.warning("%s; Ray uses %s instead", "; ".join(unfit), folder)
-    _in_use.append(folder)
-    try:
-        yield str(folder)
-    finally:
-        _in_use.remove(folder)
-
-
-def find_folder(choices: Sequence[Path]) -> tuple[Path | None, list[str]]:
-    """The first folder that Ray can work in, and why it cannot in those before it."""
-    unfit: list[str] = []
-    for folder in dict.fromkeys(choices):
-        if not (why := _explain_unfit(folder)):
-            return folder, unfit
-        unfit.append(why)
-    return None, unfit
-
-
-def _explain_unfit(folder: Path) -> str:
-    if (excess := len(os.fsencode(folder / SOCKET)) - SOCKET_BYTES) > 0:
-        return f"the temporary folder {folder} is a path {excess} bytes too long for the sockets of Ray"
-    try:
-        check_writable(folder)
-        free = shutil.disk_usage(folder).free / 2**20
-    except (StorageError, OSError) as error:
-        return f"the temporary folder {str(error).partition('. ')[0]}"
-    return "" if free >= ROOM_MB else f"the temporary folder {folder} has {free:.1f} MB free, and Ray needs {ROOM_MB}"
-
-
-def check_room() -> None:
-    """Raises Unwritable where the folder of a local Ray is full: its processes then die, or wait for ever."""
-    for folder in _in_use:
-        try:
-            free = shutil.disk_usage(folder).free / 2**20
-        except OSError as error:
-            raise Unwritable.of(folder, error) from error
-        if free < FULL_MB:
-            raise Unwritable.of(folder, OSError(errno.ENOSPC, "the disk of Ray's files is full"))
 
 
 def is_on_this_machine() -> bool:

@@ -15,12 +15,13 @@ from ray import tune
 from orchestrator.clusters.cluster import Cluster
 from orchestrator.execution.admission import Admission, Events, get_trial_id
 from orchestrator.execution.early_stopping import make_scheduler
+from orchestrator.execution.local_ray import check_room
 from orchestrator.execution.loss import ClusterLost
 from orchestrator.execution.scratch import make_scratch_folder
-from orchestrator.execution.session import check_room, list_nodes_ever
+from orchestrator.execution.session import is_on_this_machine, list_nodes_ever
 from orchestrator.experiment.records import SearchConfig
 from orchestrator.planning.place import Size, admit_at_once, describe_nodes, fits_one_node, list_never_fitting
-from orchestrator.ray_internals import treat_out_of_memory_as_death
+from orchestrator.tune_internals import choose_environments, treat_out_of_memory_as_death
 from workers.config import Mistake
 from workers.disk import Unwritable
 from workers.hosts import CROWDED, HELD, MEASURED, UNWRITABLE, OneWorker, free_workers
@@ -69,6 +70,7 @@ def train(
     for size in dict.fromkeys(size for size in sizes.values() if not fits_one_node(size, nodes)):
         events.say(f"placement  {size}: more than a node holds, so such a trial trains over several nodes (PACK)")
     hosts = hosts or choose_hosts(sizes.values())
+    choose_environments(local=is_on_this_machine())
     for name, host in hosts.items():
         tune.register_trainable(name, host)
     scheduler = make_scheduler(search, max(read_trial(job).training.steps for job in jobs))

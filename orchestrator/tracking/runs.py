@@ -53,7 +53,7 @@ from workers.data.decoding import choose_type
 from workers.data.sources import Source
 from workers.evaluation.blocks import name_distance
 from workers.identity import compute_digest, list_outside
-from workers.layout import RowId, name_sweep_folder
+from workers.layout import RowId, name_published_file, name_sweep_folder
 from workers.network import manifest
 from workers.storage import Storage, tell_damage
 
@@ -283,7 +283,7 @@ class SweepRuns:
 
     @property
     def _published(self) -> str:
-        return f"{self.folder}/published.json"
+        return name_published_file(self.experiment.name)
 
     def _are_whole(self, sums: Mapping[str, str]) -> bool:
         """Whether the files beside the sweep are those that were written; what is not is told."""

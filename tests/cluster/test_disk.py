@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment, needs_root, on_small_disk, statuses, trials_of, undisturbed
 
-from orchestrator.execution.session import SOCKET, SOCKET_BYTES, find_folder
+from orchestrator.execution.local_ray import SOCKET, SOCKET_BYTES, find_folder
 
 pytestmark = [pytest.mark.faults, needs_root]
 SWEEP = f"{sys.executable} -m orchestrator.sweep"

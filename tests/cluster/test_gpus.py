@@ -15,7 +15,7 @@ pytestmark = pytest.mark.clusters
 COMMAND = """
 import os, sys
 import ray
-from orchestrator.execution.session import QUIET, WORKERS
+from orchestrator.execution.local_ray import QUIET, WORKERS
 os.environ.update(QUIET | WORKERS)
 ray.init("local", num_cpus=6, num_gpus=1, include_dashboard=False, object_store_memory=2**27, log_to_driver=False)
 from orchestrator.sweep import main

@@ -1,0 +1,45 @@
+"""The Ray of this machine, started ahead of its session."""
+
+import os
+
+import pytest
+import ray
+
+from orchestrator.execution import local_ray
+from orchestrator.execution.loss import find_marked
+from orchestrator.execution.session import open_session
+
+
+@ray.remote(num_cpus=1)
+def look() -> tuple[bool, int, bool]:
+    """Whether PyTorch is there before it is asked for, in how many threads it computes, and a secret."""
+    import sys
+
+    loaded = "torch" in sys.modules
+    import torch
+
+    return loaded, torch.get_num_threads(), "PLANTED" in os.environ
+
+
+def test_a_session_takes_over_what_was_started_ahead_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("PLANTED", "1")
+    local_ray.start_early()
+    [early] = local_ray._early
+    node, marked = ray.get_runtime_context().get_node_id(), find_marked(early.marker)
+    assert marked and "OMP_NUM_THREADS" not in os.environ
+    local_ray.start_early()  # nothing more, as one is there
+    with open_session(None):
+        assert not local_ray.is_early() and ray.get_runtime_context().get_node_id() == node
+        assert ray.get(look.remote()) == (True, 1, True)
+        local_ray.end_early()  # it is the session's now
+        with open_session(None):
+            assert ray.get_runtime_context().get_node_id() == node
+    assert not ray.is_initialized() and not find_marked(early.marker)
+
+
+def test_what_no_session_takes_over_is_ended() -> None:
+    local_ray.start_early()
+    [early] = local_ray._early
+    local_ray.end_early()
+    assert not ray.is_initialized() and not find_marked(early.marker) and not local_ray.is_early()
