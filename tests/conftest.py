@@ -37,6 +37,15 @@ ROOT = Path(__file__).parent.parent
 # ctrl-C to them and to the commands that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The files that take longest begin first: of two processes none waits minutes for the other's last file. Those in
+# tests/cluster are before all others by their place.
+LONG = ("test_training", "test_readme", "test_cli", "test_browser", "test_sizes", "test_starts", "test_posthoc")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: (item.path.parent.name != "cluster", item.path.stem not in LONG))
+
+
 # Trains in seconds; everything of a real experiment is there.
 TINY = """
 name: tiny
