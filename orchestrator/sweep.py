@@ -8,6 +8,7 @@ leaves the job running; the same command then joins it.
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from orchestrator import cli
@@ -203,14 +204,12 @@ def make(
         from orchestrator.clusters.submission import check_attachable
 
         check_attachable(command.ray_address)
-    elif command.fresh or not Storage(command.storage).exists(name_published_file(experiment.name)):
-        local_ray.start_early()
-    try:
+    was_published = Storage(command.storage).exists(name_published_file(experiment.name))
+    needs_ray = not command.ray_address and (command.fresh or not was_published)
+    with local_ray.start_early() if needs_ray else nullcontext():
         from orchestrator import controller  # torch, Ray Tune and MLflow load here
 
         return controller.run(experiment, trials, sources, command)
-    finally:
-        local_ray.end_early()
 
 
 if __name__ == "__main__":

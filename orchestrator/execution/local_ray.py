@@ -67,19 +67,29 @@ def prepare_environment() -> None:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it prints a page of, `trials` tells in a line
 
 
-def start_early() -> None:
-    """Starts the Ray of the session that is opened next, which starts it again where that fails. See `end_early`."""
-    with STARTING, interrupts.allow_interrupts():
-        if ray.is_initialized():
-            return
-        try:
-            _early.append(start(None))
-        except ClusterLost as lost:
-            log.info("%s; it is started again for the session", lost)
+@contextmanager
+def start_early() -> Iterator[None]:
+    """Starts the Ray of the session that is opened next, and ends it with the block where none was opened.
+
+    Where it does not start the session starts it again, and tells of it.
+    """
+    local = None
+    try:
+        with STARTING, interrupts.allow_interrupts():
+            if not ray.is_initialized():
+                _early.append(local := start(None))
+    except ClusterLost as lost:
+        log.info("%s; it is started again for the session", lost)
+    try:
+        yield
+    finally:
+        with STARTING:
+            if local in _early:
+                end_early()
 
 
 def end_early() -> None:
-    """Ends what `start_early` has started, where no session has taken it over."""
+    """Ends what was started ahead of a session that is of another kind, or is not opened."""
     while _early:
         _early.pop().opened.close()
 

@@ -19,6 +19,7 @@ from orchestrator.execution.hangs import HANG_S, Watchdog
 from orchestrator.execution.local_ray import (
     STARTING,
     WORKERS,
+    end_early,
     is_early,
     prepare_environment,
     start_whole,
@@ -68,6 +69,7 @@ def _open_session(ray_address: str | None, cpus: int | None, hang_s: float) -> I
             opened.enter_context(local.opened)
             marker = local.marker
         else:
+            end_early()
             opened.callback(ray.shutdown)
             _attach(ray_address)
         watchdog = Watchdog(hang_s, lambda: bool(watch.explain_loss()))

@@ -24,22 +24,21 @@ def look() -> tuple[bool, int, bool]:
 def test_a_session_takes_over_what_was_started_ahead_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("PLANTED", "1")
-    local_ray.start_early()
-    [early] = local_ray._early
-    node, marked = ray.get_runtime_context().get_node_id(), find_marked(early.marker)
-    assert marked and "OMP_NUM_THREADS" not in os.environ
-    local_ray.start_early()  # nothing more, as one is there
-    with open_session(None):
-        assert not local_ray.is_early() and ray.get_runtime_context().get_node_id() == node
-        assert ray.get(look.remote()) == (True, 1, True)
-        local_ray.end_early()  # it is the session's now
+    with local_ray.start_early():
+        [early] = local_ray._early
+        node, marked = ray.get_runtime_context().get_node_id(), find_marked(early.marker)
+        assert marked and "OMP_NUM_THREADS" not in os.environ
+        with local_ray.start_early():  # nothing more, as one is there
+            assert local_ray._early == [early]
         with open_session(None):
-            assert ray.get_runtime_context().get_node_id() == node
-    assert not ray.is_initialized() and not find_marked(early.marker)
+            assert not local_ray.is_early() and ray.get_runtime_context().get_node_id() == node
+            assert ray.get(look.remote()) == (True, 1, True)
+            with local_ray.start_early(), open_session(None):
+                assert ray.get_runtime_context().get_node_id() == node
+        assert not ray.is_initialized() and not find_marked(early.marker)
 
 
 def test_what_no_session_takes_over_is_ended() -> None:
-    local_ray.start_early()
-    [early] = local_ray._early
-    local_ray.end_early()
+    with local_ray.start_early():
+        [early] = local_ray._early
     assert not ray.is_initialized() and not find_marked(early.marker) and not local_ray.is_early()
