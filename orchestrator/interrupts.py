@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -50,6 +50,16 @@ def arm() -> None:
 
 
 @contextmanager
+def do_at_once(call: Callable[[], object]) -> Iterator[None]:
+    """`call` is called where the process ends in the middle of the block, at once and without anything else."""
+    _state.at_once.append(call)
+    try:
+        yield
+    finally:
+        _state.at_once.remove(call)
+
+
+@contextmanager
 def allow_interrupts(at_once: Callable[[], object] | None = None) -> Iterator[None]:
     """Work that an interrupt ends by KeyboardInterrupt; `at_once` is called where the process ends in the middle of it.
 
@@ -63,14 +73,11 @@ def allow_interrupts(at_once: Callable[[], object] | None = None) -> Iterator[No
         sys.excepthook = excepthook
         _state.came_at, _state.ending, _state.asked_to_pause = None, False, False
     _state.work += 1
-    if at_once:
-        _state.at_once.append(at_once)
     try:
-        yield
+        with do_at_once(at_once) if at_once else nullcontext():
+            yield
     finally:
         _state.work -= 1
-        if at_once:
-            _state.at_once.remove(at_once)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -147,8 +154,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
         return
     if _state.came_at is None and _is_importing(frame):
         if not _state.work:  # there is nothing yet that would have to be put in order
-            write("\nInterrupted.")
-            os._exit(INTERRUPTED)
+            end_at_once("\nInterrupted.", INTERRUPTED)
         main = threading.main_thread().ident or 0
         threading.Timer(AGAIN_S, signal.pthread_kill, (main, number)).start()
         return

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def start_early() -> Iterator[None]:
 
     Where it does not start the session starts it again, and tells of it.
     """
-    local = None
+    local: LocalRay | None = None
     try:
         with STARTING, interrupts.allow_interrupts():
             if not ray.is_initialized():
@@ -81,7 +81,8 @@ def start_early() -> Iterator[None]:
     except ClusterLost as lost:
         log.info("%s; it is started again for the session", lost)
     try:
-        yield
+        with interrupts.do_at_once(lambda: stop(local.marker, 0)) if local else nullcontext():
+            yield
     finally:
         with STARTING:
             if local in _early:
