@@ -7,17 +7,16 @@ of `orchestrator` touches a name of Ray that begins with `_`.
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray._common.utils import get_default_ray_temp_dir
-from ray._private import ray_constants
+from ray._private import ray_constants, services, utils
 from ray._private import state as ray_state
 from ray._private import worker as ray_worker
-from ray._private.services import _thread_safe_find_gcs_addresses_cache_clear as forget_gcs_addresses
-from ray._private.services import find_gcs_addresses
+from ray._private.node import Node
 from ray.core.generated.gcs_pb2 import AvailableResources, TotalResources
 
 log = logging.getLogger(__name__)
@@ -94,17 +93,33 @@ def find_processes(names: Mapping[str, str]) -> dict[str, Any]:
 
 
 @contextmanager
-def listen_on_loopback() -> Iterator[None]:
-    """A local Ray that starts within the block listens on 127.0.0.1: its processes' services and their metrics too.
+def start_few(environment: Mapping[str, str]) -> Iterator[None]:
+    """A local Ray that starts within the block has `environment` in its processes, of which there are few.
 
-    Ray does so on systems where it offers no clusters, and takes this for one of them.
+    They listen on 127.0.0.1, their services and their metrics too: Ray does so on systems where it offers no clusters,
+    and takes this for one of them. What nobody asks anything here is left out, as each takes a second or two of a core
+    to load: the autoscaler's monitor, the log monitor, and the dashboard's server, for which Ray waits even where it
+    is to have no dashboard. The agent of the latter is what it is without the packages of a dashboard.
     """
-    many_machines, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
-    try:
-        with set_environment(LOOPBACK):
-            yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = many_machines
+    start_process = services.start_ray_process
+
+    def start(command: list[str], kind: str, fate_share: bool, env_updates: Any = None, **more: Any) -> Any:
+        return start_process(command, kind, fate_share, {**(env_updates or {}), **environment}, **more)
+
+    replaced = [
+        (ray_constants, "ENABLE_RAY_CLUSTER", False),
+        (services, "start_ray_process", start),
+        (utils, "get_dashboard_dependency_error", lambda: ImportError("not asked for")),
+        (services, "start_api_server", lambda *_, **__: ("", None)),
+        (Node, "start_log_monitor", lambda _: None),
+        (Node, "start_monitor", lambda _: None),
+    ]
+    with ExitStack() as block:
+        block.enter_context(set_environment(LOOPBACK))
+        for owner, name, value in replaced:
+            block.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield
 
 
 @contextmanager
@@ -129,8 +144,8 @@ def hear_ray() -> None:
 
 def find_clusters() -> set[str]:
     """The addresses of the clusters that this machine is a node of, now: Ray keeps what it has found first."""
-    forget_gcs_addresses()
-    return set(find_gcs_addresses())
+    services._thread_safe_find_gcs_addresses_cache_clear()
+    return set(services.find_gcs_addresses())
 
 
 def find_default_folder() -> Path:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.air._internal import usage
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
@@ -21,6 +22,14 @@ def choose_environments(local: bool) -> None:
     """
     class_cache.DEFAULT_ENV_VARS = {} if local else _DEFAULTS
     class_cache.ENV_VARS_TO_PROPAGATE = set() if local else {name for name in _COPIED if not name.startswith("AWS_")}
+
+
+def count_no_loggers() -> None:
+    """Keeps Tune from loading the integrations of all loggers that it knows, only to count which of them are used.
+
+    It would wait for MLflow, which loads meanwhile.
+    """
+    usage.tag_callbacks = lambda _: False
 
 
 @contextmanager

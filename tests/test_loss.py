@@ -42,7 +42,7 @@ def test_what_ended_and_how_is_told() -> None:
 def test_whatever_fails_after_a_part_has_died_is_told_as_its_loss_and_nothing_before() -> None:
     left = threading.Event()
     with sleeper() as part:
-        watch = Watch({"raylet": part}, {}, {}, "", left)
+        watch = Watch({"raylet": part}, {}, "", left)
         with pytest.raises(KeyError), watch.keep_looking():
             watch.check()
             raise KeyError
@@ -57,7 +57,7 @@ def test_an_address_that_does_not_answer_any_more_is_a_loss(monkeypatch: pytest.
     monkeypatch.setattr(loss, "SILENT_S", 0.5)
     left = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
-        watch = Watch({}, {}, {"Ray's GCS": server.getsockname()[:2]}, "", left)
+        watch = Watch({}, {"Ray's GCS": server.getsockname()[:2]}, "", left)
         with watch.keep_looking():
             time.sleep(1)
             watch.check()
@@ -71,7 +71,7 @@ def test_an_address_that_does_not_answer_any_more_is_a_loss(monkeypatch: pytest.
 def test_ray_s_gcs_is_asked_when_it_answers_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray aborts a process that asks one which does not."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        watch = Watch({}, {}, {"Ray's GCS": server.getsockname()[:2]}, "", threading.Event())
+        watch = Watch({}, {"Ray's GCS": server.getsockname()[:2]}, "", threading.Event())
         watch.wait()
         host, port = server.getsockname()[:2]
     waited = threading.Thread(target=watch.wait)
@@ -127,7 +127,7 @@ from orchestrator import interrupts
 from orchestrator.execution import loss
 loss.TO_LEAVE_S = 0.5
 part = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-watch = loss.Watch({"GCS": part}, {}, {}, "none", threading.Event())
+watch = loss.Watch({"GCS": part}, {}, "none", threading.Event())
 with interrupts.allow_interrupts(at_once=lambda: print("closed", flush=True)), watch.keep_looking():
     part.kill()
     time.sleep(60)  # as a call that waits for Ray's GCS

@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from orchestrator.execution.session import shorten_reason
+from orchestrator.execution.session import count_slots, shorten_reason
 from workers.config import BLOCK_GPUS, DataConfig
 from workers.disk import Unwritable
 from workers.evaluation.blocks import Block
@@ -32,10 +32,19 @@ class _Evaluation:
 SHARED = ("nll", "ode_nll", "samples", "reference")
 
 
+# So many tasks for each that can run keep the cluster busy: of the two about one waits for another's result.
+TASKS_A_SLOT = 2
+
+
 @dataclass
 class Evaluations:
-    """Evaluations in flight, each under a name. `submit` starts one, `poll` takes what has ended."""
+    """Evaluations, each under a name: `submit` takes one, `poll` starts them in turn and tells which have ended.
 
+    Ray has no order among tasks: of many evaluations it would make a piece of each, and all would end at the end. So
+    one is started where the tasks of those before it no longer keep the cluster busy.
+    """
+
+    _waiting: dict[str, tuple[Order, list[Block], list[Block]]] = field(default_factory=dict)
     _open: dict[str, _Evaluation] = field(default_factory=dict)
     _owner: dict[Any, str] = field(default_factory=dict)  # the evaluation of each task in flight
     _spaces: dict[tuple[DataConfig, str], Any] = field(default_factory=dict)
@@ -46,7 +55,20 @@ class Evaluations:
     retried: list[tuple[str, str, str]] = field(default_factory=list)  # (name, piece of work, why) of what was redone
 
     def submit(self, name: str, order: Order, planned: list[Block], missing: list[Block]) -> None:
-        """Starts the `missing` ones of the `planned` blocks, and after them the summary."""
+        """Takes an evaluation of which these of the `planned` blocks are `missing`; the summary comes after them."""
+        self._waiting[name] = order, planned, missing
+        self._start_some()
+
+    def _start_some(self) -> None:
+        """Starts those that wait, the first of them first, until the cluster is busy."""
+        while self._waiting:
+            name, evaluation = next(iter(self._waiting.items()))
+            if len(self._owner) >= TASKS_A_SLOT * _count_at_once(evaluation[0]):
+                return
+            del self._waiting[name]
+            self._start(name, *evaluation)
+
+    def _start(self, name: str, order: Order, planned: list[Block], missing: list[Block]) -> None:
         options = _make_options(order)
         space = self._make_space(name, order)
         made: dict[str, Any] = {}
@@ -76,15 +98,17 @@ class Evaluations:
         return self._spaces[key]
 
     def __len__(self) -> int:
-        return len(self._open)
+        return len(self._open) + len(self._waiting)
 
     def forget(self) -> None:
         """Lets go of all tasks, before their Ray ends: what refers to one later may end the process."""
-        for kept in (self._open, self._owner, self._spaces, self._asking, self._shared):
+        for kept in (self._waiting, self._open, self._owner, self._spaces, self._asking, self._shared):
             kept.clear()
 
     def count_left(self, name: str) -> int:
         """Blocks of an evaluation still to come."""
+        if name in self._waiting:
+            return len(self._waiting[name][2])
         return max(0, len(self._open[name].left) - 1) if name in self._open else 0
 
     def poll(self, timeout_s: float = 0) -> list[tuple[str, str]]:
@@ -101,6 +125,7 @@ class Evaluations:
         ended = {name: e for name, e in self._open.items() if not e.left}
         for name in ended:
             del self._open[name]
+        self._start_some()
         return [(name, e.failed) for name, e in ended.items() if e.failed or name not in self.late]
 
     def _hear_spaces(self) -> None:
@@ -138,7 +163,7 @@ class Evaluations:
         if damaged:
             for block in damaged:
                 self._shared.pop(block.path, None)
-            self.submit(name, evaluation.order, evaluation.planned, list(damaged))
+            self._start(name, evaluation.order, evaluation.planned, list(damaged))
 
     def _note_redone(self, name: str, piece: str, attempts: int, again: Mapping[Block, str]) -> None:
         """Notes what a task says of faults: Ray began it more than once, or blocks were damaged."""
@@ -151,6 +176,12 @@ class Evaluations:
         """(name, piece of work, why) of all that was made again since the last call."""
         retried, self.retried = self.retried, []
         return retried
+
+
+def _count_at_once(order: Order) -> float:
+    """How many tasks of the evaluation the cluster can run at once, where nothing else runs."""
+    slots = count_slots()
+    return max(1.0, slots["gpus"] / BLOCK_GPUS if order.gpus else slots["cpus"] / BLOCK_CPUS)
 
 
 def _make_options(order: Order) -> dict[str, float]:

@@ -13,15 +13,16 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import ray
 
 from orchestrator import interrupts
 from orchestrator.execution.loss import MARKER, ClusterLost, stop
-from orchestrator.ray_internals import find_default_folder, hear_ray, listen_on_loopback, set_environment
+from orchestrator.ray_internals import find_default_folder, hear_ray, start_few
 from workers.config import Mistake
 from workers.disk import StorageError, Unwritable, check_writable
 from workers.speed import count_cores
@@ -48,6 +49,9 @@ WORKERS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_TRAIN_ENABLE_STATE_T
 # process learns only with its work where the command's own modules are; Ray Tune is for those of trials alone, and Ray
 # starts others beside them. Of many cores it would take gigabytes.
 LOADED, MOST_LOADED = "torch", 16
+# A process without work is kept so long. Ray keeps it for a second, and then starts another for the next piece of work;
+# by default it even ends what it has just started, where the driver takes longer to have work for it.
+KEPT_MS = 60_000
 
 
 @dataclass
@@ -75,7 +79,7 @@ def start_early() -> Iterator[None]:
     """
     local: LocalRay | None = None
     try:
-        with STARTING, interrupts.allow_interrupts():
+        with STARTING, interrupts.allow_interrupts(), _load_beside(LOADED):
             if not ray.is_initialized():
                 _early.append(local := start(None))
     except ClusterLost as lost:
@@ -87,6 +91,22 @@ def start_early() -> Iterator[None]:
         with STARTING:
             if local in _early:
                 end_early()
+
+
+@contextmanager
+def _load_beside(module: str) -> Iterator[None]:
+    """Loads a module while the block waits for other processes. Whoever needs it is told where it cannot be loaded."""
+
+    def load() -> None:
+        with suppress(Exception):
+            import_module(module)
+
+    loading = threading.Thread(target=load, name=f"load {module}")
+    loading.start()
+    try:
+        yield
+    finally:
+        loading.join()
 
 
 def end_early() -> None:
@@ -138,7 +158,7 @@ def _list_variables(marker: str) -> dict[str, str]:
     loaded = {"RAY_preload_python_modules": LOADED} if count_cores() <= MOST_LOADED else {}
     # Ray sets it as it hands out work, which is too late for libraries that are loaded.
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
-    return {MARKER: marker, **loaded, **threads}
+    return {MARKER: marker, "RAY_idle_worker_killing_time_threshold_ms": str(KEPT_MS), **loaded, **threads}
 
 
 @contextmanager
@@ -150,8 +170,7 @@ def start_whole(marker: str) -> Iterator[None]:
     with ExitStack() as opened:
         opened.enter_context(interrupts.defer_interrupts())
         if marker:
-            opened.enter_context(set_environment(_list_variables(marker)))
-            opened.enter_context(listen_on_loopback())
+            opened.enter_context(start_few(_list_variables(marker)))
         if threading.current_thread() is threading.main_thread():
             opened.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         hear_ray()

@@ -3,7 +3,6 @@
 Ray does not say so itself: without its raylet a driver waits for ever, and without its GCS it is aborted after 60 s.
 """
 
-import logging
 import os
 import signal
 import socket
@@ -17,8 +16,6 @@ from typing import TypeVar
 
 from orchestrator import cli, interrupts
 from workers.config import Mistake
-
-log = logging.getLogger(__name__)
 
 LOOK_S = 0.25
 SILENT_S = 30.0  # an address that does not answer for so long is lost
@@ -34,15 +31,11 @@ class ClusterLost(Mistake):
 
 
 class Watch:
-    """Looks after the `parts`, processes by their names, and the `addresses`, (host, port) by what answers there.
-
-    The end of a `spare` part is told, and changes nothing.
-    """
+    """Looks after the `parts`, processes by their names, and the `addresses`, (host, port) by what answers there."""
 
     def __init__(
         self,
         parts: Mapping[str, subprocess.Popen[bytes]],
-        spare: Mapping[str, subprocess.Popen[bytes]],
         addresses: Mapping[str, tuple[str, int]],
         marker: str,
         left: threading.Event,
@@ -50,7 +43,7 @@ class Watch:
         also: Callable[[], object] = lambda: None,
     ) -> None:
         """`also` is called again and again, from the thread that watches."""
-        self._parts, self._spare, self._addresses = parts, dict(spare), addresses
+        self._parts, self._addresses = parts, addresses
         self._marker, self._left, self._also = marker, left, also
         self._answered = dict.fromkeys(addresses, time.monotonic())
         self._silent, self._understood = "", time.monotonic()
@@ -105,11 +98,6 @@ class Watch:
             self._also()
             for name, address in self._addresses.items():
                 self._ask(name, address)
-            for name, text in [
-                (name, text) for name, part in self._spare.items() if (text := describe_death(name, part))
-            ]:
-                del self._spare[name]
-                log.warning("%s; nothing here needs it", text)
             if lost := self.explain_loss():
                 if not self._left.wait(TO_LEAVE_S):
                     stop(self._marker, 0)

@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 TO_JOIN_S, LOOK_S = 180.0, 0.5  # for the nodes of a job to join the Ray that they start together
 TO_ANSWER_S = 60.0  # for a node that is asked whether it sees the storage; one that is slower is believed
 VITAL = {"gcs_server": "GCS", "raylet": "raylet"}  # Ray's names of its processes, and ours
-SPARE = {"monitor": "monitor", "log_monitor": "log monitor", "dashboard": "dashboard"}
 
 
 @contextmanager
@@ -75,7 +74,6 @@ def _open_session(ray_address: str | None, cpus: int | None, hang_s: float) -> I
         watchdog = Watchdog(hang_s, lambda: bool(watch.explain_loss()))
         watch = Watch(
             find_processes(VITAL),
-            find_processes(SPARE),
             {} if ray_address is None else _find_addresses(),
             marker,
             left,

@@ -21,7 +21,7 @@ from orchestrator.execution.scratch import make_scratch_folder
 from orchestrator.execution.session import is_on_this_machine, list_nodes_ever
 from orchestrator.experiment.records import SearchConfig
 from orchestrator.planning.place import Size, admit_at_once, describe_nodes, fits_one_node, list_never_fitting
-from orchestrator.tune_internals import choose_environments, treat_out_of_memory_as_death
+from orchestrator.tune_internals import choose_environments, count_no_loggers, treat_out_of_memory_as_death
 from workers.config import Mistake
 from workers.disk import Unwritable
 from workers.hosts import CROWDED, HELD, MEASURED, UNWRITABLE, OneWorker, free_workers
@@ -71,6 +71,7 @@ def train(
         events.say(f"placement  {size}: more than a node holds, so such a trial trains over several nodes (PACK)")
     hosts = hosts or choose_hosts(sizes.values())
     choose_environments(local=is_on_this_machine())
+    count_no_loggers()
     for name, host in hosts.items():
         tune.register_trainable(name, host)
     scheduler = make_scheduler(search, max(read_trial(job).training.steps for job in jobs))

@@ -15,7 +15,7 @@ from conftest import Started, run, runs, statuses, title
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from orchestrator.execution import session
-from orchestrator.execution.evaluations import Evaluations
+from orchestrator.execution.evaluations import BLOCK_CPUS, TASKS_A_SLOT, Evaluations
 from orchestrator.measuring.subjects import find_checkpoint
 from orchestrator.planning.decide import find_missing_blocks
 from orchestrator.state.saved import open_trial
@@ -117,6 +117,31 @@ def test_blocks_that_would_not_be_done_before_the_job_pauses_are_not_begun(train
             assert ended == ([(address, "")] if made else [])
             assert evaluations.late == (set() if made else {address})
             assert [storage.exists(block.path) for block in lost] == [made] * len(lost)
+
+
+def test_of_many_evaluations_only_so_much_is_begun_as_keeps_the_cluster_busy(trained: tuple[Path, str]) -> None:
+    storage, address = Storage(trained[0]), trained[1]
+    m = Measurement.of(trial := open_trial(storage, address))
+    checkpoint, images = find_checkpoint(storage, address, trial), Images.of(describe(trial.data))
+    assert checkpoint and m.evaluation.nll
+    with session.open_session(None, cpus=1):
+        evaluations, ended, most = Evaluations(), list[str](), 0
+        for timesteps in range(4, 10):
+            nll = m.evaluation.nll.model_copy(update={"images": 50, "timesteps": timesteps})
+            of = m.model_copy(update={"evaluation": m.evaluation.model_copy(update={"nll": nll, "fid": None})})
+            planned = list_blocks(of, checkpoint.digest, images)
+            missing = find_missing_blocks(planned, storage.list)
+            assert len(planned) == len(missing) > 1
+            evaluations.submit(str(timesteps), make_order(storage, of, checkpoint, 0), planned, missing)
+            assert evaluations.count_left(str(timesteps)) == len(missing)
+        assert len(evaluations) == 6
+        while evaluations:
+            most = max(most, len(evaluations._owner))
+            for name, why in evaluations.poll(0.2):
+                assert not why
+                ended.append(name)
+        assert ended == [str(timesteps) for timesteps in range(4, 10)]
+        assert most <= TASKS_A_SLOT / BLOCK_CPUS + len(planned) + 1
 
 
 def test_a_folder_of_diffusers_is_measured_and_recorded_in_an_experiment_of_its_own(tmp_path: Path) -> None:
