@@ -7,7 +7,8 @@ from typing import Any
 
 import ray
 
-from orchestrator.execution.session import count_slots, shorten_reason
+from orchestrator.clusters.cluster import Cluster
+from orchestrator.execution.session import list_nodes_ever, shorten_reason
 from workers.config import BLOCK_GPUS, DataConfig
 from workers.disk import Unwritable
 from workers.evaluation.blocks import Block
@@ -41,9 +42,11 @@ class Evaluations:
     """Evaluations, each under a name: `submit` takes one, `poll` starts them in turn and tells which have ended.
 
     Ray has no order among tasks: of many evaluations it would make a piece of each, and all would end at the end. So
-    one is started where the tasks of those before it no longer keep the cluster busy.
+    one is started where the tasks of those before it no longer keep the cluster busy, as far as `cluster` says that it
+    can grow.
     """
 
+    cluster: Cluster | None = None
     _waiting: dict[str, tuple[Order, list[Block], list[Block]]] = field(default_factory=dict)
     _open: dict[str, _Evaluation] = field(default_factory=dict)
     _owner: dict[Any, str] = field(default_factory=dict)  # the evaluation of each task in flight
@@ -63,10 +66,16 @@ class Evaluations:
         """Starts those that wait, the first of them first, until the cluster is busy."""
         while self._waiting:
             name, evaluation = next(iter(self._waiting.items()))
-            if len(self._owner) >= TASKS_A_SLOT * _count_at_once(evaluation[0]):
+            if len(self._owner) >= TASKS_A_SLOT * self._count_at_once(evaluation[0]):
                 return
             del self._waiting[name]
             self._start(name, *evaluation)
+
+    def _count_at_once(self, order: Order) -> float:
+        """How many tasks of the evaluation the cluster can run at once, where nothing else runs."""
+        nodes = list_nodes_ever(self.cluster)
+        slots = sum(n.gpus for n in nodes) / BLOCK_GPUS if order.gpus else sum(n.cpus for n in nodes) / BLOCK_CPUS
+        return max(1.0, slots)
 
     def _start(self, name: str, order: Order, planned: list[Block], missing: list[Block]) -> None:
         options = _make_options(order)
@@ -176,12 +185,6 @@ class Evaluations:
         """(name, piece of work, why) of all that was made again since the last call."""
         retried, self.retried = self.retried, []
         return retried
-
-
-def _count_at_once(order: Order) -> float:
-    """How many tasks of the evaluation the cluster can run at once, where nothing else runs."""
-    slots = count_slots()
-    return max(1.0, slots["gpus"] / BLOCK_GPUS if order.gpus else slots["cpus"] / BLOCK_CPUS)
 
 
 def _make_options(order: Order) -> dict[str, float]:

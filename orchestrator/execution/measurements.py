@@ -118,7 +118,7 @@ def _measure(
         with display:
             session.check_seen(storage)
             cluster = find_cluster_of_head() if ray_address else None
-            evaluations, nodes = Evaluations(), session.list_nodes_ever(cluster)
+            evaluations, nodes = Evaluations(cluster), session.list_nodes_ever(cluster)
             gpus = int(any(n.gpus for n in nodes))
             for path, (subject, planned, missing) in to_do.items():
                 session.check_precision(subject.m.evaluation, nodes)
