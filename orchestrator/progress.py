@@ -56,8 +56,7 @@ class RowsInProgress:
 
     def make_jobs(self, rows: Iterable[RowId], cluster: Cluster | None) -> list[Job]:
         """A job for each trial that the rows need; those that are to be trained, each as far as its furthest row."""
-        self.evaluations.cluster = cluster
-        nodes, to_train = session.list_nodes_ever(cluster), []
+        self.evaluations.cluster, nodes, to_train = cluster, session.list_nodes_ever(cluster), []
         for trial in dict.fromkeys(map(get_trial_of_row, rows)):
             self.jobs[trial] = _make_job(self.standing, trial, nodes)
             if any(row in self.training for row in self.standing.sharing[trial]):
