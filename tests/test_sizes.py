@@ -16,7 +16,7 @@ from orchestrator.experiment.settings import NotYAML, read_yaml
 from workers.config import DataConfig, EvaluationConfig, FIDConfig, Measurement, Mistake, NLLConfig, ODENLLConfig
 from workers.evaluation.blocks import Images, count_blocks, list_blocks
 
-MOST_MEMORY = 256 * 2**20
+MOST_MEMORY = 100 * 2**20
 SECTIONS = [path for path in TRIAL_SETTINGS if any(other.startswith(f"{path}.") for other in TRIAL_SETTINGS)]
 FACTORS = ["seed", "model.norm_groups", "loss.gamma", "loss.p2_gamma", "loss.p2_k", "loss.vlb_weight", "training.lr",
            "training.grad_clip", "preflight.max_prior_bpd"]  # fmt: skip

@@ -15,6 +15,8 @@ from workers.evaluation.blocks import Block
 from workers.speed import Spent, add_spent
 from workers.tasks import Order, make_block, make_space, make_summary
 
+# So many tasks for each that can run keep the cluster busy: of the two about one waits for another's result.
+TASKS_A_SLOT = 2
 BLOCK_CPUS = 0.9  # not a whole one: the drivers of data-parallel trials take a little of the core that is kept free
 
 
@@ -31,10 +33,6 @@ class _Evaluation:
 # Kinds of blocks that measurements of one checkpoint, or on one data set, have in common: while one makes them, the
 # others wait for them.
 SHARED = ("nll", "ode_nll", "samples", "reference")
-
-
-# So many tasks for each that can run keep the cluster busy: of the two about one waits for another's result.
-TASKS_A_SLOT = 2
 
 
 @dataclass

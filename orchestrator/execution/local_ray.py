@@ -154,11 +154,12 @@ def start(cpus: int | None) -> LocalRay:
 
 
 def _list_variables(marker: str) -> dict[str, str]:
-    """Of the processes of a local Ray."""
-    loaded = {"RAY_preload_python_modules": LOADED} if count_cores() <= MOST_LOADED else {}
-    # Ray sets it as it hands out work, which is too late for libraries that are loaded.
-    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
-    return {MARKER: marker, "RAY_idle_worker_killing_time_threshold_ms": str(KEPT_MS), **loaded, **threads}
+    """Of the processes of a local Ray; those that the user has set stay."""
+    # Ray sets the threads as it hands out work, which is too late for libraries that are loaded.
+    chosen = {"OMP_NUM_THREADS": "1", "RAY_idle_worker_killing_time_threshold_ms": str(KEPT_MS)}
+    if count_cores() <= MOST_LOADED:
+        chosen["RAY_preload_python_modules"] = LOADED
+    return {MARKER: marker, **{name: value for name, value in chosen.items() if name not in os.environ}}
 
 
 @contextmanager
