@@ -9,6 +9,7 @@ import threading
 import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
+from http.client import parse_headers
 from pathlib import Path
 
 from orchestrator import ui
@@ -91,9 +92,10 @@ class Between:
                 return
             if self.left or self._server is None:
                 canned = self.left.pop(0) if self._server else self.left[0]
-                near.recv(65536)
-                near.sendall(canned)
-                near.close()
+                with near, near.makefile("rb") as request:
+                    request.readline()  # all of it is read: a socket closed with some unread resets its connection
+                    request.read(int(parse_headers(request).get("Content-Length", 0)))
+                    near.sendall(canned)
                 continue
             far = socket.create_connection(("127.0.0.1", self._server.port))
             for source, target in ((near, far), (far, near)):
