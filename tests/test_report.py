@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from matplotlib.figure import Figure
 from stored_sweep import FOUR, SOURCE, Page, experiment, stored
 
 from orchestrator import report as verb
 from orchestrator import status
 from orchestrator.experiment.expand import expand
 from orchestrator.experiment.records import Variant
-from orchestrator.output import curves, findings, page
+from orchestrator.output import curves, figures, findings, page
 from orchestrator.output.importance import compute_importance
 from orchestrator.output.markdown import write_markdown
 from orchestrator.state.events import Driver, EventLog, find_driver, list_failures, measure_use, read_events
@@ -185,6 +186,23 @@ def test_where_settings_were_drawn_a_forest_says_what_matters(tmp_path: Path) ->
     assert "What it loses of that when one is shuffled" in write_markdown(found)
     few = stored(tmp_path / "few", FOUR, **drawn)[0]
     assert findings.grow_trees(findings.gather(few, "small")) is None
+
+
+def test_of_many_trials_the_best_have_curves_and_all_have_points(tmp_path: Path) -> None:
+    """The last is the best by both objectives."""
+    n, space = 120, {"training.lr": {"grid": [i / 1e5 for i in range(1, 121)]}}
+    storage, addresses = stored(tmp_path, {i: [3.0 - i / 100] for i in range(n)}, space=space)
+    found = findings.gather(storage, "small")
+    best = addresses[: n - findings.CURVES - 1 : -1]
+    assert [row.digest for row in found.with_curves] == best == list(found.journals)
+    for draw in (curves.draw_bits, curves.draw_rates, curves.draw_chains, curves.draw_validation, curves.draw_front):
+        [plot] = draw(found)
+        assert figures.to_svg(plot).count("<title>") == findings.CURVES
+    [front] = curves.draw_front(found)
+    axes = Figure().subplots()
+    front.draw(axes, figures.LIGHT)
+    assert sum(len(line.get_xdata()) for line in axes.lines) == n
+    assert "Of 120 trials the best 100 have curves" in " ".join(Page(page.render_report(found)).text)
 
 
 # ---- What happened ---------------------------------------------------------------------------------------------

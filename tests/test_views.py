@@ -6,6 +6,7 @@ import zlib
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from orchestrator.state.rows import find_pareto_front
@@ -116,6 +117,18 @@ def test_a_view_fits_into_a_tag() -> None:
 )
 def test_the_pareto_front(points: dict[str, tuple[float, ...]], front: set[str]) -> None:
     assert find_pareto_front(points) == front
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 3])
+def test_the_front_is_what_no_other_beats(objectives: int) -> None:
+    drawn = np.random.default_rng(objectives).integers(0, 6, (60, objectives)).tolist()
+    points = {f"p{i}": tuple(map(float, values)) for i, values in enumerate(drawn)}
+    beaten = {
+        name
+        for name, p in points.items()
+        if any(q != p and all(a <= b for a, b in zip(q, p, strict=True)) for q in points.values())
+    }
+    assert find_pareto_front(points) == points.keys() - beaten
 
 
 def test_the_front_is_vivid_the_beaten_are_pale_and_a_trial_keeps_its_hue() -> None:

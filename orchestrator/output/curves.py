@@ -1,5 +1,6 @@
 """The figures of a sweep: from its report to `Plot`s, which the page has as SVG and MLflow as PNG."""
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from orchestrator.experiment.metrics import DENSITY, EVALUATIONS, NLL, head_metr
 from orchestrator.experiment.records import Variant
 from orchestrator.measuring.seeds import Group
 from orchestrator.output.figures import Plot, Series, draw_curves, draw_scatter, to_png
-from orchestrator.output.findings import Report
+from orchestrator.output.findings import CURVES, Report
 from orchestrator.output.graph import draw_graph
 from orchestrator.state.rows import Row, shorten_params
 from workers.bits import STUDENT, VALIDATIONS
@@ -29,7 +30,7 @@ Z = 1.96  # standard errors of an interval that holds the true mean in 95 % of c
 def draw_bits(report: Report) -> list[Plot]:
     """Where the bits go: L_1, ..., L_{T-1} of each trial, against t / T; nothing where t was sampled."""
     series = []
-    for row in report.rows:
+    for row in report.with_curves:
         if by_t := (row.found.summary or {}).get("nll_by_t"):
             T = len(by_t) - 1
             first = DENSITY in row.metrics  # whose L_0 may be below 0, where the axis has no place for it
@@ -50,7 +51,7 @@ def draw_schedules(report: Report) -> list[Plot]:
             continue
         read = collect_settings_read(diffusion)
         key = json.dumps({n: v for n, v in read.items() if n not in ("prediction", "variance")}, sort_keys=True)
-        if key not in series:
+        if key not in series and len(series) < CURVES:
             t, snr = _find_log_snrs(diffusion)
             t, snr = t[np.isfinite(snr)], snr[np.isfinite(snr)]  # jsd ends at -inf
             names = shorten_params(_keep_schedule(row.variant))
@@ -88,7 +89,7 @@ def draw_rates(report: Report) -> list[Plot]:
     """Progressive coding: the error of the best guess against the bits sent."""
     series = [
         _make_series(report, row, curve["rate_bpd"], curve["rmse_255"])
-        for row in report.rows
+        for row in report.with_curves
         if (curve := (row.found.summary or {}).get("rate_distortion"))
     ]
     return [draw_curves("rate-distortion", series, "rate (bits/dim)", "distortion (RMSE, 0–255)")] if series else []
@@ -97,7 +98,7 @@ def draw_rates(report: Report) -> list[Plot]:
 def draw_chains(report: Report) -> list[Plot]:
     """The bound of shorter chains with the optimal variance."""
     series = []
-    for row in report.rows:
+    for row in report.with_curves:
         if chains := (row.found.summary or {}).get("ledger", {}).get("optimal"):
             x, y, e = zip(*((c["steps"], c["bpd"], c["bpd_se"] or 0.0) for c in chains), strict=True)
             low, high = [[b + s * Z * d for b, d in zip(y, e, strict=True)] for s in (-1, 1)]
@@ -111,7 +112,7 @@ def draw_validation(report: Report) -> list[Plot]:
     drawn = []
     for name in VALIDATIONS:
         series: list[Series] = []
-        for row in report.rows:
+        for row in report.with_curves:
             points = [
                 (p["step"], m[name], m.get(f"{name}_se", 0.0))
                 for p in report.journals[row.digest]
@@ -132,7 +133,9 @@ def draw_front(report: Report) -> list[Plot]:
     if not report.traded:
         return []
     front, (first, *others) = report.front, report.objectives
-    hollow = [group.name for group in report.traded if len(others) > 1 and group not in front]
+    on_front = {group.digest for group in front}
+    beaten = [group for group in report.traded if group.digest not in on_front]
+    hollow = {group.name for group in beaten} if len(others) > 1 else set()
     drawn = []
     for other in others:
         points = [
@@ -141,7 +144,7 @@ def draw_front(report: Report) -> list[Plot]:
                 _get_error(group, first),
                 _get_error(group, other),
             )
-            for group in report.traded
+            for group in (*front, *beaten)
         ]
         values = [group.metrics[other] for group in report.traded]
         log_y = min(values) > 0 and max(values) / min(values) > 5
@@ -149,7 +152,9 @@ def draw_front(report: Report) -> list[Plot]:
         steps = sorted({(group.metrics[first], group.metrics[other]) for group in front})
         line = steps if len(others) == 1 else []
         drawn.append(
-            draw_scatter(name, points, line, _label_axis(first), _label_axis(other), log_y=log_y, hollow=hollow)
+            draw_scatter(
+                name, points, line, _label_axis(first), _label_axis(other), log_y=log_y, named=CURVES, hollow=hollow
+            )
         )
     return drawn
 
@@ -228,7 +233,7 @@ def _make_lines(report: Report, metric: str, x_of: Callable[[Group], float | Non
     if len({point[0] for points in lines.values() for point in points}) < 2:
         return []
     series: list[Series] = []
-    for label, points in lines.items():
+    for label, points in itertools.islice(lines.items(), CURVES):
         x, y, e = zip(*sorted(points), strict=True)
         low, high = ([b + s * d for b, d in zip(y, e, strict=True)] for s in (-1, 1))
         series.append(Series(label or head_metric(metric), x, y, len(series), low, high))

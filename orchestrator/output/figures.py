@@ -118,16 +118,24 @@ def draw_scatter(
     y_label: str,
     *,
     log_y: bool,
+    named: int,
     hollow: Collection[str] = (),
 ) -> Plot:
     """Points with their standard errors in x and y, those of the `hollow` labels not filled, and the front of those
-    that none is better than in both."""
+    that none is better than in both.
+
+    Those beyond the first `named` have no names, colours or bars.
+    """
 
     def draw(axes: Any, palette: Palette) -> None:
+        for is_hollow in (False, True):
+            others = [s for s, *_ in points[named:] if (s.label in hollow) == is_hollow]
+            axes.plot([x for s in others for x in s.x], [y for s in others for y in s.y], "o", markersize=4,
+                      color=palette.rest, fillstyle="none" if is_hollow else "full", label="_")  # fmt: skip
         if len(front) > 1:
             x, y = zip(*front, strict=True)
             axes.step(x, y, where="post", color=palette.ink, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        for s, x_error, y_error in reversed(points):
+        for s, x_error, y_error in reversed(points[:named]):
             bars = axes.errorbar(s.x, s.y, xerr=x_error or None, yerr=y_error or None, fmt="o", markersize=7,
                                  color=palette[s.rank], elinewidth=1.2, capsize=0, label=_make_legend_label(s),
                                  fillstyle="none" if s.label in hollow else "full")  # fmt: skip

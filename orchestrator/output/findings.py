@@ -27,6 +27,7 @@ from workers.locks import is_locked
 from workers.storage import Storage
 
 GRIDS = 12  # trials whose samples and parts of the bound are shown
+CURVES = 100  # trials that have a curve of their own, or settings where seeds are taken together: more are not seen
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Report:
     """A sweep as its storage holds it at one moment. `rows` are ranked, the best first; `needed` are those that are
     made as others start from them.
 
-    Those that differ in the seed alone are shown as one, unless `each` of them is asked for.
+    Those that differ in the seed alone are shown as one, unless `each` of them is asked for. `journals` are those of
+    the rows with curves.
     """
 
     kept: SavedSweep
@@ -51,6 +53,10 @@ class Report:
     def groups(self) -> list[Group]:
         """What is shown in a line each, the best first."""
         return group_rows(self.rows, self.each)
+
+    @cached_property
+    def with_curves(self) -> list[Row]:
+        return choose_curves(self.groups)
 
     @cached_property
     def over_seeds(self) -> bool:
@@ -127,9 +133,10 @@ def gather(storage: Storage, sweep: str, each: bool = False) -> Report:
     every = read_rows(storage, kept, happened)
     rows = rank_rows(list_asked(every), kept.metric, each)
     locked = is_locked(storage, name_sweep_lock(kept.name))
-    journals = read_journals(storage, kept.trials)
+    groups = group_rows(rows, each)
+    journals = read_journals(storage, {row.digest: kept.trials[row.digest] for row in choose_curves(groups)})
     grids: dict[str, tuple[int, bytes]] = {}
-    for group in group_rows(rows, each)[:GRIDS]:
+    for group in groups[:GRIDS]:
         images = [point for point in journals[group.digest] if point.get("image") == "samples"]
         if images and (png := read_image(storage, images[-1])) is not None:
             grids[group.digest] = images[-1]["step"], png
@@ -144,6 +151,11 @@ def gather(storage: Storage, sweep: str, each: bool = False) -> Report:
         made_ms,
         each,
     )
+
+
+def choose_curves(groups: Sequence[Group]) -> list[Row]:
+    """The rows of the best CURVES groups."""
+    return [row for group in groups[:CURVES] for row in group.rows]
 
 
 def list_starts(report: Report) -> list[tuple[Row, list[tuple[str, Row]]]]:

@@ -14,6 +14,7 @@ from orchestrator.measuring.differences import BY_IMAGE, compute_student_reach
 from orchestrator.measuring.seeds import Group, compare_groups, group_rows
 from orchestrator.measuring.slowness import find_slow_trials
 from orchestrator.output.findings import (
+    CURVES,
     GRIDS,
     Report,
     compute_shares,
@@ -75,6 +76,8 @@ def render_report(report: Report) -> str:
         rows=list_entries(report, each=True) if report.over_seeds else [],
         footnote=make_footnote(report.rows, report.kept.metric, report.each).splitlines(),
         shown=list_measured(report.rows),
+        curves=CURVES,
+        list_searched=list_searched,
         paired=report.compared in BY_IMAGE,
         shares=compute_shares(report),
         trees=grow_trees(report),
@@ -149,6 +152,11 @@ def list_entries(report: Report, each: bool = False) -> list[PageRow]:
             )
         )
     return entries
+
+
+def list_searched(entries: Sequence[PageRow]) -> list[str]:
+    """The settings that have a column."""
+    return list(dict.fromkeys(name for entry in entries for name in entry.params))
 
 
 def _compute_interval(group: Group, metric: str) -> tuple[float, float, float] | None:

@@ -180,9 +180,12 @@ def list_asked(rows: Iterable[Row]) -> list[Row]:
 
 def find_pareto_front(points: Mapping[str, Sequence[float]]) -> set[str]:
     """The names of the points that no other beats: is nowhere larger and somewhere smaller."""
-    distinct = {tuple(values) for values in points.values()}
-    beaten = {p for p in distinct if any(q != p and all(map(operator.le, q, p)) for q in distinct)}
-    return {name for name, values in points.items() if tuple(values) not in beaten}
+    front: list[tuple[float, ...]] = []
+    for p in sorted({tuple(values) for values in points.values()}):  # what beats one comes before it
+        if not any(all(map(operator.le, q, p)) for q in front):
+            front.append(p)
+    unbeaten = set(front)
+    return {name for name, values in points.items() if tuple(values) in unbeaten}
 
 
 def is_distance(name: str) -> bool:
