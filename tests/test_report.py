@@ -201,7 +201,7 @@ def test_of_many_trials_the_best_have_curves_and_all_have_points(tmp_path: Path)
     [front] = curves.draw_front(found)
     axes = Figure().subplots()
     front.draw(axes, figures.LIGHT)
-    assert sum(len(line.get_xdata()) for line in axes.lines) == n
+    assert sum(line.get_xydata().shape[0] for line in axes.lines) == n
     assert "Of 120 trials the best 100 have curves" in " ".join(Page(page.render_report(found)).text)
 
 
