@@ -3,9 +3,10 @@
     python benchmarks/overhead.py --trials 12 --seconds 20
 
 The bare work is training and evaluation of the same trials, called as functions, in as many processes at once as there
-are cores; what they take is the ideal time of the sweep. The sweep is the command as a user calls it, with MLflow and
-the report. It prints both, their ratio, the seconds of a core that a trial costs above its bare work, and how long
-after the command the first trial began.
+are cores; what they take is the ideal time of the sweep. It is measured before the sweep and after it, as the speed of
+a machine changes, and taken as the mean. The sweep is the command as a user calls it, with MLflow and the report. It
+prints both, their ratio, the seconds of a core that a trial costs above its bare work, and how long after the command
+the first trial began.
 """
 
 import argparse
@@ -93,8 +94,7 @@ def main() -> int:
         longer = statistics.median(both(3 * probe, range(2 * count_cores()), f"{scratch}/bare"))
         each = (longer - seconds) / (2 * probe)
         steps = max(1, round(probe + (options.seconds - seconds) / each))
-        trial = statistics.mean(both(steps, range(2 * count_cores()), f"{scratch}/bare"))
-        ideal = trial * options.trials / count_cores()
+        before = statistics.mean(both(steps, range(2 * count_cores()), f"{scratch}/bare"))
         file, storage = Path(scratch, "overhead.yaml"), Path(scratch, "runs")
         seeds = {"search": {"space": {"seed": {"grid": list(range(options.trials))}}}}
         file.write_text(yaml.safe_dump({"name": "overhead", **content(steps), **seeds}))
@@ -102,16 +102,21 @@ def main() -> int:
         began, began_at = time.monotonic(), time.time()
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         took = time.monotonic() - began
+        after = statistics.mean(both(steps, range(2 * count_cores()), f"{scratch}/again"))
         first = min(
             event["time_ms"] for event in read_events(Storage(storage), "overhead") if event["event"] == "began"
         )
+    trial = (before + after) / 2
+    ideal = trial * options.trials / count_cores()
     found = {
-        "trials": options.trials, "bare_s": trial, "steps": steps, "ideal_s": ideal, "sweep_s": took,
-        "ratio": took / ideal, "above_a_trial_s": (took - ideal) * count_cores() / options.trials,
+        "trials": options.trials, "before_s": before, "after_s": after, "steps": steps,
+        "ideal_s": ideal, "sweep_s": took, "ratio": took / ideal,
+        "above_a_trial_s": (took - ideal) * count_cores() / options.trials,
         "first_trial_after_s": first / 1000 - began_at,
     }  # fmt: skip
     print(
-        f"{options.trials} trials of {trial:.1f} s on {count_cores()} cores: ideal {ideal:.1f} s, the sweep "
+        f"{options.trials} trials of {trial:.1f} s ({before:.1f} before the sweep, {after:.1f} after it) on "
+        f"{count_cores()} cores: ideal {ideal:.1f} s, the sweep "
         f"{took:.1f} s, {took / ideal:.2f} times as long; {found['above_a_trial_s']:.2f} s of a core a "
         f"trial above its bare work; the first trial began {found['first_trial_after_s']:.1f} s after the command"
     )
