@@ -19,7 +19,6 @@ from orchestrator.experiment.load import load
 from orchestrator.experiment.preflight import describe_data, measure_chain
 from orchestrator.experiment.records import Experiment, Variant
 from orchestrator.origins import pin_starts
-from orchestrator.output.page import name_path as report_path
 from orchestrator.output.table import make_columns, make_frame
 from orchestrator.state.events import read_events
 from orchestrator.state.rows import list_asked, rank_rows
@@ -27,7 +26,7 @@ from orchestrator.state.saved import open_sweep, read_rows
 from workers.config import DataConfig, Mistake, SamplerConfig
 from workers.consent import give_consent
 from workers.data.sources import Source
-from workers.layout import RowId
+from workers.layout import RowId, name_report_file
 from workers.storage import Storage
 from workers.students import check_drawing, choose_own_sampler
 
@@ -60,7 +59,7 @@ class Outcome:
     @property
     def report(self) -> str:
         """Where its report lies."""
-        return Storage(self.storage).find_url(report_path(self.name))
+        return Storage(self.storage).find_url(name_report_file(self.name))
 
     def results(self) -> "pd.DataFrame":
         return load_results(self.name, self.storage)

@@ -12,7 +12,9 @@ from pathlib import Path
 from orchestrator import cli
 from orchestrator.output.findings import gather
 from orchestrator.output.markdown import write_markdown
-from orchestrator.output.page import name_path, render_report
+from orchestrator.output.page import render_report
+from orchestrator.state.saved import keep_report
+from workers.layout import name_report_file
 from workers.storage import Storage
 
 EXAMPLES = ("beta_schedule --output page.html --storage s3://bucket/runs", "beta_schedule --markdown > comment.md")
@@ -48,8 +50,8 @@ def run(options: argparse.Namespace) -> int:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_bytes(content)
     else:
-        storage.write(name_path(options.sweep), content)
-    print(options.output or storage.find_url(name_path(options.sweep)))
+        keep_report(storage, options.sweep, content)
+    print(options.output or storage.find_url(name_report_file(options.sweep)))
     return cli.DONE
 
 

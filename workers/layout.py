@@ -64,6 +64,10 @@ def name_sweep_file(sweep: str, name: str) -> str:
     return f"{name_sweep_folder(sweep)}/{name}"
 
 
+def name_report_file(sweep: str) -> str:
+    return name_sweep_file(sweep, "report.html")
+
+
 def name_published_file(sweep: str) -> str:
     """What says that all of a sweep is done and shipped."""
     return name_sweep_file(sweep, "published.json")

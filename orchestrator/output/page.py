@@ -34,14 +34,9 @@ from orchestrator.output.table import format_means, format_value, list_measured,
 from orchestrator.output.terminal import format_clock
 from orchestrator.state.events import count_events
 from orchestrator.state.rows import Row, shorten_params
-from workers.layout import name_sweep_file
 
 EVENTS = 400  # events that are listed
 Z = 1.96  # standard errors of an interval that holds the true mean in 95 % of cases
-
-
-def name_path(sweep: str) -> str:
-    return name_sweep_file(sweep, "report.html")
 
 
 def render(template: str, **values: Any) -> str:

@@ -9,12 +9,14 @@ Together with the trials' own files they say how a sweep stands, while it runs a
 reaches the storage.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
@@ -40,6 +42,8 @@ from workers.layout import (
     RowId,
     get_trial_of_row,
     name_checkpoints_folder,
+    name_published_file,
+    name_report_file,
     name_status_file,
     name_summary_file,
     name_sweep_file,
@@ -251,6 +255,15 @@ def _open_trial(storage: Storage, path: str, content: Mapping[str, Any]) -> Tria
     except ValidationError as error:
         found = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
         raise Mistake(f"{storage.find_url(path)} cannot be read: {'; '.join(found)}") from error
+
+
+def keep_report(storage: Storage, name: str, content: bytes) -> None:
+    """Writes the report of a sweep anew. One that is published stays so: its report differs, and is not damaged."""
+    path, note = name_report_file(name), name_published_file(name)
+    storage.write(path, content)
+    if published := storage.read_sealed(note):
+        sums = {**published["files"], Path(path).name: hashlib.sha256(content).hexdigest()}
+        storage.write_sealed(note, {**published, "files": sums})
 
 
 def keep_trial(storage: Storage, trial_id: str, trial: Trial) -> None:

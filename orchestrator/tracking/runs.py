@@ -53,7 +53,7 @@ from workers.data.decoding import choose_type
 from workers.data.sources import Source
 from workers.evaluation.blocks import name_distance
 from workers.identity import compute_digest, list_outside
-from workers.layout import RowId, name_published_file, name_sweep_folder
+from workers.layout import RowId, name_published_file, name_report_file, name_sweep_folder
 from workers.network import manifest
 from workers.storage import Storage, tell_damage
 
@@ -239,7 +239,7 @@ class SweepRuns:
         if (candidate := self._choose_candidate(rows)) is not None:
             self.tracker.register(candidate)
         written["report.html"] = report.render_report(found).encode()
-        self.storage.write(report.name_path(self.experiment.name), written["report.html"])
+        self.storage.write(name_report_file(self.experiment.name), written["report.html"])
         for name, content in written.items():
             self.tracker.log_artifact(None, content, name)
         done = all(row.state in ENDED for row in rows)

@@ -96,6 +96,7 @@ def test_its_best_trial_is_a_registered_model(
 
 def test_the_same_command_again_does_nothing(finished: tuple[Path, Path, str]) -> None:
     file, storage, output = finished
+    assert run("orchestrator.report", "tiny", "--storage", storage).returncode == 0  # which is no damage
     before = {p: p.stat().st_mtime_ns for p in storage.rglob("*") if p.is_file() and p.name != "lock"}
     again = sweep(file, "--storage", storage)
     assert again.returncode == 0, again.stderr
