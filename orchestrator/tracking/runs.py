@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -173,7 +174,7 @@ class SweepRuns:
             tags[SETTING] = name_variant(drop_seed(variant))
         self._standing[row_id] = {COLOUR: choose_colour(hue)}
         self.tracker.open_trial(row_id, name, params, tags | self._standing[row_id], images)
-        self.tracker.log_artifact(row_id, write_yaml(trial.model_dump(mode="json")).encode(), "trial.yaml")
+        self.tracker.log_artifact(row_id, lambda: write_yaml(trial.model_dump(mode="json")).encode(), "trial.yaml")
 
     def end_trial(self, row: Row) -> None:
         """The evaluation's metrics, its passports and a note; then the trial's run ends."""
@@ -183,11 +184,10 @@ class SweepRuns:
         measured = {name: value for name, value in row.metrics.items() if name.startswith("eval/")}
         if row.found.status:
             self.tracker.log_metrics(row.digest, row.speeds, row.found.step, status.get("updated_ms"))
-        if row.found.summary:
+        if summary := row.found.summary:
             self.tracker.log_metrics(row.digest, measured, row.found.step, status["updated_ms"])
-            content = json.dumps(row.found.summary, indent=2).encode()
-            self.tracker.log_artifact(row.digest, content, "evaluation.json")
-            self.tracker.set_tags(row.digest, {"evaluation.hash": row.found.summary.get("hash", "")})
+            self.tracker.log_artifact(row.digest, lambda: json.dumps(summary, indent=2).encode(), "evaluation.json")
+            self.tracker.set_tags(row.digest, {"evaluation.hash": summary.get("hash", "")})
         self.tracker.close_trial(row.digest, STATUS.get(row.state, "FAILED"), _write_trial_note(row))
 
     def show_standing(self, rows: Sequence[Row]) -> None:
@@ -320,7 +320,7 @@ def flatten_params(content: Mapping[str, Any], prefix: str = "") -> dict[str, An
     """Nested settings by dotted path; lists and empty mappings stay whole."""
     flat: dict[str, Any] = {}
     for name, value in content.items():
-        path = f"{prefix}.{name}" if prefix else name
+        path = sys.intern(f"{prefix}.{name}" if prefix else name)  # kept by all trials
         flat |= flatten_params(value, path) if isinstance(value, Mapping) and value else {path: value}
     return flat
 

@@ -163,12 +163,17 @@ class Tracker:
         entry = {"image": name, "path": path, "step": step, "time_ms": step}
         self._put(f"image {name}", lambda: self._writer.log_image(self._catalogue.get_opened(digest), entry))
 
-    def log_artifact(self, digest: str | None, content: bytes | Path, path: str) -> None:
-        """A file, given by its bytes or its local path, as the artifact `path` (folders by forward slashes)."""
-        self._put(
-            f"artifact {path}",
-            lambda: self._writer.log_artifact(self._catalogue.get_opened(digest or SWEEP), content, path),
-        )
+    def log_artifact(self, digest: str | None, content: bytes | Path | Callable[[], bytes], path: str) -> None:
+        """A file, given by its bytes or its local path, as the artifact `path` (folders by forward slashes).
+
+        Where thousands may wait in line, by what makes the bytes when its turn comes.
+        """
+
+        def log_made() -> None:
+            made = content() if callable(content) else content
+            self._writer.log_artifact(self._catalogue.get_opened(digest or SWEEP), made, path)
+
+        self._put(f"artifact {path}", log_made)
 
     def set_tags(self, digest: str, tags: Mapping[str, str]) -> None:
         """Tags of a trial's run that are known only later."""
