@@ -136,6 +136,8 @@ def draw_front(report: Report) -> list[Plot]:
     on_front = {group.digest for group in front}
     beaten = [group for group in report.traded if group.digest not in on_front]
     hollow = {group.name for group in beaten} if len(others) > 1 else set()
+    named = {group.digest for group in (*front, *beaten)[:CURVES]}
+    ordered = sorted(report.traded, key=lambda group: group.digest not in named)
     drawn = []
     for other in others:
         points = [
@@ -144,7 +146,7 @@ def draw_front(report: Report) -> list[Plot]:
                 _get_error(group, first),
                 _get_error(group, other),
             )
-            for group in (*front, *beaten)
+            for group in ordered
         ]
         values = [group.metrics[other] for group in report.traded]
         log_y = min(values) > 0 and max(values) / min(values) > 5

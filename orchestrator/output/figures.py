@@ -129,9 +129,9 @@ def draw_scatter(
 
     def draw(axes: Any, palette: Palette) -> None:
         for is_hollow in (False, True):
-            others = [s for s, *_ in points[named:] if (s.label in hollow) == is_hollow]
-            axes.plot([x for s in others for x in s.x], [y for s in others for y in s.y], "o", markersize=4,
-                      color=palette.rest, fillstyle="none" if is_hollow else "full", label="_")  # fmt: skip
+            if others := [s for s, *_ in points[named:] if (s.label in hollow) == is_hollow]:
+                axes.plot([x for s in others for x in s.x], [y for s in others for y in s.y], "o", markersize=4,
+                          color=palette.rest, fillstyle="none" if is_hollow else "full", label="_")  # fmt: skip
         if len(front) > 1:
             x, y = zip(*front, strict=True)
             axes.step(x, y, where="post", color=palette.ink, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
