@@ -201,7 +201,7 @@ def make(
     from orchestrator.execution import local_ray  # Ray loads here: a dry run does without
 
     if command.ray_address:
-        from orchestrator.clusters.submission import check_attachable
+        from orchestrator.clusters.attaching import check_attachable
 
         check_attachable(command.ray_address)
     was_published = Storage(command.storage).exists(name_published_file(experiment.name))

@@ -32,7 +32,7 @@ ORDER = """
     orchestrator.planning: changes decide deadline packing place makespan search
     orchestrator.measuring: differences seeds slowness subjects
     orchestrator.output: terminal speed_table table importance findings markdown figures graph curves page
-    orchestrator.clusters: cluster allocation cost throughput sending slurm submission
+    orchestrator.clusters: cluster allocation cost throughput sending slurm attaching submission
     orchestrator: command
     orchestrator.execution: loss local_ray hangs session halt
     orchestrator.execution: scratch admission early_stopping trials evaluations measurements

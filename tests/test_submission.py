@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.clusters import submission
-from orchestrator.clusters.submission import Job, check_attachable, choose_id, describe_environment, make_command_job
+from orchestrator.clusters.attaching import check_attachable, describe_environment
+from orchestrator.clusters.submission import Job, choose_id, make_command_job
 from orchestrator.experiment.load import load
 from orchestrator.experiment.records import ExperimentError
 from orchestrator.ray_internals import find_clusters

@@ -13,8 +13,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator import interrupts
 from orchestrator.clusters.allocation import find_allocation
+from orchestrator.clusters.attaching import TOKEN, check_attachable, describe_environment, is_inside_job
 from orchestrator.clusters.cluster import Cluster
-from orchestrator.clusters.submission import TOKEN, check_attachable, describe_environment, is_inside_job
 from orchestrator.execution.hangs import HANG_S, Watchdog
 from orchestrator.execution.local_ray import (
     STARTING,

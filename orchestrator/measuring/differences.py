@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-from scipy.special import stdtrit
 
 from orchestrator.experiment.metrics import METRICS
 
@@ -43,6 +42,8 @@ class Difference:
 
 def compute_student_reach(freedom: float) -> float:
     """How many standard errors the interval reaches to either side, by Student's distribution."""
+    from scipy.special import stdtrit  # half a second
+
     return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
 
 
