@@ -180,15 +180,14 @@ class SweepRuns:
         """The evaluation's metrics, its passports and a note; then the trial's run ends."""
         self.continue_trial(row.digest, row.name)
         self._ended.add(row.digest)
-        status = row.found.status or {}
-        measured = {name: value for name, value in row.metrics.items() if name.startswith("eval/")}
-        if row.found.status:
-            self.tracker.log_metrics(row.digest, row.speeds, row.found.step, status.get("updated_ms"))
-        if summary := row.found.summary:
-            self.tracker.log_metrics(row.digest, measured, row.found.step, status["updated_ms"])
+        summary, tags, metrics = row.found.summary, dict[str, str](), dict(row.speeds)
+        if summary:
+            metrics |= {name: value for name, value in row.metrics.items() if name.startswith("eval/")}
+            tags["evaluation.hash"] = summary.get("hash", "")
             self.tracker.log_artifact(row.digest, lambda: json.dumps(summary, indent=2).encode(), "evaluation.json")
-            self.tracker.set_tags(row.digest, {"evaluation.hash": summary.get("hash", "")})
-        self.tracker.close_trial(row.digest, STATUS.get(row.state, "FAILED"), _write_trial_note(row))
+        if status := row.found.status:
+            self.tracker.log_metrics(row.digest, metrics, row.found.step, status.get("updated_ms"))
+        self.tracker.close_trial(row.digest, STATUS.get(row.state, "FAILED"), _write_trial_note(row), tags=tags)
 
     def show_standing(self, rows: Sequence[Row]) -> None:
         """Shows how the trials stand, best first: the Pareto front in their colours, the differences from the best."""

@@ -68,7 +68,8 @@ class Shipper:
             own[PARENT] = catalogue.runs[SWEEP].run_id
         if run is None:
             start = opening.start_ms or (entries[0]["time_ms"] if entries else read_clock_ms())
-            run = catalogue.make_run(row_id, opening.name, own, start)
+            short = {key: text for key, text in tags.items() if len(text) <= TAG_LIMIT}  # the others take a call
+            run = catalogue.make_run(row_id, opening.name, {**own, **short}, start)
         run.opened = True
         if row_id != SWEEP and run.status == "RUNNING":
             self._writer.resume(catalogue.runs[SWEEP])

@@ -183,12 +183,19 @@ class Tracker:
         """Makes a trial's checkpoint the candidate of the registered model of the sweep's name; see `models`."""
         self._put(f"the model of trial {candidate.trial}", lambda: self._shipper.register(candidate))
 
-    def close_trial(self, digest: str, status: Status, note: str = "", end_ms: int | None = None) -> None:
-        """Ends the run after the rest of its journal; `note` is markdown."""
+    def close_trial(
+        self,
+        digest: str,
+        status: Status,
+        note: str = "",
+        end_ms: int | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Ends the run after the rest of its journal; `note` is markdown, and `tags` are those known only now."""
         self.ship(digest)
         self._put(
             f"closing trial {digest}",
-            lambda: self._writer.close(self._catalogue.get_opened(digest), status, note, end_ms),
+            lambda: self._writer.close(self._catalogue.get_opened(digest), status, note, end_ms, tags),
         )
 
     def close_sweep(self, status: Status, note: str = "") -> None:

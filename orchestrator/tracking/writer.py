@@ -163,9 +163,10 @@ class Writer:
                 shutil.copyfile(content, local)
             self._catalogue.client.log_artifact(run.run_id, str(local), folder or None)
 
-    def close(self, run: Run, status: Status, note: str = "", end_ms: int | None = None) -> None:
-        if note:
-            self.tag(run, {"mlflow.note.content": note})
+    def close(
+        self, run: Run, status: Status, note: str = "", end_ms: int | None = None, tags: Mapping[str, str] | None = None
+    ) -> None:
+        self.tag(run, {**(tags or {}), **({"mlflow.note.content": note} if note else {})})
         if run.status != status:
             self._catalogue.client.set_terminated(run.run_id, status, end_ms)
             run.status = status
