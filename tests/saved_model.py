@@ -37,6 +37,7 @@ def nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     models.save(candidate(Storage(folder / "runs")), folder / "model")
+    assert not list(folder.rglob("__pycache__"))
     return folder / "model"
 
 

@@ -28,7 +28,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return cli.DONE
 
     monkeypatch.setattr(controller, "run", run)
-    monkeypatch.setattr("orchestrator.clusters.submission.check_attachable", lambda ray_address: None)
+    monkeypatch.setattr("orchestrator.clusters.attaching.check_attachable", lambda ray_address: None)
     return calls
 
 
