@@ -39,11 +39,11 @@ from workers.diffusion.process import Process
 from workers.diffusion.samplers import sample
 from workers.evaluation import inception
 from workers.evaluation.loaded import LoadedModel, move_to_device
-from workers.evaluation.precision import list_precisions
 from workers.learner import repeat_steps
 from workers.network.unet_config import make_unet_config
 from workers.noise import make_generator
 from workers.peak import count_training_flops, measure_matrix_product
+from workers.precision import list_precisions
 from workers.speed import name_hardware
 
 # The paper's network, and two that train on a few cores: their settings, and images per step on a CPU.
@@ -323,6 +323,7 @@ def main() -> int:
                 traceback.print_exc()
                 failed.append(name)
             gc.collect()
+            torch.cuda.empty_cache()  # does nothing where there is no GPU
             print(f"  {name}: {time.monotonic() - started:.0f} s", flush=True)
     if options.output:
         head = {"hardware": what, "python": platform.python_version(), "peaks": peaks, "failed": failed}

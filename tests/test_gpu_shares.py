@@ -1,5 +1,6 @@
 """How many trials share a GPU: what follows from what is measured, how it is noted, and who waits for it."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ from conftest import trials_of
 
 from orchestrator.planning.packing import Start, line_up
 from orchestrator.state.events import measure_use
-from workers import sharing
+from workers import sharing, tasks
 from workers.config import Trial
 from workers.data.dataset import prepare
+from workers.evaluation.blocks import Block
 from workers.hosts import CROWDED, MEASURED, report_resized
 from workers.sharing import (
     CONTEXT_BYTES,
@@ -29,6 +31,7 @@ from workers.sharing import (
     note_share,
     read_share,
 )
+from workers.speed import Meter
 from workers.storage import Storage
 from workers.training import train
 from workers.world import World
@@ -151,6 +154,62 @@ def test_a_training_is_measured_after_its_first_steps_and_makes_room_if_others_w
     assert noted
     [of_name] = [each for each in noted.values() if isinstance(each, dict)]
     assert of_name["share"] == 0.2 and of_name["use"] == pytest.approx(0.2) and of_name["said_by"] == "12345678"
+
+
+def test_a_gpu_is_measured_for_two_seconds_from_when_it_has_done_the_first_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps are only told to a GPU, and faster than it makes them: twenty may have been told before one is made."""
+    now, waited = [100.0], list[float]()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sharing, "forget_peak", lambda device: None)
+    monkeypatch.setattr(sharing, "wait_for", lambda device: waited.append(now[0]))
+    monkeypatch.setattr(sharing, "name_hardware", lambda device: H100)
+    monkeypatch.setattr(sharing, "read_peak_memory", lambda device: (8 * GB, 80 * GB))
+    monkeypatch.setattr(sharing, "read_utilisation", lambda device: 0.0 if now[0] < 101 else 0.6)
+    gauge = Gauge(Storage(tmp_path), "shares/a.json", torch.device("cuda"), "12345678", makes_room=False)
+    for _ in range(WARM_UP + 100):
+        gauge()
+        now[0] += 0.05  # twenty steps within a second
+    assert waited == [pytest.approx(100 + 0.05 * (WARM_UP - 1))]
+    noted = Storage(tmp_path).read_sealed("shares/a.json")
+    assert noted and 40 <= len(gauge.used) <= 41 and 0.3 < noted[H100]["use"] < 0.6
+
+
+@pytest.mark.parametrize(
+    ("error", "is_full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),  # a context, or the code of a kernel
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (MemoryError("out of memory"), False),  # of the machine
+    ],
+)
+def test_a_full_gpu_is_known_by_the_type_of_the_error_or_by_its_text(
+    error: Exception, is_full: bool, tmp_path: Path
+) -> None:
+    assert sharing.is_out_of_memory(error) == is_full
+    assert bool(report_resized(job(tmp_path, 0.25, ""), error)) == is_full
+
+
+def test_a_block_whose_gpu_is_full_waits_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    full, slept = [True, True, False], list[float]()
+
+    def make(bench: Any, block: Any) -> dict[Any, str]:
+        if full.pop(0):
+            raise RuntimeError("CUDA error: out of memory")
+        return {}
+
+    monkeypatch.setattr(tasks, "make", make)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    meter, block = Meter(torch.device("cpu")), Block("nll", "a", 0)
+    assert tasks._make_with_room(None, block, meter) == ({}, 2)  # type: ignore[arg-type]
+    assert slept == [*tasks.PAUSES_S[:2]] and meter.spent["nll"][0] == 1, "the attempts count once"
+    full[:] = [True] * 9
+    with pytest.raises(RuntimeError, match="out of memory"):
+        tasks._make_with_room(None, block, meter)  # type: ignore[arg-type]
+    assert len(full) == 9 - len(tasks.PAUSES_S) - 1
 
 
 def job(storage: Path, gpus: float, share: str) -> dict[str, Any]:

@@ -130,6 +130,7 @@ def test_no_step_waits_for_its_device(monkeypatch: pytest.MonkeyPatch, timesteps
     monkeypatch.setattr("torch.optim.Adam", lambda weights, lr, fused: adam(weights, lr=lr, foreach=True))
     learner = Learner(trial, prepare(trial.data), World(device=META))
     learner.begin()
+    sent.clear()
     with Sent() as found:
         learner.train_step()
         learner.train_step()

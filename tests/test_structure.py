@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = """
     workers: seals syntax code entries process_kinds kinds sections sides bits mistakes warm_start posthoc gpu_parts
     workers: model_settings diffusion_settings loss_settings config layout identity speed signals disk remote storage
-    workers: bundles sharing locks noise memos pulse journal shapes pausing students passes classes
+    workers: bundles sharing locks noise memos pulse precision journal shapes pausing students passes classes
     workers.data: splits hub mirror cache decoding tree shards vectors built_in arrays parquet_files tar_files cifar10
     workers.data: idx formats locate survey order ranges sources proofs intake windows dataset pixels
     workers: consent
@@ -19,7 +19,7 @@ ORDER = """
     workers.diffusion: timesteps flow samplers gaussian ledger hierarchy likelihood integral
     workers.network: autoencoder discriminator generator manifest diffusers_config student_config pipeline_index
     workers.network: weights averages checkpoint latent_space
-    workers.evaluation: precision frechet fidelity inception blocks features loaded make rates nll summary pictures
+    workers.evaluation: frechet fidelity inception blocks features loaded make rates nll summary pictures
     workers.evaluation: canaries
     workers: peak world compiling first_weights latents lessons denoising studying adversarial autoencoding playing
     workers: learner conformity training calibration

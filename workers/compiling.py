@@ -15,6 +15,7 @@ from torch import nn
 
 from workers.config import Mistake, Trial
 from workers.data.cache import find_default_cache
+from workers.sharing import is_out_of_memory
 
 # Operations of a training step from which on `auto` compiles. The paper's network has 5e12 at its batch of 128, and one
 # for the digits 1e9, whose trials would be over before a compiler is. No GPU was at hand to measure it on.
@@ -39,7 +40,7 @@ def find_missing_compiler() -> str:
 def must_compile(trial: Trial, device: torch.device, count_operations: Callable[[], int]) -> bool:
     """Whether the trial's network is to be compiled on that device; a training step has so many operations."""
     setting = trial.training.compile
-    return setting == "always" or (setting == "auto" and device.type == "cuda" and count_operations() >= HEAVY)
+    return setting == "always" or (setting == "auto" and device.type != "cpu" and count_operations() >= HEAVY)
 
 
 def compile_network(network: nn.Module, device: torch.device, shape: object, *, whole: bool) -> nn.Module:
@@ -51,17 +52,18 @@ def compile_network(network: nn.Module, device: torch.device, shape: object, *, 
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes seconds, for those who compile alone
 
-    if device.type == "cuda" and not torch.utils._triton.has_triton():
+    if device.type != "cpu" and not torch.utils._triton.has_triton():
         raise CannotCompile("triton, which writes the code for a GPU, is not there: install a torch that comes with it")
     if missing := find_missing_compiler():
         raise CannotCompile(missing)
     if os.environ.get(CACHE) in (None, default_cache_dir()):  # which parts of PyTorch write there when they are loaded
         os.environ[CACHE] = str(find_default_cache() / "compiled")
-    torch._inductor.config.deterministic = True  # else some code is what was fastest in a trial of it, so by chance
     if _shapes != [shape]:  # PyTorch keeps at most eight variants of a piece of code
         torch._dynamo.reset()
         _shapes[:] = [shape]
-    compiled: Any = torch.compile(network, fullgraph=whole, dynamic=False, backend=BACKEND)
+    # Else some code is what was fastest in a trial of it, so by chance. Older versions of PyTorch have no such option.
+    known: dict[str, Any] = {"deterministic": True} if hasattr(torch._inductor.config, "deterministic") else {}
+    compiled: Any = torch.compile(network, fullgraph=whole, dynamic=False, backend=BACKEND, options=known)
     assert isinstance(compiled, nn.Module)
     return compiled
 
@@ -69,14 +71,14 @@ def compile_network(network: nn.Module, device: torch.device, shape: object, *, 
 def try_out(network: nn.Module, step: Callable[[], object]) -> None:
     """Makes a step with a network that is compiled in it, and leaves the network as it was.
 
-    Raises CannotCompile for whatever the compiler raises, and torch.OutOfMemoryError.
+    Raises CannotCompile for whatever the compiler raises, and what says that memory is full.
     """
     before = [buffer.clone() for buffer in network.buffers()]
     try:
         step()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         told = " ".join(str(error).split())
         raise CannotCompile(f"torch.compile fails with {type(error).__name__}: {told[:300]}") from error
     finally:

@@ -52,6 +52,7 @@ class Denoising(Lesson):
         objective = Objective.of(trial.diffusion, trial.loss, None if latents else dataset.levels)
         self.process, self.prediction, self.student = objective.whole, trial.diffusion.prediction, objective.student
         self.objective = objective.to(world.device)
+        self.drawn = objective.process  # what is drawn along, with its coefficients where they are computed with
         self.history = History.empty(objective.process.T or trial.diffusion.T)
         self.last: tuple[Tensor, Tensor] | None = None  # t and losses of the step, to be remembered
         super().__init__(trial, dataset, world, parts, latents=latents)
@@ -128,7 +129,7 @@ class Denoising(Lesson):
 
     def validate(self, network: nn.Module) -> Validation:
         """bits/dim of held-out images, and a grid of samples."""
-        seed, levels, device, process = self.trial.seed, self.dataset.levels, self.world.device, self.objective.process
+        seed, levels, device, process = self.trial.seed, self.dataset.levels, self.world.device, self.drawn
         model = Denoiser(network, process, self.prediction)
         held_out = torch.from_numpy(np.array(self.dataset.held_out[:VALIDATION_IMAGES])).to(device)
         x, space = to_model(held_out, levels), self.space
@@ -152,7 +153,7 @@ class Denoising(Lesson):
 
     def draw_samples(self, model: ToldModel | Model) -> bytes:
         """A grid of samples as PNG: a row of each of the first classes, or by the first held-out images' vectors."""
-        process, device, levels = self.objective.process, self.world.device, self.dataset.levels
+        process, device, levels = self.drawn, self.world.device, self.dataset.levels
         classes = self.dataset.classes if self.trial.model.told == "labels" else None
         rows = classes.list_trained()[:SAMPLE_GRID_ROWS] if classes else []
         each = torch.tensor(rows, device=device).repeat_interleave(SAMPLE_GRID_COLUMNS)

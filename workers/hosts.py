@@ -21,7 +21,7 @@ from workers.jobs import Job, choose_device, look_for_code, read_trial
 from workers.layout import name_trial_folder, name_trial_lock
 from workers.locks import Held, lock
 from workers.pulse import Pulse
-from workers.sharing import Gauge, NeedsLess, correct_share, describe_share, double_share, free_memory
+from workers.sharing import Gauge, NeedsLess, correct_share, describe_share, double_share, free_memory, is_out_of_memory
 from workers.signs import begin_telling
 from workers.speed import name_hardware
 from workers.storage import Storage
@@ -77,7 +77,7 @@ def report_resized(job: Job, error: BaseException) -> dict[str, Any] | None:
     """
     if isinstance(error, NeedsLess):
         state, gpus, detail = MEASURED, error.share, f"needs {describe_share(error.share)}, as its first steps show"
-    elif isinstance(error, torch.OutOfMemoryError) and 0 < job["gpus"] < 1:
+    elif is_out_of_memory(error) and 0 < job["gpus"] < 1:
         state, gpus = CROWDED, double_share(job["gpus"])
         detail = f"ran out of GPU memory beside others; goes on with {describe_share(gpus)}"
         if job["share"]:

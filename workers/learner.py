@@ -99,7 +99,7 @@ class Learner:
         """
         self.module.train()
         self.network, device = self.module, self.world.device
-        if self.compiles or device.type == "cuda":
+        if self.compiles or device.type != "cpu":
             with torch.no_grad():
                 self.masks = Masks.of(self.module, self._compute_losses, len(self.parts))
         if self.compiles:
@@ -301,7 +301,7 @@ def choose_autocast(trial: Trial, device: torch.device) -> AbstractContextManage
     on: below, it measured no faster than float32. Never for the prediction mu, which differs from x_t in digits that
     bf16 has not, and not for other families than denoisers, of which nobody has measured it.
     """
-    if device.type == "cuda":
+    if device.type != "cpu":
         fast = torch.cuda.is_bf16_supported()
     else:
         has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

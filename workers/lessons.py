@@ -133,4 +133,4 @@ def make_trial_config(trial: Trial, dataset: Dataset, space: PixelSpace = PIXELS
 
 def send(values: Tensor, device: torch.device) -> Tensor:
     """The values on the device; a GPU gets them without anybody waiting until it has done what it was told before."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+    return values.pin_memory().to(device, non_blocking=True) if device.type != "cpu" else values

@@ -22,11 +22,11 @@ from workers.identity import compute_digest
 from workers.layout import name_peak_file
 from workers.network.build import build_network, is_foreign, make_inputs
 from workers.noise import make_generator
-from workers.speed import name_hardware
+from workers.speed import name_hardware, wait_for
 from workers.storage import Storage
 
 MEASURED_S = 0.3  # a product that is cut off by a neighbour is slower, so the fastest of many counts
-SIDE = {"cpu": 512, "cuda": 8192}  # of the square matrices: 2 x 512^3 operations take a core some milliseconds
+SIDE = {"cpu": 512, "gpu": 8192}  # of the square matrices: 2 x 512^3 operations take a core some milliseconds
 TF32 = "tf32"  # what PyTorch's convolutions use for float32 on a GPU, unless told not to
 
 
@@ -39,7 +39,7 @@ def describe_peak(
     """
     with autocast:
         dtype = (torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)).dtype
-    allowed = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    allowed = device.type != "cpu" and torch.backends.cudnn.allow_tf32
     precision = TF32 if dtype == torch.float32 and allowed else str(dtype).removeprefix("torch.")
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     path = name_peak_file(compute_digest([name_hardware(device), precision, threads]))
@@ -76,7 +76,7 @@ def count_training_flops(config: str) -> int:
 
 def measure_matrix_product(device: torch.device, dtype: torch.dtype, tf32: bool) -> float:
     """The fastest of the products of two square matrices that `MEASURED_S` has time for, after one to warm up."""
-    side = SIDE[device.type] * (math.isqrt(torch.get_num_threads()) if device.type == "cpu" else 1)
+    side = SIDE["cpu"] * math.isqrt(torch.get_num_threads()) if device.type == "cpu" else SIDE["gpu"]
     a = torch.rand(side, side, generator=make_generator(0)).to(device, dtype)
     before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
     try:
@@ -92,6 +92,5 @@ def measure_matrix_product(device: torch.device, dtype: torch.dtype, tf32: bool)
 def _measure_seconds(work: Callable[[], object], device: torch.device) -> float:
     began = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     return time.perf_counter() - began

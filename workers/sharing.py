@@ -11,10 +11,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from workers.speed import name_hardware
+from workers.speed import name_hardware, wait_for
 from workers.storage import Storage
 
 WARM_UP, MEASURED = 5, 20  # steps: after the first ones, so many are measured
+MEASURED_S = 2.0  # of a GPU at least, as what it says of its use is a mean over up to a second
 MOST = 8  # trials on one GPU
 MARGIN = 1.25  # times the measured peak: the allocator keeps more than tensors take, and trials of a kind differ a bit
 CONTEXT_BYTES = 2**29  # of a process on a GPU, beside its tensors
@@ -110,7 +111,7 @@ def correct_share(storage: Storage, path: str, name: str, share: float) -> None:
 
 def forget_peak(device: Any) -> None:
     """The next peak is that of what comes now, and not of the trial that the process trained before."""
-    if device.type == "cuda":
+    if device.type != "cpu":
         import torch
 
         torch.cuda.reset_peak_memory_stats(device)
@@ -118,7 +119,7 @@ def forget_peak(device: Any) -> None:
 
 def read_peak_memory(device: Any) -> tuple[int, int] | None:
     """The most bytes that this process' tensors took of the GPU, and those that it has; None without a GPU."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return None
     import torch
 
@@ -130,7 +131,7 @@ def read_utilisation(device: Any) -> float | None:
 
     NVIDIA's library says it of the whole GPU, so it is asked only by a trial that has one for itself.
     """
-    if device.type != "cuda":
+    if device.type == "cpu":
         return None
     import pynvml
     import torch
@@ -139,6 +140,15 @@ def read_utilisation(device: Any) -> float | None:
         return torch.cuda.utilization(device) / 100
     except pynvml.NVMLError:  # such as of a part of a GPU by MIG
         return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU was full: its allocator says so by a type of its own, a context or a library by its text alone."""
+    import torch
+
+    texts = "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    is_told = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return isinstance(error, torch.OutOfMemoryError) or is_told
 
 
 def free_memory() -> None:
@@ -159,6 +169,8 @@ class Gauge:
     makes_room: bool  # whether others of its kind wait: then the trial starts again with its share, where it is a part
     steps: int = 0
     used: list[float] = field(default_factory=list)
+    until: float | None = None  # by the clock, at the earliest; None before the warm-up is over
+    done: bool = False
 
     def __post_init__(self) -> None:
         forget_peak(self.device)
@@ -166,19 +178,24 @@ class Gauge:
     def __call__(self) -> None:
         """Raises NeedsLess where the trial is to make room."""
         self.steps += 1
-        if self.steps > WARM_UP + MEASURED:
+        if self.done or self.steps < WARM_UP:
             return
-        if self.steps > WARM_UP and (used := read_utilisation(self.device)) is not None:
+        if self.until is None:
+            wait_for(self.device)
+            self.until = time.monotonic() + (MEASURED_S if self.device.type != "cpu" else 0.0)
+            return
+        if (used := read_utilisation(self.device)) is not None:
             self.used.append(used)
-        if self.steps == WARM_UP + MEASURED:
-            peak = read_peak_memory(self.device)
-            memory, use = (
-                compute_memory_part(*peak) if peak else None,
-                sum(self.used) / len(self.used) if self.used else None,
-            )
-            share = compute_share(memory, use)
-            note_share(
-                self.storage, self.path, name_hardware(self.device), share, memory=memory, use=use, said_by=self.said_by
-            )
-            if self.makes_room and share < 1:
-                raise NeedsLess(share)
+        if self.steps >= WARM_UP + MEASURED and time.monotonic() >= self.until:
+            self.done = True
+            self._note()
+
+    def _note(self) -> None:
+        peak = read_peak_memory(self.device)
+        memory = compute_memory_part(*peak) if peak else None
+        use = sum(self.used) / len(self.used) if self.used else None
+        share = compute_share(memory, use)
+        of = self.storage, self.path, name_hardware(self.device), share
+        note_share(*of, memory=memory, use=use, said_by=self.said_by)
+        if self.makes_room and share < 1:
+            raise NeedsLess(share)

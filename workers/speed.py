@@ -23,7 +23,7 @@ CORE = " core"  # how names of hardware end that is no GPU
 
 def name_hardware(device: Any = None) -> str:
     """The name of the GPU, or of a core of the processor."""
-    if device is not None and device.type == "cuda":
+    if device is not None and device.type != "cpu":
         import torch
 
         return str(torch.cuda.get_device_name(device))
@@ -31,6 +31,14 @@ def name_hardware(device: Any = None) -> str:
     names = (line.partition(":")[2].strip() for line in (info.read_text() if info.exists() else "").splitlines()
              if line.startswith("model name"))  # fmt: skip
     return (next(names, "") or platform.processor() or platform.machine()) + CORE
+
+
+def wait_for(device: Any) -> None:
+    """Waits until a GPU has done what it was told; it is told more, and faster, than it does."""
+    if device.type != "cpu":
+        import torch
+
+        torch.cuda.synchronize(device)
 
 
 def count_cores() -> int:
@@ -61,8 +69,8 @@ class Meter:
 
     def __init__(self, device: Any, share: float = 1.0) -> None:
         self.hardware, self.spent = name_hardware(device), dict[str, tuple[float, float]]()
-        self.now = time.monotonic if device.type == "cuda" else time.process_time
-        self._share = share if device.type == "cuda" else 1.0
+        self.now = time.monotonic if device.type != "cpu" else time.process_time
+        self._share = share if device.type != "cpu" else 1.0
 
     @contextmanager
     def measure(self, kind: str, count: float) -> Iterator[None]:

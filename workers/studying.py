@@ -49,7 +49,7 @@ class Studying(Denoising):
         By progressive, DDIM in the student's steps and in twice as many of its teacher; by consistency, one jump and
         Heun's rule. Both are on the scale of [-1, 1], and not clipped.
         """
-        whole, process, device = self.process, self.objective.process, self.world.device
+        whole, process, device = self.process, self.drawn, self.world.device
         assert process.student and whole
         height, width, channels = self.space.find_shape(self.dataset.shape)
         noise = make_generator(self.trial.seed, "valid", "student")

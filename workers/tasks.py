@@ -27,10 +27,12 @@ from workers.network.averages import measure_error
 from workers.network.checkpoint import load_process
 from workers.network.manifest import Checkpoint
 from workers.ray_private import count_attempts
+from workers.sharing import free_memory, is_out_of_memory
 from workers.signs import tell_within
 from workers.speed import Meter, Spent
 from workers.storage import Storage
 
+PAUSES_S = (5, 20, 60)  # of a block whose GPU is full, before it tries again
 log = logging.getLogger(__name__)
 
 
@@ -68,6 +70,7 @@ def make_space(order: Order) -> list[str]:
         with tell_within("the feature space of an evaluation"):
             _ = _load_bench(order).space
     finally:
+        free_memory()
         logging.getLogger("workers").removeHandler(heard)
     return heard.messages
 
@@ -91,6 +94,7 @@ class Made:
     spent: Spent
     attempts: int  # how often Ray began it: again where the process died, or the machine
     again: dict[Block, str]  # what it needs, was damaged and is made again, and what was wrong with it
+    waits: int  # how often its GPU was full
 
 
 @ray.remote(max_retries=3)
@@ -104,9 +108,24 @@ def make_block(order: Order, block: Block, *after: Any) -> Made | None:
             return None
         bench = _load_bench(order)
         meter = Meter(bench.device, share=BLOCK_GPUS)
-        with meter.measure(block.kind, 1):
-            again = make(bench, block)
-    return Made(meter.hardware, meter.spent, count_attempts(), again)
+        again, waits = _make_with_room(bench, block, meter)
+    return Made(meter.hardware, meter.spent, count_attempts(), again, waits)
+
+
+def _make_with_room(bench: Bench, block: Block, meter: Meter) -> tuple[dict[Block, str], int]:
+    """As `make`; where the GPU is full of others' tensors it waits, and tries again. Also how often it has waited."""
+    waits = 0
+    while True:
+        try:
+            with meter.measure(block.kind, 1):
+                return make(bench, block), waits
+        except RuntimeError as error:
+            if waits == len(PAUSES_S) or not is_out_of_memory(error):
+                raise
+        finally:
+            free_memory()  # others may take it while this process waits
+        time.sleep(PAUSES_S[waits])
+        waits += 1
 
 
 @ray.remote(max_retries=3)

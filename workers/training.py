@@ -30,7 +30,7 @@ from workers.network import averages, manifest
 from workers.network import checkpoint as checkpoints
 from workers.pausing import Lookout, Paused
 from workers.peak import describe_peak
-from workers.speed import Meter, name_training_kind
+from workers.speed import Meter, name_training_kind, wait_for
 from workers.storage import Storage
 from workers.warm_start import INIT, TEACHER, TRUNK, list_models
 from workers.world import World
@@ -197,6 +197,7 @@ class _Loop:
             if self.is_due(training.validate_every):
                 break
         self.world.pulse.rest()
+        wait_for(self.world.device)  # its last steps are training, too
         self.clock.turn_to("waiting")
         images = (self.step - first) * training.batch_size // self.world.size
         self.meter.add(name_training_kind(training), images, self.meter.now() - busy)

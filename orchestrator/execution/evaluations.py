@@ -163,6 +163,9 @@ class Evaluations:
         if ref != evaluation.summary:
             spents = self.spent.setdefault(name, {})
             spents[result.hardware] = add_spent(spents.get(result.hardware, {}), result.spent)
+            if result.waits:
+                why = "its GPU was full; it waited, and was made when there was room"
+                self.retried.append((name, evaluation.blocks[ref], why))
             self._note_redone(name, evaluation.blocks[ref], result.attempts, result.again)
             return
         attempts, damaged = result

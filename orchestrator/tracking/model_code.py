@@ -54,9 +54,9 @@ class ImageModel(PythonModel):
                 "fetch the model again"
             )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.stage = None
+        self.stage, self.precision = None, settings["precision"]
         if checkpoint.family == DENOISER:
-            self.model = load_model(checkpoint, device, settings["precision"])
+            self.model = load_model(checkpoint, device, self.precision)
             if settings["variance"]:
                 self.model = replace(self.model, process=replace(self.model.process, variance=settings["variance"]))
         else:
@@ -86,12 +86,13 @@ class ImageModel(PythonModel):
         if stage := self.stage:
             if asked := [name for name in ("sampler", "steps") if not pd.isna(row.get(name))]:
                 raise ValueError(f"{' and '.join(asked)} were asked for, and this model decodes noise by one pass")
-            return lambda seed, block: draw_from_prior(stage, self.fid, seed, block, levels=self.levels)
-        fid, told, of = self._read_request(row), self._read_told(row), {"shape": self.shape, "levels": self.levels}
+            of = {"levels": self.levels, "precision": self.precision}
+            return lambda seed, block: draw_from_prior(stage, self.fid, seed, block, **of)
+        fid, told, shown = self._read_request(row), self._read_told(row), {"shape": self.shape, "levels": self.levels}
 
         def draw(seed: int, block: int) -> np.ndarray:
             each = self.model.assign_told(list_samples(block)) if told is None else np.stack([told] * SAMPLES)
-            return draw_block(self.model, fid, seed, block, **of, told=each)[0]
+            return draw_block(self.model, fid, seed, block, **shown, told=each)[0]
 
         return draw
 

@@ -25,14 +25,15 @@ Units = Float64[np.ndarray, "*shape"]  # in [0, 1)
 Drawn = tuple[Int64[np.ndarray, "*shape"], Float64[np.ndarray, "*shape"]]  # t, and p(t)
 Weighted = tuple[Int64[np.ndarray, "images times"], Float64[np.ndarray, "images times"]]  # t, and its weight
 
-# Pixels of a batch of the network, by kind of device: what fills a GPU, and what stays near the cores of a CPU, where
-# 64 images of 32x32 went a fifth faster than 250. How pairs are cut depends on this alone, whoever measures them.
-PIXELS = {"cpu": 2**16, "cuda": 2**21}
+# Pixels of a batch of the network, by kind of device: what nearly fills a GPU (512 images of 32x32; the paper's network
+# takes 3.3 GB for them in float32, and blocks have a quarter of a GPU), and what stays near the cores of a CPU, where
+# 64 went a fifth faster than 250. How pairs are cut depends on this alone, whoever measures them.
+PIXELS = {"cpu": 2**16, "gpu": 2**19}
 
 
 def count_pairs_at_once(x_0: NCHW) -> int:
     """How many pairs of such images are in a batch of the network, on their device."""
-    return max(1, PIXELS[x_0.device.type] // x_0[0, 0].numel())
+    return max(1, PIXELS["cpu" if x_0.device.type == "cpu" else "gpu"] // x_0[0, 0].numel())
 
 
 @torch.no_grad()

@@ -26,9 +26,9 @@ from workers.data.pixels import to_model
 from workers.entries import load
 from workers.evaluation.blocks import name_space_folder
 from workers.evaluation.inception import Inception, find_weights, load_inception
-from workers.evaluation.precision import compute_in, list_precisions
 from workers.kinds import SPACES
 from workers.layout import name_reference_file
+from workers.precision import compute_in, list_precisions
 from workers.seals import open_bytes, seal_bytes
 from workers.shapes import NHWC, Features
 from workers.storage import Storage

@@ -29,7 +29,7 @@ from jaxtyping import Float, Float32, Float64, UInt8
 from torch import Tensor, nn
 
 from workers.config import Mistake
-from workers.evaluation.precision import compute_in, list_precisions
+from workers.precision import compute_in, list_precisions
 from workers.shapes import NCHW, NHWC
 
 Joined = Float[Tensor, "n out height width"]

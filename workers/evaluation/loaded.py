@@ -13,10 +13,10 @@ from workers.diffusion.formulations import AnyProcess
 from workers.diffusion.guidance import take_rows, tell
 from workers.diffusion.predictions import Denoiser
 from workers.diffusion.process import Model, Prediction
-from workers.evaluation.precision import compute_in
 from workers.network import checkpoint as checkpoints
 from workers.network.latent_space import PIXELS, PixelSpace, load_space
 from workers.network.manifest import Checkpoint
+from workers.precision import compute_in
 from workers.shapes import NCHW, Conditions, RealTimes
 
 Ints = Int64[np.ndarray, "n"]

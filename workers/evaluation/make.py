@@ -29,7 +29,6 @@ from workers.evaluation import blocks
 from workers.evaluation.blocks import Block, count_strata, count_time_blocks
 from workers.evaluation.features import FeatureSpace, load_feature_space
 from workers.evaluation.loaded import LoadedModel, load_model, move_to_device
-from workers.evaluation.precision import compute_in
 from workers.kinds import AUTOENCODER, GENERATOR
 from workers.network import checkpoint as checkpoints
 from workers.network.autoencoder import Autoencoder, FromLatents
@@ -37,6 +36,7 @@ from workers.network.autoencoder_config import find_latent_size
 from workers.network.manifest import Checkpoint
 from workers.noise import make_generator
 from workers.passes import count_evaluations
+from workers.precision import compute_in, round_products
 from workers.seals import Damage, open_parquet, seal_parquet
 from workers.shapes import NCHW, NHWC
 from workers.storage import Storage
@@ -163,7 +163,8 @@ def make_ode_nll_block(bench: Bench, block: Block) -> pa.Table:
     u = torch.rand(x_0.shape, generator=make_generator(*where, "u"), dtype=torch.float64) - 0.5
     probes = 2 * torch.randint(0, 2, (ode.probes, *x_0.shape), generator=make_generator(*where, "probes")) - 1
     x, probes = (x_0 + bin_ * u if bin_ else x_0).to(model.device), probes.to(model.device)
-    density = integrate_log_density(model.process, model.tell_held_out(dataset, image), x, probes, ode.tolerance)
+    with round_products(m.evaluation.precision):
+        density = integrate_log_density(model.process, model.tell_held_out(dataset, image), x, probes, ode.tolerance)
     nats = -density.log_p.cpu().numpy() - (x_0[0].numel() * np.log(bin_) if bin_ else 0)
     return pa.table({"image": image, "nats": nats, "evaluations": density.evaluations.cpu().numpy()})
 
@@ -253,17 +254,21 @@ def make_prior_block(bench: Bench, block: Block) -> pa.Table:
     """SAMPLES samples by their seed, x_hat of z from N(0, I), quantised as `make_sample_block` says: a row a sample."""
     m, first = bench.m, block.number * blocks.SAMPLES
     assert m.evaluation.fid
-    with compute_in(m.evaluation.precision, bench.device):
-        images = draw_from_prior(bench.decoder, m.evaluation.fid, m.seed, block.number, levels=bench.dataset.levels)
+    of = bench.decoder, m.evaluation.fid, m.seed, block.number
+    images = draw_from_prior(*of, levels=bench.dataset.levels, precision=m.evaluation.precision)
     numbers = np.arange(first, first + len(images))
     return pa.table({"sample": numbers, "image": [row.tobytes() for row in images]})
 
 
 @torch.no_grad()
-def draw_from_prior(stage: FromLatents, fid: FIDConfig, seed: int, block: int, *, levels: int | None) -> NHWC:
+def draw_from_prior(
+    stage: FromLatents, fid: FIDConfig, seed: int, block: int, *, levels: int | None, precision: str
+) -> NHWC:
     """The SAMPLES images of a block, here and in a registered model: a function of (seed, block) alone."""
     size, noise = (blocks.SAMPLES, *find_latent_size(stage.config)), make_generator(seed, "samples", block)
-    x_hat = stage.decode(torch.randn(size, generator=noise).to(next(stage.parameters()).device)).float()
+    device = next(stage.parameters()).device
+    with compute_in(precision, device):
+        x_hat = stage.decode(torch.randn(size, generator=noise).to(device)).float()
     kept: NHWC = QUANTISERS[fid.quantise](x_hat, levels).cpu().numpy()
     return kept
 

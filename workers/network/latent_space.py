@@ -20,6 +20,7 @@ from workers.network.autoencoder_config import AUTOENCODER_DEFAULTS
 from workers.network.checkpoint import load_autoencoder
 from workers.network.manifest import Checkpoint, open_stage
 from workers.noise import make_generator
+from workers.precision import compute_in
 from workers.shapes import NCHW
 
 Shape = tuple[int, int, int]  # height, width, channels
@@ -80,7 +81,7 @@ class LatentSpace(PixelSpace):
     @torch.no_grad()
     def find_posterior(self, x: NCHW) -> Posterior:
         """q(z | x) as the autoencoder has it, not scaled; in float32."""
-        with torch.autocast(x.device.type, enabled=False):
+        with compute_in("float32", x.device):
             return self.stage.encode(x)
 
     def encode(self, x: NCHW, seed: int, image: Ints) -> Diffused:
@@ -101,7 +102,7 @@ class LatentSpace(PixelSpace):
 
     @torch.no_grad()
     def decode(self, x_0: Diffused) -> NCHW:
-        with torch.autocast(x_0.device.type, enabled=False):
+        with compute_in("float32", x_0.device):
             return self.stage.decode(x_0.float() / self.scale)
 
     def describe_stage(self) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
