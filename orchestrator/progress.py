@@ -120,13 +120,13 @@ class RowsInProgress:
             self._list_waiting(trial),
         )
         of_one = {"cpus": training.cpus, "gpus": self.jobs[trial]["gpus"]}
-        status = self.storage.read_sealed(name_status_file(trial)) or {}
-        step = int(status.get("step", self.standing.count_shared_steps(row)))
+        step = self.standing.look(row).step or self.standing.count_shared_steps(row)
         held = {name: n * training.workers for name, n in of_one.items()}
         self.halt.has_worked = True
         self.telling.record_event("began", row, step=step, **held)
         self.telling.lines[row].state = "training"
-        self.telling.say_of(trial, f"begins at step {step}", detail=True)
+        compiles = "; compiles its network first, which takes minutes" * (training.compile == "always")
+        self.telling.say_of(trial, f"begins at step {step}{compiles}", detail=not compiles)
 
     def note_progress(self, trial: TrialId, result: dict[str, Any]) -> None:
         if result["state"] in ("failed", UNWRITABLE, HELD, MEASURED, CROWDED):

@@ -181,7 +181,7 @@ class Standing:
         unfinished = bool(found.checkpoint) and found.steps not in find_validated_steps(
             self.storage, name_trial_folder(of)
         )
-        return replace(found, unfinished=unfinished, begun=newest is not None)
+        return replace(found, unfinished=unfinished)
 
     def _restore_journal(self, trial: TrialId, newest: Checkpoint | None) -> None:
         copy = None

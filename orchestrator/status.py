@@ -304,7 +304,7 @@ def _describe_driver(sweep: Mapping[str, Any]) -> str:
         "refused": f"refused {ago} for a mistake that its command has named",
         "gone": f"its command is gone, heard last {ago}; the same command resumes it",
         "silent": f"{where} was heard last {ago}: too long ago to be at work",
-        "unknown": "no command of it is known, as its events are gone; the same command makes what is missing",
+        "unknown": "no command is known to have worked on it: all of it was there, or its events are gone",
     }
     return by_state[driver["state"]]
 

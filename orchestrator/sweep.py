@@ -25,12 +25,15 @@ from orchestrator.experiment.preflight import check_before_start, describe_data
 from orchestrator.experiment.records import Experiment, Variant
 from orchestrator.origins import pin_starts
 from orchestrator.planning.changes import list_changes
+from orchestrator.planning.decide import decide, make_scheduler_key
 from orchestrator.planning.search import describe_rounds, group_round_by_row
-from orchestrator.state.saved import read_code
+from orchestrator.state.saved import find, read_code
 from workers.bundles import collect_bundles
-from workers.config import DataConfig, Mistake
+from workers.config import DataConfig, Measurement, Mistake
 from workers.data.sources import Source, describe
-from workers.layout import RowId, name_published_file
+from workers.evaluation.blocks import Images, make_protocol_key
+from workers.layout import TRIALS, RowId, get_trial_of_row, name_published_file, name_status_file
+from workers.speed import count_cores
 from workers.storage import Storage
 
 EXAMPLES = (
@@ -88,6 +91,22 @@ def list_trials(experiment: Experiment) -> tuple[dict[RowId, Variant], dict[Data
     warnings = check_before_start(experiment, [*variants, *needed], sources)
     trials, repeats = group_round_by_row(experiment, variants, sources.__getitem__)
     return trials, sources, warnings + repeats
+
+
+def _find_missing(
+    storage: Storage, experiment: Experiment, trials: Mapping[RowId, Variant], sources: Mapping[DataConfig, Source]
+) -> dict[RowId, Variant]:
+    """The rows of which something is still to be made, as their files stand."""
+    there, missing = set(storage.list(TRIALS)), dict[RowId, Variant]()
+    scheduler = make_scheduler_key(experiment.search.scheduler)
+    for row, variant in trials.items():
+        if (of := get_trial_of_row(row)) in there:
+            protocol = make_protocol_key(Measurement.of(variant.trial), Images.of(sources[variant.trial.data]))
+            found = find(storage, row, variant.trial, protocol, storage.read_sealed(name_status_file(of)))
+            if decide(found, scheduler).action == "nothing":
+                continue
+        missing[row] = variant
+    return missing
 
 
 def _describe_cost(
@@ -155,10 +174,15 @@ def run(options: argparse.Namespace) -> int:
         for line in _describe_changes(experiment, trials, options.storage):
             print(line)
         print()
-        print(_describe_cost(options, experiment, trials, sources, cluster))
+        missing = _find_missing(Storage(options.storage), experiment, trials, sources)
+        if len(missing) < len(trials):
+            print(f"{len(trials) - len(missing)} of {len(trials)} rows are there already.")
+        print(_describe_cost(options, experiment, missing, sources, cluster) if missing else "Nothing would be made.")
         if more := describe_rounds(experiment.search):
             print(more)
         return cli.DONE
+    if not options.ray_address:
+        _check_cores(trials)
     command = Command(
         storage=options.storage,
         ray_address=options.ray_address,
@@ -168,6 +192,16 @@ def run(options: argparse.Namespace) -> int:
         verbose=options.verbose,
     )
     return make(experiment, trials, sources, command)
+
+
+def _check_cores(trials: Mapping[RowId, Variant]) -> None:
+    """Raises Mistake where a trial asks for more cores than this machine has, on which it would run."""
+    asked, cores = max(variant.trial.training.cpus for variant in trials.values()), count_cores()
+    if asked > cores:
+        raise Mistake(
+            f"training.cpus: {asked} for a worker, and this machine has {cores}; lower it, or name a cluster by "
+            "--address"
+        )
 
 
 def _send(options: argparse.Namespace, experiment: Experiment, overrides: Sequence[str]) -> int:

@@ -14,6 +14,7 @@ from orchestrator.standing import Standing
 from orchestrator.state.events import EventLog, add_evaluation_seconds, sum_evaluation_seconds
 from orchestrator.state.rows import list_asked, shorten_params
 from orchestrator.tracking.runs import SweepRuns
+from orchestrator.tracking.server import describe_server
 from workers.layout import RowId, get_trial_of_row, name_sweep_file
 from workers.speed import CORE, Spent
 
@@ -125,6 +126,8 @@ class Telling:
             if file == "results.parquet" or self.storage.exists(path):
                 self.console.print(f"{name:<10}  {self.storage.find_url(path)}", soft_wrap=True, highlight=False)
         self.console.print(f"comparison  {self.record.link}", soft_wrap=True, highlight=False)
+        if server := describe_server(self.record.tracker.uri):
+            self.console.print(f"shown by    {server}", soft_wrap=True, highlight=False, markup=False)
         if self.record.left:
             self.console.print(self.record.left, soft_wrap=True, highlight=False, markup=False)
 

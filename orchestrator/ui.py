@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator import cli, interrupts
-from orchestrator.tracking.server import check_database, make_database_uri
+from orchestrator.tracking.moves import ARTIFACTS
+from orchestrator.tracking.server import make_database_uri, ready_database
 from workers.config import Mistake
-from workers.data.cache import find_default_cache
 
 EXAMPLES = ("", "--storage runs --port 5001")
 # By default MLflow starts a dozen processes (2 GB); the UI needs one worker and no job runners (0.4 GB).
@@ -27,7 +27,7 @@ def make_server_command(storage: Path, port: int) -> list[str]:
             f"{root} has no mlflow.db: no sweep has recorded there yet. Give the sweep's storage (--storage DIR), or "
             "run one first. Where the experiment names a tracking.uri, open that address in the browser instead."
         )
-    check_database(root / "mlflow.db", find_default_cache())
+    ready_database(root / "mlflow.db")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -40,7 +40,7 @@ def make_server_command(storage: Path, port: int) -> list[str]:
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     uri = make_database_uri(root / "mlflow.db")
     command += ["--backend-store-uri", uri, "--registry-store-uri", uri]  # whatever the environment names
-    return [*command, "--artifacts-destination", (root / "mlartifacts").as_uri()]
+    return [*command, "--artifacts-destination", (root / ARTIFACTS).as_uri()]
 
 
 def make_parser() -> argparse.ArgumentParser:

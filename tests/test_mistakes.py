@@ -56,7 +56,7 @@ def test_all_mistakes_are_told_at_once_each_with_its_path() -> None:
 
 
 EXPECTED = {
-    "name": "'../x' must stay inside the storage root",
+    "name": "'../x' is to be the name of a folder below the storage root: 1 to 100 of the letters A to",
     "data.held_out": "2 is not a number above 0 and below 1",
     "difusion": "unknown key; did you mean 'diffusion'?",
     "diffusion.T": "0 is not a whole number of at least 1 and at most 100,000",

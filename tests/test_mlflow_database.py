@@ -19,6 +19,7 @@ from tracked_sweep import DIGITS, PARAMS, history_of, points_of, run_sweep, runs
 
 from orchestrator import ui
 from orchestrator.tracking import registry
+from orchestrator.tracking.moves import list_left_places
 from orchestrator.tracking.server import check_database, find_database, make_database, make_database_uri
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.tracking.views import ComparisonView
@@ -199,3 +200,37 @@ def test_a_database_on_a_full_disk_is_told_in_one_line_and_gets_the_rest_later(
     assert left.complete, str(left)
     assert history_of(tracker, runs_of(tracker)["o0"][0], "valid/nll_bpd") == points_of(lines, "valid/nll_bpd")
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_a_storage_that_was_moved_or_copied_has_its_artifacts_where_it_is_now(tmp_path: Path, is_copied: bool) -> None:
+    """MLflow would look for those of before where the storage was, and write those of new runs there."""
+
+    def ship(root: Path, name: str) -> None:
+        storage = Storage(root)
+        write_journal(storage, name, 3)
+        tracker = Tracker(storage, "kept")
+        tracker.check()
+        tracker.open_sweep({}, {})
+        tracker.open_trial(name, name, {}, {})
+        tracker.log_artifact(name, f"of {name}".encode(), "trial.yaml")
+        tracker.close_sweep("FINISHED")
+        assert tracker.flush(120).complete
+
+    before, after = tmp_path / "r\u00fcns", tmp_path / "other place"
+    ship(before, "r0")
+    shutil.copytree(before, after)
+    if not is_copied:
+        shutil.rmtree(before)
+    there = sorted(before.rglob("*"))
+    ship(after, "r1")
+    assert sorted(before.rglob("*")) == there
+    client = MlflowClient(make_database_uri(after / "mlflow.db"))
+    experiment = client.get_experiment_by_name("kept")
+    assert experiment
+    for name in ("r0", "r1"):
+        [run] = client.search_runs([experiment.experiment_id], f"tags.`orchestrator.row` = '{name}'")
+        assert Path(client.download_artifacts(run.info.run_id, "trial.yaml")).read_text() == f"of {name}"
+        assert run.info.artifact_uri.startswith((after / "mlartifacts").as_uri())
+    (tmp_path / "link").symlink_to(after)
+    assert list_left_places(tmp_path / "link/mlflow.db") == [], "by another name it is the same place"

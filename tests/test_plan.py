@@ -23,7 +23,7 @@ SUMMARY: dict[str, Any] = {"metrics": {}}
     ("status", "checkpoint", "summary", "steps", "scheduler", "action", "why"),
     [
         (None, None, None, 10, NONE, "train", "new"),
-        (RUNNING, None, None, 10, NONE, "train", "running at step 5 of 10: resumes"),
+        (RUNNING, None, None, 10, NONE, "train", "cut off at step 5 of 10: resumes"),
         ({**RUNNING, "state": "failed"}, None, None, 10, NONE, "train", "failed at step 5 of 10: resumes"),
         (FINISHED, "abc", None, 10, NONE, "evaluate", "trained, not evaluated"),
         (FINISHED, "abc", SUMMARY, 10, NONE, "nothing", "done"),
@@ -52,7 +52,15 @@ def test_what_is_damaged_is_told_and_what_lacks_its_journal_s_end_is_validated_a
         "nothing", "manifest.json is damaged"
     )
     assert decide(Found(FINISHED, "abc", SUMMARY, unfinished=True, steps=10), NONE).action == "train"
-    assert "resumes from its last checkpoint" in decide(Found(begun=True, steps=10), NONE).why
+    assert "resumes from its last checkpoint" in decide(Found(resumes_at=5, steps=10), NONE).why
+
+
+def test_what_was_cut_off_between_two_validations_goes_on_from_its_checkpoint() -> None:
+    """The status says how far the last validation was, and files tell how far the trial came."""
+    found = Found(RUNNING, steps=10, resumes_at=8)
+    assert found.step == 8
+    assert decide(found, NONE).why == "cut off at step 8 of 10: resumes from its checkpoint of step 8"
+    assert Found(RUNNING, steps=10, resumes_at=3).step == 5
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ ORDER = """
     orchestrator: command
     orchestrator.execution: loss local_ray hangs session halt
     orchestrator.execution: scratch admission early_stopping trials evaluations measurements
-    orchestrator.tracking: provenance glance server line views model_code models shipment catalogue
+    orchestrator.tracking: provenance glance moves server line views model_code models shipment catalogue
     orchestrator.tracking: writer shipper tracker registry runs outside
     orchestrator: canary origins
     orchestrator.nights: calendar suite hooks decisions night_page shift

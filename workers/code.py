@@ -230,7 +230,9 @@ def find_object(name: str) -> tuple[Any, Bundle | None]:
     if not hasattr(found, attribute):
         place = bundle.modules[module].path if bundle else module
         close = [f"; did you mean {other!r}?" for other in difflib.get_close_matches(attribute, vars(found), n=1)]
-        raise CodeError(f"{bare!r}: {place} has no {attribute}{''.join(close)}")
+        entries = [other for other, value in vars(found).items() if type(value).__name__.endswith("Entry")]
+        there = f"; its entries are {', '.join(entries)}" if entries and not close else ""
+        raise CodeError(f"{bare!r}: {place} has no {attribute}{''.join(close)}{there}")
     return getattr(found, attribute), bundle
 
 

@@ -45,11 +45,15 @@ def describe_peak(
     path = name_peak_file(compute_digest([name_hardware(device), precision, threads]))
     known = storage.read_sealed(path, "it is measured again")
     if known is None:
+        speeds = {precision: measure_matrix_product(device, dtype, precision == TF32)}
+        if device.type == "cpu" and dtype != torch.float32:  # which a processor without it computes in, and faster
+            speeds["float32"] = measure_matrix_product(device, torch.float32, tf32=False)
+        fastest = max(speeds, key=lambda name: speeds[name])
         found = {
             "hardware": name_hardware(device),
-            "precision": precision,
+            "precision": fastest,
             "threads": threads,
-            "flops_per_s": measure_matrix_product(device, dtype, precision == TF32),
+            "flops_per_s": speeds[fastest],
             "host": socket.gethostname(),
             "date": time.strftime("%Y-%m-%d"),
         }

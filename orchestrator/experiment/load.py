@@ -56,8 +56,26 @@ def load(path: str | Path, overrides: Sequence[str] = (), smoke: bool = False) -
     if smoke and isinstance(changed.get("name"), str):
         changed["name"] += "-smoke"
     if problems := [*problems, *wrong, *without, *find_experiment_mistakes(changed)]:
-        raise ExperimentError(problems, str(path))
+        raise ExperimentError(_drop_consequences(problems, changed), str(path))
     return Experiment.model_validate(changed)
+
+
+def _drop_consequences(problems: Sequence[str], content: Mapping[str, Any]) -> list[str]:
+    """The problems without those that follow from another: where a kind of one's own cannot be read, nobody knows the
+    settings that it adds to its section."""
+    told = {text.partition(": ")[0] for text in problems}
+    unread = {
+        name
+        for name, section in content.items()
+        if f"{name}.kind" in told and isinstance(section, Mapping) and NAMED.fullmatch(str(section.get("kind")))
+    }
+
+    def follows(text: str) -> bool:
+        path, _, what = text.partition(": ")
+        section = path.removeprefix("search.space.").rpartition(".")[0]
+        return section in unread and what.startswith(("unknown key", "no such setting of a trial"))
+
+    return [text for text in problems if not follows(text)]
 
 
 def parse(content: Mapping[str, Any]) -> Experiment:

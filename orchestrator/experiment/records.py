@@ -51,8 +51,8 @@ class ExperimentError(Mistake):
 def _check_name(name: str) -> str:
     if not re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,100}", name) or ".." in name:
         raise ValueError(
-            f"{name!r} must stay inside the storage root: 1 to 100 letters, digits, '.', '_' or '-', "
-            "without a dot in front or two in a row"
+            f"{name!r} is to be the name of a folder below the storage root: 1 to 100 of the letters A to Z and a to "
+            "z, digits, '.', '_' and '-', without spaces, a dot in front or two in a row"
         )
     return name
 

@@ -95,7 +95,8 @@ def read_yaml(text: str) -> tuple[Any, list[str]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
-        raise NotYAML(f"{line}not valid YAML: {error.problem or error.context}") from None
+        advice = "; indent by spaces, not by tabs" if "\\t" in str(error.problem) else ""
+        raise NotYAML(f"{line}not valid YAML: {error.problem or error.context}{advice}") from None
     except NotYAML:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -121,8 +122,9 @@ def read_text(path: Path) -> str:
         raise ValueError(f"more than {MOST_BYTES:,} bytes, so not a file of settings")
     try:
         return content.decode()
-    except UnicodeDecodeError:
-        raise ValueError("not a text file in UTF-8") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line} is no text in UTF-8: save the file in that encoding") from None
 
 
 def read_file(path: Path, needs: str) -> tuple[dict[str, Any], list[str]]:
@@ -257,6 +259,8 @@ def _suggest_type(kind: Any, value: Any) -> str:
     """What may have been meant by a value of the wrong type."""
     kinds = [plain for plain, _ in _list_members(kind)]
     if isinstance(value, str):
+        if {int, float} & {*kinds} and re.fullmatch(r"[+-]?(\d+|\d*\.\d+)(e[+-]?\d+)?", value):
+            return f"; write {value}, without quotes"
         choices = [choice for plain in kinds if get_origin(plain) is Literal for choice in get_args(plain)]
         return suggest_choice(value, [choice for choice in choices if isinstance(choice, str)])
     if str in kinds and isinstance(value, int | float):

@@ -42,7 +42,7 @@ def _decide(found: Found, scheduler: str) -> Decision:
             return Decision("evaluate", NOT_EVALUATED)
         case "finished":
             return Decision("nothing", "done")
-        case "new" if found.begun:
+        case "new" if found.resumes_at is not None:
             return Decision("train", "its status.json is gone: resumes from its last checkpoint")
         case "new":
             return Decision("train", NEW)
@@ -55,7 +55,9 @@ def _decide(found: Found, scheduler: str) -> Decision:
         return Decision("train", f"goes on from step {step} to {found.steps}")
     if step >= found.steps:
         return Decision("train", f"its checkpoint of step {found.steps} is not there: it is made again")
-    return Decision("train", f"{found.state} at step {step} of {found.steps}: resumes")
+    state = "cut off" if found.state == "running" else found.state
+    after = f" from its checkpoint of step {found.resumes_at}" if found.resumes_at else ""
+    return Decision("train", f"{state} at step {found.step} of {found.steps}: resumes{after}")
 
 
 Turn = Literal["train", "wait", "take"]

@@ -96,7 +96,14 @@ def can_hold(size: Size, nodes: Sequence[Node]) -> bool:
 def list_never_fitting(sizes: Iterable[Size], nodes: Sequence[Node]) -> list[str]:
     """A line for each size that the nodes never hold."""
     wrong = [size for size in dict.fromkeys(sizes) if not can_hold(size, nodes)]
-    return [f"training.workers: {size} never fit a cluster of {describe_nodes(nodes)}" for size in wrong]
+    return [f"{_name_cause(size, nodes)}: {size} never fit a cluster of {describe_nodes(nodes)}" for size in wrong]
+
+
+def _name_cause(size: Size, nodes: Sequence[Node]) -> str:
+    """The setting that asks for too much."""
+    if size.gpus > max((node.gpus for node in nodes), default=0):
+        return "training.gpus"
+    return "training.cpus" if size.cpus > max((node.cpus for node in nodes), default=0) else "training.workers"
 
 
 def describe_nodes(nodes: Sequence[Node]) -> str:

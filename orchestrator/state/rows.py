@@ -27,7 +27,7 @@ class Found:
     unfinished: bool = False  # whether the trial's journal lacks the validation at the row's step
     steps: int = 0  # the row's
     is_kept: bool = False  # whether the checkpoint stays, however far its trial is trained
-    begun: bool = False  # whether there is an earlier checkpoint to go on from
+    resumes_at: int | None = None  # the step of the checkpoint that it goes on from, where it is not done
     validation: Mapping[str, float] = field(default_factory=dict)  # by its name: at the row's step, or the last before
 
     @property
@@ -45,7 +45,8 @@ class Found:
     @property
     def step(self) -> int:
         """How far the row's trial is, up to the row's step."""
-        return self.steps if self.checkpoint else min(int((self.status or {}).get("step", 0)), self.steps)
+        told = int((self.status or {}).get("step", 0))  # at its last validation
+        return self.steps if self.checkpoint else min(max(told, self.resumes_at or 0), self.steps)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ reaches the storage.
 import hashlib
 import json
 import logging
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -53,6 +54,7 @@ from workers.layout import (
 )
 from workers.network import manifest
 from workers.seals import open_text, seal_text
+from workers.sections import Record
 from workers.storage import Storage
 from workers.warm_start import INIT, TRUNK
 
@@ -228,10 +230,10 @@ def open_sweep(storage: Storage, name: str) -> SavedSweep:
             f"{name!r} is no sweep in {storage.root}{suggest_choice(name, there) or '.'} Sweeps there: "
             f"{', '.join(there) or 'none; run one first, or give its --storage'}"
         )
-    trials = {
-        row: Variant(params=kept["params"], trial=_open_trial(storage, path, kept["trial"]), role=kept.get("role", ""))
-        for row, kept in content["trials"].items()
-    }
+    sections, trials = dict[str, Any](), dict[RowId, Variant]()
+    for row, kept in content["trials"].items():
+        trial = _share_sections(_open_trial(storage, path, kept["trial"]), kept["trial"], sections)
+        trials[row] = Variant(params=kept["params"], trial=trial, role=kept.get("role", ""))
     protocols = {row: kept["protocol"] for row, kept in content["trials"].items()}
     search = content["experiment"]["search"]
     also, drawn = tuple(search.get("also", ())), search["algorithm"] != "grid"
@@ -255,6 +257,14 @@ def _open_trial(storage: Storage, path: str, content: Mapping[str, Any]) -> Tria
     except ValidationError as error:
         found = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
         raise Mistake(f"{storage.find_url(path)} cannot be read: {'; '.join(found)}") from error
+
+
+def _share_sections(trial: Trial, content: Mapping[str, Any], known: dict[str, Any]) -> Trial:
+    """The trial, with the very sections of earlier ones that it has as well: of thousands, which differ in a setting or
+    two, all others would be in memory as often."""
+    own = {name: section for name, section in trial if isinstance(section, Record)}
+    of = {name: known.setdefault(f"{name} {json.dumps(content.get(name))}", section) for name, section in own.items()}
+    return trial.model_copy(update={name: section for name, section in of.items() if section == own[name]})
 
 
 def keep_report(storage: Storage, name: str, content: bytes) -> None:
@@ -314,6 +324,7 @@ def find(storage: Storage, row: RowId, trial: Trial, protocol: str, status: Mapp
     try:
         checkpoint = manifest.find_at_step(storage, name_checkpoints_folder(of), steps)
         measured = manifest.choose_weights(checkpoint, Measurement.of(trial).evaluation) if checkpoint else None
+        before = None if checkpoint else manifest.find_newest(storage, name_checkpoints_folder(of), up_to=steps)
     except manifest.CheckpointError as error:
         return Found(status, unread=str(error), steps=steps)
     summary = storage.read_sealed(name_summary_file(measured.digest, protocol), RERUN) if measured else None
@@ -321,11 +332,24 @@ def find(storage: Storage, row: RowId, trial: Trial, protocol: str, status: Mapp
     valid = {names[key]: value for key, value in (status or {}).items() if key in names and value is not None}
     if status and status["step"] > steps:  # the trial has gone on
         points = read_points(storage, name_trial_folder(of))
-        before = [p for p in points if p["step"] <= steps and find_validation(p.get("metrics", {}))]
-        last = max(before, key=lambda point: point["step"], default={})
+        earlier = [p for p in points if p["step"] <= steps and find_validation(p.get("metrics", {}))]
+        last = max(earlier, key=lambda point: point["step"], default={})
         valid = {name: value for name, value in last.get("metrics", {}).items() if name in VALIDATIONS}
-    found = Found(status, checkpoint.digest if checkpoint else None, summary, steps=steps, validation=valid)
-    return replace(found, is_kept=bool(checkpoint and checkpoint.kept), is_measured=trial.evaluation.measures)
+    packed = None if summary is None else pack_numbers(summary)
+    found = Found(status, checkpoint.digest if checkpoint else None, packed, steps=steps, validation=valid)
+    found = replace(found, resumes_at=before.step if before else None, is_measured=trial.evaluation.measures)
+    return replace(found, is_kept=bool(checkpoint and checkpoint.kept))
+
+
+def pack_numbers(content: Any) -> Any:
+    """The content of a JSON file with each list of real numbers as an array, which takes a quarter of the memory: a
+    summary has one of all images. `json.dumps` writes the same text with `default=list`."""
+    if isinstance(content, dict):
+        return {name: pack_numbers(value) for name, value in content.items()}
+    if isinstance(content, list):
+        numbers = bool(content) and all(type(value) is float for value in content)
+        return array("d", content) if numbers else [pack_numbers(value) for value in content]
+    return content
 
 
 def _find_by_status(storage: Storage, kept: SavedSweep, row: RowId) -> Found:

@@ -98,8 +98,8 @@ class SweepRuns:
         experiment, search = self.experiment, self.experiment.search
         trials = search.samples if search.algorithm == "optuna" else len(self.trials)  # of which some are still unknown
         self.tracker.open_sweep(
-            {"trials": trials, **flatten_params(experiment.search.model_dump(mode="json"), "search")},
-            self.tags,
+            flatten_params(experiment.search.model_dump(mode="json"), "search"),
+            {**self.tags, "sweep.trials": str(trials)},  # no param, as an edit of the file may change it
             f"Sweep `{experiment.name}`: {trials} trials.",
             self.compare,
         )
@@ -184,7 +184,9 @@ class SweepRuns:
         if summary:
             metrics |= {name: value for name, value in row.metrics.items() if name.startswith("eval/")}
             tags["evaluation.hash"] = summary.get("hash", "")
-            self.tracker.log_artifact(row.digest, lambda: json.dumps(summary, indent=2).encode(), "evaluation.json")
+            self.tracker.log_artifact(
+                row.digest, lambda: json.dumps(summary, indent=2, default=list).encode(), "evaluation.json"
+            )
         if status := row.found.status:
             self.tracker.log_metrics(row.digest, metrics, row.found.step, status.get("updated_ms"))
         self.tracker.close_trial(row.digest, STATUS.get(row.state, "FAILED"), _write_trial_note(row), tags=tags)
@@ -328,6 +330,10 @@ def _write_parquet(frame: Any) -> bytes:
     stream = io.BytesIO()
     frame.to_parquet(stream, index=False)
     return stream.getvalue()
+
+
+def _write_summary(summary: Mapping[str, Any]) -> bytes:
+    return json.dumps(summary, indent=2, default=list).encode()
 
 
 def _write_trial_note(row: Row) -> str:

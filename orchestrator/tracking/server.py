@@ -14,9 +14,11 @@ from contextlib import closing, suppress
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from shlex import quote as quote_word
 from typing import Any, Literal
 from urllib.parse import quote, unquote, urlsplit
 
+from orchestrator.tracking.moves import ARTIFACTS, follow_artifacts, list_left_places
 from workers.config import Mistake, hide_secrets
 from workers.data.cache import find_default_cache
 from workers.storage import Storage
@@ -70,7 +72,7 @@ def resolve_uri(storage: Storage, uri: str | None) -> tuple[str, str | None]:
         )
     uri = uri or make_database_uri(Path(storage.root, "mlflow.db"))
     if is_database(uri) and find_database(uri).is_absolute():
-        return uri, (find_database(uri).parent / "mlartifacts").as_uri()
+        return uri, (find_database(uri).parent / ARTIFACTS).as_uri()
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc:
         return uri.rstrip("/"), None
@@ -106,6 +108,13 @@ def find_database(uri: str) -> Path:
     return Path(unquote(uri.partition(":///")[2].partition("?")[0]))
 
 
+def describe_server(uri: str) -> str:
+    """The command that serves what is in a database to this machine; empty where a server has it."""
+    return (
+        f"python -m orchestrator.ui --storage {quote_word(str(find_database(uri).parent))}" if is_database(uri) else ""
+    )
+
+
 def name_origin(storage: Storage) -> str:
     """What names a storage in MLflow, where others may record as well."""
     return hide_secrets(f"{socket.gethostname()}:{storage.root}" if storage.is_local else storage.root)
@@ -115,7 +124,7 @@ def make_client(storage: Storage, uri: str | None) -> Any:
     """MLflow's own client, for questions that are asked once. Raises Mistake where the URI cannot be used."""
     place = resolve_uri(storage, uri)[0]
     if is_database(place):
-        check_database(find_database(place), find_default_cache())
+        ready_database(find_database(place))
     say_unused(place)
     return connect(place)
 
@@ -181,6 +190,14 @@ def check_writable(path: Path) -> None:
         raise Mistake(f"MLflow's database {path} cannot be written: {error}") from error
     if path.exists() and not os.access(path, os.W_OK):
         raise Mistake(f"MLflow's database {path} cannot be written: {path.name} is read-only for this user")
+
+
+def ready_database(path: Path) -> None:
+    """What comes before the first use of MLflow's database, where it is there. Raises Mistake."""
+    check_database(path, find_default_cache())
+    if before := list_left_places(path):
+        check_writable(path)
+        follow_artifacts(path, before)
 
 
 def check_database(path: Path, cache: Path) -> None:

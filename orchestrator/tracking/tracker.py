@@ -21,10 +21,10 @@ from orchestrator.tracking.catalogue import SWEEP, Catalogue
 from orchestrator.tracking.line import CallLine
 from orchestrator.tracking.models import Candidate
 from orchestrator.tracking.server import (
-    check_database,
     check_writable,
     find_database,
     is_database,
+    ready_database,
     say_unused,
     set_defaults,
 )
@@ -33,7 +33,6 @@ from orchestrator.tracking.shipper import Shipper, read_clock_ms
 from orchestrator.tracking.views import ComparisonView
 from orchestrator.tracking.writer import Writer
 from workers.config import Mistake
-from workers.data.cache import find_default_cache
 from workers.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ class Tracker:
         """Raises Mistake where the server does not answer: to be called before anything costly starts."""
         if is_database(self.uri):
             check_writable(find_database(self.uri))
-            check_database(find_database(self.uri), find_default_cache())
+            ready_database(find_database(self.uri))
             return
         line = self._line
         self._begin()
@@ -91,7 +90,7 @@ class Tracker:
         MLflow cannot be asked.
         """
         if is_database(self.uri):
-            check_database(find_database(self.uri), find_default_cache())
+            ready_database(find_database(self.uri))
             if self._catalogue.sees_all(trials, candidate):
                 return False
             check_writable(find_database(self.uri))

@@ -180,8 +180,8 @@ def find_mistakes(
         told = Vectors(2, 3) if model.told == "vectors" else Classes(("a", "b"), (1, 1))
         config = make_network_config(model, shape, learned, sides=sides, told=told, label_dropout=0.5)
         network = build_network(config, make_generator(0)).eval()
-        with torch.no_grad():
-            output = network(x, t, *make_blank(read_told(config), 2))
+        output = network(x, t, *make_blank(read_told(config), 2))
+        idle = _find_idle(network, output) if isinstance(output, torch.Tensor) else []
     except Exception as error:  # noqa: BLE001 whatever the code of another one raises: told with its place
         return [f"{of} fails: {' '.join(f'{type(error).__name__}: {error}'.split())}{_locate(error)}"]
     if not isinstance(output, torch.Tensor) or output.shape != expected:
@@ -189,7 +189,18 @@ def find_mistakes(
         return [f"{of} returns {found} for two images, where {expected} is expected"]
     if fixed := [name for name, value in network.state_dict().items() if not value.is_floating_point()]:
         return [f"{of} keeps {fixed[0]}, which is no floating-point tensor: its averages would mean nothing"]
+    if idle:
+        return [f"{of} has weights that training does not change: {', '.join(idle[:3])}; use them, or leave them out"]
     return []
+
+
+def _find_idle(network: nn.Module, output: Tensor) -> list[str]:
+    """The names of the parameters on which an output does not depend, or that are frozen."""
+    named = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    asked = list(named.values()) if output.requires_grad else []
+    grads = torch.autograd.grad(output.sum(), asked, allow_unused=True) if asked else [None] * len(named)
+    moved = {name for name, grad in zip(named, grads, strict=True) if grad is not None}
+    return [name for name, _ in network.named_parameters() if name not in moved]
 
 
 def _locate(error: Exception) -> str:
