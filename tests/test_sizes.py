@@ -67,6 +67,7 @@ def test_no_number_of_an_experiment_takes_the_memory_that_it_names(
         "diffusion.T=100000",
     ],
 )
+@pytest.mark.faults  # most of a minute each
 def test_the_largest_that_is_taken_is_planned_in_little_memory(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str
 ) -> None:

@@ -84,7 +84,9 @@ class DataConfig(Record):
 
     READS: ClassVar = {"shuffle": {"null": (), "a number": ("stream",)}}
 
-    source: Open = Field(description="digits, gaussian, or the path or URI of images")
+    source: Open = Field(
+        description="digits, gaussian, or the path or URI of images; a path is relative to where the command runs"
+    )
     format: FormatName | None = Field(default=None, description="of the files there; null: found by what lies there")
     config: str | None = Field(
         default=None, description="which of a repository's data sets, where it has several, as load_dataset calls them"

@@ -2,8 +2,8 @@
 
 A training step's operations are 3 times those of a forward pass: the backward makes the gradients of the weights and
 of the activations, each as much work. The peak is what the device's own matrix product does in the precision of the
-training. It is measured once for each kind of hardware, precision and number of threads, before a first training step,
-and kept in the storage beside the speeds.
+training, or in float32 where a processor is faster at that. It is measured once for each kind of hardware, precision
+and number of threads, before a first training step, and kept in the storage beside the speeds.
 """
 
 import json
@@ -47,7 +47,7 @@ def describe_peak(
     if known is None:
         speeds = {precision: measure_matrix_product(device, dtype, precision == TF32)}
         if device.type == "cpu" and dtype != torch.float32:  # which a processor without it computes in, and faster
-            speeds["float32"] = measure_matrix_product(device, torch.float32, tf32=False)
+            speeds["float32"] = measure_matrix_product(device, torch.float32, False)
         fastest = max(speeds, key=lambda name: speeds[name])
         found = {
             "hardware": name_hardware(device),

@@ -16,8 +16,8 @@ FILES = [f for f in sorted((ROOT / "experiments").glob("*.yaml")) if "orchestrat
 # Each takes half a minute of the 30 that the tests may take: what others run as well waits for the longer tests.
 LIKE_OTHERS = {
     "beta_schedule", "celeba64", "cifar10", "cifar10_speedrun", "cifar10_students", "ddpm_table2", "digits",
-    "ema_width", "formulations", "formulations_cifar10", "guidance", "learned_variance", "loss_weighting", "pareto",
-    "samplers", "scaling", "t_sweep",
+    "ema_width", "formulations", "formulations_cifar10", "guidance", "latent", "learned_variance", "loss_weighting",
+    "pareto", "samplers", "scaling", "t_sweep",
 }  # fmt: skip
 EACH = [pytest.param(f, id=f.stem, marks=[pytest.mark.faults] if f.stem in LIKE_OTHERS else []) for f in FILES]
 
