@@ -280,6 +280,12 @@ def import_from(bundle: Bundle | None, name: str) -> ModuleType:
             raise CodeError(_failed[bundle, name]) from error
 
 
+def locate_error(error: BaseException) -> str:
+    """The file and line where it was raised, in brackets: the last ones that are of no library, below the caller's."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename][1:]
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
 def describe_error(error: BaseException, otherwise: str) -> str:
     """What code from outside raised, with its file and line, or `otherwise` where none of it is in the traceback."""
     files = {module.path for bundle in _bundles.values() for module in bundle.modules.values()}

@@ -15,6 +15,8 @@ from ray import tune
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from workers.bits import SEEN, find_validation
+from workers.code import locate_error
+from workers.config import Mistake
 from workers.data.dataset import prepare
 from workers.disk import Unwritable
 from workers.jobs import Job, choose_device, look_for_code, read_trial
@@ -62,7 +64,8 @@ def report_results(job: Job, world: World) -> Generator[dict[str, Any], None, No
 
 def report_failure(error: BaseException) -> dict[str, Any]:
     """A fault of the program as a last Tune result: unlike the death of a process, it would only happen again."""
-    state, detail = "failed", f"{type(error).__name__}: {error}"
+    state = "failed"
+    detail = f"{type(error).__name__}: {error}" + ("" if isinstance(error, Mistake) else locate_error(error))
     if isinstance(error, Unwritable):
         state, detail = UNWRITABLE, str(error)
     elif isinstance(error, Held):

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import re
 import threading
 import time
 import uuid
@@ -237,8 +238,13 @@ def check_seen(storage: Storage) -> None:
 
 
 def shorten_reason(error: ray.exceptions.RayError) -> str:
-    """What a task failed of, without the trace."""
+    """What a task failed of, and the last file and line of its trace that are of no library."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, Mistake):
         return str(cause)
-    return f"{type(cause).__name__}: {cause}" if cause else str(error).strip().splitlines()[-1]
+    if not cause:
+        return str(error).strip().splitlines()[-1]
+    places = [
+        place for place in re.findall(r'File "([^"]+)", line (\d+)', str(error)) if "site-packages" not in place[0]
+    ]
+    return f"{type(cause).__name__}: {cause}" + (f" ({':'.join(places[-1])})" if places else "")

@@ -6,7 +6,6 @@ nn.Module; its config.json names it and holds its settings. What such a module h
 and `orchestrator.conform` looks whether it does.
 """
 
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.classes import NO_LABEL, Classes, Told, Vectors
-from workers.code import drop_pin
+from workers.code import drop_pin, locate_error
 from workers.config import ModelConfig
 from workers.entries import is_outside, load
 from workers.identity import collect_settings_read
@@ -183,7 +182,7 @@ def find_mistakes(
         output = network(x, t, *make_blank(read_told(config), 2))
         idle = _find_idle(network, output) if isinstance(output, torch.Tensor) else []
     except Exception as error:  # noqa: BLE001 whatever the code of another one raises: told with its place
-        return [f"{of} fails: {' '.join(f'{type(error).__name__}: {error}'.split())}{_locate(error)}"]
+        return [f"{of} fails: {' '.join(f'{type(error).__name__}: {error}'.split())}{locate_error(error)}"]
     if not isinstance(output, torch.Tensor) or output.shape != expected:
         found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         return [f"{of} returns {found} for two images, where {expected} is expected"]
@@ -201,12 +200,6 @@ def _find_idle(network: nn.Module, output: Tensor) -> list[str]:
     grads = torch.autograd.grad(output.sum(), asked, allow_unused=True) if asked else [None] * len(named)
     moved = {name for name, grad in zip(named, grads, strict=True) if grad is not None}
     return [name for name, _ in network.named_parameters() if name not in moved]
-
-
-def _locate(error: Exception) -> str:
-    """The file and line of its code in which a network failed."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename][1:]
-    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
 def hand_noise(network: nn.Module, generators: Sequence[torch.Generator] | None) -> None:
