@@ -3,7 +3,7 @@
 What joins tensors of two devices is refused as PyTorch refuses it, so that a coefficient or an index that was left on
 the CPU is found where there is no GPU. The random numbers are those of the CPU, so that all that is computed is equal
 to the CPU's, and a test can hold the one against the other. Speed, memory, autocast, compiling and NCCL are not
-pretended. PyTorch can't forget a device, so it is entered in a process of its own (`run_there`).
+pretended. PyTorch can't forget a device, so it is entered in a process of its own (`open_process`).
 """
 
 import multiprocessing
@@ -195,7 +195,7 @@ def _make_of_values(made: Callable[..., Tensor], *args: Any, **kwargs: Any) -> T
 
 @contextmanager
 def pretend_gpu() -> Iterator[tuple[torch.device, Pretending]]:
-    """The device, and what counts the flags, within the block."""
+    """The device, and the mode that sends work there, within the block."""
     _register()
     torch.set_num_threads(1)
     with Pretending() as mode:

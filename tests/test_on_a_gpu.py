@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small_evaluation as small
 import torch
@@ -176,6 +177,36 @@ def there() -> Iterator[Callable[..., Any]]:
     """Calls in a process that has the GPU."""
     with open_process() as call:
         yield call
+
+
+def find_refused() -> set[str]:
+    """Which of some ways of joining tensors of both devices are refused there."""
+    with pretend_gpu() as (gpu, _):
+        x, y, two, place = torch.ones(3, device=gpu), torch.ones(3), torch.tensor(2.0), torch.tensor([0])
+        ways: dict[str, Callable[[], object]] = {
+            "a sum": lambda: x + y,
+            "a number of the CPU": lambda: x * two,
+            "a number of the GPU": lambda: y * x[0],
+            "a list": lambda: torch.cat([x, y]),
+            "a place of the CPU": lambda: x[place],
+            "a place of the GPU": lambda: y[place.to(gpu)],
+            "into the other": lambda: y.add_(x),
+            "a copy": lambda: x.cpu() + y,
+            "numpy": lambda: np.log(x),
+            "a generator": lambda: torch.randn(3, generator=torch.Generator(), device=gpu),
+        }
+        refused = set()
+        for name, way in ways.items():
+            try:
+                way()
+            except (RuntimeError, TypeError):
+                refused.add(name)
+        return refused
+
+
+def test_what_cuda_refuses_to_join_is_refused(there: Callable[..., Any]) -> None:
+    refused = {"a sum", "a number of the GPU", "a list", "a place of the GPU", "into the other", "numpy", "a generator"}
+    assert there(find_refused) == refused
 
 
 SHORT = ("labels", "learned_range", "edm", "autoencoder", "generator", "latents", "progressive")  # of each family some

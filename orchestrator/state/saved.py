@@ -324,7 +324,6 @@ def find(storage: Storage, row: RowId, trial: Trial, protocol: str, status: Mapp
     try:
         checkpoint = manifest.find_at_step(storage, name_checkpoints_folder(of), steps)
         measured = manifest.choose_weights(checkpoint, Measurement.of(trial).evaluation) if checkpoint else None
-        before = None if checkpoint else manifest.find_newest(storage, name_checkpoints_folder(of), up_to=steps)
     except manifest.CheckpointError as error:
         return Found(status, unread=str(error), steps=steps)
     summary = storage.read_sealed(name_summary_file(measured.digest, protocol), RERUN) if measured else None
@@ -335,7 +334,10 @@ def find(storage: Storage, row: RowId, trial: Trial, protocol: str, status: Mapp
         earlier = [p for p in points if p["step"] <= steps and find_validation(p.get("metrics", {}))]
         last = max(earlier, key=lambda point: point["step"], default={})
         valid = {name: value for name, value in last.get("metrics", {}).items() if name in VALIDATIONS}
-    packed = None if summary is None else pack_numbers(summary)
+    before, packed = None, None if summary is None else pack_numbers(summary)
+    if not checkpoint:
+        with suppress(manifest.CheckpointError):  # which its training tells, that goes on from it
+            before = manifest.find_newest(storage, name_checkpoints_folder(of), up_to=steps)
     found = Found(status, checkpoint.digest if checkpoint else None, packed, steps=steps, validation=valid)
     found = replace(found, resumes_at=before.step if before else None, is_measured=trial.evaluation.measures)
     return replace(found, is_kept=bool(checkpoint and checkpoint.kept))
