@@ -174,9 +174,9 @@ def run(options: argparse.Namespace) -> int:
         for line in _describe_changes(experiment, trials, options.storage):
             print(line)
         print()
-        missing = _find_missing(Storage(options.storage), experiment, trials, sources)
+        missing = trials if options.fresh else _find_missing(Storage(options.storage), experiment, trials, sources)
         if len(missing) < len(trials):
-            print(f"{len(trials) - len(missing)} of {len(trials)} rows are there already.")
+            print(f"Of {len(trials) - len(missing)} of {len(trials)} rows nothing is left to make.")
         print(_describe_cost(options, experiment, missing, sources, cluster) if missing else "Nothing would be made.")
         if more := describe_rounds(experiment.search):
             print(more)

@@ -48,6 +48,7 @@ STANDING = (  # pattern of what is raised, and what it means where that does not
     ("CERTIFICATE_VERIFY_FAILED|WRONG_VERSION_NUMBER|wrong version number", "TLS does not work with it ({0})"),
     ("Name or service not known|nodename nor servname|No address associated with hostname", "no such host ({0})"),
 )
+DATABASE = "mlflow.db"  # in a storage
 PLACES = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -70,7 +71,7 @@ def resolve_uri(storage: Storage, uri: str | None) -> tuple[str, str | None]:
             f"tracking.uri is null, and the storage {storage.root} is remote: MLflow's database cannot lie in it. "
             "Give the address of an MLflow server: tracking.uri=http://HOST:5000"
         )
-    uri = uri or make_database_uri(Path(storage.root, "mlflow.db"))
+    uri = uri or make_database_uri(Path(storage.root, DATABASE))
     if is_database(uri) and find_database(uri).is_absolute():
         return uri, (find_database(uri).parent / ARTIFACTS).as_uri()
     parts = urlsplit(uri)
@@ -109,10 +110,10 @@ def find_database(uri: str) -> Path:
 
 
 def describe_server(uri: str) -> str:
-    """The command that serves what is in a database to this machine; empty where a server has it."""
-    return (
-        f"python -m orchestrator.ui --storage {quote_word(str(find_database(uri).parent))}" if is_database(uri) else ""
-    )
+    """The command that serves a storage's database to this machine; empty where a server has it, or another file is."""
+    path = find_database(uri)
+    is_ours = is_database(uri) and path.name == DATABASE
+    return f"python -m orchestrator.ui --storage {quote_word(str(path.parent))}" if is_ours else ""
 
 
 def name_origin(storage: Storage) -> str:
