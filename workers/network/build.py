@@ -179,7 +179,10 @@ def find_mistakes(
         told = Vectors(2, 3) if model.told == "vectors" else Classes(("a", "b"), (1, 1))
         config = make_network_config(model, shape, learned, sides=sides, told=told, label_dropout=0.5)
         network = build_network(config, make_generator(0)).eval()
-        output = network(x, t, *make_blank(read_told(config), 2))
+        inputs = make_blank(read_told(config), 2)
+        if isinstance(read_told(config), Classes):
+            inputs[0][1] = 0  # one with a label, one without: a network may look only where there is one
+        output = network(x, t, *inputs)
         idle = _find_idle(network, output) if isinstance(output, torch.Tensor) else []
     except Exception as error:  # noqa: BLE001 whatever the code of another one raises: told with its place
         return [f"{of} fails: {' '.join(f'{type(error).__name__}: {error}'.split())}{locate_error(error)}"]
